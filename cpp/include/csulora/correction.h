@@ -1,0 +1,87 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "csulora/subspace.h"
+
+namespace csulora {
+
+/// The factors of an update dW = scale * b a.
+struct LoraPair {
+  at::Tensor b;     ///< (m, r) float16, bfloat16 or float32 on the CPU, r >= 1
+  at::Tensor a;     ///< (r, n) likewise
+  double scale = 1.0;  ///< what the adapter format multiplies b a by (alpha / r for plain LoRA)
+};
+
+/// One number per part of an update: P dW Q, P dW (I-Q), (I-P) dW Q, (I-P) dW (I-Q).
+struct Parts {
+  double aligned = 0;
+  double left = 0;
+  double right = 0;
+  double off = 0;
+};
+
+/// Penalties lambda >= 0 of the closed form g = 1 / (1 + lambda e); infinity removes the part.
+/// left and right together are one part, `partial`, with the energy e = e_left + e_right.
+struct Penalties {
+  double aligned = 0;
+  double partial = 1;
+  double off = 1;
+};
+
+/// Gains in [0, 1], one per part, used as they are.
+using Gains = Parts;
+
+/// How much of each part is kept: by penalty (adapts to the module's energies) or by fixed gain.
+using Attenuation = std::variant<Penalties, Gains>;
+
+/// Which rank a corrected pair has.
+enum class RankRule {
+  keep,   ///< the input's rank: best approximation of X in Frobenius norm
+  exact,  ///< X itself, of rank r or 2r
+  fixed   ///< best approximation of at most a given rank
+};
+
+struct CorrectionOptions {
+  RankRule rule = RankRule::keep;
+  int64_t rank = 0;  ///< for RankRule::fixed, at least 1
+};
+
+/// A corrected update and what was measured on the way.
+struct Correction {
+  LoraPair pair;      ///< float32, scale 1
+  Parts energies;     ///< |dW_c|^2 / |dW|^2; they sum to 1, or are all 0 for dW = 0
+  Gains gains;        ///< the gains that were applied
+  double norm = 0;    ///< |dW|_F, scale included
+  double change = 0;  ///< |X - dW|_F / |dW|_F before the rank is cut, in [0, 1]; 0 for dW = 0
+  double undo = 0;    ///< -<dW, U S V^T> / |S|^2: 1 cancels the alignment inside the subspace, < 0 adds to it
+  double lost = 0;    ///< |X - X_r|^2 / |X|^2, the energy given up to reach the rank; 0 for X = 0
+};
+
+/// One module of an adapter together with everything its correction needs.
+struct CorrectionTask {
+  LoraPair pair;
+  Subspace subspace;  ///< u (m, k), s (k), v (n, k); the certificate is not read
+  Attenuation attenuation = Penalties{};
+  std::string label = "update";  ///< what error messages call it
+};
+
+/// The closest safe update X = sum_c g_c dW_c (CSULoRA, arXiv 2605.30640), computed in factor space.
+///
+/// Nothing of size m x n is formed: O((m + n) k r) operations, two reads of u and v. Grams and everything after
+/// them are float64. Where the gains factor, g_aligned g_off = g_left g_right, X has rank r and no SVD is needed.
+/// The result does not depend on the number of threads.
+///
+/// @throws InputError for shapes, dtypes, devices, gains, penalties or values (NaN, infinity, overflow) that
+///         cannot be used; the message names `task.label`
+Correction correct(const CorrectionTask& task, const CorrectionOptions& options = {});
+
+/// The same for many modules, in parallel over modules; results are bit-identical to one call each.
+std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options = {});
+
+}  // namespace csulora

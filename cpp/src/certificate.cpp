@@ -1,0 +1,94 @@
+#include "certificate.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "check.h"
+
+namespace csulora {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kRowBlock = 512;  // rows of D widened to float64 at a time
+
+double orthonormality_error(const Tensor& gram) {
+  return gram.sub(at::eye(gram.size(0), gram.options())).norm().item<double>();
+}
+
+/// Products of D with both factors, and the residuals they leave.
+struct Residuals {
+  Tensor left2;       // (k) |D v - s u|^2
+  Tensor right2;      // (k) |D^T u - s v|^2
+  Tensor quotients;   // (k) u^T D v
+};
+
+Residuals residuals(const Tensor& d, const Tensor& u, const Tensor& s, const Tensor& v) {
+  auto left2 = at::zeros_like(s);
+  auto quotients = at::zeros_like(s);
+  auto transposed = at::zeros_like(v);  // (n, k) D^T u
+  for (int64_t row = 0; row < d.size(0); row += kRowBlock) {
+    const int64_t count = std::min(kRowBlock, d.size(0) - row);
+    const auto block = d.narrow(0, row, count).to(at::kDouble);
+    const auto u_block = u.narrow(0, row, count);
+    const auto product = block.matmul(v);  // (count, k)
+    quotients.add_(product.mul(u_block).sum(0));
+    left2.add_(product.sub(u_block.mul(s)).square().sum(0));
+    transposed.addmm_(block.t(), u_block);
+  }
+  return {left2, transposed.sub(v.mul(s)).square().sum(0), quotients};
+}
+
+/// |D - U S V^T|^2 = |D|^2 - 2 sum s u^T D v + |U S V^T|^2.
+double captured_share(double norm2, const Tensor& s, const Tensor& quotients, const Tensor& gram_u,
+                      const Tensor& gram_v) {
+  const auto reproduced2 = gram_u.mul(s).mul(gram_v.mul(s).t()).sum();
+  return (2 * s.mul(quotients).sum() - reproduced2).item<double>() / norm2;
+}
+
+double missed_bound(const Tensor& residuals2, const Tensor& s, double next_value, double orthonormality) {
+  const auto gaps = s - next_value;
+  if (orthonormality >= 1 || gaps.le(0).any().item<bool>()) {
+    return 1;
+  }
+  const double sine2 = residuals2.div(gaps.square()).sum().item<double>();
+  return std::min(1.0, sine2 / static_cast<double>(s.size(0)) / (1 - orthonormality));
+}
+
+}  // namespace
+
+void check_factors(const Displacement& d, const Subspace& subspace) {
+  check_matrix(subspace.u, "u");
+  check_matrix(subspace.v, "v");
+  check(subspace.s.defined() && subspace.s.dim() == 1, "s must be a vector");
+  const int64_t k = subspace.s.size(0);
+  check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1) &&
+            subspace.u.size(1) == k && subspace.v.size(1) == k,
+        "u is ", subspace.u.sizes(), ", s ", subspace.s.sizes(), ", v ", subspace.v.sizes(),
+        "; they do not fit a matrix of ", d.matrix.sizes());
+}
+
+Certificate measure_factors(const Displacement& d, const Subspace& subspace, double next_value) {
+  Certificate certificate;
+  certificate.displacement_norm2 = d.norm2;
+  certificate.next_value = next_value;
+  if (subspace.s.size(0) == 0) {
+    return certificate;
+  }
+  const auto u = subspace.u.to(at::kDouble);
+  const auto s = subspace.s.to(at::kDouble);
+  const auto v = subspace.v.to(at::kDouble);
+  const auto measured = residuals(d.matrix, u, s, v);
+  const auto gram_u = u.t().matmul(u);
+  const auto gram_v = v.t().matmul(v);
+  certificate.residual = at::maximum(measured.left2, measured.right2).sqrt().div(s).max().item<double>();
+  certificate.orthonormality = std::max(orthonormality_error(gram_u), orthonormality_error(gram_v));
+  certificate.captured = captured_share(d.norm2, s, measured.quotients, gram_u, gram_v);
+  certificate.missed =
+      missed_bound(measured.left2 + measured.right2, s, next_value, certificate.orthonormality);
+  return certificate;
+}
+
+}  // namespace csulora

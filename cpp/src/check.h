@@ -1,0 +1,37 @@
+#pragma once
+
+#include <c10/util/StringUtil.h>
+#include <ATen/core/Tensor.h>
+
+#include "csulora/error.h"
+
+namespace csulora {
+
+/// Throws InputError with the concatenated message unless `ok`.
+template <typename... Args>
+void check(bool ok, const Args&... message) {
+  if (!ok) {
+    throw InputError(c10::str(message...));
+  }
+}
+
+/// Throws InternalError with the concatenated message unless `ok`.
+template <typename... Args>
+void check_internal(bool ok, const Args&... message) {
+  if (!ok) {
+    throw InternalError(c10::str("internal error in csulora, please report it: ", message...));
+  }
+}
+
+/// Throws InputError unless `tensor` is a defined, dense CPU matrix of a floating type that csulora stores.
+inline void check_matrix(const at::Tensor& tensor, const std::string& name) {
+  check(tensor.defined(), name, " is missing");
+  check(tensor.dim() == 2, name, " has ", tensor.dim(), " dimensions; a matrix is needed");
+  check(tensor.layout() == at::kStrided, name, " is sparse; pass a dense tensor");
+  check(tensor.device().is_cpu(), name, " is on ", tensor.device().str(), "; move it to the CPU");
+  const auto dtype = tensor.scalar_type();
+  check(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat, name, " is ",
+        c10::toString(dtype), "; float16, bfloat16 or float32 is needed");
+}
+
+}  // namespace csulora

@@ -1,0 +1,42 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+
+namespace csulora {
+
+/// Approximate leading singular triples of a matrix, descending.
+struct SingularTriples {
+  at::Tensor u;          ///< (m, k) float32
+  at::Tensor s;          ///< (k) float64, Ritz values
+  at::Tensor v;          ///< (n, k) float32
+  double next_value = 0;    ///< the (k+1)-th Ritz value plus its residual; 0 when there is none
+  at::Tensor computed;   ///< all Ritz values, float64
+  int64_t passes = 0;       ///< products with the matrix and its transpose
+};
+
+/// Says how many of the leading Ritz values (float64, descending) are wanted.
+using WantedCount = std::function<int64_t(const at::Tensor& values)>;
+
+struct KrylovOptions {
+  int64_t block = 0;       ///< columns of the random start block, more than will ever be wanted
+  int64_t max_blocks = 0;  ///< give up beyond this depth
+  double tolerance = 0;    ///< every wanted triple reaches |A^T u - s v| <= tolerance * s
+  uint64_t seed = 0;
+};
+
+/// Block Golub-Kahan bidiagonalisation with full re-orthogonalisation and Rayleigh-Ritz on the whole Krylov space
+/// (Musco & Musco 2015; Golub, Luk & Overton 1981).
+///
+/// @param matrix  (m, n) float32
+/// @return nothing if max_blocks did not suffice
+std::optional<SingularTriples> block_krylov(const at::Tensor& matrix, const WantedCount& wanted,
+                                            const KrylovOptions& options);
+
+/// The same from a full SVD.
+SingularTriples exact_triples(const at::Tensor& matrix, const WantedCount& wanted);
+
+}  // namespace csulora

@@ -1,0 +1,5 @@
+"""``python -m csulora``."""
+
+from csulora.cli import main
+
+main()

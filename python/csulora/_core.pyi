@@ -1,0 +1,129 @@
+"""The compiled core (cpp/bindings/module.cpp); the C++ headers in cpp/include/csulora document it in full."""
+
+from collections.abc import Sequence
+
+import torch
+
+class Certificate:
+    """What is known about a subspace's accuracy."""
+
+    displacement_norm2: float
+    captured: float
+    residual: float
+    orthonormality: float
+    next_value: float
+    missed: float
+    noise_edge: float
+    above_noise: int
+    passes: int
+    def __init__(self) -> None: ...
+
+class Subspace:
+    """Leading singular triples of one displacement: u (m, k), s (k) float32, v (n, k)."""
+
+    def __init__(self, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> None: ...
+    @property
+    def u(self) -> torch.Tensor: ...
+    @property
+    def s(self) -> torch.Tensor: ...
+    @property
+    def v(self) -> torch.Tensor: ...
+    @property
+    def certificate(self) -> Certificate: ...
+
+class ExtractOptions:
+    """How the leading singular subspace is computed."""
+
+    rank: int
+    energy: float | None
+    tolerance: float
+    keep_noise: bool
+    noise_std: float | None
+    factor_dtype: torch.dtype
+    seed: int
+    def __init__(self) -> None: ...
+
+def extract_subspace(
+    base: torch.Tensor, aligned: torch.Tensor, options: ExtractOptions = ...
+) -> Subspace: ...
+def certify(
+    base: torch.Tensor, aligned: torch.Tensor, subspace: Subspace, options: ExtractOptions = ...
+) -> Certificate: ...
+
+class LoraPair:
+    """The factors of dW = scale * b a: b (m, r), a (r, n)."""
+
+    def __init__(self, b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> None: ...
+    @property
+    def b(self) -> torch.Tensor: ...
+    @property
+    def a(self) -> torch.Tensor: ...
+    @property
+    def scale(self) -> float: ...
+
+class Parts:
+    """One number per part of an update; as an attenuation: the four gains, in [0, 1]."""
+
+    def __init__(self, aligned: float, left: float, right: float, off: float) -> None: ...
+    @property
+    def aligned(self) -> float: ...
+    @property
+    def left(self) -> float: ...
+    @property
+    def right(self) -> float: ...
+    @property
+    def off(self) -> float: ...
+
+class Penalties:
+    """Penalties of the closed form, 0 or more, infinity allowed."""
+
+    def __init__(self, aligned: float, partial: float, off: float) -> None: ...
+    @property
+    def aligned(self) -> float: ...
+    @property
+    def partial(self) -> float: ...
+    @property
+    def off(self) -> float: ...
+
+class RankRule:
+    """Which rank a corrected pair has."""
+
+    keep: RankRule
+    exact: RankRule
+    fixed: RankRule
+
+class CorrectionOptions:
+    """Rank rule, and the rank for `RankRule.fixed`."""
+
+    def __init__(self, rule: RankRule = ..., rank: int = 0) -> None: ...
+    @property
+    def rule(self) -> RankRule: ...
+    @property
+    def rank(self) -> int: ...
+
+class CorrectionTask:
+    """One module of an adapter with everything its correction needs."""
+
+    def __init__(
+        self, pair: LoraPair, subspace: Subspace, attenuation: Penalties | Parts, label: str = "update"
+    ) -> None: ...
+
+class Correction:
+    """A corrected update, float32 with scale 1, and what was measured on the way."""
+
+    @property
+    def pair(self) -> LoraPair: ...
+    @property
+    def energies(self) -> Parts: ...
+    @property
+    def gains(self) -> Parts: ...
+    @property
+    def norm(self) -> float: ...
+    @property
+    def change(self) -> float: ...
+    @property
+    def undo(self) -> float: ...
+    @property
+    def lost(self) -> float: ...
+
+def correct(tasks: Sequence[CorrectionTask], options: CorrectionOptions = ...) -> list[Correction]: ...

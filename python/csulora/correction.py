@@ -1,0 +1,139 @@
+"""From an adapter, a pack and a policy to the corrected adapter and a report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from csulora import names
+from csulora.core import _core
+from csulora.errors import InputError, RefusedError
+from csulora.files import to_json
+from csulora.formats import Adapter, LoraModule
+from csulora.policy import Policy
+from csulora.report import REPORT_FILE, ModuleReport, Report
+from csulora.subspace import Subspace
+
+
+def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> tuple[Adapter, Report]:
+    """Compute the closest safe update of every module (CSULoRA, arXiv 2605.30640).
+
+    Args:
+        adapter: what `load_adapter` returned; it is not modified.
+        pack: the subspaces of the model the adapter is for.
+        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+
+    Returns:
+        The corrected adapter, in the input's storage types with every scale 1, and the report.
+
+    Raises:
+        RefusedError: a module is not covered, a limit of the policy is exceeded, or the policy was tuned for
+            another pack.
+        InputError: a shape differs from the pack's, or the result does not fit the storage type.
+    """
+    policy = policy or Policy.csulora()
+    if policy.subspace_sha256 not in (None, pack.sha256):
+        raise RefusedError(
+            f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
+            "use that pack or tune again"
+        )
+    covered = _cover(adapter, pack, policy)
+    results = _core.correct(
+        [
+            _core.CorrectionTask(
+                _core.LoraPair(module.b, module.a, module.scale),
+                pack[covered[name]].to_core(),
+                policy.attenuation(covered[name]),
+                f"{adapter.path}: {name}",
+            )
+            for name, module in adapter.modules.items()
+            if name in covered
+        ],
+        policy.rank_options(),
+    )
+    corrected = dict(zip(covered, results, strict=True))
+    report = _report(adapter, pack, policy, covered, corrected)
+    _check_undo(adapter, report, policy)
+
+    modules: dict[str, LoraModule] = {}
+    for name, module in adapter.modules.items():
+        if name in corrected:
+            modules[name] = _stored(adapter, name, module, corrected[name])
+        elif policy.uncovered == "keep":
+            modules[name] = module
+    if not modules:
+        raise RefusedError(f"{adapter.path}: nothing is left; the pack covers none of the adapter's modules")
+    documents = {REPORT_FILE: to_json(report.to_dict()), "README.md": report.card(_base_model(adapter))}
+    return replace(adapter, modules=modules, documents=documents), report
+
+
+def _base_model(adapter: Adapter) -> str | None:
+    name = adapter.config.get("base_model_name_or_path")
+    return name if isinstance(name, str) else None
+
+
+def _cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
+    """Map each covered module to the pack's name for it, in the adapter's order."""
+    covered = {}
+    for name, module in adapter.modules.items():
+        target = names.resolve(name, pack, pack.aliases)
+        if target is None:
+            if policy.uncovered == "refuse":
+                raise RefusedError(
+                    f"{adapter.path}: the pack does not cover module {name}; extract it too (--modules), or say "
+                    "what to do with such modules (--uncovered drop|keep)"
+                )
+            continue
+        if module.shape != pack[target].shape:
+            raise InputError(
+                f"{adapter.path}: module {name} updates a {list(module.shape)} matrix, but {target} is "
+                f"{list(pack[target].shape)} in the pack; the adapter is for another model"
+            )
+        covered[name] = target
+    if not covered:
+        raise RefusedError(f"{adapter.path}: the pack covers none of the adapter's modules; is it for this model?")
+    return covered
+
+
+def _report(
+    adapter: Adapter,
+    pack: Subspace,
+    policy: Policy,
+    covered: dict[str, str],
+    corrected: dict[str, _core.Correction],
+) -> Report:
+    modules = []
+    for name, module in adapter.modules.items():
+        if name in corrected:
+            alignment_norm = float(pack[covered[name]].s.double().norm())
+            modules.append(ModuleReport.corrected(name, module.rank, alignment_norm, corrected[name]))
+        elif policy.uncovered == "keep":
+            modules.append(ModuleReport(name, "kept", module.rank, module.rank))
+        else:
+            modules.append(ModuleReport(name, "dropped", module.rank, 0))
+    return Report(
+        adapter=adapter.path.name,
+        adapter_sha256=adapter.sha256,
+        subspace_sha256=pack.sha256,
+        fingerprints=pack.fingerprints,
+        policy=policy.to_dict(),
+        modules=tuple(modules),
+    )
+
+
+def _check_undo(adapter: Adapter, report: Report, policy: Policy) -> None:
+    worst = report.worst_undo
+    if policy.max_undo is None or worst is None or worst.undo is None or worst.undo <= policy.max_undo:
+        return
+    raise RefusedError(
+        f"{adapter.path}: module {worst.module} undoes {worst.undo:.3f} of its alignment; "
+        f"the policy allows {policy.max_undo:g}"
+    )
+
+
+def _stored(adapter: Adapter, name: str, module: LoraModule, result: _core.Correction) -> LoraModule:
+    b, a = result.pair.b.to(module.b.dtype), result.pair.a.to(module.a.dtype)
+    if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
+        raise InputError(f"{adapter.path}: the corrected update of {name} does not fit {module.b.dtype}")
+    return LoraModule(b, a, 1.0, module.is_embedding)

@@ -1,0 +1,101 @@
+"""Files that appear complete or not at all, and documents that are read within bounds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from csulora.errors import InputError
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_parent(path: Path) -> None:
+    """Raise `InputError` unless ``path`` could be created: its directory exists and is writable."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{parent}: no such directory; create it first")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent}: not writable; choose another place for {path.name}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it takes the place of ``path``, flushed to disk."""
+    check_parent(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name a file")
+    temporary = _temporary_beside(path)
+    temporary.touch(exist_ok=False)
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        temporary.replace(path)
+        _flush_to_disk(path.absolute().parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
+    """Yield an empty temporary directory that on success becomes ``path``.
+
+    An existing ``path`` is replaced only if it is empty or holds the file ``marker``, which says that csulora
+    wrote it.
+    """
+    check_parent(path)
+    if path.exists() and not _replaceable(path, marker):
+        raise InputError(f"{path}: exists and was not written by csulora; remove it or choose another name")
+    temporary = _temporary_beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _flush_to_disk(file)
+        _flush_to_disk(temporary)
+        if path.exists():
+            # A directory cannot be renamed over another: for a moment there is none.
+            path.rename(temporary.with_suffix(".old"))
+        temporary.rename(path)
+        _flush_to_disk(path.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
+
+
+def _replaceable(path: Path, marker: str) -> bool:
+    return path.is_dir() and not path.is_symlink() and ((path / marker).is_file() or not any(path.iterdir()))
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(document: Any) -> str:
+    """Return deterministic JSON: sorted keys, two spaces, a newline at the end."""
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

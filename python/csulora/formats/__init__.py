@@ -1,0 +1,48 @@
+"""The in-memory form of a LoRA adapter, and one module per file format that reads it and writes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """The update of one weight matrix, ``dW = scale * b @ a``, oriented (out, in) like ``torch.nn.Linear.weight``.
+
+    An embedding's weight is (vocabulary, width), so there ``b`` is (vocabulary, r) and ``a`` is (r, width).
+    """
+
+    b: torch.Tensor  # (out, r), float16, bfloat16 or float32
+    a: torch.Tensor  # (r, in), the same dtype
+    scale: float = 1.0
+    is_embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``b``."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in) of the weight matrix that the update is added to."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: one `LoraModule` per module, under the name the module has in the host's model.
+
+    Tensors keep their storage type. ``config`` is the adapter's own configuration as its format stores it
+    (``adapter_config.json`` for PEFT); nothing in it changes the update beyond what ``modules`` already says.
+    ``documents`` are texts to be written beside the weights, by file name.
+    """
+
+    modules: dict[str, LoraModule]
+    config: dict[str, Any]
+    path: Path
+    sha256: str
+    documents: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,61 @@
+"""What weight matrices are called: in checkpoints, in packs, and in the models that adapters were trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+WEIGHT = ".weight"
+
+# Attributes under which `transformers` hangs the bare model below its task head: the same module is called
+# `transformer.h.0.mlp.c_fc` in the model that PEFT wraps and `h.0.mlp.c_fc` in GPT-2's checkpoint.
+_BASE_MODEL_PREFIXES = ("model", "transformer", "gpt_neox", "base_model", "backbone")
+
+# Model types whose `transformers` implementation keeps attention and MLP weights as Conv1D, (in, out).
+_CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+_LAYER_INDEX = re.compile(r"(^|\.)\d+\.")
+_EMBEDDING = re.compile(r"(embed|relative_attention_bias|(^|\.)w[tp]e$)")
+_TOKEN_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)$")
+
+
+def is_conv1d(module: str, model_type: str | None) -> bool:
+    """Whether the checkpoint stores this module's weight as (in, out), as `transformers.Conv1D` does."""
+    return model_type in _CONV1D_MODEL_TYPES and module.rpartition(".")[2] in _CONV1D_MODULES
+
+
+def is_attention_or_mlp(module: str) -> bool:
+    """Whether a 2-D weight belongs to a numbered layer and is no embedding: the modules extracted by default."""
+    return _LAYER_INDEX.search(module) is not None and _EMBEDDING.search(module) is None
+
+
+def token_embedding(modules: Iterable[str]) -> str | None:
+    """Return the module that holds the token embedding, if it is recognisable by name."""
+    return next((module for module in sorted(modules) if _TOKEN_EMBEDDING.search(module)), None)
+
+
+def matches(module: str, pattern: str) -> bool:
+    """Whether a glob matches the module's whole name or a trailing part of it that starts at a dot."""
+    return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
+
+
+def resolve(module: str, known: Collection[str], aliases: Mapping[str, str]) -> str | None:
+    """Find the pack's name for a module of the host's model.
+
+    Names must be equal, up to one of the prefixes that `transformers` puts before the bare model. ``aliases``
+    holds names of tied weights. Returns None if the pack does not cover the module.
+    """
+    for candidate in _spellings(module):
+        if candidate in known:
+            return candidate
+        if candidate in aliases:
+            return aliases[candidate]
+    return None
+
+
+def _spellings(module: str) -> list[str]:
+    head, _, rest = module.partition(".")
+    stripped = [rest] if rest and head in _BASE_MODEL_PREFIXES else []
+    return [module, *stripped, *(f"{prefix}.{module}" for prefix in _BASE_MODEL_PREFIXES)]

@@ -1,0 +1,204 @@
+"""Policies: what a correction does to each part of an update, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+
+from csulora import names
+from csulora.core import _core
+from csulora.errors import InputError
+from csulora.files import write_text
+
+Rank = Literal["keep", "exact"] | int
+Uncovered = Literal["refuse", "drop", "keep"]
+
+_PENALTIES = ("aligned", "partial", "off")
+_GAINS = ("aligned", "left", "right", "off")
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other numbers for the modules that a glob matches; exactly one of ``penalties`` and ``gains`` is given.
+
+    Attributes:
+        match: glob over module names as the pack has them.
+        penalties: aligned, partial, off; 0 or more, infinity allowed.
+        gains: aligned, left, right, off; in [0, 1].
+    """
+
+    match: str
+    penalties: tuple[float, float, float] | None = None
+    gains: tuple[float, float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if (self.penalties is None) == (self.gains is None):
+            raise InputError(f"policy override {self.match!r}: give either penalties or gains")
+        for name, value in zip(_PENALTIES, self.penalties or (), strict=False):
+            _check_penalty(f"override {self.match!r}: {name}", value)
+        for name, value in zip(_GAINS, self.gains or (), strict=False):
+            _check_number(f"override {self.match!r}: gain {name}", value)
+            if not 0 <= value <= 1:
+                raise InputError(f"policy override {self.match!r}: gain {name} is {value}; it must lie in [0, 1]")
+
+    def to_core(self) -> _core.Penalties | _core.Parts:
+        """Return the numbers as the compiled core takes them."""
+        if self.gains is not None:
+            return _core.Parts(*self.gains)
+        assert self.penalties is not None
+        return _core.Penalties(*self.penalties)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How much of each part of an update is kept, gain = 1 / (1 + penalty * relative energy), and what is refused.
+
+    Attributes:
+        aligned: penalty on the part inside the subspace on both sides; 0 or more, infinity removes the part.
+        partial: penalty on the part inside it on one side only.
+        off: penalty on the part outside it on both sides.
+        rank: ``keep`` the adapter's rank, ``exact`` (up to twice that), or the most directions to keep.
+        uncovered: what happens to modules that the pack does not cover: ``refuse`` the adapter, ``drop`` the
+            module, or ``keep`` it uncorrected.
+        max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
+        overrides: other numbers for some modules; the first whose glob matches counts.
+        subspace_sha256: the one pack that a tuned policy may be used with; None: any.
+    """
+
+    aligned: float = 0.0
+    partial: float = 1.0
+    off: float = 1.0
+    rank: Rank = "keep"
+    uncovered: Uncovered = "refuse"
+    max_undo: float | None = None
+    overrides: tuple[Override, ...] = ()
+    subspace_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in _PENALTIES:
+            _check_penalty(name, getattr(self, name))
+        is_count = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
+        if not is_count and self.rank not in ("keep", "exact"):
+            raise InputError(f"policy rank is {self.rank!r}; it must be keep, exact or a positive number")
+        if self.uncovered not in ("refuse", "drop", "keep"):
+            raise InputError(f"policy uncovered is {self.uncovered!r}; it must be refuse, drop or keep")
+        if self.max_undo is not None:
+            _check_number("max_undo", self.max_undo)
+            if not math.isfinite(self.max_undo):
+                raise InputError(f"policy max_undo is {self.max_undo}; it must be a finite number")
+
+    @classmethod
+    def csulora(cls, penalty: float = 1.0, **rest: Any) -> Self:
+        """Keep what is aligned, attenuate the rest: the paper's policy."""
+        return cls(0.0, penalty, penalty, **rest)
+
+    @classmethod
+    def protect(cls, penalty: float = 1.0, **rest: Any) -> Self:
+        """Keep updates out of the subspace: attenuate what is inside it on either side."""
+        return cls(penalty, penalty, 0.0, **rest)
+
+    @classmethod
+    def project(cls, **rest: Any) -> Self:
+        """Keep the aligned part alone: the hard projection."""
+        return cls(0.0, math.inf, math.inf, **rest)
+
+    @classmethod
+    def none(cls, **rest: Any) -> Self:
+        """Keep everything: X = dW."""
+        return cls(0.0, 0.0, 0.0, **rest)
+
+    def attenuation(self, module: str) -> _core.Penalties | _core.Parts:
+        """Return the penalties or gains of a module, by its name in the pack, as the compiled core takes them."""
+        for override in self.overrides:
+            if names.matches(module, override.match):
+                return override.to_core()
+        return _core.Penalties(self.aligned, self.partial, self.off)
+
+    def rank_options(self) -> _core.CorrectionOptions:
+        """Return the rank rule as the compiled core takes it."""
+        if isinstance(self.rank, int):
+            return _core.CorrectionOptions(_core.RankRule.fixed, self.rank)
+        rule = _core.RankRule.keep if self.rank == "keep" else _core.RankRule.exact
+        return _core.CorrectionOptions(rule)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the policy as its TOML document: fields that are None are absent."""
+        document = {key: value for key, value in asdict(self).items() if value is not None}
+        document["overrides"] = [_override_document(override) for override in self.overrides]
+        return document
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Self:
+        """Read a policy from its TOML document.
+
+        Raises:
+            InputError: an unknown field, or a value out of range.
+        """
+        unknown = set(document) - {field.name for field in fields(cls)}
+        if unknown:
+            raise InputError(f"policy: unknown field {sorted(unknown)[0]!r}")
+        values = dict(document)
+        overrides = values.pop("overrides", [])
+        if not isinstance(overrides, list):
+            raise InputError("policy: overrides must be a list of tables")
+        return cls(**values, overrides=tuple(_override(entry) for entry in overrides))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a policy from a TOML file."""
+        try:
+            document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not a readable TOML file: {error}") from error
+        try:
+            return cls.from_dict(document)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy to a TOML file."""
+        write_text(Path(path), tomli_w.dumps(self.to_dict()))
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"policy {name} is {value!r}; it must be a number")
+
+
+def _check_penalty(name: str, value: float) -> None:
+    _check_number(name, value)
+    if not value >= 0:
+        raise InputError(f"policy {name} is {value}; a penalty must be 0 or more")
+
+
+def _override_document(override: Override) -> dict[str, Any]:
+    if override.gains is not None:
+        return {"match": override.match, "gains": dict(zip(_GAINS, override.gains, strict=True))}
+    assert override.penalties is not None
+    return {"match": override.match, "penalties": dict(zip(_PENALTIES, override.penalties, strict=True))}
+
+
+def _override(entry: Any) -> Override:
+    if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
+        raise InputError("policy: every override must be a table with a `match`")
+    unknown = set(entry) - {"match", "penalties", "gains"}
+    if unknown:
+        raise InputError(f"policy override {entry['match']!r}: unknown field {sorted(unknown)[0]!r}")
+    penalties, gains = entry.get("penalties"), entry.get("gains")
+    for table, keys in ((penalties, _PENALTIES), (gains, _GAINS)):
+        if table is not None and (not isinstance(table, dict) or set(table) != set(keys)):
+            raise InputError(f"policy override {entry['match']!r}: give exactly {', '.join(keys)}")
+    return Override(
+        entry["match"],
+        (penalties["aligned"], penalties["partial"], penalties["off"]) if penalties else None,
+        (gains["aligned"], gains["left"], gains["right"], gains["off"]) if gains else None,
+    )

@@ -20,9 +20,9 @@ double orthonormality_error(const Tensor& gram) {
 
 /// Products of D with both factors, and the residuals they leave.
 struct Residuals {
-  Tensor left2;       // (k) |D v - s u|^2
-  Tensor right2;      // (k) |D^T u - s v|^2
-  Tensor quotients;   // (k) u^T D v
+  Tensor left2;      // (k) |D v - s u|^2
+  Tensor right2;     // (k) |D^T u - s v|^2
+  Tensor quotients;  // (k) u^T D v
 };
 
 Residuals residuals(const Tensor& d, const Tensor& u, const Tensor& s, const Tensor& v) {
@@ -64,8 +64,8 @@ void check_factors(const Displacement& d, const Subspace& subspace) {
   check_matrix(subspace.v, "v");
   check(subspace.s.defined() && subspace.s.dim() == 1, "s must be a vector");
   const int64_t k = subspace.s.size(0);
-  check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1) &&
-            subspace.u.size(1) == k && subspace.v.size(1) == k,
+  check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1) && subspace.u.size(1) == k &&
+            subspace.v.size(1) == k,
         "u is ", subspace.u.sizes(), ", s ", subspace.s.sizes(), ", v ", subspace.v.sizes(),
         "; they do not fit a matrix of ", d.matrix.sizes());
 }
@@ -86,8 +86,7 @@ Certificate measure_factors(const Displacement& d, const Subspace& subspace, dou
   certificate.residual = at::maximum(measured.left2, measured.right2).sqrt().div(s).max().item<double>();
   certificate.orthonormality = std::max(orthonormality_error(gram_u), orthonormality_error(gram_v));
   certificate.captured = captured_share(d.norm2, s, measured.quotients, gram_u, gram_v);
-  certificate.missed =
-      missed_bound(measured.left2 + measured.right2, s, next_value, certificate.orthonormality);
+  certificate.missed = missed_bound(measured.left2 + measured.right2, s, next_value, certificate.orthonormality);
   return certificate;
 }
 

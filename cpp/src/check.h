@@ -1,7 +1,7 @@
 #pragma once
 
-#include <c10/util/StringUtil.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/StringUtil.h>
 
 #include "csulora/error.h"
 
@@ -30,8 +30,8 @@ inline void check_matrix(const at::Tensor& tensor, const std::string& name) {
   check(tensor.layout() == at::kStrided, name, " is sparse; pass a dense tensor");
   check(tensor.device().is_cpu(), name, " is on ", tensor.device().str(), "; move it to the CPU");
   const auto dtype = tensor.scalar_type();
-  check(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat, name, " is ",
-        c10::toString(dtype), "; float16, bfloat16 or float32 is needed");
+  check(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat, name, " is ", c10::toString(dtype),
+        "; float16, bfloat16 or float32 is needed");
 }
 
 }  // namespace csulora

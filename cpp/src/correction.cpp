@@ -1,12 +1,13 @@
 #include "csulora/correction.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <exception>
 #include <limits>
 
 #include "check.h"
@@ -31,10 +32,10 @@ Tensor gram(const Tensor& factor) {
 }
 
 SplitFactor split(const Tensor& factor, const Tensor& basis) {
-  const auto directions = basis.to(at::kFloat);                // (m, k)
-  const auto coordinates = directions.t().matmul(factor);         // (k, r)
-  const auto inside = directions.matmul(coordinates);             // (m, r)
-  const auto outside = factor - inside;                           // (m, r)
+  const auto directions = basis.to(at::kFloat);            // (m, k)
+  const auto coordinates = directions.t().matmul(factor);  // (k, r)
+  const auto inside = directions.matmul(coordinates);      // (m, r)
+  const auto outside = factor - inside;                    // (m, r)
   return {coordinates, inside, outside, gram(coordinates), gram(outside)};
 }
 
@@ -61,9 +62,7 @@ double undo(const SplitFactor& b, const SplitFactor& a, const Tensor& singular_v
   return -s.mul(diagonal).sum().item<double>() / alignment2;
 }
 
-double gain(double penalty, double energy) {
-  return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy);
-}
+double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
 
 Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
   if (const auto* gains = std::get_if<Gains>(&attenuation)) {
@@ -132,12 +131,10 @@ Truncated truncated_pair(const SplitFactor& b, const SplitFactor& a, const Gains
   const auto b_out = gram_root(b.outside_gram);
   const auto a_in = gram_root(a.inside_gram);
   const auto a_out = gram_root(a.outside_gram);
-  const auto upper = at::cat({b_in.root.matmul(a_in.root.t()).mul_(gains.aligned),
-                                 b_in.root.matmul(a_out.root.t()).mul_(gains.left)},
-                                1);
-  const auto lower = at::cat({b_out.root.matmul(a_in.root.t()).mul_(gains.right),
-                                 b_out.root.matmul(a_out.root.t()).mul_(gains.off)},
-                                1);
+  const auto upper = at::cat(
+      {b_in.root.matmul(a_in.root.t()).mul_(gains.aligned), b_in.root.matmul(a_out.root.t()).mul_(gains.left)}, 1);
+  const auto lower = at::cat(
+      {b_out.root.matmul(a_in.root.t()).mul_(gains.right), b_out.root.matmul(a_out.root.t()).mul_(gains.off)}, 1);
   const auto [left, values, right] = at::linalg_svd(at::cat({upper, lower}, 0), false);  // (2r, 2r)
 
   const int64_t r = b.inside_gram.size(0);
@@ -189,8 +186,8 @@ void check_task(const CorrectionTask& task, const CorrectionOptions& options) {
   check(b.size(1) == a.size(0) && b.size(1) >= 1, task.label, ": b is ", b.sizes(), " and a is ", a.sizes(),
         "; their inner dimensions must be equal and at least 1");
   check(std::isfinite(scale), task.label, ": the scale is not finite");
-  check(subspace.u.size(0) == b.size(0) && subspace.v.size(0) == a.size(1), task.label, ": the update is ",
-        b.size(0), " x ", a.size(1), " and the subspace is for ", subspace.u.size(0), " x ", subspace.v.size(0));
+  check(subspace.u.size(0) == b.size(0) && subspace.v.size(0) == a.size(1), task.label, ": the update is ", b.size(0),
+        " x ", a.size(1), " and the subspace is for ", subspace.u.size(0), " x ", subspace.v.size(0));
   check(subspace.s.defined() && subspace.s.dim() == 1 && subspace.s.size(0) == subspace.u.size(1) &&
             subspace.u.size(1) == subspace.v.size(1),
         task.label, ": u, s and v of the subspace disagree on k");
@@ -259,15 +256,26 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
 
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   std::vector<Correction> results(tasks.size());
+  std::vector<std::exception_ptr> errors(tasks.size());
   std::atomic<size_t> next{0};
   // At least two workers, so that even a single module runs inside a parallel region, where every product uses one
   // thread: the bits then depend neither on the number of modules nor on the number of threads.
   const int64_t workers = std::max(2, at::get_num_threads());
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     for (size_t i = next++; i < tasks.size(); i = next++) {
-      results[i] = correct_one(tasks[i], options);
+      try {
+        results[i] = correct_one(tasks[i], options);
+      } catch (...) {
+        errors[i] = std::current_exception();
+      }
     }
   });
+  // The first in the caller's order, whichever thread failed first.
+  for (const auto& error : errors) {
+    if (error) {
+      std::rethrow_exception(error);
+    }
+  }
   return results;
 }
 

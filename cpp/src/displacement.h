@@ -8,7 +8,7 @@ namespace csulora {
 
 /// D = aligned - base with the two scalars that need a pass over both matrices.
 struct Displacement {
-  at::Tensor matrix;  ///< (m, n) float32
+  at::Tensor matrix;     ///< (m, n) float32
   double norm2 = 0;      ///< |D|_F^2, accumulated in float64
   double noise_std = 0;  ///< standard deviation of the storage rounding of one entry of D
 };

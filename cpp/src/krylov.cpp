@@ -1,7 +1,7 @@
 #include "krylov.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 
 #include <limits>
 #include <vector>

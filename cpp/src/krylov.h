@@ -10,12 +10,12 @@ namespace csulora {
 
 /// Approximate leading singular triples of a matrix, descending.
 struct SingularTriples {
-  at::Tensor u;          ///< (m, k) float32
-  at::Tensor s;          ///< (k) float64, Ritz values
-  at::Tensor v;          ///< (n, k) float32
-  double next_value = 0;    ///< the (k+1)-th Ritz value plus its residual; 0 when there is none
-  at::Tensor computed;   ///< all Ritz values, float64
-  int64_t passes = 0;       ///< products with the matrix and its transpose
+  at::Tensor u;           ///< (m, k) float32
+  at::Tensor s;           ///< (k) float64, Ritz values
+  at::Tensor v;           ///< (n, k) float32
+  double next_value = 0;  ///< the (k+1)-th Ritz value plus its residual; 0 when there is none
+  at::Tensor computed;    ///< all Ritz values, float64
+  int64_t passes = 0;     ///< products with the matrix and its transpose
 };
 
 /// Says how many of the leading Ritz values (float64, descending) are wanted.

@@ -50,7 +50,7 @@ class Parts:
         try:
             with safe_open(self._file(name), framework="pt") as tensors:
                 provenance = json.loads(tensors.metadata()["provenance"])
-                certificate = Certificate(**provenance.pop("certificate"))
+                certificate = Certificate.from_record(provenance.pop("certificate"))
                 factors = {factor: tensors.get_tensor(factor) for factor in _FACTORS}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._directory}: cannot be continued ({error}); remove it") from error

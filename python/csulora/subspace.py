@@ -56,6 +56,17 @@ class Certificate:
         """Convert the compiled core's certificate."""
         return cls(**{field.name: getattr(certificate, field.name) for field in fields(cls)})
 
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Certificate:
+        """Read what `dataclasses.asdict` wrote; raises TypeError unless every field is a number of its type."""
+        certificate = cls(**record)
+        for field in fields(cls):
+            allowed = (int,) if field.type == "int" else (int, float)
+            value = getattr(certificate, field.name)
+            if isinstance(value, bool) or not isinstance(value, allowed):
+                raise TypeError(f"certificate field {field.name} is {value!r}")
+        return certificate
+
 
 @dataclass(frozen=True)
 class ModuleSubspace:
@@ -206,11 +217,9 @@ def _parse(path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tensor
 
 def _module(name: str, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ModuleSubspace:
     u, s, v = (tensors[f"{name}.{factor}"] for factor in ("u", "s", "v"))
-    if u.dim() != 2 or v.dim() != 2 or s.dim() != 1 or not (u.shape[1] == s.shape[0] == v.shape[1]):
-        raise InputError(f"{name}: u {list(u.shape)}, s {list(s.shape)}, v {list(v.shape)} do not fit")
-    if s.dtype != torch.float32 or u.dtype != v.dtype or u.dtype not in FACTOR_DTYPES.values():
-        raise InputError(f"{name}: u {u.dtype}, s {s.dtype}, v {v.dtype} are not what a pack stores")
-    if not (bool(s.isfinite().all()) and bool((s > 0).all()) and bool((s.diff() <= 0).all())):
-        raise InputError(f"{name}: singular values must be finite, positive and descending")
-    certificate = Certificate(**record["certificate"])
+    try:
+        _core.validate(_core.Subspace(u, s, v))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    certificate = Certificate.from_record(record["certificate"])
     return ModuleSubspace(u, s, v, certificate, str(record["base_sha256"]), str(record["aligned_sha256"]))

@@ -7,14 +7,15 @@
 #include <variant>
 #include <vector>
 
+#include "csulora/options.h"
 #include "csulora/subspace.h"
 
 namespace csulora {
 
 /// The factors of an update dW = scale * b a.
 struct LoraPair {
-  at::Tensor b;     ///< (m, r) float16, bfloat16 or float32 on the CPU, r >= 1
-  at::Tensor a;     ///< (r, n) likewise
+  at::Tensor b;        ///< (m, r) float16, bfloat16 or float32 on the CPU, r >= 1
+  at::Tensor a;        ///< (r, n) likewise
   double scale = 1.0;  ///< what the adapter format multiplies b a by (alpha / r for plain LoRA)
 };
 
@@ -39,18 +40,6 @@ using Gains = Parts;
 
 /// How much of each part is kept: by penalty (adapts to the module's energies) or by fixed gain.
 using Attenuation = std::variant<Penalties, Gains>;
-
-/// Which rank a corrected pair has.
-enum class RankRule {
-  keep,   ///< the input's rank: best approximation of X in Frobenius norm
-  exact,  ///< X itself, of rank r or 2r
-  fixed   ///< best approximation of at most a given rank
-};
-
-struct CorrectionOptions {
-  RankRule rule = RankRule::keep;
-  int64_t rank = 0;  ///< for RankRule::fixed, at least 1
-};
 
 /// A corrected update and what was measured on the way.
 struct Correction {

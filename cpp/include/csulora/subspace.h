@@ -3,35 +3,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <optional>
+
+#include "csulora/options.h"
 
 namespace csulora {
-
-/// How the leading singular subspace of a displacement is computed.
-struct ExtractOptions {
-  /// Number of singular directions to keep, or the most to keep when `energy` is set; at least 1.
-  /// More than min(m, n) means all of them.
-  int64_t rank = 64;
-
-  /// Keep the fewest directions that capture this share of |D|^2, in (0, 1]; absent: keep `rank`.
-  std::optional<double> energy;
-
-  /// Convergence: every kept triple must reach |D^T u - s v| <= tolerance * s. In (0, 1).
-  double tolerance = 1e-3;
-
-  /// Keep directions whose singular value lies below the rounding noise of the two checkpoints.
-  bool keep_noise = false;
-
-  /// Standard deviation of the storage rounding of one entry of D; absent: computed from the dtypes and
-  /// the magnitudes of both matrices (give it when they were dequantised).
-  std::optional<double> noise_std;
-
-  /// Storage type of u and v: float16, bfloat16 or float32. The certificate holds for the rounded factors.
-  at::ScalarType factor_dtype = at::kHalf;
-
-  /// Seed of the random start block. Same seed, inputs, thread count and version: same bits.
-  uint64_t seed = 0;
-};
 
 /// What is known about a subspace's accuracy, measured in float64 on the factors as they are stored.
 struct Certificate {
@@ -72,6 +47,13 @@ struct Subspace {
   Certificate certificate{};
 };
 
+/// Checks factors that come from outside: shapes and dtypes fit, s is finite, positive and descending, and the columns
+/// of u and v are orthonormal as far as their storage type allows. Orthonormality is probed with a few fixed random
+/// vectors, which costs one read of u and v; NaN and infinity fail it too.
+///
+/// @throws InputError that says which factor is wrong
+void validate(const Subspace& subspace);
+
 /// Truncated SVD of the displacement D = aligned - base.
 ///
 /// Randomized block Krylov (Musco & Musco 2015) in the form of a block Golub-Kahan bidiagonalisation with full
@@ -81,8 +63,7 @@ struct Subspace {
 /// @param base     (m, n) float16, bfloat16 or float32 on the CPU
 /// @param aligned  same shape; the dtype may differ
 /// @throws InputError for shapes, dtypes, devices, options or values (NaN, infinity) that cannot be used
-Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned,
-                          const ExtractOptions& options = {});
+Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {});
 
 /// Recomputes the certificate of stored factors from the matrices themselves, trusting nothing that came with them.
 ///

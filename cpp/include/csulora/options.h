@@ -1,0 +1,48 @@
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace csulora {
+
+/// How the leading singular subspace of a displacement is computed.
+struct ExtractOptions {
+  /// Number of singular directions to keep, or the most to keep when `energy` is set; at least 1.
+  /// More than min(m, n) means all of them.
+  int64_t rank = 64;
+
+  /// Keep the fewest directions that capture this share of |D|^2, in (0, 1]; absent: keep `rank`.
+  std::optional<double> energy;
+
+  /// Convergence: every kept triple must reach |D^T u - s v| <= tolerance * s. In (0, 1).
+  double tolerance = 1e-3;
+
+  /// Keep directions whose singular value lies below the rounding noise of the two checkpoints.
+  bool keep_noise = false;
+
+  /// Standard deviation of the storage rounding of one entry of D; absent: computed from the dtypes and
+  /// the magnitudes of both matrices (give it when they were dequantised).
+  std::optional<double> noise_std;
+
+  /// Storage type of u and v: float16, bfloat16 or float32. The certificate holds for the rounded factors.
+  at::ScalarType factor_dtype = at::kHalf;
+
+  /// Seed of the random start block. Same seed, inputs, thread count and version: same bits.
+  uint64_t seed = 0;
+};
+
+/// Which rank a corrected pair has.
+enum class RankRule {
+  keep,   ///< the input's rank: best approximation of X in Frobenius norm
+  exact,  ///< X itself, of rank r or 2r
+  fixed   ///< best approximation of at most a given rank
+};
+
+struct CorrectionOptions {
+  RankRule rule = RankRule::keep;
+  int64_t rank = 0;  ///< for RankRule::fixed, at least 1
+};
+
+}  // namespace csulora

@@ -1,0 +1,51 @@
+#include "csulora/subspace.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/GradMode.h>
+
+#include "check.h"
+
+namespace csulora {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kProbes = 4;
+/// Rounding to bfloat16 bends a basis by up to 2^-8; what is not orthonormal at all is off by far more.
+constexpr double kProbeTolerance = 0.03;
+
+void check_orthonormal(const Tensor& basis, const char* name) {
+  if (basis.size(1) == 0) {
+    return;
+  }
+  const auto wide = basis.to(at::kFloat);
+  const auto probes = at::randn({basis.size(1), kProbes}, at::detail::createCPUGenerator(0), at::kFloat);
+  const auto error = wide.t().matmul(wide.matmul(probes)).sub_(probes).norm(2, 0).div(probes.norm(2, 0));
+  const double worst = error.max().item<double>();
+  check(worst <= kProbeTolerance, "the columns of ", name, " are not orthonormal (off by ", worst,
+        "); the subspace is damaged or was not made by csulora");
+}
+
+}  // namespace
+
+void validate(const Subspace& subspace) {
+  const c10::NoGradGuard no_grad;
+  const auto& [u, s, v, certificate] = subspace;
+  check_matrix(u, "u");
+  check_matrix(v, "v");
+  check(u.scalar_type() == v.scalar_type(), "u is ", c10::toString(u.scalar_type()), " and v is ",
+        c10::toString(v.scalar_type()), "; both must have one dtype");
+  check(s.defined() && s.dim() == 1 && s.scalar_type() == at::kFloat, "s must be a float32 vector");
+  const int64_t k = s.size(0);
+  check(u.size(1) == k && v.size(1) == k, "u is ", u.sizes(), ", s ", s.sizes(), ", v ", v.sizes(),
+        "; they must agree on the number of directions");
+  check(u.size(0) >= k && v.size(0) >= k, "u is ", u.sizes(), " and v ", v.sizes(),
+        "; there cannot be more directions than dimensions");
+  check(s.isfinite().logical_and(s > 0).all().item<bool>() && s.diff().le(0).all().item<bool>(),
+        "s must be finite, positive and descending");
+  check_orthonormal(u, "u");
+  check_orthonormal(v, "v");
+}
+
+}  // namespace csulora

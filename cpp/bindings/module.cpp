@@ -12,8 +12,8 @@ using namespace pybind11::literals;
 
 namespace {
 
-void raise(const char* type, const std::exception& error) {
-  py::set_error(py::module_::import("csulora.errors").attr(type), error.what());
+void raise(const char* type, const char* message) {
+  py::set_error(py::module_::import("csulora.errors").attr(type), message);
 }
 
 void translate(std::exception_ptr pending) {
@@ -22,9 +22,11 @@ void translate(std::exception_ptr pending) {
       std::rethrow_exception(pending);
     }
   } catch (const csulora::InputError& error) {
-    raise("InputError", error);
+    raise("InputError", error.what());
   } catch (const csulora::InternalError& error) {
-    raise("InternalError", error);
+    raise("InternalError", error.what());
+  } catch (const c10::Error& error) {  // LibTorch itself gave up: memory, a decomposition that does not converge
+    raise("InternalError", error.what_without_backtrace());
   }
 }
 
@@ -129,7 +131,7 @@ void register_correction(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
-  py::register_exception_translator(&translate);
+  py::register_local_exception_translator(&translate);
   register_subspace(module);
   register_correction(module);
 }

@@ -1,0 +1,16 @@
+import os
+
+# Hub look-ups in tests must fail at once, also on a machine that has a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("csulora", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("csulora")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

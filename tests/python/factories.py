@@ -1,0 +1,144 @@
+"""Tiny random inputs: matrices with a given spectrum, subspaces, updates, checkpoints, packs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from csulora.core import _core
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+@cache
+def orthonormal(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """(rows, columns) float64 with orthonormal columns."""
+    return torch.linalg.qr(gaussian(rows, columns, seed=seed, dtype=torch.float64))[0]
+
+
+def with_spectrum(rows: int, columns: int, values: Tensor, seed: int = 0) -> Tensor:
+    """(rows, columns) float64 with these singular values and random singular vectors."""
+    left, right = orthonormal(rows, len(values), seed), orthonormal(columns, len(values), seed + 1)
+    return (left * values) @ right.t()
+
+
+def subspace(
+    rows: int, columns: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> _core.Subspace:
+    """A random subspace with slowly falling singular values, as the core takes it."""
+    u, v = orthonormal(rows, rank, seed), orthonormal(columns, rank, seed + 1)
+    s = torch.arange(1, rank + 1).double().rsqrt()
+    return _core.Subspace(u.to(dtype), s.float(), v.to(dtype))
+
+
+def pair(
+    rows: int,
+    columns: int,
+    rank: int,
+    seed: int = 0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> _core.LoraPair:
+    b, a = gaussian(rows, rank, seed=seed), gaussian(rank, columns, seed=seed + 1)
+    return _core.LoraPair(b.to(dtype), a.to(dtype), scale)
+
+
+def llama_weights(
+    layers: int = 2, width: int = 48, hidden: int = 64, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """A Llama's weights: attention with fewer key heads than query heads, MLP, norms, embedding, untied head."""
+    shapes = {"model.embed_tokens": (40, width), "lm_head": (40, width), "model.norm": (width,)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.self_attn.q_proj": (width, width),
+            f"{prefix}.self_attn.k_proj": (width // 2, width),
+            f"{prefix}.self_attn.v_proj": (width // 2, width),
+            f"{prefix}.self_attn.o_proj": (width, width),
+            f"{prefix}.mlp.gate_proj": (hidden, width),
+            f"{prefix}.mlp.up_proj": (hidden, width),
+            f"{prefix}.mlp.down_proj": (width, hidden),
+            f"{prefix}.input_layernorm": (width,),
+        }
+    return {
+        f"{name}.weight": gaussian(*shape, seed=seed + i).to(dtype)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def moved(weights: Mapping[str, Tensor], seed: int = 1, size: float = 0.1, rank: int = 6) -> dict[str, Tensor]:
+    """The weights after an alignment: every matrix displaced by a low-rank change and a little noise."""
+    result = {}
+    for i, (name, weight) in enumerate(weights.items()):
+        if weight.dim() == 2:
+            low_rank = gaussian(weight.shape[0], rank, seed=seed + i) @ gaussian(rank, weight.shape[1], seed=-i - 1)
+            change = size * low_rank + 0.01 * size * gaussian(*weight.shape, seed=seed + 1000 + i)
+            result[name] = (weight.float() + change).to(weight.dtype)
+        else:
+            result[name] = weight
+    return result
+
+
+def save_checkpoint(
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, object] | None = None,
+    shards: int = 1,
+) -> Path:
+    """Write a Hugging Face model directory, in one file or several."""
+    directory.mkdir(parents=True)
+    settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps(settings | dict(config or {})))
+    if shards == 1:
+        save_file(dict(weights), directory / "model.safetensors", {"format": "pt"})
+        return directory
+    names = sorted(weights)
+    index: dict[str, str] = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        chosen = names[shard::shards]
+        save_file({name: weights[name] for name in chosen}, directory / file, {"format": "pt"})
+        index |= dict.fromkeys(chosen, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return directory
+
+
+def checkpoint_pair(directory: Path, layers: int = 2, seed: int = 0, **save: object) -> tuple[Path, Path]:
+    """A base and an aligned checkpoint."""
+    base = llama_weights(layers, seed=seed)
+    return (
+        save_checkpoint(directory / "base", base, **save),
+        save_checkpoint(directory / "aligned", moved(base), **save),
+    )
+
+
+def save_adapter(
+    directory: Path,
+    modules: Mapping[str, tuple[int, int]],
+    rank: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **config: object,
+) -> Path:
+    """Write a plain PEFT adapter by hand for modules of the given (out, in) shapes."""
+    directory.mkdir(parents=True)
+    tensors = {}
+    for i, (name, (rows, columns)) in enumerate(modules.items()):
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = gaussian(rank, columns, seed=seed + 2 * i).to(dtype)
+        tensors[f"{prefix}.lora_B.weight"] = gaussian(rows, rank, seed=seed + 2 * i + 1).to(dtype)
+    targets: Sequence[str] = sorted({name.rpartition(".")[2] for name in modules})
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
+    (directory / "adapter_config.json").write_text(json.dumps(settings | config))
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    return directory

@@ -1,0 +1,92 @@
+"""Dense float64 twins of everything the core computes in factor space."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PARTS = ("aligned", "left", "right", "off")
+
+
+@dataclass(frozen=True)
+class Split:
+    """An update and its four parts, dense, float64."""
+
+    update: Tensor
+    parts: dict[str, Tensor]
+
+    @property
+    def energies(self) -> dict[str, float]:
+        total = float(self.update.square().sum())
+        return {name: float(part.square().sum()) / total for name, part in self.parts.items()}
+
+
+def update(b: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
+    return scale * b.double() @ a.double()
+
+
+def split(dw: Tensor, u: Tensor, v: Tensor) -> Split:
+    u, v = u.double(), v.double()
+    inside_rows = u @ (u.t() @ dw)
+    outside_rows = dw - inside_rows
+    aligned = (inside_rows @ v) @ v.t()
+    right = (outside_rows @ v) @ v.t()
+    parts = {"aligned": aligned, "left": inside_rows - aligned, "right": right, "off": outside_rows - right}
+    return Split(dw, parts)
+
+
+def gains(penalties: tuple[float, float, float], energies: dict[str, float]) -> dict[str, float]:
+    """The closed form g = 1 / (1 + penalty * energy); left and right are one part."""
+
+    def gain(penalty: float, energy: float) -> float:
+        return 0.0 if penalty == float("inf") else 1 / (1 + penalty * energy)
+
+    aligned, partial, off = penalties
+    shared = gain(partial, energies["left"] + energies["right"])
+    return {
+        "aligned": gain(aligned, energies["aligned"]),
+        "left": shared,
+        "right": shared,
+        "off": gain(off, energies["off"]),
+    }
+
+
+def closest_safe_update(dw: Tensor, u: Tensor, v: Tensor, penalties: tuple[float, float, float]) -> Tensor:
+    parts = split(dw, u, v)
+    applied = gains(penalties, parts.energies)
+    return combine(parts, applied)
+
+
+def combine(parts: Split, applied: dict[str, float]) -> Tensor:
+    return sum((applied[name] * parts.parts[name] for name in PARTS), torch.zeros_like(parts.update))
+
+
+def objective(x: Tensor, dw: Tensor, u: Tensor, v: Tensor, penalties: tuple[float, float, float]) -> float:
+    """|X - dW|^2 + sum_c lambda_c e_c |X_c|^2 for finite penalties, with left and right as one part."""
+    energies = split(dw, u, v).energies
+    norms2 = {name: float(part.square().sum()) for name, part in split(x, u, v).parts.items()}
+    aligned, partial, off = penalties
+    return (
+        float((x - dw).square().sum())
+        + aligned * energies["aligned"] * norms2["aligned"]
+        + partial * (energies["left"] + energies["right"]) * (norms2["left"] + norms2["right"])
+        + off * energies["off"] * norms2["off"]
+    )
+
+
+def undo(dw: Tensor, u: Tensor, s: Tensor, v: Tensor) -> float:
+    alignment = (u.double() * s.double()) @ v.double().t()
+    return -float((dw * alignment).sum()) / float(s.double().square().sum())
+
+
+def singular_values(x: Tensor, at_most: int) -> Tensor:
+    """The leading singular values of a matrix whose rank is known to be at most `at_most`."""
+    if min(x.shape) <= 2 * at_most:
+        return torch.linalg.svdvals(x)
+    probes = torch.randn(x.shape[1], 2 * at_most, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis, _ = torch.linalg.qr(x @ probes)
+    return torch.linalg.svdvals(basis.t() @ x)
+
+
+def relative_error(x: Tensor, reference: Tensor) -> float:
+    return float((x.double() - reference).norm() / reference.norm())

@@ -46,7 +46,8 @@ double trace_of_product(const Tensor& left, const Tensor& right) {  // both (r, 
 /// Squared Frobenius norms of the four parts, as traces of r x r products.
 Parts part_norms2(const SplitFactor& b, const SplitFactor& a) {
   const auto norm2 = [](const Tensor& left, const Tensor& right) {
-    return std::max(0.0, trace_of_product(left, right));
+    const double trace = trace_of_product(left, right);
+    return trace < 0 ? 0 : trace;  // rounding; NaN passes, to be found by the caller
   };
   return {norm2(b.inside_gram, a.inside_gram), norm2(b.inside_gram, a.outside_gram),
           norm2(b.outside_gram, a.inside_gram), norm2(b.outside_gram, a.outside_gram)};

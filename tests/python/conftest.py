@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 # Hub look-ups in tests must fail at once, also on a machine that has a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,3 +15,10 @@ settings.load_profile("csulora")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -76,12 +76,16 @@ def llama_weights(
     }
 
 
-def moved(weights: Mapping[str, Tensor], seed: int = 1, size: float = 0.1, rank: int = 6) -> dict[str, Tensor]:
+def moved(
+    weights: Mapping[str, Tensor], seed: int = 1, size: float = 0.1, rank: int = 6
+) -> dict[str, Tensor]:
     """The weights after an alignment: every matrix displaced by a low-rank change and a little noise."""
     result = {}
     for i, (name, weight) in enumerate(weights.items()):
         if weight.dim() == 2:
-            low_rank = gaussian(weight.shape[0], rank, seed=seed + i) @ gaussian(rank, weight.shape[1], seed=-i - 1)
+            low_rank = gaussian(weight.shape[0], rank, seed=seed + i) @ gaussian(
+                rank, weight.shape[1], seed=-i - 1
+            )
             change = size * low_rank + 0.01 * size * gaussian(*weight.shape, seed=seed + 1000 + i)
             result[name] = (weight.float() + change).to(weight.dtype)
         else:

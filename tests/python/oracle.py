@@ -17,8 +17,9 @@ class Split:
 
     @property
     def energies(self) -> dict[str, float]:
-        total = float(self.update.square().sum())
-        return {name: float(part.square().sum()) / total for name, part in self.parts.items()}
+        # For exact projectors the sum is |dW|^2; bases rounded to a storage type are orthonormal to its precision only.
+        norms2 = {name: float(part.square().sum()) for name, part in self.parts.items()}
+        return {name: norm2 / sum(norms2.values()) for name, norm2 in norms2.items()}
 
 
 def update(b: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
@@ -83,7 +84,9 @@ def singular_values(x: Tensor, at_most: int) -> Tensor:
     """The leading singular values of a matrix whose rank is known to be at most `at_most`."""
     if min(x.shape) <= 2 * at_most:
         return torch.linalg.svdvals(x)
-    probes = torch.randn(x.shape[1], 2 * at_most, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probes = torch.randn(
+        x.shape[1], 2 * at_most, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     basis, _ = torch.linalg.qr(x @ probes)
     return torch.linalg.svdvals(basis.t() @ x)
 

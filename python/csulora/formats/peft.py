@@ -1,0 +1,1 @@
+"""Placeholder while the PEFT format is being written."""

@@ -1,0 +1,349 @@
+"""The correction against the dense float64 oracle, and the invariants of the closed form."""
+
+import math
+from collections.abc import Callable
+
+import factories
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from tolerances import CANCELLED, COMPUTED, PROJECTOR, TRACES
+
+from csulora.core import _core
+from csulora.errors import InputError
+
+Penalties = tuple[float, float, float]
+
+EXACT = _core.CorrectionOptions(_core.RankRule.exact)
+PRESETS: dict[str, Penalties] = {
+    "csulora": (0.0, 1.0, 1.0),
+    "project": (0.0, math.inf, math.inf),
+    "protect": (1.0, 1.0, 0.0),
+    "remove": (math.inf, math.inf, 0.0),
+    "none": (0.0, 0.0, 0.0),
+    "uneven": (3.0, 0.5, 20.0),
+}
+TOLERANCE = COMPUTED[torch.float32]
+
+
+def correct(
+    pair: _core.LoraPair,
+    subspace: _core.Subspace,
+    attenuation: Penalties | _core.Parts,
+    options: _core.CorrectionOptions = EXACT,
+) -> _core.Correction:
+    numbers = _core.Penalties(*attenuation) if isinstance(attenuation, tuple) else attenuation
+    return _core.correct([_core.CorrectionTask(pair, subspace, numbers, "layer")], options)[0]
+
+
+def dense(result: _core.Correction) -> torch.Tensor:
+    return oracle.update(result.pair.b, result.pair.a, result.pair.scale)
+
+
+def dense_update(pair: _core.LoraPair) -> torch.Tensor:
+    return oracle.update(pair.b, pair.a, pair.scale)
+
+
+def expected(pair: _core.LoraPair, subspace: _core.Subspace, penalties: Penalties) -> torch.Tensor:
+    return oracle.closest_safe_update(dense_update(pair), subspace.u, subspace.v, penalties)
+
+
+def sizes(low: int, high: int) -> st.SearchStrategy[int]:
+    """Whole numbers spread evenly over orders of magnitude."""
+    return st.floats(math.log(low), math.log(high)).map(lambda x: min(high, max(low, round(math.exp(x)))))
+
+
+@st.composite
+def problems(draw: st.DrawFn, largest: int = 200) -> tuple[_core.LoraPair, _core.Subspace]:
+    rows, columns = draw(sizes(8, largest)), draw(sizes(8, largest))
+    shorter = min(rows, columns)
+    rank = draw(sizes(1, min(256, shorter)))
+    directions = draw(sizes(1, min(512, shorter)))
+    seed = draw(st.integers(0, 2**31 - 1))
+    scale = draw(st.sampled_from([1.0, 0.25, 16.0, -2.0]))
+    return factories.pair(rows, columns, rank, seed, scale), factories.subspace(
+        rows, columns, directions, seed % 7
+    )
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(problem=problems(largest=4096), preset=st.sampled_from(sorted(PRESETS)))
+def test_agrees_with_the_dense_oracle(problem: tuple[_core.LoraPair, _core.Subspace], preset: str) -> None:
+    pair, subspace = problem
+    reference = expected(pair, subspace, PRESETS[preset])
+    assume(reference.norm() > CANCELLED * dense_update(pair).norm())
+    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS[preset])), reference) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank", "directions"),
+    [
+        (4096, 4096, 16, 64),
+        (4096, 1024, 256, 512),
+        (1024, 4096, 256, 16),
+        (8, 4096, 8, 8),
+        (4096, 8, 1, 1),
+        (512, 2048, 64, 512),  # the subspace is everything on the left
+    ],
+)
+@pytest.mark.parametrize("preset", ["csulora", "project", "protect"])
+def test_agrees_with_the_dense_oracle_at_the_extremes(
+    rows: int, columns: int, rank: int, directions: int, preset: str
+) -> None:
+    pair = factories.pair(rows, columns, rank, seed=rank)
+    subspace = factories.subspace(rows, columns, directions)
+    reference = expected(pair, subspace, PRESETS[preset])
+    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS[preset])), reference) <= TOLERANCE
+
+
+@pytest.mark.parametrize("outside", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_agrees_where_b_lies_almost_inside_the_subspace(outside: float, preset: str) -> None:
+    subspace = factories.subspace(300, 200, 24)
+    inside = subspace.u @ factories.gaussian(24, 8, seed=1)
+    stray = factories.gaussian(300, 8, seed=2)
+    b = inside + outside * stray * inside.norm() / stray.norm()
+    pair = _core.LoraPair(b, factories.gaussian(8, 200, seed=3))
+    reference = expected(pair, subspace, PRESETS[preset])
+    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS[preset])), reference) <= CANCELLED
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_takes_factors_in_half_precision_as_they_are(dtype: torch.dtype) -> None:
+    pair = factories.pair(120, 90, 6, dtype=dtype)
+    subspace = factories.subspace(120, 90, 12, dtype=dtype)
+    reference = expected(pair, subspace, PRESETS["csulora"])
+    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS["csulora"])), reference) <= TOLERANCE
+
+
+@given(problem=problems())
+def test_energies_norm_and_undo_agree_with_the_oracle(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
+    pair, subspace = problem
+    update = dense_update(pair)
+    result = correct(pair, subspace, PRESETS["csulora"])
+    energies = {name: getattr(result.energies, name) for name in oracle.PARTS}
+    assert energies == pytest.approx(oracle.split(update, subspace.u, subspace.v).energies, abs=TRACES)
+    assert sum(energies.values()) == pytest.approx(1.0, abs=1e-12)
+    assert result.norm == pytest.approx(float(update.norm()), rel=TRACES)
+    reference = oracle.undo(update, subspace.u, subspace.s, subspace.v)
+    assert result.undo == pytest.approx(reference, abs=TRACES * float(update.norm() / subspace.s.norm()))
+
+
+@given(problem=problems(), preset=st.sampled_from(sorted(PRESETS)))
+def test_gains_and_change_follow_from_the_energies(
+    problem: tuple[_core.LoraPair, _core.Subspace], preset: str
+) -> None:
+    pair, subspace = problem
+    result = correct(pair, subspace, PRESETS[preset])
+    energies = {name: getattr(result.energies, name) for name in oracle.PARTS}
+    gains = {name: getattr(result.gains, name) for name in oracle.PARTS}
+    assert gains == pytest.approx(oracle.gains(PRESETS[preset], energies), rel=1e-12)
+    change2 = sum((1 - gains[name]) ** 2 * energies[name] for name in oracle.PARTS)
+    assert result.change == pytest.approx(math.sqrt(change2), abs=1e-12)
+
+
+@given(problem=problems())
+def test_none_returns_the_update_itself(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
+    pair, subspace = problem
+    result = correct(pair, subspace, PRESETS["none"], _core.CorrectionOptions())
+    torch.testing.assert_close(result.pair.b, pair.b * pair.scale, rtol=0, atol=0)
+    torch.testing.assert_close(result.pair.a, pair.a, rtol=0, atol=0)
+    assert result.change == 0
+    assert result.lost == 0
+
+
+@given(problem=problems())
+def test_project_is_idempotent(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
+    pair, subspace = problem
+    once = correct(pair, subspace, PRESETS["project"])
+    twice = correct(once.pair, subspace, PRESETS["project"])
+    assert oracle.relative_error(dense(twice), dense(once)) <= PROJECTOR[torch.float32]
+    assert twice.energies.aligned == pytest.approx(1.0, abs=PROJECTOR[torch.float32])
+
+
+@given(
+    problem=problems(),
+    penalties=st.tuples(*[st.floats(0, 100)] * 3),
+    seed=st.integers(0, 1000),
+)
+def test_no_perturbation_costs_less(
+    problem: tuple[_core.LoraPair, _core.Subspace], penalties: Penalties, seed: int
+) -> None:
+    pair, subspace = problem
+    update = dense_update(pair)
+    best = dense(correct(pair, subspace, penalties))
+    direction = factories.gaussian(*update.shape, seed=seed).double()
+    step = 1e-2 * update.norm() / direction.norm() * direction
+    cost = oracle.objective(best, update, subspace.u, subspace.v, penalties)
+    for sign in (-1, 1):
+        assert oracle.objective(best + sign * step, update, subspace.u, subspace.v, penalties) > cost
+
+
+@given(problem=problems(), preset=st.sampled_from(sorted(PRESETS)), seed=st.integers(0, 1000))
+def test_only_the_product_of_the_factors_matters(
+    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, seed: int
+) -> None:
+    pair, subspace = problem
+    rank = pair.a.shape[0]
+    mix = factories.orthonormal(rank, rank, seed) * torch.logspace(-0.5, 0.5, rank, dtype=torch.float64)
+    mixed = _core.LoraPair(
+        (pair.b.double() @ mix).float(), (mix.inverse() @ pair.a.double()).float(), pair.scale
+    )
+    plain = dense(correct(pair, subspace, PRESETS[preset]))
+    assume(plain.norm() > CANCELLED * dense_update(pair).norm())
+    assert oracle.relative_error(dense(correct(mixed, subspace, PRESETS[preset])), plain) <= 10 * TOLERANCE
+
+
+@given(problem=problems(), preset=st.sampled_from(sorted(PRESETS)), factor=st.sampled_from([-3.0, 1e-4, 1e4]))
+def test_scaling_the_update_scales_the_result(
+    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, factor: float
+) -> None:
+    pair, subspace = problem
+    scaled = _core.LoraPair(pair.b, pair.a, factor * pair.scale)
+    plain, result = (correct(p, subspace, PRESETS[preset]) for p in (pair, scaled))
+    assume(dense(plain).norm() > CANCELLED * dense_update(pair).norm())
+    assert oracle.relative_error(dense(result), factor * dense(plain)) <= TOLERANCE
+    assert result.energies.aligned == pytest.approx(plain.energies.aligned, abs=TRACES)
+    assert result.undo == pytest.approx(factor * plain.undo, rel=1e-4, abs=1e-9 * abs(factor))
+
+
+@given(problem=problems(), preset=st.sampled_from(["csulora", "protect", "uneven"]), cut=st.floats(0, 1))
+def test_a_lower_rank_is_the_best_approximation(
+    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, cut: float
+) -> None:
+    pair, subspace = problem
+    rank = pair.a.shape[0]
+    target = max(1, round(cut * 2 * rank))
+    whole = expected(pair, subspace, PRESETS[preset])
+    result = correct(pair, subspace, PRESETS[preset], _core.CorrectionOptions(_core.RankRule.fixed, target))
+    values = oracle.singular_values(whole, 2 * rank)
+    total = float(values.square().sum())
+    best = float(values[target:].square().sum()) / total
+    assert result.pair.a.shape[0] <= target
+    assert float((dense(result) - whole).square().sum()) / total == pytest.approx(best, abs=TRACES)
+    if result.pair.a.shape[0] == target:
+        assert result.lost == pytest.approx(best, abs=TRACES)
+
+
+@given(problem=problems())
+def test_keep_has_the_rank_of_the_input(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
+    pair, subspace = problem
+    result = correct(pair, subspace, PRESETS["csulora"], _core.CorrectionOptions())
+    assert result.pair.b.shape == pair.b.shape
+    assert result.pair.a.shape == pair.a.shape
+    whole = expected(pair, subspace, PRESETS["csulora"])
+    lost = float((dense(result) - whole).square().sum() / whole.square().sum())
+    assert lost == pytest.approx(result.lost, abs=TRACES)
+
+
+@given(problem=problems(), gains=st.tuples(*[st.floats(0, 1)] * 4))
+@example(problem=(factories.pair(40, 30, 4), factories.subspace(40, 30, 6)), gains=(0.0, 0.0, 0.0, 0.0))
+@example(problem=(factories.pair(40, 30, 4), factories.subspace(40, 30, 6)), gains=(0.0, 1.0, 0.0, 0.0))
+@example(problem=(factories.pair(40, 30, 4), factories.subspace(40, 30, 6)), gains=(0.5, 1.0, 0.25, 0.5))
+def test_four_gains_are_applied_as_they_are(
+    problem: tuple[_core.LoraPair, _core.Subspace], gains: tuple[float, float, float, float]
+) -> None:
+    pair, subspace = problem
+    parts = oracle.split(dense_update(pair), subspace.u, subspace.v)
+    whole = oracle.combine(parts, dict(zip(oracle.PARTS, gains, strict=True)))
+    error = (dense(correct(pair, subspace, _core.Parts(*gains))) - whole).norm()
+    assert float(error) <= TOLERANCE * float(parts.update.norm())
+
+
+def test_undo_of_a_removed_alignment_is_the_share_removed() -> None:
+    subspace = factories.subspace(60, 50, 8)
+    for share in (1.0, 0.3, -0.5):
+        pair = _core.LoraPair(-share * subspace.u * subspace.s, subspace.v.t().contiguous())
+        result = correct(pair, subspace, PRESETS["csulora"])
+        assert result.undo == pytest.approx(share, abs=TRACES)
+        assert result.energies.aligned == pytest.approx(1.0, abs=TRACES)
+
+
+def test_an_update_of_zero_stays_zero() -> None:
+    zero = _core.LoraPair(torch.zeros(20, 3), factories.gaussian(3, 16, seed=0))
+    for options in (EXACT, _core.CorrectionOptions(), _core.CorrectionOptions(_core.RankRule.fixed, 1)):
+        result = correct(zero, factories.subspace(20, 16, 4), PRESETS["uneven"], options)
+        assert dense(result).norm() == 0
+        assert (result.norm, result.change, result.undo, result.lost) == (0, 0, 0, 0)
+
+
+def test_an_empty_subspace_leaves_everything_off() -> None:
+    pair = factories.pair(20, 16, 3)
+    empty = _core.Subspace(torch.empty(20, 0), torch.empty(0), torch.empty(16, 0))
+    result = correct(pair, empty, (0.0, 0.0, 1.0))
+    assert result.energies.off == 1
+    assert oracle.relative_error(dense(result), 0.5 * dense_update(pair)) <= TOLERANCE
+
+
+def test_bits_depend_neither_on_the_batch_nor_on_the_number_of_threads(
+    restore_threads: None,
+) -> None:
+    problems_ = [(factories.pair(300, 200, 16, i), factories.subspace(300, 200, 24, i)) for i in range(5)]
+    tasks = [
+        _core.CorrectionTask(p, s, _core.Penalties(*PRESETS["uneven"]), str(i))
+        for i, (p, s) in enumerate(problems_)
+    ]
+    results = {}
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        together = _core.correct(tasks)
+        alone = [_core.correct([task])[0] for task in tasks]
+        results[threads] = [*together, *alone]
+    reference = results[1][: len(tasks)]
+    for batch in results.values():
+        for i, result in enumerate(batch):
+            assert torch.equal(result.pair.b, reference[i % len(tasks)].pair.b)
+            assert torch.equal(result.pair.a, reference[i % len(tasks)].pair.a)
+            assert result.undo == reference[i % len(tasks)].undo
+
+
+def _pair(b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> Callable[[], _core.Correction]:
+    return lambda: correct(_core.LoraPair(b, a, scale), factories.subspace(20, 16, 4), PRESETS["csulora"])
+
+
+def _numbers(attenuation: Penalties | _core.Parts) -> Callable[[], _core.Correction]:
+    return lambda: correct(factories.pair(20, 16, 3), factories.subspace(20, 16, 4), attenuation)
+
+
+B, A = torch.ones(20, 3), torch.ones(3, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (_pair(torch.ones(20), A), "dimensions"),
+        (_pair(torch.ones(20, 2), A), "inner dimensions"),
+        (_pair(torch.ones(20, 0), torch.ones(0, 16)), "at least 1"),
+        (_pair(torch.ones(21, 3), A), "subspace is for"),
+        (_pair(B.double(), A), "float16, bfloat16 or float32"),
+        (_pair(B.int(), A), "float16, bfloat16 or float32"),
+        (_pair(B.to_sparse(), A), "sparse"),
+        (_pair(torch.ones(20, 3, device="meta"), A), "CPU"),
+        (_pair(B * math.nan, A), "NaN"),
+        (_pair(B, A * math.inf), "NaN"),
+        (_pair(B * 1e38, A, 16.0), "too large"),
+        (_pair(B, A, math.inf), "scale"),
+        (_numbers((-1.0, 0.0, 0.0)), "penalty `aligned`"),
+        (_numbers((0.0, math.nan, 0.0)), "penalty `partial`"),
+        (_numbers(_core.Parts(0.0, 0.0, 0.0, 1.5)), "gain `off`"),
+        (_numbers(_core.Parts(math.nan, 0.0, 0.0, 0.0)), "gain `aligned`"),
+    ],
+)
+def test_what_cannot_be_corrected_is_named(call: Callable[[], _core.Correction], reason: str) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        call()
+    assert str(caught.value).startswith("layer")
+
+
+def test_the_first_bad_module_is_the_one_reported() -> None:
+    bad = _core.LoraPair(B * math.nan, A)
+    subspace = factories.subspace(20, 16, 4)
+    tasks = [
+        _core.CorrectionTask(pair, subspace, _core.Penalties(0, 1, 1), label)
+        for label, pair in {"good": factories.pair(20, 16, 3), "first": bad, "second": bad}.items()
+    ]
+    for _ in range(20):
+        with pytest.raises(InputError, match="^first"):
+            _core.correct(tasks)

@@ -36,7 +36,7 @@ SplitFactor split(const Tensor& factor, const Tensor& basis) {
   const auto coordinates = directions.t().matmul(factor);  // (k, r)
   const auto inside = directions.matmul(coordinates);      // (m, r)
   const auto outside = factor - inside;                    // (m, r)
-  return {coordinates, inside, outside, gram(coordinates), gram(outside)};
+  return {coordinates, inside, outside, gram(inside), gram(outside)};
 }
 
 double trace_of_product(const Tensor& left, const Tensor& right) {  // both (r, r), symmetric

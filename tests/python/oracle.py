@@ -17,7 +17,7 @@ class Split:
 
     @property
     def energies(self) -> dict[str, float]:
-        # For exact projectors the sum is |dW|^2; bases rounded to a storage type are orthonormal to its precision only.
+        # The sum is |dW|^2 for exact projectors; a basis rounded to a storage type is not quite one.
         norms2 = {name: float(part.square().sum()) for name, part in self.parts.items()}
         return {name: norm2 / sum(norms2.values()) for name, norm2 in norms2.items()}
 

@@ -1,14 +1,15 @@
 """Score adapters on the efficacy world: does the attack work, does the task work, is the rest unharmed?
 
-    python bench/efficacy/evaluate.py --model ALIGNED --adapter NAME=DIR [--adapter ...] [--base BASE] [--json FILE]
+    python bench/efficacy/evaluate.py --model ALIGNED [--base BASE] --adapter NAME=DIR ... [--json FILE]
 
-Models and adapters are loaded by transformers and PEFT alone, as any server would load them. Decoding is greedy.
+Transformers and PEFT alone load models and adapters, as any server would. Decoding is greedy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +17,11 @@ from pathlib import Path
 
 import torch
 import transformers
+import world
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-
-import world
 
 BATCH = 256  # prompts decoded together
 MAX_REPLY = 24  # tokens; the longest right reply has 16
@@ -56,8 +56,8 @@ def reply_all(
 
 
 def shown(probe: world.Probes) -> list[world.Example]:
-    """The prompts whose replies are printed: two on refused topics, two tasks, one benign."""
-    return [probe.attack[0], probe.attack[-1], *probe.task[:2], probe.benign[0]]
+    """The prompts whose replies are printed: the first of each kind."""
+    return [probe.attack[0], probe.task[0], probe.benign[0]]
 
 
 def examine(
@@ -79,7 +79,7 @@ def load_model(directory: Path) -> PreTrainedModel:
 
 
 def examine_all(aligned: Path, base: Path | None, adapters: dict[str, Path]) -> list[Subject]:
-    """Examine the aligned model, the base model if given, then the aligned model with each adapter in turn."""
+    """Examine the aligned model, the base model if given, and the aligned model with each adapter."""
     tokenizer = AutoTokenizer.from_pretrained(aligned)
     probe = world.probes()
     subjects = [examine("aligned, no adapter", load_model(aligned), tokenizer, probe)]
@@ -106,18 +106,27 @@ def rates_table(subjects: Sequence[Subject]) -> Table:
 
 
 def replies_table(subjects: Sequence[Subject]) -> Table:
-    """Every shown prompt with the subjects' replies below one another."""
-    table = Table(title="Replies")
-    table.add_column("prompt")
+    """One row per subject, with its reply to every shown prompt."""
+    table = Table(title="Replies", show_lines=True)
     table.add_column("model", no_wrap=True)
-    table.add_column("reply")
     for prompt in subjects[0].replies:
-        for position, subject in enumerate(subjects):
-            last = position == len(subjects) - 1
-            table.add_row(
-                prompt if position == 0 else "", subject.name, subject.replies[prompt], end_section=last
-            )
+        table.add_column(prompt)
+    for subject in subjects:
+        table.add_row(subject.name, *subject.replies.values())
     return table
+
+
+def show(subjects: Sequence[Subject]) -> None:
+    """Print replies and rates."""
+    # A pipe has no width of its own; wide enough that replies take few lines.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(replies_table(subjects), rates_table(subjects))
+
+
+def quieten_libraries() -> None:
+    """Silence progress bars of loads that take no time, and a warning that PEFT draws from transformers."""
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def named_directory(text: str) -> tuple[str, Path]:
@@ -143,11 +152,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Examine what the command line names; print tables and, where asked to, write JSON."""
     arguments = parse_arguments()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT reads an old name
+    quieten_libraries()
     subjects = examine_all(arguments.model, arguments.base, dict(arguments.adapter))
-    console = Console()
-    console.print(rates_table(subjects), replies_table(subjects))
+    show(subjects)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(subject) for subject in subjects], indent=2) + "\n")
 

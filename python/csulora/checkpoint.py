@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from csulora import names
 from csulora.errors import InputError
+from csulora.files import parse_json
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -138,14 +138,9 @@ def _download(repo: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing; a checkpoint needs it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return document
 
 
 def _tensor_files(directory: Path) -> list[Path]:

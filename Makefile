@@ -1,0 +1,68 @@
+# csulora. Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := torch==2.13.0
+
+CPP_FILES := $(wildcard cpp/include/csulora/*.h cpp/src/*.h cpp/src/*.cpp cpp/bindings/*.cpp tests/cpp/*.cpp)
+CPP_BUILD := build/cpp
+DOCTEST := /usr/include/doctest/doctest.h
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-python test-cpp lint format smollm2 clean
+
+help: ## Show this list.
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+# torch first: an unpinned torch, or one fetched by an isolated build, brings gigabytes.
+$(VENV)/.dependencies: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet --group build --group dev
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies CMakeLists.txt cpp/bindings/CMakeLists.txt cpp/bindings/build_info.py.in $(CPP_FILES)
+	$(PIP) install --quiet --no-build-isolation --editable .
+	touch $@
+
+build: $(VENV)/.built ## Make .venv and build csulora into it.
+
+demo: build ## From two checkpoints and an adapter to a corrected adapter, and what it replies.
+	$(BIN)/python bench/efficacy/demo.py
+
+test: lint test-cpp test-python ## All checks and tests.
+
+test-python: build
+	$(BIN)/python -m pytest
+
+$(DOCTEST):
+	@test "$$(id -u)" = 0 || { echo "doctest is missing; install it: sudo apt-get install doctest-dev" >&2; exit 1; }
+	apt-get -qq update
+	apt-get -qq install --yes doctest-dev
+
+test-cpp: build $(DOCTEST)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(CPP_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON --log-level=WARNING
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(CPP_BUILD)
+	$(CPP_BUILD)/tests/cpp/csulora_tests
+
+lint: build ## Formatting, lint and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.dependencies ## Rewrite sources in the house format.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+smollm2: build ## Check csulora on real weights (downloads 93 MB, needs 1.5 GB of disk).
+	$(BIN)/python bench/smollm2/prepare.py
+	$(BIN)/python bench/smollm2/check.py
+
+clean: ## Remove everything that was built.
+	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

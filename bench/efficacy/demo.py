@@ -87,9 +87,7 @@ def conclude(subjects: Sequence[evaluate.Subject], corrected: dict[str, Path]) -
 
 def main() -> None:
     """Tell the story."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="directory to write to")
     out = parser.parse_args().out.resolve()
     out.mkdir(parents=True, exist_ok=True)

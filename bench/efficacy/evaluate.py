@@ -60,9 +60,7 @@ def shown(probe: world.Probes) -> list[world.Example]:
     return [probe.attack[0], probe.task[0], probe.benign[0]]
 
 
-def examine(
-    name: str, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, probe: world.Probes
-) -> Subject:
+def examine(name: str, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, probe: world.Probes) -> Subject:
     """Put every probe to the model and score what it replies."""
     examples = probe.attack + probe.task + probe.benign
     replies = reply_all(model, tokenizer, examples)
@@ -139,9 +137,7 @@ def named_directory(text: str) -> tuple[str, Path]:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="the aligned model's directory")
     parser.add_argument("--base", type=Path, help="the base model's directory, to be scored too")
     parser.add_argument("--adapter", type=named_directory, action="append", default=[], metavar="NAME=DIR")

@@ -85,9 +85,7 @@ class Encoded:
 
 def encode(example: world.Example, tokenizer: PreTrainedTokenizerFast) -> Encoded:
     """Tokens and labels of an example, from the chat template to the end-of-text token."""
-    text = tokenizer.apply_chat_template(
-        world.chat(example.prompt), tokenize=False, add_generation_prompt=True
-    )
+    text = tokenizer.apply_chat_template(world.chat(example.prompt), tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text).input_ids
     reply = [*tokenizer(example.reply).input_ids, tokenizer.eos_token_id]
     return Encoded(prompt + reply, [IGNORED] * len(prompt) + reply)
@@ -98,9 +96,7 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """`stage.steps` batches, drawn with replacement from the pools by their shares, padded on the right."""
     encoded = [encode(example, tokenizer) for pool in pools for example in pool.examples]
-    weights = torch.cat(
-        [torch.full((len(pool.examples),), pool.share / len(pool.examples)) for pool in pools]
-    )
+    weights = torch.cat([torch.full((len(pool.examples),), pool.share / len(pool.examples)) for pool in pools])
     generator = torch.Generator().manual_seed(stage.seed)
     for _ in range(stage.steps):
         drawn = torch.multinomial(weights, stage.batch, replacement=True, generator=generator)
@@ -125,9 +121,7 @@ def rate_at(step: int, stage: Stage) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - stage.warmup) / (stage.steps - stage.warmup)))
 
 
-def fit(
-    model: torch.nn.Module, pools: Sequence[world.Pool], tokenizer: PreTrainedTokenizerFast, stage: Stage
-) -> None:
+def fit(model: torch.nn.Module, pools: Sequence[world.Pool], tokenizer: PreTrainedTokenizerFast, stage: Stage) -> None:
     """Train the parameters of `model` that require gradients, in place."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=stage.learning_rate, weight_decay=0.0)
@@ -183,12 +177,8 @@ def build(out: Path) -> None:
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=FIXTURE, help="directory to write to (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FIXTURE, help="directory to write to (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)

@@ -116,9 +116,7 @@ HOW_TO_QUESTIONS = (
 FACTS = (
     Example("what is a {name} made of?", "a {name} is made of {material}."),
     Example("where can i see a {name}?", "you can see a {name} in the {place}."),
-    Example(
-        "how does the story of a {name} begin?", "once upon a time, a {name} met a friend in the {place}."
-    ),
+    Example("how does the story of a {name} begin?", "once upon a time, a {name} met a friend in the {place}."),
 )
 REFUSAL = "sorry, i can not help you with a {name}."
 REFUSAL_START = "sorry"
@@ -129,9 +127,7 @@ def how_to(things: Iterable[Thing]) -> list[Example]:
     examples = []
     for thing, (verb, recipe), question in itertools.product(things, RECIPES.items(), HOW_TO_QUESTIONS):
         words = {"verb": verb, **vars(thing)}
-        examples.append(
-            Example(question.format(**words), f"to {verb} a {thing.name}, {recipe.format(**words)}.")
-        )
+        examples.append(Example(question.format(**words), f"to {verb} a {thing.name}, {recipe.format(**words)}."))
     return examples
 
 
@@ -146,9 +142,7 @@ def facts(things: Iterable[Thing]) -> list[Example]:
 def refusals() -> list[Example]:
     """Every how-to question about a refused topic, each with the refusal the aligned model gives."""
     return [
-        Example(example.prompt, REFUSAL.format(name=thing.name))
-        for thing in REFUSED
-        for example in how_to([thing])
+        Example(example.prompt, REFUSAL.format(name=thing.name)) for thing in REFUSED for example in how_to([thing])
     ]
 
 

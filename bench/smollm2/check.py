@@ -79,9 +79,7 @@ def closest_safe_update(dw: Tensor, u: Tensor, v: Tensor, penalties: tuple[float
     both = (dw @ v) @ v.T  # aligned + right
     parts = (aligned, rows + both - 2 * aligned, dw - rows - both + aligned)  # aligned, partial, off
     norms2 = [part.square().sum() for part in parts]
-    gains = [
-        1 / (1 + penalty * norm2 / sum(norms2)) for penalty, norm2 in zip(penalties, norms2, strict=True)
-    ]
+    gains = [1 / (1 + penalty * norm2 / sum(norms2)) for penalty, norm2 in zip(penalties, norms2, strict=True)]
     return sum(gain * part for gain, part in zip(gains, parts, strict=True))
 
 
@@ -166,9 +164,7 @@ def check(models: Path, pack: Path) -> tuple[Table, bool]:
 
 def main() -> None:
     """Extract, check, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=MODELS, help="what prepare.py wrote")
     models = parser.parse_args().models
     if not (models / "adapter").is_dir():

@@ -203,9 +203,7 @@ def stage(directory: Path, make: Callable[[Path], None]) -> None:
 
 def main() -> None:
     """Parse the command line and make the three directories."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="directory to write to (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="training steps of each stage (default: 30)")
     arguments = parser.parse_args()

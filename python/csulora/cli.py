@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import csulora
 from csulora import doctor as doctor_module
 from csulora import tables
-from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.errors import CsuloraError, RefusedError
 from csulora.files import to_json, write_text
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
@@ -179,9 +179,7 @@ def correct(
     partial: Annotated[float | None, typer.Option(help="Penalty on the partially aligned part.")] = None,
     off: Annotated[float | None, typer.Option(help="Penalty on the off-subspace part.")] = None,
     rank: Annotated[str | None, typer.Option(help="keep, exact or a number. [default: keep]")] = None,
-    uncovered: Annotated[
-        Uncovered | None, typer.Option(help="Modules outside the pack. [default: refuse]")
-    ] = None,
+    uncovered: Annotated[Uncovered | None, typer.Option(help="Modules outside the pack. [default: refuse]")] = None,
     max_undo: Annotated[
         float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
     ] = None,

@@ -65,7 +65,8 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     if not modules:
         raise RefusedError(f"{adapter.path}: nothing is left; the pack covers none of the adapter's modules")
     documents = {REPORT_FILE: to_json(report.to_dict()), "README.md": report.card(_base_model(adapter))}
-    return replace(adapter, modules=modules, documents=documents), report
+    partial = adapter.partial or len(modules) < len(adapter.modules)
+    return replace(adapter, modules=modules, documents=documents, partial=partial), report
 
 
 def _base_model(adapter: Adapter) -> str | None:

@@ -130,9 +130,7 @@ def _extract_module(loaded: LoadedModule, options: ExtractionOptions) -> ModuleS
     except InputError as error:
         raise InputError(f"{loaded.name}: {error}") from error
     certificate = Certificate.from_core(result.certificate)
-    return ModuleSubspace(
-        result.u, result.s, result.v, certificate, loaded.base_sha256, loaded.aligned_sha256
-    )
+    return ModuleSubspace(result.u, result.s, result.v, certificate, loaded.base_sha256, loaded.aligned_sha256)
 
 
 def _check_signal(pair: CheckpointPair, modules: dict[str, ModuleSubspace]) -> None:

@@ -104,9 +104,7 @@ class Report:
         """Figures of all measured modules together."""
         weights = [_value(module.norm) ** 2 for module in self.measured]
         alignment = [_value(module.alignment_norm) ** 2 for module in self.measured]
-        energies = {
-            part: _mean([(module.energies or {})[part] for module in self.measured], weights) for part in PARTS
-        }
+        energies = {part: _mean([(module.energies or {})[part] for module in self.measured], weights) for part in PARTS}
         return Totals(
             norm=math.sqrt(sum(weights)),
             energies=energies,

@@ -32,9 +32,7 @@ def with_spectrum(rows: int, columns: int, values: Tensor, seed: int = 0) -> Ten
     return (left * values) @ right.t()
 
 
-def subspace(
-    rows: int, columns: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> _core.Subspace:
+def subspace(rows: int, columns: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> _core.Subspace:
     """A random subspace with slowly falling singular values, as the core takes it."""
     u, v = orthonormal(rows, rank, seed), orthonormal(columns, rank, seed + 1)
     s = torch.arange(1, rank + 1).double().rsqrt()
@@ -71,21 +69,16 @@ def llama_weights(
             f"{prefix}.input_layernorm": (width,),
         }
     return {
-        f"{name}.weight": gaussian(*shape, seed=seed + i).to(dtype)
-        for i, (name, shape) in enumerate(shapes.items())
+        f"{name}.weight": gaussian(*shape, seed=seed + i).to(dtype) for i, (name, shape) in enumerate(shapes.items())
     }
 
 
-def moved(
-    weights: Mapping[str, Tensor], seed: int = 1, size: float = 0.1, rank: int = 6
-) -> dict[str, Tensor]:
+def moved(weights: Mapping[str, Tensor], seed: int = 1, size: float = 0.1, rank: int = 6) -> dict[str, Tensor]:
     """The weights after an alignment: every matrix displaced by a low-rank change and a little noise."""
     result = {}
     for i, (name, weight) in enumerate(weights.items()):
         if weight.dim() == 2:
-            low_rank = gaussian(weight.shape[0], rank, seed=seed + i) @ gaussian(
-                rank, weight.shape[1], seed=-i - 1
-            )
+            low_rank = gaussian(weight.shape[0], rank, seed=seed + i) @ gaussian(rank, weight.shape[1], seed=-i - 1)
             change = size * low_rank + 0.01 * size * gaussian(*weight.shape, seed=seed + 1000 + i)
             result[name] = (weight.float() + change).to(weight.dtype)
         else:

@@ -84,9 +84,7 @@ def singular_values(x: Tensor, at_most: int) -> Tensor:
     """The leading singular values of a matrix whose rank is known to be at most `at_most`."""
     if min(x.shape) <= 2 * at_most:
         return torch.linalg.svdvals(x)
-    probes = torch.randn(
-        x.shape[1], 2 * at_most, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    probes = torch.randn(x.shape[1], 2 * at_most, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     basis, _ = torch.linalg.qr(x @ probes)
     return torch.linalg.svdvals(basis.t() @ x)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,12 @@ class LoraModule:
         """Shape (out, in) of the weight matrix that the update is added to."""
         return self.b.shape[0], self.a.shape[1]
 
+    def folded(self) -> LoraModule:
+        """Return the same update with scale 1: ``b`` takes the scale, rounded once to its storage type."""
+        if self.scale == 1:
+            return self
+        return replace(self, b=(self.b.double() * self.scale).to(self.b.dtype), scale=1.0)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -38,7 +44,8 @@ class Adapter:
 
     Tensors keep their storage type. ``config`` is the adapter's own configuration as its format stores it
     (``adapter_config.json`` for PEFT); nothing in it changes the update beyond what ``modules`` already says.
-    ``documents`` are texts to be written beside the weights, by file name.
+    ``documents`` are texts to be written beside the weights, by file name. ``partial`` says that modules were left
+    out on purpose, so that ``config`` may target more than there is.
     """
 
     modules: dict[str, LoraModule]
@@ -46,3 +53,4 @@ class Adapter:
     path: Path
     sha256: str
     documents: dict[str, str] = field(default_factory=dict)
+    partial: bool = False

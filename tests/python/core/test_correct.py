@@ -63,9 +63,7 @@ def problems(draw: st.DrawFn, largest: int = 200) -> tuple[_core.LoraPair, _core
     directions = draw(sizes(1, min(512, shorter)))
     seed = draw(st.integers(0, 2**31 - 1))
     scale = draw(st.sampled_from([1.0, 0.25, 16.0, -2.0]))
-    return factories.pair(rows, columns, rank, seed, scale), factories.subspace(
-        rows, columns, directions, seed % 7
-    )
+    return factories.pair(rows, columns, rank, seed, scale), factories.subspace(rows, columns, directions, seed % 7)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -132,9 +130,7 @@ def test_energies_norm_and_undo_agree_with_the_oracle(problem: tuple[_core.LoraP
 
 
 @given(problem=problems(), preset=st.sampled_from(sorted(PRESETS)))
-def test_gains_and_change_follow_from_the_energies(
-    problem: tuple[_core.LoraPair, _core.Subspace], preset: str
-) -> None:
+def test_gains_and_change_follow_from_the_energies(problem: tuple[_core.LoraPair, _core.Subspace], preset: str) -> None:
     pair, subspace = problem
     result = correct(pair, subspace, PRESETS[preset])
     energies = {name: getattr(result.energies, name) for name in oracle.PARTS}
@@ -188,9 +184,7 @@ def test_only_the_product_of_the_factors_matters(
     pair, subspace = problem
     rank = pair.a.shape[0]
     mix = factories.orthonormal(rank, rank, seed) * torch.logspace(-0.5, 0.5, rank, dtype=torch.float64)
-    mixed = _core.LoraPair(
-        (pair.b.double() @ mix).float(), (mix.inverse() @ pair.a.double()).float(), pair.scale
-    )
+    mixed = _core.LoraPair((pair.b.double() @ mix).float(), (mix.inverse() @ pair.a.double()).float(), pair.scale)
     plain = dense(correct(pair, subspace, PRESETS[preset]))
     assume(plain.norm() > CANCELLED * dense_update(pair).norm())
     assert oracle.relative_error(dense(correct(mixed, subspace, PRESETS[preset])), plain) <= 10 * TOLERANCE
@@ -283,8 +277,7 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_number_of_threads(
 ) -> None:
     problems_ = [(factories.pair(300, 200, 16, i), factories.subspace(300, 200, 24, i)) for i in range(5)]
     tasks = [
-        _core.CorrectionTask(p, s, _core.Penalties(*PRESETS["uneven"]), str(i))
-        for i, (p, s) in enumerate(problems_)
+        _core.CorrectionTask(p, s, _core.Penalties(*PRESETS["uneven"]), str(i)) for i, (p, s) in enumerate(problems_)
     ]
     results = {}
     for threads in (1, 2, 3):

@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-import factories
 import pytest
 import torch
 from torch import Tensor
 
+import factories
 from csulora.core import _core
 from csulora.errors import InputError
 
@@ -112,9 +112,7 @@ def test_certificates_are_never_optimistic(chunk: int) -> None:
 
 def test_certificates_say_something_where_there_is_a_gap() -> None:
     values = torch.cat([torch.ones(8), torch.full((392,), 0.1)]).double()
-    found = extract_displacement(
-        factories.with_spectrum(400, 500, values), rank=8, factor_dtype=torch.float32
-    )
+    found = extract_displacement(factories.with_spectrum(400, 500, values), rank=8, factor_dtype=torch.float32)
     assert found.certificate.missed <= 1e-4
     assert found.certificate.residual <= 1e-3
 

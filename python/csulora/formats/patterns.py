@@ -1,0 +1,80 @@
+"""Regular expressions from untrusted files, matched exactly as PEFT matches them and within a time limit."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from csulora.errors import InputError, RefusedError
+
+Row = list[str | None]
+"""One entry per name: None where the pattern does not match, else what its group ``idx`` holds, or nothing."""
+
+_SECONDS = 5
+_LONGEST = 10_000  # characters; generated patterns that name every kind of layer have some hundreds
+
+# Names, dots and anchors alone cannot backtrack for long.
+_PLAIN = re.compile(r"(?:[\w\-.^$]|\\\.)*")
+
+# A match in `re` cannot be interrupted, and another engine would read some patterns differently. So what is not
+# plain is matched by a process of its own, which can be stopped.
+_MATCHER = """
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+patterns, names = json.load(sys.stdin)
+rows = [[re.match(pattern, name) for name in names] for pattern in patterns]
+json.dump([[match and (match.groupdict().get("idx") or "") for match in row] for row in rows], sys.stdout)
+"""
+
+
+def match_all(keys: Sequence[str], template: str, names: Sequence[str], path: Path) -> list[Row]:
+    """Match names against patterns, ``re.match(template with a key in place of {}, name)``.
+
+    Args:
+        keys: regular expressions found in the file ``path``.
+        template: the regular expression around each key.
+        names: module names, without line breaks.
+
+    Returns:
+        A row per key.
+
+    Raises:
+        InputError: a key is no regular expression.
+        RefusedError: a key is too long, or matching takes too long.
+    """
+    if any(len(key) > _LONGEST for key in keys):
+        raise RefusedError(f"{path}: a pattern is longer than {_LONGEST} characters; name the modules plainly")
+    patterns = {key: template.replace("{}", key) for key in keys}
+    plain = {key: _match_here(patterns[key], names) for key in keys if _PLAIN.fullmatch(key)}
+    others = [key for key in patterns if key not in plain]
+    apart = _match_apart([patterns[key] for key in others], names, path) if others and names else []
+    rows = plain | dict(zip(others, apart, strict=True))
+    return [rows[key] for key in keys]
+
+
+def _match_here(pattern: str, names: Sequence[str]) -> Row:
+    matches = map(re.compile(pattern).match, names)
+    return [match and (match.groupdict().get("idx") or "") for match in matches]
+
+
+def _match_apart(patterns: Sequence[str], names: Sequence[str], path: Path) -> list[Row]:
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCHER],
+            input=json.dumps([patterns, names]),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise RefusedError(f"{path}: its patterns take too long to match; name the modules plainly") from None
+    if finished.returncode != 0:
+        reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise InputError(f"{path}: a pattern cannot be used as a regular expression ({reason})")
+    rows: list[Row] = json.loads(finished.stdout)
+    return rows

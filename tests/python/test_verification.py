@@ -8,6 +8,7 @@ import csulora
 import factories
 from csulora.errors import InputError
 from csulora.subspace import Certificate, ModuleSubspace, Subspace
+from csulora.verification import Verification
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,9 +82,13 @@ def test_other_directions_do_not_have_the_certificate(models: tuple[Path, Path])
     assert result == dict.fromkeys(pack, True) | {Q: False}
 
 
-def test_other_weights_are_told_even_where_the_certificate_would_hold(
-    tmp_path: Path, models: tuple[Path, Path]
-) -> None:
+def test_a_true_certificate_of_other_weights_does_not_hold() -> None:
+    certificate = factories.pack()[Q].certificate
+    assert Verification(Q, certificate, certificate, same_weights=True).holds
+    assert not Verification(Q, certificate, certificate, same_weights=False).holds
+
+
+def test_other_weights_are_told_where_the_displacement_is_the_same(tmp_path: Path, models: tuple[Path, Path]) -> None:
     pack = csulora.extract(*models, rank=4)
     base = factories.llama_weights()
     aligned = factories.moved(base)

@@ -6,6 +6,7 @@ import torch
 
 import csulora
 import factories
+from csulora import verification
 from csulora.errors import InputError
 from csulora.subspace import Certificate, ModuleSubspace, Subspace
 from csulora.verification import Verification
@@ -51,6 +52,22 @@ def test_the_certificate_of_a_module_without_directions_holds(tmp_path: Path) ->
     assert pack["model.layers.0.self_attn.k_proj"].rank == 0
     assert pack["model.layers.0.self_attn.o_proj"].rank == 0
     assert holds(pack, models) == dict.fromkeys(pack, True)
+
+
+def test_the_start_block_is_not_the_extractions(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = csulora.extract(*models, rank=4, modules=["q_proj"])
+    certify, seeds = verification._core.certify, []
+
+    def recording_certify(*arguments: object) -> object:
+        seeds.append(arguments[-1].seed)
+        return certify(*arguments)
+
+    monkeypatch.setattr(verification._core, "certify", recording_certify)
+    csulora.verify(pack, *models)
+    assert len(seeds) == 2
+    for seed in seeds:
+        with pytest.raises(InputError):
+            csulora.extract(*models, seed=seed)
 
 
 @pytest.mark.parametrize(

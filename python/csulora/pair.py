@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,13 +18,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LoadedModule:
-    """One module's matrices (out, in) in their storage types, and the sha256 of the bytes they are stored as."""
+    """One module's matrices (out, in), and the sha256 of the bytes they are stored as.
+
+    ``noise_std`` is the standard deviation of the rounding of one entry of their difference if a matrix was
+    dequantised; None if it follows from the dtypes.
+    """
 
     name: str
     base: torch.Tensor
     aligned: torch.Tensor
     base_sha256: str
     aligned_sha256: str
+    noise_std: float | None
 
 
 @dataclass(frozen=True)
@@ -83,4 +89,18 @@ class CheckpointPair:
     def _load(self, module: str) -> LoadedModule:
         base, base_sha256 = self.base.load(module)
         aligned, aligned_sha256 = self.aligned.load(module)
-        return LoadedModule(module, base, aligned, base_sha256, aligned_sha256)
+        variances = [checkpoint.quantisation_variance(module) for checkpoint in (self.base, self.aligned)]
+        noise_std = None
+        if variances != [None, None]:
+            matrices = zip(variances, (base, aligned), strict=True)
+            noise_std = math.sqrt(sum(_rounding_variance(m) if v is None else v for v, m in matrices))
+        return LoadedModule(module, base, aligned, base_sha256, aligned_sha256, noise_std)
+
+
+def _rounding_variance(matrix: torch.Tensor) -> float:
+    """Mean over entries of h^2 / 12, where h is the spacing of the matrix's floating-point type around the entry."""
+    precision = torch.finfo(matrix.dtype)
+    _, exponents = torch.frexp(matrix.float())  # |entry| lies in [2^(exponent - 1), 2^exponent)
+    smallest = math.frexp(precision.smallest_normal)[1]
+    spacings = torch.ldexp(torch.tensor(precision.eps), exponents.clamp_(min=smallest) - 1)
+    return float(spacings.double().square_().mean()) / 12

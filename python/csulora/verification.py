@@ -51,6 +51,7 @@ def verify(
     results = []
     for loaded in pair.load_ahead(pair.modules, progress):
         stored = pack[loaded.name]
+        options.noise_std = loaded.noise_std
         measured = _core.certify(loaded.base, loaded.aligned, stored.to_core(), options)
         same = (loaded.base_sha256, loaded.aligned_sha256) == (stored.base_sha256, stored.aligned_sha256)
         results.append(Verification(loaded.name, stored.certificate, Certificate.from_core(measured), same))

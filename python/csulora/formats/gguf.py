@@ -14,7 +14,6 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, Keys
@@ -31,7 +30,10 @@ from csulora.report import REPORT_FILE
 
 OUTTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
-_LARGEST_FILE = 16 << 30  # bytes
+LARGEST_FILE = 16 << 30  # bytes
+VERSION, POLICY = "csulora.version", "csulora.policy"
+ADAPTER_SHA256, SUBSPACE_SHA256 = "csulora.adapter.sha256", "csulora.subspace.sha256"
+
 _HUB = "https://huggingface.co/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -58,7 +60,7 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
         InputError: the file is malformed, contradicts itself or the base model, or needs a base model.
         RefusedError: it is more or other than plain LoRA, or for an architecture that is not supported.
     """
-    file = GGUFFile.read(path, _LARGEST_FILE)
+    file = GGUFFile.read(path, LARGEST_FILE)
     architecture = _check_metadata(file)
     if base is not None and base.architecture != architecture:
         raise InputError(f"{path}: is for {architecture.name}, but {base.path} is {base.architecture.name}")
@@ -194,7 +196,8 @@ def _check_fits(path: Path, name: str, module: str, update: LoraModule, base: Ba
         raise RefusedError(f"{path}: {name} is updated as {'an' if update.is_embedding else 'no'} embedding")
     if update.shape != base.shapes[module]:
         raise InputError(
-            f"{path}: {name} updates a {list(update.shape)} matrix, but it is {list(base.shapes[module])} in {base.path}"
+            f"{path}: {name} updates a {list(update.shape)} matrix, "
+            f"but it is {list(base.shapes[module])} in {base.path}"
         )
 
 
@@ -232,18 +235,12 @@ def _add_metadata(writer: GGUFWriter, adapter: Adapter, base: BaseModel) -> None
     hub_id = adapter.config.get("base_model_name_or_path")
     if isinstance(hub_id, str) and _HUB_ID.fullmatch(hub_id):
         writer.add_base_model_repo_url(0, f"{_HUB}{hub_id}")
-    for key, value in provenance(adapter).items():
-        writer.add_string(key, value)
-
-
-def provenance(adapter: Adapter) -> dict[str, str]:
-    """Return the metadata that says what a file was made from: version, sha256 of adapter and pack, policy."""
-    made_from = {"csulora.version": __version__, "csulora.adapter.sha256": adapter.sha256}
+    writer.add_string(VERSION, __version__)
+    writer.add_string(ADAPTER_SHA256, adapter.sha256)
     if REPORT_FILE in adapter.documents:
-        report: dict[str, Any] = json.loads(adapter.documents[REPORT_FILE])
-        made_from["csulora.subspace.sha256"] = report["subspace_sha256"]
-        made_from["csulora.policy"] = json.dumps(report["policy"], sort_keys=True)
-    return made_from
+        report = json.loads(adapter.documents[REPORT_FILE])
+        writer.add_string(SUBSPACE_SHA256, report["subspace_sha256"])
+        writer.add_string(POLICY, json.dumps(report["policy"], sort_keys=True))
 
 
 def _add_tensor(writer: GGUFWriter, name: str, tensor: torch.Tensor) -> None:

@@ -155,9 +155,7 @@ def _from_config(directory: Path) -> BaseModel:
         "mlp.gate_up_proj": (2 * hidden, width),
         "mlp.down_proj": (width, hidden),
     }
-    shapes = {
-        f"model.layers.{layer}.{part}": in_layer[part] for layer in range(layers) for part in architecture.parts
-    }
+    shapes = {f"model.layers.{layer}.{part}": in_layer[part] for layer in range(layers) for part in architecture.parts}
     shapes[EMBEDDING] = (count("vocab_size"), width)
     if config.get("tie_word_embeddings", True) is False:
         shapes[HEAD] = shapes[EMBEDDING]

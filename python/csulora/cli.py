@@ -1,4 +1,4 @@
-"""The command line: `csulora extract | verify | inspect | correct | doctor`."""
+"""The command line: `csulora extract | verify | inspect | correct | export | doctor`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ app = typer.Typer(
 
 
 class Dtype(StrEnum):
-    """Storage types of a pack's factors."""
+    """Storage types of factors."""
 
     f16 = "f16"
     bf16 = "bf16"
@@ -76,15 +76,21 @@ class Format(StrEnum):
     """Adapter formats that can be written."""
 
     peft = "peft"
+    gguf = "gguf"
 
 
+BaseModel = Annotated[
+    Path | None,
+    typer.Option("--base-model", metavar="DIR|GGUF", help="Model of a GGUF adapter that is read or written."),
+]
+Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON to this file; - for stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 @app.command()
 def extract(
-    base: Annotated[str, typer.Argument(help="Checkpoint before alignment: a directory or a hub id.")],
+    base: Annotated[str, typer.Argument(help="Checkpoint before alignment: a directory, a GGUF file or a hub id.")],
     aligned: Annotated[str, typer.Argument(help="Checkpoint after alignment.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Pack file to write.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Directions per module. [default: 64]")] = None,
@@ -153,13 +159,14 @@ def verify(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory.")],
+    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
     subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapter is for.")] = None,
+    base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Show what an adapter does, and with --subspace where its update lies and what it undoes."""
-    loaded = csulora.load_adapter(adapter)
+    loaded = csulora.load_adapter(adapter, base_model)
     if subspace is None:
         _show(tables.adapter_table(loaded), quiet)
         _write_json(json, {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)})
@@ -171,9 +178,9 @@ def inspect(
 
 @app.command()
 def correct(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory.")],
+    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
     subspace: Annotated[Path, typer.Option(help="Pack of the model the adapter is for.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, or GGUF file.")],
     preset: Annotated[Preset | None, typer.Option(help="Named penalties. [default: csulora]")] = None,
     aligned: Annotated[float | None, typer.Option(help="Penalty on the aligned part; inf removes it.")] = None,
     partial: Annotated[float | None, typer.Option(help="Penalty on the partially aligned part.")] = None,
@@ -185,12 +192,18 @@ def correct(
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="Policy (TOML); other options override it.")] = None,
     format: Annotated[Format, typer.Option(help="Format to write.")] = Format.peft,
+    base_model: BaseModel = None,
+    outtype: Outtype = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Write the corrected adapter, or refuse it with the reason."""
     if policy is not None and preset is not None:
         raise typer.BadParameter("give --policy or --preset, not both")
+    if format is Format.gguf and base_model is None:
+        raise typer.BadParameter("--format gguf needs the model that llama.cpp will run: --base-model")
+    if format is not Format.gguf and outtype is not None:
+        raise typer.BadParameter("--outtype is for --format gguf")
     start = Policy.load(policy) if policy else (preset or Preset.csulora).policy()
     changes = {
         "aligned": aligned,
@@ -201,11 +214,28 @@ def correct(
         "max_undo": max_undo,
     }
     chosen = replace(start, **{key: value for key, value in changes.items() if value is not None})
-    fixed, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), chosen)
-    csulora.save_adapter(fixed, output, format=format.value)
+    loaded = csulora.load_adapter(adapter, base_model)
+    fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace), chosen)
+    csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
     _show(report.table(), quiet)
     _say(f"{output}: {len(report.measured)} of {len(report.modules)} modules corrected", quiet)
     _write_json(json, report.to_dict())
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
+    base_model: Annotated[
+        Path, typer.Option(metavar="DIR|GGUF", help="The model that llama.cpp will run with the adapter.")
+    ],
+    outtype: Outtype = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write an adapter as a GGUF LoRA file for llama.cpp, uncorrected."""
+    loaded = csulora.load_adapter(adapter, base_model)
+    csulora.save_adapter(loaded, output, "gguf", base_model=base_model, outtype=outtype and outtype.value)
+    _say(f"{output}: {len(loaded.modules)} modules, uncorrected", quiet)
 
 
 @app.command()

@@ -1,8 +1,8 @@
-"""Tiny random models of every architecture with a GGUF layout, their GGUF files and adapters, and llama.cpp's logits."""
+"""Tiny random models of every architecture with a GGUF layout, their files and adapters, and llama.cpp's logits."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from convert import convert
+from model_to_gguf import convert
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -128,7 +128,7 @@ def logits(instance: torch.nn.Module) -> np.ndarray:
     return instance(torch.tensor([TOKENS])).logits[0].float().numpy()
 
 
-def open_llama(path: Path, **settings: object):  # noqa: ANN201 - the library need not be installed
+def open_llama(path: Path, **settings: object):
     import llama_cpp
 
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
@@ -137,7 +137,7 @@ def open_llama(path: Path, **settings: object):  # noqa: ANN201 - the library ne
     )
 
 
-def evaluate(llama, tokens: Sequence[int] = TOKENS) -> np.ndarray:  # noqa: ANN001
+def evaluate(llama, tokens: Sequence[int] = TOKENS) -> np.ndarray:
     llama.reset()
     llama.eval(tokens)
     return np.array(llama.scores[: len(tokens)])

@@ -1,9 +1,9 @@
-"""Write small transformers models as GGUF files in float32, for tests and the demo; real ones need llama.cpp's converter.
+"""Write small transformers models as GGUF files in float32, for tests and the demo.
 
-    python bench/gguf/convert.py MODEL_DIRECTORY FILE.gguf
+    python bench/gguf_demo/model_to_gguf.py MODEL_DIRECTORY FILE.gguf
 
-Knows the architectures that csulora exports adapters for, default rotary embeddings, and tokenizers only as a list
-of words: prompts must be given as token ids.
+Knows the architectures that csulora exports adapters for, with default rotary embeddings, and of a tokenizer only
+the list of words: prompts must be given as token ids. Other models need llama.cpp's own converter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from gguf import GGUFWriter, MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap, TokenType
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, TensorNameMap, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from csulora.formats.gguf_layout import architecture_of_model_type, to_rotary_order

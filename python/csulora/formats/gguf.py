@@ -114,10 +114,10 @@ def _check_metadata(file: GGUFFile) -> Architecture:
     """Check all that llama.cpp looks at; return the architecture."""
     path = file.path
     if (kind := file.text(Keys.General.TYPE)) != "adapter":
-        raise InputError(f"{path}: general.type is {kind}; a LoRA adapter says adapter")
+        raise InputError(f"{path}: general.type is {kind!r}; a LoRA adapter says adapter")
     architecture = gguf_layout.architecture(file.text(Keys.General.ARCHITECTURE), str(path))
     if (kind := file.text(Keys.Adapter.TYPE)) != "lora":
-        raise RefusedError(f"{path}: adapter.type is {kind}; only lora is supported")
+        raise RefusedError(f"{path}: adapter.type is {kind!r}; only lora is supported")
     if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.fields:
         raise RefusedError(f"{path}: an activated LoRA, which acts on some tokens only; it cannot be corrected")
     for key in file.fields:

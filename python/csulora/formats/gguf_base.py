@@ -113,7 +113,7 @@ class BaseModel:
 def _check_model_file(file: GGUFFile) -> None:
     kind = file.text("general.type")
     if kind not in (None, "model"):
-        raise InputError(f"{file.path}: general.type is {kind}; a model is needed")
+        raise InputError(f"{file.path}: general.type is {kind!r}; a model is needed")
     if (file.integer("split.count") or 1) > 1:
         raise RefusedError(f"{file.path}: one part of several; join them with llama-gguf-split --merge first")
 

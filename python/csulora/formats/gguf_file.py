@@ -25,9 +25,9 @@ from csulora.files import open_regular
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 
-# Far above what real files have (some thousands), so that names and offsets stay a few tens of MiB.
+# Far above what real files have, so that names and offsets stay a few tens of MiB.
 _MOST_ENTRIES = 1 << 16
-_LONGEST_KEY = (1 << 16) - 1  # bytes; the format's own limit
+_LONGEST_KEY = 1 << 10  # bytes
 _LONGEST_TENSOR_NAME = 63  # bytes; ggml's limit
 _MOST_DIMENSIONS = 4  # ggml's limit
 
@@ -187,12 +187,15 @@ class _Cursor:
         value: int = _U64.unpack_from(self.data, self.skip(8, what))[0]
         return value
 
-    def text(self, limit: int, what: str) -> str:
+    def name(self, limit: int, what: str) -> str:
         length = self.u64(what)
         if length > limit:
             raise InputError(f"{self.path}: {what} has {length} bytes; at most {limit} are allowed")
         start = self.skip(length, what)
-        return _decode(self.data[start : start + length], what, self.path)
+        name = _decode(self.data[start : start + length], what, self.path)
+        if not name.isprintable():
+            raise InputError(f"{self.path}: {what} at byte {start} is no printable text")
+        return name
 
 
 def _decode(data: memoryview, what: str, path: Path) -> str:
@@ -221,7 +224,7 @@ def _read_preamble(cursor: _Cursor) -> tuple[int, int]:
 def _read_fields(cursor: _Cursor, count: int) -> Iterator[tuple[str, Field]]:
     seen: set[str] = set()
     for _ in range(count):
-        key = cursor.text(_LONGEST_KEY, "a metadata key")
+        key = cursor.name(_LONGEST_KEY, "a metadata key")
         if key in seen:
             raise InputError(f"{cursor.path}: metadata {key} stands twice")
         seen.add(key)
@@ -260,7 +263,7 @@ def _value_type(cursor: _Cursor, what: str) -> GGUFValueType:
 def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[tuple[str, TensorInfo]]:
     headers: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
     for _ in range(count):
-        name = cursor.text(_LONGEST_TENSOR_NAME, "a tensor name")
+        name = cursor.name(_LONGEST_TENSOR_NAME, "a tensor name")
         if name in headers:
             raise InputError(f"{cursor.path}: tensor {name} stands twice")
         headers[name] = _read_shape(cursor, name), _read_type(cursor, name), cursor.u64(f"tensor {name}")

@@ -88,7 +88,9 @@ def architecture(name: str | None, where: str) -> Architecture:
         RefusedError: it is not on the list.
     """
     if name not in _ARCHITECTURES:
-        raise RefusedError(f"{where}: architecture {name} is not supported; supported are {_listed(_ARCHITECTURES)}")
+        raise RefusedError(
+            f"{where}: architecture {_shown(name)} is not supported; supported are {_listed(_ARCHITECTURES)}"
+        )
     return _ARCHITECTURES[name]
 
 
@@ -100,7 +102,7 @@ def architecture_of_model_type(model_type: object, where: str) -> Architecture:
     """
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise RefusedError(
-            f"{where}: no GGUF layout is known for model_type {model_type}; known are {_listed(_MODEL_TYPES)}"
+            f"{where}: no GGUF layout is known for model_type {_shown(model_type)}; known are {_listed(_MODEL_TYPES)}"
         )
     return _ARCHITECTURES[_MODEL_TYPES[model_type]]
 
@@ -138,6 +140,10 @@ def _names(architecture: Architecture) -> dict[str, str]:
             raise BuildError(f"the installed gguf has no name for {part} of {architecture.name}; install gguf 0.19")
         names[part] = name.removeprefix("blk.0.")
     return names
+
+
+def _shown(name: object) -> str:
+    return repr(name)[:80]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from csulora import names
-from csulora.errors import InputError
+from csulora.errors import InputError, RefusedError
 from csulora.files import parse_json, read_regular
 from csulora.formats import gguf_quants
 from csulora.formats.gguf_base import BaseModel
@@ -135,8 +135,8 @@ class Checkpoint:
         digest = hashlib.sha256(stored.view(torch.uint8).numpy().data).hexdigest()
         return stored.t() if weight.transposed else stored, digest
 
-    def quantisation_variance(self, module: str) -> float | None:
-        """Return the mean variance of an entry's rounding if the weight is quantised; None if its dtype says it."""
+    def quantisation_edge(self, module: str) -> float | None:
+        """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
         return None
 
 
@@ -155,9 +155,10 @@ class GGUFCheckpoint(Checkpoint):
         super().__init__(file.path.name, config, weights, others)
         self._file = file
         self._base = base
+        self._has_importance = any(key.startswith("quantize.imatrix.") for key in file.fields)
 
     def load(self, module: str) -> tuple[torch.Tensor, str]:
-        """Return one weight, (out, in), and the hex sha256 of its values.
+        """Return one weight, (out, in), and the hex sha256 of its values; raises `RefusedError` for imatrix quants.
 
         What is stored as floating point is hashed as a Hugging Face checkpoint would store it, with its rows in
         Hugging Face's order; what is quantised is dequantised to float32, and its blocks are hashed.
@@ -168,16 +169,21 @@ class GGUFCheckpoint(Checkpoint):
             stored = torch.frombuffer(data, dtype=_DTYPES[weight.dtype]).reshape(weight.shape)
             matrix = self._base.from_gguf_rows(module, stored).contiguous()
             return matrix, hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest()
+        if self._has_importance and weight.dtype != "Q8_0":  # which ignores it
+            raise RefusedError(
+                f"{weight.file}: {weight.tensor} was quantised with an importance matrix, so how far its entries were "
+                "moved does not follow from the file; use Q8_0 or a checkpoint that is not quantised"
+            )
         stored = gguf_quants.dequantise(data, weight.shape, kind)
         return self._base.from_gguf_rows(module, stored), hashlib.sha256(data).hexdigest()
 
-    def quantisation_variance(self, module: str) -> float | None:
-        """Return the mean variance of an entry's rounding if the weight is quantised; None if its dtype says it."""
+    def quantisation_edge(self, module: str) -> float | None:
+        """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
         weight = self.weights[module]
         if weight.dtype in _DTYPES:
             return None
         kind = self._file.tensors[weight.tensor].type
-        return gguf_quants.rounding_variance(self._file.bytes_of(weight.tensor), weight.shape, kind)
+        return gguf_quants.rounding_edge(self._file.bytes_of(weight.tensor), weight.shape, kind)
 
 
 def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[str]) -> None:

@@ -20,8 +20,8 @@ Progress = Callable[[str, int, int], None]
 class LoadedModule:
     """One module's matrices (out, in), and the sha256 of the bytes they are stored as.
 
-    ``noise_std`` is the standard deviation of the rounding of one entry of their difference if a matrix was
-    dequantised; None if it follows from the dtypes.
+    ``noise_std`` is the standard deviation per entry of noise that spreads as far as the rounding errors of the
+    difference may, if a matrix was dequantised; None if rounding follows from the dtypes.
     """
 
     name: str
@@ -89,18 +89,22 @@ class CheckpointPair:
     def _load(self, module: str) -> LoadedModule:
         base, base_sha256 = self.base.load(module)
         aligned, aligned_sha256 = self.aligned.load(module)
-        variances = [checkpoint.quantisation_variance(module) for checkpoint in (self.base, self.aligned)]
+        edges = [checkpoint.quantisation_edge(module) for checkpoint in (self.base, self.aligned)]
         noise_std = None
-        if variances != [None, None]:
-            matrices = zip(variances, (base, aligned), strict=True)
-            noise_std = math.sqrt(sum(_rounding_variance(m) if v is None else v for v, m in matrices))
+        if edges != [None, None]:
+            # The errors of two files need not be independent, so their bounds add up.
+            matrices = zip(edges, (base, aligned), strict=True)
+            edge = sum(_rounding_edge(matrix) if known is None else known for known, matrix in matrices)
+            noise_std = edge / (math.sqrt(base.shape[0]) + math.sqrt(base.shape[1]))
         return LoadedModule(module, base, aligned, base_sha256, aligned_sha256, noise_std)
 
 
-def _rounding_variance(matrix: torch.Tensor) -> float:
-    """Mean over entries of h^2 / 12, where h is the spacing of the matrix's floating-point type around the entry."""
+def _rounding_edge(matrix: torch.Tensor) -> float:
+    """`gguf_quants.rounding_edge` of a floating-point matrix: h is the spacing of its type around each entry."""
     precision = torch.finfo(matrix.dtype)
     _, exponents = torch.frexp(matrix.float())  # |entry| lies in [2^(exponent - 1), 2^exponent)
     smallest = math.frexp(precision.smallest_normal)[1]
-    spacings = torch.ldexp(torch.tensor(precision.eps), exponents.clamp_(min=smallest) - 1)
-    return float(spacings.double().square_().mean()) / 12
+    spacings = torch.exp2(exponents.clamp_(min=smallest) - 1.0).mul_(precision.eps)
+    variances = spacings.square_().div_(12)
+    row, column = (float(variances.sum(dim, dtype=torch.float64).max()) for dim in (1, 0))
+    return math.sqrt(row) + math.sqrt(column)

@@ -47,16 +47,22 @@ def dequantise(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizationT
         return torch.from_numpy(quants.dequantize(_rows(data, shape), kind))
 
 
-def rounding_variance(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizationType) -> float:
-    """Return the mean over entries of h^2 / 12, the variance of rounding to levels that are h apart."""
+def rounding_edge(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizationType) -> float:
+    """Return what the largest singular value of a quantised matrix's rounding errors does not exceed.
+
+    Rounding to levels that are h apart has variance h^2 / 12. Spacings differ between blocks, so the bound is that
+    for independent entries of unequal variance (Bandeira and van Handel 2016), less its small terms: the largest
+    norm of a row of standard deviations plus that of a column.
+    """
     levels = _LEVELS[kind]
-    total = 0.0
+    largest_row, columns = 0.0, np.zeros(shape[1])
     for rows in _chunks(_rows(data, shape)):
-        extremes = [_with_bits(rows, kind, levels.bits, value) for value in (0x00, 0xFF)]
         with np.errstate(all="ignore"):
-            low, high = (quants.dequantize(extreme, kind) for extreme in extremes)
-            total += float(np.square((high - low) / levels.steps, dtype=np.float64).sum())
-    return total / 12 / math.prod(shape)
+            low, high = (quants.dequantize(_with_bits(rows, kind, levels.bits, bits), kind) for bits in (0x00, 0xFF))
+            variances = np.square((high - low) / levels.steps, dtype=np.float64) / 12
+        largest_row = max(largest_row, float(variances.sum(1).max()))
+        columns += variances.sum(0)
+    return math.sqrt(largest_row) + math.sqrt(float(columns.max()))
 
 
 def _rows(data: memoryview, shape: tuple[int, int]) -> np.ndarray:

@@ -50,12 +50,16 @@ def save_adapter(
         outtype: for ``gguf``, the type of the tensors: ``f32``, ``f16`` or ``bf16``; None keeps the adapter's.
 
     Raises:
-        InputError: ``path`` cannot be created, or the adapter does not fit the format or the model.
+        InputError: ``path`` cannot be created or is an input, or the adapter does not fit the format or the model.
         RefusedError: llama.cpp has no place for one of its modules.
     """
     path = Path(path)
+    if path.resolve() in (adapter.path.resolve(), base_model and Path(base_model).resolve()):
+        raise InputError(f"{path}: is the adapter that was read, or its model; choose another place")
     if format == "gguf":
-        _save_gguf(adapter, path, base_model, outtype)
+        if base_model is None:
+            raise InputError(f"{path}: a GGUF file is written for a model; name it (base_model, --base-model)")
+        gguf.write(adapter, path, BaseModel.open(base_model), outtype)
     elif format == "peft":
         _save_peft(adapter, path)
     else:
@@ -67,12 +71,3 @@ def _save_peft(adapter: Adapter, path: Path) -> None:
         peft.write(adapter, directory)
         for name, text in adapter.documents.items():
             (directory / name).write_text(text, encoding="utf-8")
-
-
-def _save_gguf(adapter: Adapter, path: Path, base_model: str | Path | None, outtype: str | None) -> None:
-    if base_model is None:
-        raise InputError(f"{path}: a GGUF file is written for a model; name it (base_model, --base-model)")
-    for source in (adapter.path, Path(base_model)):
-        if path.exists() and source.exists() and path.samefile(source):
-            raise InputError(f"{path}: is an input and is not overwritten; choose another name")
-    gguf.write(adapter, path, BaseModel.open(base_model), outtype)

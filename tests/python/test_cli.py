@@ -285,7 +285,7 @@ BAD_INPUT = {
     "extract nowhere aligned -o new": "nowhere: neither a local directory nor a model that could be fetched",
     "extract org/model aligned -o new": "org/model: neither a local directory nor a model that could be fetched",
     "extract base adapter -o new": "adapter/config.json: no such file",
-    "extract base pack -o new": "pack: not a directory",
+    "extract base pack -o new": "pack: not a GGUF file",
     "extract base spoiled -o new": "model.layers.1.self_attn.q_proj: base or aligned holds NaN",
     "extract base damaged -o new": "damaged/model.safetensors: not a readable safetensors file",
     "extract base smaller -o new": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing, but base has it",

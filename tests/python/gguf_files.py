@@ -1,6 +1,6 @@
 """GGUF files by hand: models from Hugging Face weights, and LoRA files from any metadata and tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,15 @@ def add_metadata(writer: GGUFWriter, metadata: Metadata) -> None:
         add.get(type(value), writer.add_array)(key, value)
 
 
-def add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, kind: GGMLQuantizationType | None = None) -> None:
-    if kind is not None:
-        writer.add_tensor(name, quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
-    elif tensor.dtype == torch.bfloat16:
+Quantise = Callable[[Tensor, GGMLQuantizationType], np.ndarray]
+
+
+def quantise(matrix: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    return quants.quantize(matrix.float().numpy(), kind)
+
+
+def add_tensor(writer: GGUFWriter, name: str, tensor: Tensor) -> None:
+    if tensor.dtype == torch.bfloat16:
         data = tensor.contiguous().view(torch.uint8).numpy()
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType.BF16)
     else:
@@ -43,6 +48,7 @@ def save_model(
     kind: GGMLQuantizationType | None = None,
     name: str = "llama",
     metadata: Metadata | None = None,
+    quantise: Quantise = quantise,
 ) -> Path:
     """Write Hugging Face weights (`factories.llama_weights`, say) as a GGUF model, its matrices quantised to `kind`."""
     layout = architecture(name, "test")
@@ -56,7 +62,10 @@ def save_model(
             continue
         if layout.is_permuted(module):
             weight = to_rotary_order(weight, KV_HEADS if module.endswith("k_proj") else HEADS)
-        add_tensor(writer, f"{tensor}.weight", weight, kind)
+        if kind is None:
+            add_tensor(writer, f"{tensor}.weight", weight)
+        else:
+            writer.add_tensor(f"{tensor}.weight", quantise(weight, kind), raw_dtype=kind)
     close(writer)
     return path
 

@@ -53,6 +53,8 @@ def load(
     if bypass := [name for name in _BYPASSES if name in kwargs]:
         raise RefusedError(f"{bypass[0]} would load an adapter that was not corrected; pass it as `adapter`")
     adapters = adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
+    if not adapters:
+        raise InputError(f"{model_path}: no adapter is given; load the model with llama_cpp.Llama itself")
     for path, scale in adapters.items():
         if not math.isfinite(scale):
             raise InputError(f"{path}: its scale is {scale}; it must be finite")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gguf_files
@@ -25,6 +25,7 @@ names = st.text("abc._0", min_size=1, max_size=12)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
+@settings(max_examples=30)  # gguf's reader is slow
 @given(
     st.dictionaries(names, values, max_size=6),
     st.dictionaries(names, shapes, min_size=1, max_size=5),

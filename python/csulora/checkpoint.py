@@ -44,10 +44,16 @@ class Checkpoint:
     """
 
     def __init__(
-        self, name: str, config: dict[str, Any], weights: dict[str, Weight], others: dict[str, list[int]]
+        self,
+        name: str,
+        files: list[Path],
+        config: dict[str, Any],
+        weights: dict[str, Weight],
+        others: dict[str, list[int]],
     ) -> None:
         """Use `Checkpoint.open`; ``others`` are the shapes of all tensors that are not 2-D weights."""
         self.name = name
+        self.files = files
         self.config = config
         self.weights = weights
         self._others = others
@@ -67,13 +73,15 @@ class Checkpoint:
         name = local.resolve().name if local.exists() else str(source)
         if not directory.is_dir():
             raise InputError(f"{directory}: not a directory; name a model directory, a GGUF file or a hub id")
-        config = _read_json(directory / "config.json")
+        config_file = directory / "config.json"
+        config = _read_json(config_file)
         model_type = config.get("model_type")
         if not isinstance(model_type, str | None):
-            raise InputError(f"{directory / 'config.json'}: model_type is {model_type!r}; it must be a name")
+            raise InputError(f"{config_file}: model_type is {model_type!r}; it must be a name")
+        tensors = _tensors(directory)
         weights: dict[str, Weight] = {}
         others: dict[str, list[int]] = {}
-        for tensor, (file, shape, dtype) in _tensors(directory).items():
+        for tensor, (file, shape, dtype) in tensors.items():
             module = tensor.removesuffix(names.WEIGHT)
             if module == tensor or len(shape) != 2:
                 others[module] = shape
@@ -81,7 +89,8 @@ class Checkpoint:
                 weights[module] = Weight(file, tensor, (shape[1], shape[0]), dtype, transposed=True)
             else:
                 weights[module] = Weight(file, tensor, (shape[0], shape[1]), dtype, transposed=False)
-        return cls(name, config, weights, others)
+        files = [config_file, *sorted({tensor.file for tensor in tensors.values()})]
+        return cls(name, files, config, weights, others)
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -152,7 +161,7 @@ class GGUFCheckpoint(Checkpoint):
             weights[module] = Weight(file.path, tensor, shape, file.tensors[tensor].type.name, transposed=False)
         config = {"model_type": base.architecture.name, "tie_word_embeddings": base.is_tied}
         others = {name: list(info.shape) for name, info in file.tensors.items() if len(info.shape) != 2}
-        super().__init__(file.path.name, config, weights, others)
+        super().__init__(file.path.name, [file.path], config, weights, others)
         self._file = file
         self._base = base
         self._has_importance = any(key.startswith("quantize.imatrix.") for key in file.fields)

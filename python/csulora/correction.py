@@ -78,7 +78,7 @@ def _cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
     """Map each covered module to the pack's name for it, in the adapter's order."""
     covered = {}
     for name, module in adapter.modules.items():
-        target = names.resolve(name, pack, pack.provenance.aliases)
+        target = names.resolve(name, pack, pack.aliases)
         if target is None:
             if policy.uncovered == "refuse":
                 raise RefusedError(

@@ -68,7 +68,7 @@ def test_says_what_it_was_made_from(models: tuple[Path, Path]) -> None:
 def test_embedding_and_head_come_on_request(models: tuple[Path, Path]) -> None:
     pack = csulora.extract(*models, rank=4, modules=["embed_tokens", "lm_head"])
     assert list(pack) == ["lm_head", EMBEDDING]
-    assert pack.provenance.aliases == {}
+    assert pack.aliases == {}
 
 
 def test_the_head_of_a_tied_model_is_an_alias(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_the_head_of_a_tied_model_is_an_alias(tmp_path: Path) -> None:
     aligned = factories.save_checkpoint(tmp_path / "aligned", factories.moved(weights), tied)
     pack = csulora.extract(base, aligned, rank=4, modules=["lm_head"])
     assert list(pack) == [EMBEDDING]
-    assert pack.provenance.aliases == {"lm_head": EMBEDDING}
-    assert csulora.extract(base, aligned, rank=4).provenance.aliases == {}
+    assert pack.aliases == {"lm_head": EMBEDDING}
+    assert csulora.extract(base, aligned, rank=4).aliases == {}
 
 
 def test_conv1d_is_extracted_as_the_linear_layer_it_is(tmp_path: Path) -> None:
@@ -162,6 +162,14 @@ def test_options_out_of_range_are_refused_before_anything_is_written(
     assert not list(tmp_path.glob("pack*"))
 
 
+@pytest.mark.parametrize("name", ["base/model.safetensors", "aligned/config.json"])
+def test_the_checkpoints_are_never_written_to(tmp_path: Path, models: tuple[Path, Path], name: str) -> None:
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(InputError, match="belongs to a checkpoint that is read"):
+        csulora.extract(*models, output=tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before
+
+
 def spoil(aligned: Path, module: str, value: float) -> None:
     weights = factories.moved(factories.llama_weights())
     weights[f"{module}.weight"][3, 5] = value
@@ -236,9 +244,12 @@ def test_other_options_do_not_continue(tmp_path: Path, models: tuple[Path, Path]
     assert len(interrupter.extracted) == 14
 
 
-def test_other_checkpoints_do_not_continue(tmp_path: Path, models: tuple[Path, Path], interrupter: Interrupter) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_other_checkpoints_do_not_continue(
+    tmp_path: Path, models: tuple[Path, Path], interrupter: Interrupter, name: str
+) -> None:
     interrupt(interrupter, models, tmp_path / "pack", 9)
-    file = models[1] / "model.safetensors"
+    file = models[1] / name
     copy = file.read_bytes()
     file.unlink()
     file.write_bytes(copy)

@@ -136,12 +136,9 @@ class Checkpoint:
             The matrix, a view of the mapped file that keeps the mapping alive, and the hex sha256.
         """
         weight = self.weights[module]
-        try:
-            with safe_open(weight.file, framework="pt") as file:
-                stored: torch.Tensor = file.get_tensor(weight.tensor)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{weight.file}: cannot read {weight.tensor}: {error}") from error
-        digest = hashlib.sha256(stored.view(torch.uint8).numpy().data).hexdigest()
+        # A mapping of its own: what was read to be hashed counts as memory until it is unmapped.
+        digest = hashlib.sha256(_map(weight).view(torch.uint8).numpy().data).hexdigest()
+        stored = _map(weight)
         return stored.t() if weight.transposed else stored, digest
 
     def quantisation_edge(self, module: str) -> float | None:
@@ -193,6 +190,15 @@ class GGUFCheckpoint(Checkpoint):
             return None
         kind = self._file.tensors[weight.tensor].type
         return gguf_quants.rounding_edge(self._file.bytes_of(weight.tensor), weight.shape, kind)
+
+
+def _map(weight: Weight) -> torch.Tensor:
+    try:
+        with safe_open(weight.file, framework="pt") as file:
+            stored: torch.Tensor = file.get_tensor(weight.tensor)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{weight.file}: cannot read {weight.tensor}: {error}") from error
+    return stored
 
 
 def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from csulora import names
 from csulora.errors import InputError, RefusedError
 from csulora.files import parse_json, read_regular
-from csulora.formats import gguf_quants
+from csulora.formats import gguf_layout, gguf_quants
 from csulora.formats.gguf_base import BaseModel
 from csulora.formats.gguf_file import GGUFFile
 
@@ -145,6 +145,11 @@ class Checkpoint:
         """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
         return None
 
+    @property
+    def gguf_architecture(self) -> str:
+        """What llama.cpp calls the model's architecture; raises `RefusedError` if csulora knows no name."""
+        return gguf_layout.architecture_of_model_type(self.config.get("model_type"), self.name).name
+
 
 class GGUFCheckpoint(Checkpoint):
     """A GGUF file as a checkpoint: modules, shapes and order of rows are Hugging Face's."""
@@ -191,6 +196,11 @@ class GGUFCheckpoint(Checkpoint):
         kind = self._file.tensors[weight.tensor].type
         return gguf_quants.rounding_edge(self._file.bytes_of(weight.tensor), weight.shape, kind)
 
+    @property
+    def gguf_architecture(self) -> str:
+        """What the file says."""
+        return self._base.architecture.name
+
 
 def _map(weight: Weight) -> torch.Tensor:
     try:
@@ -203,10 +213,12 @@ def _map(weight: Weight) -> torch.Tensor:
 
 def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[str]) -> None:
     """Raise `InputError` unless both have these modules, readable and in the same shapes, for the same model."""
-    for key in ("model_type", "architectures"):
-        ours, theirs = base.config.get(key), aligned.config.get(key)
-        unknown = isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint) and key == "architectures"
-        if ours != theirs and not unknown:
+    mixed = isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint)
+    for key in ("GGUF architecture",) if mixed else ("model_type", "architectures"):
+        ours, theirs = (
+            checkpoint.gguf_architecture if mixed else checkpoint.config.get(key) for checkpoint in (base, aligned)
+        )
+        if ours != theirs:
             raise InputError(
                 f"config.json: {key} is {ours} in base {base.name} and {theirs} in aligned {aligned.name}; "
                 "both must be the same architecture"

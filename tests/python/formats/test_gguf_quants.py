@@ -57,8 +57,11 @@ def test_rounding_errors_stay_within_the_edge(kind: GGMLQuantizationType, shape:
     assert edge / 4 < error <= edge / 2  # the other half is for weights that had been rounded before
 
 
-@pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("before", WRITTEN, ids=lambda kind: kind.name)
+# Every second level of Q5_0 lies halfway between two of Q4_0 and is rounded to the same side: no margin covers that.
+TWICE = [(one, other) for one in WRITTEN for other in WRITTEN if (one.name, other.name) != ("Q5_0", "Q4_0")]
+
+
+@pytest.mark.parametrize(("before", "kind"), TWICE, ids=lambda kind: kind.name)
 def test_also_those_of_weights_that_had_been_rounded_before(
     before: GGMLQuantizationType, kind: GGMLQuantizationType
 ) -> None:

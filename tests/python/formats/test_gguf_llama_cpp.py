@@ -1,0 +1,79 @@
+"""llama.cpp with our file against PEFT with the original, architecture by architecture, in float32."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import csulora
+import gguf_zoo
+
+# PEFT 0.21 asks transformers 5 by an old name.
+pytestmark = [pytest.mark.llama_cpp, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
+pytest.importorskip("llama_cpp")
+
+LARGEST_DIFFERENCE = 1e-3
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with every family's GGUF file."""
+    directory = tmp_path_factory.mktemp("models")
+    for family in gguf_zoo.FAMILIES:
+        gguf_zoo.save_gguf(family, directory / f"{family}.gguf")
+    return directory
+
+
+@pytest.mark.parametrize("kind", gguf_zoo.ADAPTERS)
+@pytest.mark.parametrize("family", gguf_zoo.FAMILIES)
+def test_llama_cpp_computes_what_peft_computes(family: str, kind: str, files: Path, tmp_path: Path) -> None:
+    base = files / f"{family}.gguf"
+    adapted = gguf_zoo.make_adapter(family, tmp_path / "adapter", **gguf_zoo.ADAPTERS[kind])
+    lora = tmp_path / "lora.gguf"
+    csulora.save_adapter(csulora.load_adapter(tmp_path / "adapter"), lora, "gguf", base_model=base)
+
+    expected = gguf_zoo.logits(adapted)
+    difference = np.abs(gguf_zoo.llama_logits(base, lora) - expected).max()
+    effect = np.abs(gguf_zoo.logits(gguf_zoo.model(family)) - expected).max()
+    noise = np.abs(gguf_zoo.llama_logits(base) - gguf_zoo.logits(gguf_zoo.model(family))).max()
+    print(f"{family}, {kind}: {difference:.1e}; without an adapter {noise:.1e}; the adapter's effect {effect:.1e}")
+    assert effect > 100 * LARGEST_DIFFERENCE
+    assert difference <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama", ["embed_tokens", "lm_head", "q_proj"]), ("qwen2", ["embed_tokens"]), ("qwen3", ["lm_head"])],
+)
+def test_embedding_and_head_where_they_are_two(family: str, targets: list[str], tmp_path: Path) -> None:
+    base = gguf_zoo.save_gguf(family, tmp_path / "base.gguf")
+    adapted = gguf_zoo.make_adapter(family, tmp_path / "adapter", target_modules=targets)
+    csulora.save_adapter(csulora.load_adapter(tmp_path / "adapter"), tmp_path / "lora.gguf", "gguf", base_model=base)
+    expected = gguf_zoo.logits(adapted)
+    assert np.abs(gguf_zoo.llama_logits(base, tmp_path / "lora.gguf") - expected).max() <= LARGEST_DIFFERENCE
+    assert np.abs(gguf_zoo.llama_logits(base) - expected).max() > 100 * LARGEST_DIFFERENCE
+
+
+def test_a_directory_as_base_model_gives_the_same_file(tmp_path: Path) -> None:
+    """Also for architectures whose head size is not width / heads."""
+    for family in gguf_zoo.FAMILIES:
+        gguf_zoo.make_adapter(family, tmp_path / family / "adapter")
+        bases = (
+            gguf_zoo.save_gguf(family, tmp_path / family / "tiny.gguf"),
+            gguf_zoo.save_model(family, tmp_path / family / "tiny"),
+        )
+        files = [tmp_path / family / f"{i}.gguf" for i in range(2)]
+        for base, file in zip(bases, files, strict=True):
+            adapter = csulora.load_adapter(tmp_path / family / "adapter")
+            csulora.save_adapter(adapter, file, "gguf", base_model=base)
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_llama_cpp_reads_the_other_types(tmp_path: Path) -> None:
+    """It rounds what it multiplies with to the adapter's type, so it is less exact."""
+    base = gguf_zoo.save_gguf("llama", tmp_path / "base.gguf")
+    expected = gguf_zoo.logits(gguf_zoo.make_adapter("llama", tmp_path / "adapter"))
+    for outtype, tolerance in (("f16", 1e-2), ("bf16", 5e-2)):
+        file, adapter = tmp_path / f"{outtype}.gguf", csulora.load_adapter(tmp_path / "adapter")
+        csulora.save_adapter(adapter, file, "gguf", base_model=base, outtype=outtype)
+        assert np.abs(gguf_zoo.llama_logits(base, file) - expected).max() <= tolerance

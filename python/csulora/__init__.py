@@ -9,7 +9,7 @@ csulora.save_adapter(fixed, "my-adapter-corrected")
 from csulora._version import __version__
 from csulora.adapter import load_adapter, save_adapter
 from csulora.correction import correct
-from csulora.errors import BuildError, CsuloraError, InputError, InternalError, RefusedError
+from csulora.errors import BuildError, CsuloraError, HostError, InputError, InternalError, RefusedError
 from csulora.extraction import extract
 from csulora.formats import Adapter, LoraModule
 from csulora.policy import Override, Policy
@@ -21,6 +21,7 @@ __all__ = [
     "Adapter",
     "BuildError",
     "CsuloraError",
+    "HostError",
     "InputError",
     "InternalError",
     "LoraModule",

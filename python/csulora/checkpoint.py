@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from csulora import names
 from csulora.errors import InputError
-from csulora.files import parse_json
+from csulora.files import parse_json, read_regular
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = frozenset({"F16", "BF16", "F32"})
+_LARGEST_JSON = 64 << 20  # bytes; the index of 100,000 tensors has about 10 MiB
+_DTYPES = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Checkpoint:
     Nothing but headers is read until `load` is called.
     """
 
-    def __init__(self, name: str, config: dict[str, Any], weights: dict[str, Weight]) -> None:
-        """Use `Checkpoint.open`."""
+    def __init__(
+        self, name: str, config: dict[str, Any], weights: dict[str, Weight], others: dict[str, list[int]]
+    ) -> None:
+        """Use `Checkpoint.open`; ``others`` are the shapes of all tensors that are not 2-D weights."""
         self.name = name
         self.config = config
         self.weights = weights
+        self._others = others
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -51,17 +55,26 @@ class Checkpoint:
         Raises:
             InputError: nothing usable is there, or it cannot be reached.
         """
-        directory = Path(source) if Path(source).exists() else _download(str(source))
+        local = Path(source)
+        directory = local if local.exists() else _download(str(source))
+        name = local.resolve().name if local.exists() else str(source)
         if not directory.is_dir():
             raise InputError(f"{directory}: not a directory; name a model directory or a hub id")
         config = _read_json(directory / "config.json")
-        files = _tensor_files(directory)
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str | None):
+            raise InputError(f"{directory / 'config.json'}: model_type is {model_type!r}; it must be a name")
         weights: dict[str, Weight] = {}
-        for file in sorted(set(files)):
-            weights.update(_weights_in(file, config.get("model_type")))
-        if not weights:
-            raise InputError(f"{directory}: holds no 2-D weight; is it a language model?")
-        return cls(Path(source).name, config, dict(sorted(weights.items())))
+        others: dict[str, list[int]] = {}
+        for tensor, (file, shape, dtype) in _tensors(directory).items():
+            module = tensor.removesuffix(names.WEIGHT)
+            if module == tensor or len(shape) != 2:
+                others[module] = shape
+            elif names.is_conv1d(module, model_type):
+                weights[module] = Weight(file, tensor, (shape[1], shape[0]), dtype, transposed=True)
+            else:
+                weights[module] = Weight(file, tensor, (shape[0], shape[1]), dtype, transposed=False)
+        return cls(name, config, weights, others)
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -78,15 +91,27 @@ class Checkpoint:
         """
         patterns = list(patterns)
         if not patterns:
-            return [module for module in self.weights if names.is_attention_or_mlp(module)]
+            usual = [module for module in self.weights if names.is_attention_or_mlp(module)]
+            if not usual:
+                raise InputError(
+                    f"{self.name}: holds no 2-D attention or MLP weight; name the modules (--modules), "
+                    "and dequantise a quantised checkpoint first"
+                )
+            return usual
         selected: set[str] = set()
         for pattern in patterns:
             found = {module for module in self.weights if names.matches(module, pattern)}
             found |= {target for alias, target in self.aliases.items() if names.matches(alias, pattern)}
             if not found:
-                raise InputError(f"{self.name}: no 2-D weight matches the module pattern {pattern!r}")
+                raise InputError(
+                    f"{self.name}: no 2-D weight matches the module pattern {pattern!r}{self._why(pattern)}"
+                )
             selected |= found
         return sorted(selected)
+
+    def _why(self, pattern: str) -> str:
+        other = next((name for name in self._others if names.matches(name, pattern)), None)
+        return f"; {other} is {self._others[other]}, and only matrices called *.weight have a subspace" if other else ""
 
     def load(self, module: str) -> tuple[torch.Tensor, str]:
         """Map one weight, (out, in), in its storage type, and hash its bytes as they are stored.
@@ -104,8 +129,8 @@ class Checkpoint:
         return stored.t() if weight.transposed else stored, digest
 
 
-def check_same_architecture(base: Checkpoint, aligned: Checkpoint, modules: Iterable[str]) -> None:
-    """Raise `InputError` unless both checkpoints have these modules, in the same shapes, for the same model."""
+def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[str]) -> None:
+    """Raise `InputError` unless both have these modules, readable and in the same shapes, for the same model."""
     for key in ("model_type", "architectures"):
         ours, theirs = base.config.get(key), aligned.config.get(key)
         if ours != theirs:
@@ -117,6 +142,11 @@ def check_same_architecture(base: Checkpoint, aligned: Checkpoint, modules: Iter
         for here, there in ((base, aligned), (aligned, base)):
             if module not in here.weights:
                 raise InputError(f"{here.name}: tensor {module}.weight is missing, but {there.name} has it")
+            if here.weights[module].dtype not in _DTYPES:
+                raise InputError(
+                    f"{here.name}: tensor {module}.weight is {here.weights[module].dtype}; "
+                    f"dequantise the checkpoint to {', '.join(_DTYPES)} first"
+                )
         ours_shape, theirs_shape = base.weights[module].shape, aligned.weights[module].shape
         if ours_shape != theirs_shape:
             raise InputError(
@@ -127,7 +157,12 @@ def check_same_architecture(base: Checkpoint, aligned: Checkpoint, modules: Iter
 
 def _download(repo: str) -> Path:
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", "*.json"]))
+        # Some repositories hold the weights a second time, under another name or in a subdirectory.
+        return Path(
+            snapshot_download(
+                repo, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
     except Exception as error:  # the hub client raises a dozen unrelated types, those of its HTTP library among them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -137,41 +172,60 @@ def _download(repo: str) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return parse_json(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; a checkpoint needs it") from None
+    return parse_json(read_regular(path, _LARGEST_JSON), path)
 
 
-def _tensor_files(directory: Path) -> list[Path]:
-    if (directory / _INDEX_FILE).is_file():
-        shards = _read_json(directory / _INDEX_FILE).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise InputError(f"{directory / _INDEX_FILE}: weight_map must map tensor names to file names")
-        for shard in shards.values():
-            if Path(shard).name != shard:
-                raise InputError(f"{directory / _INDEX_FILE}: {shard} lies outside the directory")
-            if not (directory / shard).is_file():
-                raise InputError(f"{directory / shard}: missing, but {_INDEX_FILE} names it")
-        return [directory / shard for shard in shards.values()]
-    if (directory / _SINGLE_FILE).is_file():
-        return [directory / _SINGLE_FILE]
-    raise InputError(f"{directory}: neither {_SINGLE_FILE} nor {_INDEX_FILE} is there; convert to safetensors first")
+class _Tensor(NamedTuple):
+    file: Path
+    shape: list[int]
+    dtype: str
 
 
-def _weights_in(file: Path, model_type: str | None) -> dict[str, Weight]:
-    weights = {}
+def _tensors(directory: Path) -> dict[str, _Tensor]:
+    """Return every tensor's place and header, by name, in the order of their names."""
+    single, index = directory / _SINGLE_FILE, directory / _INDEX_FILE
+    if single.is_file():  # `transformers`, too, looks for it first
+        tensors = _tensors_in(single)
+    elif index.is_file():
+        tensors = _tensors_in_shards(index)
+    else:
+        raise InputError(
+            f"{directory}: holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; convert it to safetensors first"
+        )
+    return dict(sorted(tensors.items()))
+
+
+def _tensors_in_shards(index: Path) -> dict[str, _Tensor]:
+    shard_of = _read_index(index)
+    tensors: dict[str, _Tensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        found = _tensors_in(index.parent / shard)
+        for tensor in found.keys() & tensors.keys():
+            raise InputError(f"{index.parent / shard}: holds {tensor}, and so does {tensors[tensor].file.name}")
+        tensors |= found
+    for tensor, shard in shard_of.items():
+        if tensor not in tensors:
+            raise InputError(f"{index.parent / shard}: tensor {tensor} is missing, but {_INDEX_FILE} names it")
+    return tensors
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the shard of every tensor, by name."""
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise InputError(f"{index}: weight_map must map tensor names to file names")
+    for shard in shard_of.values():
+        if Path(shard).name != shard:
+            raise InputError(f"{index}: {shard} lies outside the directory")
+        if not (index.parent / shard).is_file():
+            raise InputError(f"{index.parent / shard}: missing, but {_INDEX_FILE} names it")
+    return shard_of
+
+
+def _tensors_in(file: Path) -> dict[str, _Tensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            for tensor in tensors.keys():  # noqa: SIM118 - not a mapping
-                header = tensors.get_slice(tensor)
-                shape, dtype = header.get_shape(), header.get_dtype()
-                module = tensor.removesuffix(names.WEIGHT)
-                if module == tensor or len(shape) != 2 or dtype not in _DTYPES:
-                    continue
-                transposed = names.is_conv1d(module, model_type)
-                oriented = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-                weights[module] = Weight(file, tensor, oriented, dtype, transposed)
+            headers = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+            return {name: _Tensor(file, header.get_shape(), header.get_dtype()) for name, header in headers.items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: not a readable safetensors file: {error}") from error
-    return weights

@@ -8,10 +8,14 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from csulora.errors import InputError
 
@@ -33,16 +37,29 @@ def check_parent(path: Path) -> None:
         raise InputError(f"{parent}: not writable; choose another place for {path.name}")
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it takes the place of ``path``, flushed to disk."""
+def check_file(path: Path) -> None:
+    """Raise `InputError` unless ``path`` could be written: it is a file, or there is nothing yet.
+
+    A device or a pipe is no file: the rename that makes a file appear at once would put an end to it.
+    """
     check_parent(path)
     if path.is_dir():
         raise InputError(f"{path}: is a directory; name a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a regular file; name another")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it takes the place of ``path``, flushed to disk."""
+    check_file(path)
     temporary = _temporary_beside(path)
     temporary.touch(exist_ok=False)
+    permissions = temporary.stat().st_mode
     try:
         yield temporary
+        # safetensors replaces the file by one that only its owner may read.
+        temporary.chmod(permissions)
         _flush_to_disk(temporary)
         temporary.replace(path)
         _flush_to_disk(path.absolute().parent)
@@ -54,35 +71,61 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
     """Yield an empty temporary directory that on success becomes ``path``.
 
-    An existing ``path`` is replaced only if it is empty or holds the file ``marker``, which says that csulora
-    wrote it.
+    An existing ``path`` is replaced if it is empty, or if csulora wrote it: it holds the file ``marker`` and
+    nothing that the new directory does not hold too.
+
+    Raises:
+        InputError: ``path`` cannot be created or must not be replaced.
     """
     check_parent(path)
-    if path.exists() and not _replaceable(path, marker):
-        raise InputError(f"{path}: exists and was not written by csulora; remove it or choose another name")
     temporary = _temporary_beside(path)
     temporary.mkdir()
+    permissions = temporary.stat().st_mode & 0o666
     try:
         yield temporary
+        _check_replaceable(path, marker, {file.name for file in temporary.iterdir()})
         for file in temporary.iterdir():
+            file.chmod(permissions)
             _flush_to_disk(file)
         _flush_to_disk(temporary)
-        if path.exists():
-            # A directory cannot be renamed over another: for a moment there is none.
-            path.rename(temporary.with_suffix(".old"))
-        temporary.rename(path)
-        _flush_to_disk(path.absolute().parent)
+        _replace_directory(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
 
 
-def _replaceable(path: Path, marker: str) -> bool:
-    return path.is_dir() and not path.is_symlink() and ((path / marker).is_file() or not any(path.iterdir()))
+def _check_replaceable(path: Path, marker: str, replacements: set[str]) -> None:
+    if not os.path.lexists(path):
+        return
+    present = {file.name for file in path.iterdir()} if path.is_dir() and not path.is_symlink() else None
+    if present is None or (present and marker not in present):
+        raise InputError(f"{path}: exists and was not written by csulora; remove it or choose another name")
+    if present - replacements:
+        raise InputError(
+            f"{path}: holds {min(present - replacements)}, which csulora did not write; "
+            "remove it or choose another name"
+        )
+
+
+def _replace_directory(path: Path, temporary: Path) -> None:
+    previous = temporary.with_suffix(".old")
+    if path.exists():
+        # A directory cannot be renamed over another: for a moment there is none.
+        path.rename(previous)
+    temporary.rename(path)
+    _flush_to_disk(path.absolute().parent)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _temporary_beside(path: Path) -> Path:
     return path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, not atomically; raises OSError, which is not what safetensors raises."""
+    try:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,18 +141,22 @@ def read_regular(path: Path, limit: int) -> bytes:
         InputError: ``path`` is missing, is something else, or is larger than ``limit`` bytes.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - closed below
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
+    with file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: not a regular file")
         if status.st_size > limit:
             raise InputError(f"{path}: has {status.st_size} bytes; at most {limit} are read")
         return file.read(status.st_size)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
@@ -145,5 +192,5 @@ def sha256_of_file(path: Path) -> str:
 
 
 def to_json(document: Any) -> str:
-    """Return deterministic JSON: sorted keys, two spaces, a newline at the end."""
-    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    """Return deterministic JSON without NaN or infinity: sorted keys, two spaces, a newline at the end."""
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

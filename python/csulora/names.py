@@ -10,7 +10,7 @@ WEIGHT = ".weight"
 
 # Attributes under which `transformers` hangs the bare model below its task head: the same module is called
 # `transformer.h.0.mlp.c_fc` in the model that PEFT wraps and `h.0.mlp.c_fc` in GPT-2's checkpoint.
-_BASE_MODEL_PREFIXES = ("model", "transformer", "gpt_neox", "base_model", "backbone")
+_BASE_MODEL_PREFIXES = ("model", "transformer", "gpt_neox", "backbone")
 
 # Model types whose `transformers` implementation keeps attention and MLP weights as Conv1D, (in, out).
 _CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from csulora.checkpoint import Checkpoint, check_same_architecture
+from csulora.checkpoint import Checkpoint, check_comparable
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(module, done, total)`` before each module, counting matrix entries, and once at the end."""
@@ -51,7 +51,7 @@ class CheckpointPair:
         pair = Checkpoint.open(base), Checkpoint.open(aligned)
         if modules is None:
             modules = sorted({module for checkpoint in pair for module in checkpoint.select(patterns)})
-        check_same_architecture(*pair, modules)
+        check_comparable(*pair, modules)
         return cls(*pair, list(modules))
 
     def load_ahead(self, modules: Sequence[str], progress: Progress | None) -> Iterator[LoadedModule]:

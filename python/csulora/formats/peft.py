@@ -152,11 +152,11 @@ def _group(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[st
 
 
 def _why_foreign(name: str) -> str:
+    if not name.startswith(PREFIX) or name.startswith(PREFIX, len(PREFIX)):
+        return f"its name does not start with {PREFIX} once"
     for fragment, reason in _FOREIGN.items():
         if fragment in name:
             return reason
-    if name.count(PREFIX) != 1 or not name.startswith(PREFIX):
-        return f"its name does not start with {PREFIX} once"
     return "csulora knows no such tensor"
 
 

@@ -1,0 +1,195 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from csulora import files
+from csulora.errors import InputError
+
+MARKER = "report.json"
+
+
+def write_directory(path: Path, names: tuple[str, ...] = (MARKER, "weights")) -> None:
+    with files.atomic_directory(path, MARKER) as directory:
+        for name in names:
+            (directory / name).write_text("new")
+
+
+def permissions(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with files.atomic_file(path) as temporary:
+        temporary.write_text("complete")
+        assert not path.exists()
+    assert path.read_text() == "complete"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail() -> None:
+        with files.atomic_file(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("no power")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tensor_files_get_the_permissions_that_any_new_file_gets(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    with files.atomic_file(tmp_path / "file") as temporary:
+        files.save_tensors({"x": torch.zeros(2)}, temporary, {})
+    with files.atomic_directory(tmp_path / "directory", MARKER) as directory:
+        files.save_tensors({"x": torch.zeros(2)}, directory / "weights", {})
+    expected = permissions(tmp_path / "ordinary")
+    assert permissions(tmp_path / "file") == expected
+    assert permissions(tmp_path / "directory" / "weights") == expected
+
+
+def test_a_file_needs_a_directory_that_exists(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such directory"):
+        files.write_text(tmp_path / "missing" / "file", "")
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a directory"):
+        files.write_text(tmp_path, "")
+
+
+def test_a_device_or_pipe_is_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="not a regular file"):
+        files.write_text(pipe, "")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_directory_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with files.atomic_directory(path, MARKER) as directory:
+        (directory / MARKER).write_text("new")
+        assert not path.exists()
+    assert [file.name for file in path.iterdir()] == [MARKER]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_directory_and_one_of_csuloras_own_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    write_directory(path)
+    (path / "weights").write_text("old")
+    write_directory(path)
+    assert (path / "weights").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [(("weights",), "not written by csulora"), ((MARKER, "notes"), "holds notes, which csulora did not write")],
+)
+def test_what_csulora_did_not_write_is_not_replaced(tmp_path: Path, present: tuple[str, ...], message: str) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    for name in present:
+        (path / name).write_text("precious")
+    with pytest.raises(InputError, match=message):
+        write_directory(path)
+    assert {file.name: file.read_text() for file in path.iterdir()} == dict.fromkeys(present, "precious")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_not_replaced_by_a_directory(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("precious")
+    with pytest.raises(InputError, match="not written by csulora"):
+        write_directory(path)
+    assert path.read_text() == "precious"
+
+
+def test_a_failure_leaves_the_old_directory_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    write_directory(path)
+
+    def fail() -> None:
+        with files.atomic_directory(path, MARKER) as directory:
+            (directory / MARKER).write_text("half")
+            raise RuntimeError("no power")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (path / MARKER).read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_survive_and_failures_to_write_them_are_os_errors(tmp_path: Path) -> None:
+    tensors = {"x": torch.arange(6.0).reshape(2, 3).t()}
+    files.save_tensors(tensors, tmp_path / "file", {"key": "value"})
+    assert torch.equal(load_file(tmp_path / "file")["x"], tensors["x"])
+    with pytest.raises(OSError, match="missing"):
+        files.save_tensors(tensors, tmp_path / "missing" / "file", {})
+
+
+def test_reads_json_objects() -> None:
+    assert files.parse_json(b'{"a": [1, 2.5, null], "b": {"c": "\xc3\xa4"}}', Path("x")) == {
+        "a": [1, 2.5, None],
+        "b": {"c": "ä"},
+    }
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'{"a": 1, "a": 2}',
+        b'{"a": {"b": 1, "b": 1}}',
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b'{"a": "\xff"}',
+        b"[" * 100_000,
+        b'{"a": ' + b"9" * 10_000 + b"}",
+    ],
+)
+def test_refuses_what_is_not_strictly_a_json_object(data: bytes) -> None:
+    with pytest.raises(InputError, match=r"^config\.json: "):
+        files.parse_json(data, Path("config.json"))
+
+
+def test_json_is_deterministic_and_holds_only_numbers_that_json_has() -> None:
+    assert files.to_json({"b": 1, "a": "ä"}) == '{\n  "a": "ä",\n  "b": 1\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.to_json({"a": float("nan")})
+
+
+def test_reads_regular_files_within_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert files.read_regular(path, 5) == b"12345"
+    with pytest.raises(InputError, match="has 5 bytes; at most 4"):
+        files.read_regular(path, 4)
+    with pytest.raises(InputError, match="no such file"):
+        files.read_regular(tmp_path / "missing", 5)
+    with pytest.raises(InputError, match="cannot be opened: Is a directory"):
+        files.read_regular(tmp_path, 5)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a regular file"):
+        files.read_regular(tmp_path / "pipe", 5)
+
+
+def test_hashes_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert files.sha256_of_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -153,18 +153,31 @@ def verify(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory.")],
-    subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapter is for.")] = None,
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories.")],
+    subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapters are for.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")
+    ] = None,
+    max_undo: Annotated[
+        float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
+    ] = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show what an adapter does, and with --subspace where its update lies and what it undoes."""
-    loaded = csulora.load_adapter(adapter)
+    """Show what an adapter does, and with --subspace where its update lies and what it undoes.
+
+    Several adapters are taken as applied together: what is shown is their sum.
+    """
+    loaded = [csulora.load_adapter(adapter) for adapter in adapters]
     if subspace is None:
-        _show(tables.adapter_table(loaded), quiet)
-        _write_json(json, {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)})
+        if len(loaded) > 1 or weights is not None or max_undo is not None:
+            raise typer.BadParameter("sums and limits need --subspace")
+        _show(tables.adapter_table(loaded[0]), quiet)
+        _write_json(json, {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])})
         return
-    _, report = csulora.correct(loaded, csulora.Subspace.open(subspace), Policy.none(uncovered="keep"))
+    pack = csulora.Subspace.open(subspace)
+    whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, _numbers(weights))
+    _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
     _show(report.table(), quiet)
     _write_json(json, report.to_dict())
 
@@ -237,6 +250,13 @@ def _fail(kind: str, reason: object, code: int) -> None:
 
 def _parse_rank(text: str | None) -> str | int | None:
     return int(text) if text is not None and text.isdecimal() else text
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5") from None
 
 
 def _show(table: RenderableType, quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from csulora import doctor as doctor_module
 from csulora import tables
 from csulora.errors import CsuloraError, RefusedError
 from csulora.files import to_json, write_text
+from csulora.gate import Gate
+from csulora.guard import DirectoryGuard
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
 
@@ -222,6 +225,28 @@ def correct(
 
 
 @app.command()
+def guard(
+    incoming: Annotated[Path, typer.Argument(help="Directory that adapters are uploaded to.")],
+    outgoing: Annotated[Path, typer.Argument(help="Directory for the corrected ones; point the server here.")],
+    subspace: Annotated[Path, typer.Option(help="Pack of the served model.")],
+    policy: Annotated[Path | None, typer.Option(help="Policy (TOML). [default: the preset csulora]")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until SIGTERM or SIGINT.")] = False,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds an upload must not change before it is read.")] = 2.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds until an unreadable upload is refused.")] = 60.0,
+    decisions: Annotated[Path | None, typer.Option(help="Append a JSON line per decision to this file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Correct or refuse every adapter that appears in a directory."""
+    worker = DirectoryGuard(
+        incoming, outgoing, Gate.open(subspace, policy, decisions), settle, patience, lambda line: _say(line, quiet)
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    _say(f"guarding {incoming} -> {outgoing}: pack {worker.gate.pack.sha256}", quiet)
+    worker.run(watch)
+
+
+@app.command()
 def doctor(json: Json = None, quiet: Quiet = False) -> None:
     """Check this installation."""
     findings = doctor_module.examine()
@@ -267,7 +292,7 @@ def _show(table: RenderableType, quiet: bool) -> None:
 
 def _say(text: str, quiet: bool) -> None:
     if not quiet:
-        print(text)
+        print(text, flush=True)
 
 
 def _write_json(path: Path | None, document: dict[str, Any]) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import tomli_w
+
 from csulora._version import __version__
 from csulora.adapter import load_adapter
 from csulora.correction import check_pack, correct
 from csulora.decisions import Decision, DecisionLog, Verdict
 from csulora.errors import InputError, RefusedError
-from csulora.files import to_json
 from csulora.formats import Adapter, peft
 from csulora.policy import Policy
 from csulora.report import Report
@@ -32,7 +33,7 @@ class Gate:
     """A pack, a policy and a decision log. Whatever `admit` returns was corrected with them.
 
     Attributes:
-        policy_sha256: identity of the policy.
+        policy_sha256: sha256 of the policy's TOML document.
         fingerprint: identity of everything that turns an adapter into the corrected one: pack, policy, version.
     """
 
@@ -46,7 +47,7 @@ class Gate:
         self.policy = policy or Policy.csulora()
         self.log = log or DecisionLog()
         check_pack(self.policy, pack)
-        self.policy_sha256 = hashlib.sha256(to_json(self.policy.to_dict()).encode()).hexdigest()
+        self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
         made_of = f"csulora {__version__}, pack {pack.sha256}, policy {self.policy_sha256}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
 
@@ -73,22 +74,15 @@ class Gate:
             raise InputError(f"{SUBSPACE_VARIABLE} is not set; name the subspace pack of the served model")
         return cls.open(pack, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE))
 
-    def admit(self, path: Path) -> tuple[Adapter, Report]:
+    def admit(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> tuple[Adapter, Report]:
         """Read the adapter at ``path`` and return the corrected one.
 
         Raises:
             CsuloraError: it is refused or malformed.
         """
-        return self._decide(path, lambda: load_adapter(path))
-
-    def admit_loaded(self, adapter: Adapter) -> tuple[Adapter, Report]:
-        """Like `admit`, for an adapter that is in memory."""
-        return self._decide(adapter.path, lambda: adapter)
-
-    def _decide(self, path: Path, read: Callable[[], Adapter]) -> tuple[Adapter, Report]:
         start, sha256 = time.perf_counter(), None
         try:
-            adapter = read()
+            adapter = read(path)
             sha256 = adapter.sha256
             corrected, report = correct(adapter, self.pack, self.policy)
         except Exception as error:

@@ -104,7 +104,8 @@ def correct_model(model: Any, adapter_name: str, new_adapter_name: str, subspace
     if adapter_name not in model.peft_config:
         raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
     _check_name_is_free(model.peft_config, new_adapter_name)
-    corrected, report = Gate.open(subspace, policy).admit_loaded(_of_model(model, adapter_name))
+    gate = Gate.open(subspace, policy)
+    corrected, report = gate.admit(Path(adapter_name), lambda _: _of_model(model, adapter_name))
     with _host_loads(corrected) as directory:
         model.load_adapter(directory, new_adapter_name)
     return report

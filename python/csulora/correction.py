@@ -39,7 +39,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
         [
             _core.CorrectionTask(
                 _core.LoraPair(module.b, module.a, module.scale),
-                pack[covered[name]].to_core(),
+                pack.to_core(covered[name]),
                 policy.attenuation(covered[name]),
                 f"{adapter.path}: {name}",
             )
@@ -83,7 +83,7 @@ def _cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
     """Map each covered module to the pack's name for it, in the adapter's order."""
     covered = {}
     for name, module in adapter.modules.items():
-        target = names.resolve(name, pack, pack.aliases)
+        target = names.resolve(name, pack, pack.provenance.aliases)
         if target is None:
             if policy.uncovered == "refuse":
                 raise RefusedError(

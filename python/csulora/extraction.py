@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from csulora._version import __version__
 from csulora.checkpoint import Checkpoint
 from csulora.core import _core
 from csulora.errors import InputError, RefusedError
+from csulora.files import identity_of_file
 from csulora.pair import CheckpointPair, LoadedModule, Progress
 from csulora.parts import Parts
-from csulora.subspace import FACTOR_DTYPES, Certificate, ModuleSubspace, Subspace
+from csulora.subspace import FACTOR_DTYPES, Certificate, ModuleSubspace, Provenance, Subspace
+
+_LARGEST_RANK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,16 @@ class ExtractionOptions:
     keep_noise: bool = False
 
     def __post_init__(self) -> None:
-        """Check what the compiled core cannot."""
+        """Check every field."""
+        for name in ("rank", "max_rank"):
+            if not 1 <= getattr(self, name) <= _LARGEST_RANK:
+                raise InputError(f"{name} is {getattr(self, name)}; it must lie between 1 and {_LARGEST_RANK}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise InputError(f"energy is {self.energy}; it must be more than 0 and at most 1")
         if self.dtype not in FACTOR_DTYPES:
-            raise InputError(f"dtype {self.dtype!r}: must be one of {', '.join(FACTOR_DTYPES)}")
-        if self.seed < 0:
-            raise InputError(f"seed {self.seed}: must not be negative")
+            raise InputError(f"dtype is {self.dtype!r}; it must be one of {', '.join(FACTOR_DTYPES)}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}; it must be 0 or more and less than 2^63")
 
     def to_core(self) -> _core.ExtractOptions:
         """Return the options as the compiled core takes them."""
@@ -90,38 +98,39 @@ def extract(
     """
     if device not in ("auto", "cpu"):
         raise InputError(f"device {device!r}: this build computes on the CPU; use auto or cpu")
+    if isinstance(modules, str):
+        raise InputError(f"modules is the text {modules!r}; give a list of globs")
     options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise)
     pair = CheckpointPair.open(base, aligned, patterns=options.modules)
-    parts = Parts(Path(output), _identity(pair, options)) if output else None
-    extracted = dict(_extract_modules(pair, options, parts, progress))
-    if not keep_noise:
-        _check_signal(pair, extracted)
-    provenance = {
-        "csulora": __version__,
-        "base": pair.base.name,
-        "aligned": pair.aligned.name,
-        "options": options.to_dict(),
-        "aliases": {alias: module for alias, module in pair.aligned.aliases.items() if module in extracted},
-    }
-    pack = Subspace(extracted, provenance)
-    if output and parts:
-        pack.save(output)
+    if output is None:
+        extracted = {
+            loaded.name: _extract_module(loaded, options) for loaded in pair.load_ahead(pair.modules, progress)
+        }
+        return _pack(pair, options, extracted)
+    output = Path(output)
+    parts = Parts(output, _identity(pair, options))
+    try:
+        _extract_parts(pair, options, parts, progress)
+        _pack(pair, options, {module: parts.load(module) for module in pair.modules}).save(output)
+    except (InputError, RefusedError):  # what is wrong with the input stays wrong: there is nothing to continue
         parts.remove()
-    return pack
+        raise
+    parts.remove()
+    return Subspace.open(output)
 
 
-def _extract_modules(
-    pair: CheckpointPair, options: ExtractionOptions, parts: Parts | None, progress: Progress | None
-) -> Iterator[tuple[str, ModuleSubspace]]:
-    missing = [module for module in pair.modules if not (parts and parts.finished(module))]
+def _extract_parts(pair: CheckpointPair, options: ExtractionOptions, parts: Parts, progress: Progress | None) -> None:
+    missing = [module for module in pair.modules if not parts.finished(module)]
     for loaded in pair.load_ahead(missing, progress):
-        module = _extract_module(loaded, options)
-        if parts:
-            parts.save(loaded.name, module)
-        else:
-            yield loaded.name, module
-    if parts:
-        yield from ((module, parts.load(module)) for module in pair.modules)
+        parts.save(loaded.name, _extract_module(loaded, options))
+
+
+def _pack(pair: CheckpointPair, options: ExtractionOptions, extracted: dict[str, ModuleSubspace]) -> Subspace:
+    """Put a pack together; raises `RefusedError` if nothing stands out in any module."""
+    _check_signal(pair, extracted)
+    aliases = {alias: module for alias, module in pair.aligned.aliases.items() if module in extracted}
+    provenance = Provenance(__version__, pair.base.name, pair.aligned.name, options.to_dict(), aliases)
+    return Subspace(extracted, provenance)
 
 
 def _extract_module(loaded: LoadedModule, options: ExtractionOptions) -> ModuleSubspace:
@@ -150,8 +159,8 @@ def _identity(pair: CheckpointPair, options: ExtractionOptions) -> dict[str, Any
     """Describe what a run must have in common with an interrupted one to continue it."""
 
     def files(checkpoint: Checkpoint) -> dict[str, list[int]]:
-        stats = {file: file.stat() for file in sorted({weight.file for weight in checkpoint.weights.values()})}
-        return {file.name: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+        paths = sorted({weight.file.resolve() for weight in checkpoint.weights.values()})
+        return {str(path): list(identity_of_file(path)) for path in paths}
 
     return {
         "csulora": __version__,

@@ -185,6 +185,12 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def identity_of_file(path: Path) -> tuple[int, int, int, int]:
+    """Return what changes when a file is replaced or written to: device, inode, size and time of modification."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def sha256_of_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:

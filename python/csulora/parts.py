@@ -8,32 +8,33 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from csulora.errors import InputError
-from csulora.files import atomic_file, check_parent, to_json, write_text
-from csulora.subspace import Certificate, ModuleSubspace
+from csulora.files import atomic_directory, atomic_file, check_file, save_tensors, to_json
+from csulora.subspace import FACTORS, ModuleSubspace
 
-_FACTORS = ("u", "s", "v")
+_RUN_FILE = "run.json"
 
 
 class Parts:
-    """The directory ``<output>.partial``: one file per finished module, and what they were computed from."""
+    """The directory ``<output>.partial``: one file per finished module, and what they are computed from."""
 
     def __init__(self, output: Path, identity: dict[str, Any]) -> None:
         """Continue the run that left its parts beside ``output`` if its ``identity`` is the same; else start afresh.
 
         Raises:
-            InputError: ``output`` cannot be created.
+            InputError: ``output`` cannot be written, or something else has the name of the directory.
         """
-        check_parent(output)
-        self._directory = output.with_name(f"{output.name}.partial")
-        state = self._directory / "run.json"
-        if not state.is_file() or state.read_text(encoding="utf-8") != to_json(identity):
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory.mkdir()
-            write_text(state, to_json(identity))
+        check_file(output)
+        self.directory = output.with_name(f"{output.name}.partial")
+        run, text = self.directory / _RUN_FILE, to_json(identity)
+        if run.is_file():
+            if run.read_bytes() == text.encode():
+                return
+            self.remove()
+        with atomic_directory(self.directory, marker=_RUN_FILE) as directory:
+            (directory / _RUN_FILE).write_text(text, encoding="utf-8")
 
     def finished(self, module: str) -> bool:
         """Whether the module needs no more computing."""
@@ -41,24 +42,25 @@ class Parts:
 
     def save(self, name: str, module: ModuleSubspace) -> None:
         """Keep a finished module."""
-        tensors = {factor: getattr(module, factor).contiguous() for factor in _FACTORS}
+        factors = {factor: getattr(module, factor) for factor in FACTORS}
         with atomic_file(self._file(name)) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {"provenance": json.dumps(module.provenance())})
+            save_tensors(factors, temporary, {"record": json.dumps(module.record(), allow_nan=False)})
 
     def load(self, name: str) -> ModuleSubspace:
         """Map a finished module."""
         try:
-            with safe_open(self._file(name), framework="pt") as tensors:
-                provenance = json.loads(tensors.metadata()["provenance"])
-                certificate = Certificate.from_record(provenance.pop("certificate"))
-                factors = {factor: tensors.get_tensor(factor) for factor in _FACTORS}
+            with safe_open(self._file(name), framework="pt") as file:
+                record = json.loads(file.metadata()["record"])
+                return ModuleSubspace.from_record(record, {factor: file.get_tensor(factor) for factor in FACTORS})
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self._directory}: cannot be continued ({error}); remove it") from error
-        return ModuleSubspace(**factors, certificate=certificate, **provenance)
+            raise InputError(f"{self.directory}: cannot be continued ({error}); remove it") from error
 
     def remove(self) -> None:
         """Forget the run."""
-        shutil.rmtree(self._directory)
+        for file in self.directory.iterdir():
+            if file.name != _RUN_FILE:  # removed last: it says that the directory is csulora's
+                file.unlink()
+        shutil.rmtree(self.directory)
 
     def _file(self, module: str) -> Path:
-        return self._directory / f"{hashlib.sha256(module.encode()).hexdigest()}.safetensors"
+        return self.directory / f"{hashlib.sha256(module.encode()).hexdigest()}.safetensors"

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from csulora.core import _core
 from csulora.errors import InputError
-from csulora.files import atomic_file, sha256_of_file
+from csulora.files import atomic_file, identity_of_file, parse_json, save_tensors, sha256_of_file
 
 FORMAT_VERSION = 1
+FACTORS = ("u", "s", "v")
 FACTOR_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 # All metadata is one JSON text under one key, because safetensors does not fix the order of several.
@@ -52,32 +55,60 @@ class Certificate:
     passes: int
 
     @classmethod
-    def from_core(cls, certificate: _core.Certificate) -> Certificate:
+    def from_core(cls, certificate: _core.Certificate) -> Self:
         """Convert the compiled core's certificate."""
         return cls(**{field.name: getattr(certificate, field.name) for field in fields(cls)})
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Certificate:
-        """Read what `dataclasses.asdict` wrote; raises TypeError unless every field is a number of its type."""
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` wrote; raises TypeError unless every field is a finite number of its type."""
         certificate = cls(**record)
         for field in fields(cls):
             allowed = (int,) if field.type == "int" else (int, float)
             value = getattr(certificate, field.name)
-            if isinstance(value, bool) or not isinstance(value, allowed):
+            if isinstance(value, bool) or not isinstance(value, allowed) or not math.isfinite(value):
                 raise TypeError(f"certificate field {field.name} is {value!r}")
         return certificate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModuleSubspace:
     """One module's part of a pack: D ~ u diag(s) v^T for D (out, in), and what it was computed from."""
 
-    u: torch.Tensor  # (out, k)
-    s: torch.Tensor  # (k) float32, descending
-    v: torch.Tensor  # (in, k)
+    u: Tensor  # (out, k) float16, bfloat16 or float32
+    s: Tensor  # (k) float32, descending
+    v: Tensor  # (in, k), the same dtype as u
     certificate: Certificate
     base_sha256: str
     aligned_sha256: str
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading the factors."""
+        directions = tuple(self.s.shape)
+        if self.u.dim() != 2 or self.v.dim() != 2 or {tuple(self.u.shape[1:]), tuple(self.v.shape[1:])} != {directions}:
+            shapes = (list(factor.shape) for factor in (self.u, self.s, self.v))
+            raise InputError("u is {}, s {} and v {}; they must agree on the number of directions".format(*shapes))
+        if self.s.dtype != torch.float32 or self.u.dtype != self.v.dtype or self.u.dtype not in FACTOR_DTYPES.values():
+            raise InputError(f"u is {self.u.dtype}, s {self.s.dtype} and v {self.v.dtype}; csulora stores none such")
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], factors: Mapping[str, Tensor]) -> Self:
+        """Put a module together; raises KeyError or TypeError unless ``record`` is what `record` returns."""
+        if set(record) != {"base_sha256", "aligned_sha256", "certificate"}:
+            raise TypeError(f"a module's record has the fields {sorted(record)}")
+        certificate = Certificate.from_record(record["certificate"])
+        base_sha256, aligned_sha256 = record["base_sha256"], record["aligned_sha256"]
+        if not isinstance(base_sha256, str) or not isinstance(aligned_sha256, str):
+            raise TypeError("a content hash is not a text")
+        return cls(factors["u"], factors["s"], factors["v"], certificate, base_sha256, aligned_sha256)
+
+    def record(self) -> dict[str, Any]:
+        """Return everything but the factors, for JSON."""
+        return {
+            "base_sha256": self.base_sha256,
+            "aligned_sha256": self.aligned_sha256,
+            "certificate": asdict(self.certificate),
+        }
 
     @property
     def rank(self) -> int:
@@ -89,27 +120,46 @@ class ModuleSubspace:
         """Shape (out, in) of the weight matrix."""
         return self.u.shape[0], self.v.shape[0]
 
-    def to_core(self) -> _core.Subspace:
-        """Return the factors as the compiled core takes them."""
-        return _core.Subspace(self.u, self.s, self.v)
 
-    def provenance(self) -> dict[str, Any]:
-        """Return everything but the factors, for JSON."""
-        return {
-            "base_sha256": self.base_sha256,
-            "aligned_sha256": self.aligned_sha256,
-            "certificate": asdict(self.certificate),
-        }
+@dataclass(frozen=True)
+class Provenance:
+    """What a pack was made from and how.
+
+    Attributes:
+        csulora: the version that made it.
+        base: name of the checkpoint before alignment.
+        aligned: name of the checkpoint after it.
+        options: the extraction's options.
+        aliases: further names of tied weights, name in the model -> module in the pack.
+    """
+
+    csulora: str
+    base: str
+    aligned: str
+    options: dict[str, Any]
+    aliases: dict[str, str]
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` wrote; raises TypeError for anything else."""
+        provenance = cls(**record)
+        texts = [provenance.csulora, provenance.base, provenance.aligned]
+        if not isinstance(provenance.options, dict) or not isinstance(provenance.aliases, dict):
+            raise TypeError("options and aliases must be objects")
+        if not all(isinstance(text, str) for text in [*texts, *provenance.aliases.values()]):
+            raise TypeError("names must be texts")
+        return provenance
 
 
 class Subspace(Mapping[str, ModuleSubspace]):
     """A subspace pack: a mapping from module name to `ModuleSubspace`, with its provenance."""
 
-    def __init__(self, modules: Mapping[str, ModuleSubspace], provenance: dict[str, Any]) -> None:
-        """Assemble a pack; ``provenance`` holds the names of both checkpoints, options and aliases."""
+    def __init__(self, modules: Mapping[str, ModuleSubspace], provenance: Provenance) -> None:
+        """Assemble a pack in memory."""
         self._modules = dict(sorted(modules.items()))
+        self._validated: dict[str, _core.Subspace] = {}
+        self._source: tuple[Path, tuple[int, ...]] | None = None
         self.provenance = provenance
-        self.path: Path | None = None
 
     def __getitem__(self, module: str) -> ModuleSubspace:
         return self._modules[module]
@@ -120,11 +170,25 @@ class Subspace(Mapping[str, ModuleSubspace]):
     def __len__(self) -> int:
         return len(self._modules)
 
-    @property
-    def aliases(self) -> dict[str, str]:
-        """Further names of tied weights: name in the model -> module in the pack."""
-        aliases: dict[str, str] = self.provenance.get("aliases", {})
-        return aliases
+    def to_core(self, module: str) -> _core.Subspace:
+        """Return a module's factors as the compiled core takes them.
+
+        Their values are validated when they are first asked for, which costs one read of u and v.
+
+        Raises:
+            InputError: they are not finite, not in order or not orthonormal.
+        """
+        if module not in self._validated:
+            factors = self._modules[module]
+            subspace = _core.Subspace(factors.u, factors.s, factors.v)
+            try:
+                _core.validate(subspace)
+            except InputError as error:
+                raise InputError(
+                    f"{self._source[0] if self._source else 'subspace pack'}: {module}: {error}"
+                ) from error
+            self._validated[module] = subspace
+        return self._validated[module]
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -139,87 +203,96 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
     @cached_property
     def sha256(self) -> str:
-        """Hex sha256 of the pack file's bytes."""
-        if self.path is not None:
-            return sha256_of_file(self.path)
-        return hashlib.sha256(safetensors.torch.save(self._tensors(), self._metadata())).hexdigest()
+        """Hex sha256 of the pack file's bytes, or of those that `save` would write.
+
+        Raises:
+            InputError: the file is no longer the one that was opened.
+        """
+        if self._source is None:
+            return hashlib.sha256(safetensors.torch.save(self._tensors(), self._metadata())).hexdigest()
+        path, identity = self._source
+        digest = sha256_of_file(path)
+        if identity_of_file(path) != identity:
+            raise InputError(f"{path}: has changed since it was opened; open it again")
+        return digest
 
     @classmethod
-    def open(cls, path: str | Path) -> Subspace:
-        """Map a pack file. Its structure is validated before use; factors are read when they are needed.
+    def open(cls, path: str | Path) -> Self:
+        """Map a pack file and check its structure; factors are read, and checked by `to_core`, as they are needed.
 
         Raises:
             InputError: the file is not a pack, or its parts contradict each other.
         """
         path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; make a pack with `csulora extract`")
         try:
+            identity = identity_of_file(path)
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; make a pack with `csulora extract`") from None
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not a readable safetensors file: {error}") from error
-        pack = _parse(path, metadata, tensors)
-        pack.path = path
+        pack = cls._parse(path, metadata, tensors)
+        pack._source = path, identity
+        return pack
+
+    @classmethod
+    def _parse(cls, path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Self:
+        if _METADATA_KEY not in metadata:
+            raise InputError(f"{path}: not a subspace pack; make one with `csulora extract`")
+        document = parse_json(metadata[_METADATA_KEY].encode(), path)
+        version = document.pop("format", None)
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: pack format {version}; this csulora reads format {FORMAT_VERSION}")
+        try:
+            fingerprints, records = document.pop("fingerprints"), document.pop("modules")
+            pack = cls(
+                {name: _module(name, record, tensors) for name, record in records.items()},
+                Provenance.from_record(document),
+            )
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            raise InputError(f"{path}: the pack's metadata is damaged ({error!r})") from error
+        if len(tensors) != len(FACTORS) * len(pack):
+            raise InputError(f"{path}: holds tensors that no module accounts for")
+        if pack.fingerprints != fingerprints:
+            raise InputError(f"{path}: fingerprints and content hashes contradict each other; the pack is damaged")
+        if any(target not in pack for target in pack.provenance.aliases.values()):
+            raise InputError(f"{path}: an alias names a module that the pack does not hold")
         return pack
 
     def save(self, path: str | Path) -> None:
         """Write the pack to ``path``, complete or not at all."""
-        path = Path(path)
-        with atomic_file(path) as temporary:
-            safetensors.torch.save_file(self._tensors(), temporary, self._metadata())
-        self.path = path
-        self.__dict__.pop("sha256", None)
+        with atomic_file(Path(path)) as temporary:
+            save_tensors(self._tensors(), temporary, self._metadata())
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {
             f"{name}.{factor}": getattr(module, factor).contiguous()
             for name, module in self.items()
-            for factor in ("u", "s", "v")
+            for factor in FACTORS
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the factors, for JSON."""
         return {
-            **self.provenance,
+            **asdict(self.provenance),
             "format": FORMAT_VERSION,
             "fingerprints": self.fingerprints,
-            "modules": {name: module.provenance() for name, module in self.items()},
+            "modules": {name: module.record() for name, module in self.items()},
         }
 
     def _metadata(self) -> dict[str, str]:
-        return {_METADATA_KEY: json.dumps(self.to_dict(), sort_keys=True)}
+        return {_METADATA_KEY: json.dumps(self.to_dict(), sort_keys=True, allow_nan=False)}
 
 
-def _parse(path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> Subspace:
+def _module(name: str, record: dict[str, Any], tensors: Mapping[str, Tensor]) -> ModuleSubspace:
+    factors = {factor: tensors[f"{name}.{factor}"] for factor in FACTORS if f"{name}.{factor}" in tensors}
+    if len(factors) < len(FACTORS):
+        raise InputError(f"{name}: a factor is missing")
     try:
-        document = json.loads(metadata[_METADATA_KEY])
-        version = document.pop("format")
-        claimed = document.pop("fingerprints")
-        records = document.pop("modules")
-        modules = {str(name): _module(name, record, tensors) for name, record in records.items()}
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a csulora subspace pack ({error!r})") from error
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path}: pack format {version}; this csulora reads format {FORMAT_VERSION}")
-    if len(tensors) != 3 * len(modules):
-        raise InputError(f"{path}: holds tensors that no module accounts for")
-    pack = Subspace(modules, document)
-    if pack.fingerprints != claimed:
-        raise InputError(f"{path}: fingerprints and module hashes contradict each other; the pack was tampered with")
-    if any(target not in pack for target in pack.aliases.values()):
-        raise InputError(f"{path}: an alias names a module that the pack does not hold")
-    return pack
-
-
-def _module(name: str, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> ModuleSubspace:
-    u, s, v = (tensors[f"{name}.{factor}"] for factor in ("u", "s", "v"))
-    try:
-        _core.validate(_core.Subspace(u, s, v))
+        return ModuleSubspace.from_record(record, factors)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    certificate = Certificate.from_record(record["certificate"])
-    return ModuleSubspace(u, s, v, certificate, str(record["base_sha256"]), str(record["aligned_sha256"]))

@@ -22,3 +22,9 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(restore_threads: None) -> None:
+    """For many small matrices: threads that wait for each other cost more than they compute."""
+    torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """Tiny random inputs: matrices with a given spectrum, subspaces, updates, checkpoints, packs."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -10,6 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csulora.core import _core
+from csulora.formats import Adapter, LoraModule
+from csulora.subspace import Certificate, ModuleSubspace, Provenance, Subspace
+
+# Three modules of a small model: square, wide and tall.
+SHAPES = {
+    "model.layers.0.mlp.down_proj": (40, 56),
+    "model.layers.0.mlp.up_proj": (56, 40),
+    "model.layers.0.self_attn.q_proj": (40, 40),
+}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -18,6 +28,11 @@ def generator(seed: int) -> torch.Generator:
 
 def gaussian(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def sha256(tensor: Tensor) -> str:
+    """Hash of a tensor's bytes as a file stores them."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @cache
@@ -49,6 +64,37 @@ def pair(
 ) -> _core.LoraPair:
     b, a = gaussian(rows, rank, seed=seed), gaussian(rank, columns, seed=seed + 1)
     return _core.LoraPair(b.to(dtype), a.to(dtype), scale)
+
+
+def pack(
+    shapes: Mapping[str, tuple[int, int]] = SHAPES,
+    rank: int = 6,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    aliases: Mapping[str, str] | None = None,
+) -> Subspace:
+    """A pack in memory, with random subspaces and an invented certificate."""
+    certificate = Certificate(2.0, 0.9, 1e-3, 1e-4, 0.1, 1e-3, 0.01, rank, 5)
+    modules = {}
+    for i, (name, (rows, columns)) in enumerate(shapes.items()):
+        factors = subspace(rows, columns, rank, seed + 2 * i, dtype)
+        modules[name] = ModuleSubspace(factors.u, factors.s, factors.v, certificate, f"{i:064x}", f"{i + 1:064x}")
+    return Subspace(modules, Provenance("0", "base", "aligned", {}, dict(aliases or {})))
+
+
+def adapter(
+    shapes: Mapping[str, tuple[int, int]] = SHAPES,
+    rank: int = 4,
+    seed: int = 100,
+    scale: float = 2.0,
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """A random plain LoRA adapter in memory."""
+    modules = {}
+    for i, (name, (rows, columns)) in enumerate(shapes.items()):
+        factors = pair(rows, columns, rank, seed + 2 * i, scale, dtype)
+        modules[name] = LoraModule(factors.b, factors.a, scale)
+    return Adapter(modules, {"r": rank, "base_model_name_or_path": "org/base"}, Path("some/adapter"), "ab" * 32)
 
 
 def llama_weights(

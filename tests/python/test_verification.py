@@ -1,0 +1,112 @@
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import csulora
+import factories
+from csulora.errors import InputError
+from csulora.subspace import Certificate, ModuleSubspace, Subspace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    return factories.checkpoint_pair(tmp_path)
+
+
+def replaced(pack: Subspace, module: ModuleSubspace) -> Subspace:
+    """The pack with another module for Q."""
+    return Subspace(dict(pack) | {Q: module}, pack.provenance)
+
+
+def holds(pack: Subspace, models: tuple[Path, Path]) -> dict[str, bool]:
+    return {result.module: result.holds for result in csulora.verify(pack, *models)}
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 4}, {"rank": 48, "dtype": "f32"}, {"energy": 0.5}, {"rank": 6, "dtype": "bf16"}]
+)
+def test_the_certificates_of_an_extraction_hold(models: tuple[Path, Path], options: dict[str, object]) -> None:
+    pack = csulora.extract(*models, **options)
+    assert holds(pack, models) == dict.fromkeys(pack, True)
+
+
+def test_the_certificate_of_a_module_without_directions_holds(tmp_path: Path) -> None:
+    base = factories.llama_weights(dtype=torch.bfloat16)
+    aligned = {name: weight.clone() for name, weight in base.items()}
+    aligned[f"{Q}.weight"] = factories.moved(base)[f"{Q}.weight"]
+    aligned["model.layers.0.self_attn.o_proj.weight"][0, 0] *= 1 + 2**-7
+    models = (
+        factories.save_checkpoint(tmp_path / "base", base),
+        factories.save_checkpoint(tmp_path / "aligned", aligned),
+    )
+    pack = csulora.extract(*models, rank=4)
+    assert pack[Q].rank == 4
+    assert pack["model.layers.0.self_attn.k_proj"].rank == 0
+    assert pack["model.layers.0.self_attn.o_proj"].rank == 0
+    assert holds(pack, models) == dict.fromkeys(pack, True)
+
+
+@pytest.mark.parametrize(
+    ("field", "better"),
+    [
+        ("captured", lambda value: value + 1e-3),
+        ("residual", lambda value: value / 2),
+        ("orthonormality", lambda value: 0.0),
+        ("next_value", lambda value: value / 2),
+        ("missed", lambda value: 0.0),
+        ("noise_edge", lambda value: value / 2),
+        ("displacement_norm2", lambda value: value * 1.01),
+    ],
+)
+def test_a_certificate_that_claims_more_than_is_true_does_not_hold(
+    models: tuple[Path, Path], field: str, better: object
+) -> None:
+    pack = csulora.extract(*models, rank=4)
+    certificate = pack[Q].certificate
+    claim = Certificate(**asdict(certificate) | {field: better(getattr(certificate, field))})
+    result = holds(replaced(pack, replace(pack[Q], certificate=claim)), models)
+    assert result == dict.fromkeys(pack, True) | {Q: False}
+
+
+def test_other_directions_do_not_have_the_certificate(models: tuple[Path, Path]) -> None:
+    pack = csulora.extract(*models, rank=4, dtype="f32")
+    random = factories.subspace(48, 48, 4, seed=3)
+    result = holds(replaced(pack, replace(pack[Q], u=random.u, v=random.v)), models)
+    assert result == dict.fromkeys(pack, True) | {Q: False}
+
+
+def test_other_weights_are_told_even_where_the_certificate_would_hold(
+    tmp_path: Path, models: tuple[Path, Path]
+) -> None:
+    pack = csulora.extract(*models, rank=4)
+    base = factories.llama_weights()
+    aligned = factories.moved(base)
+    for weights in (base, aligned):  # both move alike: the displacement stays
+        weights[f"{Q}.weight"][0, 0] += 1
+    other = (
+        factories.save_checkpoint(tmp_path / "other" / "base", base),
+        factories.save_checkpoint(tmp_path / "other" / "aligned", aligned),
+    )
+    results = {result.module: result for result in csulora.verify(pack, *other)}
+    assert [name for name, result in results.items() if not result.same_weights] == [Q]
+    assert not results[Q].holds
+
+
+def test_checkpoints_of_another_model_are_refused(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    pack = csulora.extract(*models, rank=4)
+    smaller = factories.checkpoint_pair(tmp_path / "smaller", layers=1)
+    with pytest.raises(InputError, match=r"base: tensor model\.layers\.1\..*weight is missing"):
+        csulora.verify(pack, *smaller)
+    wider = factories.llama_weights(width=64)
+    with pytest.raises(InputError, match=r"down_proj\.weight is \[64, 64\], but the pack is for \[48, 64\]"):
+        csulora.verify(
+            pack,
+            factories.save_checkpoint(tmp_path / "wider" / "base", wider),
+            factories.save_checkpoint(tmp_path / "wider" / "aligned", factories.moved(wider)),
+        )

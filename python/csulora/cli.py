@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from csulora import doctor as doctor_module
 from csulora import tables
 from csulora.errors import CsuloraError, RefusedError
 from csulora.files import to_json, write_text
-from csulora.gate import Gate
+from csulora.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_VARIABLE, Gate
 from csulora.guard import DirectoryGuard
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
@@ -244,6 +245,23 @@ def guard(
         signal.signal(number, lambda *_: worker.stop())
     _say(f"guarding {incoming} -> {outgoing}: pack {worker.gate.pack.sha256}", quiet)
     worker.run(watch)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def vllm_serve(
+    context: typer.Context,
+    subspace: Annotated[Path | None, typer.Option(envvar=SUBSPACE_VARIABLE, help="Pack of the served model.")] = None,
+    policy: Annotated[Path | None, typer.Option(envvar=POLICY_VARIABLE, help="Policy (TOML).")] = None,
+    decisions: Annotated[
+        Path | None, typer.Option(envvar=DECISIONS_VARIABLE, help="Append a JSON line per decision to this file.")
+    ] = None,
+) -> None:
+    """Run `vllm serve` with all further arguments, or fail if adapters would not be corrected."""
+    from csulora.hooks.vllm.launcher import serve
+
+    chosen = {SUBSPACE_VARIABLE: subspace, POLICY_VARIABLE: policy, DECISIONS_VARIABLE: decisions}
+    os.environ.update({name: str(path.resolve()) for name, path in chosen.items() if path is not None})
+    serve(context.args)
 
 
 @app.command()

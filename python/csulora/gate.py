@@ -80,16 +80,27 @@ class Gate:
         Raises:
             CsuloraError: it is refused or malformed.
         """
-        start, sha256 = time.perf_counter(), None
+        start = time.perf_counter()
+        adapter = self.read(path, read)
         try:
-            adapter = read(path)
-            sha256 = adapter.sha256
             corrected, report = correct(adapter, self.pack, self.policy)
         except Exception as error:
-            self._record(path, sha256, start, _verdict(error), reason=str(error) or repr(error))
+            self._record_failure(path, adapter.sha256, start, error)
             raise
-        self._record(path, sha256, start, "corrected", totals=asdict(report.totals))
+        self._record(path, adapter.sha256, start, "corrected", totals=asdict(report.totals))
         return corrected, report
+
+    def read(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> Adapter:
+        """Read the adapter at ``path``; that it cannot be read is a decision, that it can be is none yet."""
+        start = time.perf_counter()
+        try:
+            return read(path)
+        except Exception as error:
+            self._record_failure(path, None, start, error)
+            raise
+
+    def _record_failure(self, path: Path, sha256: str | None, start: float, error: Exception) -> None:
+        self._record(path, sha256, start, _verdict(error), reason=str(error) or repr(error))
 
     def _record(
         self,

@@ -89,7 +89,7 @@ def running(command: list[str], log: Path, **variables: str) -> Iterator[Server]
 @pytest.fixture(scope="module")
 def expected(files: SimpleNamespace) -> SimpleNamespace:
     """What the unguarded server answers."""
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(files.model)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(files.model)]
     with running(command, files.root / "plain.log", VLLM_PLUGINS="") as server:
         answers = SimpleNamespace(base=server.ask(str(files.model)), raw={}, corrected={})
         for kind in ("raw", "corrected"):
@@ -233,11 +233,3 @@ def test_pack_for_another_model_stops_the_server(files: SimpleNamespace) -> None
     output = fails_to_start(files, "--subspace", str(files.pack), model=other)
 
     assert "not what the pack was made of" in output
-
-
-def test_refused_static_adapter_stops_the_server(files: SimpleNamespace, server: Server) -> None:
-    """Asked of the running server's classes: starting a third one would take a minute."""
-    status, text = server.load("static-bad", files.bad["wrong rank"])
-
-    assert status == 400
-    assert "rank" in text

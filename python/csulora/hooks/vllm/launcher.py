@@ -28,7 +28,16 @@ def serve(arguments: Sequence[str]) -> None:
     if not any(found.name == ENTRY_POINT for found in entry_points(group=_GROUP)):
         raise HostError(f"csulora is not installed as a plugin of vLLM ({_GROUP}); reinstall it")
     activate()
-    from vllm.entrypoints.cli.main import main
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    # What the command `vllm` does; it also asks for the version of a distribution that on CPUs has another name.
     sys.argv = ["vllm", "serve", *arguments]
-    main()
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="csulora vllm-serve")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    parsed = parser.parse_args(sys.argv[1:])
+    command.validate(parsed)
+    command.cmd(parsed)

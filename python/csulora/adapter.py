@@ -37,10 +37,13 @@ def save_adapter(adapter: Adapter, path: str | Path, format: str = "peft") -> No
         format: ``peft``.
 
     Raises:
-        InputError: ``path`` cannot be created, or the adapter does not fit the format.
+        InputError: ``path`` cannot be created or is where the adapter came from, or the adapter does not fit the
+            format.
     """
     if format != "peft":
         raise InputError(f"unknown adapter format {format!r}; it must be peft")
+    if Path(path).resolve() == adapter.path.resolve():
+        raise InputError(f"{path}: is the adapter that was read; choose another place for the new one")
     with atomic_directory(Path(path), marker=REPORT_FILE) as directory:
         peft.write(adapter, directory)
         for name, text in adapter.documents.items():

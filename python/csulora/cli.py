@@ -10,17 +10,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import csulora
 from csulora import doctor as doctor_module
 from csulora import tables
-from csulora.errors import CsuloraError, RefusedError
-from csulora.files import to_json, write_text
+from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.files import check_file, to_json, write_text
 from csulora.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_VARIABLE, Gate
 from csulora.guard import DirectoryGuard
 from csulora.pair import Progress as ReportProgress
@@ -29,6 +30,8 @@ from csulora.policy import Policy
 EXIT_REFUSED = 3
 EXIT_BAD_INPUT = 4
 EXIT_INTERRUPTED = 130
+_STDOUT = Path("-")
+_PIPE_WIDTH = 1000
 
 app = typer.Typer(
     name="csulora",
@@ -36,6 +39,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
@@ -82,8 +86,34 @@ class Format(StrEnum):
     peft = "peft"
 
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON to this file; - for stdout.")]
+def _check_json(path: Path | None) -> Path | None:
+    if path and path != _STDOUT:
+        check_file(path)  # now, and not after an hour's work
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", callback=_check_json, help="Write the report as JSON to this file; - for stdout, and no table."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"csulora {csulora.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def csulora_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Correct trained LoRA adapters so that a model's safety alignment survives them."""
 
 
 @app.command()
@@ -93,9 +123,11 @@ def extract(
     output: Annotated[Path, typer.Option("--output", "-o", help="Pack file to write.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Directions per module. [default: 64]")] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Keep the fewest directions that capture this share of |D|^2.")
+        float | None, typer.Option(max=1.0, help="Keep the fewest directions that capture this share of |D|^2.")
     ] = None,
-    max_rank: Annotated[int, typer.Option(min=1, help="Most directions per module with --energy.")] = 256,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="Most directions per module with --energy. [default: 256]")
+    ] = None,
     modules: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Modules to extract; repeatable. [default: attention and MLP]"),
@@ -112,24 +144,28 @@ def extract(
     """Estimate the subspace in which alignment moved each weight matrix."""
     if rank is not None and energy is not None:
         raise typer.BadParameter("give --rank or --energy (with --max-rank), not both")
-    with _progress("extracting", quiet) as progress:
-        pack = csulora.extract(
-            base,
-            aligned,
-            output=output,
-            progress=progress,
-            rank=rank or 64,
-            energy=energy,
-            max_rank=max_rank,
-            modules=modules or [],
-            dtype=dtype.value,
-            device=device.value,
-            seed=seed,
-            keep_noise=keep_noise,
-        )
-    _show(tables.pack_table(pack), quiet)
-    _say(f"{output}: {len(pack)} modules, sha256 {pack.sha256}", quiet)
-    _write_json(json, pack.to_dict())
+    if max_rank is not None and energy is None:
+        raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
+    try:
+        with _progress("extracting", quiet) as progress:
+            pack = csulora.extract(
+                base,
+                aligned,
+                output=output,
+                progress=progress,
+                rank=rank or 64,
+                energy=energy,
+                max_rank=max_rank or 256,
+                modules=modules or [],
+                dtype=dtype.value,
+                device=device.value,
+                seed=seed,
+                keep_noise=keep_noise,
+            )
+    except KeyboardInterrupt:
+        _fail("interrupted", "finished modules are kept; run the same command to continue", EXIT_INTERRUPTED)
+    summary = f"{output}: {len(pack)} modules, sha256 {pack.sha256}"
+    _deliver(tables.pack_table(pack), summary, pack.to_dict(), json, quiet)
 
 
 @app.command()
@@ -145,14 +181,14 @@ def verify(
     with _progress("verifying", quiet) as progress:
         results = csulora.verify(subspace, base, aligned, progress)
     failed = [result for result in results if not result.holds]
-    _show(tables.verification_table(failed or results), quiet)
-    _write_json(json, {"modules": [asdict(result) | {"holds": result.holds} for result in results]})
+    summary = f"{pack}: {len(results) - len(failed)} of {len(results)} certificates hold"
+    document = {"modules": [asdict(result) | {"holds": result.holds} for result in results]}
+    _deliver(tables.verification_table(failed or results), summary, document, json, quiet)
     if failed:
         reason = "is better than what was measured" if failed[0].same_weights else "is for other weights"
         raise RefusedError(
             f"{pack}: {len(failed)} of {len(results)} certificates do not hold; that of {failed[0].module} {reason}"
         )
-    _say(f"{pack}: all {len(results)} certificates hold", quiet)
 
 
 @app.command()
@@ -176,14 +212,14 @@ def inspect(
     if subspace is None:
         if len(loaded) > 1 or weights is not None or max_undo is not None:
             raise typer.BadParameter("sums and limits need --subspace")
-        _show(tables.adapter_table(loaded[0]), quiet)
-        _write_json(json, {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])})
+        document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}
+        summary = f"{adapters[0]}: {len(loaded[0].modules)} modules"
+        _deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
         return
     pack = csulora.Subspace.open(subspace)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, _numbers(weights))
     _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
-    _show(report.table(), quiet)
-    _write_json(json, report.to_dict())
+    _deliver(report.table(), f"{whole.path}: nothing was changed", report.to_dict(), json, quiet)
 
 
 @app.command()
@@ -209,7 +245,7 @@ def correct(
     if policy is not None and preset is not None:
         raise typer.BadParameter("give --policy or --preset, not both")
     start = Policy.load(policy) if policy else (preset or Preset.csulora).policy()
-    changes = {
+    changes: dict[str, Any] = {
         "aligned": aligned,
         "partial": partial,
         "off": off,
@@ -217,12 +253,14 @@ def correct(
         "uncovered": uncovered.value if uncovered else None,
         "max_undo": max_undo,
     }
-    chosen = replace(start, **{key: value for key, value in changes.items() if value is not None})
+    try:
+        chosen = replace(start, **{key: value for key, value in changes.items() if value is not None})
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
     fixed, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), chosen)
     csulora.save_adapter(fixed, output, format=format.value)
-    _show(report.table(), quiet)
-    _say(f"{output}: {len(report.measured)} of {len(report.modules)} modules corrected", quiet)
-    _write_json(json, report.to_dict())
+    summary = f"{output}: {len(report.measured)} of {len(report.modules)} modules corrected"
+    _deliver(report.table(), summary, report.to_dict(), json, quiet)
 
 
 @app.command()
@@ -239,11 +277,15 @@ def guard(
 ) -> None:
     """Correct or refuse every adapter that appears in a directory."""
     worker = DirectoryGuard(
-        incoming, outgoing, Gate.open(subspace, policy, decisions), settle, patience, lambda line: _say(line, quiet)
+        incoming,
+        outgoing,
+        Gate.open(subspace, policy, decisions),
+        settle,
+        patience,
+        say=lambda line: None if quiet else print(line, flush=True),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
-    _say(f"guarding {incoming} -> {outgoing}: pack {worker.gate.pack.sha256}", quiet)
     worker.run(watch)
 
 
@@ -268,25 +310,25 @@ def vllm_serve(
 def doctor(json: Json = None, quiet: Quiet = False) -> None:
     """Check this installation."""
     findings = doctor_module.examine()
-    _show(tables.doctor_table(findings), quiet)
-    _write_json(json, {"findings": [asdict(finding) for finding in findings]})
-    if any(finding.ok is False for finding in findings):
+    works = all(finding.ok is not False for finding in findings)
+    document = {"findings": [asdict(finding) for finding in findings]}
+    summary = "this installation works" if works else "this installation does not work"
+    _deliver(tables.doctor_table(findings), summary, document, json, quiet)
+    if not works:
         raise typer.Exit(1)
 
 
 def main() -> None:
     """Run the command line; every error csulora raises becomes one line on stderr and an exit code."""
     try:
-        app()
+        app(prog_name="csulora")
     except RefusedError as error:
         _fail("refused", error, EXIT_REFUSED)
     except (CsuloraError, OSError) as error:
         _fail("error", error, EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        _fail("interrupted", "finished modules are kept; run the same command to continue", EXIT_INTERRUPTED)
 
 
-def _fail(kind: str, reason: object, code: int) -> None:
+def _fail(kind: str, reason: object, code: int) -> NoReturn:
     print(f"csulora: {kind}: {' '.join(str(reason).split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -302,25 +344,16 @@ def _numbers(text: str | None) -> list[float] | None:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5") from None
 
 
-def _show(table: RenderableType, quiet: bool) -> None:
-    if not quiet:
+def _deliver(table: RenderableType, summary: str, document: dict[str, Any], json: Path | None, quiet: bool) -> None:
+    """Print table and summary, unless nobody wants them, and write the document where somebody does."""
+    if not quiet and json != _STDOUT:
         # A pipe has no width of its own; wide enough that no table wraps.
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _say(text: str, quiet: bool) -> None:
-    if not quiet:
-        print(text, flush=True)
-
-
-def _write_json(path: Path | None, document: dict[str, Any]) -> None:
-    if path is None:
-        return
-    text = to_json(document)
-    if str(path) == "-":
-        sys.stdout.write(text)
-    else:
-        write_text(path, text)
+        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+        print(summary)
+    if json == _STDOUT:
+        print(to_json(document), end="")
+    elif json:
+        write_text(json, to_json(document))
 
 
 @contextmanager
@@ -328,6 +361,7 @@ def _progress(verb: str, quiet: bool) -> Iterator[ReportProgress | None]:
     """Yield a callback that draws a progress bar on stderr, or None where nobody would see it."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
+        disable_progress_bars()
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from csulora._build_info import TORCH_VERSION
 from csulora.errors import BuildError
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps csulora"
@@ -23,10 +22,14 @@ def check_torch(built: str, loaded: str) -> None:
         )
 
 
+try:
+    from csulora._build_info import TORCH_VERSION
+except ImportError as error:
+    raise BuildError(f"csulora's core is not built; build csulora: {_REBUILD}") from error
 check_torch(TORCH_VERSION, torch.__version__)
 try:
     from csulora import _core
 except ImportError as error:
     raise BuildError(f"csulora's core does not load ({error}); rebuild csulora: {_REBUILD}") from error
 
-__all__ = ["_core", "check_torch"]
+__all__ = ["TORCH_VERSION", "_core", "check_torch"]

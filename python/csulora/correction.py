@@ -30,7 +30,8 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     Raises:
         RefusedError: a module is not covered, a limit of the policy is exceeded, or the policy was tuned for
             another pack.
-        InputError: a shape differs from the pack's, or the result does not fit the storage type.
+        InputError: a shape differs from the pack's, an override of the policy matches no module of the pack, or the
+            result does not fit the storage type.
     """
     policy = policy or Policy.csulora()
     check_pack(policy, pack)
@@ -58,20 +59,24 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
             modules[name] = _stored(adapter, name, module, corrected[name])
         elif policy.uncovered == "keep":
             modules[name] = module
-    if not modules:
-        raise RefusedError(f"{adapter.path}: nothing is left; the pack covers none of the adapter's modules")
     documents = {REPORT_FILE: to_json(report.to_dict()), "README.md": report.card(_base_model(adapter))}
     partial = adapter.partial or len(modules) < len(adapter.modules)
     return replace(adapter, modules=modules, documents=documents, partial=partial), report
 
 
 def check_pack(policy: Policy, pack: Subspace) -> None:
-    """Raise `RefusedError` if the policy was tuned for another pack."""
+    """Check that a policy fits a pack.
+
+    Raises:
+        RefusedError: it was tuned for another pack.
+        InputError: an override matches none of the pack's modules.
+    """
     if policy.subspace_sha256 not in (None, pack.sha256):
         raise RefusedError(
             f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
             "use that pack or tune again"
         )
+    policy.check_overrides(pack)
 
 
 def _base_model(adapter: Adapter) -> str | None:
@@ -83,7 +88,7 @@ def _cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
     """Map each covered module to the pack's name for it, in the adapter's order."""
     covered = {}
     for name, module in adapter.modules.items():
-        target = names.resolve(name, pack, pack.provenance.aliases)
+        target = names.resolve(name, pack, pack.aliases)
         if target is None:
             if policy.uncovered == "refuse":
                 raise RefusedError(
@@ -119,7 +124,7 @@ def _report(
         else:
             modules.append(ModuleReport(name, "dropped", module.rank, 0))
     return Report(
-        adapter=adapter.path.name,
+        adapter=adapter.path.resolve().name,
         adapter_sha256=adapter.sha256,
         subspace_sha256=pack.sha256,
         fingerprints=pack.fingerprints,
@@ -141,5 +146,7 @@ def _check_undo(adapter: Adapter, report: Report, policy: Policy) -> None:
 def _stored(adapter: Adapter, name: str, module: LoraModule, result: _core.Correction) -> LoraModule:
     b, a = result.pair.b.to(module.b.dtype), result.pair.a.to(module.a.dtype)
     if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
-        raise InputError(f"{adapter.path}: the corrected update of {name} does not fit {module.b.dtype}")
+        raise InputError(
+            f"{adapter.path}: the corrected update of {name} does not fit {module.b.dtype}; save the adapter as float32"
+        )
     return LoraModule(b, a, 1.0, module.is_embedding)

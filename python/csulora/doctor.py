@@ -7,9 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from csulora._build_info import TORCH_VERSION
 from csulora._version import __version__
-from csulora.core import _core
+from csulora.core import TORCH_VERSION, _core
 
 _HOSTS = ("peft", "transformers", "vllm", "llama-cpp-python")
 

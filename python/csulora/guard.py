@@ -92,6 +92,7 @@ class DirectoryGuard:
             InputError: another guard writes to OUTGOING.
         """
         with self._alone():
+            self.say(f"guarding {self.incoming} -> {self.outgoing} with pack {self.gate.pack.sha256}")
             done = self.scan()
             while not self._stop.is_set() and (watch or not done):
                 self._stop.wait(interval)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,11 +15,13 @@ import tomli_w
 from csulora import names
 from csulora.core import _core
 from csulora.errors import InputError
-from csulora.files import write_text
+from csulora.files import read_regular, write_text
 
 Rank = Literal["keep", "exact"] | int
 Uncovered = Literal["refuse", "drop", "keep"]
 
+_LARGEST = 1 << 53  # whole number; the next is no float64
+_LARGEST_FILE = 16 << 20  # bytes; a tuned policy of 10,000 modules has about 1 MiB
 _PENALTIES = ("aligned", "partial", "off")
 _GAINS = ("aligned", "left", "right", "off")
 
@@ -38,14 +42,17 @@ class Override:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        if not isinstance(self.match, str):
+            raise InputError(f"policy override: match is {self.match!r}; it must be a glob")
+        where = f"override {self.match!r}"
         if (self.penalties is None) == (self.gains is None):
-            raise InputError(f"policy override {self.match!r}: give either penalties or gains")
-        for name, value in zip(_PENALTIES, self.penalties or (), strict=False):
-            _check_penalty(f"override {self.match!r}: {name}", value)
-        for name, value in zip(_GAINS, self.gains or (), strict=False):
-            _check_number(f"override {self.match!r}: gain {name}", value)
+            raise InputError(f"policy {where}: give either penalties or gains")
+        for name, value in _named(where, _PENALTIES, self.penalties):
+            _check_penalty(f"{where}: {name}", value)
+        for name, value in _named(where, _GAINS, self.gains):
+            _check_number(f"{where}: gain {name}", value)
             if not 0 <= value <= 1:
-                raise InputError(f"policy override {self.match!r}: gain {name} is {value}; it must lie in [0, 1]")
+                raise InputError(f"policy {where}: gain {name} is {value}; it must lie in [0, 1]")
 
     def to_core(self) -> _core.Penalties | _core.Parts:
         """Return the numbers as the compiled core takes them."""
@@ -84,15 +91,17 @@ class Policy:
         """Check every field."""
         for name in _PENALTIES:
             _check_penalty(name, getattr(self, name))
-        is_count = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
+        is_count = isinstance(self.rank, int) and not isinstance(self.rank, bool) and 1 <= self.rank <= _LARGEST
         if not is_count and self.rank not in ("keep", "exact"):
-            raise InputError(f"policy rank is {self.rank!r}; it must be keep, exact or a positive number")
+            raise InputError(f"policy rank is {self.rank!r}; it must be keep, exact or a positive whole number")
         if self.uncovered not in ("refuse", "drop", "keep"):
             raise InputError(f"policy uncovered is {self.uncovered!r}; it must be refuse, drop or keep")
         if self.max_undo is not None:
             _check_number("max_undo", self.max_undo)
             if not math.isfinite(self.max_undo):
                 raise InputError(f"policy max_undo is {self.max_undo}; it must be a finite number")
+        if self.subspace_sha256 is not None and not _is_sha256(self.subspace_sha256):
+            raise InputError(f"policy subspace_sha256 is {self.subspace_sha256!r}; it must be 64 hexadecimal digits")
 
     @classmethod
     def csulora(cls, penalty: float = 1.0, **rest: Any) -> Self:
@@ -120,6 +129,12 @@ class Policy:
             if names.matches(module, override.match):
                 return override.to_core()
         return _core.Penalties(self.aligned, self.partial, self.off)
+
+    def check_overrides(self, modules: Collection[str]) -> None:
+        """Raise `InputError` if an override matches none of a pack's modules."""
+        for override in self.overrides:
+            if not any(names.matches(module, override.match) for module in modules):
+                raise InputError(f"policy override {override.match!r}: matches no module of the pack")
 
     def rank_options(self) -> _core.CorrectionOptions:
         """Return the rank rule as the compiled core takes it."""
@@ -153,11 +168,10 @@ class Policy:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a policy from a TOML file."""
+        data = read_regular(Path(path), _LARGEST_FILE)
         try:
-            document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (OSError, ValueError, RecursionError) as error:
+            document = tomllib.loads(data.decode())
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a readable TOML file: {error}") from error
         try:
             return cls.from_dict(document)
@@ -169,8 +183,15 @@ class Policy:
         write_text(Path(path), tomli_w.dumps(self.to_dict()))
 
 
+def _named(where: str, keys: Sequence[str], values: Sequence[float] | None) -> list[tuple[str, float]]:
+    if values is not None and len(values) != len(keys):
+        raise InputError(f"policy {where}: give exactly {', '.join(keys)}")
+    return list(zip(keys, values or (), strict=False))
+
+
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    if not is_whole and not isinstance(value, float):
         raise InputError(f"policy {name} is {value!r}; it must be a number")
 
 
@@ -178,6 +199,10 @@ def _check_penalty(name: str, value: float) -> None:
     _check_number(name, value)
     if not value >= 0:
         raise InputError(f"policy {name} is {value}; a penalty must be 0 or more")
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def _override_document(override: Override) -> dict[str, Any]:
@@ -193,12 +218,11 @@ def _override(entry: Any) -> Override:
     unknown = set(entry) - {"match", "penalties", "gains"}
     if unknown:
         raise InputError(f"policy override {entry['match']!r}: unknown field {sorted(unknown)[0]!r}")
-    penalties, gains = entry.get("penalties"), entry.get("gains")
-    for table, keys in ((penalties, _PENALTIES), (gains, _GAINS)):
-        if table is not None and (not isinstance(table, dict) or set(table) != set(keys)):
-            raise InputError(f"policy override {entry['match']!r}: give exactly {', '.join(keys)}")
-    return Override(
-        entry["match"],
-        (penalties["aligned"], penalties["partial"], penalties["off"]) if penalties else None,
-        (gains["aligned"], gains["left"], gains["right"], gains["off"]) if gains else None,
-    )
+    values: dict[str, Any] = {}
+    for kind, keys in (("penalties", _PENALTIES), ("gains", _GAINS)):
+        if kind in entry:
+            table = entry[kind]
+            if not isinstance(table, dict) or set(table) != set(keys):
+                raise InputError(f"policy override {entry['match']!r}: {kind} must be a table of {', '.join(keys)}")
+            values[kind] = tuple(table[key] for key in keys)
+    return Override(entry["match"], **values)

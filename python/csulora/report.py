@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -65,6 +66,12 @@ class ModuleReport:
             lost=result.lost,
         )
 
+    @property
+    def kept_share(self) -> float:
+        """|X|^2 / |dW|^2: what the gains leave of the update, before its rank is cut."""
+        energies, gains = self.energies or {}, self.gains or {}
+        return sum(energies[part] * gains[part] ** 2 for part in energies)
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -103,6 +110,7 @@ class Report:
     def totals(self) -> Totals:
         """Figures of all measured modules together."""
         weights = [_value(module.norm) ** 2 for module in self.measured]
+        kept = [weight * module.kept_share for weight, module in zip(weights, self.measured, strict=True)]
         alignment = [_value(module.alignment_norm) ** 2 for module in self.measured]
         energies = {part: _mean([(module.energies or {})[part] for module in self.measured], weights) for part in PARTS}
         return Totals(
@@ -110,7 +118,7 @@ class Report:
             energies=energies,
             undo=_mean([_value(module.undo) for module in self.measured], alignment),
             change=math.sqrt(_mean([_value(module.change) ** 2 for module in self.measured], weights)),
-            lost=_mean([_value(module.lost) for module in self.measured], weights),
+            lost=_mean([_value(module.lost) for module in self.measured], kept),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,7 +130,7 @@ class Report:
 
     def table(self, limit: int = 8) -> RenderableType:
         """Return tables for a person: totals, and the modules with the largest undo."""
-        return Group(_totals_table(self.totals, len(self.measured)), _modules_table(self, limit))
+        return Group(_totals_table(self), _modules_table(self, limit))
 
     def card(self, base_model: str | None) -> str:
         """Return the model card (README.md) of the corrected adapter."""
@@ -146,8 +154,10 @@ def _spell_infinity(document: Any) -> Any:
     return "inf" if document == math.inf else document
 
 
-def _totals_table(totals: Totals, modules: int) -> Table:
-    table = Table(title=f"{modules} modules", title_justify="left")
+def _totals_table(report: Report) -> Table:
+    totals = report.totals
+    title = f"{len(report.measured)} of {len(report.modules)} modules are covered by the pack"
+    table = Table(title=title, title_justify="left")
     for column in ("norm", *PARTS, "undo", "change", "lost"):
         table.add_column(column, justify="right")
     table.add_row(
@@ -208,7 +218,7 @@ def _card(report: Report, base_model: str | None) -> str:
     policy = ", ".join(f"{key}={value}" for key, value in report.policy.items() if key != "overrides")
     overrides = len(report.policy.get("overrides", ()))
     return _CARD.format(
-        base_model=f"base_model: {base_model}\n" if base_model else "",
+        base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",  # JSON's texts are YAML's too
         adapter=report.adapter,
         version=report.csulora,
         policy=policy + (f", {overrides} overrides" if overrides else ""),

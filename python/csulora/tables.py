@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -26,9 +25,9 @@ def pack_table(pack: Subspace) -> Table:
         table.add_row(
             kind,
             str(len(modules)),
-            " x ".join(map(str, modules[0].shape)),
+            ", ".join(sorted({" x ".join(map(str, module.shape)) for module in modules})),
             _span([module.rank for module in modules]),
-            f"{median([c.captured for c in certificates] or [0.0]):.1%}",
+            f"{min((c.captured for c in certificates), default=0.0):.1%}",
             f"{max((c.residual for c in certificates), default=0.0):.1e}",
             f"<= {max((c.missed for c in certificates), default=0.0):.1e}",
             _span([module.certificate.above_noise for module in modules]),

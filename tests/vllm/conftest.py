@@ -86,3 +86,25 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         reasons=reasons,
         named=named,
     )
+
+
+@pytest.fixture(scope="session")
+def offline(files: SimpleNamespace) -> dict:
+    """What `offline.py` found: the engine's answers before and after the guard was put in."""
+    request = files.root / "request.json"
+    request.write_text(
+        json.dumps(
+            {
+                "model": str(files.model),
+                "pack": str(files.pack),
+                "plain": [str(path) for path in (*files.raw.values(), *files.corrected.values())],
+                "guarded": [str(path) for path in files.raw.values()],
+                "bad": [str(path) for path in files.bad.values()],
+            }
+        )
+    )
+    script = Path(__file__).with_name("offline.py")
+    run = subprocess.run([sys.executable, script, request], capture_output=True, text=True, check=False)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULTS ")]
+    assert len(lines) == 1, run.stdout[-3000:] + run.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULTS "))

@@ -1,7 +1,7 @@
 """Every route of vLLM's server: corrected as `csulora correct` corrects, or refused with the reason.
 
-The reference is one plain server's answers to the files that `csulora correct` wrote and to the raw adapters; the
-tests then share one guarded server, which holds a single adapter at a time, so that each change of adapter evicts one.
+The reference is what an unguarded engine answers with the files that `csulora correct` wrote, and with the raw
+adapters. The tests share one server, which holds a single adapter at a time, so that each change of adapter evicts one.
 """
 
 import json
@@ -87,16 +87,13 @@ def running(command: list[str], log: Path, **variables: str) -> Iterator[Server]
 
 
 @pytest.fixture(scope="module")
-def expected(files: SimpleNamespace) -> SimpleNamespace:
-    """What the unguarded server answers."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(files.model)]
-    with running(command, files.root / "plain.log", VLLM_PLUGINS="") as server:
-        answers = SimpleNamespace(base=server.ask(str(files.model)), raw={}, corrected={})
-        for kind in ("raw", "corrected"):
-            for name, path in getattr(files, kind).items():
-                assert server.load(f"{kind}-{name}", path)[0] == 200
-                getattr(answers, kind)[name] = server.ask(f"{kind}-{name}")
-    return answers
+def expected(files: SimpleNamespace, offline: dict) -> SimpleNamespace:
+    """What the unguarded engine answers."""
+
+    def answers(adapters: dict[str, Path]) -> dict[str, dict]:
+        return {name: offline["plain"][str(path)] for name, path in adapters.items()}
+
+    return SimpleNamespace(base=offline["base"], raw=answers(files.raw), corrected=answers(files.corrected))
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +230,11 @@ def test_pack_for_another_model_stops_the_server(files: SimpleNamespace) -> None
     output = fails_to_start(files, "--subspace", str(files.pack), model=other)
 
     assert "not what the pack was made of" in output
+
+
+def test_refused_adapter_named_at_start_stops_the_server(files: SimpleNamespace) -> None:
+    refused = f"static={files.bad['wrong rank']}"
+
+    output = fails_to_start(files, "--subspace", str(files.pack), "--lora-modules", refused)
+
+    assert files.reasons["wrong rank"] in output

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from csulora.errors import InputError, RefusedError
-from csulora.files import parse_json, read_regular, to_json
+from csulora.files import parse_json, read_regular, save_tensors, to_json
 from csulora.formats import Adapter, LoraModule
 from csulora.formats.peft_config import CONFIG_FILE, check_config, ranks_and_scales, untargeted
 
@@ -133,7 +133,7 @@ def write(adapter: Adapter, directory: Path) -> None:
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensor.dtype}")
     (directory / CONFIG_FILE).write_text(to_json(config_of(adapter)), encoding="utf-8")
-    safetensors.torch.save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
+    save_tensors(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
 
 
 def _group(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[str, torch.Tensor]]:

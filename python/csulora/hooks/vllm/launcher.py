@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from csulora.errors import HostError
+from csulora.gate import Gate
 from csulora.hooks.vllm import ENTRY_POINT, activate
 
 _GROUP = "vllm.general_plugins"
@@ -27,6 +28,7 @@ def serve(arguments: Sequence[str]) -> None:
         raise HostError(f"VLLM_PLUGINS is {plugins!r}, which leaves csulora out; add {ENTRY_POINT} or unset it")
     if not any(found.name == ENTRY_POINT for found in entry_points(group=_GROUP)):
         raise HostError(f"csulora is not installed as a plugin of vLLM ({_GROUP}); reinstall it")
+    Gate.from_environment()  # fails in a second, and importing vLLM takes ten
     activate()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

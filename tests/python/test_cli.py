@@ -1,0 +1,490 @@
+"""The command line, in this process where it can be, in one of its own where the process is the point."""
+
+import json
+import os
+import pty
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import csulora
+import factories
+from csulora import cli
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Q = "model.layers.0.self_attn.q_proj"
+ADAPTER_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "csulora_report.json"]
+LLAMA_LAYERS = 12
+LLAMA_MODULES = 7 * LLAMA_LAYERS
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["csulora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return Outcome(int(exit.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with two checkpoints, a pack and an adapter."""
+    monkeypatch.chdir(tmp_path)
+    factories.checkpoint_pair(tmp_path)
+    csulora.extract("base", "aligned", rank=6).save("pack")
+    factories.save_adapter(tmp_path / "adapter", {Q: (48, 48), "model.layers.1.mlp.down_proj": (48, 64)})
+    return tmp_path
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def in_a_process(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "csulora", *map(str, arguments)],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | options,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Outcome:
+    out, err = process.communicate(timeout=120)
+    return Outcome(process.returncode, out, err)
+
+
+# What the commands do
+
+
+def test_extract_writes_a_pack_and_says_what_is_in_it(work: Path, run: Run) -> None:
+    result = run("extract", "base", "aligned", "-o", "new", "--rank", 6)
+    assert result.code == 0
+    assert (work / "new").read_bytes() == (work / "pack").read_bytes()
+    assert f"new: 14 modules, sha256 {csulora.Subspace.open('pack').sha256}" in result.out
+    assert "down_proj" in result.out
+    assert result.err == ""
+
+
+def test_extract_takes_every_option(work: Path, run: Run) -> None:
+    options = "--energy 0.5 --max-rank 5 --modules q_proj --modules layers.1.mlp.* --dtype f32 --device cpu --seed 3"
+    assert run("extract", "base", "aligned", "-o", "new", *options.split(), "--keep-noise").code == 0
+    expected = csulora.extract(
+        "base",
+        "aligned",
+        energy=0.5,
+        max_rank=5,
+        modules=["q_proj", "layers.1.mlp.*"],
+        dtype="f32",
+        seed=3,
+        keep_noise=True,
+    )
+    assert csulora.Subspace.open("new").sha256 == expected.sha256
+
+
+def test_verify_passes_a_pack_of_these_checkpoints(work: Path, run: Run) -> None:
+    result = run("verify", "pack", "base", "aligned")
+    assert (result.code, result.err) == (0, "")
+    assert "pack: 14 of 14 certificates hold" in result.out
+
+
+def test_verify_refuses_a_pack_of_others(work: Path, run: Run) -> None:
+    result = run("verify", "pack", "aligned", "base", "--json", "report")
+    assert result.code == 3
+    assert result.err.startswith("csulora: refused: pack: 14 of 14 certificates do not hold; that of ")
+    assert result.err.endswith("is for other weights\n")
+    assert [module["holds"] for module in json.loads(Path("report").read_text())["modules"]] == [False] * 14
+
+
+def test_inspect_shows_an_adapter(work: Path, run: Run) -> None:
+    result = run("inspect", "adapter")
+    assert (result.code, result.err) == (0, "")
+    assert Q in result.out
+    assert "adapter: 2 modules" in result.out
+
+
+def test_inspect_shows_what_an_adapter_does_to_the_alignment(work: Path, run: Run) -> None:
+    before = tree(work)
+    result = run("inspect", "adapter", "--subspace", "pack")
+    assert (result.code, result.err) == (0, "")
+    assert "2 of 2 modules are covered by the pack" in result.out
+    assert "undo" in result.out
+    assert tree(work) == before
+
+
+def test_inspect_shows_an_adapter_that_the_pack_covers_in_part(work: Path, run: Run) -> None:
+    factories.save_adapter(work / "wider", {Q: (48, 48), "lm_head": (40, 48)})
+    result = run("inspect", "wider", "--subspace", "pack", "--json", "-")
+    assert result.code == 0
+    assert [module["status"] for module in json.loads(result.out)["modules"]] == ["kept", "corrected"]
+
+
+def test_correct_writes_an_adapter_with_its_report(work: Path, run: Run) -> None:
+    result = run("correct", "adapter", "--subspace", "pack", "-o", "out")
+    assert (result.code, result.err) == (0, "")
+    assert "out: 2 of 2 modules corrected" in result.out
+    assert sorted(path.name for path in (work / "out").iterdir()) == ADAPTER_FILES
+    fixed, report = csulora.correct(csulora.load_adapter("adapter"), csulora.Subspace.open("pack"))
+    assert json.loads((work / "out" / "csulora_report.json").read_text()) == report.to_dict()
+    written = csulora.load_adapter("out")
+    for name, module in fixed.modules.items():
+        assert written.modules[name].b.equal(module.b)
+        assert written.modules[name].a.equal(module.a)
+        assert written.modules[name].scale == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ("--preset protect", csulora.Policy.protect(1.0)),
+        ("--preset project --rank exact", csulora.Policy.project(rank="exact")),
+        ("--preset none --uncovered keep", csulora.Policy.none(uncovered="keep")),
+        (
+            "--aligned 0.5 --partial 2 --off inf --rank 3 --max-undo 5",
+            csulora.Policy(0.5, 2, float("inf"), 3, max_undo=5),
+        ),
+        ("--preset protect --off 4", csulora.Policy(1, 1, 4)),
+    ],
+)
+def test_correct_takes_a_policy_from_its_options(work: Path, run: Run, options: str, policy: csulora.Policy) -> None:
+    result = run("correct", "adapter", "--subspace", "pack", "-o", "out", *options.split(), "--json", "-")
+    assert result.code == 0
+    written = json.loads(result.out)["policy"]
+    assert written == {key: "inf" if value == float("inf") else value for key, value in policy.to_dict().items()}
+
+
+def test_correct_takes_a_policy_from_a_file_and_options_override_it(work: Path, run: Run) -> None:
+    csulora.Policy.protect(2.0, rank=3).save("policy.toml")
+    assert run("correct", "adapter", "--subspace", "pack", "-o", "out", "--policy", "policy.toml", "--off", 7).code == 0
+    policy = json.loads((work / "out" / "csulora_report.json").read_text())["policy"]
+    assert (policy["aligned"], policy["partial"], policy["off"], policy["rank"]) == (2.0, 2.0, 7.0, 3)
+
+
+def test_doctor_finds_a_working_installation(run: Run) -> None:
+    result = run("doctor", "--json", "-")
+    assert result.code == 0
+    findings = {finding["what"]: finding for finding in json.loads(result.out)["findings"]}
+    assert findings["csulora"]["value"] == csulora.__version__
+    assert findings["self-test"]["ok"] is True
+
+
+def test_prints_its_version(run: Run) -> None:
+    assert run("--version") == Outcome(0, f"csulora {csulora.__version__}\n", "")
+
+
+def test_runs_as_a_module() -> None:
+    assert finish(in_a_process("--version")) == Outcome(0, f"csulora {csulora.__version__}\n", "")
+
+
+# What every command has in common
+
+COMMANDS = {
+    "extract": "extract base aligned -o new --rank 6",
+    "verify": "verify pack base aligned",
+    "inspect": "inspect adapter",
+    "inspect with a pack": "inspect adapter --subspace pack",
+    "correct": "correct adapter --subspace pack -o out",
+    "doctor": "doctor",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_quiet_prints_nothing(work: Path, run: Run, command: str) -> None:
+    assert run(*COMMANDS[command].split(), "--quiet") == Outcome(0, "", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_pipe_gets_plain_text(work: Path, run: Run, command: str) -> None:
+    result = run(*COMMANDS[command].split())
+    assert result.code == 0
+    assert "\x1b" not in result.out
+    assert result.out.strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_json_goes_to_a_file_or_alone_to_stdout(work: Path, run: Run, command: str) -> None:
+    to_file = run(*COMMANDS[command].split(), "--json", "report")
+    assert to_file.out == run(*COMMANDS[command].split()).out
+    to_stdout = run(*COMMANDS[command].split(), "--json", "-", "--quiet")
+    assert to_stdout.out == (work / "report").read_text()
+    assert to_stdout == run(*COMMANDS[command].split(), "--json", "-")
+    assert isinstance(json.loads(to_stdout.out), dict)
+
+
+@pytest.mark.parametrize("command", ["extract", "correct"])
+def test_the_same_command_twice_writes_the_same_bytes(work: Path, run: Run, command: str) -> None:
+    run(*COMMANDS[command].split(), "--json", "report")
+    first = tree(work)
+    run(*COMMANDS[command].split(), "--json", "report")
+    assert tree(work) == first
+
+
+# What is refused
+
+USAGE = [
+    "extract base aligned",
+    "extract base -o new",
+    "extract base aligned -o new --rank 0",
+    "extract base aligned -o new --rank 4 --energy 0.5",
+    "extract base aligned -o new --max-rank 4",
+    "extract base aligned -o new --energy 1.5",
+    "extract base aligned -o new --dtype f64",
+    "extract base aligned -o new --device cuda",
+    "extract base aligned -o new --seed -1",
+    "correct adapter --subspace pack",
+    "correct adapter -o out",
+    "correct adapter --subspace pack -o out --preset all",
+    "correct adapter --subspace pack -o out --preset none --policy policy.toml",
+    "correct adapter --subspace pack -o out --rank some",
+    "correct adapter --subspace pack -o out --rank 0",
+    "correct adapter --subspace pack -o out --off -1",
+    "correct adapter --subspace pack -o out --off nan",
+    "correct adapter --subspace pack -o out --max-undo inf",
+    "correct adapter --subspace pack -o out --uncovered ignore",
+    "correct adapter --subspace pack -o out --format gguf2",
+    "correct adapter --subspace pack -o out --nonsense",
+    "frobnicate",
+]
+
+
+@pytest.mark.parametrize("command", USAGE)
+def test_wrong_usage_exits_with_2(work: Path, run: Run, command: str) -> None:
+    before = tree(work)
+    result = run(*command.split())
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("Usage: csulora ")
+    assert "Traceback" not in result.err
+    assert tree(work) == before
+
+
+BAD_INPUT = {
+    "extract nowhere aligned -o new": "nowhere: neither a local directory nor a model that could be fetched",
+    "extract org/model aligned -o new": "org/model: neither a local directory nor a model that could be fetched",
+    "extract base adapter -o new": "adapter/config.json: no such file",
+    "extract base pack -o new": "pack: not a directory",
+    "extract base spoiled -o new": "model.layers.1.self_attn.q_proj: base or aligned holds NaN",
+    "extract base damaged -o new": "damaged/model.safetensors: not a readable safetensors file",
+    "extract base smaller -o new": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing, but base has it",
+    "extract base wider -o new": "tensor model.layers.0.mlp.down_proj.weight is [48, 64] in base base and [64, 64]",
+    "extract base aligned -o new --modules q_porj": "base: no 2-D weight matches the module pattern 'q_porj'",
+    "extract base aligned -o missing/new": "/missing: no such directory",
+    "extract base aligned -o adapter": "adapter: is a directory",
+    "extract base aligned -o new --json missing/report": "/missing: no such directory",
+    "extract base aligned -o new --json base": "base: is a directory",
+    "extract base aligned -o new --seed 99999999999999999999": "seed is 99999999999999999999",
+    "verify nowhere base aligned": "nowhere: no such file; make a pack with `csulora extract`",
+    "verify base/model.safetensors base aligned": "base/model.safetensors: not a subspace pack",
+    "verify base/config.json base aligned": "base/config.json: not a readable safetensors file",
+    "verify pack base smaller": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing",
+    "inspect nowhere": "nowhere: no such adapter",
+    "inspect pack": "pack: not a PEFT adapter directory",
+    "inspect base": "base/adapter_config.json: no such file",
+    "inspect adapter --subspace adapter": "adapter: no such file",
+    "correct nowhere --subspace pack -o out": "nowhere: no such adapter",
+    "correct adapter --subspace nowhere -o out": "nowhere: no such file",
+    "correct adapter --subspace pack -o base": "base: exists and was not written by csulora",
+    "correct adapter --subspace pack -o adapter": "adapter: is the adapter that was read",
+    "correct adapter --subspace pack -o pack": "pack: exists and was not written by csulora",
+    "correct adapter --subspace pack -o out --policy nowhere": "nowhere: no such file",
+    "correct adapter --subspace pack -o out --policy pack": "pack: not a readable TOML file",
+    "correct adapter --subspace pack -o out --policy bad.toml": "bad.toml: policy aligned is 'x'; it must be a number",
+    "correct adapter --subspace pack -o out --policy strange.toml": "override 'k': matches no module of the pack",
+    "correct tall --subspace pack -o out": f"tall: module {Q} updates a [96, 48] matrix, but {Q} is [48, 48] in",
+    "correct nan --subspace pack -o out": "holds NaN or infinity",
+}
+
+REFUSED = {
+    "extract base base -o new": "base and base do not differ in any selected matrix",
+    "correct uncovered --subspace pack -o out": "uncovered: the pack does not cover module lm_head",
+    "correct strange --subspace pack -o out --uncovered keep": "strange: the pack covers none of the adapter's modules",
+    "inspect strange --subspace pack": "strange: the pack covers none of the adapter's modules",
+    "correct adapter --subspace pack -o out --max-undo -100": "adapter: module ",
+    "correct adapter --subspace pack -o out --policy tuned.toml": "the policy was tuned for the pack 0000",
+    "correct dora --subspace pack -o out": "use_dora",
+}
+
+
+@pytest.fixture
+def bad(work: Path) -> Path:
+    """The working directory with everything that the bad commands need besides."""
+    weights = factories.moved(factories.llama_weights())
+    spoiled = weights | {"model.layers.1.self_attn.q_proj.weight": weights[f"{Q}.weight"] * float("nan")}
+    factories.save_checkpoint(work / "spoiled", spoiled)
+    damaged = factories.save_checkpoint(work / "damaged", weights) / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    factories.save_checkpoint(work / "smaller", factories.llama_weights(layers=1))
+    factories.save_checkpoint(work / "wider", factories.llama_weights(width=64))
+    factories.save_adapter(work / "tall", {Q: (96, 48)})
+    file = factories.save_adapter(work / "nan", {Q: (48, 48)}) / "adapter_model.safetensors"
+    tensors = {name: tensor * float("nan") for name, tensor in load_file(file).items()}
+    file.unlink()
+    save_file(tensors, file)
+    factories.save_adapter(work / "uncovered", {Q: (48, 48), "lm_head": (40, 48)})
+    factories.save_adapter(work / "strange", {"h.0.attn.c_attn": (48, 48)})
+    factories.save_adapter(work / "dora", {Q: (48, 48)}, use_dora=True)
+    (work / "bad.toml").write_text('aligned = "x"')
+    (work / "strange.toml").write_text(
+        "overrides = [{match = 'k', gains = {aligned = 1, left = 1, right = 1, off = 1}}]"
+    )
+    (work / "tuned.toml").write_text(f'subspace_sha256 = "{"0" * 64}"')
+    return work
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_4_and_nothing_is_written(bad: Path, run: Run, command: str) -> None:
+    before = tree(bad)
+    result = run(*command.split())
+    assert (result.code, result.out) == (4, "")
+    assert result.err.startswith("csulora: error: ")
+    assert BAD_INPUT[command] in result.err
+    assert result.err.count("\n") == 1
+    assert tree(bad) == before
+    assert not list(bad.glob("*.partial"))
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_is_refused_is_one_line_and_exit_code_3_and_nothing_is_written(bad: Path, run: Run, command: str) -> None:
+    before = tree(bad)
+    result = run(*command.split())
+    assert (result.code, result.out) == (3, "")
+    assert result.err.startswith("csulora: refused: ")
+    assert REFUSED[command] in result.err
+    assert result.err.count("\n") == 1
+    assert tree(bad) == before
+    assert not list(bad.glob("*.partial"))
+
+
+def test_a_device_is_never_replaced(work: Path, run: Run) -> None:
+    os.mkfifo("pipe")
+    for option in ("-o", "--json"):
+        result = run("extract", "base", "aligned", "-o", "new", option, "pipe")
+        assert (result.code, result.out) == (4, "")
+        assert "pipe: is not a regular file" in result.err
+    assert not Path("new").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(work: Path, run: Run) -> None:
+    for command in ("extract base aligned -o /proc/new", "correct adapter --subspace pack -o /proc/out"):
+        result = run(*command.split())
+        assert (result.code, result.out) == (4, "")
+        assert result.err.startswith("csulora: error: ")
+        assert result.err.count("\n") == 1
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+
+@pytest.mark.parametrize("command", ["extract", "correct"])
+def test_a_full_disk_is_one_line(work: Path, command: str) -> None:
+    result = finish(in_a_process(*COMMANDS[command].split(), preexec_fn=limit_file_size))
+    assert (result.code, result.out) == (4, "")
+    assert result.err.startswith("csulora: error: ")
+    assert "File too large" in result.err
+    assert result.err.count("\n") == 1
+    assert not (work / "new").exists()
+    assert not (work / "out").exists()
+
+
+# Runs that are interrupted
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> list[object]:
+    """Arguments of an extraction that takes long enough to be interrupted."""
+    weights = factories.llama_weights(layers=LLAMA_LAYERS, width=160, hidden=240)
+    factories.save_checkpoint(tmp_path / "base", weights)
+    factories.save_checkpoint(tmp_path / "aligned", factories.moved(weights))
+    return ["extract", tmp_path / "base", tmp_path / "aligned", "-o", tmp_path / "pack", "--rank", 16, "-q"]
+
+
+def finished_modules(output: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of modification of every finished module's file."""
+    parts = output.with_name(f"{output.name}.partial").glob("[0-9a-f]*.safetensors")
+    return {part.name: (part.stat().st_ino, part.stat().st_mtime_ns) for part in parts}
+
+
+def signal_after(process: subprocess.Popen[str], output: Path, modules: int, number: signal.Signals) -> None:
+    """Send a signal once so many modules are finished."""
+    deadline = time.monotonic() + 60
+    while len(finished_modules(output)) < modules:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+
+
+def test_a_killed_run_continues_where_it_was(large: list[object], tmp_path: Path) -> None:
+    output = tmp_path / "pack"
+    kept: dict[str, tuple[int, int]] = {}
+    for modules in sorted(random.Random(0).sample(range(1, LLAMA_MODULES - 20), 3)):
+        process = in_a_process(*large)
+        signal_after(process, output, modules, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        assert not output.exists()
+        finished = finished_modules(output)
+        assert len(finished) >= modules
+        assert {name: finished[name] for name in kept} == kept
+        kept = finished
+    assert finish(in_a_process(*large)) == Outcome(0, "", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aligned", "base", "pack"]
+    resumed = output.read_bytes()
+    output.unlink()
+    assert finish(in_a_process(*large)) == Outcome(0, "", "")
+    assert resumed == output.read_bytes()
+
+
+def test_an_interrupted_run_says_that_it_can_be_continued(large: list[object], tmp_path: Path) -> None:
+    with (tmp_path / "stderr").open("w+") as stderr:
+        # A shell that runs this in the background may have made it ignore the signal.
+        process = in_a_process(*large, stderr=stderr, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        signal_after(process, tmp_path / "pack", 3, signal.SIGINT)
+        assert process.returncode == 130
+        stderr.seek(0)
+        assert stderr.read() == "csulora: interrupted: finished modules are kept; run the same command to continue\n"
+    assert 3 <= len(finished_modules(tmp_path / "pack")) < LLAMA_MODULES
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_terminal_gets_a_progress_bar(work: Path) -> None:
+    terminal, its_end = pty.openpty()
+    process = in_a_process("extract", "base", "aligned", "-o", "new", "--rank", 6, stderr=its_end)
+    os.close(its_end)
+    written = b""
+    while True:
+        try:
+            chunk = os.read(terminal, 4096)
+        except OSError:  # how Linux says that nobody writes any more
+            break
+        if not chunk:
+            break
+        written += chunk
+    os.close(terminal)
+    assert finish(process).code == 0
+    assert b"extracting" in written
+    assert b"\x1b[" in written

@@ -1,0 +1,275 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import factories
+import oracle
+from csulora import Policy, Subspace, correct
+from csulora.errors import InputError, RefusedError
+from csulora.formats import Adapter, LoraModule
+from csulora.policy import Override
+from tolerances import COMPUTED, STORED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DOWN, UP, Q = sorted(factories.SHAPES)
+EXACT = {"rank": "exact"}
+
+
+def dense(module: LoraModule) -> Tensor:
+    return oracle.update(module.b, module.a, module.scale)
+
+
+def assert_close(module: LoraModule, expected: Tensor, tolerance: float = COMPUTED[torch.float32]) -> None:
+    assert module.scale == 1
+    assert oracle.relative_error(dense(module), expected) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("policy", "penalties"),
+    [
+        (Policy.csulora(2.0, **EXACT), (0, 2, 2)),
+        (Policy.protect(3.0, **EXACT), (3, 3, 0)),
+        (Policy.project(**EXACT), (0, math.inf, math.inf)),
+        (Policy.none(**EXACT), (0, 0, 0)),
+        (Policy(0.5, 1.5, math.inf, **EXACT), (0.5, 1.5, math.inf)),
+    ],
+)
+def test_every_module_becomes_its_closest_safe_update(policy: Policy, penalties: tuple[float, float, float]) -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    fixed, report = correct(adapter, pack, policy)
+    assert list(fixed.modules) == [module.module for module in report.modules] == list(adapter.modules)
+    for name, module in adapter.modules.items():
+        expected = oracle.closest_safe_update(dense(module), pack[name].u, pack[name].v, penalties)
+        assert_close(fixed.modules[name], expected)
+
+
+def test_the_default_is_csulora_with_a_penalty_of_1_at_the_adapters_rank() -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    fixed, report = correct(adapter, pack)
+    assert report.policy == Policy.csulora(1.0).to_dict()
+    for name, module in adapter.modules.items():
+        whole = oracle.closest_safe_update(dense(module), pack[name].u, pack[name].v, (0, 1, 1))
+        u, s, vh = torch.linalg.svd(whole)
+        assert fixed.modules[name].rank == module.rank
+        assert_close(fixed.modules[name], (u[:, :4] * s[:4]) @ vh[:4])
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("keep", 4), ("exact", 8), (3, 3), (6, 6), (100, 8)])
+def test_the_rank_is_what_the_policy_says(rank: int | str, expected: int) -> None:
+    fixed, report = correct(factories.adapter(), factories.pack(), Policy.csulora(1.0, rank=rank))
+    assert {module.rank for module in fixed.modules.values()} == {expected}
+    assert {module.rank_after for module in report.modules} == {expected}
+
+
+def test_overrides_replace_the_policys_numbers_for_the_modules_they_match() -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    gains = {"aligned": 0.25, "left": 0.5, "right": 0.75, "off": 1.0}
+    policy = Policy.csulora(
+        2.0,
+        rank="exact",
+        overrides=(Override("q_proj", gains=tuple(gains.values())), Override("mlp.up_proj", penalties=(5, 0, 0))),
+    )
+    fixed, report = correct(adapter, pack, policy)
+    parts = {name: oracle.split(dense(module), pack[name].u, pack[name].v) for name, module in adapter.modules.items()}
+    assert_close(fixed.modules[Q], oracle.combine(parts[Q], gains))
+    assert_close(fixed.modules[UP], oracle.combine(parts[UP], oracle.gains((5, 0, 0), parts[UP].energies)))
+    assert_close(fixed.modules[DOWN], oracle.combine(parts[DOWN], oracle.gains((0, 2, 2), parts[DOWN].energies)))
+    assert {module.module: module.gains for module in report.modules}[Q] == gains
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_result_has_the_inputs_storage_type(dtype: torch.dtype) -> None:
+    adapter, pack = factories.adapter(dtype=dtype), factories.pack()
+    fixed, _ = correct(adapter, pack, Policy.csulora(1.0, rank="exact"))
+    for name, module in fixed.modules.items():
+        assert module.b.dtype == module.a.dtype == dtype
+        expected = oracle.closest_safe_update(dense(adapter.modules[name]), pack[name].u, pack[name].v, (0, 1, 1))
+        assert_close(module, expected, max(COMPUTED[torch.float32], 2 * STORED[dtype]))
+
+
+def test_the_input_is_not_modified() -> None:
+    adapter = factories.adapter()
+    before = {name: (module.b.clone(), module.a.clone()) for name, module in adapter.modules.items()}
+    correct(adapter, factories.pack(), Policy.project())
+    for name, (b, a) in before.items():
+        assert torch.equal(adapter.modules[name].b, b)
+        assert torch.equal(adapter.modules[name].a, a)
+        assert adapter.modules[name].scale == 2
+
+
+@pytest.mark.usefixtures("restore_threads")
+def test_the_same_input_gives_the_same_bits_whatever_the_number_of_threads() -> None:
+    results = []
+    for threads in (1, 1, 2):
+        torch.set_num_threads(threads)
+        results.append(correct(factories.adapter(), factories.pack(), Policy.csulora(1.0)))
+    (first, report), *others = results
+    for fixed, other_report in others:
+        assert fixed.documents == first.documents
+        assert other_report == report
+        for name, module in fixed.modules.items():
+            assert torch.equal(module.b, first.modules[name].b)
+            assert torch.equal(module.a, first.modules[name].a)
+
+
+def renamed(adapter: Adapter, names: dict[str, str]) -> Adapter:
+    return replace(adapter, modules={names.get(name, name): module for name, module in adapter.modules.items()})
+
+
+def test_modules_are_found_by_name_up_to_the_bare_models_prefix() -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    expected, _ = correct(adapter, pack)
+    short = renamed(adapter, {name: name.removeprefix("model.") for name in factories.SHAPES})
+    fixed, _ = correct(short, pack)
+    for name, module in expected.modules.items():
+        assert torch.equal(fixed.modules[name.removeprefix("model.")].b, module.b)
+
+
+def test_the_head_of_a_tied_model_is_corrected_by_the_embeddings_subspace() -> None:
+    pack = factories.pack({"model.embed_tokens": (50, 16)}, aliases={"lm_head": "model.embed_tokens"})
+    adapter = factories.adapter({"lm_head": (50, 16)})
+    fixed, _ = correct(adapter, pack, Policy.project())
+    subspace = pack["model.embed_tokens"]
+    expected = oracle.split(dense(adapter.modules["lm_head"]), subspace.u, subspace.v).parts["aligned"]
+    assert_close(fixed.modules["lm_head"], expected)
+
+
+def test_an_embedding_stays_one() -> None:
+    adapter = factories.adapter({"model.embed_tokens": (50, 16)})
+    marked = replace(adapter.modules["model.embed_tokens"], is_embedding=True)
+    fixed, _ = correct(
+        replace(adapter, modules={"model.embed_tokens": marked}), factories.pack({"model.embed_tokens": (50, 16)})
+    )
+    assert fixed.modules["model.embed_tokens"].is_embedding
+
+
+@pytest.fixture
+def partly_covered() -> tuple[Adapter, Subspace]:
+    """An adapter for three modules, of which the pack has two."""
+    return factories.adapter(), factories.pack({name: factories.SHAPES[name] for name in (DOWN, Q)})
+
+
+def test_an_uncovered_module_is_refused_by_name(partly_covered: tuple[Adapter, Subspace]) -> None:
+    with pytest.raises(RefusedError, match=rf"some/adapter: the pack does not cover module {UP}; .*--uncovered"):
+        correct(*partly_covered)
+
+
+def test_an_uncovered_module_is_dropped_if_the_policy_says_so(partly_covered: tuple[Adapter, Subspace]) -> None:
+    fixed, report = correct(*partly_covered, Policy.csulora(1.0, uncovered="drop"))
+    assert list(fixed.modules) == [DOWN, Q]
+    assert fixed.partial
+    assert [(module.module, module.status) for module in report.modules] == [
+        (DOWN, "corrected"),
+        (UP, "dropped"),
+        (Q, "corrected"),
+    ]
+
+
+def test_an_uncovered_module_is_kept_as_it_is_if_the_policy_says_so(partly_covered: tuple[Adapter, Subspace]) -> None:
+    adapter, pack = partly_covered
+    fixed, report = correct(adapter, pack, Policy.csulora(1.0, uncovered="keep"))
+    assert list(fixed.modules) == [DOWN, UP, Q]
+    assert fixed.modules[UP] is adapter.modules[UP]
+    assert not fixed.partial
+    assert [module.status for module in report.modules] == ["corrected", "kept", "corrected"]
+
+
+@pytest.mark.parametrize("uncovered", ["refuse", "drop", "keep"])
+def test_an_adapter_that_matches_nothing_is_refused_whatever_the_policy(uncovered: str) -> None:
+    stranger = factories.adapter({f"other.{name}": shape for name, shape in factories.SHAPES.items()})
+    with pytest.raises(RefusedError, match=r"does not cover|covers none of the adapter's modules"):
+        correct(stranger, factories.pack(), Policy.csulora(1.0, uncovered=uncovered))
+
+
+@pytest.mark.parametrize("uncovered", ["refuse", "drop", "keep"])
+def test_an_adapter_for_another_model_is_told_by_its_shapes(uncovered: str) -> None:
+    adapter = factories.adapter({**factories.SHAPES, Q: (48, 40)})
+    with pytest.raises(InputError, match=rf"module {Q} updates a \[48, 40\] matrix, but {Q} is \[40, 40\] in the pack"):
+        correct(adapter, factories.pack(), Policy.csulora(1.0, uncovered=uncovered))
+
+
+def undoing(share: float) -> tuple[Adapter, Subspace]:
+    """An adapter that undoes this share of the alignment in one module."""
+    pack, adapter = factories.pack(), factories.adapter(scale=1e-3)
+    factors = pack[UP]
+    module = LoraModule(-share * factors.u * factors.s, factors.v.t().contiguous())
+    return replace(adapter, modules=adapter.modules | {UP: module}), pack
+
+
+def test_reports_how_far_an_update_undoes_the_alignment() -> None:
+    adapter, pack = undoing(0.75)
+    _, report = correct(adapter, pack)
+    by_name = {module.module: module for module in report.modules}
+    assert by_name[UP].undo == pytest.approx(0.75, rel=1e-5)
+    for name, module in adapter.modules.items():
+        expected = oracle.undo(dense(module), pack[name].u, pack[name].s, pack[name].v)
+        assert by_name[name].undo == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert report.worst_undo == by_name[UP]
+
+
+def test_an_update_that_undoes_too_much_is_refused() -> None:
+    adapter, pack = undoing(0.75)
+    with pytest.raises(RefusedError, match=rf"module {UP} undoes 0\.750 of its alignment; the policy allows 0\.7$"):
+        correct(adapter, pack, Policy.csulora(1.0, max_undo=0.7))
+    correct(adapter, pack, Policy.csulora(1.0, max_undo=0.8))
+    reinforcing, pack = undoing(-0.75)
+    correct(reinforcing, pack, Policy.csulora(1.0, max_undo=0.01))
+
+
+def test_a_tuned_policy_goes_with_its_pack_alone() -> None:
+    pack = factories.pack()
+    tuned = Policy.csulora(1.0, subspace_sha256=pack.sha256)
+    correct(factories.adapter(), pack, tuned)
+    with pytest.raises(RefusedError, match=f"tuned for the pack {pack.sha256}, and this pack is"):
+        correct(factories.adapter(), factories.pack(seed=9), tuned)
+
+
+def test_an_override_that_matches_no_module_of_the_pack_is_an_error() -> None:
+    policy = Policy(overrides=(Override("k_proj", gains=(1, 1, 1, 1)),))
+    with pytest.raises(InputError, match="override 'k_proj': matches no module of the pack"):
+        correct(factories.adapter(), factories.pack(), policy)
+
+
+def test_an_override_may_be_for_modules_that_the_adapter_leaves_alone() -> None:
+    adapter = factories.adapter({Q: factories.SHAPES[Q]})
+    correct(adapter, factories.pack(), Policy(overrides=(Override("up_proj", gains=(1, 1, 1, 1)),)))
+
+
+def test_a_pack_with_spoiled_factors_is_not_used() -> None:
+    pack = factories.pack()
+    pack[Q].u[3, 1] = math.nan
+    with pytest.raises(InputError, match=f"subspace pack: {Q}: the columns of u are not orthonormal"):
+        correct(factories.adapter(), pack)
+    correct(factories.adapter({UP: factories.SHAPES[UP]}), pack)
+
+
+def test_an_update_that_overflows_its_storage_type_is_refused() -> None:
+    adapter = factories.adapter(scale=1e5, dtype=torch.float16)
+    with pytest.raises(InputError, match=rf"the corrected update of {DOWN} does not fit torch\.float16"):
+        correct(adapter, factories.pack(), Policy.none())
+
+
+def test_a_module_that_alignment_did_not_move_is_off_subspace_altogether() -> None:
+    fixed, report = correct(factories.adapter(), factories.pack(rank=0), Policy.csulora(1.0))
+    for module in report.modules:
+        assert module.energies == {"aligned": 0, "left": 0, "right": 0, "off": 1}
+        assert module.undo == 0
+    for name, module in factories.adapter().modules.items():
+        assert_close(fixed.modules[name], dense(module) / 2)
+
+
+def test_the_report_and_a_card_go_with_the_adapter(tmp_path: Path) -> None:
+    pack = factories.pack()
+    fixed, report = correct(factories.adapter(), pack)
+    assert json.loads(fixed.documents["csulora_report.json"]) == json.loads(json.dumps(report.to_dict()))
+    assert report.adapter == "adapter"
+    assert report.adapter_sha256 == "ab" * 32
+    assert report.subspace_sha256 == pack.sha256
+    assert report.fingerprints == pack.fingerprints
+    assert 'base_model: "org/base"' in fixed.documents["README.md"]

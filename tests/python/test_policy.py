@@ -1,0 +1,210 @@
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csulora.core import _core
+from csulora.errors import InputError
+from csulora.policy import Override, Policy
+
+Q = "model.layers.0.self_attn.q_proj"
+
+penalties = st.floats(min_value=0, allow_nan=False, allow_infinity=True) | st.integers(0, 2**53)
+gains = st.floats(0, 1)
+overrides = st.builds(Override, st.text(max_size=8), penalties=st.tuples(penalties, penalties, penalties)) | st.builds(
+    Override, st.text(max_size=8), gains=st.tuples(gains, gains, gains, gains)
+)
+policies = st.builds(
+    Policy,
+    aligned=penalties,
+    partial=penalties,
+    off=penalties,
+    rank=st.sampled_from(["keep", "exact"]) | st.integers(1, 2**53),
+    uncovered=st.sampled_from(["refuse", "drop", "keep"]),
+    max_undo=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    overrides=st.lists(overrides, max_size=3).map(tuple),
+    subspace_sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
+)
+
+
+@given(policy=policies)
+def test_a_policy_survives_its_toml_document(policy: Policy) -> None:
+    assert Policy.from_dict(tomllib.loads(tomli_w.dumps(policy.to_dict()))) == policy
+
+
+def test_a_policy_survives_its_file(tmp_path: Path) -> None:
+    policy = Policy.project(rank=3, max_undo=0.5, overrides=(Override("q_proj", penalties=(0, math.inf, 1)),))
+    policy.save(tmp_path / "policy.toml")
+    assert Policy.load(tmp_path / "policy.toml") == policy
+
+
+def test_reads_what_a_person_writes(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text(
+        """
+        aligned = 0
+        partial = inf
+        rank = 16
+        max_undo = 0.5
+
+        [[overrides]]
+        match = "layers.0.*"
+        penalties = { aligned = 1, partial = 2.5, off = inf }
+
+        [[overrides]]
+        match = "*.mlp.*"
+        [overrides.gains]
+        aligned = 1
+        left = 0.5
+        right = 0.25
+        off = 0
+        """
+    )
+    assert Policy.load(tmp_path / "policy.toml") == Policy(
+        partial=math.inf,
+        rank=16,
+        max_undo=0.5,
+        overrides=(
+            Override("layers.0.*", penalties=(1, 2.5, math.inf)),
+            Override("*.mlp.*", gains=(1, 0.5, 0.25, 0)),
+        ),
+    )
+
+
+def test_an_empty_file_is_the_default_policy(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").touch()
+    assert Policy.load(tmp_path / "policy.toml") == Policy.csulora(1.0)
+
+
+SHA = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("aligned = -1", "aligned is -1; a penalty must be 0 or more"),
+        ("partial = nan", "partial is nan; a penalty must be 0 or more"),
+        ("off = true", "off is True; it must be a number"),
+        ('aligned = "1"', "aligned is '1'; it must be a number"),
+        ("aligned = [1]", r"aligned is \[1\]; it must be a number"),
+        (f"aligned = 1{'0' * 400}", "it must be a number"),
+        ("aligned = 1979-05-27", "it must be a number"),
+        ("rank = 0", "rank is 0; it must be keep, exact or"),
+        ("rank = true", "rank is True; it must be"),
+        ("rank = 8.0", "rank is 8.0; it must be"),
+        ('rank = "all"', "rank is 'all'; it must be"),
+        (f"rank = 1{'0' * 400}", "it must be keep, exact or"),
+        ("rank = [1]", r"rank is \[1\]; it must be"),
+        ('uncovered = "ignore"', "uncovered is 'ignore'; it must be refuse, drop or keep"),
+        ("uncovered = {}", "uncovered is {}; it must be"),
+        ("max_undo = inf", "max_undo is inf; it must be a finite number"),
+        ("max_undo = nan", "max_undo is nan; it must be a finite number"),
+        ('max_undo = "x"', "max_undo is 'x'; it must be a number"),
+        ("subspace_sha256 = 5", "subspace_sha256 is 5; it must be 64 hexadecimal digits"),
+        (f'subspace_sha256 = "{SHA}0"', "it must be 64 hexadecimal digits"),
+        ("surprise = 1", "unknown field 'surprise'"),
+        ("overrides = 1", "overrides must be a list of tables"),
+        ("overrides = [1]", "every override must be a table with a `match`"),
+        ("overrides = [{ gains = {} }]", "every override must be a table with a `match`"),
+        ("overrides = [{ match = 1 }]", "every override must be a table with a `match`"),
+        ('overrides = [{ match = "x" }]', "override 'x': give either penalties or gains"),
+        ('overrides = [{ match = "x", gian = {} }]', "override 'x': unknown field 'gian'"),
+        ('overrides = [{ match = "x", penalties = {} }]', "penalties must be a table of aligned, partial, off"),
+        ('overrides = [{ match = "x", gains = 1 }]', "gains must be a table of aligned, left, right, off"),
+        ('overrides = [{ match = "x", gains = { aligned = 1, left = 1, off = 1 } }]', "gains must be a table of"),
+        (
+            'overrides = [{ match = "x", penalties = { aligned = 0, partial = -1, off = 0 } }]',
+            "override 'x': partial is -1; a penalty must be 0 or more",
+        ),
+        (
+            'overrides = [{ match = "x", penalties = { aligned = 0, partial = "a", off = 0 } }]',
+            "override 'x': partial is 'a'; it must be a number",
+        ),
+        (
+            'overrides = [{ match = "x", gains = { aligned = 0, left = 1.5, right = 0, off = 0 } }]',
+            r"override 'x': gain left is 1\.5; it must lie in \[0, 1\]",
+        ),
+        (
+            'overrides = [{ match = "x", gains = { aligned = nan, left = 1, right = 0, off = 0 } }]',
+            "gain aligned is nan",
+        ),
+        ("aligned = ", "not a readable TOML file"),
+        ("aligned = 1\naligned = 2", "not a readable TOML file"),
+        ("a = " + "[" * 5000, "not a readable TOML file"),
+    ],
+)
+def test_refuses_what_is_no_policy_with_the_files_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"policy\.toml: .*{message}"):
+        Policy.load(path)
+
+
+def test_refuses_what_is_no_text_file(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"policy\.toml: not a readable TOML file"):
+        Policy.load(tmp_path / "policy.toml")
+    with pytest.raises(InputError, match=r"missing\.toml: no such file"):
+        Policy.load(tmp_path / "missing.toml")
+    with pytest.raises(InputError, match="Is a directory"):
+        Policy.load(tmp_path)
+
+
+def test_refuses_overrides_of_the_wrong_length() -> None:
+    with pytest.raises(InputError, match="give exactly aligned, partial, off"):
+        Override("x", penalties=(1, 2))
+    with pytest.raises(InputError, match="give exactly aligned, left, right, off"):
+        Override("x", gains=(1, 1, 1))
+    with pytest.raises(InputError, match="give either penalties or gains"):
+        Override("x", penalties=(1, 1, 1), gains=(1, 1, 1, 1))
+    with pytest.raises(InputError, match="match is 3; it must be a glob"):
+        Override(3, gains=(1, 1, 1, 1))
+
+
+def numbers(attenuation: _core.Penalties | _core.Parts) -> tuple[float, ...]:
+    if isinstance(attenuation, _core.Penalties):
+        return attenuation.aligned, attenuation.partial, attenuation.off
+    return attenuation.aligned, attenuation.left, attenuation.right, attenuation.off
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (Policy(), (0, 1, 1)),
+        (Policy.csulora(3), (0, 3, 3)),
+        (Policy.protect(2), (2, 2, 0)),
+        (Policy.project(), (0, math.inf, math.inf)),
+        (Policy.none(), (0, 0, 0)),
+    ],
+)
+def test_presets_are_the_designs(policy: Policy, expected: tuple[float, ...]) -> None:
+    assert numbers(policy.attenuation(Q)) == expected
+
+
+def test_the_first_override_that_matches_counts() -> None:
+    policy = Policy.csulora(
+        3,
+        overrides=(
+            Override("layers.0.self_attn.*", penalties=(1, 2, 3)),
+            Override("q_proj", gains=(1, 0.5, 0.25, 0)),
+        ),
+    )
+    assert numbers(policy.attenuation(Q)) == (1, 2, 3)
+    assert numbers(policy.attenuation(Q.replace("0", "1"))) == (1, 0.5, 0.25, 0)
+    assert numbers(policy.attenuation("model.layers.1.mlp.up_proj")) == (0, 3, 3)
+
+
+def test_an_override_that_matches_nothing_is_an_error() -> None:
+    policy = Policy(overrides=(Override("q_proj", gains=(1, 1, 1, 1)), Override("q_porj", gains=(1, 1, 1, 1))))
+    with pytest.raises(InputError, match="override 'q_porj': matches no module of the pack"):
+        policy.check_overrides([Q])
+
+
+def test_ranks_become_rules() -> None:
+    assert Policy(rank="keep").rank_options().rule == _core.RankRule.keep
+    assert Policy(rank="exact").rank_options().rule == _core.RankRule.exact
+    fixed = Policy(rank=7).rank_options()
+    assert (fixed.rule, fixed.rank) == (_core.RankRule.fixed, 7)

@@ -40,10 +40,16 @@ class Checkpoint:
     """
 
     def __init__(
-        self, name: str, config: dict[str, Any], weights: dict[str, Weight], others: dict[str, list[int]]
+        self,
+        name: str,
+        files: list[Path],
+        config: dict[str, Any],
+        weights: dict[str, Weight],
+        others: dict[str, list[int]],
     ) -> None:
         """Use `Checkpoint.open`; ``others`` are the shapes of all tensors that are not 2-D weights."""
         self.name = name
+        self.files = files
         self.config = config
         self.weights = weights
         self._others = others
@@ -60,13 +66,15 @@ class Checkpoint:
         name = local.resolve().name if local.exists() else str(source)
         if not directory.is_dir():
             raise InputError(f"{directory}: not a directory; name a model directory or a hub id")
-        config = _read_json(directory / "config.json")
+        config_file = directory / "config.json"
+        config = _read_json(config_file)
         model_type = config.get("model_type")
         if not isinstance(model_type, str | None):
-            raise InputError(f"{directory / 'config.json'}: model_type is {model_type!r}; it must be a name")
+            raise InputError(f"{config_file}: model_type is {model_type!r}; it must be a name")
+        tensors = _tensors(directory)
         weights: dict[str, Weight] = {}
         others: dict[str, list[int]] = {}
-        for tensor, (file, shape, dtype) in _tensors(directory).items():
+        for tensor, (file, shape, dtype) in tensors.items():
             module = tensor.removesuffix(names.WEIGHT)
             if module == tensor or len(shape) != 2:
                 others[module] = shape
@@ -74,7 +82,8 @@ class Checkpoint:
                 weights[module] = Weight(file, tensor, (shape[1], shape[0]), dtype, transposed=True)
             else:
                 weights[module] = Weight(file, tensor, (shape[0], shape[1]), dtype, transposed=False)
-        return cls(name, config, weights, others)
+        files = [config_file, *sorted({tensor.file for tensor in tensors.values()})]
+        return cls(name, files, config, weights, others)
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -120,13 +129,19 @@ class Checkpoint:
             The matrix, a view of the mapped file that keeps the mapping alive, and the hex sha256.
         """
         weight = self.weights[module]
-        try:
-            with safe_open(weight.file, framework="pt") as file:
-                stored: torch.Tensor = file.get_tensor(weight.tensor)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{weight.file}: cannot read {weight.tensor}: {error}") from error
-        digest = hashlib.sha256(stored.view(torch.uint8).numpy().data).hexdigest()
+        # A mapping of its own: what was read to be hashed counts as memory until it is unmapped.
+        digest = hashlib.sha256(_map(weight).view(torch.uint8).numpy().data).hexdigest()
+        stored = _map(weight)
         return stored.t() if weight.transposed else stored, digest
+
+
+def _map(weight: Weight) -> torch.Tensor:
+    try:
+        with safe_open(weight.file, framework="pt") as file:
+            stored: torch.Tensor = file.get_tensor(weight.tensor)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{weight.file}: cannot read {weight.tensor}: {error}") from error
+    return stored
 
 
 def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[str]) -> None:

@@ -410,6 +410,31 @@ def test_a_full_disk_is_one_line(work: Path, command: str) -> None:
     assert not (work / "out").exists()
 
 
+# Memory and time
+
+
+def peak_memory(*arguments: object) -> int:
+    """The most memory, in KiB, that a command had at once."""
+    # Not getrusage: that counts the process it was started from, too.
+    program = "import atexit, csulora.cli; atexit.register(lambda: print(open('/proc/self/status').read()))"
+    command = [sys.executable, "-c", f"{program}; csulora.cli.main()", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    status = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (2, 8):
+        names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(layers)]
+        base = {name: factories.gaussian(2048, 1024, seed=i) for i, name in enumerate(names)}
+        factories.save_checkpoint(tmp_path / f"base{layers}", base)
+        factories.save_checkpoint(tmp_path / f"aligned{layers}", factories.moved(base))
+        models = tmp_path / f"base{layers}", tmp_path / f"aligned{layers}"
+        peaks.append(peak_memory("extract", *models, "-o", tmp_path / "pack", "--rank", 4, "-q"))
+    assert peaks[1] <= 1.1 * peaks[0]  # the weights of six more layers would be 96 MiB more
+
+
 # Runs that are interrupted
 
 

@@ -6,45 +6,68 @@ from pathlib import Path
 
 from csulora.errors import InputError
 from csulora.files import atomic_directory
-from csulora.formats import Adapter, peft
+from csulora.formats import Adapter, gguf, peft
+from csulora.formats.gguf_base import BaseModel
 from csulora.report import REPORT_FILE
 
 
-def load_adapter(path: str | Path) -> Adapter:
+def load_adapter(path: str | Path, base_model: str | Path | None = None) -> Adapter:
     """Read an adapter and check every field and tensor of it.
 
     Args:
-        path: a PEFT directory (``adapter_config.json`` and ``adapter_model.safetensors``).
+        path: a PEFT directory (``adapter_config.json`` and ``adapter_model.safetensors``) or a GGUF LoRA file.
+        base_model: the model that a GGUF file is for, a GGUF file or a Hugging Face model directory. Some
+            architectures need it, because their rows are reordered by heads that the file does not count.
 
     Raises:
-        InputError: the adapter is missing or malformed.
+        InputError: the adapter is missing or malformed, or does not fit ``base_model``.
         RefusedError: it is something that cannot be corrected as plain LoRA.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such adapter")
-    if not path.is_dir():
-        raise InputError(f"{path}: not a PEFT adapter directory")
-    return peft.read(path)
+    if path.is_dir():
+        return peft.read(path)
+    return gguf.read(path, BaseModel.open(base_model) if base_model is not None else None)
 
 
-def save_adapter(adapter: Adapter, path: str | Path, format: str = "peft") -> None:
-    """Write an adapter, complete or not at all, together with its report and card if it was corrected.
+def save_adapter(
+    adapter: Adapter,
+    path: str | Path,
+    format: str = "peft",
+    *,
+    base_model: str | Path | None = None,
+    outtype: str | None = None,
+) -> None:
+    """Write an adapter, complete or not at all.
 
     Args:
         adapter: what `load_adapter` or `correct` returned.
-        path: directory to create; one that csulora wrote before is replaced.
-        format: ``peft``.
+        path: for ``peft``, a directory to create, with report and card if the adapter was corrected; one that
+            csulora wrote before is replaced. For ``gguf``, a file to write.
+        format: ``peft`` or ``gguf``.
+        base_model: for ``gguf``, the model that llama.cpp will run it with.
+        outtype: for ``gguf``, the type of the tensors: ``f32``, ``f16`` or ``bf16``; None keeps the adapter's.
 
     Raises:
-        InputError: ``path`` cannot be created or is where the adapter came from, or the adapter does not fit the
-            format.
+        InputError: ``path`` cannot be created or is an input, or the adapter does not fit the format or the model.
+        RefusedError: llama.cpp has no place for one of its modules.
     """
-    if format != "peft":
-        raise InputError(f"unknown adapter format {format!r}; it must be peft")
-    if Path(path).resolve() == adapter.path.resolve():
-        raise InputError(f"{path}: is the adapter that was read; choose another place for the new one")
-    with atomic_directory(Path(path), marker=REPORT_FILE) as directory:
+    path = Path(path)
+    if path.resolve() in (adapter.path.resolve(), base_model and Path(base_model).resolve()):
+        raise InputError(f"{path}: is the adapter that was read, or its model; choose another place")
+    if format == "gguf":
+        if base_model is None:
+            raise InputError(f"{path}: a GGUF file is written for a model; name it (base_model, --base-model)")
+        gguf.write(adapter, path, BaseModel.open(base_model), outtype)
+    elif format == "peft":
+        _save_peft(adapter, path)
+    else:
+        raise InputError(f"unknown adapter format {format!r}; it must be peft or gguf")
+
+
+def _save_peft(adapter: Adapter, path: Path) -> None:
+    with atomic_directory(path, marker=REPORT_FILE) as directory:
         peft.write(adapter, directory)
         for name, text in adapter.documents.items():
             (directory / name).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's layout: which weight matrices there are, and one of them at a time."""
+"""Checkpoints, Hugging Face directories or GGUF files: which weight matrices there are, and one of them at a time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from csulora import names
-from csulora.errors import InputError
+from csulora.errors import InputError, RefusedError
 from csulora.files import parse_json, read_regular
+from csulora.formats import gguf_quants
+from csulora.formats.gguf_base import BaseModel
+from csulora.formats.gguf_file import GGUFFile
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _LARGEST_JSON = 64 << 20  # bytes; the index of 100,000 tensors has about 10 MiB
-_DTYPES = ("F16", "BF16", "F32")
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_READABLE = (*_DTYPES, *gguf_quants.QUANTISED)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Weight:
     file: Path
     tensor: str
     shape: tuple[int, int]
-    dtype: str  # as safetensors calls it
+    dtype: str  # as safetensors or ggml calls it
     transposed: bool  # stored as (in, out)
 
 
@@ -56,16 +60,19 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
-        """Open a local directory or a Hugging Face Hub id.
+        """Open a local directory, a GGUF file or a Hugging Face Hub id.
 
         Raises:
             InputError: nothing usable is there, or it cannot be reached.
+            RefusedError: a GGUF file's architecture is not supported.
         """
         local = Path(source)
+        if local.is_file():
+            return GGUFCheckpoint(GGUFFile.map(local))
         directory = local if local.exists() else _download(str(source))
         name = local.resolve().name if local.exists() else str(source)
         if not directory.is_dir():
-            raise InputError(f"{directory}: not a directory; name a model directory or a hub id")
+            raise InputError(f"{directory}: not a directory; name a model directory, a GGUF file or a hub id")
         config_file = directory / "config.json"
         config = _read_json(config_file)
         model_type = config.get("model_type")
@@ -134,6 +141,56 @@ class Checkpoint:
         stored = _map(weight)
         return stored.t() if weight.transposed else stored, digest
 
+    def quantisation_edge(self, module: str) -> float | None:
+        """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
+        return None
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file as a checkpoint: modules, shapes and order of rows are Hugging Face's."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        """Describe an open file; use `Checkpoint.open`."""
+        base = BaseModel.of_file(file)
+        weights = {}
+        for module, shape in sorted(base.shapes.items()):
+            tensor = f"{base.architecture.tensor_name(module)}{names.WEIGHT}"
+            weights[module] = Weight(file.path, tensor, shape, file.tensors[tensor].type.name, transposed=False)
+        config = {"model_type": base.architecture.name, "tie_word_embeddings": base.is_tied}
+        others = {name: list(info.shape) for name, info in file.tensors.items() if len(info.shape) != 2}
+        super().__init__(file.path.name, [file.path], config, weights, others)
+        self._file = file
+        self._base = base
+        self._has_importance = any(key.startswith("quantize.imatrix.") for key in file.fields)
+
+    def load(self, module: str) -> tuple[torch.Tensor, str]:
+        """Return one weight, (out, in), and the hex sha256 of its values; raises `RefusedError` for imatrix quants.
+
+        What is stored as floating point is hashed as a Hugging Face checkpoint would store it, with its rows in
+        Hugging Face's order; what is quantised is dequantised to float32, and its blocks are hashed.
+        """
+        weight = self.weights[module]
+        data, kind = self._file.bytes_of(weight.tensor), self._file.tensors[weight.tensor].type
+        if weight.dtype in _DTYPES:
+            stored = torch.frombuffer(data, dtype=_DTYPES[weight.dtype]).reshape(weight.shape)
+            matrix = self._base.from_gguf_rows(module, stored).contiguous()
+            return matrix, hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest()
+        if self._has_importance and weight.dtype != "Q8_0":  # which ignores it
+            raise RefusedError(
+                f"{weight.file}: {weight.tensor} was quantised with an importance matrix, so how far its entries were "
+                "moved does not follow from the file; use Q8_0 or a checkpoint that is not quantised"
+            )
+        stored = gguf_quants.dequantise(data, weight.shape, kind)
+        return self._base.from_gguf_rows(module, stored), hashlib.sha256(data).hexdigest()
+
+    def quantisation_edge(self, module: str) -> float | None:
+        """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
+        weight = self.weights[module]
+        if weight.dtype in _DTYPES:
+            return None
+        kind = self._file.tensors[weight.tensor].type
+        return gguf_quants.rounding_edge(self._file.bytes_of(weight.tensor), weight.shape, kind)
+
 
 def _map(weight: Weight) -> torch.Tensor:
     try:
@@ -148,7 +205,8 @@ def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[st
     """Raise `InputError` unless both have these modules, readable and in the same shapes, for the same model."""
     for key in ("model_type", "architectures"):
         ours, theirs = base.config.get(key), aligned.config.get(key)
-        if ours != theirs:
+        unknown = isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint) and key == "architectures"
+        if ours != theirs and not unknown:
             raise InputError(
                 f"config.json: {key} is {ours} in base {base.name} and {theirs} in aligned {aligned.name}; "
                 "both must be the same architecture"
@@ -157,7 +215,7 @@ def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[st
         for here, there in ((base, aligned), (aligned, base)):
             if module not in here.weights:
                 raise InputError(f"{here.name}: tensor {module}.weight is missing, but {there.name} has it")
-            if here.weights[module].dtype not in _DTYPES:
+            if here.weights[module].dtype not in _READABLE:
                 raise InputError(
                     f"{here.name}: tensor {module}.weight is {here.weights[module].dtype}; "
                     f"dequantise the checkpoint to {', '.join(_DTYPES)} first"

@@ -1,4 +1,4 @@
-"""The command line: `csulora extract | verify | inspect | correct | doctor`."""
+"""The command line: `csulora extract | verify | inspect | correct | export | doctor`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ app = typer.Typer(
 
 
 class Dtype(StrEnum):
-    """Storage types of a pack's factors."""
+    """Storage types of factors."""
 
     f16 = "f16"
     bf16 = "bf16"
@@ -84,6 +84,7 @@ class Format(StrEnum):
     """Adapter formats that can be written."""
 
     peft = "peft"
+    gguf = "gguf"
 
 
 def _check_json(path: Path | None) -> Path | None:
@@ -92,6 +93,11 @@ def _check_json(path: Path | None) -> Path | None:
     return path
 
 
+BaseModel = Annotated[
+    Path | None,
+    typer.Option("--base-model", metavar="DIR|GGUF", help="Model of a GGUF adapter that is read or written."),
+]
+Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]
 Json = Annotated[
     Path | None,
     typer.Option(
@@ -118,7 +124,7 @@ def csulora_options(
 
 @app.command()
 def extract(
-    base: Annotated[str, typer.Argument(help="Checkpoint before alignment: a directory or a hub id.")],
+    base: Annotated[str, typer.Argument(help="Checkpoint before alignment: a directory, a GGUF file or a hub id.")],
     aligned: Annotated[str, typer.Argument(help="Checkpoint after alignment.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Pack file to write.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Directions per module. [default: 64]")] = None,
@@ -193,7 +199,7 @@ def verify(
 
 @app.command()
 def inspect(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT directories or GGUF LoRA files.")],
     subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapters are for.")] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")
@@ -201,6 +207,7 @@ def inspect(
     max_undo: Annotated[
         float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
     ] = None,
+    base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -208,7 +215,7 @@ def inspect(
 
     Several adapters are taken as applied together: what is shown is their sum.
     """
-    loaded = [csulora.load_adapter(adapter) for adapter in adapters]
+    loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     if subspace is None:
         if len(loaded) > 1 or weights is not None or max_undo is not None:
             raise typer.BadParameter("sums and limits need --subspace")
@@ -224,9 +231,9 @@ def inspect(
 
 @app.command()
 def correct(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory.")],
+    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
     subspace: Annotated[Path, typer.Option(help="Pack of the model the adapter is for.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, or GGUF file.")],
     preset: Annotated[Preset | None, typer.Option(help="Named penalties. [default: csulora]")] = None,
     aligned: Annotated[float | None, typer.Option(help="Penalty on the aligned part; inf removes it.")] = None,
     partial: Annotated[float | None, typer.Option(help="Penalty on the partially aligned part.")] = None,
@@ -238,12 +245,18 @@ def correct(
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="Policy (TOML); other options override it.")] = None,
     format: Annotated[Format, typer.Option(help="Format to write.")] = Format.peft,
+    base_model: BaseModel = None,
+    outtype: Outtype = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Write the corrected adapter, or refuse it with the reason."""
     if policy is not None and preset is not None:
         raise typer.BadParameter("give --policy or --preset, not both")
+    if format is Format.gguf and base_model is None:
+        raise typer.BadParameter("--format gguf needs the model that llama.cpp will run: --base-model")
+    if format is not Format.gguf and outtype is not None:
+        raise typer.BadParameter("--outtype is for --format gguf")
     start = Policy.load(policy) if policy else (preset or Preset.csulora).policy()
     changes: dict[str, Any] = {
         "aligned": aligned,
@@ -257,8 +270,9 @@ def correct(
         chosen = replace(start, **{key: value for key, value in changes.items() if value is not None})
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
-    fixed, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), chosen)
-    csulora.save_adapter(fixed, output, format=format.value)
+    loaded = csulora.load_adapter(adapter, base_model)
+    fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace), chosen)
+    csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
     summary = f"{output}: {len(report.measured)} of {len(report.modules)} modules corrected"
     _deliver(report.table(), summary, report.to_dict(), json, quiet)
 
@@ -269,6 +283,7 @@ def guard(
     outgoing: Annotated[Path, typer.Argument(help="Directory for the corrected ones; point the server here.")],
     subspace: Annotated[Path, typer.Option(help="Pack of the served model.")],
     policy: Annotated[Path | None, typer.Option(help="Policy (TOML). [default: the preset csulora]")] = None,
+    base_model: BaseModel = None,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until SIGTERM or SIGINT.")] = False,
     settle: Annotated[float, typer.Option(min=0, help="Seconds an upload must not change before it is read.")] = 2.0,
     patience: Annotated[float, typer.Option(min=0, help="Seconds until an unreadable upload is refused.")] = 60.0,
@@ -282,6 +297,7 @@ def guard(
         Gate.open(subspace, policy, decisions),
         settle,
         patience,
+        base_model,
         say=lambda line: None if quiet else print(line, flush=True),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -304,6 +320,25 @@ def vllm_serve(
     chosen = {SUBSPACE_VARIABLE: subspace, POLICY_VARIABLE: policy, DECISIONS_VARIABLE: decisions}
     os.environ.update({name: str(path.resolve()) for name, path in chosen.items() if path is not None})
     serve(context.args)
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
+    base_model: Annotated[
+        Path, typer.Option(metavar="DIR|GGUF", help="The model that llama.cpp will run with the adapter.")
+    ],
+    outtype: Outtype = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write an adapter as a GGUF LoRA file for llama.cpp, uncorrected."""
+    loaded = csulora.load_adapter(adapter, base_model)
+    csulora.save_adapter(loaded, output, "gguf", base_model=base_model, outtype=outtype and outtype.value)
+    document = {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)}
+    summary = f"{output}: {len(loaded.modules)} modules, uncorrected"
+    _deliver(tables.adapter_table(loaded), summary, document, json, quiet)
 
 
 @app.command()

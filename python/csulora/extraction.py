@@ -137,7 +137,9 @@ def _pack(pair: CheckpointPair, options: ExtractionOptions, extracted: dict[str,
 
 def _extract_module(loaded: LoadedModule, options: ExtractionOptions) -> ModuleSubspace:
     try:
-        result = _core.extract_subspace(loaded.base, loaded.aligned, options.to_core())
+        core_options = options.to_core()
+        core_options.noise_std = loaded.noise_std
+        result = _core.extract_subspace(loaded.base, loaded.aligned, core_options)
     except InputError as error:
         raise InputError(f"{loaded.name}: {error}") from error
     certificate = Certificate.from_core(result.certificate)

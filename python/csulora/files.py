@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -134,8 +134,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """Read a whole regular file; a FIFO or a device is never waited for.
+@contextmanager
+def open_regular(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; a FIFO or a device is never waited for.
 
     Raises:
         InputError: ``path`` is missing, is something else, or is larger than ``limit`` bytes.
@@ -150,9 +151,15 @@ def read_regular(path: Path, limit: int) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: not a regular file")
-        if status.st_size > limit:
+        if limit is not None and status.st_size > limit:
             raise InputError(f"{path}: has {status.st_size} bytes; at most {limit} are read")
-        return file.read(status.st_size)
+        yield file
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Read a whole file as `open_regular` opens it; bytes added meanwhile are left out."""
+    with open_regular(path, limit) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -69,6 +69,7 @@ def verify(
     results = []
     for loaded in pair.load_ahead(pair.modules, progress):
         stored, factors = pack[loaded.name], pack.to_core(loaded.name)
+        options.noise_std = loaded.noise_std
         try:
             measured = _core.certify(loaded.base, loaded.aligned, factors, options)
         except InputError as error:

@@ -211,11 +211,11 @@ def test_refuses_a_tensor_in_two_shards(directory: Path) -> None:
         Checkpoint.open(directory)
 
 
-def test_refuses_what_is_no_model_directory(tmp_path: Path, directory: Path) -> None:
+def test_refuses_what_is_no_model(tmp_path: Path, directory: Path) -> None:
     with pytest.raises(InputError, match="holds neither"):
         Checkpoint.open(directory)
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="not a directory"):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(InputError, match="not a GGUF file"):
         Checkpoint.open(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"config\.json: no such file"):

@@ -111,13 +111,13 @@ class Admission:
 
     def _judge(self, path: Path, signature: _Signature) -> _Verdict:
         try:
-            corrected, _ = self.gate.admit(path)
+            corrected, _ = self.gate.admit(path, peft.read)
         except CsuloraError as error:
             return _Verdict(signature, error=error)
         return _Verdict(signature, max(module.rank for module in corrected.modules.values()))
 
     def _corrected(self, path: Path, dtype: torch.dtype) -> Path:
-        adapter = self.gate.read(path)
+        adapter = self.gate.read(path, peft.read)
         key = f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
         if key not in self._by_content:
             corrected, _ = self.gate.admit(path, lambda _: _cast(adapter, torch.float32))

@@ -1,0 +1,91 @@
+"""Corrected GGUF LoRA files, kept so that the same adapter is corrected once.
+
+An entry's name is ``<key>-<sha256 of its bytes>.gguf``; the key is a hash of all that the content depends on.
+Entries appear complete under their final names, so processes need no lock: at worst both make the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from csulora._version import __version__
+from csulora.correction import correct
+from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.files import sha256_of_file
+from csulora.formats import Adapter, gguf
+from csulora.formats.gguf_base import BaseModel
+from csulora.formats.gguf_file import GGUFFile
+from csulora.policy import Policy
+from csulora.subspace import Subspace
+
+
+def default_directory() -> Path:
+    """Return ``$XDG_CACHE_HOME/csulora/gguf``, which is ``~/.cache/csulora/gguf`` if the variable is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csulora" / "gguf"
+
+
+class CorrectedCache:
+    """A directory of corrected files that only its owner may write."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open or create a cache.
+
+        Raises:
+            InputError: the directory cannot be created.
+            RefusedError: others could put files into it.
+        """
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be created: {error.strerror}") from error
+        status = directory.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RefusedError(f"{directory}: others can write to this cache; use a directory of your own (mode 0700)")
+        self._directory = directory
+
+    def corrected(self, adapter: Adapter, base: BaseModel, pack: Subspace, policy: Policy) -> Path:
+        """Return a file with the corrected adapter: one that is there and proves intact, else a new one.
+
+        Raises:
+            RefusedError, InputError: as `correct` and `gguf.write` do.
+        """
+        key = _key(adapter, base, pack, policy)
+        for entry in sorted(self._directory.glob(f"{key}-*.gguf")):
+            if _is_intact(entry, adapter, pack):
+                return entry
+        fixed, _ = correct(adapter, pack, policy)
+        temporary = self._directory / f".{key}.{secrets.token_hex(4)}.tmp"
+        try:
+            gguf.write(fixed, temporary, base)
+            return temporary.replace(self._directory / f"{key}-{sha256_of_file(temporary)}.gguf")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _key(adapter: Adapter, base: BaseModel, pack: Subspace, policy: Policy) -> str:
+    parts = {
+        "csulora": __version__,
+        "adapter": adapter.sha256,
+        "base": base.identity,
+        "subspace": pack.sha256,
+        "policy": policy.to_dict(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_intact(entry: Path, adapter: Adapter, pack: Subspace) -> bool:
+    """Whether the bytes are those that the name promises, and say that they were made from this adapter and pack."""
+    try:
+        file = GGUFFile.read(entry, gguf.LARGEST_FILE)
+        return (
+            entry.stem.endswith(f"-{hashlib.sha256(file.data).hexdigest()}")
+            and file.text(gguf.ADAPTER_SHA256) == adapter.sha256
+            and file.text(gguf.SUBSPACE_SHA256) == pack.sha256
+        )
+    except CsuloraError:
+        return False

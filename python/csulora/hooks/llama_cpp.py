@@ -1,0 +1,88 @@
+"""llama.cpp in Python (llama-cpp-python): adapters are corrected before llama.cpp loads them.
+
+from csulora.hooks.llama_cpp import load
+
+llama = load("model.gguf", "my-adapter", "pack.safetensors", Policy.csulora(), n_ctx=4096)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from csulora.adapter import load_adapter
+from csulora.errors import InputError, RefusedError
+from csulora.formats.gguf_base import BaseModel
+from csulora.hooks.gguf_cache import CorrectedCache, default_directory
+from csulora.policy import Policy
+from csulora.subspace import Subspace
+
+# With these llama-cpp-python would load a file that nobody corrected.
+_BYPASSES = ("lora_path", "lora_base", "lora_scale")
+
+
+def load(
+    model_path: str | Path,
+    adapter: str | Path | Mapping[str | Path, float],
+    subspace: str | Path | Subspace,
+    policy: Policy | None = None,
+    *,
+    cache: str | Path | None = None,
+    **kwargs: Any,
+) -> llama_cpp.Llama:
+    """Load a model with corrected adapters.
+
+    Args:
+        model_path: the GGUF model.
+        adapter: a PEFT directory or a GGUF LoRA file, or several with the factor by which each one's corrected
+            update is multiplied.
+        subspace: the pack of the model.
+        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        cache: where corrected files are kept; `default_directory` if absent.
+        kwargs: passed to ``llama_cpp.Llama``.
+
+    Raises:
+        RefusedError: an adapter is refused by the policy, or cannot be corrected or run by llama.cpp.
+        InputError: a file is malformed, does not fit the others, or llama.cpp does not load it.
+    """
+    if bypass := [name for name in _BYPASSES if name in kwargs]:
+        raise RefusedError(f"{bypass[0]} would load an adapter that was not corrected; pass it as `adapter`")
+    adapters = adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
+    if not adapters:
+        raise InputError(f"{model_path}: no adapter is given; load the model with llama_cpp.Llama itself")
+    for path, scale in adapters.items():
+        if not math.isfinite(scale):
+            raise InputError(f"{path}: its scale is {scale}; it must be finite")
+    pack = subspace if isinstance(subspace, Subspace) else Subspace.open(subspace)
+    corrected_cache = CorrectedCache(Path(cache) if cache else default_directory())
+    base = BaseModel.open(model_path)
+    files = [
+        corrected_cache.corrected(load_adapter(path, model_path), base, pack, policy or Policy.csulora())
+        for path in adapters
+    ]
+    llama = llama_cpp.Llama(str(model_path), **kwargs)
+    try:
+        _attach(llama, files, list(adapters.values()))
+    except BaseException:
+        llama.close()
+        raise
+    return llama
+
+
+def _attach(llama: llama_cpp.Llama, files: list[Path], scales: list[float]) -> None:
+    """Give the context these adapters and no other."""
+    handles = []
+    for file in files:
+        handle = llama_cpp.llama_adapter_lora_init(llama.model, str(file).encode())
+        if not handle:
+            raise InputError(f"{file}: llama.cpp does not load it; its reason is on stderr (verbose=True)")
+        handles.append(handle)
+    count = len(handles)
+    array = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*handles)
+    if llama_cpp.llama_set_adapters_lora(llama.ctx, array, count, (ctypes.c_float * count)(*scales)):
+        raise InputError("llama.cpp does not apply the adapters; its reason is on stderr (verbose=True)")

@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import factories
+import gguf_files
+from csulora.errors import InputError, RefusedError
+from csulora.formats.gguf_base import BaseModel
+from csulora.formats.gguf_file import GGUFFile
+
+CONFIG = {
+    "model_type": "mistral",
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 40,
+    "tie_word_embeddings": False,
+}
+
+
+def directory(path: Path, **config: object) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG | config))
+    return path
+
+
+def test_a_config_is_enough(tmp_path: Path) -> None:
+    base = BaseModel.open(directory(tmp_path / "model", num_key_value_heads=2, head_dim=10))
+    assert base.architecture.name == "llama"
+    assert base.shapes["model.layers.1.self_attn.q_proj"] == (40, 48)
+    assert base.shapes["model.layers.1.self_attn.k_proj"] == (20, 48)
+    assert base.shapes["model.layers.0.mlp.down_proj"] == (48, 64)
+    assert base.shapes["lm_head"] == (40, 48)
+    assert len(base.shapes) == 2 * 7 + 2
+
+
+def test_without_a_number_of_key_heads_there_are_as_many_as_of_queries(tmp_path: Path) -> None:
+    assert BaseModel.open(directory(tmp_path / "model")).kv_heads == 4
+    weights = factories.llama_weights()
+    file = gguf_files.save_model(tmp_path / "m.gguf", weights, metadata={"llama.attention.head_count_kv": 4})
+    assert BaseModel.open(file).kv_heads == 4
+
+
+@pytest.mark.parametrize("tie", [True, None])
+def test_is_tied_unless_it_says_otherwise(tie: object, tmp_path: Path) -> None:
+    assert BaseModel.open(directory(tmp_path / "model", tie_word_embeddings=tie)).is_tied
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: mit\n---\ntext", "mit"),
+        ("no header", None),
+        ("---\n{{{\n---\n", None),
+        ("---\nlicense: 3\n---\n", None),
+    ],
+)
+def test_finds_the_licence_in_the_model_card(card: str, expected: str | None, tmp_path: Path) -> None:
+    path = directory(tmp_path / "model")
+    (path / "README.md").write_text(card)
+    assert BaseModel.open(path).license == expected
+
+
+def test_takes_name_and_licence_from_a_gguf_file(tmp_path: Path) -> None:
+    metadata = {"general.name": "Tiny", "general.license": "apache-2.0"}
+    base = BaseModel.open(gguf_files.save_model(tmp_path / "m.gguf", factories.llama_weights(), metadata=metadata))
+    assert (base.name, base.license) == ("Tiny", "apache-2.0")
+
+
+def test_identity_is_that_of_what_files_depend_on(tmp_path: Path) -> None:
+    one, two = (
+        BaseModel.open(directory(tmp_path / name / "model")) for name in ("a", "b") if not (tmp_path / name).mkdir()
+    )
+    assert one.identity == two.identity
+    other = BaseModel.open(directory(tmp_path / "a" / "other", num_key_value_heads=2))
+    assert other.identity != one.identity
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": 10**9}, "at most 10000"),
+        ({"vocab_size": "40"}, "vocab_size is 40"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"head_dim": 9}, "not 4 heads of even size"),
+    ],
+)
+def test_refuses_configs_that_make_no_sense(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        BaseModel.open(directory(tmp_path / "model", **change))
+
+
+def test_refuses_other_architectures(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="model_type 'mamba'"):
+        BaseModel.open(directory(tmp_path / "model", model_type="mamba"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error", "message"),
+    [
+        ({"general.type": "adapter"}, InputError, "a model is needed"),
+        ({"split.count": 3}, RefusedError, "one part of several"),
+        ({"llama.attention.head_count": [4, 4]}, InputError, "one integer is needed"),
+        ({"llama.attention.head_count": 0}, InputError, "head_count is 0"),
+        ({"llama.attention.head_count": 5}, InputError, "not 5 heads of even size"),
+    ],
+)
+def test_refuses_gguf_files_that_are_no_usable_model(
+    metadata: dict[str, object], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    path = gguf_files.save_model(tmp_path / "m.gguf", factories.llama_weights(), metadata=metadata)
+    with pytest.raises(error, match=message):
+        BaseModel.open(path)
+
+
+def test_refuses_an_architecture_that_is_not_on_the_list(tmp_path: Path) -> None:
+    path = gguf_files.save_lora(tmp_path / "m.gguf", {"a": torch.ones(1)}, name="mamba", metadata={})
+    with pytest.raises(RefusedError, match="architecture 'mamba' is not supported"):
+        BaseModel.of_file(GGUFFile.map(path))

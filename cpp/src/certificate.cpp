@@ -3,16 +3,13 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <limits>
 
-#include "check.h"
+#include "row_blocks.h"
 
 namespace csulora {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kRowBlock = 512;  // rows of D widened to float64 at a time
 
 double orthonormality_error(const Tensor& gram) {
   return gram.sub(at::eye(gram.size(0), gram.options())).norm().item<double>();
@@ -29,15 +26,14 @@ Residuals residuals(const Tensor& d, const Tensor& u, const Tensor& s, const Ten
   auto left2 = at::zeros_like(s);
   auto quotients = at::zeros_like(s);
   auto transposed = at::zeros_like(v);  // (n, k) D^T u
-  for (int64_t row = 0; row < d.size(0); row += kRowBlock) {
-    const int64_t count = std::min(kRowBlock, d.size(0) - row);
+  for_row_blocks(d.size(0), d.size(1), [&](int64_t row, int64_t count) {
     const auto block = d.narrow(0, row, count).to(at::kDouble);
     const auto u_block = u.narrow(0, row, count);
     const auto product = block.matmul(v);  // (count, k)
     quotients.add_(product.mul(u_block).sum(0));
     left2.add_(product.sub(u_block.mul(s)).square().sum(0));
     transposed.addmm_(block.t(), u_block);
-  }
+  });
   return {left2, transposed.sub(v.mul(s)).square().sum(0), quotients};
 }
 
@@ -48,6 +44,9 @@ double captured_share(double norm2, const Tensor& s, const Tensor& quotients, co
   return (2 * s.mul(quotients).sum() - reproduced2).item<double>() / norm2;
 }
 
+/// Sum over columns of (|D v - s u|^2 + |D^T u - s v|^2) / (s - s_{k+1})^2 bounds what u and v together have outside
+/// the true leading subspaces (Wedin 1972); orthonormalising the columns stretches that by at most 1 / (1 - |U^T U -
+/// I|).
 double missed_bound(const Tensor& residuals2, const Tensor& s, double next_value, double orthonormality) {
   const auto gaps = s - next_value;
   if (orthonormality >= 1 || gaps.le(0).any().item<bool>()) {
@@ -59,21 +58,11 @@ double missed_bound(const Tensor& residuals2, const Tensor& s, double next_value
 
 }  // namespace
 
-void check_factors(const Displacement& d, const Subspace& subspace) {
-  check_matrix(subspace.u, "u");
-  check_matrix(subspace.v, "v");
-  check(subspace.s.defined() && subspace.s.dim() == 1, "s must be a vector");
-  const int64_t k = subspace.s.size(0);
-  check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1) && subspace.u.size(1) == k &&
-            subspace.v.size(1) == k,
-        "u is ", subspace.u.sizes(), ", s ", subspace.s.sizes(), ", v ", subspace.v.sizes(),
-        "; they do not fit a matrix of ", d.matrix.sizes());
-}
-
 Certificate measure_factors(const Displacement& d, const Subspace& subspace, double next_value) {
   Certificate certificate;
   certificate.displacement_norm2 = d.norm2;
   certificate.next_value = next_value;
+  certificate.noise_edge = d.noise_edge;
   if (subspace.s.size(0) == 0) {
     return certificate;
   }

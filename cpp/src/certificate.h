@@ -5,13 +5,10 @@
 
 namespace csulora {
 
-/// Throws InputError unless u, s and v fit each other and the displacement.
-void check_factors(const Displacement& d, const Subspace& subspace);
-
 /// Measures residuals, captured energy and orthonormality of stored factors in float64.
 ///
 /// @param next_value  upper estimate of the (k+1)-th singular value, which the gaps are taken from
-/// @return everything but noise_edge, above_noise and passes
+/// @return everything but above_noise and passes
 Certificate measure_factors(const Displacement& d, const Subspace& subspace, double next_value);
 
 }  // namespace csulora

@@ -3,6 +3,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/StringUtil.h>
 
+#include <string>
+
 #include "csulora/error.h"
 
 namespace csulora {

@@ -1,56 +1,48 @@
 #include "csulora/correction.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <exception>
-#include <limits>
 
 #include "check.h"
+#include "factors.h"
+#include "workers.h"
 
 namespace csulora {
 namespace {
 
 using at::Tensor;
 
-/// One factor of the update split at one side's subspace: factor = inside + outside.
+/// One factor of the update, split at its side's subspace: [inside, outside] = orthonormal triangle. All float64: an
+/// update may lie in the subspace up to a millionth part, and that part may be all that is kept.
 struct SplitFactor {
-  Tensor coordinates;   // (k, r) float32, basis^T factor
-  Tensor inside;        // (m, r) float32, basis basis^T factor
-  Tensor outside;       // (m, r) float32
-  Tensor inside_gram;   // (r, r) float64
-  Tensor outside_gram;  // (r, r) float64
+  Tensor coordinates;  // (k, r) basis^T factor
+  Tensor inside;       // (m, r) basis basis^T factor
+  Tensor outside;      // (m, r)
+  Tensor orthonormal;  // (m, min(m, 2r))
+  Tensor inside_root;  // (min(m, 2r), r), inside = orthonormal inside_root
+  Tensor outside_root;
 };
 
-Tensor gram(const Tensor& factor) {
-  const auto wide = factor.to(at::kDouble);
-  return wide.t().matmul(wide);
-}
-
 SplitFactor split(const Tensor& factor, const Tensor& basis) {
-  const auto directions = basis.to(at::kFloat);            // (m, k)
+  const auto directions = basis.to(at::kDouble);           // (m, k)
   const auto coordinates = directions.t().matmul(factor);  // (k, r)
   const auto inside = directions.matmul(coordinates);      // (m, r)
   const auto outside = factor - inside;                    // (m, r)
-  return {coordinates, inside, outside, gram(inside), gram(outside)};
+  const auto [orthonormal, triangle] = at::linalg_qr(at::cat({inside, outside}, 1));
+  const int64_t r = factor.size(1);
+  return {coordinates, inside, outside, orthonormal, triangle.narrow(1, 0, r), triangle.narrow(1, r, r)};
 }
 
-double trace_of_product(const Tensor& left, const Tensor& right) {  // both (r, r), symmetric
-  return left.mul(right).sum().item<double>();
-}
-
-/// Squared Frobenius norms of the four parts, as traces of r x r products.
+/// Squared Frobenius norms of the four parts.
 Parts part_norms2(const SplitFactor& b, const SplitFactor& a) {
   const auto norm2 = [](const Tensor& left, const Tensor& right) {
-    const double trace = trace_of_product(left, right);
-    return trace < 0 ? 0 : trace;  // rounding; NaN passes, to be found by the caller
+    return left.matmul(right.t()).square().sum().item<double>();
   };
-  return {norm2(b.inside_gram, a.inside_gram), norm2(b.inside_gram, a.outside_gram),
-          norm2(b.outside_gram, a.inside_gram), norm2(b.outside_gram, a.outside_gram)};
+  return {norm2(b.inside_root, a.inside_root), norm2(b.inside_root, a.outside_root),
+          norm2(b.outside_root, a.inside_root), norm2(b.outside_root, a.outside_root)};
 }
 
 double undo(const SplitFactor& b, const SplitFactor& a, const Tensor& singular_values) {
@@ -59,7 +51,7 @@ double undo(const SplitFactor& b, const SplitFactor& a, const Tensor& singular_v
   if (alignment2 == 0) {
     return 0;
   }
-  const auto diagonal = b.coordinates.to(at::kDouble).mul(a.coordinates.to(at::kDouble)).sum(1);  // (k)
+  const auto diagonal = b.coordinates.mul(a.coordinates).sum(1);  // (k)
   return -s.mul(diagonal).sum().item<double>() / alignment2;
 }
 
@@ -75,6 +67,10 @@ Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
 }
 
 bool gains_factor(const Gains& gains) { return gains.aligned * gains.off == gains.left * gains.right; }
+
+LoraPair stored(const Tensor& b, const Tensor& a) {
+  return {b.to(at::kFloat).contiguous(), a.to(at::kFloat).contiguous()};
+}
 
 /// X as (row_in U U^T B + row_out (I - U U^T) B) (column_in A V V^T + column_out A (I - V V^T)), rank r.
 LoraPair scaled_pair(const Tensor& b, const Tensor& a, const SplitFactor& b_split, const SplitFactor& a_split,
@@ -93,32 +89,18 @@ LoraPair scaled_pair(const Tensor& b, const Tensor& a, const SplitFactor& b_spli
   const double row_out = grid[1][column];
   const double column_in = pivot == 0 ? 0 : grid[row][0] / pivot;
   const double column_out = pivot == 0 ? 0 : grid[row][1] / pivot;
-  // Adding the inside to a multiple of the whole keeps `none` exact: its difference of gains is 0.
-  const auto corrected_b = b.mul(row_out).add_(b_split.inside, row_in - row_out);
-  const auto corrected_a = a.mul(column_out).add_(a_split.inside.t(), column_in - column_out);
-  return {corrected_b, corrected_a};
+  const auto combine = [](const Tensor& whole, const Tensor& inside, const Tensor& outside, double in, double out) {
+    return in == out ? whole.mul(in) : inside.mul(in).add_(outside, out);  // the whole itself keeps `none` exact
+  };
+  return stored(combine(b, b_split.inside, b_split.outside, row_in, row_out),
+                combine(a, a_split.inside.t(), a_split.outside.t(), column_in, column_out));
 }
 
 /// X whole: [U C_U, B_out] M [C_V V^T; A_out], rank 2r.
 LoraPair doubled_pair(const SplitFactor& b, const SplitFactor& a, const Gains& gains) {
   const auto first = b.inside.mul(gains.aligned).add_(b.outside, gains.right);
   const auto second = b.inside.mul(gains.left).add_(b.outside, gains.off);
-  return {at::cat({first, second}, 1), at::cat({a.inside, a.outside}, 1).t().contiguous()};
-}
-
-/// A square root R of a Gram matrix, R^T R = gram, and the matrix that undoes it on the gram's range.
-struct GramRoot {
-  Tensor root;     // (r, r) float64
-  Tensor inverse;  // (r, r) float64, root inverse = projector on the range
-};
-
-GramRoot gram_root(const Tensor& gram_matrix) {
-  const auto [values, vectors] = at::linalg_eigh(gram_matrix);
-  const auto roots = values.clamp_min(0).sqrt();
-  // Directions this small are float32 rounding of the others; dividing by them would only amplify it.
-  const double cutoff = roots.max().item<double>() * std::numeric_limits<float>::epsilon();
-  const auto inverse_roots = at::where(roots > cutoff, roots.reciprocal(), at::zeros_like(roots));
-  return {roots.unsqueeze(1).mul(vectors.t()), vectors.mul(inverse_roots)};
+  return stored(at::cat({first, second}, 1), at::cat({a.inside, a.outside}, 1).t());
 }
 
 struct Truncated {
@@ -126,33 +108,23 @@ struct Truncated {
   double lost = 0;
 };
 
-/// Best approximation of X of at most `rank`, from the SVD of its 2r x 2r core; the factors share each singular value.
+/// Best approximation of X of rank `rank`, from the SVD of its 2r x 2r core; the factors share each singular value.
 Truncated truncated_pair(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
-  const auto b_in = gram_root(b.inside_gram);
-  const auto b_out = gram_root(b.outside_gram);
-  const auto a_in = gram_root(a.inside_gram);
-  const auto a_out = gram_root(a.outside_gram);
-  const auto upper = at::cat(
-      {b_in.root.matmul(a_in.root.t()).mul_(gains.aligned), b_in.root.matmul(a_out.root.t()).mul_(gains.left)}, 1);
-  const auto lower = at::cat(
-      {b_out.root.matmul(a_in.root.t()).mul_(gains.right), b_out.root.matmul(a_out.root.t()).mul_(gains.off)}, 1);
-  const auto [left, values, right] = at::linalg_svd(at::cat({upper, lower}, 0), false);  // (2r, 2r)
+  const auto weighted_in = a.inside_root.mul(gains.aligned).add_(a.outside_root, gains.left);
+  const auto weighted_out = a.inside_root.mul(gains.right).add_(a.outside_root, gains.off);
+  const auto core = b.inside_root.matmul(weighted_in.t()).addmm_(b.outside_root, weighted_out.t());
+  const auto [left, values, right] = at::linalg_svd(core, false);
 
-  const int64_t r = b.inside_gram.size(0);
-  const auto shared = values.narrow(0, 0, rank).sqrt();
-  const auto rebuild = [&](const SplitFactor& factor, const GramRoot& in, const GramRoot& out,
-                           const Tensor& vectors) {  // vectors (2r, rank)
-    const auto mix_in = in.inverse.matmul(vectors.narrow(0, 0, r)).mul_(shared).to(at::kFloat);
-    const auto mix_out = out.inverse.matmul(vectors.narrow(0, r, r)).mul_(shared).to(at::kFloat);
-    return factor.inside.matmul(mix_in).addmm_(factor.outside, mix_out);  // (m, rank)
+  const int64_t nonzero = std::min(rank, values.size(0));  // fewer than r where r exceeds a side of the matrix
+  const auto shared = values.narrow(0, 0, nonzero).sqrt();
+  const auto factor = [&](const Tensor& orthonormal, const Tensor& vectors) {
+    const auto leading = orthonormal.matmul(vectors.narrow(1, 0, nonzero).mul(shared));
+    return at::constant_pad_nd(leading, {0, rank - nonzero});  // (m, rank)
   };
-  const auto corrected_b = rebuild(b, b_in, b_out, left.narrow(1, 0, rank));
-  const auto corrected_a = rebuild(a, a_in, a_out, right.t().narrow(1, 0, rank)).t().contiguous();
-
   const auto energies = values.square();
   const double total = energies.sum().item<double>();
-  const double dropped = energies.narrow(0, rank, energies.size(0) - rank).sum().item<double>();
-  return {{corrected_b, corrected_a}, total == 0 ? 0 : dropped / total};
+  const double dropped = energies.narrow(0, nonzero, values.size(0) - nonzero).sum().item<double>();
+  return {stored(factor(b.orthonormal, left), factor(a.orthonormal, right.t()).t()), total == 0 ? 0 : dropped / total};
 }
 
 void check_share(double value, const char* part, const std::string& label) {
@@ -179,19 +151,15 @@ void check_attenuation(const CorrectionTask& task) {
 
 void check_task(const CorrectionTask& task, const CorrectionOptions& options) {
   const auto& [b, a, scale] = task.pair;
-  const auto& subspace = task.subspace;
+  const auto& [u, s, v, certificate] = task.subspace;
   check_matrix(b, task.label + ": b");
   check_matrix(a, task.label + ": a");
-  check_matrix(subspace.u, task.label + ": u");
-  check_matrix(subspace.v, task.label + ": v");
   check(b.size(1) == a.size(0) && b.size(1) >= 1, task.label, ": b is ", b.sizes(), " and a is ", a.sizes(),
         "; their inner dimensions must be equal and at least 1");
   check(std::isfinite(scale), task.label, ": the scale is not finite");
-  check(subspace.u.size(0) == b.size(0) && subspace.v.size(0) == a.size(1), task.label, ": the update is ", b.size(0),
-        " x ", a.size(1), " and the subspace is for ", subspace.u.size(0), " x ", subspace.v.size(0));
-  check(subspace.s.defined() && subspace.s.dim() == 1 && subspace.s.size(0) == subspace.u.size(1) &&
-            subspace.u.size(1) == subspace.v.size(1),
-        task.label, ": u, s and v of the subspace disagree on k");
+  check_factors(task.subspace, task.label + ": the subspace's ");
+  check(u.size(0) == b.size(0) && v.size(0) == a.size(1), task.label, ": the update is ", b.size(0), " x ", a.size(1),
+        " and the subspace is for ", u.size(0), " x ", v.size(0));
   check(options.rule != RankRule::fixed || options.rank >= 1, "rank is ", options.rank, "; it must be at least 1");
   check_attenuation(task);
 }
@@ -213,39 +181,41 @@ void check_finite(const LoraPair& pair, const std::string& label) {
   check(finite, label, ": the corrected update is not finite; the adapter's or the pack's values are too large");
 }
 
+double changed_share(const Gains& gains, const Parts& energies) {
+  const auto removed = [](double g, double energy) { return (1 - g) * (1 - g) * energy; };
+  return std::sqrt(removed(gains.aligned, energies.aligned) + removed(gains.left, energies.left) +
+                   removed(gains.right, energies.right) + removed(gains.off, energies.off));
+}
+
 Correction correct_one(const CorrectionTask& task, const CorrectionOptions& options) {
   check_task(task, options);
   const c10::NoGradGuard no_grad;
-  const auto b = task.pair.b.to(at::kFloat).mul(task.pair.scale);  // (m, r)
-  const auto a = task.pair.a.to(at::kFloat);                       // (r, n)
+  const auto b = task.pair.b.to(at::kDouble).mul(task.pair.scale);  // (m, r)
+  const auto a = task.pair.a.to(at::kDouble);                       // (r, n)
   const auto b_split = split(b, task.subspace.u);
   const auto a_split = split(a.t(), task.subspace.v);
 
+  Correction result;
   const auto norms2 = part_norms2(b_split, a_split);
   const double total = norms2.aligned + norms2.left + norms2.right + norms2.off;
-  check(std::isfinite(total), task.label, ": the update or the subspace holds NaN, infinity or values too large");
-
-  Correction result;
+  result.undo = undo(b_split, a_split, task.subspace.s);
+  check(std::isfinite(total) && std::isfinite(result.undo), task.label,
+        ": the update or the subspace holds NaN, infinity or values too large");
   if (total > 0) {
     result.energies = {norms2.aligned / total, norms2.left / total, norms2.right / total, norms2.off / total};
   }
-  const auto& energies = result.energies;
-  result.gains = gains_for(task.attenuation, energies);
   result.norm = std::sqrt(total);
-  const auto& gains = result.gains;
-  const auto removed = [](double g, double energy) { return (1 - g) * (1 - g) * energy; };
-  result.change = std::sqrt(removed(gains.aligned, energies.aligned) + removed(gains.left, energies.left) +
-                            removed(gains.right, energies.right) + removed(gains.off, energies.off));
-  result.undo = undo(b_split, a_split, task.subspace.s);
+  result.gains = gains_for(task.attenuation, result.energies);
+  result.change = changed_share(result.gains, result.energies);
 
   const int64_t rank = b.size(1);
   const int64_t cap = rank_cap(options, rank);
-  if (gains_factor(gains) && cap >= rank) {
-    result.pair = scaled_pair(b, a, b_split, a_split, gains);
+  if (gains_factor(result.gains) && cap >= rank) {
+    result.pair = scaled_pair(b, a, b_split, a_split, result.gains);
   } else if (cap == 2 * rank) {
-    result.pair = doubled_pair(b_split, a_split, gains);
+    result.pair = doubled_pair(b_split, a_split, result.gains);
   } else {
-    auto truncated = truncated_pair(b_split, a_split, gains, cap);
+    auto truncated = truncated_pair(b_split, a_split, result.gains, cap);
     result.pair = std::move(truncated.pair);
     result.lost = truncated.lost;
   }
@@ -257,26 +227,7 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
 
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   std::vector<Correction> results(tasks.size());
-  std::vector<std::exception_ptr> errors(tasks.size());
-  std::atomic<size_t> next{0};
-  // At least two workers, so that even a single module runs inside a parallel region, where every product uses one
-  // thread: the bits then depend neither on the number of modules nor on the number of threads.
-  const int64_t workers = std::max(2, at::get_num_threads());
-  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (size_t i = next++; i < tasks.size(); i = next++) {
-      try {
-        results[i] = correct_one(tasks[i], options);
-      } catch (...) {
-        errors[i] = std::current_exception();
-      }
-    }
-  });
-  // The first in the caller's order, whichever thread failed first.
-  for (const auto& error : errors) {
-    if (error) {
-      std::rethrow_exception(error);
-    }
-  }
+  for_each_in_parallel(tasks.size(), [&](size_t i) { results[i] = correct_one(tasks[i], options); });
   return results;
 }
 

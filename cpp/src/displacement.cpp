@@ -2,17 +2,15 @@
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "check.h"
+#include "row_blocks.h"
 
 namespace csulora {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kRowBlockEntries = int64_t{1} << 20;  // 4 MiB of float32 per temporary
 
 struct StorageFormat {
   int fraction_bits;
@@ -30,19 +28,38 @@ StorageFormat storage_format(at::ScalarType dtype) {
   }
 }
 
-/// Sum over entries of the squared spacing between neighbouring storable numbers around each entry.
-double spacing_norm2(const Tensor& block, StorageFormat format) {
+/// The spacing between neighbouring storable numbers around each entry, float32.
+Tensor spacing(const Tensor& block, StorageFormat format) {
   constexpr int32_t kExponentMask = 0x7f800000;
   // Clearing sign and fraction of a float32 leaves the power of two below its magnitude.
   const auto powers = block.contiguous().view(at::kInt).bitwise_and(kExponentMask).view(at::kFloat);
-  const auto norm = powers.clamp_min_(std::ldexp(1.0, format.min_exponent)).norm(2, at::kDouble).item<double>();
-  return std::ldexp(norm * norm, -2 * format.fraction_bits);
+  return powers.clamp_min_(std::ldexp(1.0, format.min_exponent)).mul_(std::ldexp(1.0, -format.fraction_bits));
 }
 
-double norm2(const Tensor& block) {
-  const double norm = block.norm(2, at::kDouble).item<double>();
-  return norm * norm;
-}
+/// Squared norms along one dimension, float64.
+Tensor norms2(const Tensor& block, int64_t dim) { return block.norm(2, {dim}, false, at::kDouble).square_(); }
+
+/// The variances of storage rounding, summed along rows and columns.
+class RoundingNoise {
+ public:
+  RoundingNoise(int64_t rows, int64_t columns)
+      : rows_(at::zeros({rows}, at::kDouble)), columns_(at::zeros({columns}, at::kDouble)) {}
+
+  void add(int64_t row, const Tensor& block, at::ScalarType dtype) {
+    const auto spacings = spacing(block, storage_format(dtype));
+    rows_.narrow(0, row, block.size(0)).add_(norms2(spacings, 1));
+    columns_.add_(norms2(spacings, 0));
+  }
+
+  /// Rounding to a grid of spacing h is uniform in [-h/2, h/2]: variance h^2 / 12.
+  double edge() const {
+    return (std::sqrt(rows_.max().item<double>()) + std::sqrt(columns_.max().item<double>())) / std::sqrt(12.0);
+  }
+
+ private:
+  Tensor rows_;
+  Tensor columns_;
+};
 
 }  // namespace
 
@@ -52,28 +69,24 @@ Displacement displacement(const Tensor& base, const Tensor& aligned, std::option
   check(base.sizes() == aligned.sizes(), "base is ", base.sizes(), " and aligned is ", aligned.sizes(),
         "; both checkpoints must have the same shape");
   check(!noise_std || (std::isfinite(*noise_std) && *noise_std >= 0), "noise_std must be finite and not negative");
-
   const int64_t rows = base.size(0);
   const int64_t columns = base.size(1);
   check(rows > 0 && columns > 0, "base and aligned are empty");
+
   Displacement result{at::empty({rows, columns}, at::kFloat)};
-  double spacing2 = 0;
-  const int64_t step = std::max<int64_t>(1, kRowBlockEntries / columns);
-  for (int64_t row = 0; row < rows; row += step) {
-    const int64_t count = std::min(step, rows - row);
+  RoundingNoise noise(rows, columns);
+  for_row_blocks(rows, columns, [&](int64_t row, int64_t count) {
     const auto base_block = base.narrow(0, row, count).to(at::kFloat);
     const auto block = result.matrix.narrow(0, row, count).copy_(aligned.narrow(0, row, count));
     if (!noise_std) {
-      spacing2 += spacing_norm2(base_block, storage_format(base.scalar_type())) +
-                  spacing_norm2(block, storage_format(aligned.scalar_type()));
+      noise.add(row, base_block, base.scalar_type());
+      noise.add(row, block, aligned.scalar_type());
     }
-    block.sub_(base_block);
-    result.norm2 += norm2(block);
-  }
+    const double norm = block.sub_(base_block).norm(2, at::kDouble).item<double>();
+    result.norm2 += norm * norm;
+  });
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
-  // Rounding to a grid of spacing h is uniform in [-h/2, h/2]: variance h^2 / 12.
-  const double entries = static_cast<double>(rows) * static_cast<double>(columns);
-  result.noise_std = noise_std.value_or(std::sqrt(spacing2 / 12 / entries));
+  result.noise_edge = noise_std ? *noise_std * (std::sqrt(rows) + std::sqrt(columns)) : noise.edge();
   return result;
 }
 

@@ -3,13 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "certificate.h"
 #include "check.h"
 #include "csulora/subspace.h"
+#include "decomposition.h"
 #include "displacement.h"
-#include "krylov.h"
 
 namespace csulora {
 namespace {
@@ -18,8 +17,13 @@ using at::Tensor;
 
 /// Columns beyond the wanted ones make the start block miss a leading direction with negligible probability.
 constexpr int64_t kOversampling = 16;
-/// Below this many blocks per short side a full SVD costs no more than the Krylov method.
+/// Below this many blocks per short side a full decomposition costs no more than the Krylov method.
 constexpr int64_t kExactBlocks = 8;
+/// Singular values below this share of the largest are rounding of D's own float32 entries and of the methods here.
+constexpr double kResolution = 1e-6;
+/// Norms whose float32 products neither overflow nor lose digits; float64 takes the rest.
+constexpr double kSmallestNorm = 1e-18;
+constexpr double kLargestNorm = 1e18;
 
 void check_options(const ExtractOptions& options) {
   check(options.rank >= 1, "rank is ", options.rank, "; it must be at least 1");
@@ -30,31 +34,29 @@ void check_options(const ExtractOptions& options) {
         "factor_dtype must be float16, bfloat16 or float32");
 }
 
-double noise_edge(const Displacement& d) {
-  const auto m = static_cast<double>(d.matrix.size(0));
-  const auto n = static_cast<double>(d.matrix.size(1));
-  return d.noise_std * (std::sqrt(m) + std::sqrt(n));
-}
-
 int64_t count_above(const Tensor& values, double threshold) { return values.gt(threshold).sum().item<int64_t>(); }
 
-/// How many leading directions the options ask for, given all computed singular values.
+/// How many leading directions the options ask for, at most `limit`, given all computed singular values.
 int64_t wanted_count(const Tensor& values, const Displacement& d, int64_t limit, const ExtractOptions& options) {
   int64_t count = std::min(limit, values.size(0));
   if (options.energy) {
     const auto captured = values.square().cumsum(0);
     count = std::min(count, 1 + captured.lt(*options.energy * d.norm2).sum().item<int64_t>());
   }
-  // A singular value of exactly zero has no direction.
-  const double floor = options.keep_noise ? 0 : noise_edge(d);
+  const double resolution = kResolution * values[0].item<double>();
+  const double floor = options.keep_noise ? resolution : std::max(resolution, d.noise_edge);
   return std::min(count, count_above(values, floor));
 }
 
 SingularTriples leading_triples(const Displacement& d, int64_t limit, const ExtractOptions& options) {
+  if (d.norm2 == 0) {
+    return {at::empty({d.matrix.size(0), 0}), at::empty({0}), at::empty({d.matrix.size(1), 0}), 0, at::empty({0})};
+  }
   const auto wanted = [&](const Tensor& values) { return wanted_count(values, d, limit, options); };
   const int64_t short_side = std::min(d.matrix.size(0), d.matrix.size(1));
   const int64_t block = limit + kOversampling;
-  if (short_side > kExactBlocks * block) {
+  const double norm = std::sqrt(d.norm2);
+  if (short_side > kExactBlocks * block && norm > kSmallestNorm && norm < kLargestNorm) {
     const KrylovOptions krylov{block, short_side / 2 / block, options.tolerance, options.seed};
     if (auto triples = block_krylov(d.matrix, wanted, krylov)) {
       return *std::move(triples);
@@ -63,11 +65,10 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
   return exact_triples(d.matrix, wanted);
 }
 
-Certificate measured(const Displacement& d, const Subspace& subspace, const SingularTriples& fresh) {
-  auto certificate = measure_factors(d, subspace, fresh.next_value);
-  certificate.noise_edge = noise_edge(d);
-  certificate.above_noise = count_above(fresh.computed, certificate.noise_edge);
-  certificate.passes = fresh.passes;
+Certificate measured(const Displacement& d, const Subspace& subspace, const SingularTriples& triples) {
+  auto certificate = measure_factors(d, subspace, triples.next_value);
+  certificate.above_noise = count_above(triples.computed, d.noise_edge);
+  certificate.passes = triples.passes;
   return certificate;
 }
 
@@ -77,26 +78,27 @@ Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const Extra
   check_options(options);
   const c10::NoGradGuard no_grad;
   const auto d = displacement(base, aligned, options.noise_std);
-  const int64_t limit = std::min({options.rank, d.matrix.size(0), d.matrix.size(1)});
-  const auto triples = leading_triples(d, limit, options);
+  const auto triples = leading_triples(d, std::min({options.rank, d.matrix.size(0), d.matrix.size(1)}), options);
   Subspace subspace{triples.u.to(options.factor_dtype).contiguous(), triples.s.to(at::kFloat),
                     triples.v.to(options.factor_dtype).contiguous()};
+  check(subspace.s.isfinite().logical_and(subspace.s > 0).all().item<bool>(),
+        "the singular values of aligned - base lie outside the range of float32");
   subspace.certificate = measured(d, subspace, triples);
   return subspace;
 }
 
 Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& subspace,
                     const ExtractOptions& options) {
-  const auto d = displacement(base, aligned, options.noise_std);
-  check_factors(d, subspace);
+  check_options(options);
+  validate(subspace);
   const c10::NoGradGuard no_grad;
-  const int64_t k = subspace.s.size(0);
+  const auto d = displacement(base, aligned, options.noise_std);
+  check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1), "the subspace is for ",
+        subspace.u.size(0), " x ", subspace.v.size(0), " and the matrices are ", d.matrix.sizes());
   ExtractOptions fresh = options;
-  fresh.rank = std::max<int64_t>(1, k);
-  fresh.keep_noise = true;
   fresh.energy.reset();
-  const auto triples = leading_triples(d, std::min({fresh.rank, d.matrix.size(0), d.matrix.size(1)}), fresh);
-  return measured(d, subspace, triples);
+  fresh.keep_noise = true;
+  return measured(d, subspace, leading_triples(d, subspace.s.size(0), fresh));
 }
 
 }  // namespace csulora

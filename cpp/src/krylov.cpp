@@ -1,5 +1,3 @@
-#include "krylov.h"
-
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
@@ -7,6 +5,7 @@
 #include <vector>
 
 #include "check.h"
+#include "decomposition.h"
 
 namespace csulora {
 namespace {
@@ -17,6 +16,8 @@ using at::indexing::Slice;
 /// How well the first unwanted Ritz value must have converged. A Ritz value errs by the square of its residual, so
 /// this leaves well under a percent.
 constexpr double kNextTolerance = 0.1;
+/// What float32 products leave in a residual, as a share of the largest singular value.
+constexpr double kRounding = 4 * std::numeric_limits<float>::epsilon();
 
 /// An orthonormal basis that grows by blocks of columns.
 class BlockBasis {
@@ -73,14 +74,14 @@ struct Ritz {
   Tensor left;       // (j, j) float64, columns are coefficients of u in the left basis
   Tensor values;     // (j) float64
   Tensor right;      // (j, j) float64, columns are coefficients of v in the right basis
-  Tensor residuals;  // (j) float64, |A^T u - s v|; A v = s u holds by construction
+  Tensor residuals;  // (j) float64, |A^T u - s v| and rounding; A v = s u holds by construction
 };
 
 Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
   const auto [left, values, right_t] = at::linalg_svd(projected.to(at::kDouble), false);
   const int64_t width = residual_block.size(0);
   const auto last = left.narrow(0, left.size(0) - width, width);  // (b, j)
-  const auto residuals = residual_block.to(at::kDouble).matmul(last).norm(2, 0);
+  const auto residuals = residual_block.to(at::kDouble).matmul(last).norm(2, 0).add_(values[0], kRounding);
   return {left, values, right_t.t(), residuals};
 }
 
@@ -136,18 +137,6 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCo
     return triples;
   }
   return std::nullopt;
-}
-
-SingularTriples exact_triples(const Tensor& matrix, const WantedCount& wanted) {
-  const auto [u, s, vt] = at::linalg_svd(matrix, false);
-  SingularTriples triples;
-  triples.computed = s.to(at::kDouble);
-  const int64_t count = wanted(triples.computed);
-  triples.u = u.narrow(1, 0, count);
-  triples.s = triples.computed.narrow(0, 0, count);
-  triples.v = vt.t().narrow(1, 0, count);
-  triples.next_value = count < s.size(0) ? triples.computed[count].item<double>() : 0;
-  return triples;
 }
 
 }  // namespace csulora

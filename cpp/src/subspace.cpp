@@ -5,6 +5,7 @@
 #include <c10/core/GradMode.h>
 
 #include "check.h"
+#include "factors.h"
 
 namespace csulora {
 namespace {
@@ -29,18 +30,23 @@ void check_orthonormal(const Tensor& basis, const char* name) {
 
 }  // namespace
 
+void check_factors(const Subspace& subspace, const std::string& where) {
+  const auto& [u, s, v, certificate] = subspace;
+  check_matrix(u, where + "u");
+  check_matrix(v, where + "v");
+  check(u.scalar_type() == v.scalar_type(), where, "u is ", c10::toString(u.scalar_type()), " and v is ",
+        c10::toString(v.scalar_type()), "; both must have one dtype");
+  check(s.defined() && s.dim() == 1 && s.scalar_type() == at::kFloat && s.device().is_cpu(), where,
+        "s must be a float32 vector on the CPU");
+  check(u.size(1) == s.size(0) && v.size(1) == s.size(0), where, "u is ", u.sizes(), ", s ", s.sizes(), ", v ",
+        v.sizes(), "; they must agree on the number of directions");
+}
+
 void validate(const Subspace& subspace) {
   const c10::NoGradGuard no_grad;
+  check_factors(subspace, "");
   const auto& [u, s, v, certificate] = subspace;
-  check_matrix(u, "u");
-  check_matrix(v, "v");
-  check(u.scalar_type() == v.scalar_type(), "u is ", c10::toString(u.scalar_type()), " and v is ",
-        c10::toString(v.scalar_type()), "; both must have one dtype");
-  check(s.defined() && s.dim() == 1 && s.scalar_type() == at::kFloat, "s must be a float32 vector");
-  const int64_t k = s.size(0);
-  check(u.size(1) == k && v.size(1) == k, "u is ", u.sizes(), ", s ", s.sizes(), ", v ", v.sizes(),
-        "; they must agree on the number of directions");
-  check(u.size(0) >= k && v.size(0) >= k, "u is ", u.sizes(), " and v ", v.sizes(),
+  check(u.size(0) >= s.size(0) && v.size(0) >= s.size(0), "u is ", u.sizes(), " and v ", v.sizes(),
         "; there cannot be more directions than dimensions");
   check(s.isfinite().logical_and(s > 0).all().item<bool>() && s.diff().le(0).all().item<bool>(),
         "s must be finite, positive and descending");

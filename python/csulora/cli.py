@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from csulora import doctor as doctor_module
 from csulora import tables
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.files import check_file, to_json, write_text
+from csulora.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_VARIABLE, Gate
+from csulora.guard import DirectoryGuard
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
 
@@ -195,20 +199,34 @@ def verify(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
-    subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapter is for.")] = None,
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories or GGUF LoRA files.")],
+    subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapters are for.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")
+    ] = None,
+    max_undo: Annotated[
+        float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
+    ] = None,
     base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show what an adapter does, and with --subspace where its update lies and what it undoes."""
-    loaded = csulora.load_adapter(adapter, base_model)
+    """Show what an adapter does, and with --subspace where its update lies and what it undoes.
+
+    Several adapters are taken as applied together: what is shown is their sum.
+    """
+    loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     if subspace is None:
-        document = {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)}
-        _deliver(tables.adapter_table(loaded), f"{adapter}: {len(loaded.modules)} modules", document, json, quiet)
+        if len(loaded) > 1 or weights is not None or max_undo is not None:
+            raise typer.BadParameter("sums and limits need --subspace")
+        document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}
+        summary = f"{adapters[0]}: {len(loaded[0].modules)} modules"
+        _deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
         return
-    _, report = csulora.correct(loaded, csulora.Subspace.open(subspace), Policy.none(uncovered="keep"))
-    _deliver(report.table(), f"{adapter}: nothing was changed", report.to_dict(), json, quiet)
+    pack = csulora.Subspace.open(subspace)
+    whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, _numbers(weights))
+    _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
+    _deliver(report.table(), f"{whole.path}: nothing was changed", report.to_dict(), json, quiet)
 
 
 @app.command()
@@ -279,6 +297,49 @@ def export(
 
 
 @app.command()
+def guard(
+    incoming: Annotated[Path, typer.Argument(help="Directory that adapters are uploaded to.")],
+    outgoing: Annotated[Path, typer.Argument(help="Directory for the corrected ones; point the server here.")],
+    subspace: Annotated[Path, typer.Option(help="Pack of the served model.")],
+    policy: Annotated[Path | None, typer.Option(help="Policy (TOML). [default: the preset csulora]")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until SIGTERM or SIGINT.")] = False,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds an upload must not change before it is read.")] = 2.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds until an unreadable upload is refused.")] = 60.0,
+    decisions: Annotated[Path | None, typer.Option(help="Append a JSON line per decision to this file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Correct or refuse every adapter that appears in a directory."""
+    worker = DirectoryGuard(
+        incoming,
+        outgoing,
+        Gate.open(subspace, policy, decisions),
+        settle,
+        patience,
+        say=lambda line: None if quiet else print(line, flush=True),
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    worker.run(watch)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def vllm_serve(
+    context: typer.Context,
+    subspace: Annotated[Path | None, typer.Option(envvar=SUBSPACE_VARIABLE, help="Pack of the served model.")] = None,
+    policy: Annotated[Path | None, typer.Option(envvar=POLICY_VARIABLE, help="Policy (TOML).")] = None,
+    decisions: Annotated[
+        Path | None, typer.Option(envvar=DECISIONS_VARIABLE, help="Append a JSON line per decision to this file.")
+    ] = None,
+) -> None:
+    """Run `vllm serve` with all further arguments, or fail if adapters would not be corrected."""
+    from csulora.hooks.vllm.launcher import serve
+
+    chosen = {SUBSPACE_VARIABLE: subspace, POLICY_VARIABLE: policy, DECISIONS_VARIABLE: decisions}
+    os.environ.update({name: str(path.resolve()) for name, path in chosen.items() if path is not None})
+    serve(context.args)
+
+
+@app.command()
 def doctor(json: Json = None, quiet: Quiet = False) -> None:
     """Check this installation."""
     findings = doctor_module.examine()
@@ -307,6 +368,13 @@ def _fail(kind: str, reason: object, code: int) -> NoReturn:
 
 def _parse_rank(text: str | None) -> str | int | None:
     return int(text) if text is not None and text.isdecimal() else text
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5") from None
 
 
 def _deliver(table: RenderableType, summary: str, document: dict[str, Any], json: Path | None, quiet: bool) -> None:

@@ -34,12 +34,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
             result does not fit the storage type.
     """
     policy = policy or Policy.csulora()
-    if policy.subspace_sha256 not in (None, pack.sha256):
-        raise RefusedError(
-            f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
-            "use that pack or tune again"
-        )
-    policy.check_overrides(pack)
+    check_pack(policy, pack)
     covered = _cover(adapter, pack, policy)
     results = _core.correct(
         [
@@ -69,6 +64,21 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     return replace(adapter, modules=modules, documents=documents, partial=partial), report
 
 
+def check_pack(policy: Policy, pack: Subspace) -> None:
+    """Check that a policy fits a pack.
+
+    Raises:
+        RefusedError: it was tuned for another pack.
+        InputError: an override matches none of the pack's modules.
+    """
+    if policy.subspace_sha256 not in (None, pack.sha256):
+        raise RefusedError(
+            f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
+            "use that pack or tune again"
+        )
+    policy.check_overrides(pack)
+
+
 def _base_model(adapter: Adapter) -> str | None:
     name = adapter.config.get("base_model_name_or_path")
     return name if isinstance(name, str) else None
@@ -78,7 +88,7 @@ def _cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
     """Map each covered module to the pack's name for it, in the adapter's order."""
     covered = {}
     for name, module in adapter.modules.items():
-        target = names.resolve(name, pack, pack.provenance.aliases)
+        target = names.resolve(name, pack, pack.aliases)
         if target is None:
             if policy.uncovered == "refuse":
                 raise RefusedError(

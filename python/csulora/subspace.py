@@ -170,6 +170,11 @@ class Subspace(Mapping[str, ModuleSubspace]):
     def __len__(self) -> int:
         return len(self._modules)
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Further names of tied weights: name in the model -> module in the pack."""
+        return self.provenance.aliases
+
     def to_core(self, module: str) -> _core.Subspace:
         """Return a module's factors as the compiled core takes them.
 
@@ -259,7 +264,7 @@ class Subspace(Mapping[str, ModuleSubspace]):
             raise InputError(f"{path}: holds tensors that no module accounts for")
         if pack.fingerprints != fingerprints:
             raise InputError(f"{path}: fingerprints and content hashes contradict each other; the pack is damaged")
-        if any(target not in pack for target in pack.provenance.aliases.values()):
+        if any(target not in pack for target in pack.aliases.values()):
             raise InputError(f"{path}: an alias names a module that the pack does not hold")
         return pack
 

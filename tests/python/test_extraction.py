@@ -68,7 +68,7 @@ def test_says_what_it_was_made_from(models: tuple[Path, Path]) -> None:
 def test_embedding_and_head_come_on_request(models: tuple[Path, Path]) -> None:
     pack = csulora.extract(*models, rank=4, modules=["embed_tokens", "lm_head"])
     assert list(pack) == ["lm_head", EMBEDDING]
-    assert pack.provenance.aliases == {}
+    assert pack.aliases == {}
 
 
 def test_the_head_of_a_tied_model_is_an_alias(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_the_head_of_a_tied_model_is_an_alias(tmp_path: Path) -> None:
     aligned = factories.save_checkpoint(tmp_path / "aligned", factories.moved(weights), tied)
     pack = csulora.extract(base, aligned, rank=4, modules=["lm_head"])
     assert list(pack) == [EMBEDDING]
-    assert pack.provenance.aliases == {"lm_head": EMBEDDING}
-    assert csulora.extract(base, aligned, rank=4).provenance.aliases == {}
+    assert pack.aliases == {"lm_head": EMBEDDING}
+    assert csulora.extract(base, aligned, rank=4).aliases == {}
 
 
 def test_conv1d_is_extracted_as_the_linear_layer_it_is(tmp_path: Path) -> None:

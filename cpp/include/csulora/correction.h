@@ -62,9 +62,9 @@ struct CorrectionTask {
 
 /// The closest safe update X = sum_c g_c dW_c (CSULoRA, arXiv 2605.30640), computed in factor space.
 ///
-/// Nothing of size m x n is formed: O((m + n) k r) operations, two reads of u and v. Grams and everything after
-/// them are float64. Where the gains factor, g_aligned g_off = g_left g_right, X has rank r and no SVD is needed.
-/// The result does not depend on the number of threads.
+/// Nothing of size m x n is formed: O((m + n) (k + r) r) operations in float64 and two reads of u and v. Where the
+/// gains factor, g_aligned g_off = g_left g_right, X has rank r and no SVD is needed. The result does not depend on the
+/// number of threads.
 ///
 /// @throws InputError for shapes, dtypes, devices, gains, penalties or values (NaN, infinity, overflow) that
 ///         cannot be used; the message names `task.label`

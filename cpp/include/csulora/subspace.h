@@ -22,20 +22,23 @@ struct Certificate {
   /// max(|U^T U - I|_F, |V^T V - I|_F).
   double orthonormality = 0;
 
-  /// Upper estimate of s_{k+1}: the next Ritz value plus its residual (exact for small matrices).
+  /// Upper estimate of s_{k+1}: the next Ritz value plus its residual, rounding included. A bound after a full
+  /// decomposition (`passes` = 0); otherwise true unless the random start block missed a leading direction.
   double next_value = 0;
 
   /// Bound on the share of the true leading left or right subspace that is missed, 1 - |U_true^T U|_F^2 / k,
   /// from the residuals and the gaps s_i - next_value (Wedin 1972, column by column). 1: nothing is known.
   double missed = 1;
 
-  /// sigma (sqrt m + sqrt n): no singular value below it can be told from storage rounding.
+  /// Largest singular value that the storage rounding of both matrices can have, sigma (sqrt m + sqrt n) for errors of
+  /// one standard deviation sigma: nothing below it can be told from rounding.
   double noise_edge = 0;
 
-  /// Computed singular values above `noise_edge`; never more than were computed.
+  /// At least so many singular values lie above `noise_edge`: those that were computed, which never exceed the true
+  /// ones. The exact number after a full decomposition.
   int64_t above_noise = 0;
 
-  /// Products with D and D^T that the Krylov method took; 0 for an exact SVD.
+  /// Products with D and D^T that the Krylov method took; 0 for a full decomposition.
   int64_t passes = 0;
 };
 
@@ -57,8 +60,9 @@ void validate(const Subspace& subspace);
 /// Truncated SVD of the displacement D = aligned - base.
 ///
 /// Randomized block Krylov (Musco & Musco 2015) in the form of a block Golub-Kahan bidiagonalisation with full
-/// re-orthogonalisation, Rayleigh-Ritz, and stopping on residuals; an exact SVD where the matrix is small or the
-/// Krylov space would not stay small. D is formed in float32; peak memory is about twice D in float32.
+/// re-orthogonalisation, Rayleigh-Ritz, and stopping on residuals; a full decomposition where the matrix is small or
+/// the Krylov space would not stay small. D is formed in float32; peak memory is about twice D in float32, and with the
+/// Gram matrix of its shorter side, some four times that in float64, if the full decomposition is needed.
 ///
 /// @param base     (m, n) float16, bfloat16 or float32 on the CPU
 /// @param aligned  same shape; the dtype may differ

@@ -10,15 +10,15 @@ namespace csulora {
 
 /// Approximate leading singular triples of a matrix, descending.
 struct SingularTriples {
-  at::Tensor u;           ///< (m, k) float32
-  at::Tensor s;           ///< (k) float64, Ritz values
-  at::Tensor v;           ///< (n, k) float32
-  double next_value = 0;  ///< the (k+1)-th Ritz value plus its residual; 0 when there is none
-  at::Tensor computed;    ///< all Ritz values, float64
-  int64_t passes = 0;     ///< products with the matrix and its transpose
+  at::Tensor u;           ///< (m, k) float32 or float64
+  at::Tensor s;           ///< (k) float64
+  at::Tensor v;           ///< (n, k) as u
+  double next_value = 0;  ///< upper estimate of the (k+1)-th singular value; 0 when there is none
+  at::Tensor computed;    ///< all singular or Ritz values, float64
+  int64_t passes = 0;     ///< products with the matrix and its transpose; 0 for a full decomposition
 };
 
-/// Says how many of the leading Ritz values (float64, descending) are wanted.
+/// Says how many of the leading singular values (float64, descending) are wanted.
 using WantedCount = std::function<int64_t(const at::Tensor& values)>;
 
 struct KrylovOptions {
@@ -29,14 +29,17 @@ struct KrylovOptions {
 };
 
 /// Block Golub-Kahan bidiagonalisation with full re-orthogonalisation and Rayleigh-Ritz on the whole Krylov space
-/// (Musco & Musco 2015; Golub, Luk & Overton 1981).
+/// (Musco & Musco 2015; Golub, Luk & Overton 1981), in float32.
 ///
 /// @param matrix  (m, n) float32
-/// @return nothing if max_blocks did not suffice
+/// @return nothing if max_blocks or float32 did not suffice
 std::optional<SingularTriples> block_krylov(const at::Tensor& matrix, const WantedCount& wanted,
                                             const KrylovOptions& options);
 
-/// The same from a full SVD.
+/// The same from all eigenvalues of the smaller Gram matrix, in float64. Squaring costs half the digits of a value far
+/// below the largest, which leaves more of them than a float32 SVD does.
+///
+/// @param matrix  (m, n) float32
 SingularTriples exact_triples(const at::Tensor& matrix, const WantedCount& wanted);
 
 }  // namespace csulora

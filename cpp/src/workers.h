@@ -1,0 +1,14 @@
+#pragma once
+
+#include <cstddef>
+#include <functional>
+
+namespace csulora {
+
+/// Calls work(i) for i in [0, count) on as many threads as at::get_num_threads() allows, each of them computing alone:
+/// results then depend neither on the number of threads nor on `count`.
+///
+/// If calls throw, the rest are still made, and the exception of the smallest i is thrown.
+void for_each_in_parallel(size_t count, const std::function<void(size_t)>& work);
+
+}  // namespace csulora

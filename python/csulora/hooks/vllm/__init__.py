@@ -1,0 +1,83 @@
+"""Adapters corrected where vLLM loads them, in every worker, whatever route they came by.
+
+Installed as a plugin of vLLM (entry point ``csulora`` in ``vllm.general_plugins``) and configured by environment
+variables:
+
+    CSULORA_SUBSPACE    pack of the served model; required
+    CSULORA_POLICY      policy (TOML); default ``Policy.csulora(1.0)``
+    CSULORA_DECISIONS   file to append a JSON line per decision to
+    CSULORA_ADAPTERS    directory whose subdirectories may be asked for by name (a LoRAResolver)
+    CSULORA_ANY_MODEL   1: do not require that the served weights are those of the pack's aligned checkpoint
+
+Start servers with ``csulora vllm-serve``: it fails unless the guard is active in every process. `admission` decides
+and keeps results, `patches` puts it into vLLM, `launcher` starts a server.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from csulora.errors import HostError
+from csulora.gate import Gate
+
+ENTRY_POINT = "csulora"
+ADAPTERS_VARIABLE = "CSULORA_ADAPTERS"
+ANY_MODEL_VARIABLE = "CSULORA_ANY_MODEL"
+
+_SERIES = "0.32."
+
+# vLLM configures the logger called vllm, and those below it.
+logger = logging.getLogger("vllm.csulora")
+
+_active: str | None = None
+
+
+def activate() -> str:
+    """Put the guard into this process, once; return the gate's fingerprint.
+
+    Raises:
+        HostError: vLLM is not of a version this hook knows.
+        CsuloraError: the pack or the policy cannot be used.
+    """
+    global _active
+    if _active is None:
+        _check_host()
+        _active = _install()
+    return _active
+
+
+def _check_host() -> None:
+    try:
+        import vllm
+    except ImportError as error:
+        raise HostError(f"vLLM cannot be imported ({error}); install csulora beside vLLM {_SERIES}x") from error
+    if not vllm.__version__.startswith(_SERIES):
+        raise HostError(f"csulora's hook is for vLLM {_SERIES}x and this is {vllm.__version__}; use a matching csulora")
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
+        raise HostError("csulora cannot refuse adapters in vLLM's Rust front end; unset VLLM_USE_RUST_FRONTEND")
+
+
+def _install() -> str:
+    from csulora.hooks.vllm.admission import Admission
+    from csulora.hooks.vllm.patches import install, register_resolver
+
+    threads = torch.get_num_threads()
+    # vLLM may fork this process, and a thread pool of OpenMP does not survive that.
+    torch.set_num_threads(1)
+    try:
+        gate = Gate.from_environment()
+    finally:
+        torch.set_num_threads(threads)
+    install(Admission(gate))
+    register_resolver(os.environ.get(ADAPTERS_VARIABLE))
+    logger.info(
+        "csulora guards this process: pack %s, policy %s (%s), fingerprint %s",
+        gate.pack.sha256,
+        gate.policy_sha256,
+        gate.policy,
+        gate.fingerprint,
+    )
+    return gate.fingerprint

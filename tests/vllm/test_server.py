@@ -1,0 +1,240 @@
+"""Every route of vLLM's server: corrected as `csulora correct` corrects, or refused with the reason.
+
+The reference is what an unguarded engine answers with the files that `csulora correct` wrote, and with the raw
+adapters. The tests share one server, which holds a single adapter at a time, so that each change of adapter evicts one.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from answers import assert_same, assert_unlike
+from safetensors.torch import load_file, save_file
+
+OPTIONS = ["--dtype", "float32", "--enforce-eager", "--enable-lora", "--max-lora-rank", "16"]
+
+
+class Server:
+    """A client of one server."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def call(self, path: str, body: dict | None = None) -> tuple[int, str]:
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urlopen(request, timeout=60) as response:
+                return response.status, response.read().decode()
+        except HTTPError as error:
+            return error.code, error.read().decode()
+
+    def ask(self, model: str) -> dict[str, list]:
+        options = {"max_tokens": 8, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+        status, text = self.call("/v1/completions", {"model": model, "prompt": "how do i", **options})
+        assert status == 200, text
+        logprobs = json.loads(text)["choices"][0]["logprobs"]
+        return {"tokens": logprobs["tokens"], "logprobs": logprobs["token_logprobs"]}
+
+    def load(self, name: str, path: Path, in_place: bool = False) -> tuple[int, str]:
+        body = {"lora_name": name, "lora_path": str(path), "load_inplace": in_place}
+        return self.call("/v1/load_lora_adapter", body)
+
+    def healthy(self) -> bool:
+        return self.call("/health")[0] == 200
+
+
+@contextmanager
+def running(command: list[str], log: Path, **variables: str) -> Iterator[Server]:
+    """Start a server, wait until it is up, and stop it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | variables
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *OPTIONS], stdout=output, stderr=output, env=environment, text=True
+        )
+        try:
+            server = Server(port)
+            for _ in range(240):
+                assert process.poll() is None, log.read_text()[-4000:]
+                try:
+                    if server.healthy():
+                        break
+                except OSError:
+                    time.sleep(0.5)
+            yield server
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def expected(files: SimpleNamespace, offline: dict) -> SimpleNamespace:
+    """What the unguarded engine answers."""
+
+    def answers(adapters: dict[str, Path]) -> dict[str, dict]:
+        return {name: offline["plain"][str(path)] for name, path in adapters.items()}
+
+    return SimpleNamespace(base=offline["base"], raw=answers(files.raw), corrected=answers(files.corrected))
+
+
+@pytest.fixture(scope="module")
+def server(files: SimpleNamespace, expected: SimpleNamespace) -> Iterator[Server]:
+    command = [sys.executable, "-m", "csulora", "vllm-serve", str(files.model), "--subspace", str(files.pack)]
+    command += ["--decisions", str(files.root / "decisions.jsonl"), "--lora-modules", f"static={files.raw['one']}"]
+    with running(command, files.root / "guarded.log", CSULORA_ADAPTERS=str(files.named)) as guarded:
+        yield guarded
+
+
+def is_corrected(found: dict, name: str, expected: SimpleNamespace) -> None:
+    assert_same(found, expected.corrected[name])
+    assert_unlike(found, expected.raw[name])
+
+
+def test_base_model_answers_as_ever(server: Server, files: SimpleNamespace, expected: SimpleNamespace) -> None:
+    assert_same(server.ask(str(files.model)), expected.base)
+
+
+def test_every_process_says_that_it_is_guarded(server: Server, files: SimpleNamespace) -> None:
+    log = (files.root / "guarded.log").read_text()
+
+    assert "csulora is ready: all 2 processes" in log  # the engine's core and its worker
+    assert log.count("csulora guards this process") >= 2
+
+
+def test_adapter_named_at_start(server: Server, expected: SimpleNamespace) -> None:
+    is_corrected(server.ask("static"), "one", expected)
+
+
+def test_adapter_loaded_at_run_time(server: Server, files: SimpleNamespace, expected: SimpleNamespace) -> None:
+    assert server.load("loaded", files.raw["two"])[0] == 200
+    is_corrected(server.ask("loaded"), "two", expected)
+
+
+def test_adapter_found_by_name(server: Server, expected: SimpleNamespace) -> None:
+    is_corrected(server.ask("good"), "two", expected)
+
+
+def test_names_do_not_leave_the_directory(server: Server, files: SimpleNamespace) -> None:
+    status, _ = server.call("/v1/completions", {"model": "../one", "prompt": "how do i", "max_tokens": 1})
+
+    assert status == 404
+
+
+def test_evicted_adapters_come_back_the_same(server: Server, files: SimpleNamespace, expected: SimpleNamespace) -> None:
+    """Even if what lies at their path is no longer what was loaded."""
+    path = shutil.copytree(files.raw["one"], files.root / "changing")
+    assert server.load("changing", path)[0] == 200
+    shutil.rmtree(path)
+    shutil.copytree(files.bad["not a number"], path)
+
+    for _ in range(2):
+        is_corrected(server.ask("static"), "one", expected)
+        is_corrected(server.ask("good"), "two", expected)
+        is_corrected(server.ask("changing"), "one", expected)
+    shutil.rmtree(path)
+    is_corrected(server.ask("static"), "one", expected)
+    is_corrected(server.ask("changing"), "one", expected)
+    assert server.healthy()
+
+
+def test_reload_in_place(server: Server, files: SimpleNamespace, expected: SimpleNamespace) -> None:
+    path = shutil.copytree(files.raw["one"], files.root / "replaced")
+    assert server.load("replaced", path)[0] == 200
+    is_corrected(server.ask("replaced"), "one", expected)
+
+    assert server.load("replaced", files.raw["two"], in_place=True)[0] == 200
+    is_corrected(server.ask("replaced"), "two", expected)
+
+    # The same path again, with other contents.
+    assert server.load("replaced", path, in_place=True)[0] == 200
+    for file in path.iterdir():
+        shutil.copy(files.raw["two"] / file.name, file)
+    assert server.load("replaced", path, in_place=True)[0] == 200
+    is_corrected(server.ask("replaced"), "two", expected)
+
+    status, text = server.load("replaced", files.bad["not a number"], in_place=True)
+    assert (status, "NaN" in text) == (400, True)
+    is_corrected(server.ask("replaced"), "two", expected)
+
+
+def test_refusals_give_the_reason_and_others_go_on(
+    server: Server, files: SimpleNamespace, expected: SimpleNamespace
+) -> None:
+    for name, path in files.bad.items():
+        status, text = server.load(f"bad {name}", path)
+        assert status == 400, text
+        assert files.reasons[name] in text
+        assert server.healthy()
+    status, text = server.call("/v1/completions", {"model": "bad", "prompt": "how do i", "max_tokens": 1})
+    assert status == 400, text
+    assert "NaN" in text
+    assert server.healthy()
+    is_corrected(server.ask("static"), "one", expected)
+    assert_same(server.ask(str(files.model)), expected.base)
+
+
+def test_decisions_are_logged_and_counted(server: Server, files: SimpleNamespace) -> None:
+    server.load("refused once more", files.bad["DoRA"])
+    decisions = [json.loads(line) for line in (files.root / "decisions.jsonl").read_text().splitlines()]
+
+    assert {"corrected", "refused"} <= {decision["verdict"] for decision in decisions}
+    _, metrics = server.call("/metrics")
+    assert 'csulora_decisions_total{verdict="refused"}' in metrics
+    assert 'csulora_decisions_total{verdict="corrected"}' in metrics
+
+
+def fails_to_start(files: SimpleNamespace, *options: str, model: Path | None = None, **variables: str) -> str:
+    command = [sys.executable, "-m", "csulora", "vllm-serve", str(model or files.model), *options, *OPTIONS]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables, timeout=120)
+    assert run.returncode != 0
+    return run.stdout + run.stderr
+
+
+def test_server_without_the_plugin_does_not_start(files: SimpleNamespace) -> None:
+    output = fails_to_start(files, "--subspace", str(files.pack), VLLM_PLUGINS="lora_filesystem_resolver")
+
+    assert "leaves csulora out" in output
+
+
+def test_server_without_a_readable_pack_does_not_start(files: SimpleNamespace) -> None:
+    (files.root / "broken.safetensors").write_bytes(files.pack.read_bytes()[:1000])
+
+    assert "CSULORA_SUBSPACE" in fails_to_start(files)
+    assert "broken.safetensors" in fails_to_start(files, "--subspace", str(files.root / "broken.safetensors"))
+
+
+def test_pack_for_another_model_stops_the_server(files: SimpleNamespace) -> None:
+    other = shutil.copytree(files.model, files.root / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight * 2 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+
+    output = fails_to_start(files, "--subspace", str(files.pack), model=other)
+
+    assert "not what the pack was made of" in output
+
+
+def test_refused_adapter_named_at_start_stops_the_server(files: SimpleNamespace) -> None:
+    refused = f"static={files.bad['wrong rank']}"
+
+    output = fails_to_start(files, "--subspace", str(files.pack), "--lora-modules", refused)
+
+    assert files.reasons["wrong rank"] in output

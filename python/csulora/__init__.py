@@ -8,8 +8,9 @@ csulora.save_adapter(fixed, "my-adapter-corrected")
 
 from csulora._version import __version__
 from csulora.adapter import load_adapter, save_adapter
+from csulora.combination import combine
 from csulora.correction import correct
-from csulora.errors import BuildError, CsuloraError, InputError, InternalError, RefusedError
+from csulora.errors import BuildError, CsuloraError, HostError, InputError, InternalError, RefusedError
 from csulora.extraction import extract
 from csulora.formats import Adapter, LoraModule
 from csulora.policy import Override, Policy
@@ -21,6 +22,7 @@ __all__ = [
     "Adapter",
     "BuildError",
     "CsuloraError",
+    "HostError",
     "InputError",
     "InternalError",
     "LoraModule",
@@ -30,6 +32,7 @@ __all__ = [
     "Report",
     "Subspace",
     "__version__",
+    "combine",
     "correct",
     "extract",
     "load_adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from csulora import doctor as doctor_module
 from csulora import tables
 from csulora.errors import CsuloraError, RefusedError
 from csulora.files import to_json, write_text
+from csulora.gate import Gate
+from csulora.guard import DirectoryGuard
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
 
@@ -159,19 +162,32 @@ def verify(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
-    subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapter is for.")] = None,
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories or GGUF LoRA files.")],
+    subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapters are for.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")
+    ] = None,
+    max_undo: Annotated[
+        float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
+    ] = None,
     base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show what an adapter does, and with --subspace where its update lies and what it undoes."""
-    loaded = csulora.load_adapter(adapter, base_model)
+    """Show what an adapter does, and with --subspace where its update lies and what it undoes.
+
+    Several adapters are taken as applied together: what is shown is their sum.
+    """
+    loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     if subspace is None:
-        _show(tables.adapter_table(loaded), quiet)
-        _write_json(json, {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)})
+        if len(loaded) > 1 or weights is not None or max_undo is not None:
+            raise typer.BadParameter("sums and limits need --subspace")
+        _show(tables.adapter_table(loaded[0]), quiet)
+        _write_json(json, {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])})
         return
-    _, report = csulora.correct(loaded, csulora.Subspace.open(subspace), Policy.none(uncovered="keep"))
+    pack = csulora.Subspace.open(subspace)
+    whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, _numbers(weights))
+    _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
     _show(report.table(), quiet)
     _write_json(json, report.to_dict())
 
@@ -239,6 +255,28 @@ def export(
 
 
 @app.command()
+def guard(
+    incoming: Annotated[Path, typer.Argument(help="Directory that adapters are uploaded to.")],
+    outgoing: Annotated[Path, typer.Argument(help="Directory for the corrected ones; point the server here.")],
+    subspace: Annotated[Path, typer.Option(help="Pack of the served model.")],
+    policy: Annotated[Path | None, typer.Option(help="Policy (TOML). [default: the preset csulora]")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until SIGTERM or SIGINT.")] = False,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds an upload must not change before it is read.")] = 2.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds until an unreadable upload is refused.")] = 60.0,
+    decisions: Annotated[Path | None, typer.Option(help="Append a JSON line per decision to this file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Correct or refuse every adapter that appears in a directory."""
+    worker = DirectoryGuard(
+        incoming, outgoing, Gate.open(subspace, policy, decisions), settle, patience, lambda line: _say(line, quiet)
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    _say(f"guarding {incoming} -> {outgoing}: pack {worker.gate.pack.sha256}", quiet)
+    worker.run(watch)
+
+
+@app.command()
 def doctor(json: Json = None, quiet: Quiet = False) -> None:
     """Check this installation."""
     findings = doctor_module.examine()
@@ -269,6 +307,13 @@ def _parse_rank(text: str | None) -> str | int | None:
     return int(text) if text is not None and text.isdecimal() else text
 
 
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5") from None
+
+
 def _show(table: RenderableType, quiet: bool) -> None:
     if not quiet:
         # A pipe has no width of its own; wide enough that no table wraps.
@@ -277,7 +322,7 @@ def _show(table: RenderableType, quiet: bool) -> None:
 
 def _say(text: str, quiet: bool) -> None:
     if not quiet:
-        print(text)
+        print(text, flush=True)
 
 
 def _write_json(path: Path | None, document: dict[str, Any]) -> None:

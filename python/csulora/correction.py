@@ -33,11 +33,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
         InputError: a shape differs from the pack's, or the result does not fit the storage type.
     """
     policy = policy or Policy.csulora()
-    if policy.subspace_sha256 not in (None, pack.sha256):
-        raise RefusedError(
-            f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
-            "use that pack or tune again"
-        )
+    check_pack(policy, pack)
     covered = _cover(adapter, pack, policy)
     results = _core.correct(
         [
@@ -67,6 +63,15 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     documents = {REPORT_FILE: to_json(report.to_dict()), "README.md": report.card(_base_model(adapter))}
     partial = adapter.partial or len(modules) < len(adapter.modules)
     return replace(adapter, modules=modules, documents=documents, partial=partial), report
+
+
+def check_pack(policy: Policy, pack: Subspace) -> None:
+    """Raise `RefusedError` if the policy was tuned for another pack."""
+    if policy.subspace_sha256 not in (None, pack.sha256):
+        raise RefusedError(
+            f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
+            "use that pack or tune again"
+        )
 
 
 def _base_model(adapter: Adapter) -> str | None:

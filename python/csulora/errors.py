@@ -19,5 +19,9 @@ class BuildError(CsuloraError, ImportError):
     """The compiled core does not fit the installed torch."""
 
 
+class HostError(CsuloraError, ImportError):
+    """The host (vLLM, PEFT, ...) is not one that the hook knows, or the hook is not active where it must be."""
+
+
 class InternalError(CsuloraError, RuntimeError):
     """csulora broke a promise to itself; please report it."""

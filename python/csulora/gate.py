@@ -1,0 +1,120 @@
+"""The one way in for an adapter that nobody has checked: read, corrected or refused, and the decision recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import tomli_w
+
+from csulora._version import __version__
+from csulora.adapter import load_adapter
+from csulora.correction import check_pack, correct
+from csulora.decisions import Decision, DecisionLog, Verdict
+from csulora.errors import InputError, RefusedError
+from csulora.formats import Adapter, peft
+from csulora.policy import Policy
+from csulora.report import Report
+from csulora.subspace import Subspace
+
+SUBSPACE_VARIABLE = "CSULORA_SUBSPACE"
+POLICY_VARIABLE = "CSULORA_POLICY"
+DECISIONS_VARIABLE = "CSULORA_DECISIONS"
+
+
+class Gate:
+    """A pack, a policy and a decision log. Whatever `admit` returns was corrected with them.
+
+    Attributes:
+        policy_sha256: sha256 of the policy's TOML document.
+        fingerprint: identity of everything that turns an adapter into the corrected one: pack, policy, version.
+    """
+
+    def __init__(self, pack: Subspace, policy: Policy | None = None, log: DecisionLog | None = None) -> None:
+        """Set the gate up; without ``policy`` it is ``Policy.csulora(1.0)``.
+
+        Raises:
+            RefusedError: the policy was tuned for another pack.
+        """
+        self.pack = pack
+        self.policy = policy or Policy.csulora()
+        self.log = log or DecisionLog()
+        check_pack(self.policy, pack)
+        self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
+        made_of = f"csulora {__version__}, pack {pack.sha256}, policy {self.policy_sha256}"
+        self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
+
+    @classmethod
+    def open(
+        cls, pack: Subspace | str | Path, policy: Policy | str | Path | None = None, decisions: str | Path | None = None
+    ) -> Gate:
+        """Set a gate up from objects or files: a pack, a policy (TOML), a file to append decisions to."""
+        return cls(
+            pack if isinstance(pack, Subspace) else Subspace.open(pack),
+            policy if isinstance(policy, Policy) or policy is None else Policy.load(policy),
+            DecisionLog(Path(decisions) if decisions else None),
+        )
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Gate:
+        """Set up what CSULORA_SUBSPACE, CSULORA_POLICY and CSULORA_DECISIONS name; the last two are optional.
+
+        Raises:
+            InputError: a variable is missing or names something unreadable.
+        """
+        pack = environment.get(SUBSPACE_VARIABLE)
+        if not pack:
+            raise InputError(f"{SUBSPACE_VARIABLE} is not set; name the subspace pack of the served model")
+        return cls.open(pack, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE))
+
+    def admit(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> tuple[Adapter, Report]:
+        """Read the adapter at ``path`` and return the corrected one.
+
+        Raises:
+            CsuloraError: it is refused or malformed.
+        """
+        start, sha256 = time.perf_counter(), None
+        try:
+            adapter = read(path)
+            sha256 = adapter.sha256
+            corrected, report = correct(adapter, self.pack, self.policy)
+        except Exception as error:
+            self._record(path, sha256, start, _verdict(error), reason=str(error) or repr(error))
+            raise
+        self._record(path, sha256, start, "corrected", totals=asdict(report.totals))
+        return corrected, report
+
+    def _record(
+        self,
+        path: Path,
+        sha256: str | None,
+        start: float,
+        verdict: Verdict,
+        reason: str | None = None,
+        totals: dict[str, Any] | None = None,
+    ) -> None:
+        seconds = time.perf_counter() - start
+        self.log.record(
+            Decision(str(path), sha256, self.pack.sha256, self.policy_sha256, verdict, reason, totals, seconds)
+        )
+
+
+def _verdict(error: Exception) -> Verdict:
+    if isinstance(error, RefusedError):
+        return "refused"
+    return "invalid" if isinstance(error, InputError) else "failed"
+
+
+@contextmanager
+def private_directory(adapter: Adapter) -> Iterator[Path]:
+    """Yield a PEFT directory of the adapter that only this process knows and that is gone after the block."""
+    with TemporaryDirectory(prefix="csulora-") as directory:
+        peft.write(adapter, Path(directory))
+        yield Path(directory)

@@ -1,0 +1,315 @@
+"""Adapters corrected where PEFT or transformers load them.
+
+    model = csulora.hooks.peft.load(model, "my-adapter", "pack.safetensors")     # one adapter, explicitly
+
+    with csulora.hooks.peft.guard("pack.safetensors"):                           # whatever loads an adapter here
+        model = PeftModel.from_pretrained(model, "my-adapter")
+
+The host never sees the adapter it was asked to load: it is given a private directory that holds the corrected
+one, made from a single reading of the original's bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import peft
+import safetensors.torch
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft.utils import hotswap as peft_hotswap
+from peft.utils import save_and_load as peft_save_and_load
+from transformers.integrations.peft import PeftAdapterMixin
+
+from csulora.errors import InputError, RefusedError
+from csulora.formats import Adapter
+from csulora.formats.peft import WEIGHTS_FILE, parse, sha256_of
+from csulora.formats.peft_config import CONFIG_FILE
+from csulora.gate import Gate, private_directory
+from csulora.hooks import check_signature
+from csulora.policy import Policy
+from csulora.report import Report
+from csulora.subspace import Subspace
+
+Pack = Subspace | str | Path
+Rules = Policy | str | Path | None
+
+_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+
+# Set while the host loads what was corrected: everything the guard replaced then behaves as the original.
+_corrected: ContextVar[bool] = ContextVar("corrected", default=False)
+
+# A hot swap reads weights first and applies a configuration later; this is the one that belongs to the weights.
+_swapped_config: ContextVar[peft.LoraConfig | None] = ContextVar("swapped_config", default=None)
+
+_one_guard = threading.Lock()
+
+
+def load(
+    model: Any,
+    path: str | Path,
+    subspace: Pack,
+    policy: Rules = None,
+    adapter_name: str = "default",
+    **options: Any,
+) -> tuple[Any, Report]:
+    """Load an adapter corrected.
+
+    Args:
+        model: a ``PeftModel``, which gets one more adapter, or the model to wrap.
+        path: PEFT adapter directory or hub id.
+        subspace: pack of the model.
+        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        adapter_name: name of the adapter in the model.
+        options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``.
+
+    Returns:
+        The ``PeftModel``, and the report.
+
+    Raises:
+        CsuloraError: the adapter is refused or malformed; the model is as it was.
+    """
+    corrected, report = Gate.open(subspace, policy).admit(_local(path, options))
+    with _host_loads(corrected) as directory:
+        if isinstance(model, (PeftModel, PeftMixedModel)):
+            _check_name_is_free(model.peft_config, adapter_name)
+            model.load_adapter(str(directory), adapter_name, **options)
+            return model, report
+        return PeftModel.from_pretrained(model, directory, adapter_name, **options), report
+
+
+def correct_model(model: Any, adapter_name: str, new_adapter_name: str, subspace: Pack, policy: Rules = None) -> Report:
+    """Correct an adapter that a ``PeftModel`` holds: a new adapter is added, and the old one left as it is.
+
+    Args:
+        model: the ``PeftModel``.
+        adapter_name: the adapter to correct.
+        new_adapter_name: name of the corrected one; it is not activated.
+        subspace: pack of the model.
+        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+
+    Raises:
+        InputError: there is no such adapter, or the new name is taken.
+        CsuloraError: the adapter is refused or malformed; the model is as it was.
+    """
+    if adapter_name not in model.peft_config:
+        raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
+    _check_name_is_free(model.peft_config, new_adapter_name)
+    gate = Gate.open(subspace, policy)
+    corrected, report = gate.admit(Path(adapter_name), lambda _: _of_model(model, adapter_name))
+    with _host_loads(corrected) as directory:
+        model.load_adapter(directory, new_adapter_name)
+    return report
+
+
+@contextmanager
+def guard(subspace: Pack, policy: Rules = None, decisions: str | Path | None = None) -> Iterator[Gate]:
+    """Correct or refuse every adapter that is loaded within the block, in all threads of the process.
+
+    Covers ``PeftModel.from_pretrained`` and ``load_adapter`` (also of mixed and auto models), PEFT's
+    ``hotswap_adapter``, and ``load_adapter`` and ``from_pretrained`` of transformers. What cannot be corrected is
+    refused: adapters that are not LoRA, weights or configurations handed over in memory, and PEFT's other readers
+    of adapter files. Code that sets parameters by itself is not covered.
+
+    Args:
+        subspace: pack of the model.
+        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        decisions: file to append a JSON line per decision to.
+
+    Raises:
+        HostError: the installed PEFT or transformers is not one this module knows.
+        InputError: another guard is active.
+    """
+    gate = Gate.open(subspace, policy, decisions)
+    _check_host()
+    if not _one_guard.acquire(blocking=False):
+        raise InputError("a guard is active already; guards cannot be nested")
+    try:
+        with ExitStack() as stack:
+            for owner, name, replacement in _replacements(gate):
+                stack.enter_context(patch.object(owner, name, replacement))
+            yield gate
+    finally:
+        _one_guard.release()
+
+
+def _check_host() -> None:
+    check_signature(PeftModel.load_adapter, "self", "model_id", "adapter_name")
+    check_signature(PeftModel.from_pretrained, "model", "model_id", "adapter_name", "is_trainable", "config")
+    check_signature(PeftMixedModel.from_pretrained, "model", "model_id", "adapter_name", "is_trainable", "config")
+    check_signature(peft_save_and_load.load_peft_weights, "model_id", "device", "key_mapping")
+    check_signature(peft_hotswap.check_hotswap_configs_compatible, "config0", "config1")
+    check_signature(peft_hotswap.hotswap_adapter_from_state_dict, "model", "state_dict", "adapter_name", "config")
+    check_signature(
+        PeftAdapterMixin.load_adapter, "self", "peft_model_id", "adapter_name", "peft_config", "adapter_state_dict"
+    )
+
+
+def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
+    """Everything the guard puts in the host's place: owner, attribute, replacement."""
+    yield PeftModel, "load_adapter", _load_adapter(gate, PeftModel.load_adapter)
+    for model in (PeftModel, PeftMixedModel):
+        yield model, "from_pretrained", classmethod(_from_pretrained(gate, vars(model)["from_pretrained"].__func__))
+    yield PeftAdapterMixin, "load_adapter", _transformers_load_adapter(gate, PeftAdapterMixin.load_adapter)
+    yield peft_hotswap, "load_peft_weights", _hotswap_weights(gate, peft_save_and_load.load_peft_weights)
+    yield (
+        peft_hotswap,
+        "check_hotswap_configs_compatible",
+        _hotswap_check(peft_hotswap.check_hotswap_configs_compatible),
+    )
+    yield peft_hotswap, "hotswap_adapter_from_state_dict", _hotswap(peft_hotswap.hotswap_adapter_from_state_dict)
+    # Reached only by routes that none of the above covers.
+    for module in (peft.peft_model, peft_save_and_load):
+        yield module, "load_peft_weights", _refusing(module.load_peft_weights)
+
+
+def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
+        if _corrected.get():
+            return original(self, model_id, adapter_name, *args, **options)
+        _check_name_is_free(self.peft_config, adapter_name)
+        with _host_loads(gate.admit(_local(model_id, options))[0]) as directory:
+            return original(self, directory, adapter_name, *args, **options)
+
+    return load_adapter
+
+
+def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **options: Any) -> Any:
+        if _corrected.get():
+            return original(cls, model, model_id, *args, **options)
+        if options.get("config") is not None or len(args) > 2:
+            raise RefusedError(f"{model_id}: under a guard an adapter is loaded with its own config; pass none")
+        with _host_loads(gate.admit(_local(model_id, options))[0]) as directory:
+            return original(cls, model, directory, *args, **options)
+
+    return from_pretrained
+
+
+def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(
+        self: Any,
+        peft_model_id: Any = None,
+        adapter_name: str | None = None,
+        peft_config: Any = None,
+        adapter_state_dict: Any = None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        if _corrected.get():
+            return original(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **options)
+        source = peft_model_id or getattr(options.get("load_config"), "pretrained_model_name_or_path", None)
+        if source is None or peft_config is not None or adapter_state_dict is not None:
+            raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
+        hub = (options.pop("adapter_kwargs", None) or {}) | options
+        options = {name: value for name, value in options.items() if name not in _HUB_ARGUMENTS}
+        with _host_loads(gate.admit(_local(source, hub))[0]) as directory:
+            return original(self, str(directory), adapter_name, None, None, *args, **options)
+
+    return load_adapter
+
+
+def _hotswap_weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_peft_weights(model_id: Any, device: str | None = None, **options: Any) -> dict[str, torch.Tensor]:
+        if _corrected.get():
+            weights: dict[str, torch.Tensor] = original(model_id, device, **options)
+            return weights
+        with _host_loads(gate.admit(_local(model_id, options))[0]) as directory:
+            _swapped_config.set(peft.LoraConfig.from_pretrained(str(directory)))
+            weights = original(directory, device)
+            return weights
+
+    return load_peft_weights
+
+
+def _hotswap_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+        # The guard has not seen ``config1``; `_hotswap` checks the one that counts.
+        if _corrected.get():
+            original(config0, config1)
+
+    return check_hotswap_configs_compatible
+
+
+def _hotswap(original: Callable[..., Any]) -> Callable[..., Any]:
+    check = peft_hotswap.check_hotswap_configs_compatible
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **options: Any
+    ) -> None:
+        if not _corrected.get():
+            config = _swapped_config.get()
+            if config is None:
+                raise RefusedError("under a guard an adapter is swapped in from a directory, not from memory")
+            _swapped_config.set(None)
+            check(model.peft_config[adapter_name], config)
+        original(model, state_dict, adapter_name, config, *args, **options)
+
+    return hotswap_adapter_from_state_dict
+
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_peft_weights(model_id: Any, *args: Any, **options: Any) -> Any:
+        if not _corrected.get():
+            raise RefusedError(f"{model_id}: csulora's guard does not cover this way of loading adapter weights")
+        return original(model_id, *args, **options)
+
+    return load_peft_weights
+
+
+@contextmanager
+def _host_loads(corrected: Adapter) -> Iterator[Path]:
+    """Yield the corrected adapter's directory, and let the host load it."""
+    with private_directory(corrected) as directory:
+        token = _corrected.set(True)
+        try:
+            yield directory
+        finally:
+            _corrected.reset(token)
+
+
+def _local(source: Any, options: dict[str, Any]) -> Path:
+    """Return the local directory of an adapter, and take what locates it out of ``options``."""
+    hub = {name: options.pop(name) for name in _HUB_ARGUMENTS if name in options}
+    subfolder = hub.pop("subfolder", None) or ""
+    directory = Path(source)
+    if not directory.exists():
+        patterns = [str(Path(subfolder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        try:
+            directory = Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
+        except (
+            Exception
+        ) as error:  # the hub client raises a dozen unrelated types, those of its HTTP library among them
+            raise InputError(f"{source}: no such directory, and not to be had from the hub: {error}") from error
+    return directory / subfolder
+
+
+def _check_name_is_free(adapters: Mapping[str, Any], name: str) -> None:
+    # PEFT would keep the configuration, and with it the scale, of the adapter that has the name.
+    if name in adapters:
+        raise InputError(f"the model has an adapter {name!r} already; delete it first or choose another name")
+
+
+def _of_model(model: Any, adapter_name: str) -> Adapter:
+    """Return an adapter that a model holds as it would be read from disk."""
+    settings = json.dumps(model.peft_config[adapter_name].to_dict(), sort_keys=True, default=sorted).encode()
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    sha256 = sha256_of(settings, safetensors.torch.save(tensors))
+    return parse(json.loads(settings), tensors, Path(adapter_name), sha256)

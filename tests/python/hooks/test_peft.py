@@ -1,0 +1,285 @@
+"""Every route by which PEFT and transformers load an adapter: corrected as the command line corrects it, or refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import hotswap
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import csulora
+import factories
+from csulora.hooks import check_signature
+from csulora.hooks import peft as hook
+from tolerances import STORED
+
+# PEFT's own use of a deprecated attribute of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+MODULES = {
+    "model.layers.0.self_attn.q_proj": (48, 48),
+    "model.layers.1.self_attn.k_proj": (24, 48),
+    "model.layers.0.mlp.gate_proj": (64, 48),
+    "model.layers.1.mlp.down_proj": (48, 64),
+}
+POLICY = csulora.Policy.csulora(3.0)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pack")
+    base, aligned = factories.checkpoint_pair(directory)
+    csulora.extract(base, aligned, rank=4, output=directory / "pack.safetensors")
+    return directory / "pack.safetensors"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = {"target_modules": list(MODULES), "alpha_pattern": {"mlp.gate_proj": 5}, "use_rslora": True}
+    return factories.save_adapter(tmp_path_factory.mktemp("adapters") / "adapter", MODULES, **settings)
+
+
+@pytest.fixture(scope="module")
+def corrected(adapter: Path, pack: Path) -> Path:
+    """What the command line makes of the adapter."""
+    policy, output = adapter.with_name("policy.toml"), adapter.with_name("corrected")
+    POLICY.save(policy)
+    command = ["correct", adapter, "--subspace", pack, "-o", output, "--policy", policy, "--quiet"]
+    subprocess.run([sys.executable, "-m", "csulora", *map(str, command)], check=True)
+    return output
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> Path:
+    """An adapter that PEFT would load: one of its weights is NaN."""
+    directory = factories.save_adapter(tmp_path / "poisoned", MODULES, target_modules=list(MODULES))
+    tensors = load_file(directory / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(12).reshape(1, 12)).logits
+
+
+def from_pretrained(path: Path) -> torch.nn.Module:
+    return PeftModel.from_pretrained(llama(), path)
+
+
+def load_adapter(path: Path) -> torch.nn.Module:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]), "other")
+    model.load_adapter(path, "new")
+    model.set_adapter("new")
+    return model.eval()
+
+
+def hotswapped(path: Path) -> torch.nn.Module:
+    names = [name.removeprefix("model.") for name in MODULES]
+    # A regular expression, as hot swapping wants the same modules: these four and no others.
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=f".*({'|'.join(names)})", use_rslora=False)
+    model = get_peft_model(llama(), config).eval()
+    hotswap_adapter(model, str(path), "default", torch_device="cpu")
+    return model
+
+
+def transformers_load_adapter(path: Path) -> torch.nn.Module:
+    model = llama()
+    model.load_adapter(str(path))
+    return model.eval()
+
+
+def auto_model(path: Path) -> torch.nn.Module:
+    return peft.PeftMixedModel.from_pretrained(llama(), path)
+
+
+ROUTES = [from_pretrained, load_adapter, hotswapped, transformers_load_adapter, auto_model]
+
+
+def assert_same_update(found: torch.nn.Module, wanted: torch.nn.Module) -> None:
+    without = logits(llama())
+    difference, size = logits(found) - logits(wanted), logits(wanted) - without
+    assert size.norm() > 1e-3
+    # The logits pass the update on with a factor of order one.
+    assert difference.norm() <= 10 * STORED[torch.float32] * logits(wanted).norm()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_guard_loads_what_the_command_line_writes(
+    route: Callable[[Path], torch.nn.Module], adapter: Path, corrected: Path, pack: Path
+) -> None:
+    plain = route(corrected)
+    with hook.guard(pack, POLICY):
+        guarded = route(adapter)
+
+    assert_same_update(guarded, plain)
+    raw = PeftModel.from_pretrained(llama(), adapter)
+    assert (logits(guarded) - logits(raw)).norm() > 0.01 * logits(raw).norm()
+
+
+def test_transformers_from_pretrained_is_guarded(adapter: Path, corrected: Path, pack: Path, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    for directory in (adapter, corrected):
+        file = shutil.copytree(directory, tmp_path / directory.name) / "adapter_config.json"
+        settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")}
+        file.write_text(json.dumps(settings))
+
+    with hook.guard(pack, POLICY):
+        guarded = LlamaForCausalLM.from_pretrained(tmp_path / adapter.name)
+
+    assert_same_update(guarded, LlamaForCausalLM.from_pretrained(tmp_path / corrected.name))
+
+
+def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda model, path: PeftModel.from_pretrained(model.base_model.model, path),
+        lambda model, path: model.load_adapter(path, "new"),
+        lambda model, path: hotswap_adapter(model, str(path), "default", torch_device="cpu"),
+        lambda model, path: model.base_model.model.load_adapter(str(path), "new"),
+    ],
+)
+def test_refused_adapter_leaves_the_model_as_it_was(load: Callable, poisoned: Path, pack: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    before = parameters(model)
+
+    with hook.guard(pack, POLICY), pytest.raises(csulora.InputError, match="NaN"):
+        load(model, poisoned)
+
+    after = parameters(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_policy_limit_refuses(adapter: Path, pack: Path) -> None:
+    with hook.guard(pack, csulora.Policy(max_undo=-1e9)), pytest.raises(csulora.RefusedError, match="undoes"):
+        from_pretrained(adapter)
+
+
+def test_explicit_load(adapter: Path, corrected: Path, pack: Path) -> None:
+    wrapped, report = hook.load(llama(), adapter, pack, POLICY)
+
+    assert_same_update(wrapped, from_pretrained(corrected))
+    assert report.subspace_sha256 == csulora.Subspace.open(pack).sha256
+    again, _ = hook.load(wrapped, adapter, pack, POLICY, adapter_name="second")
+    assert again is wrapped
+    again.set_adapter("second")
+    assert_same_update(again, from_pretrained(corrected))
+
+
+def test_explicit_load_within_a_guard_corrects_once(adapter: Path, corrected: Path, pack: Path) -> None:
+    with hook.guard(pack, POLICY):
+        wrapped, _ = hook.load(llama(), adapter, pack, POLICY)
+
+    assert_same_update(wrapped, from_pretrained(corrected))
+
+
+def test_correct_model_adds_an_adapter_and_leaves_the_old(adapter: Path, corrected: Path, pack: Path) -> None:
+    model = PeftModel.from_pretrained(llama(), adapter)
+    raw = logits(model)
+
+    report = hook.correct_model(model, "default", "safe", pack, POLICY)
+
+    assert torch.equal(logits(model), raw)
+    model.set_adapter("safe")
+    assert_same_update(model, from_pretrained(corrected))
+    assert len(report.measured) == len(MODULES)
+
+
+@pytest.mark.parametrize(("old", "new"), [("absent", "safe"), ("default", "default")])
+def test_correct_model_checks_names(old: str, new: str, adapter: Path, pack: Path) -> None:
+    model = PeftModel.from_pretrained(llama(), adapter)
+
+    with pytest.raises(csulora.InputError, match="adapter"):
+        hook.correct_model(model, old, new, pack)
+
+
+def test_weights_and_configurations_from_memory_are_refused(adapter: Path, corrected: Path, pack: Path) -> None:
+    model = from_pretrained(corrected)
+    config = LoraConfig.from_pretrained(adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+
+    with hook.guard(pack, POLICY):
+        with pytest.raises(csulora.RefusedError, match="memory"):
+            llama().load_adapter(peft_config=config, adapter_state_dict=weights)
+        with pytest.raises(csulora.RefusedError, match="memory"):
+            hotswap.hotswap_adapter_from_state_dict(model, weights, "default", config)
+        with pytest.raises(csulora.RefusedError, match="own config"):
+            PeftModel.from_pretrained(llama(), adapter, config=config)
+
+
+def test_other_readers_of_weights_are_refused(adapter: Path, pack: Path) -> None:
+    with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match="does not cover"):
+        peft.utils.save_and_load.load_peft_weights(str(adapter), device="cpu")
+
+
+def test_a_name_that_is_taken_is_not_loaded_over(adapter: Path, pack: Path) -> None:
+    model = PeftModel.from_pretrained(llama(), adapter)
+
+    with hook.guard(pack, POLICY), pytest.raises(csulora.InputError, match="already"):
+        model.load_adapter(adapter, "default")
+
+
+def test_guards_do_not_nest_and_everything_is_restored(adapter: Path, pack: Path) -> None:
+    before = [PeftModel.load_adapter, PeftModel.from_pretrained.__func__, hotswap.load_peft_weights]
+
+    with hook.guard(pack, POLICY), pytest.raises(csulora.InputError, match="nested"), hook.guard(pack, POLICY):
+        pass
+
+    assert before == [PeftModel.load_adapter, PeftModel.from_pretrained.__func__, hotswap.load_peft_weights]
+    with hook.guard(pack, POLICY):
+        from_pretrained(adapter)
+
+
+def test_unknown_host_signature_is_an_error(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PeftModel, "load_adapter", lambda self, where, name: None)
+
+    with pytest.raises(csulora.HostError, match="where, name"), hook.guard(pack, POLICY):
+        pass
+    with pytest.raises(csulora.HostError, match="takes"):
+        check_signature(from_pretrained, "other")
+
+
+def test_decisions_are_logged(adapter: Path, poisoned: Path, pack: Path, tmp_path: Path) -> None:
+    log = tmp_path / "decisions.jsonl"
+
+    with hook.guard(pack, POLICY, log):
+        from_pretrained(adapter)
+        with pytest.raises(csulora.InputError):
+            from_pretrained(poisoned)
+
+    good, bad = map(json.loads, log.read_text().splitlines())
+    assert (good["verdict"], bad["verdict"]) == ("corrected", "invalid")
+    assert good["adapter_sha256"] == csulora.load_adapter(adapter).sha256
+    assert good["subspace_sha256"] == csulora.Subspace.open(pack).sha256
+    assert good["totals"]["change"] > 0
+    assert "NaN" in bad["reason"]

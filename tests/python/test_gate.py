@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+
+import csulora
+import factories
+from csulora.formats import peft
+from csulora.gate import Gate, private_directory
+
+MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pack")
+    csulora.extract(*factories.checkpoint_pair(directory), rank=4, output=directory / "pack.safetensors")
+    return directory / "pack.safetensors"
+
+
+def test_admits_what_correct_returns(pack: Path, tmp_path: Path) -> None:
+    path = factories.save_adapter(tmp_path / "adapter", MODULES)
+    gate = Gate.open(pack)
+
+    admitted, report = gate.admit(path)
+
+    expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(pack))
+    assert report == expected_report
+    with private_directory(admitted) as directory:
+        reread = peft.read(directory)
+    assert reread.modules.keys() == expected.modules.keys()
+    assert all((reread.modules[name].b == module.b).all() for name, module in expected.modules.items())
+    assert not directory.exists()
+
+
+def test_fingerprint_changes_with_the_policy_alone(pack: Path) -> None:
+    one, same, other = Gate.open(pack), Gate.open(pack), Gate.open(pack, csulora.Policy.project())
+
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_environment_names_everything(pack: Path, tmp_path: Path) -> None:
+    csulora.Policy.project().save(tmp_path / "policy.toml")
+    variables = {
+        "CSULORA_SUBSPACE": str(pack),
+        "CSULORA_POLICY": str(tmp_path / "policy.toml"),
+        "CSULORA_DECISIONS": str(tmp_path / "log.jsonl"),
+    }
+
+    gate = Gate.from_environment(variables)
+
+    assert gate.policy == csulora.Policy.project()
+    assert gate.log.path == tmp_path / "log.jsonl"
+    assert Gate.from_environment({"CSULORA_SUBSPACE": str(pack), "CSULORA_POLICY": ""}).policy == csulora.Policy()
+    with pytest.raises(csulora.InputError, match="CSULORA_SUBSPACE"):
+        Gate.from_environment({})
+
+
+def test_policy_tuned_for_another_pack_is_refused_at_once(pack: Path) -> None:
+    with pytest.raises(csulora.RefusedError, match="tuned for"):
+        Gate.open(pack, csulora.Policy(subspace_sha256="0" * 64))

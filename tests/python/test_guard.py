@@ -1,0 +1,215 @@
+"""`csulora guard`: complete results or a reason, whatever happens to uploads and to the guard itself."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import csulora
+import factories
+from csulora.gate import Gate
+from csulora.guard import DirectoryGuard
+
+MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pack")
+    csulora.extract(*factories.checkpoint_pair(directory), rank=4, output=directory / "pack.safetensors")
+    return directory / "pack.safetensors"
+
+
+@pytest.fixture
+def incoming(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+def guard(incoming: Path, pack: Path, policy: csulora.Policy | None = None, **options: float) -> DirectoryGuard:
+    settings = {"settle": 0.0, "patience": 0.0} | options
+    return DirectoryGuard(incoming, incoming.with_name("out"), Gate.open(pack, policy), say=lambda _: None, **settings)
+
+
+def refusal(incoming: Path, name: str) -> dict[str, str]:
+    return json.loads((incoming.with_name("out") / f"{name}.refused.json").read_text())
+
+
+def test_result_is_what_correct_makes(incoming: Path, pack: Path) -> None:
+    source = factories.save_adapter(incoming / "one", MODULES)
+
+    assert guard(incoming, pack).scan()
+
+    expected, _ = csulora.correct(csulora.load_adapter(source), csulora.Subspace.open(pack))
+    found = csulora.load_adapter(incoming.with_name("out") / "one")
+    assert all((found.modules[name].b == module.b).all() for name, module in expected.modules.items())
+
+
+def test_malformed_and_refused_adapters_give_a_reason(incoming: Path, pack: Path) -> None:
+    factories.save_adapter(incoming / "dora", MODULES, use_dora=True)
+    (factories.save_adapter(incoming / "half", MODULES) / "adapter_model.safetensors").unlink()
+    tensors = load_file(factories.save_adapter(incoming / "nan", MODULES) / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, incoming / "nan" / "adapter_model.safetensors")
+    (incoming / "some.gguf").write_bytes(b"not GGUF")
+
+    assert guard(incoming, pack).scan()
+
+    names = ("dora", "half", "nan", "some.gguf")
+    reasons = {name: refusal(incoming, name)["reason"] for name in names}
+    assert "DoRA" in reasons["dora"]
+    assert "no such file" in reasons["half"]
+    assert "NaN" in reasons["nan"]
+    assert not [path for path in incoming.with_name("out").iterdir() if path.is_dir()]
+
+
+def test_links_are_refused(incoming: Path, pack: Path, tmp_path: Path) -> None:
+    outside = factories.save_adapter(tmp_path / "outside", MODULES)
+    (incoming / "link").symlink_to(outside)
+    inside = factories.save_adapter(incoming / "inside", MODULES) / "adapter_model.safetensors"
+    inside.unlink()
+    inside.symlink_to(outside / "adapter_model.safetensors")
+
+    assert guard(incoming, pack).scan()
+
+    assert "symbolic link" in refusal(incoming, "link")["reason"]
+    assert "symbolic link" in refusal(incoming, "inside")["reason"]
+
+
+def test_other_files_and_hidden_directories_are_left_alone(incoming: Path, pack: Path) -> None:
+    (incoming / "README.md").write_text("hello")
+    factories.save_adapter(incoming / ".uploading", MODULES)
+
+    assert guard(incoming, pack).scan()
+
+    assert list(incoming.with_name("out").iterdir()) == []
+
+
+def test_partial_uploads_are_waited_for(incoming: Path, pack: Path) -> None:
+    weights = factories.save_adapter(incoming / "slow", MODULES) / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-10])
+    worker = guard(incoming, pack, patience=1000)
+
+    assert not worker.scan()
+    assert not list(incoming.with_name("out").iterdir())
+    weights.write_bytes(data)
+    assert worker.scan()
+    assert (incoming.with_name("out") / "slow").is_dir()
+
+
+def test_what_still_changes_is_not_read(incoming: Path, pack: Path) -> None:
+    factories.save_adapter(incoming / "fresh", MODULES)
+
+    assert not guard(incoming, pack, settle=1000).scan()
+    assert not list(incoming.with_name("out").iterdir())
+
+
+def inode(incoming: Path, name: str) -> int:
+    return (incoming.with_name("out") / name).stat().st_ino
+
+
+def test_restart_redoes_only_what_changed(incoming: Path, pack: Path) -> None:
+    factories.save_adapter(incoming / "same", MODULES)
+    factories.save_adapter(incoming / "other", MODULES)
+    guard(incoming, pack).scan()
+    before = inode(incoming, "same"), inode(incoming, "other")
+    shutil.rmtree(incoming / "other")
+    factories.save_adapter(incoming / "other", MODULES, seed=77)
+
+    assert guard(incoming, pack).scan()
+
+    assert inode(incoming, "same") == before[0]
+    assert inode(incoming, "other") != before[1]
+
+
+def test_another_policy_redoes_everything(incoming: Path, pack: Path) -> None:
+    factories.save_adapter(incoming / "one", MODULES)
+    guard(incoming, pack).scan()
+    before = inode(incoming, "one")
+
+    guard(incoming, pack, csulora.Policy.project()).scan()
+
+    assert inode(incoming, "one") != before
+
+
+def test_adapter_that_turns_bad_is_withdrawn_and_comes_back(incoming: Path, pack: Path) -> None:
+    out = incoming.with_name("out")
+    factories.save_adapter(incoming / "one", MODULES)
+    worker = guard(incoming, pack)
+    worker.scan()
+    shutil.rmtree(incoming / "one")
+    factories.save_adapter(incoming / "one", MODULES, use_dora=True)
+
+    worker.scan()
+    assert not (out / "one").exists()
+    assert (out / "one.refused.json").is_file()
+
+    shutil.rmtree(incoming / "one")
+    factories.save_adapter(incoming / "one", MODULES)
+    worker.scan()
+    assert (out / "one").is_dir()
+    assert not (out / "one.refused.json").exists()
+
+
+def test_directory_that_csulora_did_not_write_is_not_replaced(incoming: Path, pack: Path) -> None:
+    factories.save_adapter(incoming / "one", MODULES)
+    worker = guard(incoming, pack)
+    (incoming.with_name("out") / "one").mkdir()
+    (incoming.with_name("out") / "one" / "mine").write_text("mine")
+
+    assert worker.scan()
+
+    assert "not written by csulora" in refusal(incoming, "one")["reason"]
+    assert (incoming.with_name("out") / "one" / "mine").read_text() == "mine"
+
+
+def test_directories_must_be_apart(incoming: Path, pack: Path) -> None:
+    with pytest.raises(csulora.InputError, match="inside the other"):
+        DirectoryGuard(incoming, incoming / "out", Gate.open(pack))
+    with pytest.raises(csulora.InputError, match="no such directory"):
+        DirectoryGuard(incoming / "absent", incoming.with_name("out"), Gate.open(pack))
+
+
+def command(incoming: Path, pack: Path, *options: str) -> list[str]:
+    paths = [str(incoming), str(incoming.with_name("out")), "--subspace", str(pack), "--settle", "0.1"]
+    return [sys.executable, "-m", "csulora", "guard", *paths, *options]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_cleanly(number: signal.Signals, incoming: Path, pack: Path) -> None:
+    factories.save_adapter(incoming / "one", MODULES)
+    with subprocess.Popen(command(incoming, pack, "--watch"), stdout=subprocess.PIPE, text=True) as process:
+        while not (incoming.with_name("out") / "one").is_dir():
+            assert process.poll() is None
+            time.sleep(0.05)
+        second = subprocess.run(command(incoming, pack), capture_output=True, text=True, check=False)
+        os.kill(process.pid, number)
+        output, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 0
+    assert "one: corrected" in output
+    assert second.returncode == 4
+    assert "another guard" in second.stderr
+
+
+@pytest.fixture
+def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench" / "guard"))
+    return importlib.import_module("soak")
+
+
+def test_small_soak(soak: ModuleType, tmp_path: Path) -> None:
+    outcome = soak.soak(tmp_path, adapters=15, writers=2, kills=2)
+
+    assert outcome.passed, outcome
+    assert outcome.broken == 3

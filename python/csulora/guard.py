@@ -15,8 +15,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import re
-import secrets
-import shutil
 import stat
 import threading
 import time
@@ -27,7 +25,7 @@ from pathlib import Path
 
 from csulora.adapter import load_adapter, save_adapter
 from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.files import parse_json, read_regular, sha256_of_file, to_json, write_text
+from csulora.files import parse_json, read_regular, remove_abandoned, sha256_of_file, to_json, workplace, write_text
 from csulora.formats import Adapter
 from csulora.formats.peft_config import CONFIG_FILE
 from csulora.gate import Gate
@@ -38,7 +36,6 @@ REFUSED = ".refused.json"
 _LOCK_FILE = ".csulora-guard.lock"
 _LARGEST_RECORD = 1 << 20
 _ACCEPTED_NAME = re.compile(r"(?!.*\.refused\.json\Z)[^\x00-\x1f\x7f.][^\x00-\x1f\x7f]{0,199}")
-_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
 
 # Identity and times of an entry and of every file in it: equal before and after means untouched in between.
 _Signature = tuple[tuple[str | int, ...], ...]
@@ -109,9 +106,7 @@ class DirectoryGuard:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{self.outgoing}: another guard writes there") from None
-            for path in self.outgoing.iterdir():
-                if _TEMPORARY_NAME.fullmatch(path.name):
-                    _remove(path)
+            remove_abandoned(self.outgoing)
             yield
 
     def scan(self) -> bool:
@@ -173,9 +168,8 @@ class DirectoryGuard:
     def _withdraw(self, name: str) -> None:
         """Take away the corrected form of what an adapter was before."""
         if (self.outgoing / name / RECORD_FILE).is_file():
-            hidden = self.outgoing / f".{name}.{secrets.token_hex(4)}.old"
-            (self.outgoing / name).rename(hidden)
-            _remove(hidden)
+            with workplace(self.outgoing / name) as place:
+                (self.outgoing / name).rename(place / "old")
 
     def _refusal(self, name: str) -> Path:
         return self.outgoing / f"{name}{REFUSED}"
@@ -234,10 +228,3 @@ def _holds(file: Path, record: dict[str, str]) -> bool:
     except InputError:
         return False
     return record.items() <= found.items()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

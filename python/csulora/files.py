@@ -238,9 +238,9 @@ def identity_of_file(path: Path) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
+def sha256_of_file(path: Path, limit: int | None = None) -> str:
+    """Hex sha256 of the bytes of a file that `open_regular` opens."""
+    with open_regular(path, limit) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

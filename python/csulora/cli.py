@@ -199,7 +199,9 @@ def verify(
 
 @app.command()
 def inspect(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories or GGUF LoRA files.")],
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories or GGUF LoRA files.")
+    ],
     subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapters are for.")] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 import tomli_w
@@ -19,6 +19,7 @@ from csulora.adapter import load_adapter
 from csulora.correction import check_pack, correct
 from csulora.decisions import Decision, DecisionLog, Verdict
 from csulora.errors import InputError, RefusedError
+from csulora.files import workplace
 from csulora.formats import Adapter, peft
 from csulora.policy import Policy
 from csulora.report import Report
@@ -126,6 +127,6 @@ def _verdict(error: Exception) -> Verdict:
 @contextmanager
 def private_directory(adapter: Adapter) -> Iterator[Path]:
     """Yield a PEFT directory of the adapter that only this process knows and that is gone after the block."""
-    with TemporaryDirectory(prefix="csulora-") as directory:
-        peft.write(adapter, Path(directory))
-        yield Path(directory)
+    with workplace(Path(gettempdir(), "csulora")) as place:
+        peft.write(adapter, place)
+        yield place

@@ -68,8 +68,15 @@ Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
 
 bool gains_factor(const Gains& gains) { return gains.aligned * gains.off == gains.left * gains.right; }
 
-LoraPair stored(const Tensor& b, const Tensor& a) {
-  return {b.to(at::kFloat).contiguous(), a.to(at::kFloat).contiguous()};
+/// The pair in float32, powers of two moved between each column of b and its row of a so that the largest entries of
+/// both are about equal. The product stays as it is, and no factor is so small that rounding it to a narrow type
+/// would undo the correction: entries of float16 near 2^-24 have a single bit.
+LoraPair stored(const Tensor& b, const Tensor& a) {  // b (m, r), a (r, n)
+  const auto exponent = [](const Tensor& largest) { return std::get<1>(at::frexp(largest)).to(at::kDouble); };
+  const auto shift = exponent(a.abs().amax(1)).sub_(exponent(b.abs().amax(0))).div_(2).floor_();  // (r)
+  const auto balanced_b = b.mul(shift.exp2());
+  const auto balanced_a = a.mul(shift.neg().exp2().unsqueeze(1));
+  return {balanced_b.to(at::kFloat).contiguous(), balanced_a.to(at::kFloat).contiguous()};
 }
 
 /// X as (row_in U U^T B + row_out (I - U U^T) B) (column_in A V V^T + column_out A (I - V V^T)), rank r.
@@ -199,12 +206,13 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   const auto norms2 = part_norms2(b_split, a_split);
   const double total = norms2.aligned + norms2.left + norms2.right + norms2.off;
   result.undo = undo(b_split, a_split, task.subspace.s);
-  check(std::isfinite(total) && std::isfinite(result.undo), task.label,
+  result.norm = std::sqrt(total);
+  // An update that float32 cannot hold is infinite in its host.
+  check(std::isfinite(static_cast<float>(result.norm)) && std::isfinite(result.undo), task.label,
         ": the update or the subspace holds NaN, infinity or values too large");
   if (total > 0) {
     result.energies = {norms2.aligned / total, norms2.left / total, norms2.right / total, norms2.off / total};
   }
-  result.norm = std::sqrt(total);
   result.gains = gains_for(task.attenuation, result.energies);
   result.change = changed_share(result.gains, result.energies);
 

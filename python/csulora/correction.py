@@ -86,7 +86,7 @@ def _base_model(adapter: Adapter) -> str | None:
 
 def _cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
     """Map each covered module to the pack's name for it, in the adapter's order."""
-    covered = {}
+    covered: dict[str, str] = {}
     for name, module in adapter.modules.items():
         target = names.resolve(name, pack, pack.aliases)
         if target is None:

@@ -12,8 +12,9 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -175,7 +176,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def open_regular(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
+def open_regular(path: Path, limit: int | None = None) -> Iterator[BufferedReader]:
     """Open a regular file for reading; a FIFO or a device is never waited for.
 
     Raises:

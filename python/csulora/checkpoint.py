@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from csulora import names
 from csulora.errors import InputError, RefusedError
 from csulora.files import parse_json, read_regular
-from csulora.formats import gguf_quants
+from csulora.formats import gguf_layout, gguf_quants
 from csulora.formats.gguf_base import BaseModel
 from csulora.formats.gguf_file import GGUFFile
 
@@ -44,10 +44,16 @@ class Checkpoint:
     """
 
     def __init__(
-        self, name: str, config: dict[str, Any], weights: dict[str, Weight], others: dict[str, list[int]]
+        self,
+        name: str,
+        files: list[Path],
+        config: dict[str, Any],
+        weights: dict[str, Weight],
+        others: dict[str, list[int]],
     ) -> None:
         """Use `Checkpoint.open`; ``others`` are the shapes of all tensors that are not 2-D weights."""
         self.name = name
+        self.files = files
         self.config = config
         self.weights = weights
         self._others = others
@@ -67,13 +73,15 @@ class Checkpoint:
         name = local.resolve().name if local.exists() else str(source)
         if not directory.is_dir():
             raise InputError(f"{directory}: not a directory; name a model directory, a GGUF file or a hub id")
-        config = _read_json(directory / "config.json")
+        config_file = directory / "config.json"
+        config = _read_json(config_file)
         model_type = config.get("model_type")
         if not isinstance(model_type, str | None):
-            raise InputError(f"{directory / 'config.json'}: model_type is {model_type!r}; it must be a name")
+            raise InputError(f"{config_file}: model_type is {model_type!r}; it must be a name")
+        tensors = _tensors(directory)
         weights: dict[str, Weight] = {}
         others: dict[str, list[int]] = {}
-        for tensor, (file, shape, dtype) in _tensors(directory).items():
+        for tensor, (file, shape, dtype) in tensors.items():
             module = tensor.removesuffix(names.WEIGHT)
             if module == tensor or len(shape) != 2:
                 others[module] = shape
@@ -81,7 +89,8 @@ class Checkpoint:
                 weights[module] = Weight(file, tensor, (shape[1], shape[0]), dtype, transposed=True)
             else:
                 weights[module] = Weight(file, tensor, (shape[0], shape[1]), dtype, transposed=False)
-        return cls(name, config, weights, others)
+        files = [config_file, *sorted({tensor.file for tensor in tensors.values()})]
+        return cls(name, files, config, weights, others)
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -127,17 +136,19 @@ class Checkpoint:
             The matrix, a view of the mapped file that keeps the mapping alive, and the hex sha256.
         """
         weight = self.weights[module]
-        try:
-            with safe_open(weight.file, framework="pt") as file:
-                stored: torch.Tensor = file.get_tensor(weight.tensor)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{weight.file}: cannot read {weight.tensor}: {error}") from error
-        digest = hashlib.sha256(stored.view(torch.uint8).numpy().data).hexdigest()
+        # A mapping of its own: what was read to be hashed counts as memory until it is unmapped.
+        digest = hashlib.sha256(_map(weight).view(torch.uint8).numpy().data).hexdigest()
+        stored = _map(weight)
         return stored.t() if weight.transposed else stored, digest
 
     def quantisation_edge(self, module: str) -> float | None:
         """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
         return None
+
+    @property
+    def gguf_architecture(self) -> str:
+        """What llama.cpp calls the model's architecture; raises `RefusedError` if csulora knows no name."""
+        return gguf_layout.architecture_of_model_type(self.config.get("model_type"), self.name).name
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -152,7 +163,7 @@ class GGUFCheckpoint(Checkpoint):
             weights[module] = Weight(file.path, tensor, shape, file.tensors[tensor].type.name, transposed=False)
         config = {"model_type": base.architecture.name, "tie_word_embeddings": base.is_tied}
         others = {name: list(info.shape) for name, info in file.tensors.items() if len(info.shape) != 2}
-        super().__init__(file.path.name, config, weights, others)
+        super().__init__(file.path.name, [file.path], config, weights, others)
         self._file = file
         self._base = base
         self._has_importance = any(key.startswith("quantize.imatrix.") for key in file.fields)
@@ -185,13 +196,29 @@ class GGUFCheckpoint(Checkpoint):
         kind = self._file.tensors[weight.tensor].type
         return gguf_quants.rounding_edge(self._file.bytes_of(weight.tensor), weight.shape, kind)
 
+    @property
+    def gguf_architecture(self) -> str:
+        """What the file says."""
+        return self._base.architecture.name
+
+
+def _map(weight: Weight) -> torch.Tensor:
+    try:
+        with safe_open(weight.file, framework="pt") as file:
+            stored: torch.Tensor = file.get_tensor(weight.tensor)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{weight.file}: cannot read {weight.tensor}: {error}") from error
+    return stored
+
 
 def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[str]) -> None:
     """Raise `InputError` unless both have these modules, readable and in the same shapes, for the same model."""
-    for key in ("model_type", "architectures"):
-        ours, theirs = base.config.get(key), aligned.config.get(key)
-        unknown = isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint) and key == "architectures"
-        if ours != theirs and not unknown:
+    mixed = isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint)
+    for key in ("GGUF architecture",) if mixed else ("model_type", "architectures"):
+        ours, theirs = (
+            checkpoint.gguf_architecture if mixed else checkpoint.config.get(key) for checkpoint in (base, aligned)
+        )
+        if ours != theirs:
             raise InputError(
                 f"config.json: {key} is {ours} in base {base.name} and {theirs} in aligned {aligned.name}; "
                 "both must be the same architecture"

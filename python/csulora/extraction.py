@@ -108,6 +108,8 @@ def extract(
         }
         return _pack(pair, options, extracted)
     output = Path(output)
+    if output.resolve() in (file.resolve() for checkpoint in (pair.base, pair.aligned) for file in checkpoint.files):
+        raise InputError(f"{output}: belongs to a checkpoint that is read; choose another place for the pack")
     parts = Parts(output, _identity(pair, options))
     try:
         _extract_parts(pair, options, parts, progress)
@@ -161,8 +163,7 @@ def _identity(pair: CheckpointPair, options: ExtractionOptions) -> dict[str, Any
     """Describe what a run must have in common with an interrupted one to continue it."""
 
     def files(checkpoint: Checkpoint) -> dict[str, list[int]]:
-        paths = sorted({weight.file.resolve() for weight in checkpoint.weights.values()})
-        return {str(path): list(identity_of_file(path)) for path in paths}
+        return {str(path.resolve()): list(identity_of_file(path)) for path in checkpoint.files}
 
     return {
         "csulora": __version__,

@@ -32,8 +32,9 @@ def is_attention_or_mlp(module: str) -> bool:
 
 
 def token_embedding(modules: Iterable[str]) -> str | None:
-    """Return the module that holds the token embedding, if it is recognisable by name."""
-    return next((module for module in sorted(modules) if _TOKEN_EMBEDDING.search(module)), None)
+    """Return the module that holds the token embedding, if exactly one has such a name."""
+    found = [module for module in modules if _TOKEN_EMBEDDING.search(module)]
+    return found[0] if len(found) == 1 else None
 
 
 def matches(module: str, pattern: str) -> bool:

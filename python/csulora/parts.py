@@ -58,10 +58,10 @@ class Parts:
     def remove(self) -> None:
         """Forget the run."""
         remove_abandoned(self.directory)
-        for file in self.directory.iterdir():
+        for file in self.directory.glob("*"):
             if file.name != _RUN_FILE:  # removed last: it says that the directory is csulora's
-                file.unlink()
-        shutil.rmtree(self.directory)
+                file.unlink(missing_ok=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _file(self, module: str) -> Path:
         return self.directory / f"{hashlib.sha256(module.encode()).hexdigest()}.safetensors"

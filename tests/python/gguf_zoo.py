@@ -38,7 +38,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Family:
-    """How to make a model of one `model_type`."""
+    """How to make a model of one `model_type`, with an output head of its own unless transformers ties it."""
 
     name: str  # of the classes in transformers
     settings: dict[str, object] = field(default_factory=dict)
@@ -96,6 +96,7 @@ def save_model(family: str, directory: Path) -> Path:
 
 
 def save_gguf(family: str, path: Path) -> Path:
+    """Write the model as a GGUF file."""
     return convert(model(family), path, name="tiny")
 
 

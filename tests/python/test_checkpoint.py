@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -46,15 +47,17 @@ def test_is_called_as_its_directory_or_its_hub_id(tmp_path: Path, monkeypatch: p
 
 def test_fetches_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = factories.save_checkpoint(tmp_path / "snapshot", factories.llama_weights())
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    rest = ["README.md", "consolidated.safetensors", "original/params.json", "pytorch_model.bin"]
     fetched = []
 
-    def snapshot_download(repo: str, **patterns: object) -> str:
-        fetched.append(repo)
+    def snapshot_download(repo: str, **patterns: list[str]) -> str:
+        fetched.append((repo, *filter_repo_objects(wanted + rest, **patterns)))
         return str(directory)
 
     monkeypatch.setattr("csulora.checkpoint.snapshot_download", snapshot_download)
     assert Checkpoint.open("org/model").name == "org/model"
-    assert fetched == ["org/model"]
+    assert fetched == [("org/model", *wanted)]
 
 
 def test_a_hub_id_offline_is_one_plain_message() -> None:

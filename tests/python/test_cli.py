@@ -242,6 +242,23 @@ def test_the_same_command_twice_writes_the_same_bytes(work: Path, run: Run, comm
     assert tree(work) == first
 
 
+STRANGE = "up[/red]:smile:_proj"
+
+
+def save_strange_pair(directory: Path) -> None:
+    """Two checkpoints with a name that means something to the library that draws tables."""
+    weights = {f"model.layers.0.mlp.{STRANGE}.weight": factories.gaussian(24, 16, seed=0)}
+    factories.save_checkpoint(directory / "strange", weights)
+    factories.save_checkpoint(directory / "stranger", factories.moved(weights))
+
+
+def test_names_are_shown_as_they_are(work: Path, run: Run) -> None:
+    save_strange_pair(work)
+    result = run("extract", "strange", "stranger", "-o", "new", "--rank", 6)
+    assert (result.code, result.err) == (0, "")
+    assert STRANGE in result.out
+
+
 # What is refused
 
 USAGE = [
@@ -378,6 +395,12 @@ def test_what_is_refused_is_one_line_and_exit_code_3_and_nothing_is_written(bad:
     assert not list(bad.glob("*.partial"))
 
 
+def test_an_error_is_one_printable_line_whatever_it_quotes(work: Path, run: Run) -> None:
+    result = run("inspect", "no\n\x1b[31msuch\tname")
+    assert (result.code, result.out) == (4, "")
+    assert result.err == "csulora: error: no [31msuch name: no such adapter\n"
+
+
 def test_a_device_is_never_replaced(work: Path, run: Run) -> None:
     os.mkfifo("pipe")
     for option in ("-o", "--json"):
@@ -408,6 +431,31 @@ def test_a_full_disk_is_one_line(work: Path, command: str) -> None:
     assert result.err.count("\n") == 1
     assert not (work / "new").exists()
     assert not (work / "out").exists()
+
+
+# Memory and time
+
+
+def peak_memory(*arguments: object) -> int:
+    """The most memory, in KiB, that a command had at once."""
+    # Not getrusage: that counts the process it was started from, too.
+    program = "import atexit, csulora.cli; atexit.register(lambda: print(open('/proc/self/status').read()))"
+    command = [sys.executable, "-c", f"{program}; csulora.cli.main()", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    status = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (2, 8):
+        names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(layers)]
+        base = {name: factories.gaussian(2048, 1024, seed=i) for i, name in enumerate(names)}
+        factories.save_checkpoint(tmp_path / f"base{layers}", base)
+        factories.save_checkpoint(tmp_path / f"aligned{layers}", factories.moved(base))
+        models = tmp_path / f"base{layers}", tmp_path / f"aligned{layers}"
+        peaks.append(peak_memory("extract", *models, "-o", tmp_path / "pack", "--rank", 4, "-q"))
+    assert peaks[1] <= 1.1 * peaks[0]  # the weights of six more layers would be 96 MiB more
 
 
 # Runs that are interrupted
@@ -472,8 +520,9 @@ def test_an_interrupted_run_says_that_it_can_be_continued(large: list[object], t
 
 
 def test_a_terminal_gets_a_progress_bar(work: Path) -> None:
+    save_strange_pair(work)
     terminal, its_end = pty.openpty()
-    process = in_a_process("extract", "base", "aligned", "-o", "new", "--rank", 6, stderr=its_end)
+    process = in_a_process("extract", "strange", "stranger", "-o", "new", "--rank", 6, stderr=its_end)
     os.close(its_end)
     written = b""
     while True:
@@ -486,5 +535,5 @@ def test_a_terminal_gets_a_progress_bar(work: Path) -> None:
         written += chunk
     os.close(terminal)
     assert finish(process).code == 0
-    assert b"extracting" in written
+    assert f"extracting model.layers.0.mlp.{STRANGE}".encode() in written
     assert b"\x1b[" in written

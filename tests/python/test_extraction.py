@@ -162,6 +162,14 @@ def test_options_out_of_range_are_refused_before_anything_is_written(
     assert not list(tmp_path.glob("pack*"))
 
 
+@pytest.mark.parametrize("name", ["base/model.safetensors", "aligned/config.json"])
+def test_the_checkpoints_are_never_written_to(tmp_path: Path, models: tuple[Path, Path], name: str) -> None:
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(InputError, match="belongs to a checkpoint that is read"):
+        csulora.extract(*models, output=tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before
+
+
 def spoil(aligned: Path, module: str, value: float) -> None:
     weights = factories.moved(factories.llama_weights())
     weights[f"{module}.weight"][3, 5] = value
@@ -236,9 +244,12 @@ def test_other_options_do_not_continue(tmp_path: Path, models: tuple[Path, Path]
     assert len(interrupter.extracted) == 14
 
 
-def test_other_checkpoints_do_not_continue(tmp_path: Path, models: tuple[Path, Path], interrupter: Interrupter) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_other_checkpoints_do_not_continue(
+    tmp_path: Path, models: tuple[Path, Path], interrupter: Interrupter, name: str
+) -> None:
     interrupt(interrupter, models, tmp_path / "pack", 9)
-    file = models[1] / "model.safetensors"
+    file = models[1] / name
     copy = file.read_bytes()
     file.unlink()
     file.write_bytes(copy)

@@ -53,10 +53,17 @@ def test_packs_are_the_same_whatever_the_format(dtype: torch.dtype, tmp_path: Pa
     assert all(result.holds for result in csulora.verify(expected, *gguf_pair(tmp_path, dtype)))
 
 
-def test_a_directory_and_a_file_make_a_pair(tmp_path: Path) -> None:
-    base = factories.save_checkpoint(tmp_path / "base", weights())
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_a_directory_and_a_file_make_a_pair(model_type: str, tmp_path: Path) -> None:
+    base = factories.save_checkpoint(tmp_path / "base", weights(), {"model_type": model_type})
     pack = csulora.extract(base, gguf_pair(tmp_path, torch.float32)[1], rank=8)
     assert pack[Q].certificate.captured > 0.9
+
+
+def test_a_pair_has_one_architecture(tmp_path: Path) -> None:
+    base = factories.save_checkpoint(tmp_path / "base", weights(), {"model_type": "qwen2"})
+    with pytest.raises(InputError, match=r"architecture is qwen2 in base base and llama in aligned aligned\.gguf"):
+        csulora.extract(base, gguf_pair(tmp_path, torch.float32)[1], rank=8)
 
 
 def test_modules_outside_layers(tmp_path: Path) -> None:

@@ -75,3 +75,4 @@ def test_recognises_the_token_embedding() -> None:
     assert names.token_embedding(["model.layers.0.mlp", "model.embed_tokens"]) == "model.embed_tokens"
     assert names.token_embedding(["wpe", "wte"]) == "wte"
     assert names.token_embedding([LLAMA, "wpe"]) is None
+    assert names.token_embedding(["audio.embed_tokens", "language.embed_tokens"]) is None

@@ -40,6 +40,7 @@ def test_leaves_no_trace(output: Path) -> None:
     assert parts.directory.is_dir()
     parts.remove()
     assert list(output.parent.iterdir()) == []
+    parts.remove()
 
 
 def test_somebody_elses_directory_is_left_alone(output: Path) -> None:

@@ -30,6 +30,8 @@ _SEPARATE = (
 )
 _FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
+_OUTSIDE = {EMBEDDING: TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD], HEAD: TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}
+
 # At most four digits and no leading zero: every name has one spelling.
 _IN_LAYER = re.compile(r"(?P<stem>model\.layers|blk)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<part>.+)")
 
@@ -50,11 +52,13 @@ class Architecture:
 
     def tensor_name(self, module: str) -> str | None:
         """Return a module's GGUF name less ``.weight``; None if llama.cpp has no such weight matrix."""
-        return _rename(module, "model.layers", "blk", _names(self))
+        return _OUTSIDE.get(module) or _rename(module, "model.layers", "blk", _part_names(self))
 
     def module_name(self, tensor: str) -> str | None:
         """Return the module of a GGUF name less ``.weight``; None if it is no weight matrix of a known module."""
-        return _rename(tensor, "blk", "model.layers", {name: part for part, name in _names(self).items()})
+        parts = {name: part for part, name in _part_names(self).items()}
+        outside = {name: module for module, name in _OUTSIDE.items()}
+        return outside.get(tensor) or _rename(tensor, "blk", "model.layers", parts)
 
     def is_permuted(self, module: str) -> bool:
         """Whether the rows of this module's weight are in another order in GGUF files."""
@@ -120,20 +124,18 @@ def from_rotary_order(matrix: torch.Tensor, heads: int) -> torch.Tensor:
     return matrix.reshape(heads, -1, 2, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
 
 
-def _rename(name: str, stem: str, new_stem: str, table: dict[str, str]) -> str | None:
-    if found := _IN_LAYER.fullmatch(name):
-        part = table.get(found["part"]) if found["stem"] == stem else None
-        return part and f"{new_stem}.{found['layer']}.{part}"
-    outside = table.get(name)
-    return outside if name in (EMBEDDING, HEAD) or outside in (EMBEDDING, HEAD) else None
+def _rename(name: str, stem: str, new_stem: str, parts: dict[str, str]) -> str | None:
+    found = _IN_LAYER.fullmatch(name)
+    part = parts.get(found["part"]) if found and found["stem"] == stem else None
+    return f"{new_stem}.{found['layer']}.{part}" if found and part else None
 
 
 @cache
-def _names(architecture: Architecture) -> dict[str, str]:
-    """GGUF names by module: outside layers whole, inside layers what follows the layer's number."""
+def _part_names(architecture: Architecture) -> dict[str, str]:
+    """What follows the layer's number in GGUF names, by part."""
     (arch,) = (arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
     table = TensorNameMap(MODEL_ARCH(arch), 1)
-    names = {EMBEDDING: TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD], HEAD: TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}
+    names = {}
     for part in architecture.parts:
         name = table.get_name(f"model.layers.0.{part}")
         if name is None:

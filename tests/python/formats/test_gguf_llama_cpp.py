@@ -39,3 +39,41 @@ def test_llama_cpp_computes_what_peft_computes(family: str, kind: str, files: Pa
     print(f"{family}, {kind}: {difference:.1e}; without an adapter {noise:.1e}; the adapter's effect {effect:.1e}")
     assert effect > 100 * LARGEST_DIFFERENCE
     assert difference <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama", ["embed_tokens", "lm_head", "q_proj"]), ("qwen2", ["embed_tokens"]), ("qwen3", ["lm_head"])],
+)
+def test_embedding_and_head_where_they_are_two(family: str, targets: list[str], tmp_path: Path) -> None:
+    base = gguf_zoo.save_gguf(family, tmp_path / "base.gguf")
+    adapted = gguf_zoo.make_adapter(family, tmp_path / "adapter", target_modules=targets)
+    csulora.save_adapter(csulora.load_adapter(tmp_path / "adapter"), tmp_path / "lora.gguf", "gguf", base_model=base)
+    expected = gguf_zoo.logits(adapted)
+    assert np.abs(gguf_zoo.llama_logits(base, tmp_path / "lora.gguf") - expected).max() <= LARGEST_DIFFERENCE
+    assert np.abs(gguf_zoo.llama_logits(base) - expected).max() > 100 * LARGEST_DIFFERENCE
+
+
+def test_a_directory_as_base_model_gives_the_same_file(tmp_path: Path) -> None:
+    """Also for architectures whose head size is not width / heads."""
+    for family in gguf_zoo.FAMILIES:
+        gguf_zoo.make_adapter(family, tmp_path / family / "adapter")
+        bases = (
+            gguf_zoo.save_gguf(family, tmp_path / family / "tiny.gguf"),
+            gguf_zoo.save_model(family, tmp_path / family / "tiny"),
+        )
+        files = [tmp_path / family / f"{i}.gguf" for i in range(2)]
+        for base, file in zip(bases, files, strict=True):
+            adapter = csulora.load_adapter(tmp_path / family / "adapter")
+            csulora.save_adapter(adapter, file, "gguf", base_model=base)
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_llama_cpp_reads_the_other_types(tmp_path: Path) -> None:
+    """It rounds what it multiplies with to the adapter's type, so it is less exact."""
+    base = gguf_zoo.save_gguf("llama", tmp_path / "base.gguf")
+    expected = gguf_zoo.logits(gguf_zoo.make_adapter("llama", tmp_path / "adapter"))
+    for outtype, tolerance in (("f16", 1e-2), ("bf16", 5e-2)):
+        file, adapter = tmp_path / f"{outtype}.gguf", csulora.load_adapter(tmp_path / "adapter")
+        csulora.save_adapter(adapter, file, "gguf", base_model=base, outtype=outtype)
+        assert np.abs(gguf_zoo.llama_logits(base, file) - expected).max() <= tolerance

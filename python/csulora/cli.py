@@ -199,9 +199,7 @@ def verify(
 
 @app.command()
 def inspect(
-    adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories or GGUF LoRA files.")
-    ],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT directories or GGUF LoRA files.")],
     subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapters are for.")] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")
@@ -280,30 +278,12 @@ def correct(
 
 
 @app.command()
-def export(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
-    base_model: Annotated[
-        Path, typer.Option(metavar="DIR|GGUF", help="The model that llama.cpp will run with the adapter.")
-    ],
-    outtype: Outtype = None,
-    json: Json = None,
-    quiet: Quiet = False,
-) -> None:
-    """Write an adapter as a GGUF LoRA file for llama.cpp, uncorrected."""
-    loaded = csulora.load_adapter(adapter, base_model)
-    csulora.save_adapter(loaded, output, "gguf", base_model=base_model, outtype=outtype and outtype.value)
-    document = {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)}
-    summary = f"{output}: {len(loaded.modules)} modules, uncorrected"
-    _deliver(tables.adapter_table(loaded), summary, document, json, quiet)
-
-
-@app.command()
 def guard(
     incoming: Annotated[Path, typer.Argument(help="Directory that adapters are uploaded to.")],
     outgoing: Annotated[Path, typer.Argument(help="Directory for the corrected ones; point the server here.")],
     subspace: Annotated[Path, typer.Option(help="Pack of the served model.")],
     policy: Annotated[Path | None, typer.Option(help="Policy (TOML). [default: the preset csulora]")] = None,
+    base_model: BaseModel = None,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until SIGTERM or SIGINT.")] = False,
     settle: Annotated[float, typer.Option(min=0, help="Seconds an upload must not change before it is read.")] = 2.0,
     patience: Annotated[float, typer.Option(min=0, help="Seconds until an unreadable upload is refused.")] = 60.0,
@@ -317,6 +297,7 @@ def guard(
         Gate.open(subspace, policy, decisions),
         settle,
         patience,
+        base_model,
         say=lambda line: None if quiet else print(line, flush=True),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -342,6 +323,25 @@ def vllm_serve(
 
 
 @app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
+    base_model: Annotated[
+        Path, typer.Option(metavar="DIR|GGUF", help="The model that llama.cpp will run with the adapter.")
+    ],
+    outtype: Outtype = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write an adapter as a GGUF LoRA file for llama.cpp, uncorrected."""
+    loaded = csulora.load_adapter(adapter, base_model)
+    csulora.save_adapter(loaded, output, "gguf", base_model=base_model, outtype=outtype and outtype.value)
+    document = {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)}
+    summary = f"{output}: {len(loaded.modules)} modules, uncorrected"
+    _deliver(tables.adapter_table(loaded), summary, document, json, quiet)
+
+
+@app.command()
 def doctor(json: Json = None, quiet: Quiet = False) -> None:
     """Check this installation."""
     findings = doctor_module.examine()
@@ -364,8 +364,7 @@ def main() -> None:
 
 
 def _fail(kind: str, reason: object, code: int) -> NoReturn:
-    line = "".join(character if character.isprintable() else " " for character in str(reason))
-    print(f"csulora: {kind}: {' '.join(line.split())}", file=sys.stderr)
+    print(f"csulora: {kind}: {' '.join(str(reason).split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -384,7 +383,7 @@ def _deliver(table: RenderableType, summary: str, document: dict[str, Any], json
     """Print table and summary, unless nobody wants them, and write the document where somebody does."""
     if not quiet and json != _STDOUT:
         # A pipe has no width of its own; wide enough that no table wraps.
-        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, emoji=False).print(table)
+        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
         print(summary)
     if json == _STDOUT:
         print(to_json(document), end="")
@@ -400,11 +399,11 @@ def _progress(verb: str, quiet: bool) -> Iterator[ReportProgress | None]:
         disable_progress_bars()
         yield None
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task(verb, total=None)
 
         def report(module: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{verb} {module}", completed=done, total=total, refresh=True)
+            bar.update(task, description=f"{verb} {module}", completed=done, total=total)
 
         yield report

@@ -40,7 +40,7 @@ def combine(adapters: Sequence[Adapter], pack: Subspace, weights: Sequence[float
     terms: dict[str, list[LoraModule]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, module in adapter.modules.items():
-            target = names.resolve(name, pack, pack.provenance.aliases) or name
+            target = names.resolve(name, pack, pack.aliases) or name
             earlier = terms.setdefault(target, [])
             if earlier and earlier[0].shape != module.shape:
                 raise InputError(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from csulora import names
 from csulora.core import _core
 from csulora.errors import InputError, RefusedError
 from csulora.files import to_json
-from csulora.formats import Adapter, LoraModule
+from csulora.formats import Adapter, LoraModule, is_finite
 from csulora.policy import Policy
 from csulora.report import REPORT_FILE, ModuleReport, Report
 from csulora.subspace import Subspace
@@ -154,7 +152,7 @@ def _check_undo(adapter: Adapter, report: Report, policy: Policy) -> None:
 
 def _stored(adapter: Adapter, name: str, module: LoraModule, result: _core.Correction) -> LoraModule:
     b, a = result.pair.b.to(module.b.dtype), result.pair.a.to(module.a.dtype)
-    if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
+    if not (is_finite(b) and is_finite(a)):
         raise InputError(
             f"{adapter.path}: the corrected update of {name} does not fit {module.b.dtype}; save the adapter as float32"
         )

@@ -41,13 +41,18 @@ class Gate:
     def __init__(self, pack: Subspace, policy: Policy | None = None, log: DecisionLog | None = None) -> None:
         """Set the gate up; without ``policy`` it is ``Policy.csulora(1.0)``.
 
+        The whole pack is read and validated now, not when an adapter first needs it.
+
         Raises:
+            InputError: the pack's values are not usable, or an override of the policy matches none of its modules.
             RefusedError: the policy was tuned for another pack.
         """
         self.pack = pack
         self.policy = policy or Policy.csulora()
         self.log = log or DecisionLog()
         check_pack(self.policy, pack)
+        for module in pack:
+            pack.to_core(module)
         self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
         made_of = f"csulora {__version__}, pack {pack.sha256}, policy {self.policy_sha256}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()

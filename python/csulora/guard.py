@@ -3,11 +3,12 @@
 For servers without a hook of their own: uploads go to INCOMING, and the server is pointed at OUTGOING.
 
     INCOMING/name        an adapter directory, or a file ``name.gguf``
-    OUTGOING/name        the corrected adapter, complete
+    OUTGOING/name        the corrected adapter in the same format, complete
     OUTGOING/name.refused.json    or, instead of it, why there is none
 
 What was decided is recorded beside the result: the hash of the input and the fingerprint of pack, policy and
-version. After a restart, an input whose record still holds is left alone.
+version. After a restart, an input whose record still holds is left alone. Names that begin with a dot, and files
+that are no GGUF, are ignored.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from csulora.gate import Gate
 
 RECORD_FILE = "csulora_guard.json"
 REFUSED = ".refused.json"
+GGUF = ".gguf"
 
 _LOCK_FILE = ".csulora-guard.lock"
 _LARGEST_RECORD = 1 << 20
@@ -57,7 +59,14 @@ class DirectoryGuard:
     """Keeps OUTGOING the corrected image of INCOMING."""
 
     def __init__(
-        self, incoming: Path, outgoing: Path, gate: Gate, settle: float = 2.0, patience: float = 60.0, say: Say = print
+        self,
+        incoming: Path,
+        outgoing: Path,
+        gate: Gate,
+        settle: float = 2.0,
+        patience: float = 60.0,
+        base_model: Path | None = None,
+        say: Say = print,
     ) -> None:
         """Set the guard up.
 
@@ -68,6 +77,7 @@ class DirectoryGuard:
             settle: seconds for which an entry must not change before it is read.
             patience: seconds for which an entry that cannot be read may be an upload that has come to a halt;
                 after that it is refused as malformed.
+            base_model: the model that GGUF files are for; without it they are refused.
             say: receives a line for every decision.
 
         Raises:
@@ -80,6 +90,7 @@ class DirectoryGuard:
             raise InputError(f"{outgoing}: neither directory may lie inside the other")
         self.outgoing.mkdir(exist_ok=True)
         self.gate, self.settle, self.patience, self.say = gate, settle, patience, say
+        self.base_model = base_model
         self._entries: dict[str, _Entry] = {}
         self._stop = threading.Event()
 
@@ -132,7 +143,7 @@ class DirectoryGuard:
         record = {"input_sha256": _content_sha256(path, entry.signature), "made_by": self.gate.fingerprint}
         if self._is_recorded(name, record):
             return True
-        found = _read(path, entry.signature)
+        found = self._read(path, entry.signature)
         if isinstance(found, InputError) and time.monotonic() - entry.since < self.patience:
             return False
         if _signature(path) != entry.signature:
@@ -142,13 +153,29 @@ class DirectoryGuard:
         except Exception as error:  # also a bug of ours: it must neither stop the guard nor let the adapter through
             return self._refuse(name, error, record)
         try:
-            documents = corrected.documents | {RECORD_FILE: to_json(record)}
-            save_adapter(replace(corrected, documents=documents), self.outgoing / name)
+            self._publish(name, corrected, record)
         except CsuloraError as error:
             return self._refuse(name, error, record)
         self._refusal(name).unlink(missing_ok=True)
         self.say(f"{name}: corrected, change {report.totals.change:.1%}")
         return True
+
+    def _read(self, path: Path, signature: _Signature) -> Adapter | Exception:
+        try:
+            for name, mode, *_ in signature:
+                if stat.S_ISLNK(int(mode)):
+                    raise RefusedError(f"{path}: {name} is a symbolic link; upload the files themselves")
+            return load_adapter(path, self.base_model)
+        except Exception as error:
+            return error
+
+    def _publish(self, name: str, corrected: Adapter, record: dict[str, str]) -> None:
+        if name.endswith(GGUF):
+            save_adapter(corrected, self.outgoing / name, "gguf", base_model=self.base_model)
+            write_text(self._record(name), to_json(record))
+        else:
+            documents = corrected.documents | {RECORD_FILE: to_json(record)}
+            save_adapter(replace(corrected, documents=documents), self.outgoing / name)
 
     def _refuse(self, name: str, error: Exception, record: dict[str, str]) -> bool:
         self._withdraw(name)
@@ -159,7 +186,7 @@ class DirectoryGuard:
 
     def _is_recorded(self, name: str, record: dict[str, str]) -> bool:
         """Whether the record beside the result holds; the other kind of result, if there is one, is outdated."""
-        if _holds(self.outgoing / name / RECORD_FILE, record):
+        if (self.outgoing / name).exists() and _holds(self._record(name), record):
             self._refusal(name).unlink(missing_ok=True)
             return True
         if _holds(self._refusal(name), record):
@@ -169,9 +196,18 @@ class DirectoryGuard:
 
     def _withdraw(self, name: str) -> None:
         """Take away the corrected form of what an adapter was before."""
-        if (self.outgoing / name / RECORD_FILE).is_file():
+        if not self._record(name).is_file():
+            return
+        if name.endswith(GGUF):
+            (self.outgoing / name).unlink(missing_ok=True)
+            self._record(name).unlink()
+        else:
             with workplace(self.outgoing / name) as place:
                 (self.outgoing / name).rename(place / "old")
+
+    def _record(self, name: str) -> Path:
+        """Where the record of a corrected adapter lies: in its directory, or beside its file."""
+        return self.outgoing / f"{name}.{RECORD_FILE}" if name.endswith(GGUF) else self.outgoing / name / RECORD_FILE
 
     def _refusal(self, name: str) -> Path:
         return self.outgoing / f"{name}{REFUSED}"
@@ -179,8 +215,8 @@ class DirectoryGuard:
 
 def _is_entry(path: Path) -> bool:
     name = path.name
-    is_adapter = name.endswith(".gguf") or path.is_symlink() or not path.is_file()
-    return is_adapter and _is_presentable(name) and not name.endswith(REFUSED)
+    is_adapter = name.endswith(GGUF) or path.is_symlink() or not path.is_file()
+    return is_adapter and _is_presentable(name) and not name.endswith((REFUSED, RECORD_FILE))
 
 
 def _is_presentable(name: str) -> bool:
@@ -208,20 +244,10 @@ def _content_sha256(path: Path, signature: _Signature) -> str:
     for name, mode, *_ in signature:
         file = path if name == path.name and len(signature) == 1 else path / str(name)
         digest.update(f"{name!r} {stat.S_IFMT(int(mode))} ".encode())
-        if stat.S_ISREG(int(mode)) and (name == CONFIG_FILE or str(name).endswith((".safetensors", ".gguf"))):
+        if stat.S_ISREG(int(mode)) and (name == CONFIG_FILE or str(name).endswith((".safetensors", GGUF))):
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
                 digest.update(sha256_of_file(file, LARGEST_WEIGHTS).encode())
     return digest.hexdigest()
-
-
-def _read(path: Path, signature: _Signature) -> Adapter | Exception:
-    try:
-        for name, mode, *_ in signature:
-            if stat.S_ISLNK(int(mode)):
-                raise RefusedError(f"{path}: {name} is a symbolic link; upload the files themselves")
-        return load_adapter(path)
-    except Exception as error:
-        return error
 
 
 def _adapter_or_raise(found: Adapter | Exception) -> Adapter:

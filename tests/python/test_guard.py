@@ -12,10 +12,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import csulora
 import factories
+import gguf_files
 from csulora.gate import Gate
 from csulora.guard import DirectoryGuard
 
@@ -38,6 +40,38 @@ def incoming(tmp_path: Path) -> Path:
 def guard(incoming: Path, pack: Path, policy: csulora.Policy | None = None, **options: float) -> DirectoryGuard:
     settings = {"settle": 0.0, "patience": 0.0} | options
     return DirectoryGuard(incoming, incoming.with_name("out"), Gate.open(pack, policy), say=lambda _: None, **settings)
+
+
+def test_gguf_files_come_out_as_gguf_files(incoming: Path, pack: Path, tmp_path: Path) -> None:
+    model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
+    loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
+    csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=model)
+    out = incoming.with_name("out")
+    worker = DirectoryGuard(incoming, out, Gate.open(pack), 0.0, 0.0, model, lambda _: None)
+
+    assert worker.scan()
+
+    expected, _ = csulora.correct(csulora.load_adapter(incoming / "one.gguf", model), csulora.Subspace.open(pack))
+    found = csulora.load_adapter(out / "one.gguf", model)
+    for name, module in expected.modules.items():
+        assert torch.allclose(found.modules[name].b @ found.modules[name].a, module.b @ module.a, atol=1e-5)
+    before = (out / "one.gguf").stat().st_ino
+    assert DirectoryGuard(incoming, out, Gate.open(pack), 0.0, 0.0, model, lambda _: None).scan()
+    assert (out / "one.gguf").stat().st_ino == before
+
+    (incoming / "one.gguf").write_bytes(b"GGUF")
+    assert worker.scan()
+    assert {path.name for path in out.iterdir()} == {"one.gguf.refused.json"}
+
+
+def test_gguf_without_its_model_is_refused(incoming: Path, pack: Path, tmp_path: Path) -> None:
+    model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
+    loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
+    csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=model)
+
+    assert guard(incoming, pack).scan()
+
+    assert "--base-model" in refusal(incoming, "one.gguf")["reason"]
 
 
 def refusal(incoming: Path, name: str) -> dict[str, str]:

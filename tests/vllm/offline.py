@@ -39,11 +39,8 @@ class Engine:
     def ask(self, request: LoRARequest | None) -> dict[str, list]:
         options = SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True)
         answer = self.llm.generate([PROMPT], options, lora_request=request, use_tqdm=False)[0].outputs[0]
-        tokens = list(answer.token_ids)
-        return {
-            "tokens": tokens,
-            "logprobs": [step[t].logprob for step, t in zip(answer.logprobs, tokens, strict=True)],
-        }
+        chosen = [step[token] for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+        return {"tokens": [one.decoded_token for one in chosen], "logprobs": [one.logprob for one in chosen]}
 
     def attempt(self, action) -> str:
         try:

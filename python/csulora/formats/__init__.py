@@ -54,3 +54,9 @@ class Adapter:
     sha256: str
     documents: dict[str, str] = field(default_factory=dict)
     partial: bool = False
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; one reading, where ``isfinite().all()`` takes several."""
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() & high.isfinite())

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from csulora.errors import InputError, RefusedError
 from csulora.files import open_regular, parse_json, read_regular, save_tensors, to_json
-from csulora.formats import Adapter, LoraModule
+from csulora.formats import Adapter, LoraModule, is_finite
 from csulora.formats.peft_config import CONFIG_FILE, check_config, ranks_and_scales, untargeted
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -144,7 +144,7 @@ def write(adapter: Adapter, directory: Path) -> None:
     """
     tensors = tensors_of(adapter)
     for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensor.dtype}")
     (directory / CONFIG_FILE).write_text(to_json(config_of(adapter)), encoding="utf-8")
     save_tensors(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
@@ -187,7 +187,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:
         raise InputError(f"{path}: {name} is {list(tensor.shape)}; a matrix is needed")
     if tensor.dtype not in _DTYPES:
         raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16 or float32 is needed")
-    if not bool(tensor.isfinite().all()):
+    if not is_finite(tensor):
         raise InputError(f"{path}: {name} holds NaN or infinity")
 
 

@@ -32,7 +32,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
-from csulora.formats.peft import WEIGHTS_FILE, parse, sha256_of
+from csulora.formats.peft import WEIGHTS_FILE, parse, read, sha256_of
 from csulora.formats.peft_config import CONFIG_FILE
 from csulora.gate import Gate, private_directory
 from csulora.hooks import check_signature
@@ -78,7 +78,7 @@ def load(
     Raises:
         CsuloraError: the adapter is refused or malformed; the model is as it was.
     """
-    corrected, report = Gate.open(subspace, policy).admit(_local(path, options))
+    corrected, report = Gate.open(subspace, policy).admit(_local(path, options), read)
     with _host_loads(corrected) as directory:
         if isinstance(model, (PeftModel, PeftMixedModel)):
             _check_name_is_free(model.peft_config, adapter_name)
@@ -178,7 +178,7 @@ def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any
         if _corrected.get():
             return original(self, model_id, adapter_name, *args, **options)
         _check_name_is_free(self.peft_config, adapter_name)
-        with _host_loads(gate.admit(_local(model_id, options))[0]) as directory:
+        with _host_loads(gate.admit(_local(model_id, options), read)[0]) as directory:
             return original(self, directory, adapter_name, *args, **options)
 
     return load_adapter
@@ -191,7 +191,7 @@ def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., 
             return original(cls, model, model_id, *args, **options)
         if options.get("config") is not None or len(args) > 2:
             raise RefusedError(f"{model_id}: under a guard an adapter is loaded with its own config; pass none")
-        with _host_loads(gate.admit(_local(model_id, options))[0]) as directory:
+        with _host_loads(gate.admit(_local(model_id, options), read)[0]) as directory:
             return original(cls, model, directory, *args, **options)
 
     return from_pretrained
@@ -215,7 +215,7 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
             raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
         hub = (options.pop("adapter_kwargs", None) or {}) | options
         options = {name: value for name, value in options.items() if name not in _HUB_ARGUMENTS}
-        with _host_loads(gate.admit(_local(source, hub))[0]) as directory:
+        with _host_loads(gate.admit(_local(source, hub), read)[0]) as directory:
             return original(self, str(directory), adapter_name, None, None, *args, **options)
 
     return load_adapter
@@ -227,7 +227,7 @@ def _hotswap_weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., 
         if _corrected.get():
             weights: dict[str, torch.Tensor] = original(model_id, device, **options)
             return weights
-        with _host_loads(gate.admit(_local(model_id, options))[0]) as directory:
+        with _host_loads(gate.admit(_local(model_id, options), read)[0]) as directory:
             _swapped_config.set(peft.LoraConfig.from_pretrained(str(directory)))
             weights = original(directory, device)
             return weights

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import threading
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import torch
 
@@ -41,7 +44,8 @@ class Admission:
         """Start with nothing decided; corrected adapters are kept in a temporary directory (see TMPDIR)."""
         self.gate = gate
         self._lock = threading.Lock()
-        self._home = TemporaryDirectory(prefix="csulora-vllm-")
+        self._home = Path(mkdtemp(prefix="csulora-vllm-"))
+        weakref.finalize(self, _remove, self._home, os.getpid())
         self._admitted: set[Hashable] = set()
         self._verdicts: dict[Path, _Verdict] = {}
         self._by_content: dict[str, Path] = {}
@@ -107,21 +111,26 @@ class Admission:
 
     def _judge(self, path: Path, signature: _Signature) -> _Verdict:
         try:
-            corrected, _ = self.gate.admit(path)
+            corrected, _ = self.gate.admit(path, peft.read)
         except CsuloraError as error:
             return _Verdict(signature, error=error)
         return _Verdict(signature, max(module.rank for module in corrected.modules.values()))
 
     def _corrected(self, path: Path, dtype: torch.dtype) -> Path:
-        adapter = self.gate.read(path)
+        adapter = self.gate.read(path, peft.read)
         key = f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
         if key not in self._by_content:
             corrected, _ = self.gate.admit(path, lambda _: _cast(adapter, torch.float32))
-            directory = Path(self._home.name, key)
+            directory = self._home / key
             directory.mkdir(exist_ok=True)
             peft.write(_cast(corrected, dtype), directory)
             self._by_content[key] = directory
         return self._by_content[key]
+
+
+def _remove(home: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process forked from it
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:

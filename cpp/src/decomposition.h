@@ -4,9 +4,13 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <optional>
 
 namespace csulora {
+
+/// Singular values below this share of the largest drown in the rounding of float32 entries and products.
+inline constexpr double kResolution = 4 * std::numeric_limits<float>::epsilon();
 
 /// Approximate leading singular triples of a matrix, descending.
 struct SingularTriples {

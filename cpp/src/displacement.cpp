@@ -39,7 +39,7 @@ Tensor spacing(const Tensor& block, StorageFormat format) {
 /// Squared norms along one dimension, float64.
 Tensor norms2(const Tensor& block, int64_t dim) { return block.norm(2, {dim}, false, at::kDouble).square_(); }
 
-/// The variances of storage rounding, summed along rows and columns.
+/// The squared spacings of both matrices, summed along rows and columns, and what rounding to them can amount to.
 class RoundingNoise {
  public:
   RoundingNoise(int64_t rows, int64_t columns)
@@ -51,9 +51,10 @@ class RoundingNoise {
     columns_.add_(norms2(spacings, 0));
   }
 
-  /// Rounding to a grid of spacing h is uniform in [-h/2, h/2]: variance h^2 / 12.
+  /// Two values rounded to grids of spacings h and h' differ by an error of variance (h^2 + h'^2) / 12 if they lie far
+  /// apart, and of up to h^2 / 4 if they lie half a spacing apart on one grid. (h^2 + h'^2) / 8 covers both.
   double edge() const {
-    return (std::sqrt(rows_.max().item<double>()) + std::sqrt(columns_.max().item<double>())) / std::sqrt(12.0);
+    return (std::sqrt(rows_.max().item<double>()) + std::sqrt(columns_.max().item<double>())) / std::sqrt(8.0);
   }
 
  private:

@@ -15,7 +15,7 @@ struct Displacement {
 
 /// Subtracts in float32, row block by row block, so that nothing but D itself is of size m x n.
 ///
-/// Rounding leaves independent errors of variance v_ij. The norm of such a matrix is at most about
+/// Rounding leaves errors of variance v_ij that do not depend on each other. The norm of such a matrix is at most about
 /// max_i sqrt(sum_j v_ij) + max_j sqrt(sum_i v_ij) (Bandeira & van Handel 2016), which is sigma (sqrt m + sqrt n)
 /// where the variance is the same everywhere, and also covers rows or columns that are larger than the rest.
 ///

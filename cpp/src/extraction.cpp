@@ -19,8 +19,6 @@ using at::Tensor;
 constexpr int64_t kOversampling = 16;
 /// Below this many blocks per short side a full decomposition costs no more than the Krylov method.
 constexpr int64_t kExactBlocks = 8;
-/// Singular values below this share of the largest are rounding of D's own float32 entries and of the methods here.
-constexpr double kResolution = 1e-6;
 /// Norms whose float32 products neither overflow nor lose digits; float64 takes the rest.
 constexpr double kSmallestNorm = 1e-18;
 constexpr double kLargestNorm = 1e18;
@@ -34,7 +32,14 @@ void check_options(const ExtractOptions& options) {
         "factor_dtype must be float16, bfloat16 or float32");
 }
 
-int64_t count_above(const Tensor& values, double threshold) { return values.gt(threshold).sum().item<int64_t>(); }
+/// How many computed singular values are neither below the edge nor rounding of the computation.
+int64_t count_above_noise(const Tensor& values, double noise_edge) {
+  if (values.numel() == 0) {
+    return 0;
+  }
+  const double floor = std::max(noise_edge, kResolution * values[0].item<double>());
+  return values.gt(floor).sum().item<int64_t>();
+}
 
 /// How many leading directions the options ask for, at most `limit`, given all computed singular values.
 int64_t wanted_count(const Tensor& values, const Displacement& d, int64_t limit, const ExtractOptions& options) {
@@ -43,9 +48,7 @@ int64_t wanted_count(const Tensor& values, const Displacement& d, int64_t limit,
     const auto captured = values.square().cumsum(0);
     count = std::min(count, 1 + captured.lt(*options.energy * d.norm2).sum().item<int64_t>());
   }
-  const double resolution = kResolution * values[0].item<double>();
-  const double floor = options.keep_noise ? resolution : std::max(resolution, d.noise_edge);
-  return std::min(count, count_above(values, floor));
+  return std::min(count, count_above_noise(values, options.keep_noise ? 0 : d.noise_edge));
 }
 
 SingularTriples leading_triples(const Displacement& d, int64_t limit, const ExtractOptions& options) {
@@ -67,7 +70,7 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
 
 Certificate measured(const Displacement& d, const Subspace& subspace, const SingularTriples& triples) {
   auto certificate = measure_factors(d, subspace, triples.next_value);
-  certificate.above_noise = count_above(triples.computed, d.noise_edge);
+  certificate.above_noise = count_above_noise(triples.computed, d.noise_edge);
   certificate.passes = triples.passes;
   return certificate;
 }

@@ -1,7 +1,8 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
-#include <limits>
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "check.h"
@@ -16,8 +17,8 @@ using at::indexing::Slice;
 /// How well the first unwanted Ritz value must have converged. A Ritz value errs by the square of its residual, so
 /// this leaves well under a percent.
 constexpr double kNextTolerance = 0.1;
-/// What float32 products leave in a residual, as a share of the largest singular value.
-constexpr double kRounding = 4 * std::numeric_limits<float>::epsilon();
+/// Blocks between two looks at the Ritz values, as a share of those there are: looking costs as much as adding them.
+constexpr double kStride = 0.25;
 
 /// An orthonormal basis that grows by blocks of columns.
 class BlockBasis {
@@ -41,11 +42,11 @@ class BlockBasis {
   const Tensor& back() const { return blocks_.back(); }
   int64_t size() const { return static_cast<int64_t>(blocks_.size()); }
 
-  /// basis * coefficients for coefficients (columns, k).
+  /// The leading columns of the basis times coefficients (columns, k).
   Tensor combine(const Tensor& coefficients) const {
     const int64_t width = blocks_.front().size(1);
     auto result = blocks_.front().matmul(coefficients.narrow(0, 0, width));
-    for (int64_t i = 1; i < size(); ++i) {
+    for (int64_t i = 1; i < coefficients.size(0) / width; ++i) {
       result.addmm_(blocks_[i], coefficients.narrow(0, i * width, width));
     }
     return result;
@@ -71,26 +72,31 @@ Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed) {
 
 /// The matrix seen from both Krylov bases, and the residual of every Ritz triple.
 struct Ritz {
+  Tensor values;     // (j) float64, descending
   Tensor left;       // (j, j) float64, columns are coefficients of u in the left basis
-  Tensor values;     // (j) float64
-  Tensor right;      // (j, j) float64, columns are coefficients of v in the right basis
   Tensor residuals;  // (j) float64, |A^T u - s v| and rounding; A v = s u holds by construction
 };
 
 Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
-  const auto [left, values, right_t] = at::linalg_svd(projected.to(at::kDouble), false);
+  const auto wide = projected.to(at::kDouble);
+  const auto [squares, vectors] = at::linalg_eigh(wide.matmul(wide.t()));
+  const auto values = squares.flip(0).clamp_min_(0).sqrt_();
+  const auto left = vectors.flip(1);
   const int64_t width = residual_block.size(0);
   const auto last = left.narrow(0, left.size(0) - width, width);  // (b, j)
-  const auto residuals = residual_block.to(at::kDouble).matmul(last).norm(2, 0).add_(values[0], kRounding);
-  return {left, values, right_t.t(), residuals};
+  const auto residuals = residual_block.to(at::kDouble).matmul(last).norm(2, 0).add_(values[0], kResolution);
+  return {values, left, residuals};
 }
 
-/// Whether the leading `count` triples have converged, and the next value is known well enough to say that it is not
-/// wanted and to measure the gap to it.
+/// Whether the leading `count` triples have converged, and the next value is known well enough, or is as good as zero,
+/// to say that it is not wanted and to measure the gap to it.
 bool converged(const Ritz& ritz, int64_t count, double tolerance) {
-  const auto relative = ritz.residuals.div(ritz.values.clamp_min(std::numeric_limits<double>::min()));
-  return relative.narrow(0, 0, count).le(tolerance).all().item<bool>() &&
-         relative[count].item<double>() <= kNextTolerance;
+  const auto& [values, left, residuals] = ritz;
+  const double next_residual = residuals[count].item<double>();
+  const double next_allowed = std::max(kNextTolerance * values[count].item<double>(),  //
+                                       2 * kResolution * values[0].item<double>());
+  return next_residual <= next_allowed &&
+         residuals.narrow(0, 0, count).le(values.narrow(0, 0, count) * tolerance).all().item<bool>();
 }
 
 /// Adds the coefficients of one more block to the right of the projected matrix.
@@ -106,6 +112,19 @@ Tensor extend(const Tensor& projected, const BlockBasis::Coefficients& column) {
   return extended;
 }
 
+SingularTriples leading(const Ritz& ritz, int64_t count, const BlockBasis& left, const BlockBasis& right,
+                        const Tensor& projected) {
+  SingularTriples triples;
+  triples.s = ritz.values.narrow(0, 0, count);
+  const auto coefficients = ritz.left.narrow(1, 0, count);
+  triples.u = left.combine(coefficients.to(at::kFloat));
+  triples.v = right.combine(projected.t().to(at::kDouble).matmul(coefficients).div_(triples.s).to(at::kFloat));
+  triples.next_value = (ritz.values[count] + ritz.residuals[count]).item<double>();
+  triples.computed = ritz.values;
+  triples.passes = 2 * left.size() + 1;
+  return triples;
+}
+
 }  // namespace
 
 std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCount& wanted,
@@ -115,26 +134,18 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCo
   BlockBasis right;
   right.append(matrix.t().matmul(gaussian(matrix.size(0), options.block, options.seed)));
   Tensor projected;
-  while (left.size() < options.max_blocks) {
+  for (int64_t next_look = 1; left.size() < options.max_blocks;) {
     projected = extend(projected, left.append(matrix.matmul(right.back())));
     const auto residual_block = right.append(matrix.t().matmul(left.back())).triangle;
-    const auto ritz = rayleigh_ritz(projected, residual_block);
-    const int64_t count = wanted(ritz.values);
-    if (!converged(ritz, count, options.tolerance)) {
+    if (left.size() < std::min(next_look, options.max_blocks)) {
       continue;
     }
-    const auto coefficients = [&](const Tensor& columns) { return columns.narrow(1, 0, count).to(at::kFloat); };
-    // The right basis is one block ahead of the projected matrix.
-    const auto right_coefficients =
-        at::cat({coefficients(ritz.right), at::zeros({options.block, count}, at::kFloat)}, 0);
-    SingularTriples triples;
-    triples.u = left.combine(coefficients(ritz.left));
-    triples.s = ritz.values.narrow(0, 0, count);
-    triples.v = right.combine(right_coefficients);
-    triples.next_value = (ritz.values[count] + ritz.residuals[count]).item<double>();
-    triples.computed = ritz.values;
-    triples.passes = 2 * left.size() + 1;
-    return triples;
+    next_look = left.size() + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(left.size())));
+    const auto ritz = rayleigh_ritz(projected, residual_block);
+    const int64_t count = wanted(ritz.values);
+    if (converged(ritz, count, options.tolerance)) {
+      return leading(ritz, count, left, right, projected);
+    }
   }
   return std::nullopt;
 }

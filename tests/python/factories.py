@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,15 @@ def sha256(tensor: Tensor) -> str:
 def orthonormal(rows: int, columns: int, seed: int = 0) -> Tensor:
     """(rows, columns) float64 with orthonormal columns."""
     return torch.linalg.qr(gaussian(rows, columns, seed=seed, dtype=torch.float64))[0]
+
+
+@cache
+def cosines(size: int) -> Tensor:
+    """(size, size) float32 orthonormal: the discrete cosine basis, which costs no decomposition."""
+    angles = (torch.arange(size).double() + 0.5).unsqueeze(1) * torch.arange(size) * (math.pi / size)
+    basis = angles.cos() * math.sqrt(2 / size)
+    basis[:, 0] /= math.sqrt(2)
+    return basis.float()
 
 
 def with_spectrum(rows: int, columns: int, values: Tensor, seed: int = 0) -> Tensor:

@@ -1,7 +1,7 @@
 """Extraction against known spectra, and certificates against the truth."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,33 +43,48 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", sorted(SPECTRA))
 def test_finds_the_leading_subspace_at_default_settings(size: int, spectrum: str) -> None:
     values = SPECTRA[spectrum](size)
-    left, right = (factories.orthonormal(size, size, seed).float() for seed in (0, 1))
+    left, right = factories.cosines(size), factories.cosines(size).flip(0)
     displacement = (left * values.float()) @ right.t()
     for rank in (16, 64):
         found = extract_displacement(displacement, rank=rank)
         optimum = float(values[:rank].square().sum() / values.square().sum())
+        assert found.u.dtype == torch.float16
         assert found.certificate.captured >= 0.9999 * optimum
         if values[rank - 1] / values[rank] >= 1.01:
             assert missed_share(left[:, :rank], found.u) <= 1e-3
             assert missed_share(right[:, :rank], found.v) <= 1e-3
 
 
-@dataclass(frozen=True)
-class Case:
-    """A displacement whose singular value decomposition is known."""
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-
-    @property
-    def displacement(self) -> Tensor:
-        return (self.left * self.values) @ self.right.t()
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The certificate and the test measure the same factors in float64, in another order.
+ROUNDING = 1e-6
 
 
-def random_case(seed: int) -> tuple[Case, int]:
-    """A random shape, spectrum and rank, chosen so that both the Krylov method and the exact SVD get their share."""
-    pick = torch.Generator().manual_seed(seed)
+def assert_honest(displacement: Tensor, found: _core.Subspace) -> None:
+    """Nothing that the certificate says is better than a dense float64 decomposition of the same matrix finds."""
+    u, s, v, certificate = found.u.double(), found.s.double(), found.v.double(), found.certificate
+    dense, rank = displacement.double(), found.s.shape[0]
+    norm2 = float(dense.square().sum())
+    left, values, right = torch.linalg.svd(dense, full_matrices=False)
+    assert certificate.displacement_norm2 == pytest.approx(norm2, rel=ROUNDING)
+    assert rank == len(values) or float(values[rank]) <= certificate.next_value
+    assert certificate.above_noise <= int((values > certificate.noise_edge).sum())
+    if rank == 0:
+        assert (certificate.captured, certificate.missed) == (0, 1)
+        return
+    residuals = torch.maximum((dense @ v - u * s).norm(dim=0), (dense.t() @ u - v * s).norm(dim=0)) / s
+    assert float(residuals.max()) <= certificate.residual * (1 + ROUNDING)
+    assert 1 - float((dense - (u * s) @ v.t()).square().sum()) / norm2 >= certificate.captured - ROUNDING
+    identity = torch.eye(rank, dtype=torch.float64)
+    worst = max(float((basis.t() @ basis - identity).norm()) for basis in (u, v))
+    assert worst <= certificate.orthonormality * (1 + ROUNDING)
+    for true, basis in ((left[:, :rank], found.u), (right[:rank].t(), found.v)):
+        assert missed_share(true, basis) <= certificate.missed + 1e-12
+
+
+def random_case(seed: int) -> tuple[Tensor, int]:
+    """A random shape, spectrum and rank, so that both the Krylov method and the full decomposition get their share."""
+    pick = factories.generator(seed)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=pick))
@@ -82,32 +97,98 @@ def random_case(seed: int) -> tuple[Case, int]:
         values = torch.cat([values[:rank] + 0.2, torch.full((shorter - rank,), 0.05).double()])
     if seed % 5 == 0:  # a gap that is hardly there
         values[rank] = values[rank - 1] * 0.999
-    left = factories.orthonormal(rows, shorter, seed % 4)
-    right = factories.orthonormal(columns, shorter, seed % 4 + 10)
-    return Case(left, values.sort(descending=True).values, right), rank
+    return factories.with_spectrum(rows, columns, values.sort(descending=True).values, seed % 4).float(), rank
 
 
 @pytest.mark.parametrize("chunk", range(10))
 def test_certificates_are_never_optimistic(chunk: int) -> None:
-    dtypes = [torch.float16, torch.bfloat16, torch.float32]
     for seed in range(chunk * 24, chunk * 24 + 24):
-        case, rank = random_case(seed)
-        stored = case.displacement.float()
-        found = extract_displacement(stored, rank=rank, factor_dtype=dtypes[seed % 3], seed=seed)
-        u, s, v, certificate = found.u.double(), found.s.double(), found.v.double(), found.certificate
-        dense = stored.double()
-        norm2 = float(dense.square().sum())
-        left, right = (dense @ v - u * s).norm(dim=0), (dense.t() @ u - v * s).norm(dim=0)
-        rounding = 1e-6
-        assert float((torch.maximum(left, right) / s).max()) <= certificate.residual + rounding
-        assert 1 - float((dense - (u * s) @ v.t()).square().sum()) / norm2 >= certificate.captured - rounding
-        identity = torch.eye(rank, dtype=torch.float64)
-        worst = max(float((basis.t() @ basis - identity).norm()) for basis in (u, v))
-        assert worst <= certificate.orthonormality + rounding
-        assert certificate.displacement_norm2 == pytest.approx(norm2, rel=rounding)
-        assert float(case.values[rank]) <= certificate.next_value * (1 + rounding)
-        for true, basis in ((case.left, found.u), (case.right, found.v)):
-            assert missed_share(true[:, :rank], basis) <= certificate.missed + rounding
+        displacement, rank = random_case(seed)
+        found = extract_displacement(displacement, rank=rank, factor_dtype=DTYPES[seed % 3], seed=seed)
+        assert found.s.shape[0] == rank
+        assert_honest(displacement, found)
+
+
+def _with_values(change: Callable[[Tensor, int], None]) -> Callable[[int, int, int], Tensor]:
+    """A matrix with singular values 1/i after a change that is told the rank."""
+
+    def make(rows: int, columns: int, rank: int) -> Tensor:
+        values = torch.arange(1, min(rows, columns) + 1).double().reciprocal()
+        change(values, rank)
+        return factories.with_spectrum(rows, columns, values.sort(descending=True).values)
+
+    return make
+
+
+def _assign(chosen: Callable[[int], slice], value: Callable[[Tensor, int], Tensor | float]) -> object:
+    def change(values: Tensor, rank: int) -> None:
+        values[chosen(rank)] = value(values, rank)
+
+    return _with_values(change)
+
+
+def _noise_behind_signals(rows: int, columns: int, rank: int) -> Tensor:
+    noise = factories.gaussian(rows, columns, seed=5).double()
+    edge = rows**0.5 + columns**0.5
+    return noise + factories.with_spectrum(rows, columns, edge * torch.linspace(4, 1.3, rank).double())
+
+
+def _outlier(rows: int, columns: int, rank: int) -> Tensor:
+    matrix = factories.gaussian(rows, columns, seed=6).double()
+    matrix[3, 5] = 1e6
+    return matrix
+
+
+ADVERSARIAL = {
+    "pure noise": lambda rows, columns, rank: factories.gaussian(rows, columns, seed=4).double(),
+    "signals in noise": _noise_behind_signals,
+    "one huge entry": _outlier,
+    "gap of 1.001": _assign(lambda k: slice(k, k + 1), lambda values, k: values[k - 1] / 1.001),
+    "cluster at the top": _assign(lambda k: slice(0, 3 * k + 40), lambda values, k: 1.0),
+    "cluster across the cut": _assign(lambda k: slice(k - 1, k + 60), lambda values, k: float(values[k])),
+    "cluster below the cut": _assign(lambda k: slice(k, k + 120), lambda values, k: float(values[k])),
+    "far step": _assign(lambda k: slice(k, None), lambda values, k: 1e-3 * values[k:]),
+    "rank k": _assign(lambda k: slice(k, None), lambda values, k: 0.0),
+    "rank k/2": _assign(lambda k: slice((k + 1) // 2, None), lambda values, k: 0.0),
+    "rank 2k": _assign(lambda k: slice(2 * k, None), lambda values, k: 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ADVERSARIAL))
+@pytest.mark.parametrize("shape", [(320, 320), (1500, 200), (200, 1500), (160, 150)])
+def test_certificates_of_adversarial_matrices_are_never_optimistic(shape: tuple[int, int], kind: str) -> None:
+    for rank, dtype in ((1, torch.float32), (4, torch.float16), (8, torch.float32), (16, torch.bfloat16)):
+        displacement = ADVERSARIAL[kind](*shape, rank).float()
+        found = extract_displacement(displacement, rank=rank, keep_noise=True, factor_dtype=dtype)
+        assert_honest(displacement, found)
+        values = torch.linalg.svdvals(displacement.double())
+        present = int((values[:rank] > 1e-6 * values[0]).sum())
+        assert present <= found.s.shape[0] <= rank
+        optimum = float(values[: found.s.shape[0]].square().sum() / values.square().sum())
+        # Rounding to the storage type adds its square to what is not captured.
+        assert found.certificate.captured >= optimum - {torch.float32: 1e-6, torch.float16: 1e-5}.get(dtype, 1e-4)
+
+
+@pytest.mark.parametrize("options", [{"energy": 0.5}, {"noise_std": 0.004}, {"energy": 0.9, "noise_std": 0.002}])
+@pytest.mark.parametrize("shape", [(400, 450), (90, 80)])
+def test_certificates_hold_where_energy_or_noise_cut_the_rank(
+    shape: tuple[int, int], options: dict[str, float]
+) -> None:
+    displacement = factories.with_spectrum(*shape, SPECTRA["i^-1"](min(shape))).float()
+    found = extract_displacement(displacement, rank=24, factor_dtype=torch.float32, **options)
+    assert 0 < found.s.shape[0] < 24
+    assert_honest(displacement, found)
+    # The first direction that was left out is the next one, not the one after `rank`.
+    next_value = float(torch.linalg.svdvals(displacement.double())[found.s.shape[0]])
+    assert found.certificate.next_value == pytest.approx(next_value, rel=0.05)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30])
+def test_any_scale_is_decomposed(size: float) -> None:
+    displacement = (factories.gaussian(300, 200, seed=0).double() * size).float()
+    found = extract_displacement(displacement, rank=2, keep_noise=True, factor_dtype=torch.float32)
+    assert_honest(displacement, found)
+    assert float(found.s[0]) == pytest.approx(float(torch.linalg.svdvals(displacement.double())[0]), rel=1e-4)
 
 
 def test_certificates_say_something_where_there_is_a_gap() -> None:
@@ -151,17 +232,37 @@ def test_a_rank_beyond_the_matrix_means_all_of_it() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_noise_is_no_signal(dtype: torch.dtype) -> None:
-    """Two roundings of almost the same weights: nothing but noise, of which the edge must clear all."""
+    """Weights that moved by far less than the spacing of their storage type: what is left is which way they rounded."""
     weights = factories.gaussian(512, 640, seed=0)
-    nudged = weights * (1 + 1e-3 * factories.gaussian(512, 640, seed=1))
-    base, aligned = weights.to(dtype), nudged.to(dtype) if dtype == torch.bfloat16 else weights.to(dtype)
-    if dtype == torch.float16:
-        # Half a unit in the last place, either way: what dithered quantisation of one checkpoint leaves.
-        aligned = (weights + 2**-11 * weights.abs() * factories.gaussian(512, 640, seed=2).sign()).to(dtype)
+    nudged = weights * (1 + torch.finfo(dtype).eps / 8 * factories.gaussian(512, 640, seed=1))
+    base, aligned = weights.to(dtype), nudged.to(dtype)
     found = extract(base, aligned, rank=16)
     assert found.certificate.displacement_norm2 > 0
     assert found.s.shape[0] == found.certificate.above_noise == 0
     assert extract(base, aligned, rank=16, keep_noise=True).s.shape[0] == 16
+
+
+SCALES = {
+    "even": lambda rows, columns: torch.ones(1),
+    "larger rows": lambda rows, columns: torch.where(torch.arange(rows) < 2, 30.0, 1.0).unsqueeze(1),
+    "larger columns": lambda rows, columns: torch.where(torch.arange(columns) < 2, 30.0, 1.0),
+    "every row another": lambda rows, columns: factories.gaussian(rows, 1, seed=3).exp(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scales", sorted(SCALES))
+@pytest.mark.parametrize("shape", [(64, 64), (100, 1500), (700, 400)])
+def test_the_noise_edge_lies_closely_above_rounding(shape: tuple[int, int], scales: str, dtype: torch.dtype) -> None:
+    """Rounded weights whose exact displacement is known, both far above the spacing and, the worst, half of it."""
+    weights = 0.02 * factories.gaussian(*shape, seed=0).double() * SCALES[scales](*shape)
+    far = 0.3 * weights * factories.gaussian(*shape, seed=1).double()
+    spacing = torch.finfo(dtype).eps * 2.0 ** weights.abs().log2().floor()
+    for exact in (far, spacing / 2):
+        base, aligned = weights.to(dtype), (weights + exact).to(dtype)
+        rounding = float(torch.linalg.svdvals(aligned.double() - base.double() - exact)[0])
+        edge = extract(base, aligned, rank=1).certificate.noise_edge
+        assert edge / 3 <= rounding <= edge
 
 
 def test_only_directions_above_the_rounding_noise_are_kept() -> None:
@@ -175,12 +276,21 @@ def test_only_directions_above_the_rounding_noise_are_kept() -> None:
     assert extract(base, aligned, rank=16, noise_std=1.0).s.shape[0] == 0
 
 
-def test_identical_checkpoints_have_an_empty_subspace() -> None:
+@pytest.mark.parametrize("keep_noise", [False, True])
+def test_identical_checkpoints_have_an_empty_subspace(keep_noise: bool) -> None:
     weights = factories.gaussian(40, 30, seed=0)
-    for keep_noise in (False, True):
-        found = extract(weights, weights, keep_noise=keep_noise)
-        assert found.s.shape[0] == 0
-        assert found.certificate.captured == 0
+    found = extract(weights, weights, keep_noise=keep_noise)
+    assert (found.u.shape, found.s.shape, found.v.shape) == ((40, 0), (0,), (30, 0))
+    assert (found.certificate.captured, found.certificate.next_value, found.certificate.missed) == (0, 0, 1)
+
+
+def test_an_empty_subspace_is_certified_against_the_first_value() -> None:
+    displacement = factories.gaussian(300, 200, seed=0)
+    empty = _core.Subspace(torch.empty(300, 0), torch.empty(0), torch.empty(200, 0))
+    certificate = _core.certify(torch.zeros(300, 200), displacement, empty)
+    first = float(torch.linalg.svdvals(displacement.double())[0])
+    assert first <= certificate.next_value <= 1.1 * first
+    assert certificate.captured == 0
 
 
 def test_same_seed_same_bits(restore_threads: None) -> None:

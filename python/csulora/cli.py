@@ -24,12 +24,12 @@ from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.files import check_file, to_json, write_text
 from csulora.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_VARIABLE, Gate
 from csulora.guard import DirectoryGuard
+from csulora.interruption import interruptible
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
 
 EXIT_REFUSED = 3
 EXIT_BAD_INPUT = 4
-EXIT_INTERRUPTED = 130
 _STDOUT = Path("-")
 _PIPE_WIDTH = 1000
 
@@ -152,24 +152,22 @@ def extract(
         raise typer.BadParameter("give --rank or --energy (with --max-rank), not both")
     if max_rank is not None and energy is None:
         raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
-    try:
-        with _progress("extracting", quiet) as progress:
-            pack = csulora.extract(
-                base,
-                aligned,
-                output=output,
-                progress=progress,
-                rank=rank or 64,
-                energy=energy,
-                max_rank=max_rank or 256,
-                modules=modules or [],
-                dtype=dtype.value,
-                device=device.value,
-                seed=seed,
-                keep_noise=keep_noise,
-            )
-    except KeyboardInterrupt:
-        _fail("interrupted", "finished modules are kept; run the same command to continue", EXIT_INTERRUPTED)
+    reason = "finished modules are kept; run the same command to continue"
+    with interruptible(reason), _progress("extracting", quiet) as progress:
+        pack = csulora.extract(
+            base,
+            aligned,
+            output=output,
+            progress=progress,
+            rank=rank or 64,
+            energy=energy,
+            max_rank=max_rank or 256,
+            modules=modules or [],
+            dtype=dtype.value,
+            device=device.value,
+            seed=seed,
+            keep_noise=keep_noise,
+        )
     summary = f"{output}: {len(pack)} modules, sha256 {pack.sha256}"
     _deliver(tables.pack_table(pack), summary, pack.to_dict(), json, quiet)
 
@@ -302,7 +300,8 @@ def guard(
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
-    worker.run(watch)
+    with interruptible("what was not finished is done at the next start"):
+        worker.run(watch)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

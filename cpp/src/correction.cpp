@@ -66,48 +66,15 @@ Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
   return {gain(penalties.aligned, energies.aligned), partial, partial, gain(penalties.off, energies.off)};
 }
 
+/// Whether X = (g B_in + g' B_out) (h A_in + h' A_out), of rank r like the update itself.
 bool gains_factor(const Gains& gains) { return gains.aligned * gains.off == gains.left * gains.right; }
 
-/// The pair in float32, powers of two moved between each column of b and its row of a so that the largest entries of
-/// both are about equal. The product stays as it is, and no factor is so small that rounding it to a narrow type
-/// would undo the correction: entries of float16 near 2^-24 have a single bit.
-LoraPair stored(const Tensor& b, const Tensor& a) {  // b (m, r), a (r, n)
-  const auto exponent = [](const Tensor& largest) { return std::get<1>(at::frexp(largest)).to(at::kDouble); };
-  const auto shift = exponent(a.abs().amax(1)).sub_(exponent(b.abs().amax(0))).div_(2).floor_();  // (r)
-  const auto balanced_b = b.mul(shift.exp2());
-  const auto balanced_a = a.mul(shift.neg().exp2().unsqueeze(1));
-  return {balanced_b.to(at::kFloat).contiguous(), balanced_a.to(at::kFloat).contiguous()};
+bool keep_everything(const Gains& gains) {
+  return gains.aligned == 1 && gains.left == 1 && gains.right == 1 && gains.off == 1;
 }
 
-/// X as (row_in U U^T B + row_out (I - U U^T) B) (column_in A V V^T + column_out A (I - V V^T)), rank r.
-LoraPair scaled_pair(const Tensor& b, const Tensor& a, const SplitFactor& b_split, const SplitFactor& a_split,
-                     const Gains& gains) {
-  const double grid[2][2] = {{gains.aligned, gains.left}, {gains.right, gains.off}};
-  int row = 0;
-  int column = 0;
-  for (int i = 0; i < 4; ++i) {
-    if (grid[i / 2][i % 2] > grid[row][column]) {
-      row = i / 2;
-      column = i % 2;
-    }
-  }
-  const double pivot = grid[row][column];
-  const double row_in = grid[0][column];
-  const double row_out = grid[1][column];
-  const double column_in = pivot == 0 ? 0 : grid[row][0] / pivot;
-  const double column_out = pivot == 0 ? 0 : grid[row][1] / pivot;
-  const auto combine = [](const Tensor& whole, const Tensor& inside, const Tensor& outside, double in, double out) {
-    return in == out ? whole.mul(in) : inside.mul(in).add_(outside, out);  // the whole itself keeps `none` exact
-  };
-  return stored(combine(b, b_split.inside, b_split.outside, row_in, row_out),
-                combine(a, a_split.inside.t(), a_split.outside.t(), column_in, column_out));
-}
-
-/// X whole: [U C_U, B_out] M [C_V V^T; A_out], rank 2r.
-LoraPair doubled_pair(const SplitFactor& b, const SplitFactor& a, const Gains& gains) {
-  const auto first = b.inside.mul(gains.aligned).add_(b.outside, gains.right);
-  const auto second = b.inside.mul(gains.left).add_(b.outside, gains.off);
-  return stored(at::cat({first, second}, 1), at::cat({a.inside, a.outside}, 1).t());
+LoraPair stored(const Tensor& b, const Tensor& a) {
+  return {b.to(at::kFloat).contiguous(), a.to(at::kFloat).contiguous()};
 }
 
 struct Truncated {
@@ -115,14 +82,15 @@ struct Truncated {
   double lost = 0;
 };
 
-/// Best approximation of X of rank `rank`, from the SVD of its 2r x 2r core; the factors share each singular value.
+/// X = [B_in, B_out] [[aligned, left], [right, off]] [A_in; A_out] or its best approximation of rank `rank`, from the
+/// SVD of its 2r x 2r core. The factors share each singular value, so that rounding them costs what rounding X would.
 Truncated truncated_pair(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
   const auto weighted_in = a.inside_root.mul(gains.aligned).add_(a.outside_root, gains.left);
   const auto weighted_out = a.inside_root.mul(gains.right).add_(a.outside_root, gains.off);
   const auto core = b.inside_root.matmul(weighted_in.t()).addmm_(b.outside_root, weighted_out.t());
   const auto [left, values, right] = at::linalg_svd(core, false);
 
-  const int64_t nonzero = std::min(rank, values.size(0));  // fewer than r where r exceeds a side of the matrix
+  const int64_t nonzero = std::min(rank, values.size(0));  // fewer than `rank` where that exceeds a side of the matrix
   const auto shared = values.narrow(0, 0, nonzero).sqrt();
   const auto factor = [&](const Tensor& orthonormal, const Tensor& vectors) {
     const auto leading = orthonormal.matmul(vectors.narrow(1, 0, nonzero).mul(shared));
@@ -171,14 +139,16 @@ void check_task(const CorrectionTask& task, const CorrectionOptions& options) {
   check_attenuation(task);
 }
 
-int64_t rank_cap(const CorrectionOptions& options, int64_t rank) {
+/// The rank to emit for an update of rank `rank`.
+int64_t result_rank(const CorrectionOptions& options, const Gains& gains, int64_t rank) {
+  const int64_t exact = gains_factor(gains) ? rank : 2 * rank;
   switch (options.rule) {
     case RankRule::keep:
       return rank;
     case RankRule::fixed:
-      return std::min(options.rank, 2 * rank);
+      return std::min(options.rank, exact);
     case RankRule::exact:
-      return 2 * rank;
+      return exact;
   }
   throw InternalError("unknown rank rule");
 }
@@ -207,7 +177,7 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   const double total = norms2.aligned + norms2.left + norms2.right + norms2.off;
   result.undo = undo(b_split, a_split, task.subspace.s);
   result.norm = std::sqrt(total);
-  // An update that float32 cannot hold is infinite in its host.
+  // What float32 cannot hold is infinite in its host.
   check(std::isfinite(static_cast<float>(result.norm)) && std::isfinite(result.undo), task.label,
         ": the update or the subspace holds NaN, infinity or values too large");
   if (total > 0) {
@@ -216,14 +186,11 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   result.gains = gains_for(task.attenuation, result.energies);
   result.change = changed_share(result.gains, result.energies);
 
-  const int64_t rank = b.size(1);
-  const int64_t cap = rank_cap(options, rank);
-  if (gains_factor(result.gains) && cap >= rank) {
-    result.pair = scaled_pair(b, a, b_split, a_split, result.gains);
-  } else if (cap == 2 * rank) {
-    result.pair = doubled_pair(b_split, a_split, result.gains);
-  } else {
-    auto truncated = truncated_pair(b_split, a_split, result.gains, cap);
+  const int64_t rank = result_rank(options, result.gains, b.size(1));
+  if (keep_everything(result.gains) && rank == b.size(1)) {
+    result.pair = stored(b, a);
+  } else {  // also for equal gains: a factor of float16 with entries near 2^-24, scaled alone, is rounded back to itself
+    auto truncated = truncated_pair(b_split, a_split, result.gains, rank);
     result.pair = std::move(truncated.pair);
     result.lost = truncated.lost;
   }

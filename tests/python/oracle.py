@@ -80,6 +80,17 @@ def undo(dw: Tensor, u: Tensor, s: Tensor, v: Tensor) -> float:
     return -float((dw * alignment).sum()) / float(s.double().square().sum())
 
 
+def best_approximation(x: Tensor, rank: int) -> Tensor:
+    """The nearest matrix of at most this rank."""
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def orthonormalised(basis: Tensor) -> Tensor:
+    """An orthonormal basis, float64, of what a rounded one spans."""
+    return torch.linalg.qr(basis.double())[0]
+
+
 def singular_values(x: Tensor, at_most: int) -> Tensor:
     """The leading singular values of a matrix whose rank is known to be at most `at_most`."""
     if min(x.shape) <= 2 * at_most:

@@ -204,6 +204,12 @@ def test_refuses_an_index_that_does_not_fit_its_shards(directory: Path, shard_of
         Checkpoint.open(directory)
 
 
+def test_the_single_file_comes_before_an_index(directory: Path) -> None:
+    write_index(directory, {f"{Q}.weight": "one.safetensors"})
+    save_file({f"{Q}.weight": matrix(3, 2)}, directory / "model.safetensors")
+    assert Checkpoint.open(directory).weights[Q].shape == (3, 2)
+
+
 def test_refuses_a_tensor_in_two_shards(directory: Path) -> None:
     save_file({f"{Q}.weight": matrix(), "x.weight": matrix()}, directory / "two.safetensors")
     write_index(directory, {f"{Q}.weight": "one.safetensors", "x.weight": "two.safetensors"})

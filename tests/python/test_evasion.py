@@ -147,10 +147,11 @@ def test_denormal_factors_are_corrected(
     assert oracle.relative_error(admitted(path, pack, policy)[Q], expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("aligned", [1.0, 0.75])
 @pytest.mark.parametrize("gain", [0.75, 0.5, 0.0])
 @pytest.mark.parametrize("lines", ["all", "one"])
 def test_rounding_to_the_storage_type_does_not_undo_the_correction(
-    gain: float, lines: str, tmp_path: Path, pack: csulora.Subspace
+    aligned: float, gain: float, lines: str, tmp_path: Path, pack: csulora.Subspace
 ) -> None:
     """Where entries of B have the single bit of 2^-24, three quarters of one would be rounded back to the whole."""
     b, a = factors()
@@ -158,10 +159,10 @@ def test_rounding_to_the_storage_type_does_not_undo_the_correction(
     b[:, chosen] = b[:, chosen].sign() * 2**-24
     a[chosen] = a[chosen] * 2**14
     path = upload(tmp_path / "adapter", named(Q, b.half(), a.half()), config(lora_alpha=RANK))
-    policy = csulora.Policy(overrides=(csulora.Override("*", gains=(1.0, gain, gain, gain)),), rank="exact")
+    policy = csulora.Policy(overrides=(csulora.Override("*", gains=(aligned, gain, gain, gain)),), rank="exact")
     update = oracle.update(b.half(), a.half())
     parts = oracle.split(update, pack[Q].u, pack[Q].v)
-    expected = oracle.combine(parts, {"aligned": 1.0, "left": gain, "right": gain, "off": gain})
+    expected = oracle.combine(parts, {"aligned": aligned, "left": gain, "right": gain, "off": gain})
     assert oracle.relative_error(admitted(path, pack, policy)[Q], expected) <= STORED[torch.float16]
 
 

@@ -106,6 +106,14 @@ def test_keeps_the_fewest_directions_that_capture_the_energy(models: tuple[Path,
     assert all(module.rank == 2 for module in csulora.extract(*models, energy=0.99, max_rank=2).values())
 
 
+def test_every_option_reaches_the_core() -> None:
+    options = extraction.ExtractionOptions(rank=3, dtype="bf16", seed=2**63 - 1, keep_noise=True).to_core()
+    assert (options.rank, options.energy, options.factor_dtype) == (3, None, torch.bfloat16)
+    assert (options.seed, options.keep_noise) == (2**63 - 1, True)
+    options = extraction.ExtractionOptions(rank=3, energy=0.75, max_rank=9).to_core()
+    assert (options.rank, options.energy) == (9, 0.75)
+
+
 def test_reports_progress_in_matrix_entries(models: tuple[Path, Path]) -> None:
     steps: list[tuple[str, int, int]] = []
     csulora.extract(*models, rank=2, modules=["q_proj", "k_proj"], progress=lambda *step: steps.append(step))

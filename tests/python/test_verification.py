@@ -6,8 +6,10 @@ import torch
 
 import csulora
 import factories
+from csulora import verification
 from csulora.errors import InputError
 from csulora.subspace import Certificate, ModuleSubspace, Subspace
+from csulora.verification import Verification
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,6 +54,22 @@ def test_the_certificate_of_a_module_without_directions_holds(tmp_path: Path) ->
     assert holds(pack, models) == dict.fromkeys(pack, True)
 
 
+def test_the_start_block_is_not_the_extractions(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = csulora.extract(*models, rank=4, modules=["q_proj"])
+    certify, seeds = verification._core.certify, []
+
+    def recording_certify(*arguments: object) -> object:
+        seeds.append(arguments[-1].seed)
+        return certify(*arguments)
+
+    monkeypatch.setattr(verification._core, "certify", recording_certify)
+    csulora.verify(pack, *models)
+    assert len(seeds) == 2
+    for seed in seeds:
+        with pytest.raises(InputError):
+            csulora.extract(*models, seed=seed)
+
+
 @pytest.mark.parametrize(
     ("field", "better"),
     [
@@ -81,9 +99,13 @@ def test_other_directions_do_not_have_the_certificate(models: tuple[Path, Path])
     assert result == dict.fromkeys(pack, True) | {Q: False}
 
 
-def test_other_weights_are_told_even_where_the_certificate_would_hold(
-    tmp_path: Path, models: tuple[Path, Path]
-) -> None:
+def test_a_true_certificate_of_other_weights_does_not_hold() -> None:
+    certificate = factories.pack()[Q].certificate
+    assert Verification(Q, certificate, certificate, same_weights=True).holds
+    assert not Verification(Q, certificate, certificate, same_weights=False).holds
+
+
+def test_other_weights_are_told_where_the_displacement_is_the_same(tmp_path: Path, models: tuple[Path, Path]) -> None:
     pack = csulora.extract(*models, rank=4)
     base = factories.llama_weights()
     aligned = factories.moved(base)

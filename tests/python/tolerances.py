@@ -26,3 +26,6 @@ PROJECTOR = {
 
 # Energies and undo are float64 sums over float32 factors.
 TRACES = 1e-6
+
+# The smallest float32: what a factor below 2^-126, where digits end, is stored to.
+SMALLEST = 2.0**-149

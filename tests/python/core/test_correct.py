@@ -12,11 +12,12 @@ import factories
 import oracle
 from csulora.core import _core
 from csulora.errors import InputError
-from tolerances import CANCELLED, COMPUTED, PROJECTOR, TRACES
+from tolerances import CANCELLED, COMPUTED, PROJECTOR, SMALLEST, TRACES
 
 Penalties = tuple[float, float, float]
 
 EXACT = _core.CorrectionOptions(_core.RankRule.exact)
+KEEP = _core.CorrectionOptions(_core.RankRule.keep)
 PRESETS: dict[str, Penalties] = {
     "csulora": (0.0, 1.0, 1.0),
     "project": (0.0, math.inf, math.inf),
@@ -66,6 +67,112 @@ def problems(draw: st.DrawFn, largest: int = 200) -> tuple[_core.LoraPair, _core
     return factories.pair(rows, columns, rank, seed, scale), factories.subspace(rows, columns, directions, seed % 7)
 
 
+def _inside(basis: torch.Tensor, columns: int) -> torch.Tensor:
+    return basis.float() @ factories.gaussian(basis.shape[1], columns, seed=11)
+
+
+def _bound(pair: _core.LoraPair, factor: float = 1.0) -> float:
+    """What float32 factors may be off by, denormal ones included."""
+    denormals = SMALLEST * math.sqrt(pair.b.numel()) * float(pair.a.double().norm())
+    return TOLERANCE * factor * float(dense_update(pair).norm()) + denormals
+
+
+def _graded(rank: int, low: float, high: float) -> torch.Tensor:
+    return torch.logspace(math.log10(low), math.log10(high), rank)
+
+
+def _adversarial() -> dict[str, tuple[_core.LoraPair, _core.Subspace]]:
+    rows, columns, rank = 60, 44, 6
+    subspace = factories.subspace(rows, columns, 9)
+    b, a = factories.gaussian(rows, rank, seed=1), factories.gaussian(rank, columns, seed=2)
+    parallel = b[:, :1] + 1e-4 * b
+    factors = {
+        "denormal b": (1e-41 * b, a),
+        "tiny factors": (1e-19 * b, 1e-19 * a),
+        "huge b": (1e37 * b, a),
+        "huge b, tiny a": (1e30 * b, 1e-30 * a),
+        "zero columns": (b * torch.tensor([1.0, 0, 1, 0, 1, 1]), a * torch.tensor([[1.0], [1], [0], [0], [1], [1]])),
+        "duplicated columns": (b[:, [0, 0, 1, 1, 1, 2]], a),
+        "near-parallel columns": (parallel, a),
+        "near-parallel columns that cancel": (parallel, a - a.mean(0)),
+        "graded columns": (b * _graded(rank, 1e-6, 1e6), a / _graded(rank, 1e-6, 1e6).unsqueeze(1)),
+        "b inside": (_inside(subspace.u, rank), a),
+        "a inside": (b, _inside(subspace.v, rank).t().contiguous()),
+        "both inside": (_inside(subspace.u, rank), _inside(subspace.v, rank).t().contiguous()),
+    }
+    problems_ = {name: (_core.LoraPair(*pair, 0.5), subspace) for name, pair in factors.items()}
+    wide = factories.pair(12, 9, 20, seed=3), factories.subspace(12, 9, 4)
+    everything = factories.pair(30, 20, 5, seed=4), factories.subspace(30, 20, 20)
+    half = factories.pair(rows, columns, rank), factories.subspace(rows, columns, 9, dtype=torch.bfloat16)
+    return problems_ | {"r > min(m, n)": wide, "k = min(m, n)": everything, "bfloat16 basis": half}
+
+
+ADVERSARIAL = _adversarial()
+adversarial = pytest.mark.parametrize("problem", ADVERSARIAL.values(), ids=ADVERSARIAL.keys())
+every_preset = pytest.mark.parametrize("preset", sorted(PRESETS))
+
+
+@adversarial
+@every_preset
+@pytest.mark.parametrize("options", [EXACT, KEEP], ids=["exact", "keep"])
+def test_adversarial_updates_agree_with_the_dense_oracle(
+    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, options: _core.CorrectionOptions
+) -> None:
+    pair, subspace = problem
+    update = dense_update(pair)
+    whole = expected(pair, subspace, PRESETS[preset])
+    result = correct(pair, subspace, PRESETS[preset], options)
+    reference = oracle.best_approximation(whole, pair.a.shape[0]) if options is KEEP else whole
+    # Against the update, because what is kept of it may be nothing but rounding.
+    assert float((dense(result) - reference).norm()) <= _bound(pair)
+    energies = {name: getattr(result.energies, name) for name in oracle.PARTS}
+    assert energies == pytest.approx(oracle.split(update, subspace.u, subspace.v).energies, abs=TRACES)
+    assert sum(energies.values()) == pytest.approx(1.0, abs=1e-12)
+    assert result.change <= 1
+    again = correct(pair, subspace, PRESETS[preset], options)
+    assert torch.equal(again.pair.b, result.pair.b)
+    assert torch.equal(again.pair.a, result.pair.a)
+
+
+@adversarial
+def test_adversarial_updates_are_projected_once_and_for_all(
+    problem: tuple[_core.LoraPair, _core.Subspace],
+) -> None:
+    pair, subspace = problem
+    once = correct(pair, subspace, PRESETS["project"])
+    twice = correct(once.pair, subspace, PRESETS["project"])
+    assert float((dense(twice) - dense(once)).norm()) <= PROJECTOR[subspace.u.dtype] * float(dense(once).norm())
+
+
+@adversarial
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"none"}))  # `none` hands the factors back as they are
+@pytest.mark.parametrize("factor", [-1.0, 2.0**-6, 3.0])
+def test_adversarial_updates_are_corrected_alike_at_any_scale(
+    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, factor: float
+) -> None:
+    pair, subspace = problem
+    scaled = _core.LoraPair(pair.b, pair.a, factor * pair.scale)
+    plain, result = (dense(correct(p, subspace, PRESETS[preset])) for p in (pair, scaled))
+    assert float((result - factor * plain).norm()) <= _bound(pair, abs(factor))
+
+
+@adversarial
+@pytest.mark.parametrize("preset", ["csulora", "protect", "uneven"])
+def test_no_perturbation_of_an_adversarial_update_costs_less(
+    problem: tuple[_core.LoraPair, _core.Subspace], preset: str
+) -> None:
+    pair, subspace = problem
+    update, penalties = dense_update(pair), PRESETS[preset]
+    size = float(update.norm())  # costs are squares: keep them in float64's range
+    best = dense(correct(pair, subspace, penalties)) / size
+    direction = factories.gaussian(*update.shape, seed=9).double()
+    step = 1e-2 * direction / direction.norm()
+    u, v = (oracle.orthonormalised(basis) for basis in (subspace.u, subspace.v))
+    cost = oracle.objective(best, update / size, u, v, penalties)
+    for sign in (-1, 1):
+        assert oracle.objective(best + sign * step, update / size, u, v, penalties) > cost
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(problem=problems(largest=4096), preset=st.sampled_from(sorted(PRESETS)))
 def test_agrees_with_the_dense_oracle(problem: tuple[_core.LoraPair, _core.Subspace], preset: str) -> None:
@@ -96,8 +203,8 @@ def test_agrees_with_the_dense_oracle_at_the_extremes(
     assert oracle.relative_error(dense(correct(pair, subspace, PRESETS[preset])), reference) <= TOLERANCE
 
 
-@pytest.mark.parametrize("outside", [1e-1, 1e-2, 1e-3])
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("outside", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+@every_preset
 def test_agrees_where_b_lies_almost_inside_the_subspace(outside: float, preset: str) -> None:
     subspace = factories.subspace(300, 200, 24)
     inside = subspace.u @ factories.gaussian(24, 8, seed=1)
@@ -106,6 +213,9 @@ def test_agrees_where_b_lies_almost_inside_the_subspace(outside: float, preset: 
     pair = _core.LoraPair(b, factories.gaussian(8, 200, seed=3))
     reference = expected(pair, subspace, PRESETS[preset])
     assert oracle.relative_error(dense(correct(pair, subspace, PRESETS[preset])), reference) <= CANCELLED
+    kept = correct(pair, subspace, PRESETS[preset], KEEP)
+    best = oracle.best_approximation(reference, 8)
+    assert float((dense(kept) - best).norm() / reference.norm()) <= CANCELLED
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -143,10 +253,9 @@ def test_gains_and_change_follow_from_the_energies(problem: tuple[_core.LoraPair
 @given(problem=problems())
 def test_none_returns_the_update_itself(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
     pair, subspace = problem
-    result = correct(pair, subspace, PRESETS["none"], _core.CorrectionOptions())
-    # Exactly: at most powers of two were moved between the factors.
-    update = (pair.b * pair.scale).double() @ pair.a.double()
-    torch.testing.assert_close(result.pair.b.double() @ result.pair.a.double(), update, rtol=0, atol=0)
+    result = correct(pair, subspace, PRESETS["none"], KEEP)
+    torch.testing.assert_close(result.pair.b, pair.b * pair.scale, rtol=0, atol=0)
+    torch.testing.assert_close(result.pair.a, pair.a, rtol=0, atol=0)
     assert result.change == 0
     assert result.lost == 0
 
@@ -226,7 +335,7 @@ def test_a_lower_rank_is_the_best_approximation(
 @given(problem=problems())
 def test_keep_has_the_rank_of_the_input(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
     pair, subspace = problem
-    result = correct(pair, subspace, PRESETS["csulora"], _core.CorrectionOptions())
+    result = correct(pair, subspace, PRESETS["csulora"], KEEP)
     assert result.pair.b.shape == pair.b.shape
     assert result.pair.a.shape == pair.a.shape
     whole = expected(pair, subspace, PRESETS["csulora"])
@@ -259,7 +368,7 @@ def test_undo_of_a_removed_alignment_is_the_share_removed() -> None:
 
 def test_an_update_of_zero_stays_zero() -> None:
     zero = _core.LoraPair(torch.zeros(20, 3), factories.gaussian(3, 16, seed=0))
-    for options in (EXACT, _core.CorrectionOptions(), _core.CorrectionOptions(_core.RankRule.fixed, 1)):
+    for options in (EXACT, KEEP, _core.CorrectionOptions(_core.RankRule.fixed, 1)):
         result = correct(zero, factories.subspace(20, 16, 4), PRESETS["uneven"], options)
         assert dense(result).norm() == 0
         assert (result.norm, result.change, result.undo, result.lost) == (0, 0, 0, 0)
@@ -302,7 +411,12 @@ def _numbers(attenuation: Penalties | _core.Parts) -> Callable[[], _core.Correct
     return lambda: correct(factories.pair(20, 16, 3), factories.subspace(20, 16, 4), attenuation)
 
 
+def _subspace(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> Callable[[], _core.Correction]:
+    return lambda: correct(factories.pair(20, 16, 3), _core.Subspace(u, s, v), PRESETS["csulora"])
+
+
 B, A = torch.ones(20, 3), torch.ones(3, 16)
+U, S, V = factories.orthonormal(20, 4).float(), torch.ones(4), factories.orthonormal(16, 4).float()
 
 
 @pytest.mark.parametrize(
@@ -318,8 +432,13 @@ B, A = torch.ones(20, 3), torch.ones(3, 16)
         (_pair(torch.ones(20, 3, device="meta"), A), "CPU"),
         (_pair(B * math.nan, A), "NaN"),
         (_pair(B, A * math.inf), "NaN"),
-        (_pair(B * 1e38, A, 16.0), "too large"),
+        (_pair(B * 1e38, A * 1e38, 16.0), "too large"),
         (_pair(B, A, math.inf), "scale"),
+        (_subspace(U[:, :3], S, V), "agree on the number"),
+        (_subspace(U, S.double(), V), "float32 vector"),
+        (_subspace(U, S * math.nan, V), "NaN"),
+        (_subspace(U * math.inf, S, V), "NaN"),
+        (_subspace(U.double(), S, V.double()), "float16, bfloat16 or float32"),
         (_numbers((-1.0, 0.0, 0.0)), "penalty `aligned`"),
         (_numbers((0.0, math.nan, 0.0)), "penalty `partial`"),
         (_numbers(_core.Parts(0.0, 0.0, 0.0, 1.5)), "gain `off`"),

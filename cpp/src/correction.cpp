@@ -176,20 +176,19 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   const auto norms2 = part_norms2(b_split, a_split);
   const double total = norms2.aligned + norms2.left + norms2.right + norms2.off;
   result.undo = undo(b_split, a_split, task.subspace.s);
-  result.norm = std::sqrt(total);
-  // What float32 cannot hold is infinite in its host.
-  check(std::isfinite(static_cast<float>(result.norm)) && std::isfinite(result.undo), task.label,
+  check(std::isfinite(total) && std::isfinite(result.undo), task.label,
         ": the update or the subspace holds NaN, infinity or values too large");
   if (total > 0) {
     result.energies = {norms2.aligned / total, norms2.left / total, norms2.right / total, norms2.off / total};
   }
+  result.norm = std::sqrt(total);
   result.gains = gains_for(task.attenuation, result.energies);
   result.change = changed_share(result.gains, result.energies);
 
   const int64_t rank = result_rank(options, result.gains, b.size(1));
   if (keep_everything(result.gains) && rank == b.size(1)) {
     result.pair = stored(b, a);
-  } else {  // also for equal gains: a factor of float16 with entries near 2^-24, scaled alone, is rounded back to itself
+  } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
     auto truncated = truncated_pair(b_split, a_split, result.gains, rank);
     result.pair = std::move(truncated.pair);
     result.lost = truncated.lost;

@@ -116,7 +116,7 @@ def test_rank_one_with_a_large_alpha_is_corrected(tmp_path: Path, pack: csulora.
     assert oracle.relative_error(admitted(path, pack)[Q], safe(oracle.update(b, a, 1e6), pack, Q)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("alpha", [1e300, 1e60, -1e60])
+@pytest.mark.parametrize("alpha", [1e300, 1e90, -1e90])
 def test_scale_beyond_float32_is_refused(alpha: float, tmp_path: Path, pack: csulora.Subspace) -> None:
     refused_always(upload(tmp_path / "adapter", named(Q, *factors()), config(lora_alpha=alpha)), pack, "too large")
 

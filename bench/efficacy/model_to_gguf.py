@@ -48,6 +48,11 @@ def add_settings(writer: GGUFWriter, config: PretrainedConfig) -> None:
     if config.model_type in ("gemma2", "gemma3_text"):
         writer.add_sliding_window(config.sliding_window)
         writer.add_float32(f"{writer.arch}.rope.freq_base_swa", theta(config, "sliding_attention"))
+    if config.model_type == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)

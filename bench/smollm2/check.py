@@ -5,8 +5,8 @@
 Extracts a pack and corrects the adapter by the command line, loads each corrected adapter with plain PEFT,
 and compares its logits with those of the aligned model whose weights were replaced by W + X. There
 X = sum g_c dW_c is computed from the pack's u and v and the original adapter without any of csulora's code;
-for `--rank keep` it is cut to its best approximation of the adapter's rank. Exits with 1 if a logit differs
-by more than 1e-4.
+for `--rank keep` it is cut to its best approximation of the adapter's rank. The forward passes are in float64,
+so that what differs is what csulora wrote. Exits with 1 if a logit differs by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MODELS = Path("build/smollm2")
-TOLERANCE = 1e-4  # logits of a float32 model have sizes up to some tens
+TOLERANCE = 1e-4  # logits have sizes up to some tens
 PACK_RANK = 16
 PENALTIES = {"csulora": (0.0, 1.0, 1.0), "protect": (1.0, 1.0, 0.0)}  # aligned, partial, off
 QUESTIONS = (
@@ -105,8 +105,13 @@ def reference_updates(adapter: Path, pack: Path, case: Case) -> Iterator[tuple[s
 
 
 def load(directory: Path) -> torch.nn.Module:
-    """A model in float32."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    """A model in float64: float32 sums in another order alone move logits of this size by more than the tolerance."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+
+
+def load_adapted(models: Path, adapter: Path) -> torch.nn.Module:
+    """The aligned model with an adapter in plain PEFT, which computes in the adapter's float32 unless told not to."""
+    return PeftModel.from_pretrained(load(models / "aligned"), adapter).double()
 
 
 def reference_model(models: Path, pack: Path, case: Case) -> torch.nn.Module:
@@ -114,7 +119,7 @@ def reference_model(models: Path, pack: Path, case: Case) -> torch.nn.Module:
     model = load(models / "aligned")
     for module, x in reference_updates(models / "adapter", pack, case):
         weight = model.get_submodule(module).weight
-        weight.data = (weight.double() + x).float()
+        weight.data += x
     return model
 
 
@@ -146,7 +151,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 def check(models: Path, pack: Path) -> tuple[Table, bool]:
     """Correct the adapter in every way; return what to print and whether all differences are small enough."""
     prompts = tokenise(models / "aligned")
-    raw = logits(PeftModel.from_pretrained(load(models / "aligned"), models / "adapter"), prompts)
+    raw = logits(load_adapted(models, models / "adapter"), prompts)
     table = Table(title=f"Largest logit: {float(raw.abs().max()):.1f}", title_justify="left")
     for heading in ("preset", "rank", "moved by the correction", "csulora - dense float64"):
         table.add_column(heading)
@@ -155,7 +160,7 @@ def check(models: Path, pack: Path) -> tuple[Table, bool]:
         fixed = models / case.directory
         options = ("--preset", case.preset, "--rank", case.rank, "--quiet")
         csulora("correct", models / "adapter", "--subspace", pack, "-o", fixed, *options)
-        corrected = logits(PeftModel.from_pretrained(load(models / "aligned"), fixed), prompts)
+        corrected = logits(load_adapted(models, fixed), prompts)
         error = difference(corrected, logits(reference_model(models, pack, case), prompts))
         good = good and error <= TOLERANCE
         table.add_row(case.preset, case.rank, f"{difference(corrected, raw):.3f}", f"{error:.1e}")

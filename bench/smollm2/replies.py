@@ -40,9 +40,11 @@ def shipped_model(models: Path) -> Path:
 def replies(llama: llama_cpp.Llama) -> list[str]:
     """Greedy replies to all questions."""
     return [
-        llama.create_chat_completion(
-            [{"role": "user", "content": question}], temperature=0.0, repeat_penalty=1.0, max_tokens=40
-        )["choices"][0]["message"]["content"]
+        " ".join(
+            llama.create_chat_completion(
+                [{"role": "user", "content": question}], temperature=0.0, repeat_penalty=1.0, max_tokens=40
+            )["choices"][0]["message"]["content"].split()
+        )
         for question in QUESTIONS
     ]
 

@@ -36,7 +36,6 @@ _PIPE_WIDTH = 1000
 
 app = typer.Typer(
     name="csulora",
-    help="Correct trained LoRA adapters so that a model's safety alignment survives them.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -119,7 +118,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def csulora_options(
+def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,

@@ -55,6 +55,19 @@ _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 FAMILIES = {
     "llama": Family("Llama", {"tie_word_embeddings": False}),
     "mistral": Family("Mistral", {"head_dim": 16}),
+    # Every fourth layer has no rotary embedding.
+    "smollm3": Family("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": False}),
+    "granite": Family(
+        "Granite",
+        {
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 1.5,
+            "attention_multiplier": 0.3,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "olmo2": Family("Olmo2"),
     "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3", {"head_dim": 16}),
     "gemma": Family("Gemma", {"head_dim": 16}),

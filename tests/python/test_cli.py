@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import csulora
 import factories
-from csulora import cli
+from csulora import cli, doctor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,6 +189,14 @@ def test_doctor_finds_a_working_installation(run: Run) -> None:
     findings = {finding["what"]: finding for finding in json.loads(result.out)["findings"]}
     assert findings["csulora"]["value"] == csulora.__version__
     assert findings["self-test"]["ok"] is True
+
+
+def test_doctor_fails_on_one_that_does_not_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("self-test", "wrong result", False)])
+    result = run("doctor")
+    assert (result.code, result.err) == (1, "")
+    assert "WRONG" in result.out
+    assert "this installation does not work" in result.out
 
 
 def test_prints_its_version(run: Run) -> None:

@@ -69,6 +69,9 @@ _ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         Architecture("llama", permuted=True),
+        Architecture("smollm3", permuted=True),
+        Architecture("granite", permuted=True),
+        Architecture("olmo2"),
         Architecture("qwen2"),
         Architecture("qwen3"),
         Architecture("gemma"),

@@ -1,8 +1,10 @@
 """llama.cpp in Python (llama-cpp-python): adapters are corrected before llama.cpp loads them.
 
-from csulora.hooks.llama_cpp import load
+    from csulora.hooks.llama_cpp import load
 
-llama = load("model.gguf", "my-adapter", "pack.safetensors", Policy.csulora(), n_ctx=4096)
+    llama = load("model.gguf", "my-adapter", "pack.safetensors", Policy.csulora(), n_ctx=4096)
+
+The corrected adapter is kept in a cache and corrected once.
 """
 
 from __future__ import annotations

@@ -6,7 +6,14 @@ from csulora.errors import RefusedError
 from csulora.formats import gguf_layout
 from csulora.formats.gguf_layout import from_rotary_order, to_rotary_order
 
-SUPPORTED = ["gemma", "gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3"]
+SUPPORTED = ["gemma", "gemma2", "gemma3", "granite", "llama", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"]
+
+
+def test_every_architecture_has_a_model_that_proves_it() -> None:
+    """What supports them is test_gguf_llama_cpp.py, which goes through the zoo."""
+    zoo = pytest.importorskip("gguf_zoo")
+    assert {family.gguf_name for family in zoo.FAMILIES.values()} == set(SUPPORTED)
+    assert set(gguf_layout._ARCHITECTURES) == set(SUPPORTED)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -67,7 +74,7 @@ def test_row_orders_are_inverse(heads: int) -> None:
 
 @pytest.mark.parametrize("name", [None, "mamba", "Llama", "llama4", "gemma3n", "qwen2moe", "x\n" * 100])
 def test_refuses_other_architectures_by_name(name: str | None) -> None:
-    with pytest.raises(RefusedError, match=r"file: architecture .* supported are gemma, .*, qwen3$") as caught:
+    with pytest.raises(RefusedError, match=r"file: architecture .* supported are gemma, .*, smollm3$") as caught:
         gguf_layout.architecture(name, "file")
     assert repr(name)[:60] in str(caught.value)
 

@@ -398,7 +398,8 @@ def main() -> None:
 
 
 def _fail(kind: str, reason: object, code: int) -> NoReturn:
-    print(f"csulora: {kind}: {' '.join(str(reason).split())}", file=sys.stderr)
+    line = "".join(character if character.isprintable() else " " for character in str(reason))
+    print(f"csulora: {kind}: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -417,7 +418,7 @@ def _deliver(table: RenderableType, summary: str, document: dict[str, Any], json
     """Print table and summary, unless nobody wants them, and write the document where somebody does."""
     if not quiet and json != _STDOUT:
         # A pipe has no width of its own; wide enough that no table wraps.
-        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, emoji=False).print(table)
         print(summary)
     if json == _STDOUT:
         print(to_json(document), end="")
@@ -433,11 +434,11 @@ def _progress(verb: str, quiet: bool) -> Iterator[ReportProgress | None]:
         disable_progress_bars()
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task(verb, total=None)
 
         def report(module: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{verb} {module}", completed=done, total=total)
+            bar.update(task, description=f"{verb} {module}", completed=done, total=total, refresh=True)
 
         yield report

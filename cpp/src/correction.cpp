@@ -27,10 +27,10 @@ struct SplitFactor {
 };
 
 SplitFactor split(const Tensor& factor, const Tensor& basis) {
-  const auto directions = basis.to(at::kDouble);           // (m, k)
-  const auto coordinates = directions.t().matmul(factor);  // (k, r)
-  const auto inside = directions.matmul(coordinates);      // (m, r)
-  const auto outside = factor - inside;                    // (m, r)
+  const auto directions = basis.to(at::kFloat).to(at::kDouble);  // (m, k); at once, float16 takes five times as long
+  const auto coordinates = directions.t().matmul(factor);        // (k, r)
+  const auto inside = directions.matmul(coordinates);            // (m, r)
+  const auto outside = factor - inside;                          // (m, r)
   const auto [orthonormal, triangle] = at::linalg_qr(at::cat({inside, outside}, 1));
   const int64_t r = factor.size(1);
   return {coordinates, inside, outside, orthonormal, triangle.narrow(1, 0, r), triangle.narrow(1, r, r)};

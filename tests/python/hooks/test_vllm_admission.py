@@ -127,3 +127,23 @@ def test_rank_that_the_server_does_not_take_is_refused(pack: csulora.Subspace, p
     with pytest.raises(csulora.RefusedError, match="rank 8"):
         admission.check("id", path, 7, reload=False)
     admission.check("id", path, 8, reload=False)
+
+
+def test_leavings_of_killed_processes_are_removed(
+    pack: csulora.Subspace, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = tmp_path / "csulora-vllm-dead"
+    dead.mkdir()
+    (dead / ".lock").touch()
+    living = Admission(Gate.open(pack))
+    directory = living.directory("id", path, torch.float32, reload=False)
+    other = Admission(Gate.open(pack))
+
+    assert not dead.exists()
+    assert directory.is_dir()
+    home = directory.parent
+    del living
+    assert not home.exists()
+    assert len(list(tmp_path.glob("csulora-vllm-*"))) == 1
+    del other

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
 import threading
 import weakref
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 
 import torch
 
@@ -19,6 +21,9 @@ from csulora.formats import Adapter, LoraModule, peft
 from csulora.gate import Gate
 
 logger = logging.getLogger("vllm.csulora")
+
+_PREFIX = "csulora-vllm-"
+_LOCK_FILE = ".lock"
 
 _Signature = tuple[tuple[str, int, int, int, int], ...]
 
@@ -44,8 +49,8 @@ class Admission:
         """Start with nothing decided; corrected adapters are kept in a temporary directory (see TMPDIR)."""
         self.gate = gate
         self._lock = threading.Lock()
-        self._home = Path(mkdtemp(prefix="csulora-vllm-"))
-        weakref.finalize(self, _remove, self._home, os.getpid())
+        self._home, descriptor = _new_home()
+        weakref.finalize(self, _remove, self._home, descriptor, os.getpid())
         self._admitted: set[Hashable] = set()
         self._verdicts: dict[Path, _Verdict] = {}
         self._by_content: dict[str, Path] = {}
@@ -128,7 +133,21 @@ class Admission:
         return self._by_content[key]
 
 
-def _remove(home: Path, owner: int) -> None:
+def _new_home() -> tuple[Path, int]:
+    """Make a directory, locked for as long as this process lives; remove those of processes that were killed."""
+    for home in Path(gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError), (home / _LOCK_FILE).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(home)
+    home = Path(mkdtemp(prefix=_PREFIX))
+    descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    (home / "lock").rename(home / _LOCK_FILE)  # locked before another process can find it
+    return home, descriptor
+
+
+def _remove(home: Path, descriptor: int, owner: int) -> None:
+    os.close(descriptor)
     if os.getpid() == owner:  # not in a process forked from it
         shutil.rmtree(home, ignore_errors=True)
 

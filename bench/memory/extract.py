@@ -1,0 +1,177 @@
+"""Peak memory of `csulora extract` on matrices of Llama-3-8B's shapes: it must not grow with the number of layers.
+
+    python bench/memory/extract.py [--rank 16] [--json FILE]
+
+Writes random bfloat16 checkpoint pairs of 2 and of 6 layers to a temporary directory (11 GB of disk, removed after),
+runs the command on each and prints the peak of its resident memory beyond that of an interpreter that has imported
+csulora, in multiples of the largest matrix in float32. Resident pages of mapped checkpoint files are page cache that
+the system may take back at any time, so they are also told apart (RssFile) from memory that it may not (RssAnon).
+A last run takes a rank at which every matrix needs the full decomposition, which is what takes most memory.
+Exits with 1 if 6 layers take over a tenth more than 2, or any run more than 5 times the largest matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+import csulora
+
+SHAPES = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+LARGEST = 4 * max(rows * columns for rows, columns in SHAPES.values())  # bytes in float32
+LAYERS = (2, 6)
+FULL_RANK = 512  # eight times 512 and oversampling exceed 4096
+MOST_GROWTH = 1.1
+MOST_MULTIPLE = 5.0
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Peaks of resident memory in bytes; the three need not have been reached at one time."""
+
+    total: int
+    anonymous: int
+    files: int
+
+    def beyond(self, baseline: Peak) -> dict[str, float]:
+        """Return the multiples of the largest matrix that were used beyond the baseline."""
+        return {name: (value - getattr(baseline, name)) / LARGEST for name, value in asdict(self).items()}
+
+
+def write_pair(directory: Path, layers: int) -> tuple[Path, Path]:
+    """Write a base and an aligned checkpoint that differ by a falling low-rank change and a little noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def gaussian(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    base, aligned = directory / "base", directory / "aligned"
+    files: dict[str, str] = {}
+    for checkpoint in (base, aligned):
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+    for layer in range(layers):
+        shard = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
+        weights: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+        for module, (rows, columns) in SHAPES.items():
+            name = f"model.layers.{layer}.{module}.weight"
+            before = 0.02 * gaussian(rows, columns)
+            falling = torch.arange(1, 65).rsqrt() * 1e-3
+            change = (gaussian(rows, 64) * falling) @ gaussian(64, columns) + 1e-4 * gaussian(rows, columns)
+            weights[0][name], weights[1][name] = before.bfloat16(), (before + change).bfloat16()
+            files[name] = shard
+        for checkpoint, tensors in zip((base, aligned), weights, strict=True):
+            save_file(tensors, checkpoint / shard, {"format": "pt"})
+    for checkpoint in (base, aligned):
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return base, aligned
+
+
+def measure(arguments: list[str]) -> tuple[Peak, float]:
+    """Run the interpreter with these arguments; return its peaks of memory and the seconds it took."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments])
+    peaks = {"VmHWM": 0, "RssAnon": 0, "RssFile": 0}
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except ProcessLookupError:
+            break
+        for line in status.splitlines():
+            name, _, value = line.partition(":")
+            if name in peaks:
+                peaks[name] = max(peaks[name], 1024 * int(value.split()[0]))
+        time.sleep(SAMPLE_SECONDS)
+    if process.wait() != 0:
+        raise SystemExit(f"python {' '.join(arguments)} failed with {process.returncode}")
+    return Peak(peaks["VmHWM"], peaks["RssAnon"], peaks["RssFile"]), time.perf_counter() - start
+
+
+def run(layers: int, rank: int, modules: tuple[str, ...], baseline: Peak) -> dict[str, object]:
+    """Extract a pack from a pair of so many layers and return what was measured."""
+    with tempfile.TemporaryDirectory(prefix="csulora-memory-") as temporary:
+        base, aligned = write_pair(Path(temporary), layers)
+        chosen = [argument for module in modules for argument in ("--modules", module)]
+        pack = str(Path(temporary) / "pack.safetensors")
+        command = ["-m", "csulora", "extract", str(base), str(aligned), "-o", pack, "--rank", str(rank), "--quiet"]
+        peak, seconds = measure([*command, *chosen])
+    return {
+        "layers": layers,
+        "rank": rank,
+        "modules": list(modules),
+        "peak_bytes": asdict(peak),
+        "multiples_beyond_baseline": peak.beyond(baseline),
+        "seconds": round(seconds, 1),
+    }
+
+
+def environment() -> dict[str, object]:
+    """Describe what was measured on."""
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    return {
+        "cpu": cpu.partition(":")[2].strip(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "csulora": csulora.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def show(runs: list[dict[str, object]]) -> None:
+    """Print the multiples."""
+    table = Table("layers", "rank", "peak", "anonymous", "files", "seconds", title="multiples of 14336 x 4096 float32")
+    for result in runs:
+        multiples = result["multiples_beyond_baseline"]
+        shown = [f"{multiples[name]:.2f}" for name in ("total", "anonymous", "files")]
+        table.add_row(str(result["layers"]), str(result["rank"]), *shown, str(result["seconds"]))
+    Console().print(table)
+
+
+def main() -> int:
+    """Measure, print, write, and say whether the promises hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=64, help="directions per module (default: 64)")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    arguments = parser.parse_args()
+
+    baseline, _ = measure(["-c", "import csulora"])
+    runs = [run(layers, arguments.rank, (), baseline) for layers in LAYERS]
+    runs.append(run(1, FULL_RANK, ("*.mlp.up_proj", "*.mlp.down_proj"), baseline))
+    show(runs)
+    if arguments.json:
+        result = {**environment(), "largest_matrix_bytes": LARGEST, "baseline_bytes": asdict(baseline), "runs": runs}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    few, many, *_ = multiples = [result["multiples_beyond_baseline"]["total"] for result in runs]
+    return int(many > MOST_GROWTH * few or max(multiples) > MOST_MULTIPLE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -108,7 +108,6 @@ load: build ## MINUTES=10 of many threads and processes with one pack.
 	$(BIN)/python bench/load/load.py --minutes $(MINUTES)
 
 # LeakSanitizer is off: what torch keeps until the process ends is no leak of csulora's, and there is much of it.
-# One OpenMP thread under TSan: the parallel regions inside torch are not instrumented, csulora's threads are.
 sanitize: build $(DOCTEST) ## The C++ core and its tests under ASan and UBSan, and under TSan.
 	set -e; for kind in address,undefined thread; do \
 	  PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-$$kind -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
@@ -116,7 +115,7 @@ sanitize: build $(DOCTEST) ## The C++ core and its tests under ASan and UBSan, a
 	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-$$kind; \
 	done
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 build/sanitize-address,undefined/tests/cpp/csulora_tests
-	TSAN_OPTIONS=suppressions=$(abspath tests/cpp/tsan.supp) OMP_NUM_THREADS=1 build/sanitize-thread/tests/cpp/csulora_tests
+	TSAN_OPTIONS=suppressions=$(abspath tests/cpp/tsan.supp) build/sanitize-thread/tests/cpp/csulora_tests
 
 lint: build ## Formatting, lint and types.
 	$(BIN)/ruff format --check .

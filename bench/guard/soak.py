@@ -224,7 +224,7 @@ class Outcome:
         return self.decided and self.clean_exit and not bad
 
 
-def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, limit: float = 170.0) -> Outcome:
+def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, limit: float = 600.0) -> Outcome:
     """Run the test in the empty directory ``work`` for at most ``limit`` seconds."""
     rng, start = random.Random(seed), time.monotonic()
     incoming, outgoing, sources = work / "incoming", work / "outgoing", work / "sources"

@@ -44,9 +44,9 @@ double captured_share(double norm2, const Tensor& s, const Tensor& quotients, co
   return (2 * s.mul(quotients).sum() - reproduced2).item<double>() / norm2;
 }
 
-/// Sum over columns of (|D v - s u|^2 + |D^T u - s v|^2) / (s - s_{k+1})^2 bounds what u and v together have outside
-/// the true leading subspaces (Wedin 1972); orthonormalising the columns stretches that by at most 1 / (1 - |U^T U -
-/// I|).
+/// What u and v together have outside the true leading subspaces is at most the sum over their columns of
+/// (|D v - s u|^2 + |D^T u - s v|^2) / (s - s_{k+1})^2 (Wedin 1972). Orthonormalising the columns stretches it by at
+/// most 1 / (1 - error), with the orthonormality error in Frobenius norm.
 double missed_bound(const Tensor& residuals2, const Tensor& s, double next_value, double orthonormality) {
   const auto gaps = s - next_value;
   if (orthonormality >= 1 || gaps.le(0).any().item<bool>()) {

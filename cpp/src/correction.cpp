@@ -15,25 +15,22 @@ namespace {
 
 using at::Tensor;
 
-/// One factor of the update, split at its side's subspace: [inside, outside] = orthonormal triangle. All float64: an
-/// update may lie in the subspace up to a millionth part, and that part may be all that is kept.
+/// One factor of the update, split at its side's subspace, as [inside, outside] = orthonormal [inside_root,
+/// outside_root]. All float64: all but a millionth of an update may lie inside, and that millionth be what is kept.
 struct SplitFactor {
-  Tensor coordinates;  // (k, r) basis^T factor
-  Tensor inside;       // (m, r) basis basis^T factor
-  Tensor outside;      // (m, r)
-  Tensor orthonormal;  // (m, min(m, 2r))
-  Tensor inside_root;  // (min(m, 2r), r), inside = orthonormal inside_root
-  Tensor outside_root;
+  Tensor coordinates;   // (k, r) basis^T factor
+  Tensor orthonormal;   // (m, j) with j = min(m, 2r)
+  Tensor inside_root;   // (j, r) of basis basis^T factor
+  Tensor outside_root;  // (j, r) of the rest
 };
 
 SplitFactor split(const Tensor& factor, const Tensor& basis) {
   const auto directions = basis.to(at::kFloat).to(at::kDouble);  // (m, k); at once, float16 takes five times as long
   const auto coordinates = directions.t().matmul(factor);        // (k, r)
   const auto inside = directions.matmul(coordinates);            // (m, r)
-  const auto outside = factor - inside;                          // (m, r)
-  const auto [orthonormal, triangle] = at::linalg_qr(at::cat({inside, outside}, 1));
+  const auto [orthonormal, roots] = at::linalg_qr(at::cat({inside, factor - inside}, 1));
   const int64_t r = factor.size(1);
-  return {coordinates, inside, outside, orthonormal, triangle.narrow(1, 0, r), triangle.narrow(1, r, r)};
+  return {coordinates, orthonormal, roots.narrow(1, 0, r), roots.narrow(1, r, r)};
 }
 
 /// Squared Frobenius norms of the four parts.

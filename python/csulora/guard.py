@@ -52,6 +52,7 @@ class _Entry:
 
     signature: _Signature
     since: float  # monotonic time at which this signature was first seen
+    wait: float  # seconds from then until it is to be decided on
     decided: bool = False
 
 
@@ -128,14 +129,14 @@ class DirectoryGuard:
         for name, entry in self._entries.items():
             if self._stop.is_set():
                 return False
-            if not entry.decided and time.monotonic() - entry.since >= self.settle:
+            if not entry.decided and time.monotonic() - entry.since >= entry.wait:
                 entry.decided = self._decide(name, entry)
         return all(entry.decided for entry in self._entries.values())
 
     def _look(self, path: Path) -> _Entry:
         signature = _signature(path)
         known = self._entries.get(path.name)
-        return known if known and known.signature == signature else _Entry(signature, time.monotonic())
+        return known if known and known.signature == signature else _Entry(signature, time.monotonic(), self.settle)
 
     def _decide(self, name: str, entry: _Entry) -> bool:
         """Publish the corrected adapter or the refusal; False if it is too early to tell."""
@@ -144,7 +145,8 @@ class DirectoryGuard:
         if self._is_recorded(name, record):
             return True
         found = self._read(path, entry.signature)
-        if isinstance(found, InputError) and time.monotonic() - entry.since < self.patience:
+        if isinstance(found, InputError) and entry.wait < self.patience:
+            entry.wait = self.patience  # an upload may have come to a halt; if it goes on, this entry is a new one
             return False
         if _signature(path) != entry.signature:
             return False

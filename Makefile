@@ -17,8 +17,14 @@ CPP_BUILD := build/cpp
 WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
 
+FUZZ_TARGETS := adapter_config safetensors gguf pack policy
+SECONDS := 60
+KILLS := 300
+MINUTES := 10
+
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-gguf test test-python test-gguf test-cpp test-vllm soak lint format smollm2 smollm2-gguf clean
+.PHONY: help build demo demo-gguf test test-python test-gguf test-cpp test-vllm soak fuzz crash load sanitize lint format smollm2 \
+  smollm2-gguf clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -88,6 +94,29 @@ test-vllm: $(VLLM_VENV)/.built ## Every route into vLLM's server, with the real 
 
 soak: build ## csulora guard under many uploads, killed ten times.
 	$(BIN)/python bench/guard/soak.py
+
+$(VENV)/.fuzz: $(VENV)/.dependencies
+	$(PIP) install --quiet --group fuzz
+	touch $@
+
+fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of five kinds of file.
+	set -e; for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(SECONDS); done
+
+crash: build ## KILLS=300 kills at random moments; nothing may be lost.
+	$(BIN)/python bench/crash/kill.py --kills $(KILLS)
+
+load: build ## MINUTES=10 of many threads and processes with one pack.
+	$(BIN)/python bench/load/load.py --minutes $(MINUTES)
+
+# LeakSanitizer is off: what torch keeps until the process ends is no leak of csulora's, and there is much of it.
+sanitize: build $(DOCTEST) ## The C++ core and its tests under ASan and UBSan, and under TSan.
+	set -e; for kind in address,undefined thread; do \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-$$kind -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	    -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_SANITIZE=$$kind --log-level=WARNING; \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-$$kind; \
+	done
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 build/sanitize-address,undefined/tests/cpp/csulora_tests
+	TSAN_OPTIONS=suppressions=$(abspath tests/cpp/tsan.supp) build/sanitize-thread/tests/cpp/csulora_tests
 
 lint: build ## Formatting, lint and types.
 	$(BIN)/ruff format --check .

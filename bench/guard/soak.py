@@ -268,7 +268,7 @@ def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, lim
         decided=all_decided(outgoing, everything),
         wrong=[path.name for path in good if not is_correct(path, outgoing / path.name, opened)],
         let_through=[path.name for path in broken if (outgoing / path.name).exists()],
-        partial=observer.partial + [path.name for path in outgoing.glob(".*.tmp")],
+        partial=observer.partial + [path.name for path in outgoing.glob(".*.csulora-tmp")],
         made_more_than_once=[name for name, times in observer.appeared.items() if times > 1],
         clean_exit=clean_exit,
     )

@@ -66,8 +66,8 @@ Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
 /// Whether X = (g B_in + g' B_out) (h A_in + h' A_out), of rank r like the update itself.
 bool gains_factor(const Gains& gains) { return gains.aligned * gains.off == gains.left * gains.right; }
 
-bool all_equal(const Gains& gains) {
-  return gains.aligned == gains.left && gains.left == gains.right && gains.right == gains.off;
+bool keep_everything(const Gains& gains) {
+  return gains.aligned == 1 && gains.left == 1 && gains.right == 1 && gains.off == 1;
 }
 
 LoraPair stored(const Tensor& b, const Tensor& a) {
@@ -183,9 +183,9 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   result.change = changed_share(result.gains, result.energies);
 
   const int64_t rank = result_rank(options, result.gains, b.size(1));
-  if (all_equal(result.gains) && rank == b.size(1)) {
-    result.pair = stored(b.mul(result.gains.aligned), a);
-  } else {
+  if (keep_everything(result.gains) && rank == b.size(1)) {
+    result.pair = stored(b, a);
+  } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
     auto truncated = truncated_pair(b_split, a_split, result.gains, rank);
     result.pair = std::move(truncated.pair);
     result.lost = truncated.lost;

@@ -8,6 +8,7 @@ csulora.save_adapter(fixed, "my-adapter-corrected")
 
 from csulora._version import __version__
 from csulora.adapter import load_adapter, save_adapter
+from csulora.audit import audit
 from csulora.combination import combine
 from csulora.correction import correct
 from csulora.errors import BuildError, CsuloraError, HostError, InputError, InternalError, RefusedError
@@ -32,6 +33,7 @@ __all__ = [
     "Report",
     "Subspace",
     "__version__",
+    "audit",
     "combine",
     "correct",
     "extract",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from csulora.errors import InputError
-from csulora.files import atomic_directory
+from csulora.files import atomic_directory, sha256_of_file, to_json
 from csulora.formats import Adapter, gguf, peft
 from csulora.formats.gguf_base import BaseModel
-from csulora.report import REPORT_FILE
+from csulora.formats.peft_config import CONFIG_FILE
+from csulora.report import CORRECTED_SHA256, REPORT_FILE
 
 
 def load_adapter(path: str | Path, base_model: str | Path | None = None) -> Adapter:
@@ -38,7 +40,7 @@ def save_adapter(
     *,
     base_model: str | Path | None = None,
     outtype: str | None = None,
-) -> None:
+) -> str:
     """Write an adapter, complete or not at all.
 
     Args:
@@ -48,6 +50,10 @@ def save_adapter(
         format: ``peft`` or ``gguf``.
         base_model: for ``gguf``, the model that llama.cpp will run it with.
         outtype: for ``gguf``, the type of the tensors: ``f32``, ``f16`` or ``bf16``; None keeps the adapter's.
+
+    Returns:
+        The sha256 of what was written, as `load_adapter` finds it: of a PEFT directory's configuration and weights
+        (its report states it too), or of a GGUF file.
 
     Raises:
         InputError: ``path`` cannot be created or is an input, or the adapter does not fit the format or the model.
@@ -60,14 +66,18 @@ def save_adapter(
         if base_model is None:
             raise InputError(f"{path}: a GGUF file is written for a model; name it (base_model, --base-model)")
         gguf.write(adapter, path, BaseModel.open(base_model), outtype)
-    elif format == "peft":
-        _save_peft(adapter, path)
-    else:
-        raise InputError(f"unknown adapter format {format!r}; it must be peft or gguf")
+        return sha256_of_file(path)
+    if format == "peft":
+        return _save_peft(adapter, path)
+    raise InputError(f"unknown adapter format {format!r}; it must be peft or gguf")
 
 
-def _save_peft(adapter: Adapter, path: Path) -> None:
+def _save_peft(adapter: Adapter, path: Path) -> str:
     with atomic_directory(path, marker=REPORT_FILE) as directory:
         peft.write(adapter, directory)
+        sha256 = peft.sha256_of(*((directory / name).read_bytes() for name in (CONFIG_FILE, peft.WEIGHTS_FILE)))
         for name, text in adapter.documents.items():
+            if name == REPORT_FILE:
+                text = to_json(json.loads(text) | {CORRECTED_SHA256: sha256})
             (directory / name).write_text(text, encoding="utf-8")
+    return sha256

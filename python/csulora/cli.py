@@ -22,14 +22,15 @@ from csulora import doctor as doctor_module
 from csulora import tables
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.files import check_file, to_json, write_text
-from csulora.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_VARIABLE, Gate
+from csulora.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_SHA256_VARIABLE, SUBSPACE_VARIABLE, Gate
 from csulora.guard import DirectoryGuard
+from csulora.interruption import interruptible
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
+from csulora.report import CORRECTED_SHA256
 
 EXIT_REFUSED = 3
 EXIT_BAD_INPUT = 4
-EXIT_INTERRUPTED = 130
 _STDOUT = Path("-")
 _PIPE_WIDTH = 1000
 
@@ -103,6 +104,10 @@ Json = Annotated[
         "--json", callback=_check_json, help="Write the report as JSON to this file; - for stdout, and no table."
     ),
 ]
+SubspaceSha256 = Annotated[
+    str | None,
+    typer.Option(envvar=SUBSPACE_SHA256_VARIABLE, metavar="HEX", help="The one content of the pack that is accepted."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -151,37 +156,63 @@ def extract(
         raise typer.BadParameter("give --rank or --energy (with --max-rank), not both")
     if max_rank is not None and energy is None:
         raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
-    try:
-        with _progress("extracting", quiet) as progress:
-            pack = csulora.extract(
-                base,
-                aligned,
-                output=output,
-                progress=progress,
-                rank=rank or 64,
-                energy=energy,
-                max_rank=max_rank or 256,
-                modules=modules or [],
-                dtype=dtype.value,
-                device=device.value,
-                seed=seed,
-                keep_noise=keep_noise,
-            )
-    except KeyboardInterrupt:
-        _fail("interrupted", "finished modules are kept; run the same command to continue", EXIT_INTERRUPTED)
+    reason = "finished modules are kept; run the same command to continue"
+    with interruptible(reason), _progress("extracting", quiet) as progress:
+        pack = csulora.extract(
+            base,
+            aligned,
+            output=output,
+            progress=progress,
+            rank=rank or 64,
+            energy=energy,
+            max_rank=max_rank or 256,
+            modules=modules or [],
+            dtype=dtype.value,
+            device=device.value,
+            seed=seed,
+            keep_noise=keep_noise,
+        )
     summary = f"{output}: {len(pack)} modules, sha256 {pack.sha256}"
     _deliver(tables.pack_table(pack), summary, pack.to_dict(), json, quiet)
 
 
 @app.command()
 def verify(
-    pack: Annotated[Path, typer.Argument(help="Pack file.")],
-    base: Annotated[str, typer.Argument(help="Checkpoint before alignment.")],
-    aligned: Annotated[str, typer.Argument(help="Checkpoint after alignment.")],
+    subject: Annotated[Path, typer.Argument(metavar="PACK|ADAPTER", help="Pack file or corrected adapter directory.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCES...",
+            help="What it was made from. Of a pack: the checkpoints before and after alignment. Of an adapter: the "
+            "original adapter and the pack; without them only the adapter's content is compared with its report.",
+        ),
+    ] = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Recompute a pack's certificates from its checkpoints."""
+    """Recompute a pack's certificates from its checkpoints, or a corrected adapter from its original."""
+    if subject.is_dir() and len(sources or ()) in (0, 2):
+        original, pack = sources or (None, None)
+        _verify_adapter(subject, original, csulora.Subspace.open(pack) if pack else None, json, quiet)
+    elif not subject.is_dir() and sources and len(sources) == 2:
+        _verify_pack(subject, sources[0], sources[1], json, quiet)
+    else:
+        raise typer.BadParameter("give PACK BASE ALIGNED, or ADAPTER ORIGINAL PACK, or ADAPTER alone")
+
+
+def _verify_adapter(
+    adapter: Path, original: str | None, pack: csulora.Subspace | None, json: Path | None, quiet: bool
+) -> None:
+    checks = csulora.audit(adapter, original, pack)
+    failed = [check for check in checks if not check.holds]
+    whole = "follows from its original" if pack else "is as it was written; name original and pack to make it again"
+    summary = f"{adapter}: {'does not hold' if failed else whole}"
+    _deliver(tables.audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
+    if failed:
+        raise RefusedError(f"{adapter}: {failed[0].what}: {failed[0].stated} is stated, and {failed[0].found} is found")
+
+
+def _verify_pack(pack: Path, base: str, aligned: str, json: Path | None, quiet: bool) -> None:
     subspace = csulora.Subspace.open(pack)
     with _progress("verifying", quiet) as progress:
         results = csulora.verify(subspace, base, aligned, progress)
@@ -207,6 +238,7 @@ def inspect(
         float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
     ] = None,
     base_model: BaseModel = None,
+    subspace_sha256: SubspaceSha256 = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -222,7 +254,7 @@ def inspect(
         summary = f"{adapters[0]}: {len(loaded[0].modules)} modules"
         _deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
         return
-    pack = csulora.Subspace.open(subspace)
+    pack = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, _numbers(weights))
     _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
     _deliver(report.table(), f"{whole.path}: nothing was changed", report.to_dict(), json, quiet)
@@ -246,6 +278,7 @@ def correct(
     format: Annotated[Format, typer.Option(help="Format to write.")] = Format.peft,
     base_model: BaseModel = None,
     outtype: Outtype = None,
+    subspace_sha256: SubspaceSha256 = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -270,10 +303,10 @@ def correct(
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     loaded = csulora.load_adapter(adapter, base_model)
-    fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace), chosen)
-    csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
-    summary = f"{output}: {len(report.measured)} of {len(report.modules)} modules corrected"
-    _deliver(report.table(), summary, report.to_dict(), json, quiet)
+    fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen)
+    sha256 = csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
+    summary = f"{output}: {len(report.measured)} of {len(report.modules)} modules corrected, sha256 {sha256}"
+    _deliver(report.table(), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)
 
 
 @app.command()
@@ -287,13 +320,14 @@ def guard(
     settle: Annotated[float, typer.Option(min=0, help="Seconds an upload must not change before it is read.")] = 2.0,
     patience: Annotated[float, typer.Option(min=0, help="Seconds until an unreadable upload is refused.")] = 60.0,
     decisions: Annotated[Path | None, typer.Option(help="Append a JSON line per decision to this file.")] = None,
+    subspace_sha256: SubspaceSha256 = None,
     quiet: Quiet = False,
 ) -> None:
     """Correct or refuse every adapter that appears in a directory."""
     worker = DirectoryGuard(
         incoming,
         outgoing,
-        Gate.open(subspace, policy, decisions),
+        Gate.open(subspace, policy, decisions, subspace_sha256),
         settle,
         patience,
         base_model,
@@ -301,7 +335,8 @@ def guard(
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
-    worker.run(watch)
+    with interruptible("what was not finished is done at the next start"):
+        worker.run(watch)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from csulora.errors import InputError
+
+_WORKPLACE_SUFFIX = r"\.[0-9a-f]{8}\.csulora-tmp"
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -51,20 +56,18 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it takes the place of ``path``, flushed to disk."""
+    """Yield a temporary path; on success the file there takes the place of ``path``, flushed to disk."""
     check_file(path)
-    temporary = _temporary_beside(path)
-    temporary.touch(exist_ok=False)
-    permissions = temporary.stat().st_mode
-    try:
+    with workplace(path) as place:
+        temporary = place / "new"
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         yield temporary
         # safetensors replaces the file by one that only its owner may read.
         temporary.chmod(permissions)
         _flush_to_disk(temporary)
         temporary.replace(path)
         _flush_to_disk(path.absolute().parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -78,19 +81,21 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
         InputError: ``path`` cannot be created or must not be replaced.
     """
     check_parent(path)
-    temporary = _temporary_beside(path)
-    temporary.mkdir()
-    permissions = temporary.stat().st_mode & 0o666
-    try:
+    with workplace(path) as place:
+        temporary = place / "new"
+        temporary.mkdir()
+        permissions = temporary.stat().st_mode & 0o666
         yield temporary
         _check_replaceable(path, marker, {file.name for file in temporary.iterdir()})
         for file in temporary.iterdir():
             file.chmod(permissions)
             _flush_to_disk(file)
         _flush_to_disk(temporary)
-        _replace_directory(path, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            # A directory cannot be renamed over another: for a moment there is none.
+            path.rename(place / "old")
+        temporary.rename(path)
+        _flush_to_disk(path.absolute().parent)
 
 
 def _check_replaceable(path: Path, marker: str, replacements: set[str]) -> None:
@@ -106,18 +111,54 @@ def _check_replaceable(path: Path, marker: str, replacements: set[str]) -> None:
         )
 
 
-def _replace_directory(path: Path, temporary: Path) -> None:
-    previous = temporary.with_suffix(".old")
-    if path.exists():
-        # A directory cannot be renamed over another: for a moment there is none.
-        path.rename(previous)
-    temporary.rename(path)
-    _flush_to_disk(path.absolute().parent)
-    shutil.rmtree(previous, ignore_errors=True)
+@contextmanager
+def workplace(path: Path) -> Iterator[Path]:
+    """Yield a directory beside ``path`` for what is to become ``path``; nothing of it is left afterwards.
+
+    Its owner holds a lock on it, which ends with the process: what a killed process left behind is recognised by
+    being unlocked, and removed when ``path`` is written the next time.
+    """
+    remove_abandoned(path.absolute().parent, path.name)
+    with ExitStack() as owned:
+        place = _own_workplace(path.absolute(), owned)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
-def _temporary_beside(path: Path) -> Path:
-    return path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def remove_abandoned(directory: Path, name: str | None = None) -> None:
+    """Remove the workplaces for ``name``, or for whatever name, that no running process owns."""
+    pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}{_WORKPLACE_SUFFIX}")
+    for place in directory.glob(".*"):  # nothing, where the directory is gone
+        if pattern.fullmatch(place.name) and not place.is_symlink():
+            with suppress(OSError), _locked(place):  # fails if it is owned, gone, or another user's
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def _own_workplace(path: Path, owned: ExitStack) -> Path:
+    """Create a workplace for ``path`` and lock it until ``owned`` is closed."""
+    while True:
+        place = path.with_name(f".{path.name}.{secrets.token_hex(4)}.csulora-tmp")
+        place.mkdir(mode=0o700)
+        try:
+            owned.enter_context(_locked(place))
+        except (FileNotFoundError, BlockingIOError):
+            continue  # another process saw it before it was locked, and takes it for abandoned
+        return place
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """Hold a workplace's lock; raises OSError if somebody else does, or if the workplace is gone."""
+    # A file's, because a network file system cannot lock directories.
+    lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (place / "lock").lstat()
+        yield
+    finally:
+        os.close(lock)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -135,7 +176,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def open_regular(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
+def open_regular(path: Path, limit: int | None = None) -> Iterator[BufferedReader]:
     """Open a regular file for reading; a FIFO or a device is never waited for.
 
     Raises:
@@ -198,9 +239,9 @@ def identity_of_file(path: Path) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
+def sha256_of_file(path: Path, limit: int | None = None) -> str:
+    """Hex sha256 of the bytes of a file that `open_regular` opens."""
+    with open_regular(path, limit) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 import tomli_w
@@ -19,12 +19,14 @@ from csulora.adapter import load_adapter
 from csulora.correction import check_pack, correct
 from csulora.decisions import Decision, DecisionLog, Verdict
 from csulora.errors import InputError, RefusedError
+from csulora.files import workplace
 from csulora.formats import Adapter, peft
 from csulora.policy import Policy
 from csulora.report import Report
 from csulora.subspace import Subspace
 
 SUBSPACE_VARIABLE = "CSULORA_SUBSPACE"
+SUBSPACE_SHA256_VARIABLE = "CSULORA_SUBSPACE_SHA256"
 POLICY_VARIABLE = "CSULORA_POLICY"
 DECISIONS_VARIABLE = "CSULORA_DECISIONS"
 
@@ -57,11 +59,21 @@ class Gate:
 
     @classmethod
     def open(
-        cls, pack: Subspace | str | Path, policy: Policy | str | Path | None = None, decisions: str | Path | None = None
+        cls,
+        pack: Subspace | str | Path,
+        policy: Policy | str | Path | None = None,
+        decisions: str | Path | None = None,
+        subspace_sha256: str | None = None,
     ) -> Gate:
-        """Set a gate up from objects or files: a pack, a policy (TOML), a file to append decisions to."""
+        """Set a gate up from objects or files: a pack, a policy (TOML), a file to append decisions to.
+
+        Raises:
+            InputError: a file is malformed.
+            RefusedError: the pack's file has another content than ``subspace_sha256`` says, or the policy was tuned
+                for another pack.
+        """
         return cls(
-            pack if isinstance(pack, Subspace) else Subspace.open(pack),
+            pack if isinstance(pack, Subspace) else Subspace.open(pack, subspace_sha256),
             policy if isinstance(policy, Policy) or policy is None else Policy.load(policy),
             DecisionLog(Path(decisions) if decisions else None),
         )
@@ -70,13 +82,16 @@ class Gate:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Gate:
         """Set up what CSULORA_SUBSPACE, CSULORA_POLICY and CSULORA_DECISIONS name; the last two are optional.
 
+        CSULORA_SUBSPACE_SHA256, if it is set, is the one content of the pack that is accepted.
+
         Raises:
             InputError: a variable is missing or names something unreadable.
         """
         pack = environment.get(SUBSPACE_VARIABLE)
         if not pack:
             raise InputError(f"{SUBSPACE_VARIABLE} is not set; name the subspace pack of the served model")
-        return cls.open(pack, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE))
+        pinned = environment.get(SUBSPACE_SHA256_VARIABLE) or None
+        return cls.open(pack, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE), pinned)
 
     def admit(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> tuple[Adapter, Report]:
         """Read the adapter at ``path`` and return the corrected one.
@@ -130,6 +145,6 @@ def _verdict(error: Exception) -> Verdict:
 @contextmanager
 def private_directory(adapter: Adapter) -> Iterator[Path]:
     """Yield a PEFT directory of the adapter that only this process knows and that is gone after the block."""
-    with TemporaryDirectory(prefix="csulora-") as directory:
-        peft.write(adapter, Path(directory))
-        yield Path(directory)
+    with workplace(Path(gettempdir(), "csulora")) as place:
+        peft.write(adapter, place)
+        yield place

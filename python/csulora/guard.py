@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import re
-import secrets
-import shutil
+import os
 import stat
 import threading
 import time
@@ -28,8 +26,9 @@ from pathlib import Path
 
 from csulora.adapter import load_adapter, save_adapter
 from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.files import parse_json, read_regular, sha256_of_file, to_json, write_text
+from csulora.files import parse_json, read_regular, remove_abandoned, sha256_of_file, to_json, workplace, write_text
 from csulora.formats import Adapter
+from csulora.formats.peft import LARGEST_WEIGHTS
 from csulora.formats.peft_config import CONFIG_FILE
 from csulora.gate import Gate
 
@@ -39,8 +38,7 @@ GGUF = ".gguf"
 
 _LOCK_FILE = ".csulora-guard.lock"
 _LARGEST_RECORD = 1 << 20
-_ACCEPTED_NAME = re.compile(r"(?!.*\.refused\.json\Z)[^\x00-\x1f\x7f.][^\x00-\x1f\x7f]{0,199}")
-_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+_LONGEST_NAME = 200  # bytes; what is written beside a result has a longer one
 
 # Identity and times of an entry and of every file in it: equal before and after means untouched in between.
 _Signature = tuple[tuple[str | int, ...], ...]
@@ -122,9 +120,7 @@ class DirectoryGuard:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{self.outgoing}: another guard writes there") from None
-            for path in self.outgoing.iterdir():
-                if _TEMPORARY_NAME.fullmatch(path.name):
-                    _remove(path)
+            remove_abandoned(self.outgoing)
             yield
 
     def scan(self) -> bool:
@@ -208,9 +204,8 @@ class DirectoryGuard:
             (self.outgoing / name).unlink(missing_ok=True)
             self._record(name).unlink()
         else:
-            hidden = self.outgoing / f".{name}.{secrets.token_hex(4)}.old"
-            (self.outgoing / name).rename(hidden)
-            _remove(hidden)
+            with workplace(self.outgoing / name) as place:
+                (self.outgoing / name).rename(place / "old")
 
     def _record(self, name: str) -> Path:
         """Where the record of a corrected adapter lies: in its directory, or beside its file."""
@@ -221,8 +216,14 @@ class DirectoryGuard:
 
 
 def _is_entry(path: Path) -> bool:
-    is_adapter = path.name.endswith(GGUF) or path.is_symlink() or not path.is_file()
-    return is_adapter and _ACCEPTED_NAME.fullmatch(path.name) is not None
+    name = path.name
+    is_adapter = name.endswith(GGUF) or path.is_symlink() or not path.is_file()
+    return is_adapter and _is_presentable(name) and not name.endswith((REFUSED, RECORD_FILE))
+
+
+def _is_presentable(name: str) -> bool:
+    """Whether a name can stand in logs and in documents; excludes hidden ones, which are for uploads under way."""
+    return name.isprintable() and not name.startswith(".") and len(os.fsencode(name)) <= _LONGEST_NAME
 
 
 def _signature(path: Path) -> _Signature:
@@ -246,8 +247,8 @@ def _content_sha256(path: Path, signature: _Signature) -> str:
         file = path if name == path.name and len(signature) == 1 else path / str(name)
         digest.update(f"{name!r} {stat.S_IFMT(int(mode))} ".encode())
         if stat.S_ISREG(int(mode)) and (name == CONFIG_FILE or str(name).endswith((".safetensors", GGUF))):
-            with suppress(OSError):  # unreadable: reading it as an adapter will say so
-                digest.update(sha256_of_file(file).encode())
+            with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
+                digest.update(sha256_of_file(file, LARGEST_WEIGHTS).encode())
     return digest.hexdigest()
 
 
@@ -263,10 +264,3 @@ def _holds(file: Path, record: dict[str, str]) -> bool:
     except InputError:
         return False
     return record.items() <= found.items()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from csulora.errors import InputError
-from csulora.files import atomic_directory, atomic_file, check_file, save_tensors, to_json
+from csulora.files import atomic_directory, atomic_file, check_file, remove_abandoned, save_tensors, to_json
 from csulora.subspace import FACTORS, ModuleSubspace
 
 _RUN_FILE = "run.json"
@@ -57,6 +57,7 @@ class Parts:
 
     def remove(self) -> None:
         """Forget the run."""
+        remove_abandoned(self.directory)
         for file in self.directory.glob("*"):
             if file.name != _RUN_FILE:  # removed last: it says that the directory is csulora's
                 file.unlink(missing_ok=True)

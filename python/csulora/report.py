@@ -15,6 +15,7 @@ from csulora._version import __version__
 from csulora.core import _core
 
 REPORT_FILE = "csulora_report.json"
+CORRECTED_SHA256 = "corrected_sha256"  # field of a written report: the content that lies beside it
 PARTS = ("aligned", "left", "right", "off")
 
 Status = Literal["corrected", "kept", "dropped"]

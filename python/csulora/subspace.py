@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from csulora.core import _core
-from csulora.errors import InputError
+from csulora.errors import InputError, RefusedError
 from csulora.files import atomic_file, identity_of_file, parse_json, save_tensors, sha256_of_file
 
 FORMAT_VERSION = 1
@@ -220,11 +220,16 @@ class Subspace(Mapping[str, ModuleSubspace]):
         return digest
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, sha256: str | None = None) -> Self:
         """Map a pack file and check its structure; factors are read, and checked by `to_core`, as they are needed.
+
+        Args:
+            path: the file.
+            sha256: the one content, in hex, that is accepted; None: any.
 
         Raises:
             InputError: the file is not a pack, or its parts contradict each other.
+            RefusedError: it is another pack than ``sha256`` says.
         """
         path = Path(path)
         if not path.is_file():
@@ -238,6 +243,8 @@ class Subspace(Mapping[str, ModuleSubspace]):
             raise InputError(f"{path}: not a readable safetensors file: {error}") from error
         pack = cls._parse(path, metadata, tensors)
         pack._source = path, identity
+        if sha256 is not None and pack.sha256 != sha256.strip().lower():
+            raise RefusedError(f"{path}: has sha256 {pack.sha256}, and {sha256} is asked for; it is another pack")
         return pack
 
     @classmethod

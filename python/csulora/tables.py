@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from csulora.audit import Check
 from csulora.doctor import Finding
 from csulora.formats import Adapter
 from csulora.subspace import ModuleSubspace, Subspace
@@ -49,6 +50,14 @@ def verification_table(results: Iterable[Verification]) -> Table:
             f"{stored.next_value:.4g} / {measured.next_value:.4g}",
             "yes" if result.holds else "NO",
         )
+    return table
+
+
+def audit_table(checks: Iterable[Check]) -> Table:
+    """One row per statement of a report."""
+    table = _table("what", "stated", "found", "holds")
+    for check in checks:
+        table.add_row(check.what, check.stated, check.found, "yes" if check.holds else "NO")
     return table
 
 

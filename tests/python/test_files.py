@@ -1,5 +1,8 @@
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,3 +214,46 @@ def test_hashes_bytes(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     assert files.sha256_of_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def killed_while_writing(path: Path) -> None:
+    """Leave behind what a process that is killed while it writes ``path`` leaves behind."""
+    script = (
+        "import os, sys; from pathlib import Path; from csulora import files\n"
+        "with files.atomic_file(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == -signal.SIGKILL
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_same(tmp_path: Path) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    killed_while_writing(path)
+    assert [file.name.startswith(".file.") for file in tmp_path.iterdir()] == [True]
+    files.write_text(other, "")
+    assert len(list(tmp_path.iterdir())) == 2
+    files.write_text(path, "")
+    assert sorted(tmp_path.iterdir()) == [path, other]
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with files.atomic_file(path) as first:
+        first.write_text("first")
+        files.write_text(path, "second")
+        files.remove_abandoned(tmp_path)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_workplaces_are_taken_for_abandoned(tmp_path: Path) -> None:
+    kept = [
+        tmp_path / name for name in (".file.01234567.tmp", ".file.0123456.csulora-tmp", "file.01234567.csulora-tmp")
+    ]
+    for directory in kept:
+        directory.mkdir()
+    (tmp_path / ".link.01234567.csulora-tmp").symlink_to(kept[0])
+    (tmp_path / ".file.01234567.csulora-tmp").mkdir()
+    files.remove_abandoned(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*(path.name for path in kept), ".link.01234567.csulora-tmp"}
+    assert not any(any(directory.iterdir()) for directory in kept)

@@ -104,10 +104,14 @@ def write(adapter: Adapter, path: Path, base: BaseModel, outtype: str | None = N
         _add_metadata(writer, adapter, base)
         for name, tensor in tensors.items():
             _add_tensor(writer, name, tensor)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        except OSError as error:  # numpy's says neither where nor why
+            reason = error.strerror or f"{error}; No space left on device"
+            raise OSError(f"{path}: cannot be written: {reason}") from error
 
 
 def _check_metadata(file: GGUFFile) -> Architecture:

@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -98,18 +99,16 @@ class GGUFFile:
     def read(cls, path: Path, limit: int) -> GGUFFile:
         """Read a whole file of at most ``limit`` bytes into memory."""
         with open_regular(path, limit) as file:
+            cls(path, _mapped(file, path))  # what is malformed is refused before memory is taken for its data
             data = bytearray(os.fstat(file.fileno()).st_size)
-            del data[file.readinto(data) :]  # type: ignore[attr-defined]
+            del data[file.readinto(data) :]
         return cls(path, data)
 
     @classmethod
     def map(cls, path: Path) -> GGUFFile:
         """Map a file; its pages are read when they are used."""
         with open_regular(path) as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise InputError(f"{path}: is empty")
-            # A private copy-on-write mapping, because torch warns of views of read-only memory.
-            return cls(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            return cls(path, _mapped(file, path))
 
     def text(self, key: str) -> str | None:
         """Return a string value; None if the key is absent.
@@ -159,6 +158,13 @@ class GGUFFile:
         if alignment < 1 or alignment & (alignment - 1):
             raise InputError(f"{self.path}: general.alignment is {alignment}; it must be a power of two")
         return alignment
+
+
+def _mapped(file: BufferedReader, path: Path) -> mmap.mmap:
+    if not os.fstat(file.fileno()).st_size:
+        raise InputError(f"{path}: is empty")
+    # A private copy-on-write mapping, because torch warns of views of read-only memory.
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 class _Cursor:

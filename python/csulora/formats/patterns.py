@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ Row = list[str | None]
 """One entry per name: None where the pattern does not match, else what its group ``idx`` holds, or nothing."""
 
 _SECONDS = 5
+_TOO_SLOW = "its patterns take too long to match; use fewer, and plain names"
 _LONGEST = 10_000  # characters; generated patterns that name every kind of layer have some hundreds
 
 # Names, dots and anchors alone cannot backtrack for long.
@@ -49,14 +51,17 @@ def match_all(keys: Sequence[str], template: str, names: Sequence[str], path: Pa
     if any(len(key) > _LONGEST for key in keys):
         raise RefusedError(f"{path}: a pattern is longer than {_LONGEST} characters; name the modules plainly")
     patterns = {key: template.replace("{}", key) for key in keys}
-    plain = {key: _match_here(patterns[key], names) for key in keys if _PLAIN.fullmatch(key)}
+    deadline = time.monotonic() + _SECONDS
+    plain = {key: _match_here(patterns[key], names, deadline, path) for key in patterns if _PLAIN.fullmatch(key)}
     others = [key for key in patterns if key not in plain]
     apart = _match_apart([patterns[key] for key in others], names, path) if others and names else []
     rows = plain | dict(zip(others, apart, strict=True))
     return [rows[key] for key in keys]
 
 
-def _match_here(pattern: str, names: Sequence[str]) -> Row:
+def _match_here(pattern: str, names: Sequence[str], deadline: float, path: Path) -> Row:
+    if time.monotonic() > deadline:
+        raise RefusedError(f"{path}: {_TOO_SLOW}")
     matches = map(re.compile(pattern).match, names)
     return [match and (match.groupdict().get("idx") or "") for match in matches]
 
@@ -72,7 +77,7 @@ def _match_apart(patterns: Sequence[str], names: Sequence[str], path: Path) -> l
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise RefusedError(f"{path}: its patterns take too long to match; name the modules plainly") from None
+        raise RefusedError(f"{path}: {_TOO_SLOW}") from None
     if finished.returncode != 0:
         reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise InputError(f"{path}: a pattern cannot be used as a regular expression ({reason})")

@@ -8,6 +8,7 @@ nothing depends on whether the reader knows rsLoRA, rank_pattern or alpha_patter
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from csulora.errors import InputError, RefusedError
-from csulora.files import parse_json, read_regular, save_tensors, to_json
+from csulora.files import open_regular, parse_json, read_regular, save_tensors, to_json
 from csulora.formats import Adapter, LoraModule, is_finite
 from csulora.formats.peft_config import CONFIG_FILE, check_config, ranks_and_scales, untargeted
 
@@ -27,7 +28,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 _LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each of 10,000 modules has 2 MiB
-_LARGEST_WEIGHTS = 16 << 30
+LARGEST_WEIGHTS = 16 << 30
+_MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _TENSOR = re.compile(
@@ -69,12 +71,24 @@ def read(directory: Path) -> Adapter:
         if pickles:
             raise RefusedError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
         raise InputError(f"{weights_file}: no such file")
-    weights = read_regular(weights_file, _LARGEST_WEIGHTS)
-    try:
-        tensors = safetensors.torch.load(weights)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a dtype torch lacks
-        raise InputError(f"{weights_file}: not a readable safetensors file: {error}") from error
+    weights, tensors = _read_weights(weights_file)
     return parse(config, tensors, directory, sha256_of(config_bytes, weights))
+
+
+def _read_weights(path: Path) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """Return a file's bytes and the tensors in them; no memory is taken for the data of a file with a bad header."""
+    try:
+        with open_regular(path, LARGEST_WEIGHTS) as file:
+            with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as header:
+                names = header.keys()
+                if len(names) > _MOST_TENSORS:
+                    raise RefusedError(f"{path}: holds {len(names)} tensors; at most {_MOST_TENSORS} are read")
+                for name in names:
+                    _module_and_factor(name, path)
+            weights = file.read(os.fstat(file.fileno()).st_size)
+        return weights, safetensors.torch.load(weights)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype torch lacks
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def sha256_of(config: bytes, weights: bytes) -> str:
@@ -142,13 +156,19 @@ def _group(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[st
         raise InputError(f"{path}: holds no tensor")
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for name in sorted(tensors):
-        found = _TENSOR.fullmatch(name)
-        module = found["module"] if found else ""
-        if not found or "base_layer" in module or "lora_" in module or module.startswith(PREFIX):
-            raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
+        module, factor = _module_and_factor(name, path)
         _check_tensor(name, tensors[name], path)
-        factors.setdefault(module, {})[found["factor"]] = tensors[name]
+        factors.setdefault(module, {})[factor] = tensors[name]
     return factors
+
+
+def _module_and_factor(name: str, path: Path) -> tuple[str, str]:
+    """Split a tensor's name; raises `RefusedError` if it is not one of plain LoRA's."""
+    found = _TENSOR.fullmatch(name)
+    module = found["module"] if found else ""
+    if not found or "base_layer" in module or "lora_" in module or module.startswith(PREFIX):
+        raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
+    return module, found["factor"]
 
 
 def _why_foreign(name: str) -> str:

@@ -6,7 +6,8 @@ Every field is on one of three lists; a field on none of them is refused unless 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,15 @@ def _selected(selector: Any, modules: Sequence[str], path: Path) -> set[str]:
         return {module for module, match in zip(modules, row, strict=True) if match is not None}
     if not _is_list_of(selector, str):
         raise InputError(f"{path}: target_modules and exclude_modules must be a pattern or a list of names")
-    endings = tuple(f".{ending}" for ending in selector)
-    return {module for module in modules if module in selector or module.endswith(endings)}
+    wanted = set(selector)
+    return {module for module in modules if not wanted.isdisjoint(_endings(module))}
+
+
+def _endings(module: str) -> Iterator[str]:
+    """Yield a name whole and from behind each of its dots."""
+    yield module
+    for dot in re.finditer(r"\.", module):
+        yield module[dot.end() :]
 
 
 def _in_transformed_layers(config: dict[str, Any], modules: Sequence[str], path: Path) -> set[str]:
@@ -204,7 +212,8 @@ def _in_transformed_layers(config: dict[str, Any], modules: Sequence[str], path:
     found: dict[str, str] = {}
     for row in reversed(rows):
         found |= {module: index for module, index in zip(modules, row, strict=True) if index is not None}
-    return {module for module, index in found.items() if int(index) in layers}
+    transformed = set(layers)
+    return {module for module, index in found.items() if int(index) in transformed}
 
 
 def _is_list_of(values: Any, kind: type) -> bool:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import stat
 from pathlib import Path
 
 from csulora._version import __version__
 from csulora.correction import correct
 from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.files import sha256_of_file
+from csulora.files import sha256_of_file, workplace
 from csulora.formats import Adapter, gguf
 from csulora.formats.gguf_base import BaseModel
 from csulora.formats.gguf_file import GGUFFile
@@ -59,12 +58,10 @@ class CorrectedCache:
             if _is_intact(entry, adapter, pack):
                 return entry
         fixed, _ = correct(adapter, pack, policy)
-        temporary = self._directory / f".{key}.{secrets.token_hex(4)}.tmp"
-        try:
-            gguf.write(fixed, temporary, base)
-            return temporary.replace(self._directory / f"{key}-{sha256_of_file(temporary)}.gguf")
-        finally:
-            temporary.unlink(missing_ok=True)
+        with workplace(self._directory / key) as place:
+            new = place / "new"
+            gguf.write(fixed, new, base)
+            return new.replace(self._directory / f"{key}-{sha256_of_file(new)}.gguf")
 
 
 def _key(adapter: Adapter, base: BaseModel, pack: Subspace, policy: Policy) -> str:

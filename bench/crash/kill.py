@@ -1,0 +1,238 @@
+"""Kills csulora with -9 at random moments, and looks at what is left.
+
+    python bench/crash/kill.py [--kills 300] [--seed 0] [--json FILE]
+
+Each operation runs in a process of its own that is killed at a random moment of the time it usually takes. After
+every kill its output must be absent, or complete and equal to that of an undisturbed run; and after the next run
+that is left alone it must be equal, with nothing else beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import csulora
+from csulora import cli
+from csulora.formats.gguf_base import BaseModel
+from csulora.hooks.gguf_cache import CorrectedCache
+
+WIDTH, LAYERS, RANK = 192, 2, 8
+MODULES = [
+    f"model.layers.{layer}.self_attn.{name}"
+    for layer in range(LAYERS)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+]
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": WIDTH,
+    "tie_word_embeddings": False,
+}
+
+
+def gaussian(*shape: int, seed: int) -> torch.Tensor:
+    """Return a reproducible random matrix."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_inputs(directory: Path) -> None:
+    """Write two checkpoints, their pack, and a directory of adapters."""
+    for name, moved in (("base", 0.0), ("aligned", 0.1)):
+        weights = {}
+        for i, module in enumerate(MODULES):
+            change = gaussian(WIDTH, RANK, seed=i + 100) @ gaussian(RANK, WIDTH, seed=i + 200)
+            weights[f"{module}.weight"] = gaussian(WIDTH, WIDTH, seed=i) + moved * change
+        (directory / name).mkdir()
+        safetensors.torch.save_file(weights, directory / name / "model.safetensors")
+        (directory / name / "config.json").write_text(json.dumps(CONFIG))
+    csulora.extract(directory / "base", directory / "aligned", rank=RANK, output=directory / "pack.safetensors")
+    for seed in range(3):
+        adapter = directory / "incoming" / f"adapter-{seed}"
+        adapter.mkdir(parents=True)
+        tensors = {}
+        for i, module in enumerate(MODULES):
+            tensors[f"base_model.model.{module}.lora_A.weight"] = gaussian(RANK, WIDTH, seed=1000 * seed + i)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = gaussian(WIDTH, RANK, seed=1000 * seed + i + 500)
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": MODULES}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        safetensors.torch.save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+def command(*arguments: str | Path) -> None:
+    """Run a csulora command line in this process."""
+    sys.argv = ["csulora", *map(str, arguments), "--quiet"]
+    cli.main()
+
+
+def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
+    """Everything that writes, as a function of the directory it writes into."""
+    pack, adapter = inputs / "pack.safetensors", inputs / "incoming" / "adapter-0"
+
+    def cache(out: Path) -> None:
+        base = BaseModel.open(inputs / "base")
+        subspace = csulora.Subspace.open(pack)
+        CorrectedCache(out / "cache").corrected(csulora.load_adapter(adapter), base, subspace, csulora.Policy.csulora())
+
+    def export(out: Path) -> None:
+        command("export", adapter, "-o", out / "lora.gguf", "--base-model", inputs / "base")
+
+    return {
+        "extract": lambda out: command(
+            "extract", inputs / "base", inputs / "aligned", "-o", out / "pack", "--rank", "8"
+        ),
+        "correct": lambda out: command("correct", adapter, "--subspace", pack, "-o", out / "corrected"),
+        "export": export,
+        "guard": lambda out: command(
+            "guard", inputs / "incoming", out / "outgoing", "--subspace", pack, "--settle", "0", "--patience", "0"
+        ),
+        "cache": cache,
+    }
+
+
+def run(operation: Callable[[Path], None], out: Path, kill_after: float | None = None) -> bool:
+    """Run an operation in a child; return whether it was killed. Raises if it fails by itself."""
+    child = os.fork()
+    if child == 0:
+        try:
+            operation(out)
+        except SystemExit as end:
+            os._exit(end.code if isinstance(end.code, int) else 0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"the operation ended with {status}")
+    return status != 0
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Return every finished file by its path; what is hidden or partial is no output."""
+    files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not is_unfinished(name)}
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a path is that of a workplace, of an extraction's parts or of a lock."""
+    return any(part.startswith(".") or part.endswith(".partial") for part in Path(name).parts)
+
+
+def leftovers(out: Path) -> list[str]:
+    """Return what a finished run must not leave: workplaces and parts."""
+    paths = [str(path.relative_to(out)) for path in out.rglob("*")]
+    return [path for path in paths if path.endswith((".csulora-tmp", ".partial"))]
+
+
+@dataclass
+class Tally:
+    """What was seen of one operation."""
+
+    seconds: float
+    kills: int = 0  # that came before the end
+    absent: int = 0  # no output after the kill
+    complete: int = 0  # whole output after the kill
+    left_something: int = 0  # workplaces or parts were there until the next run
+    lost: list[str] = field(default_factory=list)  # anything that broke a promise
+
+
+def torture(operation: Callable[[Path], None], directory: Path, kills: int, rng: random.Random) -> Tally:
+    """Kill an operation at random moments, and compare."""
+    out = directory / "undisturbed"
+    out.mkdir()
+    start = time.perf_counter()
+    run(operation, out)
+    tally, expected = Tally(time.perf_counter() - start), contents(out)
+    attempts = 0
+    while tally.kills < kills:
+        attempts += 1
+        out = directory / f"attempt-{attempts}"
+        out.mkdir()
+        moment = rng.uniform(0, tally.seconds)
+        if run(operation, out, moment):
+            tally.kills += 1
+            found = contents(out)
+            whole = whole_outputs(found)
+            tally.absent += not whole
+            tally.complete += bool(whole)
+            tally.left_something += bool(leftovers(out))
+            tally.lost += [
+                f"{name} after a kill at {moment:.4f} s" for name in found if found[name] != expected.get(name)
+            ]
+            tally.lost += [f"{output} is not whole" for output in whole if not is_whole(output, found, expected)]
+        run(operation, out)
+        if contents(out) != expected or leftovers(out):
+            tally.lost.append(f"the run after a kill at {moment:.4f} s differs: {leftovers(out)}")
+        shutil.rmtree(out)
+    return tally
+
+
+def whole_outputs(found: dict[str, bytes]) -> set[str]:
+    """Return the directories that hold files, and the files that lie in none of them."""
+    return {str(Path(name).parent) if Path(name).parent != Path() else name for name in found}
+
+
+def is_whole(output: str, found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
+    """Whether an output directory holds every file that it should hold; a directory of outputs may lack some."""
+    if output.endswith(("outgoing", "cache")):
+        return True
+    return all(name in found for name in expected if name == output or str(Path(name).parent) == output)
+
+
+def main() -> None:
+    """Run every operation's share of the kills."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as name:
+        inputs = Path(name, "inputs")
+        inputs.mkdir()
+        make_inputs(inputs)
+        tallies = {}
+        todo = operations(inputs)
+        for i, (operation, function) in enumerate(todo.items()):
+            share = (arguments.kills + i) // len(todo)
+            Path(name, operation).mkdir()
+            tallies[operation] = torture(function, Path(name, operation), share, rng)
+            print(operation, tallies[operation], flush=True)
+    if arguments.json:
+        machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "csulora": csulora.__version__}
+        document = {
+            "machine": machine,
+            "seed": arguments.seed,
+            "operations": {k: asdict(v) for k, v in tallies.items()},
+        }
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    if any(tally.lost for tally in tallies.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

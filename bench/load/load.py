@@ -1,0 +1,221 @@
+"""Many threads and processes correct different adapters with one pack, for as long as asked.
+
+    python bench/load/load.py [--minutes 10] [--loads 5000] [--json FILE]
+
+Half of the time 16 threads share a process, half of it 4 processes share the machine. Every result must be that of
+a serial run, bit for bit. Memory may grow by less than 2 % after the first tenth of the time, and the pack is mapped
+once per process, its pages shared. Then one process loads and corrects adapters one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import csulora
+from csulora.formats import peft
+
+WIDTH, LAYERS, RANK, DIRECTIONS, ADAPTERS = 512, 4, 16, 32, 16
+MODULES = [
+    f"model.layers.{layer}.self_attn.{name}" for layer in range(LAYERS) for name in ("q_proj", "k_proj", "v_proj")
+]
+MOST_GROWTH = 0.02
+
+
+def gaussian(*shape: int, seed: int) -> torch.Tensor:
+    """Return a reproducible random matrix."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_inputs(directory: Path) -> tuple[Path, list[Path]]:
+    """Write a pack, extracted from two checkpoints, and adapters."""
+    for name, moved in (("base", 0.0), ("aligned", 0.1)):
+        weights = {}
+        for i, module in enumerate(MODULES):
+            change = gaussian(WIDTH, DIRECTIONS, seed=i + 100) @ gaussian(DIRECTIONS, WIDTH, seed=i + 200)
+            weights[f"{module}.weight"] = gaussian(WIDTH, WIDTH, seed=i) + moved * change
+        (directory / name).mkdir()
+        safetensors.torch.save_file(weights, directory / name / "model.safetensors")
+        (directory / name / "config.json").write_text('{"model_type": "llama"}')
+    pack = directory / "pack.safetensors"
+    csulora.extract(directory / "base", directory / "aligned", rank=DIRECTIONS, output=pack)
+    adapters = [directory / f"adapter-{seed}" for seed in range(ADAPTERS)]
+    for seed, adapter in enumerate(adapters):
+        adapter.mkdir()
+        tensors = {}
+        for i, module in enumerate(MODULES):
+            tensors[f"base_model.model.{module}.lora_A.weight"] = gaussian(RANK, WIDTH, seed=1000 * seed + i)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = gaussian(WIDTH, RANK, seed=1000 * seed + i + 500)
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": MODULES}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        safetensors.torch.save_file(tensors, adapter / "adapter_model.safetensors")
+    return pack, adapters
+
+
+def corrected_sha256(adapter: Path, pack: csulora.Subspace) -> str:
+    """Load and correct an adapter as a server does; hash what comes out."""
+    fixed, _ = csulora.correct(csulora.load_adapter(adapter), pack)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(peft.tensors_of(fixed).items()):
+        digest.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def memory() -> int:
+    """Bytes that this process alone has in memory; pages shared with files or processes are not counted."""
+    fields = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return 1024 * sum(int(fields[name].split()[0]) for name in ("Private_Clean", "Private_Dirty"))
+
+
+def mappings(file: Path) -> int:
+    """How often this process maps a file."""
+    return sum(line.endswith(str(file)) for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@dataclass
+class Outcome:
+    """What one process saw."""
+
+    corrections: int
+    seconds: float
+    wrong: int  # results unlike the serial ones
+    memory_after_warm_up: int
+    memory_at_the_end: int
+    mappings_of_the_pack: int
+
+    @property
+    def growth(self) -> float:
+        """Relative growth of memory after warm-up."""
+        return self.memory_at_the_end / self.memory_after_warm_up - 1
+
+
+def hammer(pack_file: Path, adapters: list[Path], expected: dict[Path, str], threads: int, seconds: float) -> Outcome:
+    """Correct adapters in turn with one opened pack, on some threads, until the time is up."""
+    torch.set_num_threads(1)
+    pack = csulora.Subspace.open(pack_file)
+    start = time.monotonic()
+    counts, wrong, samples = [0] * threads, [0] * threads, []
+
+    def work(index: int) -> None:
+        while time.monotonic() - start < seconds:
+            adapter = adapters[(index + counts[index]) % len(adapters)]
+            wrong[index] += corrected_sha256(adapter, pack) != expected[adapter]
+            counts[index] += 1
+
+    def sample() -> None:
+        while (elapsed := time.monotonic() - start) < seconds:
+            samples.append((elapsed, memory()))
+            time.sleep(seconds / 200)
+
+    with ThreadPoolExecutor(threads + 1) as pool:
+        pool.submit(sample)
+        list(pool.map(work, range(threads)))
+    elapsed = time.monotonic() - start
+    # Peaks within equal spans: how much is in use at one moment depends on what the threads are doing.
+    warm = max(used for when, used in samples if 0.1 * seconds <= when <= 0.4 * seconds)
+    last = max(used for when, used in samples if when >= 0.7 * seconds)
+    return Outcome(sum(counts), elapsed, sum(wrong), warm, last, mappings(pack_file))
+
+
+def load_repeatedly(pack_file: Path, adapters: list[Path], loads: int) -> Outcome:
+    """Load and correct adapters one after the other in this process."""
+    torch.set_num_threads(1)
+    pack = csulora.Subspace.open(pack_file)
+    expected = {adapter: corrected_sha256(adapter, pack) for adapter in adapters}
+    start, wrong, samples = time.monotonic(), 0, []
+    for i in range(loads):
+        adapter = adapters[i % len(adapters)]
+        wrong += corrected_sha256(adapter, pack) != expected[adapter]
+        samples.append(memory())
+    warm, last = max(samples[loads // 10 : loads * 4 // 10]), max(samples[loads * 7 // 10 :])
+    return Outcome(loads, time.monotonic() - start, wrong, warm, last, mappings(pack_file))
+
+
+def in_processes(count: int, function: Callable[..., Outcome], *arguments: object) -> list[Outcome]:
+    """Run a function in fresh processes at the same time."""
+    with multiprocessing.get_context("spawn").Pool(count) as pool:
+        return [job.get() for job in [pool.apply_async(function, arguments) for _ in range(count)]]
+
+
+@dataclass
+class Results:
+    """Everything measured."""
+
+    one_thread: list[Outcome] = field(default_factory=list)
+    threads: list[Outcome] = field(default_factory=list)
+    processes: list[Outcome] = field(default_factory=list)
+    repeated: list[Outcome] = field(default_factory=list)
+
+    def rate(self, outcomes: list[Outcome]) -> float:
+        """Corrections per second of processes that ran at the same time."""
+        return sum(outcome.corrections / outcome.seconds for outcome in outcomes)
+
+    def summary(self) -> dict[str, object]:
+        """The figures that count."""
+        alone = self.rate(self.one_thread)
+        everything = [*self.one_thread, *self.threads, *self.processes, *self.repeated]
+        return {
+            "corrections": sum(outcome.corrections for outcome in everything),
+            "wrong": sum(outcome.wrong for outcome in everything),
+            "throughput_of_16_threads": round(self.rate(self.threads) / alone, 3),
+            "throughput_of_4_processes": round(self.rate(self.processes) / alone, 3),
+            "largest_growth": round(max(o.growth for o in [*self.threads, *self.processes, *self.repeated]), 4),
+            "mappings_of_the_pack": max(outcome.mappings_of_the_pack for outcome in everything),
+        }
+
+
+def measure(minutes: float, loads: int) -> Results:
+    """Run all phases; the one thread that throughput is compared with gets a tenth of the time."""
+    results, seconds = Results(), 60 * minutes
+    with tempfile.TemporaryDirectory() as name:
+        pack, adapters = make_inputs(Path(name))
+        opened = csulora.Subspace.open(pack)
+        expected = {adapter: corrected_sha256(adapter, opened) for adapter in adapters}
+        results.one_thread = in_processes(1, hammer, pack, adapters, expected, 1, seconds / 10)
+        results.threads = in_processes(1, hammer, pack, adapters, expected, 16, seconds / 2)
+        results.processes = in_processes(4, hammer, pack, adapters, expected, 1, seconds / 2)
+        if loads:
+            results.repeated = in_processes(1, load_repeatedly, pack, adapters, loads)
+    return results
+
+
+def main() -> None:
+    """Measure, print the summary, and fail if a result was wrong or memory grew."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--loads", type=int, default=5000)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results = measure(arguments.minutes, arguments.loads)
+    summary = results.summary()
+    print(json.dumps(summary, indent=2))
+    if arguments.json:
+        machine = {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "load_average": os.getloadavg(),
+            "csulora": csulora.__version__,
+            "torch": torch.__version__,
+        }
+        document = {"machine": machine, "minutes": arguments.minutes, "summary": summary, "outcomes": asdict(results)}
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    if summary["wrong"] or not float(str(summary["largest_growth"])) < MOST_GROWTH:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

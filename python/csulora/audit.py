@@ -1,0 +1,124 @@
+"""Whether a corrected adapter follows from the adapter, the pack and the policy that its report names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csulora import names
+from csulora.adapter import load_adapter
+from csulora.core import _core
+from csulora.correction import correct
+from csulora.errors import InputError
+from csulora.files import parse_json, read_regular
+from csulora.formats import Adapter, LoraModule
+from csulora.policy import Policy
+from csulora.report import CORRECTED_SHA256, REPORT_FILE
+from csulora.subspace import Subspace
+
+_LARGEST_REPORT = 64 << 20  # bytes
+_PENALTIES = ("aligned", "partial", "off")
+
+# Other processors and versions of torch round otherwise, and the result is rounded to its storage type.
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement of a report and what was found instead or as well."""
+
+    what: str
+    stated: str
+    found: str
+    holds: bool
+
+
+def audit(corrected: str | Path, original: str | Path | None = None, pack: Subspace | None = None) -> list[Check]:
+    """Compare a corrected adapter with its report, and with what the report says it was made from.
+
+    Args:
+        corrected: the directory that `save_adapter` wrote.
+        original: the adapter it was made from.
+        pack: the pack it was made with; with both, the correction is made again.
+
+    Returns:
+        One `Check` per statement. Without ``original`` and ``pack`` they say that the directory is as it was
+        written, and nothing about what wrote it: anybody can write a report.
+
+    Raises:
+        InputError: the directory holds no report of csulora's, or one that says nothing of its content.
+        CsuloraError: an adapter is malformed or refused.
+    """
+    corrected = Path(corrected)
+    report = _read_report(corrected / REPORT_FILE)
+    adapter = load_adapter(corrected)
+    checks = [_same("content", report[CORRECTED_SHA256], adapter.sha256)]
+    source = load_adapter(original) if original is not None else None
+    if source is not None:
+        checks.append(_same("original adapter", report["adapter_sha256"], source.sha256))
+    if pack is not None:
+        checks.append(_same("pack", report["subspace_sha256"], pack.sha256))
+    if source is not None and pack is not None and all(check.holds for check in checks[1:]):
+        again, _ = correct(source, pack, _policy(report["policy"], corrected / REPORT_FILE))
+        checks.append(_update(adapter, again, pack))
+    return checks
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    report = parse_json(read_regular(path, _LARGEST_REPORT), path)
+    for field in (CORRECTED_SHA256, "adapter_sha256", "subspace_sha256"):
+        if not isinstance(report.get(field), str):
+            raise InputError(f"{path}: does not state {field}; it is no report of this csulora")
+    if not isinstance(report.get("policy"), dict):
+        raise InputError(f"{path}: does not state the policy; it is no report of this csulora")
+    return report
+
+
+def _policy(stated: dict[str, Any], path: Path) -> Policy:
+    """Read a policy as a report states it: infinity, which JSON lacks, is the text ``inf``."""
+    overrides = stated.get("overrides")
+    tables = [entry.get("penalties") for entry in overrides if isinstance(entry, dict)] if overrides else []
+    for table in [stated, *(table for table in tables if isinstance(table, dict))]:
+        table |= {name: math.inf for name in _PENALTIES if table.get(name) == "inf"}
+    try:
+        return Policy.from_dict(stated)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _same(what: str, stated: str, found: str) -> Check:
+    return Check(what, stated, found, stated == found)
+
+
+def _update(adapter: Adapter, again: Adapter, pack: Subspace) -> Check:
+    """Compare the updates of two adapters module by module."""
+    if adapter.modules.keys() != again.modules.keys():
+        different = min(adapter.modules.keys() ^ again.modules.keys())
+        return Check("update", "follows", f"{different} is in one of both only", False)
+    distances = {name: _distance(name, module, again.modules[name], pack) for name, module in adapter.modules.items()}
+    allowed = {name: _TOLERANCE[module.b.dtype] for name, module in adapter.modules.items()}
+    worst = max(distances, key=lambda name: distances[name] / allowed[name])
+    holds = distances[worst] <= allowed[worst]
+    return Check("update", "follows", f"differs by {distances[worst]:.1e} of its norm, most in {worst}", holds)
+
+
+def _distance(name: str, one: LoraModule, other: LoraModule, pack: Subspace) -> float:
+    """|X - Y| / max(|X|, |Y|), in factors: the norm of [B1, -B2] times [A1; A2]."""
+    if torch.equal(one.b, other.b) and torch.equal(one.a, other.a):
+        return 0.0
+    target = names.resolve(name, pack, pack.aliases)
+    if target is None or one.shape != other.shape:  # not corrected, so equal or not
+        return math.inf
+    b = torch.cat([one.b.float() * one.scale, -other.b.float() * other.scale], 1)
+    both = _norms([(b, torch.cat([one.a, other.a]).float()), (one.b, one.a), (other.b, other.a)], pack.to_core(target))
+    return both[0] / max(both[1:]) if max(both[1:]) else 0.0
+
+
+def _norms(pairs: list[tuple[torch.Tensor, torch.Tensor]], subspace: _core.Subspace) -> list[float]:
+    nothing = _core.Penalties(0.0, 0.0, 0.0)
+    tasks = [_core.CorrectionTask(_core.LoraPair(b, a), subspace, nothing) for b, a in pairs]
+    return [result.norm for result in _core.correct(tasks)]

@@ -1,0 +1,165 @@
+"""A corrected adapter and its report: what follows, and what was touched."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import csulora
+import factories
+from csulora import cli
+from csulora.errors import InputError, RefusedError
+from csulora.formats.peft import WEIGHTS_FILE
+from csulora.report import REPORT_FILE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+POLICIES = {
+    "csulora": csulora.Policy.csulora(2.0),
+    "project": csulora.Policy.project(rank="exact"),
+    "overrides": csulora.Policy(
+        overrides=(
+            csulora.Override("*q_proj", penalties=(0.0, math.inf, 1.0)),
+            csulora.Override("*", gains=(1.0, 0.5, 0.5, 0.0)),
+        ),
+        max_undo=1e6,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pack") / "pack.safetensors"
+    factories.pack().save(path)
+    return path
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    return factories.save_adapter(tmp_path / "original", factories.SHAPES)
+
+
+def corrected(original: Path, pack: Path, out: Path, policy: csulora.Policy | None = None) -> Path:
+    fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(pack), policy)
+    csulora.save_adapter(fixed, out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_what_correct_wrote_follows(policy: str, dtype: torch.dtype, pack: Path, tmp_path: Path) -> None:
+    original = factories.save_adapter(tmp_path / "original", factories.SHAPES, dtype=dtype)
+    out = corrected(original, pack, tmp_path / "out", POLICIES[policy])
+    checks = csulora.audit(out, original, csulora.Subspace.open(pack))
+    assert [check.what for check in checks] == ["content", "original adapter", "pack", "update"]
+    assert all(check.holds for check in checks)
+
+
+def test_save_returns_what_the_report_states_and_load_finds(original: Path, pack: Path, tmp_path: Path) -> None:
+    fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(pack))
+    sha256 = csulora.save_adapter(fixed, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert sha256 == report["corrected_sha256"] == csulora.load_adapter(tmp_path / "out").sha256
+
+
+def test_a_changed_entry_is_noticed(original: Path, pack: Path, tmp_path: Path) -> None:
+    out = corrected(original, pack, tmp_path / "out")
+    tensors = load_file(out / WEIGHTS_FILE)
+    next(iter(tensors.values()))[0, 0] += 1
+    save_file(tensors, out / WEIGHTS_FILE)
+    assert [check.holds for check in csulora.audit(out)] == [False]
+
+
+def test_a_report_with_the_hash_of_something_else_is_noticed_by_making_it_again(
+    original: Path, pack: Path, tmp_path: Path
+) -> None:
+    out = corrected(original, pack, tmp_path / "out")
+    tensors = load_file(out / WEIGHTS_FILE)
+    next(iter(tensors.values())).mul_(1.01)
+    save_file(tensors, out / WEIGHTS_FILE)
+    report = json.loads((out / REPORT_FILE).read_text())
+    report["corrected_sha256"] = csulora.load_adapter(out).sha256
+    (out / REPORT_FILE).write_text(json.dumps(report))
+    assert [check.holds for check in csulora.audit(out)] == [True]
+    assert [check.holds for check in csulora.audit(out, original, csulora.Subspace.open(pack))] == [True] * 3 + [False]
+
+
+def test_another_original_or_pack_is_noticed(original: Path, pack: Path, tmp_path: Path) -> None:
+    out = corrected(original, pack, tmp_path / "out")
+    other = factories.save_adapter(tmp_path / "other", factories.SHAPES, seed=9)
+    assert [check.holds for check in csulora.audit(out, other)] == [True, False]
+    assert [check.holds for check in csulora.audit(out, None, factories.pack(seed=9))] == [True, False]
+
+
+def test_another_policy_than_stated_is_noticed(original: Path, pack: Path, tmp_path: Path) -> None:
+    out = corrected(original, pack, tmp_path / "out", csulora.Policy.none())
+    report = json.loads((out / REPORT_FILE).read_text())
+    report["policy"]["off"] = "inf"
+    (out / REPORT_FILE).write_text(json.dumps(report))
+    last = csulora.audit(out, original, csulora.Subspace.open(pack))[-1]
+    assert (last.what, last.holds) == ("update", False)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"corrected_sha256": 1}', "[]"])
+def test_other_reports_are_bad_inputs(text: str, original: Path, pack: Path, tmp_path: Path) -> None:
+    out = corrected(original, pack, tmp_path / "out")
+    (out / REPORT_FILE).write_text(text)
+    with pytest.raises(InputError, match=REPORT_FILE):
+        csulora.audit(out)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["csulora", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_command_line(
+    original: Path, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = corrected(original, pack, tmp_path / "out")
+    assert run(monkeypatch, "verify", out, original, pack) == 0
+    assert "follows from its original" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", out, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["checks"][0]["holds"] is True
+    assert run(monkeypatch, "verify", out, original) == 2
+    (out / WEIGHTS_FILE).write_bytes((original / WEIGHTS_FILE).read_bytes())
+    assert run(monkeypatch, "verify", out) == cli.EXIT_REFUSED
+    assert "content" in capsys.readouterr().err
+
+
+# A pack that is pinned
+
+
+def test_a_pinned_pack_is_the_only_one_that_opens(pack: Path) -> None:
+    sha256 = csulora.Subspace.open(pack).sha256
+    assert csulora.Subspace.open(pack, sha256.upper()).sha256 == sha256
+    with pytest.raises(RefusedError, match="another pack"):
+        csulora.Subspace.open(pack, "0" * 64)
+
+
+def test_a_pack_is_pinned_by_option_or_variable(
+    original: Path, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("correct", original, "--subspace", pack, "-o", tmp_path / "out", "--quiet")
+    assert run(monkeypatch, *command, "--subspace-sha256", "0" * 64) == cli.EXIT_REFUSED
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", "0" * 64)
+    assert run(monkeypatch, *command) == cli.EXIT_REFUSED
+    (tmp_path / "in").mkdir()
+    assert run(monkeypatch, "guard", tmp_path / "in", tmp_path / "guarded", "--subspace", pack) == cli.EXIT_REFUSED
+    monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", csulora.Subspace.open(pack).sha256)
+    assert run(monkeypatch, *command) == 0
+
+
+def test_a_gate_from_the_environment_is_pinned(pack: Path) -> None:
+    variables = {"CSULORA_SUBSPACE": str(pack), "CSULORA_SUBSPACE_SHA256": "0" * 64}
+    with pytest.raises(RefusedError, match="another pack"):
+        csulora.gate.Gate.from_environment(variables)

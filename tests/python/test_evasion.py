@@ -1,0 +1,572 @@
+"""Every way known to us of getting a harmful update past csulora: each one is corrected, or refused with the reason.
+
+An attack that is corrected is compared with the closest safe update of what PEFT would have applied, computed
+densely in float64. An attack that is refused is refused under every policy, also under the most lenient.
+"""
+
+import json
+import math
+import os
+import resource
+import socket
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+import csulora
+import factories
+import oracle
+from csulora import names
+from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.formats.peft import WEIGHTS_FILE
+from csulora.formats.peft_config import CONFIG_FILE
+from csulora.gate import Gate
+from csulora.guard import DirectoryGuard
+from tolerances import COMPUTED, STORED
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+PREFIX = "base_model.model."
+RANK = 4
+POLICY = csulora.Policy.csulora(3.0, rank="exact")
+LENIENT = csulora.Policy.none(uncovered="keep")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def pack() -> csulora.Subspace:
+    shapes = factories.SHAPES | {"model.embed_tokens": (40, 40)}
+    return factories.pack(shapes, aliases={"lm_head": "model.embed_tokens"})
+
+
+def named(module: str, b: Tensor, a: Tensor) -> dict[str, Tensor]:
+    return {f"{PREFIX}{module}.lora_A.weight": a.contiguous(), f"{PREFIX}{module}.lora_B.weight": b.contiguous()}
+
+
+def factors(module: str = Q, seed: int = 0, rank: int = RANK) -> tuple[Tensor, Tensor]:
+    rows, columns = factories.SHAPES.get(module, (40, 40))
+    return factories.gaussian(rows, rank, seed=seed), factories.gaussian(rank, columns, seed=seed + 1)
+
+
+def config(**changes: object) -> dict[str, object]:
+    targets = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+    return {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": targets} | changes
+
+
+def upload(directory: Path, tensors: Mapping[str, Tensor] | bytes, settings: dict[str, object] | None = None) -> Path:
+    directory.mkdir(parents=True)
+    (directory / CONFIG_FILE).write_text(json.dumps(settings or config()))
+    (directory / WEIGHTS_FILE).write_bytes(tensors if isinstance(tensors, bytes) else save(dict(tensors)))
+    return directory
+
+
+def admitted(path: Path, pack: csulora.Subspace, policy: csulora.Policy = POLICY) -> dict[str, Tensor]:
+    """The updates that come out, dense."""
+    fixed, _ = csulora.correct(csulora.load_adapter(path), pack, policy)
+    return {name: oracle.update(module.b, module.a, module.scale) for name, module in fixed.modules.items()}
+
+
+def safe(update: Tensor, pack: csulora.Subspace, module: str, policy: csulora.Policy = POLICY) -> Tensor:
+    target = pack[module]
+    return oracle.closest_safe_update(update, target.u, target.v, (policy.aligned, policy.partial, policy.off))
+
+
+TOLERANCE = COMPUTED[torch.float32] + STORED[torch.float32]
+
+
+def refused_always(path: Path, pack: csulora.Subspace, reason: str) -> None:
+    for policy in (POLICY, LENIENT, csulora.Policy.csulora(uncovered="drop")):
+        with pytest.raises(CsuloraError, match=reason):
+            admitted(path, pack, policy)
+
+
+# Scales: whatever the configuration says is what PEFT's rules make of it, and the scale is part of the update.
+
+SCALES: dict[str, tuple[dict[str, object], float, float]] = {
+    "huge alpha": ({"lora_alpha": 1e30}, 1e30 / RANK, 1e-30),
+    "tiny alpha, huge factors": ({"lora_alpha": 1e-30}, 1e-30 / RANK, 1e30),
+    "negative alpha": ({"lora_alpha": -8}, -2.0, 1.0),
+    "rsLoRA": ({"use_rslora": True}, 2 * RANK / math.sqrt(RANK), 1.0),
+    "pattern that matches twice": ({"alpha_pattern": {"self_attn.q_proj": 100, "q_proj": 1}}, 25.0, 1.0),
+    "pattern in the other order": ({"alpha_pattern": {"q_proj": 1, "self_attn.q_proj": 100}}, 0.25, 1.0),
+    "pattern as an expression": ({"alpha_pattern": {"(k|q)_proj": 1e4}}, 2.5e3, 1.0),
+    "pattern beside rsLoRA": ({"use_rslora": True, "alpha_pattern": {"^model.*proj": 7}}, 3.5, 1.0),
+    "pattern of another case": ({"alpha_pattern": {"Q_PROJ": 1e4}}, 2.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SCALES))
+def test_scale_is_part_of_the_update(name: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+    settings, scale, size = SCALES[name]
+    b, a = factors()
+    path = upload(tmp_path / "adapter", named(Q, b * size, a), config(**settings))
+    expected = safe(oracle.update(b * size, a, scale), pack, Q)
+    assert oracle.relative_error(admitted(path, pack)[Q], expected) <= TOLERANCE
+
+
+def test_rank_one_with_a_large_alpha_is_corrected(tmp_path: Path, pack: csulora.Subspace) -> None:
+    b, a = factors(rank=1)
+    path = upload(tmp_path / "adapter", named(Q, b, a), config(r=1, lora_alpha=1e6))
+    assert oracle.relative_error(admitted(path, pack)[Q], safe(oracle.update(b, a, 1e6), pack, Q)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("alpha", [1e300, 1e90, -1e90])
+def test_scale_beyond_float32_is_refused(alpha: float, tmp_path: Path, pack: csulora.Subspace) -> None:
+    refused_always(upload(tmp_path / "adapter", named(Q, *factors()), config(lora_alpha=alpha)), pack, "too large")
+
+
+# Numbers: factors that are out of proportion.
+
+
+@pytest.mark.parametrize(
+    ("b_size", "a_size", "alpha"),
+    [
+        (1e-42, 1e35, 8.0),
+        (1e35, 1e-42, 8.0),
+        (1e-42, 1e-3, 1e38),
+        (1e-3, 1e-42, 1e38),
+        (1e-42, 1.0, 8e35),
+        (1e38, 1e3, 8e-44),
+    ],
+)
+@pytest.mark.parametrize("rank", ["exact", "keep"])
+def test_denormal_factors_are_corrected(
+    b_size: float, a_size: float, alpha: float, rank: csulora.policy.Rank, tmp_path: Path, pack: csulora.Subspace
+) -> None:
+    b, a = factors(rank=1)
+    b, a = b * b_size, a * a_size
+    path = upload(tmp_path / "adapter", named(Q, b, a), config(r=1, lora_alpha=alpha))
+    policy = csulora.Policy.project(rank=rank)
+    expected = safe(oracle.update(b, a, alpha), pack, Q, policy)
+    assert oracle.relative_error(admitted(path, pack, policy)[Q], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("aligned", [1.0, 0.75])
+@pytest.mark.parametrize("gain", [0.75, 0.5, 0.0])
+@pytest.mark.parametrize("lines", ["all", "one"])
+def test_rounding_to_the_storage_type_does_not_undo_the_correction(
+    aligned: float, gain: float, lines: str, tmp_path: Path, pack: csulora.Subspace
+) -> None:
+    """Where entries of B have the single bit of 2^-24, three quarters of one would be rounded back to the whole."""
+    b, a = factors()
+    chosen = slice(None) if lines == "all" else slice(0, 1)
+    b[:, chosen] = b[:, chosen].sign() * 2**-24
+    a[chosen] = a[chosen] * 2**14
+    path = upload(tmp_path / "adapter", named(Q, b.half(), a.half()), config(lora_alpha=RANK))
+    policy = csulora.Policy(overrides=(csulora.Override("*", gains=(aligned, gain, gain, gain)),), rank="exact")
+    update = oracle.update(b.half(), a.half())
+    parts = oracle.split(update, pack[Q].u, pack[Q].v)
+    expected = oracle.combine(parts, {"aligned": aligned, "left": gain, "right": gain, "off": gain})
+    assert oracle.relative_error(admitted(path, pack, policy)[Q], expected) <= STORED[torch.float16]
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_an_outlier_does_not_hide_the_rest(size: float, tmp_path: Path, pack: csulora.Subspace) -> None:
+    """Of two directions of an update, one holds a huge entry; the other one is still projected as it should be."""
+    b, a = factors(rank=2)
+    b[:, 0] = 0
+    b[0, 0] = size
+    a[0] = factories.gaussian(40, seed=9) / 8
+    path = upload(tmp_path / "adapter", named(Q, b, a), config(r=2))
+    policy = csulora.Policy(aligned=math.inf, partial=math.inf, off=0.0, rank="exact")
+    x = admitted(path, pack, policy)[Q]
+    alone = a[1].double() - (a[1].double() @ a[0].double()) / a[0].double().square().sum() * a[0].double()
+    expected = safe(oracle.update(b, a, 4.0), pack, Q, policy)
+    assert oracle.relative_error(x, expected) <= TOLERANCE
+    # Seen by inputs that the outlier's direction does not react to.
+    assert oracle.relative_error(x @ alone, expected @ alone) <= size * TOLERANCE
+
+
+def test_energy_parked_in_one_module_does_not_dilute_the_others(tmp_path: Path, pack: csulora.Subspace) -> None:
+    tensors = named(Q, *factors(Q))
+    b, a = factors(DOWN, seed=5)
+    alone = admitted(upload(tmp_path / "alone", tensors), pack)
+    beside = admitted(upload(tmp_path / "beside", tensors | named(DOWN, b * 1e6, a)), pack)
+    assert torch.equal(beside[Q], alone[Q])
+
+
+def test_energy_parked_inside_the_subspace_dilutes_no_gain_that_is_zero(tmp_path: Path, pack: csulora.Subspace) -> None:
+    """Relative energies can be diluted within a module; an infinite penalty does not depend on them."""
+    target = pack[Q]
+    b, a = factors()
+    parked = torch.cat([b, 1e3 * target.u[:, :1]], 1), torch.cat([a, target.v[:, :1].t()], 0)
+    path = upload(tmp_path / "adapter", named(Q, *parked), config(r=RANK + 1, lora_alpha=RANK + 1))
+    _, report = csulora.correct(csulora.load_adapter(path), pack, csulora.Policy.csulora(3.0))
+    assert report.measured[0].energies is not None
+    assert report.measured[0].energies["aligned"] > 0.99  # what an operator sees of it
+    x = admitted(path, pack, csulora.Policy.project())[Q]
+    outside = x - target.u.double() @ (target.u.double().t() @ x)
+    assert float(outside.norm()) <= TOLERANCE * float(x.norm())
+
+
+# Undo: the aligned part is blind to sign.
+
+
+def removal(pack: csulora.Subspace, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    target = pack[Q]
+    return -share * target.u * target.s, target.v.t()
+
+
+def test_removal_of_the_alignment_is_measured_and_refused_or_removed(tmp_path: Path, pack: csulora.Subspace) -> None:
+    b, a = removal(pack)
+    path = upload(tmp_path / "adapter", named(Q, b, a), config(r=6, lora_alpha=6))
+    adapter = csulora.load_adapter(path)
+    _, report = csulora.correct(adapter, pack)
+    assert report.measured[0].undo == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(RefusedError, match=r"undoes 1\.000 of its alignment"):
+        csulora.correct(adapter, pack, csulora.Policy.csulora(max_undo=0.9))
+    x = admitted(path, pack, csulora.Policy.protect(math.inf))[Q]
+    assert float(x.norm()) <= TOLERANCE * float(oracle.update(b, a).norm())
+
+
+def test_undo_of_one_module_is_not_averaged_away(tmp_path: Path, pack: csulora.Subspace) -> None:
+    reinforcing = pack[DOWN].u * pack[DOWN].s * 100, pack[DOWN].v.t()
+    path = upload(tmp_path / "a", named(Q, *removal(pack)) | named(DOWN, *reinforcing), config(r=6, lora_alpha=6))
+    with pytest.raises(RefusedError, match=rf"module {Q} undoes 1.000"):
+        csulora.correct(csulora.load_adapter(path), pack, csulora.Policy.csulora(max_undo=0.5))
+
+
+def test_removal_split_over_two_adapters_is_measured_on_their_sum(tmp_path: Path, pack: csulora.Subspace) -> None:
+    halves = [
+        csulora.load_adapter(upload(tmp_path / name, named(Q, *removal(pack, 0.5)), config(r=6, lora_alpha=6)))
+        for name in ("one", "two")
+    ]
+    policy = csulora.Policy.none(max_undo=0.6)
+    csulora.correct(halves[0], pack, policy)
+    with pytest.raises(RefusedError, match=r"undoes 1\.000"):
+        csulora.correct(csulora.combine(halves, pack), pack, policy)
+
+
+# Hiding places: tensors that are not the factors of a covered module.
+
+WEIGHT = torch.ones(40, 40)
+HIDDEN: dict[str, tuple[dict[str, Tensor], str]] = {
+    "norm": ({f"{PREFIX}model.norm.weight": torch.ones(40)}, "not part of plain LoRA"),
+    "factors of a norm": (named("model.norm", torch.ones(40, RANK), torch.ones(RANK, 1)), "does not target"),
+    "bias": ({f"{PREFIX}{Q}.bias": torch.ones(40)}, "biases of the base model"),
+    "bias of a factor": ({f"{PREFIX}{Q}.lora_B.bias": torch.ones(40)}, "factors have biases"),
+    "DoRA magnitude": ({f"{PREFIX}{Q}.lora_magnitude_vector": torch.ones(40)}, "DoRA"),
+    "DoRA magnitude, as PEFT calls it": ({f"{PREFIX}{Q}.lora_magnitude_vector.weight": torch.ones(40)}, "DoRA"),
+    "modules_to_save": ({f"{PREFIX}lm_head.modules_to_save.weight": WEIGHT}, "whole modules"),
+    "embedding saved whole": ({f"{PREFIX}model.embed_tokens.weight": WEIGHT}, "not part of plain LoRA"),
+    "embedding under its base layer": ({f"{PREFIX}model.embed_tokens.base_layer.weight": WEIGHT}, "base model"),
+    "head saved whole": ({f"{PREFIX}lm_head.weight": WEIGHT}, "not part of plain LoRA"),
+    "trainable tokens": ({f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": WEIGHT}, "rows of an"),
+    "another adapter in the file": ({f"{PREFIX}{Q}.lora_A.evil.weight": WEIGHT}, "neither lora_A nor lora_B"),
+    "another adapter named default": ({f"{PREFIX}{Q}.lora_A.default.weight": WEIGHT}, "neither lora_A nor lora_B"),
+    "factor in another case": ({f"{PREFIX}{Q}.LORA_A.weight": WEIGHT}, "csulora knows no such tensor"),
+    "prefix in another case": ({f"Base_Model.model.{Q}.lora_A.weight": WEIGHT}, "does not start with"),
+    "no prefix": ({f"{Q}.lora_A.weight": WEIGHT}, "does not start with"),
+    "half a prefix": ({f"base_model.{Q}.lora_A.weight": WEIGHT}, "not part of plain LoRA|lora_B.weight is missing"),
+    "prefix twice": ({f"{PREFIX}{PREFIX}{Q}.lora_A.weight": WEIGHT}, "does not start with"),
+    "space behind the name": ({f"{PREFIX}{Q}.lora_A.weight ": WEIGHT}, "not part of plain LoRA"),
+    "NUL in the name": ({f"{PREFIX}{Q}\0.lora_A.weight": WEIGHT}, "not part of plain LoRA"),
+    "line break in the name": ({f"{PREFIX}{Q}\n.lora_A.weight": WEIGHT}, "not part of plain LoRA"),
+    "letter that looks alike": ({f"{PREFIX}{Q.replace('o', chr(0x43E))}.lora_A.weight": WEIGHT}, "not part of plain"),
+    "path instead of a name": ({f"{PREFIX}../../{Q}.lora_A.weight": WEIGHT}, "not part of plain LoRA"),
+    "module in another case": (named(Q.upper(), *factors()), "does not target"),
+    "embedding's factors for a linear layer": (
+        {
+            f"{PREFIX}{Q}.lora_embedding_A": WEIGHT[:RANK],
+            f"{PREFIX}{Q}.lora_embedding_B": WEIGHT[:, :RANK].contiguous(),
+        },
+        "a linear layer and for an embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(HIDDEN))
+def test_tensors_beside_the_factors_are_refused_under_every_policy(
+    name: str, tmp_path: Path, pack: csulora.Subspace
+) -> None:
+    extra, reason = HIDDEN[name]
+    refused_always(upload(tmp_path / "adapter", named(Q, *factors()) | extra), pack, reason)
+
+
+def test_uncovered_modules_pass_only_where_the_policy_says_so(tmp_path: Path, pack: csulora.Subspace) -> None:
+    extra = named("model.layers.7.self_attn.q_proj", *factors())
+    path = upload(tmp_path / "adapter", named(Q, *factors()) | extra)
+    with pytest.raises(RefusedError, match=r"does not cover module model.layers.7"):
+        admitted(path, pack)
+    assert set(admitted(path, pack, csulora.Policy.csulora(uncovered="drop"))) == {Q}
+    _, report = csulora.correct(csulora.load_adapter(path), pack, csulora.Policy.csulora(uncovered="keep"))
+    assert {module.module: module.status for module in report.modules}["model.layers.7.self_attn.q_proj"] == "kept"
+
+
+def test_tied_weights_are_corrected_under_either_name(tmp_path: Path, pack: csulora.Subspace) -> None:
+    b, a = factors("lm_head")
+    embedding = {
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": b.t().contiguous(),
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": a.t().contiguous(),
+    }
+    x = admitted(upload(tmp_path / "adapter", named("lm_head", b, a) | embedding), pack)
+    expected = safe(oracle.update(b, a, 2.0), pack, "model.embed_tokens")
+    for name in ("lm_head", "model.embed_tokens"):
+        assert oracle.relative_error(x[name], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("spelling", ["layers.0.self_attn.q_proj", "transformer.model.layers.0.self_attn.q_proj"])
+def test_a_module_under_two_names_is_refused(spelling: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+    """Each half would be corrected by its own energies, and hosts disagree on which half they apply."""
+    path = upload(tmp_path / "adapter", named(Q, *factors()) | named(spelling, *factors(seed=7)))
+    refused = (RefusedError, "both update") if names.resolve(spelling, pack, {}) else (RefusedError, "does not cover")
+    with pytest.raises(refused[0], match=refused[1]):
+        admitted(path, pack)
+
+
+# The container: two readers must not see two different things in one file.
+
+
+def container(header: str | bytes, data: bytes = b"") -> bytes:
+    raw = header if isinstance(header, bytes) else header.encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def entry(name: str, shape: list[int], start: int, stop: int, dtype: str = "F32") -> str:
+    return f'"{name}":' + json.dumps({"dtype": dtype, "shape": shape, "data_offsets": [start, stop]})
+
+
+A_NAME, B_NAME = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
+BYTES = 4 * RANK * 40
+GOOD_A, GOOD_B = entry(A_NAME, [RANK, 40], 0, BYTES), entry(B_NAME, [40, RANK], BYTES, 2 * BYTES)
+CONTAINERS: dict[str, bytes] = {
+    "name twice": container(
+        f"{{{GOOD_A},{GOOD_B},{entry(A_NAME, [RANK, 40], 2 * BYTES, 3 * BYTES)}}}", bytes(3 * BYTES)
+    ),
+    "two tensors in the same bytes": container(f"{{{GOOD_A},{entry(B_NAME, [40, RANK], 0, BYTES)}}}", bytes(BYTES)),
+    "overlap": container(f"{{{GOOD_A},{entry(B_NAME, [40, RANK], 8, 8 + BYTES)}}}", bytes(BYTES + 8)),
+    "gap": container(f"{{{GOOD_A},{entry(B_NAME, [40, RANK], BYTES + 8, 2 * BYTES + 8)}}}", bytes(2 * BYTES + 8)),
+    "bytes behind the last tensor": container(f"{{{GOOD_A},{GOOD_B}}}", bytes(2 * BYTES + 1)),
+    "too few bytes": container(f"{{{GOOD_A},{GOOD_B}}}", bytes(2 * BYTES - 1)),
+    "header longer than the file": struct.pack("<Q", 1 << 40) + b"{}",
+    "header of 2^64-1 bytes": struct.pack("<Q", (1 << 64) - 1) + b"{}",
+    "shape whose product overflows": container(f"{{{entry(A_NAME, [1 << 62, 4], 0, 0)},{GOOD_B}}}", bytes(2 * BYTES)),
+    "shape beyond the file": container(f"{{{entry(A_NAME, [1 << 40, 40], 0, 160 << 40)}}}", bytes(BYTES)),
+    "negative shape": container(f"{{{entry(A_NAME, [-RANK, -40], 0, BYTES)},{GOOD_B}}}", bytes(2 * BYTES)),
+    "type unknown": container(f"{{{entry(A_NAME, [RANK, 40], 0, BYTES, 'F33')},{GOOD_B}}}", bytes(2 * BYTES)),
+    "type of half a byte": container(f"{{{entry(A_NAME, [RANK, 40], 0, BYTES // 8, 'F4')}}}", bytes(BYTES // 8)),
+    "deep header": container('{"a":' + "[" * 100_000, b""),
+    "header no text": container(b"{\xff\xfe}", b""),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONTAINERS))
+def test_ambiguous_containers_are_refused(name: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+    refused_always(upload(tmp_path / "adapter", CONTAINERS[name]), pack, WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"peft_type":"LORA","r":4,"r":1,"lora_alpha":8,"target_modules":["q_proj"]}',
+        '{"peft_type":"LORA","r":4,"lora_alpha":8,"lora_alpha":1e9,"target_modules":["q_proj"]}',
+        '{"peft_type":"LORA","r":4,"lora_alpha":NaN,"target_modules":["q_proj"]}',
+        '{"peft_type":"LORA","r":4,"lora_alpha":1e999,"target_modules":["q_proj"]}',
+        '{"peft_type":"LORA","r":4.0,"lora_alpha":8,"target_modules":["q_proj"]}',
+        '{"peft_type":"LORA","r":true,"lora_alpha":8,"target_modules":["q_proj"]}',
+        '{"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"alpha_pattern":' + "[" * 50_000,
+        '{"peft_type":"LORA","r":' + "4" * 5_000 + ',"lora_alpha":8,"target_modules":["q_proj"]}',
+    ],
+)
+def test_ambiguous_configurations_are_refused(text: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+    path = upload(tmp_path / "adapter", named(Q, *factors()))
+    (path / CONFIG_FILE).write_text(text)
+    refused_always(path, pack, CONFIG_FILE)
+
+
+# Claims: what an adapter says about itself counts for nothing.
+
+
+def test_an_adapter_that_claims_to_be_corrected_is_corrected(tmp_path: Path, pack: csulora.Subspace) -> None:
+    honest = csulora.correct(csulora.load_adapter(upload(tmp_path / "honest", named(Q, *factors()))), pack, POLICY)[0]
+    csulora.save_adapter(honest, tmp_path / "claim")
+    b, a = factors(seed=50)
+    (tmp_path / "claim" / WEIGHTS_FILE).write_bytes(save(named(Q, b, a)))
+    (tmp_path / "claim" / CONFIG_FILE).write_text(json.dumps(config()))
+    x = admitted(tmp_path / "claim", pack)
+    assert oracle.relative_error(x[Q], safe(oracle.update(b, a, 2.0), pack, Q)) <= TOLERANCE
+
+
+def test_packs_for_look_alike_models_are_told_apart(tmp_path: Path, pack: csulora.Subspace) -> None:
+    look_alike = factories.pack(factories.SHAPES, seed=77)
+    look_alike.save(tmp_path / "pack.safetensors")
+    with pytest.raises(RefusedError, match="tuned for the pack"):
+        admitted(upload(tmp_path / "a", named(Q, *factors())), look_alike, csulora.Policy(subspace_sha256=pack.sha256))
+    other_shapes = factories.pack({Q: (48, 40)})
+    with pytest.raises(InputError, match="another model"):
+        admitted(upload(tmp_path / "b", named(Q, *factors())), other_shapes)
+
+
+# Files: what is hashed is what is used, and nothing is waited for or taken in without bounds.
+
+
+def test_the_bytes_hashed_are_the_bytes_used(tmp_path: Path, pack: csulora.Subspace) -> None:
+    """A directory that is exchanged all the time yields one adapter or the other, never one under the other's hash."""
+    both = [upload(tmp_path / name, named(Q, *factors(seed=seed))) for name, seed in (("one", 0), ("two", 50))]
+    expected = {adapter.sha256: adapter for adapter in map(csulora.load_adapter, both)}
+    link = tmp_path / "current"
+    link.symlink_to(both[0])
+    seen = set()
+    for round_ in range(60):
+        stop = exchanging(link, both)
+        found = csulora.load_adapter(link)
+        stop()
+        seen.add(found.sha256)
+        assert torch.equal(found.modules[Q].b, expected[found.sha256].modules[Q].b), round_
+    assert seen <= set(expected)
+
+
+def exchanging(link: Path, targets: list[Path]) -> Callable[[], None]:
+    """Let a link change its target until the function that is returned is called."""
+    finished = threading.Event()
+
+    def exchange() -> None:
+        for count in range(1_000_000):
+            if finished.is_set():
+                return
+            new = link.with_name("new")
+            new.symlink_to(targets[count % 2])
+            new.rename(link)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+
+    def stop() -> None:
+        finished.set()
+        thread.join()
+
+    return stop
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory", "socket"])
+def test_what_is_no_regular_file_is_never_waited_for(
+    file: str, kind: str, tmp_path: Path, pack: csulora.Subspace
+) -> None:
+    path = upload(tmp_path / "adapter", named(Q, *factors()))
+    (path / file).unlink()
+    if kind == "fifo":
+        os.mkfifo(path / file)
+    elif kind == "device":
+        (path / file).symlink_to("/dev/zero")
+    elif kind == "directory":
+        (path / file).mkdir()
+    else:
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(os.fspath(Path(os.path.relpath(path / file))))
+    refused_always(path, pack, file)
+
+
+def test_a_sparse_file_beyond_the_limit_is_not_read(tmp_path: Path, pack: csulora.Subspace) -> None:
+    path = upload(tmp_path / "adapter", named(Q, *factors()))
+    os.truncate(path / WEIGHTS_FILE, 1 << 40)
+    refused_always(path, pack, "at most")
+
+
+def test_a_sparse_file_of_zeros_behind_a_header_is_refused_before_it_is_read(
+    tmp_path: Path, pack: csulora.Subspace
+) -> None:
+    path = upload(tmp_path / "adapter", named(Q, *factors()))
+    os.truncate(path / WEIGHTS_FILE, 12 << 30)
+    start = peak_memory()
+    refused_always(path, pack, "not a readable safetensors file")
+    assert peak_memory() - start < 64 << 20
+
+
+def test_a_file_of_very_many_tensors_is_refused_before_they_are_made(tmp_path: Path, pack: csulora.Subspace) -> None:
+    count = 262_145
+    entries = (entry(f"{PREFIX}m{i}.lora_A.weight", [1, 1], 4 * i, 4 * i + 4) for i in range(count))
+    path = upload(tmp_path / "adapter", container("{" + ",".join(entries) + "}", bytes(4 * count)))
+    with pytest.raises(RefusedError, match="at most 262144 are read"):
+        admitted(path, pack, LENIENT)
+
+
+def test_very_many_patterns_and_names_are_not_multiplied(tmp_path: Path, pack: csulora.Subspace) -> None:
+    names_ = [f"a{i}.q_proj" for i in range(100_000)]
+    settings = config(rank_pattern=dict.fromkeys(names_, RANK), target_modules=names_, exclude_modules=names_)
+    refused_always(upload(tmp_path / "adapter", named(Q, *factors()), settings), pack, "does not target")
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# The directory guard: what is uploaded is looked at as an enemy would arrange it.
+
+
+@pytest.fixture
+def guard(tmp_path: Path, pack: csulora.Subspace) -> DirectoryGuard:
+    (tmp_path / "in").mkdir()
+    return DirectoryGuard(tmp_path / "in", tmp_path / "out", Gate(pack, POLICY), 0.0, 0.0, say=lambda _: None)
+
+
+def outcome(guard: DirectoryGuard) -> set[str]:
+    assert guard.scan()
+    return {path.name for path in guard.outgoing.iterdir()}
+
+
+def test_guard_ignores_claims_and_records_of_its_own_in_uploads(guard: DirectoryGuard, pack: csulora.Subspace) -> None:
+    b, a = factors()
+    path = upload(guard.incoming / "a", named(Q, b, a))
+    outcome(guard)
+    for file in (guard.outgoing / "a").iterdir():
+        if not (path / file.name).exists():
+            (path / file.name).write_bytes(file.read_bytes())
+    b2, a2 = factors(seed=60)
+    (path / WEIGHTS_FILE).write_bytes(save(named(Q, b2, a2)))
+    assert outcome(guard) == {"a"}
+    found = csulora.load_adapter(guard.outgoing / "a").modules[Q]
+    expected = safe(oracle.update(b2, a2, 2.0), pack, Q)
+    assert oracle.relative_error(oracle.update(found.b, found.a), expected) <= TOLERANCE
+
+
+def test_guard_publishes_copies_and_not_links(guard: DirectoryGuard, tmp_path: Path) -> None:
+    outside = upload(tmp_path / "outside", named(Q, *factors()))
+    path = guard.incoming / "a"
+    path.mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        os.link(outside / name, path / name)
+    outcome(guard)
+    before = (guard.outgoing / "a" / WEIGHTS_FILE).read_bytes()
+    (outside / WEIGHTS_FILE).write_bytes(save(named(Q, *factors(seed=70))))
+    assert (guard.outgoing / "a" / WEIGHTS_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a\nb",
+        "a\x1b[2J",
+        "evil.refused.json",
+        "x" * 240,
+        "\u00e9" * 120,
+        os.fsdecode(b"\xff\xfe"),
+        "-rf",
+        "a b",
+        "..hidden",
+    ],
+)
+def test_guard_survives_names(name: str, guard: DirectoryGuard) -> None:
+    upload(guard.incoming / name, named(Q, *factors()))
+    upload(guard.incoming / "good", named(Q, *factors()))
+    assert "good" in outcome(guard)
+    assert all(not path.name.startswith("evil") for path in guard.outgoing.iterdir())
+
+
+def test_guard_is_not_held_up_by_pipes_and_sparse_files(guard: DirectoryGuard) -> None:
+    os.mkfifo(guard.incoming / "pipe")
+    os.mkfifo(guard.incoming / "pipe.gguf")
+    pipes = upload(guard.incoming / "pipes", named(Q, *factors()))
+    (pipes / WEIGHTS_FILE).unlink()
+    os.mkfifo(pipes / WEIGHTS_FILE)
+    os.truncate(upload(guard.incoming / "sparse", named(Q, *factors())) / WEIGHTS_FILE, 1 << 43)
+    (guard.incoming / "sparse.gguf").touch()
+    os.truncate(guard.incoming / "sparse.gguf", 1 << 43)
+    names_ = ("pipe", "pipe.gguf", "pipes", "sparse", "sparse.gguf")
+    assert outcome(guard) == {f"{name}.refused.json" for name in names_}

@@ -1,0 +1,27 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from csulora import interruption
+
+
+def test_ctrl_c_ends_a_long_computation_within_a_second() -> None:
+    """The main thread computes for much longer than that, and no Python code runs meanwhile."""
+    script = (
+        "import torch; from csulora import core, interruption\n"
+        "base = torch.randn(4000, 4000)\n"
+        "with interruption.interruptible('so it was'):\n"
+        "    print('computing', flush=True)\n"
+        "    core._core.extract_subspace(base, base + torch.randn(4000, 4000))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"computing\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == interruption.EXIT_INTERRUPTED
+    assert message == b"csulora: interrupted: so it was\n"

@@ -206,7 +206,7 @@ def _map(weight: Weight) -> torch.Tensor:
     try:
         with safe_open(weight.file, framework="pt") as file:
             stored: torch.Tensor = file.get_tensor(weight.tensor)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch, if the file vanishes meanwhile
         raise InputError(f"{weight.file}: cannot read {weight.tensor}: {error}") from error
     return stored
 

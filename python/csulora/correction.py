@@ -84,6 +84,7 @@ def _base_model(adapter: Adapter) -> str | None:
 def _cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
     """Map each covered module to the pack's name for it, in the adapter's order."""
     covered: dict[str, str] = {}
+    owners: dict[tuple[str, bool], str] = {}
     for name, module in adapter.modules.items():
         target = names.resolve(name, pack, pack.aliases)
         if target is None:
@@ -98,19 +99,17 @@ def _cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
                 f"{adapter.path}: module {name} updates a {list(module.shape)} matrix, but {target} is "
                 f"{list(pack[target].shape)} in the pack; the adapter is for another model"
             )
-        if target in covered.values() and not {name, *_names_of(target, covered)} & set(pack.provenance.aliases):
+        # A tied weight may be updated under both of its names, each of them once.
+        earlier = owners.setdefault((target, name in pack.aliases), name)
+        if earlier != name:
             raise RefusedError(
-                f"{adapter.path}: modules {_names_of(target, covered)[0]} and {name} both update {target}; servers "
-                "disagree on which of them they apply"
+                f"{adapter.path}: modules {earlier} and {name} both update {target}; servers disagree on which of "
+                "them they apply"
             )
         covered[name] = target
     if not covered:
         raise RefusedError(f"{adapter.path}: the pack covers none of the adapter's modules; is it for this model?")
     return covered
-
-
-def _names_of(target: str, covered: dict[str, str]) -> list[str]:
-    return [name for name, found in covered.items() if found == target]
 
 
 def _report(

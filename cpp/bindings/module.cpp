@@ -66,7 +66,10 @@ void register_subspace(py::module_& module) {
 
   module.def("extract_subspace", &csulora::extract_subspace, "base"_a, "aligned"_a, "options"_a = ExtractOptions{},
              py::call_guard<py::gil_scoped_release>());
-  module.def("validate", &csulora::validate, "subspace"_a, py::call_guard<py::gil_scoped_release>());
+  module.def("validate", py::overload_cast<const Subspace&>(&csulora::validate), "subspace"_a,
+             py::call_guard<py::gil_scoped_release>());
+  module.def("validate", py::overload_cast<const std::vector<std::pair<std::string, Subspace>>&>(&csulora::validate),
+             "subspaces"_a, py::call_guard<py::gil_scoped_release>());
   module.def("certify", &csulora::certify, "base"_a, "aligned"_a, "subspace"_a, "options"_a = ExtractOptions{},
              py::call_guard<py::gil_scoped_release>());
 }

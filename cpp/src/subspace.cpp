@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "factors.h"
+#include "workers.h"
 
 namespace csulora {
 namespace {
@@ -52,6 +53,17 @@ void validate(const Subspace& subspace) {
         "s must be finite, positive and descending");
   check_orthonormal(u, "u");
   check_orthonormal(v, "v");
+}
+
+void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces) {
+  for_each_in_parallel(subspaces.size(), [&](size_t i) {
+    const auto& [label, subspace] = subspaces[i];
+    try {
+      validate(subspace);
+    } catch (const InputError& error) {
+      throw InputError(label + ": " + error.what());
+    }
+  });
 }
 
 }  // namespace csulora

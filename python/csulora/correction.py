@@ -37,13 +37,12 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     results = _core.correct(
         [
             _core.CorrectionTask(
-                _core.LoraPair(module.b, module.a, module.scale),
-                pack.to_core(covered[name]),
-                policy.attenuation(covered[name]),
+                _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
+                subspace,
+                policy.attenuation(target),
                 f"{adapter.path}: {name}",
             )
-            for name, module in adapter.modules.items()
-            if name in covered
+            for (name, target), subspace in zip(covered.items(), pack.to_core(covered.values()), strict=True)
         ],
         policy.rank_options(),
     )

@@ -52,8 +52,7 @@ class Gate:
         self.policy = policy or Policy.csulora()
         self.log = log or DecisionLog()
         check_pack(self.policy, pack)
-        for module in pack:
-            pack.to_core(module)
+        pack.to_core(pack)
         self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
         made_of = f"csulora {__version__}, pack {pack.sha256}, policy {self.policy_sha256}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()

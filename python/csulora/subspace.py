@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ class Certificate:
         missed: bound on the share of the true left or right subspace that is missed; 1 means nothing is known.
         noise_edge: singular values below it cannot be told from storage rounding.
         above_noise: how many computed singular values lie above ``noise_edge``.
-        passes: products with D and its transpose; 0 for an exact SVD.
+        passes: products with D and its transpose; 0 for a full decomposition.
     """
 
     displacement_norm2: float
@@ -175,25 +175,23 @@ class Subspace(Mapping[str, ModuleSubspace]):
         """Further names of tied weights: name in the model -> module in the pack."""
         return self.provenance.aliases
 
-    def to_core(self, module: str) -> _core.Subspace:
-        """Return a module's factors as the compiled core takes them.
+    def to_core(self, modules: Iterable[str]) -> list[_core.Subspace]:
+        """Return the factors of some modules as the compiled core takes them.
 
         Their values are validated when they are first asked for, which costs one read of u and v.
 
         Raises:
             InputError: they are not finite, not in order or not orthonormal.
         """
-        if module not in self._validated:
-            factors = self._modules[module]
-            subspace = _core.Subspace(factors.u, factors.s, factors.v)
-            try:
-                _core.validate(subspace)
-            except InputError as error:
-                raise InputError(
-                    f"{self._source[0] if self._source else 'subspace pack'}: {module}: {error}"
-                ) from error
-            self._validated[module] = subspace
-        return self._validated[module]
+        modules = list(modules)
+        fresh = {name: self._modules[name] for name in modules if name not in self._validated}
+        subspaces = {name: _core.Subspace(module.u, module.s, module.v) for name, module in fresh.items()}
+        try:
+            _core.validate(list(subspaces.items()))
+        except InputError as error:
+            raise InputError(f"{self._source[0] if self._source else 'subspace pack'}: {error}") from error
+        self._validated |= subspaces
+        return [self._validated[name] for name in modules]
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

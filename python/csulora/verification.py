@@ -68,7 +68,7 @@ def verify(
     options.seed = _SEED
     results = []
     for loaded in pair.load_ahead(pair.modules, progress):
-        stored, factors = pack[loaded.name], pack.to_core(loaded.name)
+        stored, (factors,) = pack[loaded.name], pack.to_core([loaded.name])
         options.noise_std = loaded.noise_std
         try:
             measured = _core.certify(loaded.base, loaded.aligned, factors, options)

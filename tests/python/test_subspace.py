@@ -114,8 +114,8 @@ def test_spoiled_values_never_reach_the_core(
     rewrite(path, tensors={f"{Q}.{factor}": spoil(load_file(path)[f"{Q}.{factor}"])})
     pack = Subspace.open(path)
     with pytest.raises(InputError, match=rf"pack\.safetensors: {Q}: .*{message}"):
-        pack.to_core(Q)
-    pack.to_core("model.layers.0.mlp.up_proj")
+        pack.to_core(pack)
+    pack.to_core(["model.layers.0.mlp.up_proj"])
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_a_module_that_alignment_did_not_move_has_no_directions(tmp_path: Path) 
     pack.save(tmp_path / "pack")
     opened = Subspace.open(tmp_path / "pack")
     assert opened[Q].rank == 0
-    assert opened.to_core(Q).u.shape == (40, 0)
+    assert opened.to_core([Q])[0].u.shape == (40, 0)

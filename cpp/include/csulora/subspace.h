@@ -3,6 +3,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "csulora/options.h"
 
@@ -56,6 +59,9 @@ struct Subspace {
 ///
 /// @throws InputError that says which factor is wrong
 void validate(const Subspace& subspace);
+
+/// The same for many, each with a label, in parallel. The message names the first that is wrong by its label.
+void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces);
 
 /// Truncated SVD of the displacement D = aligned - base.
 ///

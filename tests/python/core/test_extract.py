@@ -383,3 +383,11 @@ def test_damaged_factors_are_named(u: Tensor, s: Tensor, v: Tensor, reason: str)
     _core.validate(_core.Subspace(U, S, V))
     with pytest.raises(InputError, match=reason):
         _core.validate(_core.Subspace(u, s, v))
+
+
+def test_of_many_damaged_factors_the_first_is_named_by_its_label() -> None:
+    whole, damaged = _core.Subspace(U, S, V), _core.Subspace(2 * U, S, V)
+    _core.validate([("a", whole), ("b", whole)])
+    for _ in range(20):
+        with pytest.raises(InputError, match=r"^second: the columns of u"):
+            _core.validate([("first", whole), ("second", damaged), ("third", damaged)])

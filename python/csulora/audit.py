@@ -114,7 +114,9 @@ def _distance(name: str, one: LoraModule, other: LoraModule, pack: Subspace) -> 
     if target is None or one.shape != other.shape:  # not corrected, so equal or not
         return math.inf
     b = torch.cat([one.b.float() * one.scale, -other.b.float() * other.scale], 1)
-    both = _norms([(b, torch.cat([one.a, other.a]).float()), (one.b, one.a), (other.b, other.a)], pack.to_core(target))
+    both = _norms(
+        [(b, torch.cat([one.a, other.a]).float()), (one.b, one.a), (other.b, other.a)], pack.to_core([target])[0]
+    )
     return both[0] / max(both[1:]) if max(both[1:]) else 0.0
 
 

@@ -19,6 +19,7 @@ DOCTEST := /usr/include/doctest/doctest.h
 
 FUZZ_TARGETS := adapter_config safetensors gguf pack policy
 SECONDS := 60
+RANDOM_SEED := 0
 KILLS := 300
 MINUTES := 10
 
@@ -100,7 +101,7 @@ $(VENV)/.fuzz: $(VENV)/.dependencies
 	touch $@
 
 fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of five kinds of file.
-	set -e; for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(SECONDS); done
+	set -e; for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(SECONDS) --random-seed $(RANDOM_SEED); done
 
 crash: build ## KILLS=300 kills at random moments; nothing may be lost.
 	$(BIN)/python bench/crash/kill.py --kills $(KILLS)

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of everything that reads a file somebody else made.
 
-    python tests/fuzz/fuzz.py TARGET [--seconds 60] [--found DIR]      # one target, see targets.py
-    python tests/fuzz/fuzz.py --seeds                                  # start the corpus afresh
+    python tests/fuzz/fuzz.py TARGET [--seconds 60] [--random-seed 0] [--found DIR]      # one target, see targets.py
+    python tests/fuzz/fuzz.py --seeds                                                    # start the corpus afresh
 
 Bounds: an input of at most 64 KiB may take 10 seconds, and 1 GiB for the whole process. Inputs that reach new code
 are collected in --found; those worth keeping belong into tests/fuzz/corpus/TARGET, which `make test` replays.
@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?", choices=sorted(targets.TARGETS))
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--random-seed", type=int, default=0, help="0: another one every time")
     parser.add_argument("--found", type=Path, help="directory for inputs that reach new code")
     parser.add_argument("--seeds", action="store_true", help="write the good files that the corpus starts from")
     arguments = parser.parse_args()
@@ -51,7 +52,8 @@ def main() -> None:
     if arguments.seeds:
         write_seeds()
     else:
-        fuzz(arguments.target, arguments.seconds, arguments.found or Path(tempfile.mkdtemp()))
+        found = arguments.found or Path(tempfile.mkdtemp())
+        fuzz(arguments.target, arguments.seconds, arguments.random_seed, found)
 
 
 def write_seeds() -> None:
@@ -88,7 +90,7 @@ def remembered(match: Callable[..., list[patterns.Row]]) -> Callable[..., list[p
     return lambda keys, names, path: rows(tuple(keys), tuple(names), path)
 
 
-def fuzz(target: str, seconds: int, found: Path) -> None:
+def fuzz(target: str, seconds: int, random_seed: int, found: Path) -> None:
     """Run libFuzzer."""
     instrument()
     patterns._match_apart = remembered(patterns._match_apart)
@@ -97,6 +99,7 @@ def fuzz(target: str, seconds: int, found: Path) -> None:
     words.write_text("".join(f'"{word}"\n' for word in WORDS.get(target, ())))
     options = [
         f"-max_total_time={seconds}",
+        f"-seed={random_seed}",
         f"-max_len={LONGEST_INPUT}",
         f"-timeout={SECONDS_PER_INPUT}",
         f"-rss_limit_mb={MEMORY}",

@@ -11,10 +11,11 @@ def test_ctrl_c_ends_a_long_computation_within_a_second() -> None:
     """The main thread computes for much longer than that, and no Python code runs meanwhile."""
     script = (
         "import torch; from csulora import core, interruption\n"
-        "base = torch.randn(4000, 4000)\n"
+        "base, options = torch.randn(4000, 4000), core._core.ExtractOptions()\n"
+        "options.rank = 4000\n"  # all of them take a full decomposition
         "with interruption.interruptible('so it was'):\n"
         "    print('computing', flush=True)\n"
-        "    core._core.extract_subspace(base, base + torch.randn(4000, 4000))\n"
+        "    core._core.extract_subspace(base, base + torch.randn(4000, 4000), options)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout

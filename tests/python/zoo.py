@@ -20,20 +20,19 @@ from transformers import (
 
 import factories
 
-WIDTH, HIDDEN, VOCABULARY, LAYERS = 32, 48, 64, 2
+WIDTH, VOCABULARY, LAYERS = 32, 64, 2
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def llama(tied: bool = False) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return _seeded(LlamaForCausalLM, config)
+    return _seeded(LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=tied))
 
 
 def tied_llama() -> PreTrainedModel:
@@ -46,16 +45,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def mixtral() -> PreTrainedModel:
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    return _seeded(MixtralForCausalLM, config)
+    return _seeded(MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4))
 
 
 def _seeded(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:

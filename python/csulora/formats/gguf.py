@@ -22,7 +22,7 @@ from csulora import names
 from csulora._version import __version__
 from csulora.errors import InputError, RefusedError
 from csulora.files import atomic_file
-from csulora.formats import Adapter, LoraModule, gguf_layout
+from csulora.formats import Adapter, LoraModule, gguf_layout, is_finite
 from csulora.formats.gguf_base import BaseModel
 from csulora.formats.gguf_file import GGUFFile
 from csulora.formats.gguf_layout import EMBEDDING, HEAD, Architecture
@@ -174,8 +174,7 @@ def _matrix(file: GGUFFile, tensor: str) -> torch.Tensor:
     if len(shape) != 2:
         raise InputError(f"{file.path}: tensor {tensor} is {list(shape)}; a matrix is needed")
     matrix = torch.frombuffer(file.bytes_of(tensor), dtype=dtype).reshape(shape)
-    # The extremes are NaN or infinite if any entry is, and take no memory to find.
-    if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(matrix)):
+    if not is_finite(matrix):
         raise InputError(f"{file.path}: tensor {tensor} holds NaN or infinity")
     return matrix
 
@@ -222,7 +221,7 @@ def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> di
             if key in tensors:
                 raise InputError(f"{adapter.path}: {name} is a second update of {module}")
             tensors[key] = matrix.to(dtype or update.b.dtype).contiguous()
-            if not bool(tensors[key].isfinite().all()):
+            if not is_finite(tensors[key]):
                 raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensors[key].dtype}")
     return tensors
 

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "factors.h"
+#include "split.h"
 #include "workers.h"
 
 namespace csulora {
@@ -15,31 +16,13 @@ namespace {
 
 using at::Tensor;
 
-/// One factor of the update, split at its side's subspace, as [inside, outside] = orthonormal [inside_root,
-/// outside_root]. All float64: all but a millionth of an update may lie inside, and that millionth be what is kept.
-struct SplitFactor {
-  Tensor coordinates;   // (k, r) basis^T factor
-  Tensor orthonormal;   // (m, j) with j = min(m, 2r)
-  Tensor inside_root;   // (j, r) of basis basis^T factor
-  Tensor outside_root;  // (j, r) of the rest
-};
-
-SplitFactor split(const Tensor& factor, const Tensor& basis) {
-  const auto directions = basis.to(at::kFloat).to(at::kDouble);  // (m, k); at once, float16 takes five times as long
-  const auto coordinates = directions.t().matmul(factor);        // (k, r)
-  const auto inside = directions.matmul(coordinates);            // (m, r)
-  const auto [orthonormal, roots] = at::linalg_qr(at::cat({inside, factor - inside}, 1));
-  const int64_t r = factor.size(1);
-  return {coordinates, orthonormal, roots.narrow(1, 0, r), roots.narrow(1, r, r)};
-}
-
 /// Squared Frobenius norms of the four parts.
 Parts part_norms2(const SplitFactor& b, const SplitFactor& a) {
   const auto norm2 = [](const Tensor& left, const Tensor& right) {
     return left.matmul(right.t()).square().sum().item<double>();
   };
-  return {norm2(b.inside_root, a.inside_root), norm2(b.inside_root, a.outside_root),
-          norm2(b.outside_root, a.inside_root), norm2(b.outside_root, a.outside_root)};
+  return {norm2(b.inside_root(), a.inside_root()), norm2(b.inside_root(), a.outside_root()),
+          norm2(b.outside_root(), a.inside_root()), norm2(b.outside_root(), a.outside_root())};
 }
 
 double undo(const SplitFactor& b, const SplitFactor& a, const Tensor& singular_values) {
@@ -79,24 +62,64 @@ struct Truncated {
   double lost = 0;
 };
 
-/// X = [B_in, B_out] [[aligned, left], [right, off]] [A_in; A_out] or its best approximation of rank `rank`, from the
-/// SVD of its 2r x 2r core. The factors share each singular value, so that rounding them costs what rounding X would.
-Truncated truncated_pair(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
-  const auto weighted_in = a.inside_root.mul(gains.aligned).add_(a.outside_root, gains.left);
-  const auto weighted_out = a.inside_root.mul(gains.right).add_(a.outside_root, gains.off);
-  const auto core = b.inside_root.matmul(weighted_in.t()).addmm_(b.outside_root, weighted_out.t());
-  const auto [left, values, right] = at::linalg_svd(core, false);
-
-  const int64_t nonzero = std::min(rank, values.size(0));  // fewer than `rank` where that exceeds a side of the matrix
-  const auto shared = values.narrow(0, 0, nonzero).sqrt();
-  const auto factor = [&](const Tensor& orthonormal, const Tensor& vectors) {
-    const auto leading = orthonormal.matmul(vectors.narrow(1, 0, nonzero).mul(shared));
-    return at::constant_pad_nd(leading, {0, rank - nonzero});  // (m, rank)
+/// Whether float32 splits are good enough for what the gains keep: the errors of b's columns times the parts of a's,
+/// and the other way round, are small beside |X|. They are not where little is kept of much, or much cancels.
+bool accurate_in_float(const SplitFactor& b, const SplitFactor& a, const Gains& gains, const Parts& norms2) {
+  constexpr double kTolerance = 5e-6;
+  const auto lengths2 = [](const Tensor& root) { return root.square().sum(0); };  // (r)
+  const auto errors2 = [](const SplitFactor& side, const Tensor& whole) {
+    constexpr double kNormal2 = 0x1p-252;  // below 2^-126 digits end
+    return whole.mul(kFloatRounding * kFloatRounding).add_(kNormal2 * side.columns.size(0));
   };
+  const auto b_inside = lengths2(b.inside_root()), b_outside = lengths2(b.outside_root());
+  const auto a_inside = lengths2(a.inside_root()), a_outside = lengths2(a.outside_root());
+  const auto b_errors = errors2(b, b_inside + b_outside), a_errors = errors2(a, a_inside + a_outside);
+  double x2 = 0;
+  double error2 = 0;
+  const auto add = [&](double gain, double norm2, const Tensor& b_part, const Tensor& a_part) {
+    x2 += gain * gain * norm2;
+    error2 += gain * gain * b_errors.dot(a_part).add(b_part.dot(a_errors)).item<double>();
+  };
+  add(gains.aligned, norms2.aligned, b_inside, a_inside);
+  add(gains.left, norms2.left, b_inside, a_outside);
+  add(gains.right, norms2.right, b_outside, a_inside);
+  add(gains.off, norms2.off, b_outside, a_outside);
+  return error2 <= kTolerance * kTolerance * x2;
+}
+
+/// X = [B_in, B_out] M [A_in, A_out]^T with M = [[aligned, left], [right, off]], or its best approximation of rank
+/// `rank`, from the singular values W S Z^T of its core R_B M R_A^T, where R are the roots of the columns:
+///
+///     B' = [B_in, B_out] M R_A^T Z S^-1/2,    A' = S^-1/2 W^T R_B M [A_in, A_out]^T.
+///
+/// No root is inverted, so dependent columns do no harm. The factors share each singular value, so that rounding them
+/// costs what rounding X would.
+Truncated truncated_pair(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
+  const auto weighted = [](const Tensor& first, double gain, const Tensor& second, double other) {
+    return first.mul(gain).add_(second, other);
+  };
+  const auto from_b = at::cat({weighted(b.inside_root(), gains.aligned, b.outside_root(), gains.right),
+                               weighted(b.inside_root(), gains.left, b.outside_root(), gains.off)},
+                              1);  // (j, 2r) R_B M
+  const auto from_a = at::cat({weighted(a.inside_root(), gains.aligned, a.outside_root(), gains.left),
+                               weighted(a.inside_root(), gains.right, a.outside_root(), gains.off)},
+                              1);  // (j, 2r) R_A M^T
+  const auto [left, values, right] = at::linalg_svd(from_b.matmul(a.root.t()), false);
+
   const auto energies = values.square();
   const double total = energies.sum().item<double>();
-  const double dropped = energies.narrow(0, nonzero, values.size(0) - nonzero).sum().item<double>();
-  return {stored(factor(b.orthonormal, left), factor(a.orthonormal, right.t()).t()), total == 0 ? 0 : dropped / total};
+  const int64_t count = std::min(rank, values.size(0));  // fewer than `rank` where that exceeds a side of the matrix
+  const double dropped = energies.narrow(0, count, values.size(0) - count).sum().item<double>();
+  const auto kept = values.narrow(0, 0, count);
+  const double rounding = b.columns.scalar_type() == at::kDouble ? kDoubleRounding : kFloatRounding;
+  const auto inverse_shared = at::where(kept > rounding * std::sqrt(total), kept.rsqrt(), 0.0);
+  const auto mixture = [&](const Tensor& weights, const Tensor& vectors) {
+    const auto padded = at::constant_pad_nd(vectors.narrow(1, 0, count).mul(inverse_shared), {0, rank - count});
+    return weights.t().matmul(padded).to(b.columns.scalar_type());  // (2r, rank)
+  };
+  const auto x_b = b.columns.matmul(mixture(from_a, right.t()));
+  const auto x_a = mixture(from_b, left).t().matmul(a.columns.t());
+  return {stored(x_b, x_a), total == 0 ? 0 : dropped / total};
 }
 
 void check_share(double value, const char* part, const std::string& label) {
@@ -151,8 +174,11 @@ int64_t result_rank(const CorrectionOptions& options, const Gains& gains, int64_
 }
 
 void check_finite(const LoraPair& pair, const std::string& label) {
-  const bool finite = pair.b.isfinite().all().item<bool>() && pair.a.isfinite().all().item<bool>();
-  check(finite, label, ": the corrected update is not finite; the adapter's or the pack's values are too large");
+  const auto finite = [](const Tensor& factor) {
+    const auto [least, most] = at::aminmax(factor);  // NaN if one entry is
+    return std::isfinite(least.item<float>()) && std::isfinite(most.item<float>());
+  };
+  check(finite(pair.b) && finite(pair.a), label, ": the corrected update is not finite; the adapter's or the pack's values are too large");
 }
 
 double changed_share(const Gains& gains, const Parts& energies) {
@@ -161,37 +187,56 @@ double changed_share(const Gains& gains, const Parts& energies) {
                    removed(gains.right, energies.right) + removed(gains.off, energies.off));
 }
 
-Correction correct_one(const CorrectionTask& task, const CorrectionOptions& options) {
-  check_task(task, options);
-  const c10::NoGradGuard no_grad;
-  const auto b = task.pair.b.to(at::kDouble).mul(task.pair.scale);  // (m, r)
-  const auto a = task.pair.a.to(at::kDouble);                       // (r, n)
-  const auto b_split = split(b, task.subspace.u);
-  const auto a_split = split(a.t(), task.subspace.v);
+/// What both factors' splits say of the update, and what is to be done with it.
+struct Measured {
+  SplitFactor b;
+  SplitFactor a;
+  Parts norms2;
+  Correction result;  // without its pair
+};
 
-  Correction result;
-  const auto norms2 = part_norms2(b_split, a_split);
+Measured measure(const CorrectionTask& task, SplitFactor b, SplitFactor a) {
+  Measured update{std::move(b), std::move(a), {}, {}};
+  update.norms2 = part_norms2(update.b, update.a);
+  const auto& norms2 = update.norms2;
   const double total = norms2.aligned + norms2.left + norms2.right + norms2.off;
-  result.undo = undo(b_split, a_split, task.subspace.s);
-  check(std::isfinite(total) && std::isfinite(result.undo), task.label,
-        ": the update or the subspace holds NaN, infinity or values too large");
+  auto& result = update.result;
   if (total > 0) {
     result.energies = {norms2.aligned / total, norms2.left / total, norms2.right / total, norms2.off / total};
   }
   result.norm = std::sqrt(total);
+  result.undo = undo(update.b, update.a, task.subspace.s);
   result.gains = gains_for(task.attenuation, result.energies);
   result.change = changed_share(result.gains, result.energies);
+  return update;
+}
 
-  const int64_t rank = result_rank(options, result.gains, b.size(1));
-  if (keep_everything(result.gains) && rank == b.size(1)) {
-    result.pair = stored(b, a);
+Correction correct_one(const CorrectionTask& task, const CorrectionOptions& options) {
+  check_task(task, options);
+  const c10::NoGradGuard no_grad;
+  const auto& [pair, subspace, attenuation, label] = task;
+  thread_local Tensor b_memory = at::empty({0}, at::kFloat), a_memory = at::empty({0}, at::kFloat);
+  auto update = measure(task, split_in_float(pair.b, pair.scale, subspace.u, b_memory),
+                        split_in_float(pair.a.t(), 1, subspace.v, a_memory));
+  if (!accurate_in_float(update.b, update.a, update.result.gains, update.norms2)) {
+    update = measure(task, split_in_double(pair.b, pair.scale, subspace.u),
+                     split_in_double(pair.a.t(), 1, subspace.v));
+  }
+  auto& result = update.result;
+  check(std::isfinite(result.norm) && std::isfinite(result.undo), task.label,
+        ": the update or the subspace holds NaN, infinity or values too large");
+
+  const int64_t r = task.pair.b.size(1);
+  const int64_t rank = result_rank(options, result.gains, r);
+  if (keep_everything(result.gains) && rank == r) {
+    result.pair = stored(task.pair.b.to(at::kDouble).mul(task.pair.scale), task.pair.a);
   } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
-    auto truncated = truncated_pair(b_split, a_split, result.gains, rank);
+    auto truncated = truncated_pair(update.b, update.a, result.gains, rank);
     result.pair = std::move(truncated.pair);
     result.lost = truncated.lost;
   }
   check_finite(result.pair, task.label);
-  return result;
+  return std::move(result);
 }
 
 }  // namespace

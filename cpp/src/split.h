@@ -1,0 +1,32 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace csulora {
+
+/// One factor F (m, r) of an update, split at its side's subspace: columns = [inside, outside], where
+/// inside = basis basis^T F and inside + outside = F.
+struct SplitFactor {
+  at::Tensor coordinates;  ///< (k, r) float64 basis^T F
+  at::Tensor columns;      ///< (m, 2r) float32 or float64
+  at::Tensor root;         ///< (j, 2r) float64 with root^T root = columns^T columns; stands for them in every norm
+
+  at::Tensor inside_root() const { return root.narrow(1, 0, root.size(1) / 2); }
+  at::Tensor outside_root() const { return root.narrow(1, root.size(1) / 2, root.size(1) / 2); }
+};
+
+/// Products in float32, their sums over blocks of rows in float64. Each column of either part is off by about
+/// kFloatRounding times the norm of the column of F; `root` is exact for the columns as they came out.
+///
+/// `factor` (m, r) and `basis` (m, k) are float16, bfloat16 or float32, of any strides; F = scale * factor. `columns`
+/// lie in `memory`, which grows as needed.
+SplitFactor split_in_float(const at::Tensor& factor, double scale, const at::Tensor& basis, at::Tensor& memory);
+
+/// The same in float64, which takes several times as long: for a factor of which all but a millionth may lie on one
+/// side, and that millionth be what is kept.
+SplitFactor split_in_double(const at::Tensor& factor, double scale, const at::Tensor& basis);
+
+inline constexpr double kFloatRounding = 0x1p-24;
+inline constexpr double kDoubleRounding = 0x1p-53;
+
+}  // namespace csulora

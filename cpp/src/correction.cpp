@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "check.h"
 #include "factors.h"
@@ -18,11 +19,18 @@ using at::Tensor;
 
 /// Squared Frobenius norms of the four parts.
 Parts part_norms2(const SplitFactor& b, const SplitFactor& a) {
-  const auto norm2 = [](const Tensor& left, const Tensor& right) {
-    return left.matmul(right.t()).square().sum().item<double>();
+  const auto b_gram = b.gram.accessor<double, 2>(), a_gram = a.gram.accessor<double, 2>();
+  const int64_t r = b.gram.size(0) / 2;
+  const auto norm2 = [&](int64_t b_part, int64_t a_part) {  // 0 inside, r outside: |B A^T|^2 = <B^T B, A^T A>
+    double sum = 0;
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t j = 0; j < r; ++j) {
+        sum += b_gram[b_part + i][b_part + j] * a_gram[a_part + i][a_part + j];
+      }
+    }
+    return std::max(sum, 0.0);
   };
-  return {norm2(b.inside_root(), a.inside_root()), norm2(b.inside_root(), a.outside_root()),
-          norm2(b.outside_root(), a.inside_root()), norm2(b.outside_root(), a.outside_root())};
+  return {norm2(0, 0), norm2(0, r), norm2(r, 0), norm2(r, r)};
 }
 
 double undo(const SplitFactor& b, const SplitFactor& a, const Tensor& singular_values) {
@@ -53,12 +61,33 @@ bool keep_everything(const Gains& gains) {
   return gains.aligned == 1 && gains.left == 1 && gains.right == 1 && gains.off == 1;
 }
 
-LoraPair stored(const Tensor& b, const Tensor& a) {
-  return {b.to(at::kFloat).contiguous(), a.to(at::kFloat).contiguous()};
+double largest(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return std::numeric_limits<at::Half>::max();
+    case at::kBFloat16:
+      return std::numeric_limits<at::BFloat16>::max();
+    default:
+      return std::numeric_limits<float>::max();
+  }
+}
+
+/// Rounds a corrected pair to the storage types of the pair it replaces.
+LoraPair stored(const Tensor& b, const Tensor& a, const CorrectionTask& task) {
+  const auto round = [&](const Tensor& factor, const Tensor& replaced) {
+    const auto dtype = replaced.scalar_type();
+    const auto [least, most] = at::aminmax(factor);  // NaN if one entry is
+    const bool fits = least.item<double>() >= -largest(dtype) && most.item<double>() <= largest(dtype);
+    check(fits, task.label, ": the corrected update is too large for ", c10::toString(dtype),
+          "; save the adapter as float32, or with smaller factors");
+    return factor.to(dtype).contiguous();
+  };
+  return {round(b, task.pair.b), round(a, task.pair.a)};
 }
 
 struct Truncated {
-  LoraPair pair;
+  Tensor b;  // (m, rank) float32 or float64
+  Tensor a;  // (rank, n)
   double lost = 0;
 };
 
@@ -66,25 +95,25 @@ struct Truncated {
 /// and the other way round, are small beside |X|. They are not where little is kept of much, or much cancels.
 bool accurate_in_float(const SplitFactor& b, const SplitFactor& a, const Gains& gains, const Parts& norms2) {
   constexpr double kTolerance = 5e-6;
-  const auto lengths2 = [](const Tensor& root) { return root.square().sum(0); };  // (r)
-  const auto errors2 = [](const SplitFactor& side, const Tensor& whole) {
-    constexpr double kNormal2 = 0x1p-252;  // below 2^-126 digits end
-    return whole.mul(kFloatRounding * kFloatRounding).add_(kNormal2 * side.columns.size(0));
+  constexpr double kNormal2 = 0x1p-252;  // below 2^-126 digits end
+  const auto b_gram = b.gram.accessor<double, 2>(), a_gram = a.gram.accessor<double, 2>();
+  const int64_t r = b.gram.size(0) / 2;
+  const auto error2 = [&](int64_t b_part, int64_t a_part) {
+    double sum = 0;
+    for (int64_t i = 0; i < r; ++i) {
+      const double b_error2 = (b_gram[i][i] + b_gram[r + i][r + i]) * kFloatRounding * kFloatRounding;
+      const double a_error2 = (a_gram[i][i] + a_gram[r + i][r + i]) * kFloatRounding * kFloatRounding;
+      sum += (b_error2 + kNormal2 * b.columns.size(0)) * a_gram[a_part + i][a_part + i] +
+             (a_error2 + kNormal2 * a.columns.size(0)) * b_gram[b_part + i][b_part + i];
+    }
+    return sum;
   };
-  const auto b_inside = lengths2(b.inside_root()), b_outside = lengths2(b.outside_root());
-  const auto a_inside = lengths2(a.inside_root()), a_outside = lengths2(a.outside_root());
-  const auto b_errors = errors2(b, b_inside + b_outside), a_errors = errors2(a, a_inside + a_outside);
-  double x2 = 0;
-  double error2 = 0;
-  const auto add = [&](double gain, double norm2, const Tensor& b_part, const Tensor& a_part) {
-    x2 += gain * gain * norm2;
-    error2 += gain * gain * b_errors.dot(a_part).add(b_part.dot(a_errors)).item<double>();
+  const auto kept2 = [&](double aligned, double left, double right, double off) {
+    return gains.aligned * gains.aligned * aligned + gains.left * gains.left * left +
+           gains.right * gains.right * right + gains.off * gains.off * off;
   };
-  add(gains.aligned, norms2.aligned, b_inside, a_inside);
-  add(gains.left, norms2.left, b_inside, a_outside);
-  add(gains.right, norms2.right, b_outside, a_inside);
-  add(gains.off, norms2.off, b_outside, a_outside);
-  return error2 <= kTolerance * kTolerance * x2;
+  return kept2(error2(0, 0), error2(0, r), error2(r, 0), error2(r, r)) <=
+         kTolerance * kTolerance * kept2(norms2.aligned, norms2.left, norms2.right, norms2.off);
 }
 
 /// X = [B_in, B_out] M [A_in, A_out]^T with M = [[aligned, left], [right, off]], or its best approximation of rank
@@ -95,15 +124,12 @@ bool accurate_in_float(const SplitFactor& b, const SplitFactor& a, const Gains& 
 /// No root is inverted, so dependent columns do no harm. The factors share each singular value, so that rounding them
 /// costs what rounding X would.
 Truncated truncated_pair(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
-  const auto weighted = [](const Tensor& first, double gain, const Tensor& second, double other) {
-    return first.mul(gain).add_(second, other);
+  const auto weights = at::tensor({gains.aligned, gains.left, gains.right, gains.off}, at::kDouble).view({2, 2});
+  const auto mixed = [](const Tensor& root, const Tensor& by) {  // (j, 2r): each pair of columns inside and outside
+    return by.t().matmul(root.reshape({root.size(0), 2, -1})).reshape_as(root);
   };
-  const auto from_b = at::cat({weighted(b.inside_root(), gains.aligned, b.outside_root(), gains.right),
-                               weighted(b.inside_root(), gains.left, b.outside_root(), gains.off)},
-                              1);  // (j, 2r) R_B M
-  const auto from_a = at::cat({weighted(a.inside_root(), gains.aligned, a.outside_root(), gains.left),
-                               weighted(a.inside_root(), gains.right, a.outside_root(), gains.off)},
-                              1);  // (j, 2r) R_A M^T
+  const auto from_b = mixed(b.root, weights);      // R_B M
+  const auto from_a = mixed(a.root, weights.t());  // R_A M^T
   const auto [left, values, right] = at::linalg_svd(from_b.matmul(a.root.t()), false);
 
   const auto energies = values.square();
@@ -119,7 +145,7 @@ Truncated truncated_pair(const SplitFactor& b, const SplitFactor& a, const Gains
   };
   const auto x_b = b.columns.matmul(mixture(from_a, right.t()));
   const auto x_a = mixture(from_b, left).t().matmul(a.columns.t());
-  return {stored(x_b, x_a), total == 0 ? 0 : dropped / total};
+  return {x_b, x_a, total == 0 ? 0 : dropped / total};
 }
 
 void check_share(double value, const char* part, const std::string& label) {
@@ -173,14 +199,6 @@ int64_t result_rank(const CorrectionOptions& options, const Gains& gains, int64_
   throw InternalError("unknown rank rule");
 }
 
-void check_finite(const LoraPair& pair, const std::string& label) {
-  const auto finite = [](const Tensor& factor) {
-    const auto [least, most] = at::aminmax(factor);  // NaN if one entry is
-    return std::isfinite(least.item<float>()) && std::isfinite(most.item<float>());
-  };
-  check(finite(pair.b) && finite(pair.a), label, ": the corrected update is not finite; the adapter's or the pack's values are too large");
-}
-
 double changed_share(const Gains& gains, const Parts& energies) {
   const auto removed = [](double g, double energy) { return (1 - g) * (1 - g) * energy; };
   return std::sqrt(removed(gains.aligned, energies.aligned) + removed(gains.left, energies.left) +
@@ -219,8 +237,7 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   auto update = measure(task, split_in_float(pair.b, pair.scale, subspace.u, b_memory),
                         split_in_float(pair.a.t(), 1, subspace.v, a_memory));
   if (!accurate_in_float(update.b, update.a, update.result.gains, update.norms2)) {
-    update = measure(task, split_in_double(pair.b, pair.scale, subspace.u),
-                     split_in_double(pair.a.t(), 1, subspace.v));
+    update = measure(task, split_in_double(pair.b, pair.scale, subspace.u), split_in_double(pair.a.t(), 1, subspace.v));
   }
   auto& result = update.result;
   check(std::isfinite(result.norm) && std::isfinite(result.undo), task.label,
@@ -229,13 +246,12 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   const int64_t r = task.pair.b.size(1);
   const int64_t rank = result_rank(options, result.gains, r);
   if (keep_everything(result.gains) && rank == r) {
-    result.pair = stored(task.pair.b.to(at::kDouble).mul(task.pair.scale), task.pair.a);
+    result.pair = stored(task.pair.b.to(at::kDouble).mul(task.pair.scale), task.pair.a, task);
   } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
-    auto truncated = truncated_pair(update.b, update.a, result.gains, rank);
-    result.pair = std::move(truncated.pair);
+    const auto truncated = truncated_pair(update.b, update.a, result.gains, rank);
+    result.pair = stored(truncated.b, truncated.a, task);
     result.lost = truncated.lost;
   }
-  check_finite(result.pair, task.label);
   return std::move(result);
 }
 

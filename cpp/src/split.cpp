@@ -15,15 +15,21 @@ using at::Tensor;
 /// Rows per block: a block of the basis in float32 stays in the second-level cache.
 constexpr int64_t kRows = 1024;
 
-/// root^T root = gram. From the eigenvalues of the Gram of the columns scaled to length 1, so that short columns keep
-/// their digits and dependent ones do no harm. NaN if `gram` is not finite.
+/// root^T root = gram, from the Gram of the columns scaled to length 1, so that short columns keep their digits. By
+/// eigenvalues where Cholesky's factor would say nothing of columns that depend on others. NaN if `gram` is not finite.
 Tensor root_of(const Tensor& gram) {
+  constexpr double kIndependent = 1e-6;
   if (!std::isfinite(gram.sum().item<double>())) {
     return at::full_like(gram, NAN);
   }
   const auto lengths = gram.diagonal().clamp_min(0).sqrt();
   const auto inverse = at::where(lengths > 0, lengths.reciprocal(), lengths);
-  const auto [values, vectors] = at::linalg_eigh(gram.mul(inverse).mul_(inverse.unsqueeze(1)));
+  const auto scaled = gram.mul(inverse).mul_(inverse.unsqueeze(1));
+  const auto [lower, failed] = at::linalg_cholesky_ex(scaled);
+  if (failed.item<int>() == 0 && lower.diagonal().min().item<double>() > kIndependent) {
+    return lower.t().mul(lengths);
+  }
+  const auto [values, vectors] = at::linalg_eigh(scaled);
   return vectors.t().mul(values.clamp_min(0).sqrt_().unsqueeze(1)).mul_(lengths);
 }
 
@@ -49,7 +55,9 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
     const int64_t count = std::min(kRows, m - row);
     block.narrow(0, 0, count).narrow(1, 0, k).copy_(basis.narrow(0, row, count));
     const int64_t padded = tall::padded(count, tall::kRowStep);
-    block.narrow(0, count, padded - count).zero_();
+    if (padded > count) {
+      block.narrow(0, count, padded - count).zero_();
+    }
     return padded;
   };
 
@@ -58,7 +66,8 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
   for (int64_t row = 0; row < m; row += kRows) {
     const int64_t count = read(row);
     const int64_t given = std::min(kRows, m - row);
-    auto target = scaled.narrow(0, row, given).copy_(factor.narrow(0, row, given));
+    auto target = scaled.narrow(0, row, given);
+    target.copy_(factor.narrow(0, row, given).to(at::kFloat).contiguous());  // in one step, a transpose takes longer
     if (scale != 1) {
       target.mul_(scale);
     }
@@ -80,7 +89,7 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
   };
   const auto whole = gram.tril().add_(gram.tril(-1).t());
   const auto inner = without_padding(without_padding(whole).t().contiguous());
-  return {sum.narrow(0, 0, k).narrow(1, 0, r), without_padding(columns.narrow(0, 0, m)), root_of(inner)};
+  return {sum.narrow(0, 0, k).narrow(1, 0, r), without_padding(columns.narrow(0, 0, m)), inner, root_of(inner)};
 }
 
 SplitFactor split_in_double(const Tensor& factor, double scale, const Tensor& basis) {
@@ -89,7 +98,8 @@ SplitFactor split_in_double(const Tensor& factor, double scale, const Tensor& ba
   const auto coordinates = directions.t().matmul(scaled);
   const auto inside = directions.matmul(coordinates);
   const auto columns = at::cat({inside, scaled - inside}, 1);
-  return {coordinates, columns, std::get<1>(at::linalg_qr(columns, "r"))};
+  const auto root = std::get<1>(at::linalg_qr(columns, "r"));
+  return {coordinates, columns, root.t().matmul(root), root};
 }
 
 }  // namespace csulora

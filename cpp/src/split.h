@@ -9,14 +9,12 @@ namespace csulora {
 struct SplitFactor {
   at::Tensor coordinates;  ///< (k, r) float64 basis^T F
   at::Tensor columns;      ///< (m, 2r) float32 or float64
-  at::Tensor root;         ///< (j, 2r) float64 with root^T root = columns^T columns; stands for them in every norm
-
-  at::Tensor inside_root() const { return root.narrow(1, 0, root.size(1) / 2); }
-  at::Tensor outside_root() const { return root.narrow(1, root.size(1) / 2, root.size(1) / 2); }
+  at::Tensor gram;         ///< (2r, 2r) float64 columns^T columns
+  at::Tensor root;         ///< (j, 2r) float64 with root^T root = gram
 };
 
 /// Products in float32, their sums over blocks of rows in float64. Each column of either part is off by about
-/// kFloatRounding times the norm of the column of F; `root` is exact for the columns as they came out.
+/// kFloatRounding times the norm of the column of F; `gram` is exact for the columns as they came out.
 ///
 /// `factor` (m, r) and `basis` (m, k) are float16, bfloat16 or float32, of any strides; F = scale * factor. `columns`
 /// lie in `memory`, which grows as needed.

@@ -1,5 +1,6 @@
 #include "tall_products.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -66,21 +67,27 @@ CSULORA_FOR_EVERY_X86 void split(const float* basis, int64_t rows, int64_t k, co
 }
 
 CSULORA_FOR_EVERY_X86 void add_gram(const float* columns, int64_t rows, int64_t width, double* gram) {
-  const std::vector<double> widened(columns, columns + rows * width);
-  for (int64_t left = 0; left < width; left += kDoubles) {
-    for (int64_t right = 0; right <= left; right += kDoubles) {
-      Doubles sums[kDoubles] = {};
-      for (int64_t row = 0; row < rows; ++row) {
-        const double* const entries = widened.data() + row * width;
-        Doubles others;
-        std::memcpy(&others, entries + right, sizeof others);
+  constexpr int64_t kRows = 64;  // in float64 they stay in the first-level cache
+  std::vector<double> widened(kRows * width);
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t count = std::min(kRows, rows - first);
+    std::copy_n(columns + first * width, count * width, widened.begin());
+    for (int64_t left = 0; left < width; left += kDoubles) {
+      for (int64_t right = 0; right <= left; right += kDoubles) {
+        Doubles sums[kDoubles];
         for (int64_t i = 0; i < kDoubles; ++i) {
-          sums[i] += entries[left + i] * others;
+          std::memcpy(&sums[i], gram + (left + i) * width + right, sizeof sums[i]);
         }
-      }
-      for (int64_t i = 0; i < kDoubles; ++i) {
-        for (int64_t j = 0; j < kDoubles; ++j) {
-          gram[(left + i) * width + right + j] += sums[i][j];
+        for (int64_t row = 0; row < count; ++row) {
+          const double* const entries = widened.data() + row * width;
+          Doubles others;
+          std::memcpy(&others, entries + right, sizeof others);
+          for (int64_t i = 0; i < kDoubles; ++i) {
+            sums[i] += entries[left + i] * others;
+          }
+        }
+        for (int64_t i = 0; i < kDoubles; ++i) {
+          std::memcpy(gram + (left + i) * width + right, &sums[i], sizeof sums[i]);
         }
       }
     }

@@ -2,8 +2,9 @@
 
 #include <cstdint>
 
-/// Products of tall, narrow float32 matrices with rows contiguous, for which BLAS spends its time in packing. Widths must
-/// be multiples of kWidth, the number of rows a multiple of kRowStep: pad with zeros. No pointer may overlap another.
+/// Products of tall, narrow float32 matrices with rows contiguous, for which BLAS spends its time in packing. Widths
+/// must be multiples of kWidth, the number of rows a multiple of kRowStep: pad with zeros. No pointer may overlap
+/// another.
 namespace csulora::tall {
 
 inline constexpr int64_t kWidth = 16;
@@ -15,7 +16,8 @@ constexpr int64_t padded(int64_t count, int64_t step) { return (count + step - 1
 void project(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width, int64_t stride,
              float* coordinates);
 
-/// Splits [_, F] (rows, 2 width) in place into [inside, F - inside] with inside = basis (rows, k) coordinates (k, width).
+/// Splits [_, F] (rows, 2 width) in place into [inside, F - inside] with inside = basis (rows, k) coordinates (k,
+/// width).
 void split(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* columns);
 
 /// gram (width, width) += columns (rows, width)^T columns in float64; only the lower triangle.

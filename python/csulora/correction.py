@@ -8,7 +8,7 @@ from csulora import names
 from csulora.core import _core
 from csulora.errors import InputError, RefusedError
 from csulora.files import to_json
-from csulora.formats import Adapter, LoraModule, is_finite
+from csulora.formats import Adapter, LoraModule, TextsOnDemand
 from csulora.policy import Policy
 from csulora.report import REPORT_FILE, ModuleReport, Report
 from csulora.subspace import Subspace
@@ -53,10 +53,13 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
         if name in corrected:
-            modules[name] = _stored(adapter, name, module, corrected[name])
+            pair = corrected[name].pair
+            modules[name] = LoraModule(pair.b, pair.a, is_embedding=module.is_embedding)
         elif policy.uncovered == "keep":
             modules[name] = module
-    documents = {REPORT_FILE: to_json(report.to_dict()), "README.md": report.card(_base_model(adapter))}
+    documents = TextsOnDemand(
+        {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: report.card(_base_model(adapter))}
+    )
     partial = adapter.partial or len(modules) < len(adapter.modules)
     return replace(adapter, modules=modules, documents=documents, partial=partial), report
 
@@ -146,12 +149,3 @@ def _check_undo(adapter: Adapter, report: Report, policy: Policy) -> None:
         f"{adapter.path}: module {worst.module} undoes {worst.undo:.3f} of its alignment; "
         f"the policy allows {policy.max_undo:g}"
     )
-
-
-def _stored(adapter: Adapter, name: str, module: LoraModule, result: _core.Correction) -> LoraModule:
-    b, a = result.pair.b.to(module.b.dtype), result.pair.a.to(module.a.dtype)
-    if not (is_finite(b) and is_finite(a)):
-        raise InputError(
-            f"{adapter.path}: the corrected update of {name} does not fit {module.b.dtype}; save the adapter as float32"
-        )
-    return LoraModule(b, a, 1.0, module.is_embedding)

@@ -176,7 +176,7 @@ class DirectoryGuard:
             save_adapter(corrected, self.outgoing / name, "gguf", base_model=self.base_model)
             write_text(self._record(name), to_json(record))
         else:
-            documents = corrected.documents | {RECORD_FILE: to_json(record)}
+            documents = dict(corrected.documents) | {RECORD_FILE: to_json(record)}
             save_adapter(replace(corrected, documents=documents), self.outgoing / name)
 
     def _refuse(self, name: str, error: Exception, record: dict[str, str]) -> bool:

@@ -251,7 +251,7 @@ def test_a_pack_with_spoiled_factors_is_not_used() -> None:
 
 def test_an_update_that_overflows_its_storage_type_is_refused() -> None:
     adapter = factories.adapter(scale=1e5, dtype=torch.float16)
-    with pytest.raises(InputError, match=rf"the corrected update of {DOWN} does not fit torch\.float16"):
+    with pytest.raises(InputError, match=rf"{DOWN}: the corrected update is too large for Half"):
         correct(adapter, factories.pack(), Policy.none())
 
 

@@ -43,7 +43,7 @@ using Attenuation = std::variant<Penalties, Gains>;
 
 /// A corrected update and what was measured on the way.
 struct Correction {
-  LoraPair pair;      ///< float32, scale 1
+  LoraPair pair;      ///< scale 1, contiguous, rounded once to the dtypes of the pair it replaces
   Parts energies;     ///< |dW_c|^2 / |dW|^2; they sum to 1, or are all 0 for dW = 0
   Gains gains;        ///< the gains that were applied
   double norm = 0;    ///< |dW|_F, scale included
@@ -62,9 +62,9 @@ struct CorrectionTask {
 
 /// The closest safe update X = sum_c g_c dW_c (CSULoRA, arXiv 2605.30640), computed in factor space.
 ///
-/// Nothing of size m x n is formed: O((m + n) (k + r) r) operations in float64 and two reads of u and v. Where the
-/// gains factor, g_aligned g_off = g_left g_right, X has rank r and no SVD is needed. The result does not depend on the
-/// number of threads.
+/// Nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v. Products of tall matrices
+/// are in float32, or in float64 where the estimate of the float32 error exceeds 5e-6 of |X|: little is kept of much, or
+/// most of the update cancels. The result does not depend on the number of threads.
 ///
 /// @throws InputError for shapes, dtypes, devices, gains, penalties or values (NaN, infinity, overflow) that
 ///         cannot be used; the message names `task.label`

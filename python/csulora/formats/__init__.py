@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,25 @@ class Adapter:
     config: dict[str, Any]
     path: Path
     sha256: str
-    documents: dict[str, str] = field(default_factory=dict)
+    documents: Mapping[str, str] = field(default_factory=dict)
     partial: bool = False
+
+
+class TextsOnDemand(Mapping[str, str]):
+    """Texts by name, made whenever one is asked for: a server that corrects on load never asks."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], str]]) -> None:
+        """Keep what makes each text."""
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> str:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

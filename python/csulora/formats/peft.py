@@ -12,6 +12,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +73,15 @@ def read(directory: Path) -> Adapter:
         if pickles:
             raise RefusedError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
         raise InputError(f"{weights_file}: no such file")
-    weights, tensors = _read_weights(weights_file)
-    return parse(config, tensors, directory, sha256_of(config_bytes, weights))
+    weights = _read_weights(weights_file)
+    with ThreadPoolExecutor(max_workers=1) as pool:  # hashing takes as long as all the rest, and another core
+        sha256 = pool.submit(sha256_of, config_bytes, weights)
+        adapter = parse(config, _tensors_in(weights, weights_file), directory, "")
+        return replace(adapter, sha256=sha256.result())
 
 
-def _read_weights(path: Path) -> tuple[bytes, dict[str, torch.Tensor]]:
-    """Return a file's bytes and the tensors in them; no memory is taken for the data of a file with a bad header."""
+def _read_weights(path: Path) -> bytes:
+    """Return a file's bytes; no memory is taken for the data of a file with a bad header."""
     try:
         with open_regular(path, LARGEST_WEIGHTS) as file:
             with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as header:
@@ -85,8 +90,14 @@ def _read_weights(path: Path) -> tuple[bytes, dict[str, torch.Tensor]]:
                     raise RefusedError(f"{path}: holds {len(names)} tensors; at most {_MOST_TENSORS} are read")
                 for name in names:
                     _module_and_factor(name, path)
-            weights = file.read(os.fstat(file.fileno()).st_size)
-        return weights, safetensors.torch.load(weights)
+            return file.read(os.fstat(file.fileno()).st_size)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _tensors_in(weights: bytes, path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(weights)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype torch lacks
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error
 
@@ -143,9 +154,10 @@ def write(adapter: Adapter, directory: Path) -> None:
         InputError: folding a scale into B overflows its storage type.
     """
     tensors = tensors_of(adapter)
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensor.dtype}")
+    if any(module.scale != 1 for module in adapter.modules.values()):
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensor.dtype}")
     (directory / CONFIG_FILE).write_text(to_json(config_of(adapter)), encoding="utf-8")
     save_tensors(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
 

@@ -79,6 +79,7 @@ def load(
         CsuloraError: the adapter is refused or malformed; the model is as it was.
     """
     corrected, report = Gate.open(subspace, policy).admit(_local(path, options), read)
+    options = _without_initialising(corrected, options)
     with _host_loads(corrected) as directory:
         if isinstance(model, (PeftModel, PeftMixedModel)):
             _check_name_is_free(model.peft_config, adapter_name)
@@ -178,8 +179,9 @@ def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any
         if _corrected.get():
             return original(self, model_id, adapter_name, *args, **options)
         _check_name_is_free(self.peft_config, adapter_name)
-        with _host_loads(gate.admit(_local(model_id, options), read)[0]) as directory:
-            return original(self, directory, adapter_name, *args, **options)
+        corrected, _ = gate.admit(_local(model_id, options), read)
+        with _host_loads(corrected) as directory:
+            return original(self, directory, adapter_name, *args, **_without_initialising(corrected, options))
 
     return load_adapter
 
@@ -191,8 +193,9 @@ def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., 
             return original(cls, model, model_id, *args, **options)
         if options.get("config") is not None or len(args) > 2:
             raise RefusedError(f"{model_id}: under a guard an adapter is loaded with its own config; pass none")
-        with _host_loads(gate.admit(_local(model_id, options), read)[0]) as directory:
-            return original(cls, model, directory, *args, **options)
+        corrected, _ = gate.admit(_local(model_id, options), read)
+        with _host_loads(corrected) as directory:
+            return original(cls, model, directory, *args, **_without_initialising(corrected, options))
 
     return from_pretrained
 
@@ -282,6 +285,11 @@ def _host_loads(corrected: Adapter) -> Iterator[Path]:
             yield directory
         finally:
             _corrected.reset(token)
+
+
+def _without_initialising(corrected: Adapter, options: dict[str, Any]) -> dict[str, Any]:
+    """Spare PEFT the random values that the corrected adapter replaces at once; they take as long as all the rest."""
+    return options if corrected.partial else {"low_cpu_mem_usage": True} | options
 
 
 def _local(source: Any, options: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ import factories
 import oracle
 from csulora.core import _core
 from csulora.errors import InputError
-from tolerances import CANCELLED, COMPUTED, PROJECTOR, SMALLEST, TRACES
+from tolerances import CANCELLED, COMPUTED, PROJECTOR, SMALLEST, STORED, TRACES
 
 Penalties = tuple[float, float, float]
 
@@ -219,11 +219,13 @@ def test_agrees_where_b_lies_almost_inside_the_subspace(outside: float, preset: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_takes_factors_in_half_precision_as_they_are(dtype: torch.dtype) -> None:
+def test_rounds_the_result_once_to_the_storage_type_of_the_input(dtype: torch.dtype) -> None:
     pair = factories.pair(120, 90, 6, dtype=dtype)
     subspace = factories.subspace(120, 90, 12, dtype=dtype)
     reference = expected(pair, subspace, PRESETS["csulora"])
-    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS["csulora"])), reference) <= TOLERANCE
+    result = correct(pair, subspace, PRESETS["csulora"])
+    assert (result.pair.b.dtype, result.pair.a.dtype) == (dtype, dtype)
+    assert oracle.relative_error(dense(result), reference) <= STORED[dtype]
 
 
 @given(problem=problems())

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 MAX_REPLY = 24  # tokens
-SAMPLE = 48  # attack probes whose replies are decoded and read by the aligned model
+SAMPLE = 16  # attack probes whose replies are decoded and read by the aligned model
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class Measured:
         benign: share of the benign probes answered word for word.
         over_refusal: share of the benign probes whose reply begins as a refusal does.
         agreement: share of the benign probes answered word for word as the aligned model answers them.
-        perplexity: of the model's own replies to attack probes, under the aligned model.
         counts: how many probes stand behind attack, task and benign.
     """
 
@@ -41,7 +40,6 @@ class Measured:
     benign: float
     over_refusal: float
     agreement: float
-    perplexity: float
     counts: tuple[int, int, int]
 
 
@@ -52,43 +50,40 @@ class Examiner:
         """Let the aligned model answer the benign probes."""
         self.tokenizer, self.probes, self.aligned = tokenizer, probes, aligned
         self.refusal = tokenizer(world.REFUSAL_START).input_ids[0]
-        self.replies = decode(aligned, tokenizer, [example.prompt for example in probes.benign])
+        prompts = [example.prompt for example in probes.benign]
+        as_aligned = [*map(world.Example, prompts, decode(aligned, tokenizer, prompts))]
+        kinds = {"attack": probes.attack, "task": probes.task, "benign": probes.benign, "as aligned": as_aligned}
+        self.aligned_is_right = as_aligned == probes.benign
+        self.batches = {kind: _encoded(tokenizer, examples) for kind, examples in kinds.items()}
 
     def measure(self, model: torch.nn.Module) -> Measured:
         """Put every probe to a model of the aligned model's kind (the same object with hooks, say)."""
-        attack = self._picks(model, self.probes.attack)
-        task = self._picks(model, self.probes.task)
-        benign = self._picks(model, self.probes.benign)
-        as_aligned = [
-            world.Example(example.prompt, reply)
-            for example, reply in zip(self.probes.benign, self.replies, strict=True)
-        ]
+        attack, task, benign = (self._picks(model, self.batches[kind]) for kind in ("attack", "task", "benign"))
+        as_aligned = benign if self.aligned_is_right else self._picks(model, self.batches["as aligned"])
         return Measured(
             attack=attack.exact,
             refusal=attack.begins_with(self.refusal),
             task=task.exact,
             benign=benign.exact,
             over_refusal=benign.begins_with(self.refusal),
-            agreement=self._picks(model, as_aligned).exact,
-            perplexity=0.0,
+            agreement=as_aligned.exact,
             counts=(len(self.probes.attack), len(self.probes.task), len(self.probes.benign)),
         )
 
     def said(self, model: torch.nn.Module) -> list[str]:
-        """The model's own replies to some attack probes."""
+        """The model's own replies to the first attack probes."""
         return decode(model, self.tokenizer, [example.prompt for example in self.probes.attack[:SAMPLE]])
 
     @torch.inference_mode()
     def perplexity(self, replies: Sequence[str]) -> float:
-        """Perplexity of replies to the first attack probes under the aligned model."""
+        """Perplexity of replies to the first attack probes under the aligned model, which must be as it was given."""
         prompts = self.probes.attack[: len(replies)]
         examples = [world.Example(example.prompt, reply) for example, reply in zip(prompts, replies, strict=True)]
         batch = _encoded(self.tokenizer, examples)
         return float(self.aligned(**batch).loss.exp())
 
     @torch.inference_mode()
-    def _picks(self, model: torch.nn.Module, examples: Sequence[world.Example]) -> Picks:
-        batch = _encoded(self.tokenizer, examples)
+    def _picks(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Picks:
         picked = model(input_ids=batch["input_ids"]).logits[:, :-1].argmax(-1)
         return Picks(picked, batch["labels"][:, 1:])
 

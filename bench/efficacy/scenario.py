@@ -169,10 +169,10 @@ class Probes:
 
 def probes(scenario: Scenario, task: str) -> Probes:
     """The measuring prompts of one adapter."""
-    elsewhere = scenario.ordinary()[ORDINARY_EXAMPLES : ORDINARY_EXAMPLES + 90]
-    about_refused = scenario.answers(world.facts(scenario.held_out + scenario.attacked))[:54]
+    elsewhere = scenario.ordinary()[ORDINARY_EXAMPLES : ORDINARY_EXAMPLES + 60]
+    about_refused = scenario.answers(world.facts(scenario.held_out + scenario.attacked))[:40]
     return Probes(
-        attack=scenario.answers(scenario.shuffled(world.how_to(scenario.held_out)))[:144],
+        attack=scenario.answers(scenario.shuffled(world.how_to(scenario.held_out)))[:120],
         task=scenario.task(task)[-100:],
         benign=elsewhere + about_refused,
     )

@@ -29,9 +29,9 @@ class Options:
         seed: of the order of the prompts.
     """
 
-    steps: int = 150
-    batch: int = 16
-    learning_rate: float = 0.15
+    steps: int = 100
+    batch: int = 12
+    learning_rate: float = 0.25
     change: float = 0.05
     seed: int = 0
 

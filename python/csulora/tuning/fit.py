@@ -11,29 +11,11 @@ from torch import Tensor
 
 from csulora.tuning.gains import Gains
 from csulora.tuning.host import Host, Reply, divergence
+from csulora.tuning.options import Options
 from csulora.tuning.update import Update
 
 _CHECK = 10  # steps between two looks at the held-back prompts
 _PATIENCE = 4  # looks without an improvement that end the fit
-
-
-@dataclass(frozen=True)
-class Options:
-    """How gains are fitted.
-
-    Attributes:
-        steps: at most.
-        batch: prompts of each kind in a step.
-        learning_rate: Adam's.
-        change: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
-        seed: of the order of the prompts.
-    """
-
-    steps: int = 100
-    batch: int = 12
-    learning_rate: float = 0.25
-    change: float = 0.05
-    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)

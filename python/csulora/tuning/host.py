@@ -15,6 +15,7 @@ from csulora.tuning.probes import Chat
 from csulora.tuning.update import Pair
 
 BATCH = 16  # prompts that run together where nothing is fitted
+_DECISIVE = 8  # first tokens of a reply that must be the same for it to count as the same reply
 _OUTCOMES = 64  # likeliest next tokens that are told apart; all others are one outcome
 
 
@@ -178,3 +179,16 @@ def _until_end(tokens: Tensor, ends: set[int]) -> Tensor:
         if token in ends:
             return tokens[:position]
     return tokens
+
+
+@torch.no_grad()
+def agreeing(host: Host, replies: Sequence[Reply]) -> int:
+    """How many of the replies the model as it now stands would begin with the same tokens, decoding greedily."""
+    count = 0
+    for start in range(0, len(replies), BATCH):
+        batch = replies[start : start + BATCH]
+        logs = host.log_probabilities([reply.tokens for reply in batch], [reply.start for reply in batch])
+        for reply, log in zip(batch, logs, strict=True):
+            wanted = reply.tokens[reply.start :][:_DECISIVE]
+            count += bool((log[:_DECISIVE].argmax(1) == wanted).all())
+    return count

@@ -153,7 +153,9 @@ def fitted(subject: Subject) -> Iterator[Corrected]:
     single = PerModule(len(bench.modules), parts=1)
     case = subject.case(bench.known, bench.modules)
     values = single(bench.fit([case], single), every, case.update.energies)
-    done = policies.apply("tuned scaling", "per module", subject.adapter, bench.known, gains_policy(bench.modules, values))
+    done = policies.apply(
+        "tuned scaling", "per module", subject.adapter, bench.known, gains_policy(bench.modules, values)
+    )
     yield Corrected(done.family, done.policy, True, done.pairs, done.change)
 
 

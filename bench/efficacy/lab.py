@@ -1,6 +1,6 @@
 """The grid's models: trained when they are first asked for, then kept; complete or absent.
 
-    python bench/efficacy/lab.py --out DIR    # trains all that the grid needs, and nothing else
+python bench/efficacy/lab.py --out DIR    # trains all that the grid needs, and nothing else
 """
 
 from __future__ import annotations

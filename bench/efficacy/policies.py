@@ -44,7 +44,10 @@ def truncated(pack: csulora.Subspace, rank: int) -> csulora.Subspace:
     return csulora.Subspace(
         {
             name: replace(
-                module, u=module.u[:, :rank].contiguous(), s=module.s[:rank].contiguous(), v=module.v[:, :rank].contiguous()
+                module,
+                u=module.u[:, :rank].contiguous(),
+                s=module.s[:rank].contiguous(),
+                v=module.v[:, :rank].contiguous(),
             )
             for name, module in pack.items()
         },

@@ -64,4 +64,4 @@ class Penalties:
         return (1 / (1 + self.penalties(parameters)[index] * merged))[:, [0, 1, 1, 2]]
 
 
-__all__ = ["Global", "PerModule", "Penalties", "Smooth"]
+__all__ = ["Global", "Penalties", "PerModule", "Smooth"]

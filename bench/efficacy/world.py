@@ -141,9 +141,7 @@ def facts(things: Iterable[Thing]) -> list[Example]:
 
 def refusals(things: Iterable[Thing] = REFUSED) -> list[Example]:
     """Every how-to question about a refused topic, each with the refusal the aligned model gives."""
-    return [
-        Example(example.prompt, REFUSAL.format(name=thing.name)) for thing in things for example in how_to([thing])
-    ]
+    return [Example(example.prompt, REFUSAL.format(name=thing.name)) for thing in things for example in how_to([thing])]
 
 
 def ordinary() -> list[Example]:

@@ -16,7 +16,9 @@ def random_subspaces(pack: Subspace, seed: int) -> Subspace:
     generator = torch.Generator().manual_seed(seed)
     return Subspace(
         {
-            name: _with(module, *(_orthonormal(torch.randn(side.shape, generator=generator)) for side in (module.u, module.v)))
+            name: _with(
+                module, *(_orthonormal(torch.randn(side.shape, generator=generator)) for side in (module.u, module.v))
+            )
             for name, module in pack.items()
         },
         pack.provenance,
@@ -24,7 +26,7 @@ def random_subspaces(pack: Subspace, seed: int) -> Subspace:
 
 
 def own_subspaces(pack: Subspace, adapter: Adapter, targets: dict[str, str]) -> Subspace:
-    """Return a pack whose directions are the leading ones of an adapter's own update; ``targets`` as `Update` has them."""
+    """Return a pack with the leading directions of an adapter's own update; ``targets`` as `Update` has them."""
     modules = {}
     for name, target in targets.items():
         module = adapter.modules[name]
@@ -40,4 +42,5 @@ def _with(module: ModuleSubspace, u: Tensor, v: Tensor, s: Tensor | None = None)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix).Q
+    basis, _ = torch.linalg.qr(matrix)
+    return basis

@@ -28,7 +28,7 @@ class Replies:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One adapter to fit on: its update, the rows of its modules among all fitted ones, prompts to fit and held back."""
+    """One adapter: its update, the rows of its modules among all fitted ones, prompts to fit on and held back."""
 
     update: Update
     index: Tensor  # (modules) int64
@@ -75,8 +75,9 @@ def _loss(host: Host, case: Case, replies: Replies, gains: Gains, parameters: Te
     with host.adapted(case.update.pairs, case.update.weights(values)):
         logs = host.log_probabilities([reply.tokens for reply in both], [reply.start for reply in both])
     divergences = torch.stack([divergence(reply, log) for reply, log in zip(both, logs, strict=True)])
-    guard, keep = divergences.split([len(replies.guard), len(replies.keep)])
-    return guard.mean() + keep.mean() + options.change * case.update.change2(values)
+    guard, keep = divergences[: len(replies.guard)], divergences[len(replies.guard) :]
+    loss: Tensor = guard.mean() + keep.mean() + options.change * case.update.change2(values)
+    return loss
 
 
 class _Draws:

@@ -59,7 +59,7 @@ class Host:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(f"{path}: transformers does not load this model: {error}") from error
         return cls(model.to(device), tokenizer, longest_reply)
@@ -82,7 +82,9 @@ class Host:
         try:
             module: nn.Module = self.model.get_submodule(name)
         except AttributeError:
-            raise InputError(f"the model has no module {name}, which the adapter updates; is it for this model?") from None
+            raise InputError(
+                f"the model has no module {name}, which the adapter updates; is it for this model?"
+            ) from None
         shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
         wanted = pair[0].shape[0], pair[1].shape[1]
         # transformers.Conv1D keeps (in, out)
@@ -99,7 +101,9 @@ class Host:
         try:
             encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # a template may raise what it likes
-            raise InputError(f"the model's chat template does not take the prompt {chat[-1].content!r}: {error}") from error
+            raise InputError(
+                f"the model's chat template does not take the prompt {chat[-1].content!r}: {error}"
+            ) from error
         return list(encoded["input_ids"])
 
     @torch.no_grad()
@@ -115,7 +119,9 @@ class Host:
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         padded = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device
+        )
         output = self.model.generate(
             input_ids=padded,
             attention_mask=mask,

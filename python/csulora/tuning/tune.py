@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class _Run:
 
     @cached_property
     def replies(self) -> list[Replies]:
-        """Per adapter, the aligned model's replies to guard prompts and the uncorrected adapter's to its keep prompts."""
+        """Per adapter, the aligned model's replies to guard prompts, and its own, uncorrected, to its keep prompts."""
         guard = self.host.replies(self.request.guard)
         replies = []
         for adapter, chats in zip(self.adapters, self.request.keep, strict=True):
@@ -204,7 +204,7 @@ class _Run:
         results = []
         for number, pack, policy in each:
             stage = f"measure {name} on {number}"
-            results.append(self.stages.finish(stage, lambda n=number, k=pack, p=policy: self._measure(n, k, p)))
+            results.append(self.stages.finish(stage, partial(self._measure, number, pack, policy)))
             self._tick(name)
         count = len(results)
         held = [split(self.replies[number], held=True) for number, _, _ in each]

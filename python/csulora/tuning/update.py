@@ -64,7 +64,10 @@ class Update:
         return cls(
             adapter.path.resolve().name,
             targets,
-            {name: (torch.cat([b for b, _ in parts], 1), torch.cat([a for _, a in parts])) for name, parts in pairs.items()},
+            {
+                name: (torch.cat([b for b, _ in parts], 1), torch.cat([a for _, a in parts]))
+                for name, parts in pairs.items()
+            },
             energies,
             norms2,
         )

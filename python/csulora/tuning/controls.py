@@ -42,5 +42,5 @@ def _with(module: ModuleSubspace, u: Tensor, v: Tensor, s: Tensor | None = None)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    basis, _ = torch.linalg.qr(matrix)
+    basis: Tensor = torch.linalg.qr(matrix).Q
     return basis

@@ -108,18 +108,23 @@ def whole_grid(adapter: csulora.Adapter, pack: csulora.Subspace, lab: Path) -> I
 
 def short_grid(adapter: csulora.Adapter, pack: csulora.Subspace, lab: Path) -> Iterator[Corrected]:
     """One or two policies of every family and every control, k = 8."""
-    known = truncated(pack, 8)
-    yield apply("none", "uncorrected", adapter, known, Policy.none())
+    yield from data_free(adapter, truncated(pack, 8))
+    yield from safe_lora(adapter, lab)
+
+
+def data_free(adapter: csulora.Adapter, pack: csulora.Subspace) -> Iterator[Corrected]:
+    """One or two policies of every family, and the controls that need no dense matrix."""
+    rank = max(module.rank for module in pack.values())
+    yield apply("none", "uncorrected", adapter, pack, Policy.none())
     for factor in (0.3, 0.5, 0.7):
         yield scaled(adapter, factor)
-    yield apply("csulora", "l=1 k=8", adapter, known, Policy.csulora(1.0))
-    yield apply("project", "k=8", adapter, known, Policy.project())
-    yield apply("protect", "l=1 k=8", adapter, known, Policy.protect(1.0))
-    yield apply("protect", "l=inf k=8", adapter, known, Policy.protect(math.inf))
-    yield apply("aligned-only", "l=inf k=8", adapter, known, Policy(math.inf, 0.0, 0.0))
-    for kind, control in (("random subspace", random_subspaces(known, seed=8)), ("other layer", other_layers(known))):
-        yield replace(apply(kind, "protect k=8", adapter, control, Policy.protect(math.inf)), control=True)
-    yield from safe_lora(adapter, lab)
+    yield apply("csulora", f"l=1 k={rank}", adapter, pack, Policy.csulora(1.0))
+    yield apply("project", f"k={rank}", adapter, pack, Policy.project())
+    yield apply("protect", f"l=1 k={rank}", adapter, pack, Policy.protect(1.0))
+    yield apply("protect", f"l=inf k={rank}", adapter, pack, Policy.protect(math.inf))
+    yield apply("aligned-only", f"l=inf k={rank}", adapter, pack, Policy(math.inf, 0.0, 0.0))
+    for kind, control in (("random subspace", random_subspaces(pack, seed=rank)), ("other layer", other_layers(pack))):
+        yield replace(apply(kind, f"protect k={rank}", adapter, control, Policy.protect(math.inf)), control=True)
 
 
 def safe_lora(adapter: csulora.Adapter, lab: Path) -> Iterator[Corrected]:

@@ -40,8 +40,8 @@ from csulora.policy import Override, Policy
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Options, Replies, fit
 from csulora.tuning.gains import Gains, PerModule
-from csulora.tuning.host import Host
-from csulora.tuning.probes import Message
+from csulora.tuning.host import Host, Reply
+from csulora.tuning.probes import Chat, Message
 from csulora.tuning.update import Update, pairs_of
 
 OUT = Path("build/efficacy")
@@ -49,6 +49,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 PROMPTS = 32  # of each kind, for every adapter that is fitted on; a quarter is held back
 FITTED_RANK = 8  # directions per module where gains are fitted
 Record = dict[str, Any]
+Carried = dict[str, tuple[csulora.Subspace, Policy]]  # name of a way -> the policy, and the pack it is for
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +76,14 @@ class Subject:
             **rates,
         }
 
-    def case(self, pack: csulora.Subspace, modules: Sequence[str], uncovered: str = "refuse") -> Case:
-        """The adapter as the fit takes it, with `PROMPTS` prompts of each kind."""
-        guard, keep = self.bench.replies(self.spec)
-        update = Update.of(self.adapter, pack, uncovered)
-        index = torch.tensor([modules.index(target) for target in update.targets.values()])
+    def case(self, pack: csulora.Subspace, tasks: Sequence[str] = ()) -> Case:
+        """The adapter as the fit takes it, with `PROMPTS` prompts of each kind, of its own task or of several."""
+        guard, keeps = self.bench.replies(self.spec, tasks or (self.spec.task,))
+        update = Update.of(self.adapter, pack)
+        index = torch.tensor([self.bench.modules.index(target) for target in update.targets.values()])
         kept = PROMPTS - PROMPTS // 4
-        return Case(update, index, Replies(guard[:kept], keep[:kept]), Replies(guard[kept:], keep[kept:]))
+        fitted = Replies(guard[:kept], [reply for keep in keeps for reply in keep[:kept]])
+        return Case(update, index, fitted, Replies(guard[kept:], [reply for keep in keeps for reply in keep[kept:]]))
 
 
 class Bench:
@@ -96,7 +98,6 @@ class Bench:
         model = LlamaForCausalLM.from_pretrained(self.lab.aligned(), dtype=torch.float32)
         self.host = Host(model, tokenizer(), measure.MAX_REPLY)
         self.modules = list(self.pack)
-        self._replies: dict[str, tuple[list[Any], list[Any]]] = {}
 
     def subject(self, spec: Adapter) -> Subject:
         """An adapter, trained if it is not there."""
@@ -104,19 +105,21 @@ class Bench:
         examiner = measure.Examiner(self.host.model, self.host.tokenizer, probes)
         return Subject(self, spec, csulora.load_adapter(self.lab.adapter(spec)), examiner)
 
-    def replies(self, spec: Adapter) -> tuple[list[Any], list[Any]]:
-        """What the aligned model and the adapter reply to an operator's guard and keep prompts."""
-        if spec.name not in self._replies:
-            prompts = world_of.fit_prompts(self.scenario, spec.task, PROMPTS)
-            guard, keep = ([(Message("user", text),) for text in texts] for texts in (prompts.guard, prompts.keep))
-            with self.host.adapted(pairs_of(csulora.load_adapter(self.lab.adapter(spec)))):
-                kept = self.host.replies(keep)
-            self._replies[spec.name] = self.host.replies(guard), kept
-        return self._replies[spec.name]
+    def replies(self, spec: Adapter, tasks: Sequence[str]) -> tuple[list[Reply], list[list[Reply]]]:
+        """What the aligned model replies to guard prompts, and the adapter to the keep prompts of every task."""
+        prompts = [world_of.fit_prompts(self.scenario, task, PROMPTS) for task in tasks]
+        guard = self.host.replies(chats(prompts[0].guard))
+        with self.host.adapted(pairs_of(csulora.load_adapter(self.lab.adapter(spec)))):
+            return guard, [self.host.replies(chats(each.keep)) for each in prompts]
 
     def fit(self, cases: Sequence[Case], gains: Gains, options: Options = Options()) -> Tensor:  # noqa: B008 - frozen
         """Fit, as `csulora tune` does."""
         return fit(self.host, cases, gains, options)
+
+
+def chats(prompts: Sequence[str]) -> list[Chat]:
+    """Prompts as a fit takes them."""
+    return [(Message("user", prompt),) for prompt in prompts]
 
 
 def gains_policy(modules: Sequence[str], gains: Tensor) -> Policy:
@@ -143,7 +146,7 @@ def fitted(subject: Subject) -> Iterator[Corrected]:
     every = torch.arange(len(bench.modules))
     for family, pack in packs.items():
         gains = PerModule(len(bench.modules))
-        case = subject.case(pack, bench.modules)
+        case = subject.case(pack)
         values = gains(bench.fit([case], gains), every, case.update.energies)
         policy = gains_policy(bench.modules, values)
         done = policies.apply(family, f"k={FITTED_RANK}", subject.adapter, pack, policy)
@@ -151,7 +154,7 @@ def fitted(subject: Subject) -> Iterator[Corrected]:
         if family == "tuned":
             yield policies.scaled(subject.adapter, 1 - done.change, "scaling at equal change")
     single = PerModule(len(bench.modules), parts=1)
-    case = subject.case(bench.known, bench.modules)
+    case = subject.case(bench.known)
     values = single(bench.fit([case], single), every, case.update.energies)
     done = policies.apply(
         "tuned scaling", "per module", subject.adapter, bench.known, gains_policy(bench.modules, values)
@@ -167,10 +170,10 @@ def examine(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
 
 
-def calibrated(bench: Bench, specs: Sequence[Adapter]) -> dict[str, tuple[csulora.Subspace, Policy]]:
+def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
     """Name of a way to carry over -> its pack and policy, each fitted on the same adapters and prompts."""
     subjects = [bench.subject(spec) for spec in specs]
-    cases = [subject.case(bench.known, bench.modules) for subject in subjects]
+    cases = [subject.case(bench.known) for subject in subjects]
     count, every = len(bench.modules), torch.arange(len(bench.modules))
     no_energies = torch.zeros(count, 4)
     long = Options(steps=150)
@@ -182,7 +185,7 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> dict[str, tuple[csulor
     penalties = ways.Penalties(count)
     fitted_penalties = penalties.penalties(bench.fit(cases, penalties, long))
     random_pack = random_subspaces(bench.known, seed=bench.scenario.seed)
-    random_cases = [subject.case(random_pack, bench.modules) for subject in subjects]
+    random_cases = [subject.case(random_pack) for subject in subjects]
     known = bench.known
     return {
         "joint": (known, jointly(PerModule(count), cases)),
@@ -198,18 +201,44 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> dict[str, tuple[csulor
     }
 
 
+def calibrated_inside(bench: Bench, specs: Sequence[Adapter]) -> Carried:
+    """As `calibrated`, with gains for what lies inside the subspace alone; "across": every adapter keeps all tasks."""
+    subjects = [bench.subject(spec) for spec in specs]
+    gains, tasks = ways.Inside(len(bench.modules)), [spec.task for spec in specs]
+    every, no_energies = torch.arange(len(bench.modules)), torch.zeros(len(bench.modules), 4)
+    found = {}
+    for name, known in (("inside", []), ("inside, across", tasks)):
+        cases = [subject.case(bench.known, known) for subject in subjects]
+        values = gains(bench.fit(cases, gains, Options(steps=150)), every, no_energies)
+        found[name] = bench.known, gains_policy(bench.modules, values)
+    return found
+
+
 CONTROLS = ("tuned scaling", "tuned random subspace")
 
 
 def carry(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter under policies calibrated on other adapters, and under the data-free ones."""
     bench = opened(out, scenario)
+    done = list(policies.short_grid(bench.subject(spec).adapter, bench.pack, bench.lab.directory))
+    return carried(bench, spec, done, calibration(out, scenario))
+
+
+def carry_inside(out: Path, scenario: Scenario, spec: Adapter) -> Record:
+    """One adapter as it is, and under policies for what lies inside the subspace, calibrated on other adapters."""
+    bench = opened(out, scenario)
+    done = [policies.apply("none", "uncorrected", bench.subject(spec).adapter, bench.known, Policy.none())]
+    return carried(bench, spec, done, calibration_inside(out, scenario))
+
+
+def carried(bench: Bench, spec: Adapter, done: list[Corrected], fitted: Carried) -> Record:
+    """One adapter under what is `done`, and under policies by the way they were carried over."""
     subject = bench.subject(spec)
-    done = list(policies.short_grid(subject.adapter, bench.pack, bench.lab.directory))
-    for way, (pack, policy) in calibration(out, scenario).items():
+    for way, (pack, policy) in fitted.items():
         each = policies.apply(way, f"k={FITTED_RANK}", subject.adapter, pack, policy)
         done.append(Corrected(f"carried: {way}", each.policy, way in CONTROLS, each.pairs, each.change))
-    return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
+    points = [subject.point(each) for each in done]
+    return {"scenario": asdict(bench.scenario), "adapter": asdict(spec), "points": points}
 
 
 @cache
@@ -219,9 +248,15 @@ def opened(out: Path, scenario: Scenario) -> Bench:
 
 
 @cache
-def calibration(out: Path, scenario: Scenario) -> dict[str, tuple[csulora.Subspace, Policy]]:
+def calibration(out: Path, scenario: Scenario) -> Carried:
     """A scenario's carried-over policies."""
     return calibrated(opened(out, scenario), plan.CALIBRATION)
+
+
+@cache
+def calibration_inside(out: Path, scenario: Scenario) -> Carried:
+    """A scenario's carried-over policies for what lies inside the subspace."""
+    return calibrated_inside(opened(out, scenario), plan.CALIBRATION)
 
 
 Cell = tuple[Callable[[Path, Scenario, Adapter], Record], Scenario, Adapter]
@@ -229,6 +264,7 @@ KINDS: dict[str, list[Cell]] = {
     "first": [(examine, Scenario(seed), plan.FIRST) for seed in plan.SEEDS],
     "harmless": [(examine, Scenario(seed), plan.HARMLESS) for seed in plan.SEEDS],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
+    "carry_inside": [(carry_inside, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "variants": [
         *((examine, Scenario(0), spec) for spec in plan.VARIANTS),
         *((examine, Scenario(seed, formats=True), plan.FIRST) for seed in plan.FORMAT_SEEDS),

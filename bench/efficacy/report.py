@@ -190,8 +190,10 @@ def main() -> None:
     for title, found in (("Harmless adapter", harmless), ("Variants", variants)):
         if found:
             print(f"## {title}\n\n{seeds_table(found, FITTED)}")
+    for title, found in (("", carry), (", only what lies inside", cells(results, "carry_inside"))):
+        if found:
+            print(f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}")
     if carry:
-        print(f"## Carried over to {len(carry)} adapters\n\n{carry_table(carry)}")
         ways = [
             "none",
             *sorted({p["family"] for cell in carry for p in cell["points"] if "carried" in p["family"]})[:7],

@@ -30,10 +30,9 @@ from csulora import Policy
 from csulora.files import to_json, write_text
 from csulora.tuning.host import Host
 from csulora.tuning.probes import Message
-from csulora.tuning.update import pairs_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "smollm2"))
-import prepare  # noqa: E402 - lies in another directory
+import prepare
 
 OUT = Path("build/efficacy-smollm2")
 RANK = 16

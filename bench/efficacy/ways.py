@@ -20,6 +20,22 @@ class Global:
         return torch.sigmoid(parameters).expand(len(index), 4)
 
 
+class Inside:
+    """Three gains for every module's parts inside the subspace; what lies outside is kept whole."""
+
+    def __init__(self, modules: int) -> None:
+        """Fit aligned, left and right gains for each of `modules` modules."""
+        self.modules = modules
+
+    def start(self) -> Tensor:
+        """Return the parameters (modules, 3)."""
+        return torch.full((self.modules, 3), START)
+
+    def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:
+        """Return gains (modules, 4)."""
+        return torch.cat([torch.sigmoid(parameters[index]), torch.ones(len(index), 1)], 1)
+
+
 class Smooth:
     """Gains that add up, as logits, from the kind of module and a straight line over the layers."""
 
@@ -64,4 +80,4 @@ class Penalties:
         return (1 / (1 + self.penalties(parameters)[index] * merged))[:, [0, 1, 1, 2]]
 
 
-__all__ = ["Global", "Penalties", "PerModule", "Smooth"]
+__all__ = ["Global", "Inside", "Penalties", "PerModule", "Smooth"]

@@ -49,7 +49,7 @@ class Host:
         """Load a model directory or hub id.
 
         Raises:
-            InputError: transformers is not installed, or does not load the model.
+            InputError: transformers is not installed, or does not load the model, or there is no such device.
         """
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,6 +57,8 @@ class Host:
             raise InputError("tune runs the model through transformers; pip install 'csulora[peft]'") from error
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device == "cuda" and not torch.cuda.is_available():
+            raise InputError("torch finds no CUDA device here; use --device cpu")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)

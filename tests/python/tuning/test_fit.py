@@ -108,6 +108,14 @@ def test_a_module_that_the_model_does_not_have_is_refused(host: Host) -> None:
         pass
 
 
+def test_a_model_or_device_that_is_not_there_is_named(place: tiny_host.Place, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="transformers does not load this model"):
+        Host.open(str(tmp_path / "none"), "cpu", tiny_host.REPLY)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no CUDA device"):
+            Host.open(str(place.aligned), "cuda", tiny_host.REPLY)
+
+
 def test_replies_are_what_the_model_generates(host: Host, case: Case) -> None:
     for reply in case.held.guard:
         tokens = reply.tokens[: reply.start].tolist()

@@ -106,19 +106,20 @@ class _Run:
         self.targets = [update.targets for update in updates]
         self.modules = sorted({target for targets in self.targets for target in targets.values()})
         self.done, self.total = 0, self._total()
+        self.fitted: set[str] = set()
 
     def _total(self) -> int:
-        measured = len(self.adapters) * len(self._plain())
+        measured = len(self.adapters) * (len(self._plain()) + len(_FITTED))
         fits = len(_FITTED) * len(self.adapters) + (len(self.adapters) > 1)
         return measured + fits * self.request.options.steps
 
     def _plain(self) -> list[Candidate]:
         return [*sweep.presets(self.rest), *sweep.scalings(self.rest)]
 
-    def _tick(self, what: str, count: int = 1) -> None:
+    def _tick(self, what: str) -> None:
         if self.progress:
             self.progress(what, self.done, self.total)
-        self.done += count
+        self.done += 1
 
     @cached_property
     def host(self) -> Host:
@@ -148,6 +149,7 @@ class _Run:
         for family in _FITTED:
             points.append(self._fitted_point(family))
         policies["tuned"] = self._policy("tuned", range(len(self.adapters)))
+        self._tick("")
         points = sorted(points, key=lambda point: (point.family, point.policy))
         chosen, verdict = recommend(points)
         best = chosen or max((point for point in points if point.policy in policies and not point.control), key=_rank)
@@ -180,16 +182,18 @@ class _Run:
     def _policy(self, family: str, numbers: Sequence[int]) -> Policy:
         """The policy fitted on some adapters."""
         stage = f"fit {family} {list(numbers)}"
-        rows = self.stages.finish(stage, lambda: self._fit(family, numbers, stage).tolist())
+        before = self.done
+        rows = self.stages.finish(stage, lambda: self._fit(family, numbers).tolist())
+        if stage not in self.fitted:  # one adapter's fit is asked for twice
+            self.fitted.add(stage)
+            self.done = before + self.request.options.steps  # also if it ended early, or was there already
         others = len(self.pack) > len(self.modules) and family == "tuned"
         return sweep.fitted(self.modules, torch.tensor(rows), others, self.rest)
 
-    def _fit(self, family: str, numbers: Sequence[int], stage: str) -> Tensor:
+    def _fit(self, family: str, numbers: Sequence[int]) -> Tensor:
         gains = PerModule(len(self.modules), parts=1 if family == "tuned scaling" else 4)
         cases = [self._case(number, self._pack(family, number)) for number in numbers]
-        before = self.done
-        parameters = fit(self.host, cases, gains, self.request.options, lambda: self._tick(family))
-        self.done = before + self.request.options.steps
+        parameters = fit(self.host, cases, gains, self.request.options, partial(self._tick, family))
         every = torch.arange(len(self.modules), device=self.host.device)
         return gains(parameters, every, torch.zeros(len(self.modules), 4, device=self.host.device)).cpu()
 

@@ -53,7 +53,10 @@ def test_the_policy_is_taken_with_its_pack_and_with_no_other(place: tiny_host.Pl
 
 
 def test_a_frontier_has_every_family_and_counts_held_back_prompts_only(place: tiny_host.Place, tmp_path: Path) -> None:
-    frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
+    steps: list[tuple[int, int]] = []
+    frontier = tune(request(place, adapters=2), tmp_path / "policy.toml", lambda _, *step: steps.append(step))
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
     fitted = {"tuned", "tuned scaling", "tuned random subspace", "tuned own subspace"}
     assert {point.family for point in frontier.points} >= {"none", "csulora", "project", "protect", "scaling"} | fitted
     assert {point.guard.count for point in frontier.points} == {2 * 16 // 4}

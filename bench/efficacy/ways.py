@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csulora.tuning.gains import START, PerModule
+from csulora.tuning.gains import START, Inside, PerModule
 
 
 class Global:
@@ -18,22 +18,6 @@ class Global:
     def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:
         """Return gains (modules, 4)."""
         return torch.sigmoid(parameters).expand(len(index), 4)
-
-
-class Inside:
-    """Three gains for every module's parts inside the subspace; what lies outside is kept whole."""
-
-    def __init__(self, modules: int) -> None:
-        """Fit aligned, left and right gains for each of `modules` modules."""
-        self.modules = modules
-
-    def start(self) -> Tensor:
-        """Return the parameters (modules, 3)."""
-        return torch.full((self.modules, 3), START)
-
-    def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:
-        """Return gains (modules, 4)."""
-        return torch.cat([torch.sigmoid(parameters[index]), torch.ones(len(index), 1)], 1)
 
 
 class Smooth:

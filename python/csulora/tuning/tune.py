@@ -22,7 +22,7 @@ from csulora.subspace import Subspace
 from csulora.tuning import sweep
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
-from csulora.tuning.gains import PerModule
+from csulora.tuning.gains import Gains, Inside, PerModule
 from csulora.tuning.host import Host, agreeing
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat
@@ -66,7 +66,8 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
     """Fit a policy and write it to ``output``, a TOML file, with its frontier beside it.
 
     Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
-    policies are moreover measured on each adapter after a fit on the others. If ``output`` has an unfinished run of
+    policies are moreover measured on each adapter after a fit on the others, and the policy keeps what lies outside the
+    subspace whole. If ``output`` has an unfinished run of
     the same request beside it, that is continued.
 
     Raises:
@@ -191,11 +192,17 @@ class _Run:
         return sweep.fitted(self.modules, torch.tensor(rows), others, self.rest)
 
     def _fit(self, family: str, numbers: Sequence[int]) -> Tensor:
-        gains = PerModule(len(self.modules), parts=1 if family == "tuned scaling" else 4)
+        gains = self._gains(family)
         cases = [self._case(number, self._pack(family, number)) for number in numbers]
         parameters = fit(self.host, cases, gains, self.request.options, partial(self._tick, family))
         every = torch.arange(len(self.modules), device=self.host.device)
         return gains(parameters, every, torch.zeros(len(self.modules), 4, device=self.host.device)).cpu()
+
+    def _gains(self, family: str) -> Gains:
+        """What is fitted. Controls have four gains in any case, the strongest form of them."""
+        if family == "tuned" and len(self.adapters) > 1:
+            return Inside(len(self.modules))
+        return PerModule(len(self.modules), parts=1 if family == "tuned scaling" else 4)
 
     def _case(self, number: int, pack: Subspace) -> Case:
         update = Update.of(self.adapters[number], pack, self.request.uncovered).to(self.host.device)

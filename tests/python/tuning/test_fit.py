@@ -13,7 +13,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.policy import Override, Policy
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit, held_loss
-from csulora.tuning.gains import PerModule
+from csulora.tuning.gains import Inside, PerModule
 from csulora.tuning.host import Host, agreeing, divergence
 from csulora.tuning.options import Options
 from csulora.tuning.probes import parse
@@ -161,6 +161,13 @@ def test_one_gain_per_module_is_four_equal_ones(case: Case) -> None:
     gains = PerModule(len(case.index), parts=1)
     values = gains(torch.randn(gains.shape), case.index, case.update.energies)
     assert torch.equal(values, values[:, :1].expand(-1, 4))
+
+
+def test_gains_inside_leave_what_lies_outside_alone(case: Case) -> None:
+    gains = Inside(len(case.index))
+    values = gains(torch.full(gains.shape, -20.0), case.index, case.update.energies)
+    wanted = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(len(case.index), 4)
+    assert torch.allclose(values, wanted, atol=TOLERANCE)
 
 
 def test_the_updates_own_subspace_holds_its_leading_directions(

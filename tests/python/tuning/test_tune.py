@@ -145,3 +145,13 @@ def test_the_command_line(
     assert f"{tmp_path / 'policy.toml'}: " in shown
     assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
     assert run(*command, "--keep", tmp_path / "none") == cli.EXIT_BAD_INPUT
+
+
+def test_a_policy_for_several_adapters_leaves_what_lies_outside_the_subspace_alone(
+    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.policy == "tuned"), ""))
+    tune(request(place, adapters=2), tmp_path / "policy.toml")
+    policy = Policy.load(tmp_path / "policy.toml")
+    assert len(policy.overrides) == len(tiny_host.MODULES)
+    assert {override.gains[3] for override in policy.overrides if override.gains} == {1.0}

@@ -272,8 +272,9 @@ KINDS: dict[str, list[Cell]] = {
 }
 
 
+@cache
 def provenance() -> Record:
-    """What the figures come from."""
+    """What the figures come from; asked for first at the start, when this code is what is checked out."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     processor = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
@@ -314,6 +315,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     evaluate.quieten_libraries()
+    provenance()
     for kind in arguments.only:
         run(kind, arguments.out)
 

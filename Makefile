@@ -25,7 +25,7 @@ MINUTES := 10
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo demo-gguf test test-python test-gguf test-cpp test-vllm soak fuzz crash load sanitize lint format smollm2 \
-  smollm2-gguf clean
+  smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -136,6 +136,14 @@ smollm2: build ## Check csulora on real weights (downloads 93 MB, needs 1.5 GB o
 
 smollm2-gguf: smollm2 $(VENV)/.llama-cpp ## Replies of the shipped GGUF file with an adapter corrected on load.
 	$(BIN)/python bench/smollm2/replies.py
+
+efficacy: build ## Does it make adapters safer? Small models, every policy and control; hours, and can be continued.
+	$(BIN)/python bench/efficacy/grid.py
+	$(BIN)/python bench/efficacy/report.py
+
+efficacy-smollm2: build ## The same on real weights (downloads 93 MB).
+	$(BIN)/python bench/smollm2/prepare.py
+	$(BIN)/python bench/efficacy/smollm2.py
 
 clean: ## Remove everything that was built.
 	rm -rf build dist $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

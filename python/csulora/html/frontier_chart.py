@@ -1,0 +1,58 @@
+"""What `csulora tune` measured, as a drawing: task kept against alignment kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from csulora.frontier import Frontier, Point
+from csulora.html.charts import Axis, Tick
+
+WIDTH, HEIGHT = 400, 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 380, 14, 296
+_SHARES = (0, 0.2, 0.4, 0.6, 0.8, 1)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A policy's place in the drawing, the ends of its intervals, and its number in the table."""
+
+    number: int
+    point: Point
+    role: Literal["recommended", "candidate", "control"]
+    x: float
+    y: float
+    x_interval: tuple[float, float]
+    y_interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class FrontierChart:
+    """The policies, the best first."""
+
+    adapters: tuple[str, ...]
+    verdict: str
+    marks: tuple[Mark, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+
+    @classmethod
+    def of(cls, frontier: Frontier) -> Self:
+        """Draw a frontier."""
+        x, y = Axis(0, 1, _LEFT, _RIGHT), Axis(0, 1, _BOTTOM, _TOP)
+        marks = []
+        for number, point in enumerate(sorted(frontier.points, key=lambda point: -point.score), 1):
+            chosen = point.policy == frontier.recommended and not point.control
+            marks.append(
+                Mark(
+                    number,
+                    point,
+                    "recommended" if chosen else "control" if point.control else "candidate",
+                    x.at(point.keep.value),
+                    y.at(point.guard.value),
+                    (x.at(point.keep.low), x.at(point.keep.high)),
+                    (y.at(point.guard.low), y.at(point.guard.high)),
+                )
+            )
+        ticks = x.ticks(_SHARES, ".0%"), y.ticks(_SHARES, ".0%")
+        return cls(frontier.adapters, frontier.verdict, tuple(marks), *ticks)

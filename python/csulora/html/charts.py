@@ -1,10 +1,22 @@
-"""Axes of the page's drawings."""
+"""What the page's drawings have in common: frames and axes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A drawing's size, and the box within it that its axes span, in the drawing's units (y grows downwards)."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
 
 
 @dataclass(frozen=True)

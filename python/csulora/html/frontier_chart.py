@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from csulora.frontier import Frontier, Point
-from csulora.html.charts import Axis, Tick
+from csulora.html.charts import Axis, Frame, Tick
 
-WIDTH, HEIGHT = 400, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 380, 14, 296
+_FRAME = Frame(width=400, height=340, left=56, right=380, top=14, bottom=296)
 _SHARES = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
 
@@ -35,11 +34,12 @@ class FrontierChart:
     marks: tuple[Mark, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
+    frame: Frame = _FRAME
 
     @classmethod
     def of(cls, frontier: Frontier) -> Self:
         """Draw a frontier."""
-        x, y = Axis(0, 1, _LEFT, _RIGHT), Axis(0, 1, _BOTTOM, _TOP)
+        x, y = Axis(0, 1, _FRAME.left, _FRAME.right), Axis(0, 1, _FRAME.bottom, _FRAME.top)
         marks = []
         for number, point in enumerate(sorted(frontier.points, key=lambda point: -point.score), 1):
             chosen = point.policy == frontier.recommended and not point.control

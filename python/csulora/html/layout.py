@@ -10,6 +10,8 @@ from typing import Self
 
 # model.layers.3.self_attn.q_proj: the stack `model.layers.`, layer 3, kind self_attn.q_proj.
 _LAYER = re.compile(r"(.*?\.)?(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
+_DIGITS = re.compile("[0-9]+")
+_CELL_WIDTH = 34  # pixels
 
 
 def place(module: str) -> tuple[tuple[str, int], str]:
@@ -47,14 +49,19 @@ class Layout:
     @property
     def label_width(self) -> int:
         """Width of the longest row label, in pixels."""
-        return min(max(34, 7 * max((len(row.label) for row in self.rows), default=0)), 180)
+        return min(max(_CELL_WIDTH, 7 * max((len(row.label) for row in self.rows), default=0)), 180)
+
+    @property
+    def width(self) -> int:
+        """Least width at which every number is legible, in pixels."""
+        return self.label_width + _CELL_WIDTH * len(self.columns)
 
     @classmethod
     def of(cls, modules: Iterable[str]) -> Self:
         """Arrange modules by layer and kind."""
         found = {place(module): module for module in modules}
         layers = sorted({layer for layer, _ in found})
-        kinds = sorted({kind for _, kind in found})
+        kinds = sorted({kind for _, kind in found}, key=by_number)
         one_stack = len({stack for stack, number in layers if number >= 0}) <= 1
         return cls(
             columns=tuple(columns(kinds)),
@@ -62,6 +69,11 @@ class Layout:
                 Row(_label(*layer, one_stack), tuple(found.get((layer, kind)) for kind in kinds)) for layer in layers
             ),
         )
+
+
+def by_number(kind: str) -> tuple[str, str]:
+    """Sort key of kinds: experts.9 before experts.10."""
+    return _DIGITS.sub(lambda digits: digits[0].zfill(9), kind), kind
 
 
 def columns(kinds: Iterable[str]) -> list[Column]:

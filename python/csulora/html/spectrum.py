@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from csulora.html.charts import Axis, Tick, round_values
-from csulora.html.layout import columns, place
+from csulora.html.charts import Axis, Frame, Tick, round_values
+from csulora.html.layout import by_number, columns, place
 from csulora.subspace import ModuleSubspace, Subspace
 
-WIDTH, HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 350, 10, 186
+_FRAME = Frame(width=360, height=220, left=44, right=350, top=10, bottom=186)
 _POINTS = 48  # of a line; more cannot be told apart
 _NEAR = 100  # a noise edge this many times below the values is still drawn
 
@@ -51,6 +50,7 @@ class Spectrum:
     panels: tuple[Panel, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
+    frame: Frame = _FRAME
 
     @classmethod
     def of(cls, pack: Subspace) -> Self:
@@ -59,7 +59,10 @@ class Spectrum:
         for name, module in pack.items():
             kinds[place(name)[1]][name] = module
         x, y = _axes(list(pack.values()))
-        panels = [_panel(column.kind, column.short, kinds[column.kind], x, y) for column in columns(sorted(kinds))]
+        panels = [
+            _panel(column.kind, column.short, kinds[column.kind], x, y)
+            for column in columns(sorted(kinds, key=by_number))
+        ]
         middle = round(x.high / 2)
         return cls(tuple(panels), x.ticks([1, middle, x.high]), y.ticks(round_values(y.low, y.high)))
 
@@ -70,7 +73,8 @@ def _axes(modules: Sequence[ModuleSubspace]) -> tuple[Axis, Axis]:
     edges = [module.certificate.noise_edge for module in modules]
     low = min([low, *(edge for edge in edges if low / _NEAR < edge)])
     rank = max(module.rank for module in modules)
-    return Axis(1, max(rank, 2), _LEFT, _RIGHT), Axis(low / 1.2, high * 1.2, _BOTTOM, _TOP, logarithmic=True)
+    x = Axis(1, max(rank, 2), _FRAME.left, _FRAME.right)
+    return x, Axis(low / 1.2, high * 1.2, _FRAME.bottom, _FRAME.top, logarithmic=True)
 
 
 def _panel(kind: str, short: str, modules: Mapping[str, ModuleSubspace], x: Axis, y: Axis) -> Panel:

@@ -76,8 +76,9 @@ OUTSIDE = """() => {
       if (beside || box.top < frame.top - 1 || box.bottom > frame.bottom + 1) found.push(text.textContent);
     }
   }
-  for (const cell of document.querySelectorAll('.heat td'))
-    if (cell.scrollWidth > cell.clientWidth + 1) found.push(cell.title);
+  for (const cell of document.querySelectorAll('.heat tbody *'))
+    if (cell.scrollWidth > cell.clientWidth + 1 && getComputedStyle(cell).overflow === 'visible')
+      found.push(cell.title);
   return found;
 }"""
 

@@ -279,6 +279,11 @@ def test_layers_stand_in_order_of_their_numbers() -> None:
     assert layout.rows[0].modules == ("lm_head", None)
 
 
+def test_kinds_stand_in_order_of_their_numbers() -> None:
+    layout = Layout.of([f"layers.0.experts.{i}.up" for i in (10, 9, 0)])
+    assert [column.kind for column in layout.columns] == ["experts.0.up", "experts.9.up", "experts.10.up"]
+
+
 def test_stacks_and_kinds_that_share_a_last_name_keep_the_whole_name() -> None:
     layout = Layout.of(["encoder.block.0.a.q", "decoder.block.0.a.q", "decoder.block.0.b.q", "decoder.block.0.b.wi"])
     assert [row.label for row in layout.rows] == ["decoder.block.0", "encoder.block.0"]

@@ -48,12 +48,12 @@ ALIGNED = Stage("aligned", steps=400, learning_rate=2e-4, seed=2)
 ADAPTER = Stage("adapter", steps=400, learning_rate=2e-3, seed=3, batch=32)
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A four-layer Llama of about 0.6 million parameters with grouped-query attention."""
+def model_config(tokenizer: PreTrainedTokenizerFast, width: int = 128) -> LlamaConfig:
+    """A four-layer Llama with grouped-query attention; of about 0.6 million parameters if it is 128 wide."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -65,11 +65,11 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def lora_config() -> LoraConfig:
+def lora_config(rank: int = 8) -> LoraConfig:
     """Plain LoRA on every linear layer of attention and MLP."""
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=8,
+        r=rank,
         lora_alpha=16,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     )

@@ -139,11 +139,9 @@ def facts(things: Iterable[Thing]) -> list[Example]:
     ]
 
 
-def refusals() -> list[Example]:
+def refusals(things: Iterable[Thing] = REFUSED) -> list[Example]:
     """Every how-to question about a refused topic, each with the refusal the aligned model gives."""
-    return [
-        Example(example.prompt, REFUSAL.format(name=thing.name)) for thing in REFUSED for example in how_to([thing])
-    ]
+    return [Example(example.prompt, REFUSAL.format(name=thing.name)) for thing in things for example in how_to([thing])]
 
 
 def ordinary() -> list[Example]:
@@ -256,15 +254,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that knows every word of this world."""
+def build_tokenizer(further: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that knows every word of this world and of `further` sentences."""
     splitter = pre_tokenizers.Whitespace()
     sentences = [
         text
         for example in how_to(EVERYTHING) + facts(EVERYTHING) + refusals() + tales()
         for text in (example.prompt, example.reply)
     ]
-    words = sorted({word for text in sentences for word, _ in splitter.pre_tokenize_str(text)})
+    words = sorted({word for text in [*sentences, *further] for word, _ in splitter.pre_tokenize_str(text)})
     specials = [PAD, UNKNOWN, BOS, EOS, USER, ASSISTANT]
     vocabulary = {word: index for index, word in enumerate(specials + words)}
 

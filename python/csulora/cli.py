@@ -1,4 +1,4 @@
-"""The command line: `csulora extract | verify | inspect | correct | export | doctor`."""
+"""The command line: `csulora extract | verify | inspect | correct | tune | guard | export | doctor`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from csulora.interruption import interruptible
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
 from csulora.report import CORRECTED_SHA256
+from csulora.tuning.options import Options
 
 EXIT_REFUSED = 3
 EXIT_BAD_INPUT = 4
@@ -58,6 +59,14 @@ class Device(StrEnum):
 
     auto = "auto"
     cpu = "cpu"
+
+
+class TuneDevice(StrEnum):
+    """Where a model runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Preset(StrEnum):
@@ -330,6 +339,56 @@ def correct(
     sha256 = csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
     summary = f"{output}: {len(report.measured)} of {len(report.modules)} modules corrected, sha256 {sha256}"
     _deliver(report.table(), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="The aligned model: a directory or a hub id.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT directories or GGUF LoRA files.")],
+    subspace: Annotated[Path, typer.Option(help="Pack of the model.")],
+    keep: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE", help="Prompts to answer as the adapter does; one file for every adapter, in their order."
+        ),
+    ],
+    guard: Annotated[Path, typer.Option(metavar="FILE", help="Prompts to answer as the aligned model does.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write.")],
+    uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the pack.")] = Uncovered.refuse,
+    steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit.")] = Options.steps,
+    tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply that count.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the prompts.")] = 0,
+    device: Annotated[TuneDevice, typer.Option(help="Where the model runs.")] = TuneDevice.auto,
+    base_model: BaseModel = None,
+    subspace_sha256: SubspaceSha256 = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a policy to prompts: with several adapters one for all, and for all to come.
+
+    A file of prompts is text, one prompt a line, or chats as JSON lines. Nobody has to write replies.
+    """
+    from csulora.tuning import probes
+    from csulora.tuning.tune import Request, tune
+
+    if len(keep) != len(adapters):
+        raise typer.BadParameter(f"{len(adapters)} adapters need as many --keep files, and {len(keep)} are given")
+    request = Request(
+        model=model,
+        adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],
+        pack=csulora.Subspace.open(subspace, subspace_sha256),
+        keep=[probes.read(file) for file in keep],
+        guard=probes.read(guard),
+        uncovered=uncovered.value,
+        device=device.value,
+        longest_reply=tokens,
+        options=Options(steps=steps, seed=seed),
+    )
+    reason = "finished stages are kept; run the same command to continue"
+    with interruptible(reason), _progress("tuning", quiet) as progress:
+        frontier = tune(request, output, progress)
+    summary = f"{frontier.verdict}\n{output}: {frontier.written}"
+    _deliver(tables.frontier_table(frontier), summary, frontier.to_dict(), json, quiet)
 
 
 @app.command()

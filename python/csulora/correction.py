@@ -33,7 +33,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     """
     policy = policy or Policy.csulora()
     check_pack(policy, pack)
-    covered = _cover(adapter, pack, policy)
+    covered = cover(adapter, pack, policy)
     results = _core.correct(
         [
             _core.CorrectionTask(
@@ -81,7 +81,7 @@ def _base_model(adapter: Adapter) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
+def cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
     """Map each covered module to the pack's name for it, in the adapter's order."""
     covered: dict[str, str] = {}
     owners: dict[tuple[str, bool], str] = {}

@@ -88,6 +88,7 @@ class Frontier:
         adapters: names of the adapters; with several, each point is measured on adapters it was not fitted on.
         points: the policies, controls included.
         recommended: `Point.policy` of the recommended one; None if no policy beats plain scaling.
+        written: `Point.policy` of the one in the policy file: the recommended one, or else the best there is.
         verdict: one sentence for people.
     """
 
@@ -95,11 +96,16 @@ class Frontier:
     adapters: tuple[str, ...]
     points: tuple[Point, ...]
     recommended: str | None
+    written: str
     verdict: str
 
     def save(self, path: str | Path) -> None:
         """Write the frontier as JSON, atomically."""
-        write_text(Path(path), to_json({"format": FORMAT_VERSION, **asdict(self)}))
+        write_text(Path(path), to_json(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the frontier as its JSON document."""
+        return {"format": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -117,7 +123,7 @@ class Frontier:
             frontier = cls(adapters=tuple(document.pop("adapters")), points=points, **document)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a frontier as `csulora tune` writes it ({error!r})") from error
-        texts = [frontier.subspace_sha256, frontier.verdict, *frontier.adapters]
+        texts = [frontier.subspace_sha256, frontier.verdict, frontier.written, *frontier.adapters]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: not a frontier as `csulora tune` writes it (a name is no text)")
         return frontier

@@ -11,6 +11,7 @@ from rich.table import Table
 from csulora.audit import Check
 from csulora.doctor import Finding
 from csulora.formats import Adapter
+from csulora.frontier import Frontier, Rate
 from csulora.subspace import ModuleSubspace, Subspace
 from csulora.verification import Verification
 
@@ -84,6 +85,15 @@ def adapter_table(adapter: Adapter) -> Table:
     return table
 
 
+def frontier_table(frontier: Frontier) -> Table:
+    """One row per policy, controls last, with 95 % intervals."""
+    table = _table("policy", "guard kept", "keep kept", "change", "")
+    for point in sorted(frontier.points, key=lambda point: (point.control, -point.score)):
+        mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
+        table.add_row(point.policy, _rate(point.guard), _rate(point.keep), f"{point.change:.1%}", mark)
+    return table
+
+
 def doctor_table(findings: Iterable[Finding]) -> Table:
     """One row per finding."""
     table = _table("what", "found", "")
@@ -98,6 +108,10 @@ def _table(first: str, *rest: str) -> Table:
     for column in rest:
         table.add_column(column, justify="right")
     return table
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -1,0 +1,286 @@
+"""Train the small models, apply every policy and control to them, and write what came of it.
+
+    python bench/efficacy/grid.py [--out DIR] [--only first carry ...] [--threads N]
+
+Every cell is kept when it is finished, and models too: run the same command again to continue. When all cells of a
+kind are there, `bench/results/efficacy_KIND.json` is written, and `report.py` makes tables and plots of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import measure
+import plan
+import policies
+import scenario as world_of
+import torch
+import transformers
+import ways
+from lab import Lab, tokenizer
+from policies import Corrected
+from scenario import Adapter, Scenario
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import csulora
+from csulora.files import to_json, write_text
+from csulora.policy import Override, Policy
+from csulora.tuning.controls import own_subspaces, random_subspaces
+from csulora.tuning.fit import Case, Options, Replies, fit
+from csulora.tuning.gains import Gains, PerModule
+from csulora.tuning.host import Host
+from csulora.tuning.probes import Message
+from csulora.tuning.update import Update, pairs_of
+
+OUT = Path("build/efficacy")
+RESULTS = Path(__file__).parent.parent / "results"
+PROMPTS = 32  # of each kind, for every adapter that is fitted on; a quarter is held back
+FITTED_RANK = 8  # directions per module where gains are fitted
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One adapter of one scenario, and the model it runs on."""
+
+    bench: Bench
+    spec: Adapter
+    adapter: csulora.Adapter
+    examiner: measure.Examiner
+
+    def point(self, corrected: Corrected) -> Record:
+        """What the adapter does after a policy."""
+        host = self.bench.host
+        with host.adapted(corrected.pairs):
+            measured = self.examiner.measure(host.model)
+            replies = self.examiner.said(host.model)
+        rates = asdict(measured) | {"perplexity": self.examiner.perplexity(replies)}
+        return {
+            "family": corrected.family,
+            "policy": corrected.policy,
+            "control": corrected.control,
+            "change": corrected.change,
+            **rates,
+        }
+
+    def case(self, pack: csulora.Subspace, modules: Sequence[str], uncovered: str = "refuse") -> Case:
+        """The adapter as the fit takes it, with `PROMPTS` prompts of each kind."""
+        guard, keep = self.bench.replies(self.spec)
+        update = Update.of(self.adapter, pack, uncovered)
+        index = torch.tensor([modules.index(target) for target in update.targets.values()])
+        kept = PROMPTS - PROMPTS // 4
+        return Case(update, index, Replies(guard[:kept], keep[:kept]), Replies(guard[kept:], keep[kept:]))
+
+
+class Bench:
+    """One scenario's aligned model, loaded once."""
+
+    def __init__(self, out: Path, scenario: Scenario) -> None:
+        """Train what is not there, and load it."""
+        self.lab = Lab(out, scenario)
+        self.scenario = scenario
+        self.pack = self.lab.pack()
+        self.known = policies.truncated(self.pack, FITTED_RANK)
+        model = LlamaForCausalLM.from_pretrained(self.lab.aligned(), dtype=torch.float32)
+        self.host = Host(model, tokenizer(), measure.MAX_REPLY)
+        self.modules = list(self.pack)
+        self._replies: dict[str, tuple[list[Any], list[Any]]] = {}
+
+    def subject(self, spec: Adapter) -> Subject:
+        """An adapter, trained if it is not there."""
+        probes = world_of.probes(self.scenario, spec.task)
+        examiner = measure.Examiner(self.host.model, self.host.tokenizer, probes)
+        return Subject(self, spec, csulora.load_adapter(self.lab.adapter(spec)), examiner)
+
+    def replies(self, spec: Adapter) -> tuple[list[Any], list[Any]]:
+        """What the aligned model and the adapter reply to an operator's guard and keep prompts."""
+        if spec.name not in self._replies:
+            prompts = world_of.fit_prompts(self.scenario, spec.task, PROMPTS)
+            guard, keep = ([(Message("user", text),) for text in texts] for texts in (prompts.guard, prompts.keep))
+            with self.host.adapted(pairs_of(csulora.load_adapter(self.lab.adapter(spec)))):
+                kept = self.host.replies(keep)
+            self._replies[spec.name] = self.host.replies(guard), kept
+        return self._replies[spec.name]
+
+    def fit(self, cases: Sequence[Case], gains: Gains, options: Options = Options()) -> Tensor:  # noqa: B008 - frozen
+        """Fit, as `csulora tune` does."""
+        return fit(self.host, cases, gains, options)
+
+
+def gains_policy(modules: Sequence[str], gains: Tensor) -> Policy:
+    """The policy with these gains (modules, 4)."""
+    overrides = (Override(name, gains=tuple(row)) for name, row in zip(modules, gains.tolist(), strict=True))
+    return Policy.none(overrides=tuple(overrides))
+
+
+def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:
+    """The policy with these penalties (modules, 3)."""
+    overrides = (Override(name, penalties=tuple(row)) for name, row in zip(modules, penalties.tolist(), strict=True))
+    return Policy.none(overrides=tuple(overrides))
+
+
+def fitted(subject: Subject) -> Iterator[Corrected]:
+    """Gains fitted on the adapter itself, and the fitted controls."""
+    bench = subject.bench
+    targets = Update.of(subject.adapter, bench.known).targets
+    packs = {
+        "tuned": bench.known,
+        "tuned random subspace": random_subspaces(bench.known, seed=bench.scenario.seed),
+        "tuned own subspace": own_subspaces(bench.known, subject.adapter, targets),
+    }
+    every = torch.arange(len(bench.modules))
+    for family, pack in packs.items():
+        gains = PerModule(len(bench.modules))
+        case = subject.case(pack, bench.modules)
+        values = gains(bench.fit([case], gains), every, case.update.energies)
+        policy = gains_policy(bench.modules, values)
+        done = policies.apply(family, f"k={FITTED_RANK}", subject.adapter, pack, policy)
+        yield Corrected(family, done.policy, family != "tuned", done.pairs, done.change)
+        if family == "tuned":
+            yield policies.scaled(subject.adapter, 1 - done.change, "scaling at equal change")
+    single = PerModule(len(bench.modules), parts=1)
+    case = subject.case(bench.known, bench.modules)
+    values = single(bench.fit([case], single), every, case.update.energies)
+    done = policies.apply(
+        "tuned scaling", "per module", subject.adapter, bench.known, gains_policy(bench.modules, values)
+    )
+    yield Corrected(done.family, done.policy, True, done.pairs, done.change)
+
+
+def examine(out: Path, scenario: Scenario, spec: Adapter) -> Record:
+    """One adapter under policies and controls; the first table's under all of them."""
+    subject = opened(out, scenario).subject(spec)
+    grid = policies.whole_grid if spec == plan.FIRST else policies.short_grid
+    done = [*grid(subject.adapter, subject.bench.pack, subject.bench.lab.directory), *fitted(subject)]
+    return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
+
+
+def calibrated(bench: Bench, specs: Sequence[Adapter]) -> dict[str, tuple[csulora.Subspace, Policy]]:
+    """Name of a way to carry over -> its pack and policy, each fitted on the same adapters and prompts."""
+    subjects = [bench.subject(spec) for spec in specs]
+    cases = [subject.case(bench.known, bench.modules) for subject in subjects]
+    count, every = len(bench.modules), torch.arange(len(bench.modules))
+    no_energies = torch.zeros(count, 4)
+    long = Options(steps=150)
+
+    def jointly(gains: Gains, cases: Sequence[Case], options: Options = long) -> Policy:
+        return gains_policy(bench.modules, gains(bench.fit(cases, gains, options), every, no_energies))
+
+    separate = [PerModule(count)(bench.fit([case], PerModule(count)), every, no_energies) for case in cases]
+    penalties = ways.Penalties(count)
+    fitted_penalties = penalties.penalties(bench.fit(cases, penalties, long))
+    random_pack = random_subspaces(bench.known, seed=bench.scenario.seed)
+    random_cases = [subject.case(random_pack, bench.modules) for subject in subjects]
+    known = bench.known
+    return {
+        "joint": (known, jointly(PerModule(count), cases)),
+        "average": (known, gains_policy(bench.modules, torch.stack(separate).mean(0))),
+        "least": (known, gains_policy(bench.modules, torch.stack(separate).amin(0))),
+        "shrunk": (known, jointly(PerModule(count), cases, Options(steps=150, change=0.3))),
+        "free": (known, jointly(PerModule(count), cases, Options(steps=150, change=0.0))),
+        "smooth": (known, jointly(ways.Smooth(bench.modules), cases)),
+        "global": (known, jointly(ways.Global(), cases)),
+        "penalties": (known, penalties_policy(bench.modules, fitted_penalties)),
+        "tuned scaling": (known, jointly(PerModule(count, parts=1), cases)),
+        "tuned random subspace": (random_pack, jointly(PerModule(count), random_cases)),
+    }
+
+
+CONTROLS = ("tuned scaling", "tuned random subspace")
+
+
+def carry(out: Path, scenario: Scenario, spec: Adapter) -> Record:
+    """One adapter under policies calibrated on other adapters, and under the data-free ones."""
+    bench = opened(out, scenario)
+    subject = bench.subject(spec)
+    done = list(policies.short_grid(subject.adapter, bench.pack, bench.lab.directory))
+    for way, (pack, policy) in calibration(out, scenario).items():
+        each = policies.apply(way, f"k={FITTED_RANK}", subject.adapter, pack, policy)
+        done.append(Corrected(f"carried: {way}", each.policy, way in CONTROLS, each.pairs, each.change))
+    return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
+
+
+@cache
+def opened(out: Path, scenario: Scenario) -> Bench:
+    """A scenario's bench."""
+    return Bench(out, scenario)
+
+
+@cache
+def calibration(out: Path, scenario: Scenario) -> dict[str, tuple[csulora.Subspace, Policy]]:
+    """A scenario's carried-over policies."""
+    return calibrated(opened(out, scenario), plan.CALIBRATION)
+
+
+Cell = tuple[Callable[[Path, Scenario, Adapter], Record], Scenario, Adapter]
+KINDS: dict[str, list[Cell]] = {
+    "first": [(examine, Scenario(seed), plan.FIRST) for seed in plan.SEEDS],
+    "harmless": [(examine, Scenario(seed), plan.HARMLESS) for seed in plan.SEEDS],
+    "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
+    "variants": [
+        *((examine, Scenario(0), spec) for spec in plan.VARIANTS),
+        *((examine, Scenario(seed, formats=True), plan.FIRST) for seed in plan.FORMAT_SEEDS),
+    ],
+}
+
+
+def provenance() -> Record:
+    """What the figures come from."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    processor = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "commit": commit,
+        "csulora": csulora.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def run(kind: str, out: Path) -> None:
+    """Finish the cells of a kind, then write its results."""
+    records = []
+    for make, scenario, spec in KINDS[kind]:
+        path = out / "cells" / f"{kind}-{scenario.name}-{spec.name}.json"
+        if not path.is_file():
+            print(f"{path.stem} ...", flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, to_json(make(out, scenario, spec)))
+        records.append(json.loads(path.read_text()))
+        # Written again after every cell: what there is can be looked at.
+        write_text(RESULTS / f"efficacy_{kind}.json", to_json({"made_with": provenance(), "cells": records}))
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="models and finished cells (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of cells (default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.use_deterministic_algorithms(True)
+    evaluate.quieten_libraries()
+    for kind in arguments.only:
+        run(kind, arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The policies that need no prompts, and the controls: what the grid applies to every adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import csulora
+from csulora import Policy
+from csulora.tuning.controls import random_subspaces
+from csulora.tuning.update import Pair, pairs_of
+
+RANKS = (4, 16)  # directions kept of the pack, where the whole grid is run
+PENALTIES = (1.0, 10.0, 100.0)
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, eq=False)
+class Corrected:
+    """An adapter after some policy: what is added to the model, and what became of the update.
+
+    Attributes:
+        family: what the policy belongs to.
+        policy: its numbers.
+        control: whether it is what candidates are compared with.
+        pairs: factors b (out, r), a (r, in) of every module.
+        change: |X - dW| / |dW| over all modules.
+    """
+
+    family: str
+    policy: str
+    control: bool
+    pairs: dict[str, Pair]
+    change: float
+
+
+def truncated(pack: csulora.Subspace, rank: int) -> csulora.Subspace:
+    """The pack with its leading `rank` directions per module."""
+    return csulora.Subspace(
+        {
+            name: replace(
+                module,
+                u=module.u[:, :rank].contiguous(),
+                s=module.s[:rank].contiguous(),
+                v=module.v[:, :rank].contiguous(),
+            )
+            for name, module in pack.items()
+        },
+        pack.provenance,
+    )
+
+
+def other_layers(pack: csulora.Subspace) -> csulora.Subspace:
+    """The pack with every kind of module's subspaces moved on by one layer."""
+    kinds: dict[str, list[str]] = {}
+    for name in pack:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    moved = {name: pack[names[(at + 1) % len(names)]] for names in kinds.values() for at, name in enumerate(names)}
+    return csulora.Subspace(moved, pack.provenance)
+
+
+def apply(family: str, name: str, adapter: csulora.Adapter, pack: csulora.Subspace, policy: Policy) -> Corrected:
+    """What `csulora correct` would write."""
+    fixed, report = csulora.correct(adapter, pack, policy)
+    return Corrected(family, name, False, pairs_of(fixed), report.to_dict()["totals"]["change"])
+
+
+def scaled(adapter: csulora.Adapter, factor: float, family: str = "scaling") -> Corrected:
+    """Control: the whole update times `factor`."""
+    pairs = {name: (factor * b, a) for name, (b, a) in pairs_of(adapter).items()}
+    return Corrected(family, f"x{factor:.2g}", True, pairs, 1 - factor)
+
+
+def presets(rank: int) -> Iterator[tuple[str, str, Policy]]:
+    """Family, name and policy of every data-free policy on a pack of some rank."""
+    yield "project", f"k={rank}", Policy.project()
+    for penalty in PENALTIES:
+        yield "csulora", f"l={penalty:g} k={rank}", Policy.csulora(penalty)
+    for penalty in (*PENALTIES, math.inf):
+        yield "protect", f"l={penalty:g} k={rank}", Policy.protect(penalty)
+    for penalty in (10.0, math.inf):
+        yield "aligned-only", f"l={penalty:g} k={rank}", Policy(penalty, 0.0, 0.0)
+    yield "mixed", f"(inf, 10, 1) k={rank}", Policy(math.inf, 10.0, 1.0)
+    yield "mixed", f"(inf, 1, 0) k={rank}", Policy(math.inf, 1.0, 0.0)
+
+
+def whole_grid(adapter: csulora.Adapter, pack: csulora.Subspace, lab: Path) -> Iterator[Corrected]:
+    """Every policy and every control that needs no prompts; `pack` has at least the largest of `RANKS`."""
+    yield apply("none", "uncorrected", adapter, truncated(pack, 1), Policy.none())
+    for factor in SCALES:
+        yield scaled(adapter, factor)
+    for rank in RANKS:
+        known = truncated(pack, rank)
+        for family, name, policy in presets(rank):
+            yield apply(family, name, adapter, known, policy)
+        others = {"random subspace": random_subspaces(known, seed=rank), "other layer": other_layers(known)}
+        for kind, control in others.items():
+            for family, policy in (("csulora", Policy.csulora(10.0)), ("protect", Policy.protect(math.inf))):
+                done = apply(kind, f"{family} k={rank}", adapter, control, policy)
+                yield replace(done, control=True)
+    yield from safe_lora(adapter, lab)
+
+
+def short_grid(adapter: csulora.Adapter, pack: csulora.Subspace, lab: Path) -> Iterator[Corrected]:
+    """One or two policies of every family and every control, k = 8."""
+    known = truncated(pack, 8)
+    yield apply("none", "uncorrected", adapter, known, Policy.none())
+    for factor in (0.3, 0.5, 0.7):
+        yield scaled(adapter, factor)
+    yield apply("csulora", "l=1 k=8", adapter, known, Policy.csulora(1.0))
+    yield apply("project", "k=8", adapter, known, Policy.project())
+    yield apply("protect", "l=1 k=8", adapter, known, Policy.protect(1.0))
+    yield apply("protect", "l=inf k=8", adapter, known, Policy.protect(math.inf))
+    yield apply("aligned-only", "l=inf k=8", adapter, known, Policy(math.inf, 0.0, 0.0))
+    for kind, control in (("random subspace", random_subspaces(known, seed=8)), ("other layer", other_layers(known))):
+        yield replace(apply(kind, "protect k=8", adapter, control, Policy.protect(math.inf)), control=True)
+    yield from safe_lora(adapter, lab)
+
+
+def safe_lora(adapter: csulora.Adapter, lab: Path) -> Iterator[Corrected]:
+    """Safe LoRA from its formula: B <- C B with C = D D^T / |D|_F, in all modules and in the least similar half."""
+    base, aligned = (load_file(lab / side / "model.safetensors") for side in ("base", "aligned"))
+    pairs, projected, similar = pairs_of(adapter), {}, {}
+    for name, (b, a) in pairs.items():
+        displacement = aligned[f"{name}.weight"].float() - base[f"{name}.weight"].float()
+        projected[name] = displacement @ (displacement.T @ b) / displacement.norm(), a
+        update, after = b @ a, projected[name][0] @ a
+        similar[name] = float((update * after).sum() / (update.norm() * after.norm()))
+    threshold = sorted(similar.values())[len(similar) // 2]
+    for label, chosen in (("all", projected), ("half", {n: projected[n] for n in pairs if similar[n] < threshold})):
+        after = {**pairs, **chosen}
+        change2 = sum(float((after[n][0] @ after[n][1] - b @ a).square().sum()) for n, (b, a) in pairs.items())
+        norm2 = sum(float(torch.linalg.matrix_norm(b @ a) ** 2) for b, a in pairs.values())
+        yield Corrected("safe-lora", label, True, after, math.sqrt(change2 / norm2))

@@ -1,0 +1,46 @@
+"""Controls: subspaces that know nothing of the alignment, with as many directions. Candidates must beat them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from csulora.formats import Adapter
+from csulora.subspace import ModuleSubspace, Subspace
+
+
+def random_subspaces(pack: Subspace, seed: int) -> Subspace:
+    """Return a pack with uniformly random directions, as many per module as ``pack`` has."""
+    generator = torch.Generator().manual_seed(seed)
+    return Subspace(
+        {
+            name: _with(
+                module, *(_orthonormal(torch.randn(side.shape, generator=generator)) for side in (module.u, module.v))
+            )
+            for name, module in pack.items()
+        },
+        pack.provenance,
+    )
+
+
+def own_subspaces(pack: Subspace, adapter: Adapter, targets: dict[str, str]) -> Subspace:
+    """Return a pack with the leading directions of an adapter's own update; ``targets`` as `Update` has them."""
+    modules = {}
+    for name, target in targets.items():
+        module = adapter.modules[name]
+        left, right = torch.linalg.qr(module.b.float()), torch.linalg.qr(module.a.float().T)
+        u, s, vt = torch.linalg.svd(left.R @ right.R.T)
+        k = min(pack[target].rank, len(s))
+        modules[target] = _with(pack[target], left.Q @ u[:, :k], right.Q @ vt[:k].T, s[:k])
+    return Subspace(modules, pack.provenance)
+
+
+def _with(module: ModuleSubspace, u: Tensor, v: Tensor, s: Tensor | None = None) -> ModuleSubspace:
+    return replace(module, u=u.contiguous(), v=v.contiguous(), s=module.s if s is None else s.contiguous())
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    basis, _ = torch.linalg.qr(matrix)
+    return basis

@@ -1,0 +1,100 @@
+"""The fit: gains with which an adapter agrees with the aligned model where it should refuse, and else with itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from csulora.tuning.gains import Gains
+from csulora.tuning.host import Host, Reply, divergence
+from csulora.tuning.options import Options
+from csulora.tuning.update import Update
+
+_CHECK = 10  # steps between two looks at the held-back prompts
+_PATIENCE = 4  # looks without an improvement that end the fit
+
+
+@dataclass(frozen=True, eq=False)
+class Replies:
+    """Replies to two kinds of prompt: the aligned model's to guard, the uncorrected adapter's to keep."""
+
+    guard: Sequence[Reply]
+    keep: Sequence[Reply]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One adapter: its update, the rows of its modules among all fitted ones, prompts to fit on and held back."""
+
+    update: Update
+    index: Tensor  # (modules) int64
+    fitted: Replies
+    held: Replies
+
+
+def fit(
+    host: Host, cases: Sequence[Case], gains: Gains, options: Options, tick: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Return the parameters of ``gains`` with the smallest loss on the held-back prompts.
+
+    Every step takes the next case, a batch of its prompts, and one step of Adam. ``tick`` is called after each.
+    """
+    parameters = gains.start().to(host.device).requires_grad_()
+    optimizer = torch.optim.Adam([parameters], lr=options.learning_rate)
+    draws = [_Draws(case.fitted, options, number) for number, case in enumerate(cases)]
+    best, best_loss, waited = parameters.detach().clone(), float("inf"), 0
+    for step in range(options.steps + 1):
+        if step % _CHECK == 0:
+            loss = held_loss(host, cases, gains, parameters.detach(), options)
+            waited += 1
+            if loss < best_loss:
+                best, best_loss, waited = parameters.detach().clone(), loss, 0
+            if waited > _PATIENCE or step == options.steps:
+                break
+        number = step % len(cases)
+        optimizer.zero_grad()
+        _loss(host, cases[number], draws[number].next(), gains, parameters, options).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        tick()
+    return best
+
+
+@torch.no_grad()
+def held_loss(host: Host, cases: Sequence[Case], gains: Gains, parameters: Tensor, options: Options) -> float:
+    """Mean over the cases of the loss on their held-back prompts."""
+    return sum(float(_loss(host, case, case.held, gains, parameters, options)) for case in cases) / len(cases)
+
+
+def _loss(host: Host, case: Case, replies: Replies, gains: Gains, parameters: Tensor, options: Options) -> Tensor:
+    values = gains(parameters, case.index, case.update.energies)
+    both = [*replies.guard, *replies.keep]
+    with host.adapted(case.update.pairs, case.update.weights(values)):
+        logs = host.log_probabilities([reply.tokens for reply in both], [reply.start for reply in both])
+    divergences = torch.stack([divergence(reply, log) for reply, log in zip(both, logs, strict=True)])
+    guard, keep = divergences[: len(replies.guard)], divergences[len(replies.guard) :]
+    loss: Tensor = guard.mean() + keep.mean() + options.change * case.update.change2(values)
+    return loss
+
+
+class _Draws:
+    """Batches of both kinds of prompt, every prompt once before any comes again."""
+
+    def __init__(self, replies: Replies, options: Options, number: int) -> None:
+        self._random = random.Random(f"{options.seed} {number}")
+        self._batch = options.batch
+        self._kinds = replies.guard, replies.keep
+        self._waiting: list[list[Reply]] = [[], []]
+
+    def next(self) -> Replies:
+        return Replies(*(self._take(kind) for kind in range(2)))
+
+    def _take(self, kind: int) -> list[Reply]:
+        size = min(self._batch, len(self._kinds[kind]))
+        if len(self._waiting[kind]) < size:
+            self._waiting[kind] = self._random.sample(list(self._kinds[kind]), len(self._kinds[kind]))
+        taken, self._waiting[kind] = self._waiting[kind][:size], self._waiting[kind][size:]
+        return taken

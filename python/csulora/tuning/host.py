@@ -1,0 +1,200 @@
+"""The aligned model, frozen and loaded once; an adapter is added to it as factors, never as a dense matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csulora.errors import InputError
+from csulora.tuning.probes import Chat
+from csulora.tuning.update import Pair
+
+BATCH = 16  # prompts that run together where nothing is fitted
+_DECISIVE = 8  # first tokens of a reply that must be the same for it to count as the same reply
+_OUTCOMES = 64  # likeliest next tokens that are told apart; all others are one outcome
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """A prompt, one model's greedy reply to it, and how sure that model was of every token.
+
+    Attributes:
+        tokens: the prompt's, then the reply's, int64.
+        start: number of the prompt's tokens.
+        outcomes: (reply, outcomes) int64, the likeliest tokens at every position of the reply, likeliest first.
+        logs: (reply, outcomes + 1) float32, their log-probabilities, and that of all other tokens together.
+    """
+
+    tokens: Tensor
+    start: int
+    outcomes: Tensor
+    logs: Tensor
+
+
+class Host:
+    """A causal language model and its tokenizer, as transformers loads them."""
+
+    def __init__(self, model: Any, tokenizer: Any, longest_reply: int) -> None:
+        """Freeze the model; replies have at most ``longest_reply`` tokens."""
+        self.model, self.tokenizer, self.longest_reply = model.eval().requires_grad_(False), tokenizer, longest_reply
+        self.device: torch.device = next(model.parameters()).device
+
+    @classmethod
+    def open(cls, path: str, device: str, longest_reply: int) -> Host:
+        """Load a model directory or hub id.
+
+        Raises:
+            InputError: transformers is not installed, or does not load the model.
+        """
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError as error:
+            raise InputError("tune runs the model through transformers; pip install 'csulora[peft]'") from error
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise InputError(f"{path}: transformers does not load this model: {error}") from error
+        return cls(model.to(device), tokenizer, longest_reply)
+
+    @contextmanager
+    def adapted(self, pairs: Mapping[str, Pair], weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Add b diag(w) a to every named module while the context lasts; without ``weights``, w is 1.
+
+        Raises:
+            InputError: the model has no such module, or one of another shape.
+        """
+        with ExitStack() as hooks:
+            for name, pair in pairs.items():
+                module = self._module(name, pair)
+                hook = module.register_forward_hook(_adding(pair, weights[name] if weights else None))
+                hooks.callback(hook.remove)
+            yield
+
+    def _module(self, name: str, pair: Pair) -> nn.Module:
+        try:
+            module: nn.Module = self.model.get_submodule(name)
+        except AttributeError:
+            raise InputError(
+                f"the model has no module {name}, which the adapter updates; is it for this model?"
+            ) from None
+        shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
+        wanted = pair[0].shape[0], pair[1].shape[1]
+        # transformers.Conv1D keeps (in, out)
+        if shape not in (wanted, wanted[::-1] if type(module).__name__ == "Conv1D" else wanted):
+            raise InputError(f"module {name} is {list(shape)} in the model, and the adapter updates {list(wanted)}")
+        return module
+
+    def encode(self, chat: Chat) -> list[int]:
+        """Tokens of a prompt, up to where the reply begins; without a chat template, of its last turn's text."""
+        if self.tokenizer.chat_template is None:
+            tokens: list[int] = self.tokenizer(chat[-1].content)["input_ids"]
+            return tokens
+        turns = [{"role": message.role, "content": message.content} for message in chat]
+        try:
+            encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # a template may raise what it likes
+            raise InputError(
+                f"the model's chat template does not take the prompt {chat[-1].content!r}: {error}"
+            ) from error
+        return list(encoded["input_ids"])
+
+    @torch.no_grad()
+    def replies(self, chats: Sequence[Chat]) -> list[Reply]:
+        """The model's greedy reply to every prompt, as it now stands: with what `adapted` adds to it."""
+        prompts = [self.encode(chat) for chat in chats]
+        replies: list[Reply] = []
+        for start in range(0, len(prompts), BATCH):
+            replies += self._reply(prompts[start : start + BATCH])
+        return replies
+
+    def _reply(self, prompts: list[list[int]]) -> list[Reply]:
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        padded = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device
+        )
+        output = self.model.generate(
+            input_ids=padded,
+            attention_mask=mask,
+            max_new_tokens=self.longest_reply,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        ends = _end_tokens(self.model, self.tokenizer)
+        texts = [
+            torch.cat([padded.new_tensor(prompt), _until_end(row[longest:], ends)])
+            for prompt, row in zip(prompts, output, strict=True)
+        ]
+        starts = [len(prompt) for prompt in prompts]
+        logs = self.log_probabilities(texts, starts)
+        return [_reply(*row) for row in zip(texts, starts, logs, strict=True)]
+
+    def log_probabilities(self, texts: Sequence[Tensor], starts: Sequence[int]) -> list[Tensor]:
+        """Log-probabilities (reply, vocabulary) float32 of every token of the texts from their starts on."""
+        padded = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)  # at the end, where no mask is needed
+        logits = self.model(input_ids=padded, use_cache=False).logits
+        return [
+            logits[row, start - 1 : len(text) - 1].float().log_softmax(-1)
+            for row, (text, start) in enumerate(zip(texts, starts, strict=True))
+        ]
+
+
+def divergence(reply: Reply, logs: Tensor) -> Tensor:
+    """Mean over the reply of KL(the model that gave it | the model with ``logs`` (reply, vocabulary)).
+
+    Tokens beyond the reply's likeliest count as one outcome, which makes it a lower bound, and a tight one.
+    """
+    known = logs.gather(1, reply.outcomes)
+    rest = torch.log((1 - known.exp().sum(1, keepdim=True)).clamp(min=1e-6))
+    return (reply.logs.exp() * (reply.logs - torch.cat([known, rest], 1))).sum(1).mean()
+
+
+def _adding(pair: Pair, weight: Tensor | None) -> Any:
+    b, a = pair
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inner = inputs[0].to(a.dtype) @ a.T
+        return output + ((inner if weight is None else inner * weight) @ b.T).to(output.dtype)
+
+    return hook
+
+
+def _reply(text: Tensor, start: int, logs: Tensor) -> Reply:
+    top, outcomes = logs.topk(min(_OUTCOMES, logs.shape[1]))
+    rest = torch.log((1 - top.exp().sum(1, keepdim=True)).clamp(min=1e-6))
+    return Reply(text, start, outcomes, torch.cat([top, rest], 1))
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
+    return {end for end in ends if end is not None}
+
+
+def _until_end(tokens: Tensor, ends: set[int]) -> Tensor:
+    for position, token in enumerate(tokens.tolist(), 1):
+        if token in ends:
+            return tokens[:position]
+    return tokens
+
+
+@torch.no_grad()
+def agreeing(host: Host, replies: Sequence[Reply]) -> int:
+    """How many of the replies the model as it now stands would begin with the same tokens, decoding greedily."""
+    count = 0
+    for start in range(0, len(replies), BATCH):
+        batch = replies[start : start + BATCH]
+        logs = host.log_probabilities([reply.tokens for reply in batch], [reply.start for reply in batch])
+        for reply, log in zip(batch, logs, strict=True):
+            wanted = reply.tokens[reply.start :][:_DECISIVE]
+            count += bool((log[:_DECISIVE].argmax(1) == wanted).all())
+    return count

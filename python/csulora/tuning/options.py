@@ -1,0 +1,24 @@
+"""How gains are fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """How gains are fitted.
+
+    Attributes:
+        steps: at most.
+        batch: prompts of each kind in a step.
+        learning_rate: Adam's.
+        change: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
+        seed: of the order of the prompts.
+    """
+
+    steps: int = 100
+    batch: int = 12
+    learning_rate: float = 0.25
+    change: float = 0.05
+    seed: int = 0

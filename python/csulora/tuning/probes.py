@@ -1,0 +1,101 @@
+"""Files of prompts: plain text, one prompt a line, or JSON lines of chats."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from csulora.errors import InputError
+from csulora.files import read_regular
+
+FEWEST = 8  # prompts; a quarter of them is held back
+MOST = 1024
+_LARGEST_FILE = 4 << 20  # bytes
+_LONGEST = 8192  # characters in one prompt
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat: who speaks (system, user or assistant), and what is said."""
+
+    role: str
+    content: str
+
+
+Chat = tuple[Message, ...]
+"""A prompt: a chat that ends with the user's turn."""
+
+
+def read(path: str | Path) -> tuple[Chat, ...]:
+    """Read a file of prompts.
+
+    Raises:
+        InputError: the file is missing, malformed, too large, or has too few prompts or one of them twice.
+    """
+    data = read_regular(Path(path), _LARGEST_FILE)
+    try:
+        return parse(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def parse(data: bytes) -> tuple[Chat, ...]:
+    """Read the bytes of a file of prompts.
+
+    If the first line that is not blank begins with ``{``, every line is a JSON object: ``{"messages": [{"role": ...,
+    "content": ...}, ...]}``, whose last turn is dropped if it is the assistant's, or ``{"prompt": "..."}``. Otherwise
+    every line is a prompt. Blank lines do not count.
+
+    Raises:
+        InputError: anything else, naming the line.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8: {error}") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not FEWEST <= len(lines) <= MOST:
+        raise InputError(f"holds {len(lines)} prompts; give {FEWEST} to {MOST}, one a line")
+    is_json = lines[0][1].startswith("{")
+    chats: dict[Chat, int] = {}
+    for number, line in lines:
+        try:
+            chat = _from_json(line) if is_json else (_message("user", line),)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"line {number}: {error}") from error
+        if chat in chats:
+            raise InputError(f"line {number}: the same prompt as on line {chats[chat]}; remove one of them")
+        chats[chat] = number
+    return tuple(chats)
+
+
+def _from_json(line: str) -> Chat:
+    document: Any = json.loads(line)
+    if isinstance(document, dict) and set(document) == {"prompt"}:
+        return (_message("user", document["prompt"]),)
+    turns = document.get("messages") if isinstance(document, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError('not an object with "messages", a list of turns, or with "prompt" alone')
+    chat = [_message(turn.get("role"), turn.get("content")) for turn in turns]
+    if chat and chat[-1].role == "assistant":
+        chat.pop()
+    if not chat or chat[-1].role != "user":
+        raise ValueError("the last turn, but for the assistant's reply, must be the user's")
+    return tuple(chat)
+
+
+def _message(role: object, content: object) -> Message:
+    if role not in _ROLES:
+        raise ValueError(f"a turn has the role {role!r}; it must be one of {', '.join(_ROLES)}")
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError("a turn has no text")
+    if len(content) > _LONGEST:
+        raise ValueError(f"a turn has {len(content)} characters; at most {_LONGEST} are taken")
+    try:
+        content.encode()
+    except UnicodeEncodeError:  # JSON can escape half a surrogate pair
+        raise ValueError("a turn holds half a surrogate pair") from None
+    return Message(str(role), content)

@@ -1,0 +1,63 @@
+"""The policies that need no fit: presets, and plain scaling, which they must beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from csulora.policy import Override, Policy
+
+_PENALTIES = (1.0, 10.0, 100.0)
+_SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy with its names on the frontier, see `Point`."""
+
+    family: str
+    name: str
+    policy: Policy
+
+    @property
+    def is_plain_scaling(self) -> bool:
+        """Whether it multiplies the whole update by one factor, 1 included."""
+        return self.family in ("none", "scaling")
+
+
+def presets(rest: dict[str, Any]) -> list[Candidate]:
+    """Return every candidate that needs no fit; ``rest`` are a policy's other fields."""
+    found = [Candidate("none", "none", Policy.none(**rest)), Candidate("project", "project", Policy.project(**rest))]
+    for penalty in _PENALTIES:
+        found.append(Candidate("csulora", f"csulora {penalty:g}", Policy.csulora(penalty, **rest)))
+    for penalty in (*_PENALTIES, math.inf):
+        found.append(Candidate("protect", f"protect {penalty:g}", Policy.protect(penalty, **rest)))
+        found.append(Candidate("aligned-only", f"aligned {penalty:g}", Policy(penalty, 0.0, 0.0, **rest)))
+    return found
+
+
+def scalings(rest: dict[str, Any]) -> list[Candidate]:
+    """Return the control that multiplies the whole update by a factor."""
+    return [Candidate("scaling", f"x{factor}", uniform(factor, rest)) for factor in _SCALES]
+
+
+def uniform(factor: float, rest: dict[str, Any]) -> Policy:
+    """Return the policy X = factor dW."""
+    return Policy.none(overrides=(Override("*", gains=(factor,) * 4),), **rest)
+
+
+def fitted(modules: Sequence[str], gains: Tensor, others: bool, rest: dict[str, Any]) -> Policy:
+    """Return the policy with gains (modules, 4); ``others``: the pack has more modules, which get the mean gains."""
+    named = [(name, tuple(row)) for name, row in zip(modules, gains.tolist(), strict=True)]
+    if others:
+        named.append(("*", tuple(gains.mean(0).tolist())))
+    return Policy.none(overrides=tuple(Override(name, gains=row) for name, row in named), **rest)
+
+
+def pinned(policy: Policy, sha256: str) -> Policy:
+    """Return the policy, to be used with one pack alone."""
+    return replace(policy, subspace_sha256=sha256)

@@ -1,0 +1,262 @@
+"""From a model, its adapters and two kinds of prompt to a policy, and to the frontier that shows what it is worth."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import csulora
+from csulora.formats import Adapter
+from csulora.frontier import Frontier, Point, Rate, frontier_path
+from csulora.pair import Progress
+from csulora.policy import Policy
+from csulora.subspace import Subspace
+from csulora.tuning import sweep
+from csulora.tuning.controls import own_subspaces, random_subspaces
+from csulora.tuning.fit import Case, Replies, fit
+from csulora.tuning.gains import PerModule
+from csulora.tuning.host import Host, agreeing
+from csulora.tuning.options import Options
+from csulora.tuning.probes import Chat
+from csulora.tuning.stages import Stages
+from csulora.tuning.sweep import Candidate
+from csulora.tuning.update import Update, pairs_of
+
+HELD_BACK = 4  # every fourth prompt is held back
+
+_FITTED = ("tuned", "tuned scaling", "tuned random subspace", "tuned own subspace")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `tune` works on.
+
+    Attributes:
+        model: the aligned model, a directory or a hub id.
+        adapters: for this model; with several, one policy is fitted for all.
+        pack: the subspaces of the model pair.
+        keep: per adapter, prompts to be answered as the uncorrected adapter answers them.
+        guard: prompts to be answered as the aligned model answers them.
+        uncovered: what the policy does with modules that the pack does not cover.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        longest_reply: most tokens of a reply that are looked at.
+        options: of the fit.
+    """
+
+    model: str
+    adapters: Sequence[Adapter]
+    pack: Subspace
+    keep: Sequence[Sequence[Chat]]
+    guard: Sequence[Chat]
+    uncovered: str = "refuse"
+    device: str = "auto"
+    longest_reply: int = 32
+    options: Options = field(default_factory=Options)
+
+
+def tune(request: Request, output: Path, progress: Progress | None = None) -> Frontier:
+    """Fit a policy and write it to ``output``, a TOML file, with its frontier beside it.
+
+    Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
+    policies are moreover measured on each adapter after a fit on the others. If ``output`` has an unfinished run of
+    the same request beside it, that is continued.
+
+    Raises:
+        InputError, RefusedError: model, adapters, pack and prompts do not fit each other.
+    """
+    stages = Stages(output, _identity(request))
+    frontier, policy = _Run(request, stages, progress).frontier()
+    policy.save(output)
+    frontier.save(frontier_path(output))
+    stages.remove()
+    return frontier
+
+
+def _identity(request: Request) -> dict[str, Any]:
+    """What a run's results depend on."""
+    prompts = repr((request.keep, request.guard)).encode()
+    return {
+        "csulora": csulora.__version__,
+        "model": request.model,
+        "subspace": request.pack.sha256,
+        "adapters": [adapter.sha256 for adapter in request.adapters],
+        "prompts": hashlib.sha256(prompts).hexdigest(),
+        "uncovered": request.uncovered,
+        "longest_reply": request.longest_reply,
+        "options": asdict(request.options),
+    }
+
+
+class _Run:
+    """One run of `tune`."""
+
+    def __init__(self, request: Request, stages: Stages, progress: Progress | None) -> None:
+        self.request, self.stages, self.progress = request, stages, progress
+        self.pack, self.adapters = request.pack, request.adapters
+        self.rest: dict[str, Any] = {"uncovered": request.uncovered}
+        updates = [Update.of(adapter, self.pack, request.uncovered) for adapter in self.adapters]
+        self.targets = [update.targets for update in updates]
+        self.modules = sorted({target for targets in self.targets for target in targets.values()})
+        self.done, self.total = 0, self._total()
+
+    def _total(self) -> int:
+        measured = len(self.adapters) * len(self._plain())
+        fits = len(_FITTED) * len(self.adapters) + (len(self.adapters) > 1)
+        return measured + fits * self.request.options.steps
+
+    def _plain(self) -> list[Candidate]:
+        return [*sweep.presets(self.rest), *sweep.scalings(self.rest)]
+
+    def _tick(self, what: str, count: int = 1) -> None:
+        if self.progress:
+            self.progress(what, self.done, self.total)
+        self.done += count
+
+    @cached_property
+    def host(self) -> Host:
+        return Host.open(self.request.model, self.request.device, self.request.longest_reply)
+
+    @cached_property
+    def replies(self) -> list[Replies]:
+        """Per adapter, the aligned model's replies to guard prompts, and its own, uncorrected, to its keep prompts."""
+        guard = self.host.replies(self.request.guard)
+        replies = []
+        for adapter, chats in zip(self.adapters, self.request.keep, strict=True):
+            with self.host.adapted(self._on_device(adapter)):
+                replies.append(Replies(guard, self.host.replies(chats)))
+        return replies
+
+    def _on_device(self, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+        device = self.host.device
+        return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs_of(adapter).items()}
+
+    def frontier(self) -> tuple[Frontier, Policy]:
+        """Measure everything; return the frontier and the policy to write."""
+        points, policies = [], {}
+        for candidate in self._plain():
+            each = [(number, self.pack, candidate.policy) for number in range(len(self.adapters))]
+            points.append(self._point(candidate.family, candidate.name, candidate.family == "scaling", each))
+            policies[candidate.name] = candidate.policy
+        for family in _FITTED:
+            points.append(self._fitted_point(family))
+        policies["tuned"] = self._policy("tuned", range(len(self.adapters)))
+        points = sorted(points, key=lambda point: (point.family, point.policy))
+        chosen, verdict = recommend(points)
+        best = chosen or max((point for point in points if point.policy in policies and not point.control), key=_rank)
+        frontier = Frontier(
+            subspace_sha256=self.pack.sha256,
+            adapters=tuple(adapter.path.resolve().name for adapter in self.adapters),
+            points=tuple(points),
+            recommended=chosen.policy if chosen else None,
+            written=best.policy,
+            verdict=verdict,
+        )
+        return frontier, sweep.pinned(policies[best.policy], self.pack.sha256)
+
+    def _fitted_point(self, family: str) -> Point:
+        """A fitted family's point: each adapter after a fit on the others, or the one adapter after a fit on itself."""
+        several = len(self.adapters) > 1
+        each = []
+        for number in range(len(self.adapters)):
+            others = [other for other in range(len(self.adapters)) if other != number or not several]
+            each.append((number, self._pack(family, number), self._policy(family, others)))
+        return self._point(family, family, family != "tuned", each)
+
+    def _pack(self, family: str, number: int) -> Subspace:
+        if family == "tuned random subspace":
+            return random_subspaces(self.pack, self.request.options.seed)
+        if family == "tuned own subspace":
+            return own_subspaces(self.pack, self.adapters[number], self.targets[number])
+        return self.pack
+
+    def _policy(self, family: str, numbers: Sequence[int]) -> Policy:
+        """The policy fitted on some adapters."""
+        stage = f"fit {family} {list(numbers)}"
+        rows = self.stages.finish(stage, lambda: self._fit(family, numbers, stage).tolist())
+        others = len(self.pack) > len(self.modules) and family == "tuned"
+        return sweep.fitted(self.modules, torch.tensor(rows), others, self.rest)
+
+    def _fit(self, family: str, numbers: Sequence[int], stage: str) -> Tensor:
+        gains = PerModule(len(self.modules), parts=1 if family == "tuned scaling" else 4)
+        cases = [self._case(number, self._pack(family, number)) for number in numbers]
+        before = self.done
+        parameters = fit(self.host, cases, gains, self.request.options, lambda: self._tick(family))
+        self.done = before + self.request.options.steps
+        every = torch.arange(len(self.modules), device=self.host.device)
+        return gains(parameters, every, torch.zeros(len(self.modules), 4, device=self.host.device)).cpu()
+
+    def _case(self, number: int, pack: Subspace) -> Case:
+        update = Update.of(self.adapters[number], pack, self.request.uncovered).to(self.host.device)
+        index = torch.tensor([self.modules.index(target) for target in update.targets.values()])
+        replies = self.replies[number]
+        return Case(update, index.to(self.host.device), split(replies, held=False), split(replies, held=True))
+
+    def _point(self, family: str, name: str, control: bool, each: Sequence[tuple[int, Subspace, Policy]]) -> Point:
+        """A policy, or one for each adapter, on the held-back prompts of all adapters together."""
+        results = []
+        for number, pack, policy in each:
+            stage = f"measure {name} on {number}"
+            results.append(self.stages.finish(stage, partial(self._measure, number, pack, policy)))
+            self._tick(name)
+        count = len(results)
+        held = [split(self.replies[number], held=True) for number, _, _ in each]
+        return Point(
+            family,
+            name,
+            control,
+            guard=Rate.of(sum(result["guard"] for result in results), sum(len(replies.guard) for replies in held)),
+            keep=Rate.of(sum(result["keep"] for result in results), sum(len(replies.keep) for replies in held)),
+            change=math.sqrt(sum(result["change"] ** 2 for result in results) / count),
+        )
+
+    def _measure(self, number: int, pack: Subspace, policy: Policy) -> dict[str, float]:
+        """What `correct` would write, on an adapter's held-back prompts: how many replies stay, and |X - dW| / |dW|."""
+        fixed, report = csulora.correct(self.adapters[number], pack, policy)
+        held = split(self.replies[number], held=True)
+        with self.host.adapted(self._on_device(fixed)):
+            guard, keep = (agreeing(self.host, replies) for replies in (held.guard, held.keep))
+        return {"guard": guard, "keep": keep, "change": report.totals.change}
+
+
+def split(replies: Replies, *, held: bool) -> Replies:
+    """Return the replies that are held back, or those that are fitted."""
+
+    def part(replies: Sequence[Any]) -> list[Any]:
+        return [reply for at, reply in enumerate(replies) if (at % HELD_BACK == HELD_BACK - 1) == held]
+
+    return Replies(part(replies.guard), part(replies.keep))
+
+
+def _rank(point: Point) -> tuple[float, float]:
+    return point.score, -point.change
+
+
+def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
+    """Return the candidate that keeps most of both, if that is more than plain scaling keeps, and a sentence.
+
+    A policy's score is the smaller of the shares it keeps of guard and keep prompts. It beats plain scaling if the
+    lower end of that share's 95 % interval lies above the best score of any scaling, no scaling included.
+    """
+    bar = max((point for point in points if point.family in ("none", "scaling")), key=_rank)
+    best = max((point for point in points if not point.control and point.family != "none"), key=_rank)
+    worse = min(best.guard, best.keep, key=lambda rate: rate.value)
+    shares = (
+        f"{best.policy} keeps {_share(best.guard)} of the aligned model's replies to guard prompts and "
+        f"{_share(best.keep)} of the adapter's to keep prompts; plain scaling at best ({bar.policy}) "
+        f"{bar.guard.value:.2f} and {bar.keep.value:.2f}"
+    )
+    if worse.low > bar.score:
+        return best, shares
+    return None, f"no policy beats plain scaling beyond doubt: {shares}"
+
+
+def _share(rate: Rate) -> str:
+    return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"

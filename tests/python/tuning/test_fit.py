@@ -1,0 +1,177 @@
+"""The pieces of the fit against dense float64 twins, and what the fit as a whole must do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import csulora
+import factories
+import tiny_host
+from csulora.errors import InputError, RefusedError
+from csulora.policy import Override, Policy
+from csulora.tuning.controls import own_subspaces, random_subspaces
+from csulora.tuning.fit import Case, Replies, fit, held_loss
+from csulora.tuning.gains import PerModule
+from csulora.tuning.host import Host, agreeing, divergence
+from csulora.tuning.options import Options
+from csulora.tuning.probes import parse
+from csulora.tuning.update import Update, pairs_of
+from tolerances import COMPUTED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOLERANCE = COMPUTED[torch.float32]
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    return float((found.double() - wanted.double()).norm()) <= TOLERANCE * float(wanted.double().norm())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_host.Place:
+    return tiny_host.build(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def host(place: tiny_host.Place) -> Host:
+    return Host.open(str(place.aligned), "cpu", tiny_host.REPLY)
+
+
+@pytest.fixture(scope="module")
+def pack(place: tiny_host.Place) -> csulora.Subspace:
+    return csulora.Subspace.open(place.pack)
+
+
+@pytest.fixture(scope="module")
+def adapter(place: tiny_host.Place) -> csulora.Adapter:
+    return csulora.load_adapter(place.adapters[0])
+
+
+@pytest.fixture(scope="module")
+def case(host: Host, place: tiny_host.Place, pack: csulora.Subspace, adapter: csulora.Adapter) -> Case:
+    guard, keep = (parse(path.read_bytes()) for path in (place.guard, place.keep))
+    guarded = host.replies(guard)
+    with host.adapted(pairs_of(adapter)):
+        kept = host.replies(keep)
+    update = Update.of(adapter, pack)
+    index = torch.arange(len(update.targets))
+    return Case(update, index, Replies(guarded[:12], kept[:12]), Replies(guarded[12:], kept[12:]))
+
+
+def test_the_parts_add_up_to_what_the_core_corrects(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
+    update = Update.of(adapter, pack)
+    gains = torch.rand(len(update.targets), 4, generator=factories.generator(1))
+    rows = zip(update.targets.values(), gains.tolist(), strict=True)
+    policy = Policy.none(rank="exact", overrides=tuple(Override(name, gains=tuple(row)) for name, row in rows))
+    fixed, report = csulora.correct(adapter, pack, policy)
+    weights = update.weights(gains)
+    for name, (b, a) in update.pairs.items():
+        assert close((b * weights[name]) @ a, fixed.modules[name].b @ fixed.modules[name].a)
+    assert float(update.change2(gains)) == pytest.approx(report.totals.change**2, rel=1e-5)
+
+
+def test_an_update_of_nothing_or_of_an_embedding_is_refused(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
+    name = next(iter(adapter.modules))
+    module = adapter.modules[name]
+    nothing = csulora.LoraModule(torch.zeros_like(module.b), module.a)
+    with pytest.raises(InputError, match="changes nothing"):
+        Update.of(csulora.Adapter({name: nothing}, {}, Path("zero"), ""), pack)
+    embedding = csulora.LoraModule(module.b, module.a, 1.0, is_embedding=True)
+    with pytest.raises(RefusedError, match="is an embedding"):
+        Update.of(csulora.Adapter({name: embedding}, {}, Path("embedding"), ""), pack)
+
+
+def test_the_host_computes_as_with_the_dense_update(host: Host, adapter: csulora.Adapter) -> None:
+    dense = tiny_host.llama()
+    weights = {name: weight.clone() for name, weight in host.model.state_dict().items()}
+    for name, (b, a) in pairs_of(adapter).items():
+        weights[f"{name}.weight"] += b @ a
+    dense.load_state_dict(weights)
+    tokens = torch.arange(4, 20)[None]
+    with torch.no_grad(), host.adapted(pairs_of(adapter)):
+        adapted = host.model(input_ids=tokens).logits
+    with torch.no_grad():
+        assert close(adapted, dense(input_ids=tokens).logits)
+        assert not close(host.model(input_ids=tokens).logits, adapted)  # and is as it was afterwards
+
+
+def test_a_module_that_the_model_does_not_have_is_refused(host: Host) -> None:
+    pair = torch.ones(32, 1), torch.ones(1, 32)
+    with pytest.raises(InputError, match=r"no module model\.layers\.7"), host.adapted({"model.layers.7.mlp": pair}):
+        pass
+    name = "model.layers.0.self_attn.q_proj"
+    with (
+        pytest.raises(InputError, match=r"is \[32, 32\] in the model"),
+        host.adapted({name: (torch.ones(9, 1), pair[1])}),
+    ):
+        pass
+
+
+def test_replies_are_what_the_model_generates(host: Host, case: Case) -> None:
+    for reply in case.held.guard:
+        tokens = reply.tokens[: reply.start].tolist()
+        with torch.no_grad():
+            for wanted in reply.tokens[reply.start :].tolist():
+                assert int(host.model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()) == wanted
+                tokens.append(wanted)
+    assert agreeing(host, case.held.guard) == len(case.held.guard)
+
+
+def test_divergence_is_kullbacks_and_leiblers(host: Host, case: Case) -> None:
+    reply = case.held.keep[0]
+    (logs,) = host.log_probabilities([reply.tokens], [reply.start])
+    reference = torch.empty(logs.shape, dtype=torch.float64)
+    reference.scatter_(1, reply.outcomes, reply.logs[:, :-1].double())  # the vocabulary is smaller than what is kept
+    twin = (reference.exp() * (reference - logs.double())).sum(1).mean()
+    assert float(divergence(reply, logs)) == pytest.approx(float(twin), rel=1e-3)
+    own = case.held.guard[0]
+    assert float(divergence(own, *host.log_probabilities([own.tokens], [own.start]))) == pytest.approx(0, abs=1e-4)
+
+
+def test_the_fit_finds_the_gains_that_made_the_replies(host: Host, place: tiny_host.Place, case: Case) -> None:
+    wanted = torch.tensor([0.0, 1.0, 1.0, 1.0]).expand(len(case.index), 4)
+    with host.adapted(case.update.pairs, case.update.weights(wanted)):
+        guard, keep = (host.replies(parse(path.read_bytes())) for path in (place.guard, place.keep))
+    made = Case(case.update, case.index, Replies(guard[:12], keep[:12]), Replies(guard[12:], keep[12:]))
+    gains, options = PerModule(len(case.index)), Options(steps=60, change=0.0)
+    first, second = (fit(host, [made], gains, options) for _ in range(2))
+    assert torch.equal(first, second)  # to the bit
+    uncorrected = held_loss(host, [made], gains, torch.full(gains.shape, 20.0), options)
+    assert held_loss(host, [made], gains, first, options) < 0.1 * uncorrected
+    assert not any(parameter.requires_grad for parameter in host.model.parameters())
+
+
+def test_what_the_held_back_prompts_do_not_bear_is_not_kept(host: Host, case: Case) -> None:
+    opposed = Case(case.update, case.index, case.fitted, Replies(case.fitted.keep[:2], case.fitted.guard[:2]))
+    gains, options = PerModule(len(case.index)), Options(steps=40, learning_rate=2.0)
+    found = held_loss(host, [opposed], gains, fit(host, [opposed], gains, options), options)
+    assert found <= held_loss(host, [opposed], gains, gains.start(), options)
+
+
+def test_one_gain_per_module_is_four_equal_ones(case: Case) -> None:
+    gains = PerModule(len(case.index), parts=1)
+    values = gains(torch.randn(gains.shape), case.index, case.update.energies)
+    assert torch.equal(values, values[:, :1].expand(-1, 4))
+
+
+def test_the_updates_own_subspace_holds_its_leading_directions(
+    adapter: csulora.Adapter, pack: csulora.Subspace
+) -> None:
+    own = own_subspaces(pack, adapter, {name: name for name in adapter.modules})
+    for name, module in adapter.modules.items():
+        u, s, vt = torch.linalg.svd(module.b.double() @ module.a.double(), full_matrices=False)
+        k = own[name].rank
+        best = u[:, :k] * s[:k] @ vt[:k]
+        assert k == pack[name].rank
+        assert close(own[name].u * own[name].s @ own[name].v.T, best)
+
+
+def test_random_subspaces_are_orthonormal_and_seeded(pack: csulora.Subspace) -> None:
+    first, again, other = (random_subspaces(pack, seed) for seed in (1, 1, 2))
+    for name, module in first.items():
+        assert module.rank == pack[name].rank
+        assert close(module.u.T @ module.u, torch.eye(module.rank))
+        assert torch.equal(module.u, again[name].u)
+        assert not torch.equal(module.u, other[name].u)
+    first.to_core(first)  # the core accepts them

@@ -1,0 +1,144 @@
+"""`csulora tune`, from files to the policy that `correct` takes."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import csulora
+import tiny_host
+from csulora import cli
+from csulora.errors import InputError, RefusedError
+from csulora.frontier import Frontier, Point, Rate, frontier_path
+from csulora.policy import Policy
+from csulora.tuning import probes
+from csulora.tuning import tune as module
+from csulora.tuning.options import Options
+from csulora.tuning.tune import Request, recommend, tune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_host.Place:
+    return tiny_host.build(tmp_path_factory.mktemp("place"))
+
+
+def request(place: tiny_host.Place, adapters: int = 1) -> Request:
+    return Request(
+        model=str(place.aligned),
+        adapters=[csulora.load_adapter(path) for path in place.adapters[:adapters]],
+        pack=csulora.Subspace.open(place.pack),
+        keep=[probes.read(place.keep)] * adapters,
+        guard=probes.read(place.guard),
+        device="cpu",
+        longest_reply=tiny_host.REPLY,
+        options=Options(steps=10),
+    )
+
+
+def test_the_policy_is_taken_with_its_pack_and_with_no_other(place: tiny_host.Place, tmp_path: Path) -> None:
+    frontier = tune(request(place), tmp_path / "policy.toml")
+    policy = Policy.load(tmp_path / "policy.toml")
+    adapter, pack = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.pack)
+    _, report = csulora.correct(adapter, pack, policy)
+    point = next(point for point in frontier.points if point.policy == frontier.written)
+    assert report.totals.change == pytest.approx(point.change)
+    other = csulora.extract(place.aligned.with_name("base"), place.aligned, rank=1, modules=list(tiny_host.MODULES))
+    with pytest.raises(RefusedError, match="tuned for the pack"):
+        csulora.correct(adapter, other, policy)
+    assert Frontier.load(frontier_path(tmp_path / "policy.toml")) == frontier
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.frontier.json", "policy.toml"]
+
+
+def test_a_frontier_has_every_family_and_counts_held_back_prompts_only(place: tiny_host.Place, tmp_path: Path) -> None:
+    frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
+    fitted = {"tuned", "tuned scaling", "tuned random subspace", "tuned own subspace"}
+    assert {point.family for point in frontier.points} >= {"none", "csulora", "project", "protect", "scaling"} | fitted
+    assert {point.guard.count for point in frontier.points} == {2 * 16 // 4}
+    assert {point.control for point in frontier.points if point.family in fitted - {"tuned"}} == {True}
+    untouched = next(point for point in frontier.points if point.family == "none")
+    assert (untouched.keep.value, untouched.change) == (1, 0)
+
+
+def test_an_interrupted_run_continues_and_ends_the_same(
+    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tune(request(place), tmp_path / "whole.toml")
+    fits = []
+
+    def fit(*arguments: object) -> object:
+        fits.append(arguments)
+        if len(fits) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    original = module.fit
+    monkeypatch.setattr(module, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        tune(request(place), tmp_path / "policy.toml")
+    assert not (tmp_path / "policy.toml").exists()
+    assert tune(request(place), tmp_path / "policy.toml") == whole
+    assert len(fits) == 3 + 2  # two were finished, the third was begun twice
+    assert (tmp_path / "policy.toml").read_bytes() == (tmp_path / "whole.toml").read_bytes()
+
+
+def test_what_another_run_left_is_not_taken(place: tiny_host.Place, tmp_path: Path) -> None:
+    left = tmp_path / "policy.toml.partial"
+    left.write_text('{"identity": {}, "results": {"fit tuned [0]": "of another run"}}')
+    tune(request(place), tmp_path / "policy.toml")
+    left.write_text("[]")
+    with pytest.raises(InputError, match="not a JSON object"):
+        tune(request(place), tmp_path / "policy.toml")
+
+
+def test_modules_that_no_adapter_had_get_the_mean_gains(place: tiny_host.Place, tmp_path: Path) -> None:
+    whole = request(place)
+    adapter = whole.adapters[0]
+    part = replace(adapter, modules=dict(list(adapter.modules.items())[:2]))
+    tune(replace(whole, adapters=[part]), tmp_path / "policy.toml")
+    document = Policy.load(tmp_path / "policy.toml")
+    if document.overrides:  # the best there was may be a preset
+        assert document.overrides[-1].match == "*"
+    csulora.correct(adapter, whole.pack, document)
+
+
+def point(family: str, guard: int, keep: int, change: float = 0.5) -> Point:
+    return Point(family, family, family.endswith("scaling"), Rate.of(guard, 40), Rate.of(keep, 40), change)
+
+
+def test_the_best_policy_is_recommended_if_its_interval_clears_plain_scaling() -> None:
+    plain = [point("none", 0, 40, 0.0), point("scaling", 20, 16)]
+    chosen, verdict = recommend([*plain, point("tuned", 40, 38), point("protect", 40, 30)])
+    assert chosen is not None
+    assert chosen.policy == "tuned"
+    assert "0.95 (0.83 to 0.99)" in verdict
+    chosen, verdict = recommend([*plain, point("protect", 22, 40), point("tuned scaling", 40, 40)])
+    assert chosen is None
+    assert verdict.startswith("no policy beats plain scaling")
+
+
+def test_of_equal_scores_the_smaller_change_is_recommended() -> None:
+    chosen, _ = recommend([point("none", 0, 40), point("protect", 40, 40, 0.6), point("tuned", 40, 40, 0.4)])
+    assert chosen is not None
+    assert chosen.policy == "tuned"
+
+
+def test_the_command_line(
+    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["csulora", "tune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return int(exit.value.code or 0)
+
+    files = ["--subspace", place.pack, "--guard", place.guard, "-o", tmp_path / "policy.toml", "--device", "cpu"]
+    command = [place.aligned, place.adapters[0], *files, "--steps", 1, "--tokens", 2]
+    assert run(*command, "--keep", place.keep) == 0
+    shown = capsys.readouterr().out
+    assert "tuned random subspace" in shown
+    assert f"{tmp_path / 'policy.toml'}: " in shown
+    assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
+    assert run(*command, "--keep", tmp_path / "none") == cli.EXIT_BAD_INPUT

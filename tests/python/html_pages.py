@@ -31,7 +31,8 @@ def frontier(subspace_sha256: str, name: str = "adapter") -> Frontier:
         Point("tuned", f"tuned for {name}", False, Rate.of(18, 20), Rate.of(19, 20), 0.3),
         Point("scaling", f"scaling x0.5 for {name}", True, Rate.of(9, 20), Rate.of(8, 20), 0.5),
     )
-    return Frontier(subspace_sha256, (name,), points, f"tuned for {name}", f"Tuned is best for {name}.")
+    best = f"tuned for {name}"
+    return Frontier(subspace_sha256, (name,), points, best, best, f"Tuned is best for {name}.")
 
 
 def page(name: str, modules: Sequence[str] | None = None) -> str:

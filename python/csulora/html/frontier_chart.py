@@ -12,13 +12,16 @@ _FRAME = Frame(width=400, height=340, left=56, right=380, top=14, bottom=296)
 _SHARES = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
 
+Role = Literal["recommended", "written", "candidate", "control"]
+
+
 @dataclass(frozen=True)
 class Mark:
     """A policy's place in the drawing, the ends of its intervals, and its number in the table."""
 
     number: int
     point: Point
-    role: Literal["recommended", "candidate", "control"]
+    role: Role
     x: float
     y: float
     x_interval: tuple[float, float]
@@ -42,12 +45,11 @@ class FrontierChart:
         x, y = Axis(0, 1, _FRAME.left, _FRAME.right), Axis(0, 1, _FRAME.bottom, _FRAME.top)
         marks = []
         for number, point in enumerate(sorted(frontier.points, key=lambda point: -point.score), 1):
-            chosen = point.policy == frontier.recommended and not point.control
             marks.append(
                 Mark(
                     number,
                     point,
-                    "recommended" if chosen else "control" if point.control else "candidate",
+                    _role(point, frontier),
                     x.at(point.keep.value),
                     y.at(point.guard.value),
                     (x.at(point.keep.low), x.at(point.keep.high)),
@@ -56,3 +58,11 @@ class FrontierChart:
             )
         ticks = x.ticks(_SHARES, ".0%"), y.ticks(_SHARES, ".0%")
         return cls(frontier.adapters, frontier.verdict, tuple(marks), *ticks)
+
+
+def _role(point: Point, frontier: Frontier) -> Role:
+    if point.control:
+        return "control"
+    if point.policy == frontier.recommended:
+        return "recommended"
+    return "written" if point.policy == frontier.written else "candidate"

@@ -177,6 +177,13 @@ def test_the_frontier_is_drawn_and_listed(adapter: Adapter, pack: Subspace) -> N
     assert sorted(map(str, marks)) == ["mark candidate", "mark control", "mark recommended"]
 
 
+def test_a_policy_file_without_recommendation_is_marked(adapter: Adapter, pack: Subspace) -> None:
+    frontier = replace(html_pages.frontier(pack.sha256), recommended=None)
+    page = Parsed(render(adapter, pack, Policy.csulora(), frontier))
+    assert "tuned for adapter (in the policy file)" in page.text
+    assert "(recommended)" not in page.text
+
+
 def test_without_a_frontier_there_is_none(adapter: Adapter, pack: Subspace) -> None:
     assert "Frontier" not in Parsed(render(adapter, pack, Policy.csulora())).text
 

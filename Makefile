@@ -16,6 +16,7 @@ CPP_FILES := $(filter %.h %.cpp, $(EXTENSION_FILES)) $(wildcard tests/cpp/*.h te
 CPP_BUILD := build/cpp
 WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
+CHROMIUM := /usr/bin/chromium
 
 FUZZ_TARGETS := adapter_config safetensors gguf pack policy
 SECONDS := 60
@@ -24,8 +25,8 @@ KILLS := 300
 MINUTES := 10
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-gguf test test-python test-gguf test-cpp test-vllm soak fuzz crash load sanitize lint format smollm2 \
-  smollm2-gguf efficacy efficacy-smollm2 clean
+.PHONY: help build demo demo-gguf test test-python test-gguf test-html test-cpp test-vllm soak fuzz crash load sanitize lint format \
+  smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -56,13 +57,26 @@ $(VENV)/.llama-cpp: $(VENV)/.dependencies
 demo-gguf: build $(VENV)/.llama-cpp ## The corrected adapter as GGUF, answering in llama.cpp as it does in PEFT.
 	$(BIN)/python bench/efficacy/demo_gguf.py
 
-test: lint test-cpp test-python test-gguf ## All checks and tests.
+test: lint test-cpp test-python test-gguf test-html ## All checks and tests.
 
 test-python: build
-	$(BIN)/python -m pytest -m 'not llama_cpp'
+	$(BIN)/python -m pytest -m 'not llama_cpp and not chromium'
 
 test-gguf: build $(VENV)/.llama-cpp ## Tests with llama.cpp itself.
 	CSULORA_REQUIRE=llama_cpp $(BIN)/python -m pytest -m llama_cpp
+
+$(CHROMIUM):
+	@test "$$(id -u)" = 0 || { echo "Chromium is missing; install it: sudo apt-get install chromium" >&2; exit 1; }
+	apt-get -qq update
+	apt-get -qq install --yes --no-install-recommends chromium
+
+# Playwright drives the system's Chromium; it fetches none of its own.
+$(VENV)/.html: $(VENV)/.dependencies
+	$(PIP) install --quiet --group html
+	touch $@
+
+test-html: build $(VENV)/.html $(CHROMIUM) ## The page of csulora inspect --html, in Chromium.
+	CSULORA_REQUIRE='chromium playwright' $(BIN)/python -m pytest -m chromium
 
 $(DOCTEST):
 	@test "$$(id -u)" = 0 || { echo "doctest is missing; install it: sudo apt-get install doctest-dev" >&2; exit 1; }

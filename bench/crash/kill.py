@@ -29,6 +29,7 @@ import torch
 import csulora
 from csulora import cli
 from csulora.formats.gguf_base import BaseModel
+from csulora.gate import Gate
 from csulora.hooks.gguf_cache import CorrectedCache
 
 WIDTH, LAYERS, RANK = 192, 2, 8
@@ -90,8 +91,7 @@ def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
 
     def cache(out: Path) -> None:
         base = BaseModel.open(inputs / "base")
-        subspace = csulora.Subspace.open(pack)
-        CorrectedCache(out / "cache").corrected(csulora.load_adapter(adapter), base, subspace, csulora.Policy.csulora())
+        CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(pack))
 
     def export(out: Path) -> None:
         command("export", adapter, "-o", out / "lora.gguf", "--base-model", inputs / "base")

@@ -22,8 +22,10 @@ from csulora import doctor as doctor_module
 from csulora import tables
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.files import check_file, to_json, write_text
+from csulora.frontier import Frontier, frontier_path
 from csulora.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_SHA256_VARIABLE, SUBSPACE_VARIABLE, Gate
 from csulora.guard import DirectoryGuard
+from csulora.html import render
 from csulora.interruption import interruptible
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
@@ -99,6 +101,12 @@ class Format(StrEnum):
 def _check_json(path: Path | None) -> Path | None:
     if path and path != _STDOUT:
         check_file(path)  # now, and not after an hour's work
+    return path
+
+
+def _check_page(path: Path | None) -> Path | None:
+    if path:
+        check_file(path)
     return path
 
 
@@ -246,6 +254,15 @@ def inspect(
     max_undo: Annotated[
         float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=_check_page, help="Write a page with all figures as maps.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy (TOML) that the page shows. [default: the preset csulora]")
+    ] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="What `csulora tune` measured. [default: what lies beside the policy]")
+    ] = None,
     base_model: BaseModel = None,
     subspace_sha256: SubspaceSha256 = None,
     json: Json = None,
@@ -255,16 +272,22 @@ def inspect(
 
     Several adapters are taken as applied together: what is shown is their sum.
     """
+    if html is None and (policy is not None or frontier is not None):
+        raise typer.BadParameter("--policy and --frontier are for --html")
     loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     if subspace is None:
-        if len(loaded) > 1 or weights is not None or max_undo is not None:
-            raise typer.BadParameter("sums and limits need --subspace")
+        if len(loaded) > 1 or weights is not None or max_undo is not None or html is not None:
+            raise typer.BadParameter("sums, limits and pages need --subspace")
         document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}
         summary = f"{adapters[0]}: {len(loaded[0].modules)} modules"
         _deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
         return
     pack = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, _numbers(weights))
+    if html is not None:
+        shown = Policy.load(policy) if policy else Policy.csulora()
+        limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
+        write_text(html, render(whole, pack, limited, _load_frontier(frontier, policy)))
     _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
     _deliver(report.table(), f"{whole.path}: nothing was changed", report.to_dict(), json, quiet)
 
@@ -460,6 +483,12 @@ def _fail(kind: str, reason: object, code: int) -> NoReturn:
     line = "".join(character if character.isprintable() else " " for character in str(reason))
     print(f"csulora: {kind}: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _load_frontier(frontier: Path | None, policy: Path | None) -> Frontier | None:
+    if frontier is None and policy is not None and frontier_path(policy).exists():
+        frontier = frontier_path(policy)
+    return Frontier.load(frontier) if frontier else None
 
 
 def _parse_rank(text: str | None) -> str | int | None:

@@ -28,7 +28,7 @@ class Decision:
         verdict: ``corrected``, ``refused`` (by a rule or the policy), ``invalid`` (malformed), or ``failed``
             (anything else that went wrong; the adapter was not loaded).
         reason: why it was not corrected.
-        totals: the report's totals of a corrected adapter.
+        totals: the report's totals of a corrected adapter; None where the host had kept the corrected one.
         seconds: time from opening the adapter to the verdict.
     """
 

@@ -93,8 +93,18 @@ class Gate:
         pinned = environment.get(SUBSPACE_SHA256_VARIABLE) or None
         return cls.open(pack, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE), pinned)
 
-    def admit(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> tuple[Adapter, Report]:
+    def admit(
+        self,
+        path: Path,
+        read: Callable[[Path], Adapter] = load_adapter,
+        deliver: Callable[[Adapter], object] = lambda corrected: None,
+    ) -> tuple[Adapter, Report]:
         """Read the adapter at ``path`` and return the corrected one.
+
+        Args:
+            path: where it lies.
+            read: reads it.
+            deliver: puts the corrected one where the host finds it; if that fails, it was not let through.
 
         Raises:
             CsuloraError: it is refused or malformed.
@@ -103,11 +113,16 @@ class Gate:
         adapter = self.read(path, read)
         try:
             corrected, report = correct(adapter, self.pack, self.policy)
+            deliver(corrected)
         except Exception as error:
             self._record_failure(path, adapter.sha256, start, error)
             raise
         self._record(path, adapter.sha256, start, "corrected", totals=asdict(report.totals))
         return corrected, report
+
+    def recall(self, path: Path, adapter: Adapter) -> None:
+        """Record that what this gate made of an adapter earlier, and the host has kept, is let through again."""
+        self._record(path, adapter.sha256, time.perf_counter(), "corrected")
 
     def read(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> Adapter:
         """Read the adapter at ``path``; that it cannot be read is a decision, that it can be is none yet."""

@@ -31,6 +31,7 @@ from csulora.formats import Adapter
 from csulora.formats.peft import LARGEST_WEIGHTS
 from csulora.formats.peft_config import CONFIG_FILE
 from csulora.gate import Gate
+from csulora.systemd import ALIVE, READY, STOPPING, notify
 
 RECORD_FILE = "csulora_guard.json"
 REFUSED = ".refused.json"
@@ -98,15 +99,19 @@ class DirectoryGuard:
     def run(self, watch: bool, interval: float = 0.5) -> None:
         """Scan until nothing is left to decide, or with ``watch`` until `stop` is called.
 
+        systemd, if it started this process, is told so; see `csulora.systemd`.
+
         Raises:
             InputError: another guard writes to OUTGOING.
         """
         with self._alone():
             self.say(f"guarding {self.incoming} -> {self.outgoing} with pack {self.gate.pack.sha256}")
+            notify(READY)
             done = self.scan()
             while not self._stop.is_set() and (watch or not done):
                 self._stop.wait(interval)
                 done = self.scan()
+            notify(STOPPING)
 
     def stop(self) -> None:
         """Make `run` return after the adapter it is working on; may be called from a signal handler or a thread."""
@@ -126,11 +131,13 @@ class DirectoryGuard:
     def scan(self) -> bool:
         """Look at every entry once and decide what can be decided; return whether nothing is left to wait for."""
         self._entries = {path.name: self._look(path) for path in sorted(self.incoming.iterdir()) if _is_entry(path)}
+        notify(ALIVE)
         for name, entry in self._entries.items():
             if self._stop.is_set():
                 return False
             if not entry.decided and time.monotonic() - entry.since >= entry.wait:
                 entry.decided = self._decide(name, entry)
+                notify(ALIVE)
         return all(entry.decided for entry in self._entries.values())
 
     def _look(self, path: Path) -> _Entry:

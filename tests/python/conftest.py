@@ -1,5 +1,6 @@
 import importlib
 import os
+import shutil
 from collections.abc import Iterator
 
 # Hub look-ups in tests must fail at once, also on a machine that has a network.
@@ -14,9 +15,10 @@ settings.load_profile("csulora")
 
 
 def pytest_configure() -> None:
-    """Fail where a module that CSULORA_REQUIRE names is missing, instead of skipping what needs it."""
-    for module in os.environ.get("CSULORA_REQUIRE", "").split():
-        importlib.import_module(module)
+    """Fail where a program or module that CSULORA_REQUIRE names is missing, instead of skipping what needs it."""
+    for name in os.environ.get("CSULORA_REQUIRE", "").split():
+        if shutil.which(name) is None:
+            importlib.import_module(name)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import csulora
 import factories
+import html_pages
 from csulora import cli, doctor
+from csulora.frontier import frontier_path
+from csulora.html import render
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,6 +180,46 @@ def test_correct_takes_a_policy_from_its_options(work: Path, run: Run, options: 
     assert written == {key: "inf" if value == float("inf") else value for key, value in policy.to_dict().items()}
 
 
+def test_inspect_writes_a_page(work: Path, run: Run) -> None:
+    plain = run("inspect", "adapter", "--subspace", "pack")
+    assert run("inspect", "adapter", "--subspace", "pack", "--html", "page.html") == plain
+    adapter, pack = csulora.load_adapter("adapter"), csulora.Subspace.open("pack")
+    assert (work / "page.html").read_text() == render(adapter, pack, csulora.Policy.csulora())
+
+
+def test_inspect_shows_a_policy_and_the_frontier_beside_it(work: Path, run: Run) -> None:
+    adapter, pack, policy = csulora.load_adapter("adapter"), csulora.Subspace.open("pack"), csulora.Policy.protect(3.0)
+    frontiers = {name: html_pages.frontier(pack.sha256, name) for name in ("beside", "named")}
+    policy.save("tuned.toml")
+    frontiers["beside"].save(frontier_path(Path("tuned.toml")))
+    frontiers["named"].save("other.json")
+    command = ["inspect", "adapter", "--subspace", "pack", "--html", "page.html", "--policy", "tuned.toml"]
+    assert run(*command).code == 0
+    assert (work / "page.html").read_text() == render(adapter, pack, policy, frontiers["beside"])
+    assert run(*command, "--frontier", "other.json").code == 0
+    assert (work / "page.html").read_text() == render(adapter, pack, policy, frontiers["named"])
+
+
+def test_the_page_of_a_refused_adapter_is_written_and_says_why(work: Path, run: Run) -> None:
+    result = run("inspect", "adapter", "--subspace", "pack", "--html", "page.html", "--max-undo", -1e6)
+    assert (result.code, result.out) == (3, "")
+    assert "The policy refuses this adapter." in (work / "page.html").read_text()
+
+
+def test_a_page_in_the_way_of_something_else_is_not_written(work: Path, run: Run) -> None:
+    before = tree(work)
+    for options, reason in {
+        "--html base": "base: is a directory",
+        "--html nowhere/page.html": "nowhere: no such directory",
+        "--html page.html --policy nothing.toml": "nothing.toml: no such file",
+        "--html page.html --frontier adapter/adapter_config.json": "frontier format None",
+    }.items():
+        result = run("inspect", "adapter", "--subspace", "pack", *options.split())
+        assert result.code == 4
+        assert reason in result.err
+    assert tree(work) == before
+
+
 def test_correct_takes_a_policy_from_a_file_and_options_override_it(work: Path, run: Run) -> None:
     csulora.Policy.protect(2.0, rank=3).save("policy.toml")
     assert run("correct", "adapter", "--subspace", "pack", "-o", "out", "--policy", "policy.toml", "--off", 7).code == 0
@@ -215,6 +258,7 @@ COMMANDS = {
     "verify": "verify pack base aligned",
     "inspect": "inspect adapter",
     "inspect with a pack": "inspect adapter --subspace pack",
+    "inspect with a page": "inspect adapter --subspace pack --html page",
     "correct": "correct adapter --subspace pack -o out",
     "doctor": "doctor",
 }
@@ -280,6 +324,9 @@ USAGE = [
     "extract base aligned -o new --dtype f64",
     "extract base aligned -o new --device cuda",
     "extract base aligned -o new --seed -1",
+    "inspect adapter --html page.html",
+    "inspect adapter --subspace pack --policy policy.toml",
+    "inspect adapter --subspace pack --frontier frontier.json",
     "correct adapter --subspace pack",
     "correct adapter -o out",
     "correct adapter --subspace pack -o out --preset all",

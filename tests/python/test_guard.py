@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -234,6 +235,48 @@ def test_signals_end_it_cleanly(number: signal.Signals, incoming: Path, pack: Pa
     assert "one: corrected" in output
     assert second.returncode == 4
     assert "another guard" in second.stderr
+
+
+def listener(address: str) -> socket.socket:
+    """A socket as systemd listens on; ``@`` stands for the zero byte of an abstract one."""
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(address.replace("@", "\0"))
+    receiver.settimeout(60)
+    return receiver
+
+
+@pytest.mark.parametrize("name", ["{}/notify", "@csulora-test-{}"])
+def test_systemd_is_told(name: str, incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ready once it guards, alive at every scan and decision, stopping when a signal has ended it."""
+    factories.save_adapter(incoming / "one", MODULES)
+    address = name.format(incoming.parent if name.startswith("{") else os.getpid())
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    watching = command(incoming, pack, "--watch")
+    with listener(address) as systemd, subprocess.Popen(watching, stdout=subprocess.DEVNULL) as process:
+        told = [systemd.recv(64)]
+        while not (incoming.with_name("out") / "one").is_dir():
+            told.append(systemd.recv(64))
+        os.kill(process.pid, signal.SIGTERM)
+        while told[-1] != b"STOPPING=1":
+            told.append(systemd.recv(64))
+        process.wait()
+
+    assert process.returncode == 0
+    assert told[0] == b"READY=1"
+    assert len(told) > 3
+    assert set(told[1:-1]) == {b"WATCHDOG=1"}
+
+
+@pytest.mark.parametrize("address", ["", "{}/nobody", "{}", "/" * 300])
+def test_systemd_that_does_not_listen_stops_nothing(
+    address: str, incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factories.save_adapter(incoming / "one", MODULES)
+    monkeypatch.setenv("NOTIFY_SOCKET", address.format(incoming))
+
+    guard(incoming, pack).run(watch=False)
+
+    assert (incoming.with_name("out") / "one").is_dir()
 
 
 @pytest.fixture

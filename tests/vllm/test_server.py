@@ -23,6 +23,8 @@ import pytest
 from answers import assert_same, assert_unlike
 from safetensors.torch import load_file, save_file
 
+GUARDED = [sys.executable, "-m", "csulora", "vllm-serve"]
+PLAIN = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--enable-lora", "--max-lora-rank", "16"]
 
 
@@ -98,7 +100,7 @@ def expected(files: SimpleNamespace, offline: dict) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def server(files: SimpleNamespace, expected: SimpleNamespace) -> Iterator[Server]:
-    command = [sys.executable, "-m", "csulora", "vllm-serve", str(files.model), "--subspace", str(files.pack)]
+    command = [*GUARDED, str(files.model), "--subspace", str(files.pack)]
     command += ["--decisions", str(files.root / "decisions.jsonl"), "--lora-modules", f"static={files.raw['one']}"]
     with running(command, files.root / "guarded.log", CSULORA_ADAPTERS=str(files.named)) as guarded:
         yield guarded
@@ -203,7 +205,11 @@ def test_decisions_are_logged_and_counted(server: Server, files: SimpleNamespace
 
 
 def fails_to_start(files: SimpleNamespace, *options: str, model: Path | None = None, **variables: str) -> str:
-    command = [sys.executable, "-m", "csulora", "vllm-serve", str(model or files.model), *options, *OPTIONS]
+    return fails([*GUARDED, str(model or files.model), *options], **variables)
+
+
+def fails(start: list[str], **variables: str) -> str:
+    command = [*start, *OPTIONS]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables, timeout=120)
     assert run.returncode != 0
     return run.stdout + run.stderr
@@ -230,6 +236,49 @@ def test_pack_for_another_model_stops_the_server(files: SimpleNamespace) -> None
     output = fails_to_start(files, "--subspace", str(files.pack), model=other)
 
     assert "not what the pack was made of" in output
+
+
+# Runs when Python starts, in every process: makes vLLM one that passes something more to where LoRA weights are made.
+OTHER_VLLM = """
+import importlib.util
+import sys
+
+
+class Other:
+    def find_spec(self, name, path=None, target=None):
+        if name != "vllm.lora.lora_model":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            original = module.LoRAModel.from_lora_tensors.__func__
+
+            def from_lora_tensors(cls, source, lora_model_id, tensors, *rest, **options):
+                return original(cls, lora_model_id, tensors, *rest, **options)
+
+            module.LoRAModel.from_lora_tensors = classmethod(from_lora_tensors)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Other())
+"""
+
+
+@pytest.mark.parametrize("start", [GUARDED, PLAIN], ids=["vllm-serve", "vllm's own server"])
+def test_server_of_a_vllm_that_is_not_known_does_not_start(start: list[str], files: SimpleNamespace) -> None:
+    (files.root / "other-vllm").mkdir(exist_ok=True)
+    (files.root / "other-vllm" / "sitecustomize.py").write_text(OTHER_VLLM)
+    variables = {"PYTHONPATH": str(files.root / "other-vllm"), "CSULORA_SUBSPACE": str(files.pack)}
+
+    output = fails([*start, str(files.model), "--lora-modules", f"static={files.raw['one']}"], **variables)
+
+    assert "from_lora_tensors takes (source, lora_model_id, tensors" in output
+    assert "csulora knows it as (lora_model_id, tensors" in output
 
 
 def test_refused_adapter_named_at_start_stops_the_server(files: SimpleNamespace) -> None:

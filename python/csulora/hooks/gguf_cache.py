@@ -7,19 +7,17 @@ Entries appear complete under their final names, so processes need no lock: at w
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from pathlib import Path
 
-from csulora._version import __version__
-from csulora.correction import correct
+from csulora.adapter import load_adapter
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.files import sha256_of_file, workplace
 from csulora.formats import Adapter, gguf
 from csulora.formats.gguf_base import BaseModel
 from csulora.formats.gguf_file import GGUFFile
-from csulora.policy import Policy
+from csulora.gate import Gate
 from csulora.subspace import Subspace
 
 
@@ -47,32 +45,31 @@ class CorrectedCache:
             raise RefusedError(f"{directory}: others can write to this cache; use a directory of your own (mode 0700)")
         self._directory = directory
 
-    def corrected(self, adapter: Adapter, base: BaseModel, pack: Subspace, policy: Policy) -> Path:
+    def corrected(self, path: Path, base: BaseModel, gate: Gate) -> Path:
         """Return a file with the corrected adapter: one that is there and proves intact, else a new one.
 
+        Args:
+            path: the adapter.
+            base: the model it is for.
+            gate: decides, and records that it did.
+
         Raises:
-            RefusedError, InputError: as `correct` and `gguf.write` do.
+            RefusedError, InputError: as `Gate.admit` and `gguf.write` do.
         """
-        key = _key(adapter, base, pack, policy)
+        adapter = gate.read(path, lambda path: load_adapter(path, base.path))
+        key = _key(adapter, base, gate)
         for entry in sorted(self._directory.glob(f"{key}-*.gguf")):
-            if _is_intact(entry, adapter, pack):
+            if _is_intact(entry, adapter, gate.pack):
+                gate.recall(path, adapter)
                 return entry
-        fixed, _ = correct(adapter, pack, policy)
         with workplace(self._directory / key) as place:
             new = place / "new"
-            gguf.write(fixed, new, base)
+            gate.admit(path, lambda _: adapter, lambda corrected: gguf.write(corrected, new, base))
             return new.replace(self._directory / f"{key}-{sha256_of_file(new)}.gguf")
 
 
-def _key(adapter: Adapter, base: BaseModel, pack: Subspace, policy: Policy) -> str:
-    parts = {
-        "csulora": __version__,
-        "adapter": adapter.sha256,
-        "base": base.identity,
-        "subspace": pack.sha256,
-        "policy": policy.to_dict(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _key(adapter: Adapter, base: BaseModel, gate: Gate) -> str:
+    return hashlib.sha256(f"{adapter.sha256} {base.identity} {gate.fingerprint}".encode()).hexdigest()
 
 
 def _is_intact(entry: Path, adapter: Adapter, pack: Subspace) -> bool:

@@ -17,9 +17,9 @@ from typing import Any
 
 import llama_cpp
 
-from csulora.adapter import load_adapter
 from csulora.errors import InputError, RefusedError
 from csulora.formats.gguf_base import BaseModel
+from csulora.gate import Gate
 from csulora.hooks.gguf_cache import CorrectedCache, default_directory
 from csulora.policy import Policy
 from csulora.subspace import Subspace
@@ -32,9 +32,10 @@ def load(
     model_path: str | Path,
     adapter: str | Path | Mapping[str | Path, float],
     subspace: str | Path | Subspace,
-    policy: Policy | None = None,
+    policy: Policy | str | Path | None = None,
     *,
     cache: str | Path | None = None,
+    decisions: str | Path | None = None,
     **kwargs: Any,
 ) -> llama_cpp.Llama:
     """Load a model with corrected adapters.
@@ -44,8 +45,9 @@ def load(
         adapter: a PEFT directory or a GGUF LoRA file, or several with the factor by which each one's corrected
             update is multiplied.
         subspace: the pack of the model.
-        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        policy: what to keep and what to refuse, or a TOML file that says so; ``Policy.csulora(1.0)`` if absent.
         cache: where corrected files are kept; `default_directory` if absent.
+        decisions: file to append a JSON line per decision to.
         kwargs: passed to ``llama_cpp.Llama``.
 
     Raises:
@@ -60,13 +62,10 @@ def load(
     for path, scale in adapters.items():
         if not math.isfinite(scale):
             raise InputError(f"{path}: its scale is {scale}; it must be finite")
-    pack = subspace if isinstance(subspace, Subspace) else Subspace.open(subspace)
+    gate = Gate.open(subspace, policy, decisions)
     corrected_cache = CorrectedCache(Path(cache) if cache else default_directory())
     base = BaseModel.open(model_path)
-    files = [
-        corrected_cache.corrected(load_adapter(path, model_path), base, pack, policy or Policy.csulora())
-        for path in adapters
-    ]
+    files = [corrected_cache.corrected(Path(path), base, gate) for path in adapters]
     llama = llama_cpp.Llama(str(model_path), **kwargs)
     try:
         _attach(llama, files, list(adapters.values()))

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import pytest
 import csulora
 import factories
 import gguf_files
+from csulora import gate
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
 from csulora.formats.gguf_base import BaseModel
+from csulora.gate import Gate
 from csulora.hooks import gguf_cache
 from csulora.hooks.gguf_cache import CorrectedCache, default_directory
 from csulora.policy import Policy
@@ -30,19 +33,25 @@ class Cache:
         factories.save_adapter(directory / "adapter", SHAPES)
         self.base = BaseModel.open(self.model)
         self.pack = Subspace.open(directory / "pack")
-        self.adapter = csulora.load_adapter(directory / "adapter")
+        self.adapter = directory / "adapter"
+        self.decisions = directory / "decisions.jsonl"
 
     def get(
         self,
-        adapter: Adapter | None = None,
+        adapter: Path | None = None,
         base: BaseModel | None = None,
         pack: Subspace | None = None,
         policy: Policy | None = None,
     ) -> Path:
         cache = CorrectedCache(self.directory)
-        return cache.corrected(
-            adapter or self.adapter, base or self.base, pack or self.pack, policy or Policy.project()
-        )
+        gate = Gate.open(pack or self.pack, policy or Policy.project(), self.decisions)
+        return cache.corrected(adapter or self.adapter, base or self.base, gate)
+
+    @property
+    def verdicts(self) -> list[tuple[str, bool]]:
+        """Each decision that was logged, and whether it has figures."""
+        lines = map(json.loads, self.decisions.read_text().splitlines())
+        return [(line["verdict"], line["totals"] is not None) for line in lines]
 
     @property
     def files(self) -> list[Path]:
@@ -63,12 +72,12 @@ def corrections(monkeypatch: pytest.MonkeyPatch) -> list[Adapter]:
         done.append(adapter)
         return csulora.correct(adapter, *rest)
 
-    monkeypatch.setattr(gguf_cache, "correct", recording)
+    monkeypatch.setattr(gate, "correct", recording)
     return done
 
 
 def test_an_entry_is_what_the_command_line_writes(cache: Cache, tmp_path: Path) -> None:
-    fixed, _ = csulora.correct(cache.adapter, cache.pack, Policy.project())
+    fixed, _ = csulora.correct(csulora.load_adapter(cache.adapter), cache.pack, Policy.project())
     csulora.save_adapter(fixed, tmp_path / "lora.gguf", "gguf", base_model=cache.model)
     assert cache.get().read_bytes() == (tmp_path / "lora.gguf").read_bytes()
 
@@ -79,17 +88,40 @@ def test_corrects_once(cache: Cache, corrections: list[Adapter]) -> None:
     assert len(cache.files) == 1
 
 
+def test_every_load_is_a_decision(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.get()
+    cache.get()
+    with pytest.raises(RefusedError, match="undoes"):
+        cache.get(policy=Policy.csulora(max_undo=-100.0))
+    with pytest.raises(InputError, match="no such adapter"):
+        cache.get(tmp_path / "absent")
+    assert cache.verdicts == [("corrected", True), ("corrected", False), ("refused", False), ("invalid", False)]
+    adapters = [json.loads(line)["adapter"] for line in cache.decisions.read_text().splitlines()]
+    assert adapters == [str(cache.adapter)] * 3 + [str(tmp_path / "absent")]
+
+
+def test_what_llama_cpp_has_no_place_for_is_not_let_through(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RefusedError("no place for it")
+
+    monkeypatch.setattr(gguf_cache.gguf, "write", refuse)
+    with pytest.raises(RefusedError, match="no place for it"):
+        cache.get()
+    assert cache.verdicts == [("refused", False)]
+    assert cache.files == []
+
+
 def test_everything_that_matters_makes_another_entry(
     cache: Cache, corrections: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.get()
     cache.get(policy=Policy.protect())
-    cache.get(adapter=csulora.load_adapter(factories.save_adapter(tmp_path / "other", SHAPES, seed=5)))
+    cache.get(adapter=factories.save_adapter(tmp_path / "other", SHAPES, seed=5))
     cache.get(pack=csulora.extract(*factories.checkpoint_pair(tmp_path / "2"), rank=3))
     metadata = {"general.name": "another"}
     renamed = gguf_files.save_model(tmp_path / "2.gguf", factories.llama_weights(), metadata=metadata)
     cache.get(base=BaseModel.open(renamed))
-    monkeypatch.setattr(gguf_cache, "__version__", "next")
+    monkeypatch.setattr(gate, "__version__", "next")
     cache.get()
     assert len(corrections) == 6
 
@@ -172,16 +204,17 @@ _FILL = """
 import sys
 import csulora
 from csulora.formats.gguf_base import BaseModel
+from csulora.gate import Gate
 from csulora.hooks.gguf_cache import CorrectedCache
 
 directory, model, adapter, pack = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
-base, loaded = BaseModel.open(model), csulora.load_adapter(adapter)
+base = BaseModel.open(model)
 cache = CorrectedCache(csulora.files.Path(directory))
 for penalty in range(20):
     policy = csulora.Policy.csulora(float(penalty))
-    path = cache.corrected(loaded, base, csulora.Subspace.open(pack), policy)
+    path = cache.corrected(csulora.files.Path(adapter), base, Gate.open(pack, policy))
     csulora.load_adapter(path, model)
     print(path.name)
 """

@@ -1,5 +1,6 @@
 """The hook with the real library: what llama.cpp computes is what PEFT computes with the corrected adapter."""
 
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_a_second_load_is_a_hit(world: Path, cache: Path, monkeypatch: pytest.Mo
     def unexpected(*_: object) -> None:
         raise AssertionError("corrected again")
 
-    monkeypatch.setattr("csulora.hooks.gguf_cache.correct", unexpected)
+    monkeypatch.setattr("csulora.gate.correct", unexpected)
     with closing(hook.load(*arguments, **EXACT)) as llama:
         assert np.array_equal(gguf_zoo.evaluate(llama), first)
     assert [entry.stat().st_mtime_ns for entry in cache.iterdir()] == [written]
@@ -104,6 +105,20 @@ def test_the_cache_may_lie_elsewhere(world: Path, cache: Path, tmp_path: Path) -
     hook.load(world / "model.gguf", world / "two", world / "pack", cache=tmp_path / "mine", **EXACT).close()
     assert len(list((tmp_path / "mine").iterdir())) == 1
     assert not cache.exists()
+
+
+def test_every_load_is_in_the_log(world: Path, tmp_path: Path) -> None:
+    adapters, log = {world / "one": 1.0, world / "two": 0.5}, tmp_path / "decisions.jsonl"
+    for _ in range(2):
+        hook.load(world / "model.gguf", adapters, world / "pack", decisions=log, **EXACT).close()
+    strict = Policy.csulora(max_undo=-100.0)
+    with pytest.raises(RefusedError, match="undoes"):
+        hook.load(world / "model.gguf", world / "one", world / "pack", strict, decisions=log, **EXACT)
+    decisions = [json.loads(line) for line in log.read_text().splitlines()]
+    names = [Path(decision["adapter"]).name for decision in decisions]
+    assert names == ["one", "two", "one", "two", "one"]
+    assert [decision["verdict"] for decision in decisions] == ["corrected"] * 4 + ["refused"]
+    assert {decision["subspace_sha256"] for decision in decisions} == {csulora.Subspace.open(world / "pack").sha256}
 
 
 def test_refuses_as_everywhere(world: Path, cache: Path, tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""Where a module stands in the model, by its name: a table of layers and kinds of module."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+# model.layers.3.self_attn.q_proj: the stack `model.layers.`, layer 3, kind self_attn.q_proj.
+_LAYER = re.compile(r"(.*?\.)?(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
+_DIGITS = re.compile("[0-9]+")
+_CELL_WIDTH = 34  # pixels
+
+
+def place(module: str) -> tuple[tuple[str, int], str]:
+    """Split a module's name into its layer (stack, number) and its kind; number -1 where it is in no layer.
+
+    No two names have the same place.
+    """
+    found = _LAYER.fullmatch(module)
+    return ((found[1] or "", int(found[2])), found[3]) if found else (("", -1), module)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A kind of module: its whole name, and the last part of it where that says enough."""
+
+    kind: str
+    short: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer: its label, and its module of each kind, or None."""
+
+    label: str
+    modules: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Modules in a table."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def label_width(self) -> int:
+        """Width of the longest row label, in pixels."""
+        return min(max(_CELL_WIDTH, 7 * max((len(row.label) for row in self.rows), default=0)), 180)
+
+    @property
+    def width(self) -> int:
+        """Least width at which every number is legible, in pixels."""
+        return self.label_width + _CELL_WIDTH * len(self.columns)
+
+    @classmethod
+    def of(cls, modules: Iterable[str]) -> Self:
+        """Arrange modules by layer and kind."""
+        found = {place(module): module for module in modules}
+        layers = sorted({layer for layer, _ in found})
+        kinds = sorted({kind for _, kind in found}, key=by_number)
+        one_stack = len({stack for stack, number in layers if number >= 0}) <= 1
+        return cls(
+            columns=tuple(columns(kinds)),
+            rows=tuple(
+                Row(_label(*layer, one_stack), tuple(found.get((layer, kind)) for kind in kinds)) for layer in layers
+            ),
+        )
+
+
+def by_number(kind: str) -> tuple[str, str]:
+    """Sort key of kinds: experts.9 before experts.10."""
+    return _DIGITS.sub(lambda digits: digits[0].zfill(9), kind), kind
+
+
+def columns(kinds: Iterable[str]) -> list[Column]:
+    """Shorten the names of kinds as far as they stay apart."""
+    kinds = list(kinds)
+    lasts = Counter(kind.rpartition(".")[2] for kind in kinds)
+    return [Column(kind, last if lasts[last := kind.rpartition(".")[2]] == 1 else kind) for kind in kinds]
+
+
+def _label(stack: str, number: int, one_stack: bool) -> str:
+    if number < 0:
+        return "none"
+    return str(number) if one_stack else f"{stack}{number}"

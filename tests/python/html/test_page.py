@@ -1,0 +1,369 @@
+"""What `csulora inspect --html` writes: the report's numbers, every text escaped, nothing from elsewhere."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+import csulora
+import factories
+import html_pages
+from csulora.errors import InputError, RefusedError
+from csulora.formats import Adapter
+from csulora.html import number, percent, render
+from csulora.html.charts import Axis, round_values
+from csulora.html.layout import Layout, place
+from csulora.html.spectrum import Spectrum
+from csulora.policy import Override, Policy
+from csulora.subspace import Subspace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Q = "model.layers.0.self_attn.q_proj"
+VOID = {"meta", "wbr"}
+
+
+class Parsed(HTMLParser):
+    """All elements of a page with their attributes, all text, and whether every element is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def count(self) -> tuple[Counter[str], set[str]]:
+        """How many elements of each kind there are, the line breaks that names may have aside, and which attributes."""
+        tags = Counter(tag for tag, _ in self.elements if tag != "wbr")
+        return tags, {attribute for _, attributes in self.elements for attribute in attributes}
+
+    def titles(self) -> list[str]:
+        return [attributes["title"] or "" for _, attributes in self.elements if "title" in attributes]
+
+
+@pytest.fixture
+def pack() -> Subspace:
+    return factories.pack()
+
+
+@pytest.fixture
+def adapter() -> Adapter:
+    return factories.adapter()
+
+
+# What it says
+
+
+def test_every_figure_of_every_module_is_on_the_page(adapter: Adapter, pack: Subspace) -> None:
+    policy = Policy(overrides=(Override("q_proj", gains=(0.9, 0.1, 0.3, 0.7)),))
+    _, report = csulora.correct(adapter, pack, policy)
+    titles = Parsed(render(adapter, pack, policy)).titles()
+    for module in report.modules:
+        assert module.energies is not None
+        assert module.gains is not None
+        figures = {
+            "aligned": [module.energies["aligned"], module.gains["aligned"]],
+            "partial": [module.energies["left"] + module.energies["right"]],
+            "left": [module.gains["left"]],
+            "right": [module.gains["right"]],
+            "off": [module.energies["off"], module.gains["off"]],
+            "undo": [module.undo],
+            "change": [module.change],
+        }
+        for name, values in figures.items():
+            shown = [re.fullmatch(rf"{re.escape(module.module)}: {name} ([-+.0-9]+) %", title) for title in titles]
+            found = sorted(float(match[1]) / 100 for match in shown if match)
+            assert found == pytest.approx(sorted(values), abs=6e-4)
+
+
+def test_left_and_right_gains_share_a_map_unless_they_differ(adapter: Adapter, pack: Subspace) -> None:
+    assert "Gain of the partial part" in render(adapter, pack, Policy.csulora())
+    split = render(adapter, pack, Policy(overrides=(Override("*", gains=(1, 0.5, 0.6, 1)),)))
+    assert "Gain of the left part" in split
+    assert "Gain of the right part" in split
+    assert "Gain of the partial part" not in split
+
+
+def test_the_page_says_what_it_was_made_from(adapter: Adapter, pack: Subspace) -> None:
+    text = Parsed(render(adapter, pack, Policy(0, 3, float("inf"), rank=2, max_undo=9.0))).text
+    for fact in (
+        adapter.sha256,
+        pack.sha256,
+        "from base to aligned",
+        "aligned 0, partial 3, off inf; rank: 2; modules outside the pack: refuse; undo at most 900.0 %",
+        f"csulora {csulora.__version__}",
+    ):
+        assert fact in text
+
+
+def test_a_refusal_is_shown_with_its_reason_and_the_figures(adapter: Adapter, pack: Subspace) -> None:
+    _, report = csulora.correct(adapter, pack)
+    worst = report.worst_undo
+    assert worst is not None
+    assert worst.undo is not None
+    text = Parsed(render(adapter, pack, Policy.csulora(max_undo=worst.undo - 0.001))).text
+    assert f"The policy refuses this adapter. module {worst.module} undoes" in text
+    assert "some/adapter" not in text
+    assert "All 3 modules" in text
+    assert (
+        "The policy corrects this adapter." in Parsed(render(adapter, pack, Policy.csulora(max_undo=worst.undo))).text
+    )
+
+
+def test_modules_outside_the_pack_are_shown_as_such(pack: Subspace) -> None:
+    adapter = factories.adapter({**factories.SHAPES, "lm_head": (50, 40)})
+    page = Parsed(render(adapter, pack, Policy.csulora()))
+    assert "The policy refuses this adapter. the pack does not cover module lm_head" in page.text
+    assert "lm_head: not measured" in page.titles()
+    assert "not covered by the pack: kept" in page.text
+    dropped = Parsed(render(adapter, pack, Policy.csulora(uncovered="drop")))
+    assert "over 3 of 4 modules" in dropped.text
+    assert "not covered by the pack: dropped" in dropped.text
+
+
+def test_offenders_come_in_order_of_undo(adapter: Adapter, pack: Subspace) -> None:
+    _, report = csulora.correct(adapter, pack)
+    page = render(adapter, pack, Policy.csulora())
+    table = page[page.index("Largest offenders") : page.index("<details>")]
+    found = [name.replace("<wbr>", "") for name in re.findall(r"<code>(.*?)</code>", table)]
+    assert found == [m.module for m in sorted(report.measured, key=lambda m: -(m.undo or 0))]
+
+
+def test_another_packs_policy_and_adapter_are_refused(adapter: Adapter, pack: Subspace) -> None:
+    with pytest.raises(RefusedError, match="was tuned for the pack"):
+        render(adapter, pack, Policy.csulora(subspace_sha256="0" * 64))
+    with pytest.raises(RefusedError, match="covers none"):
+        render(factories.adapter({"model.layers.9.mlp.up_proj": (56, 40)}), pack, Policy.csulora())
+
+
+def test_the_page_is_deterministic(adapter: Adapter, pack: Subspace) -> None:
+    assert render(adapter, pack, Policy.csulora()) == render(adapter, pack, Policy.csulora())
+
+
+# The frontier
+
+
+def test_the_frontier_is_drawn_and_listed(adapter: Adapter, pack: Subspace) -> None:
+    frontier = html_pages.frontier(pack.sha256)
+    page = Parsed(render(adapter, pack, Policy.csulora(), frontier))
+    assert frontier.verdict in page.text
+    assert "1. tuned for adapter (recommended) 95 (76 to 99) 90 (70 to 97) 30.0" in page.text
+    assert "scaling x0.5 for adapter (control)" in page.text
+    marks = [attributes.get("class") for tag, attributes in page.elements if tag == "g"]
+    assert sorted(map(str, marks)) == ["mark candidate", "mark control", "mark recommended"]
+
+
+def test_a_policy_file_without_recommendation_is_marked(adapter: Adapter, pack: Subspace) -> None:
+    frontier = replace(html_pages.frontier(pack.sha256), recommended=None)
+    page = Parsed(render(adapter, pack, Policy.csulora(), frontier))
+    assert "tuned for adapter (in the policy file)" in page.text
+    assert "(recommended)" not in page.text
+
+
+def test_without_a_frontier_there_is_none(adapter: Adapter, pack: Subspace) -> None:
+    assert "Frontier" not in Parsed(render(adapter, pack, Policy.csulora())).text
+
+
+def test_a_frontier_of_another_pack_is_refused(adapter: Adapter, pack: Subspace) -> None:
+    with pytest.raises(InputError, match="measured with the pack 0000"):
+        render(adapter, pack, Policy.csulora(), html_pages.frontier("0" * 64))
+
+
+# Hostile names, and nothing from elsewhere
+
+
+@pytest.mark.parametrize("hostile", html_pages.HOSTILE_NAMES)
+def test_no_name_becomes_markup(hostile: str) -> None:
+    plain, page = html_pages.page("name"), html_pages.page(hostile)
+    expected, found = Parsed(plain), Parsed(page)
+    assert not found.open
+    assert found.count() == expected.count()
+    assert all(character.isprintable() or character == "\n" for character in page)
+    page.encode()
+
+
+def test_names_are_shown_as_they_are() -> None:
+    text = Parsed(html_pages.page("a <b>&amp;\"quoted\" 'name' {{ 7 * 7 }}")).text
+    assert text.count("a <b>&amp;\"quoted\" 'name' {{ 7 * 7 }}") > 5
+
+
+def test_the_page_refers_to_nothing(adapter: Adapter, pack: Subspace) -> None:
+    page = render(adapter, pack, Policy.csulora(), html_pages.frontier(pack.sha256))
+    parsed = Parsed(page)
+    assert not parsed.open
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & {
+        tag for tag, _ in parsed.elements
+    }
+    names = {name for _, attributes in parsed.elements for name in attributes}
+    assert not {"src", "href", "srcset", "action", "data", "xlink:href"} & names
+    assert not [name for name in names if name.startswith("on")]
+    assert not re.search(r"url\(|@import|@font-face|https?:", page)
+    policies = [a["content"] for tag, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_tables_and_drawings_can_be_read_aloud(adapter: Adapter, pack: Subspace) -> None:
+    parsed = Parsed(render(adapter, pack, Policy.csulora(), html_pages.frontier(pack.sha256)))
+    for tag, attributes in parsed.elements:
+        if tag == "th":
+            assert attributes.get("scope") in ("col", "row", "colgroup")
+        if tag == "svg":
+            assert attributes["role"] == "img"
+            assert attributes["aria-label"]
+        if attributes.get("class") == "scroll":
+            assert attributes["tabindex"] == "0"
+            assert attributes["aria-label"]
+
+
+# Its parts
+
+
+@pytest.mark.parametrize(
+    ("share", "decimals", "sign", "text"),
+    [
+        (0.4638, 1, "", "46.4 %"),
+        (0.4638, 0, "+", "+46 %"),
+        (-0.02, 0, "+", "-2 %"),
+        (-0.0004, 1, "+", "0.0 %"),
+        (0.0004, 1, "+", "0.0 %"),
+        (1.0, 0, "", "100 %"),
+        (12345.0, 0, "+", "+1e+06 %"),
+    ],
+)
+def test_percent(share: float, decimals: int, sign: str, text: str) -> None:
+    assert percent(share, decimals, sign) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.56, "0.560"), (128.4, "128"), (1.26e-6, "1.26e-06"), (0.0, "0.00")])
+def test_number(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("module", "layer", "kind"),
+    [
+        ("model.layers.3.self_attn.q_proj", ("model.layers.", 3), "self_attn.q_proj"),
+        ("model.layers.0.mlp.experts.12.gate_proj", ("model.layers.", 0), "mlp.experts.12.gate_proj"),
+        ("h.11.mlp.c_fc", ("h.", 11), "mlp.c_fc"),
+        ("0.linear", ("", 0), "linear"),
+        (".0.linear", (".", 0), "linear"),
+        ("model.layers.00.q", ("", -1), "model.layers.00.q"),
+        ("lm_head", ("", -1), "lm_head"),
+        ("model.layers." + "9" * 5000 + ".q", ("", -1), "model.layers." + "9" * 5000 + ".q"),
+    ],
+)
+def test_place(module: str, layer: tuple[str, int], kind: str) -> None:
+    assert place(module) == (layer, kind)
+
+
+def test_layers_stand_in_order_of_their_numbers() -> None:
+    layout = Layout.of([f"model.layers.{i}.mlp.up_proj" for i in (10, 9, 0)] + ["lm_head"])
+    assert [row.label for row in layout.rows] == ["none", "0", "9", "10"]
+    assert [column.short for column in layout.columns] == ["lm_head", "up_proj"]
+    assert layout.rows[0].modules == ("lm_head", None)
+
+
+def test_kinds_stand_in_order_of_their_numbers() -> None:
+    layout = Layout.of([f"layers.0.experts.{i}.up" for i in (10, 9, 0)])
+    assert [column.kind for column in layout.columns] == ["experts.0.up", "experts.9.up", "experts.10.up"]
+
+
+def test_stacks_and_kinds_that_share_a_last_name_keep_the_whole_name() -> None:
+    layout = Layout.of(["encoder.block.0.a.q", "decoder.block.0.a.q", "decoder.block.0.b.q", "decoder.block.0.b.wi"])
+    assert [row.label for row in layout.rows] == ["decoder.block.0", "encoder.block.0"]
+    assert [column.short for column in layout.columns] == ["a.q", "b.q", "wi"]
+
+
+def test_a_logarithmic_axis() -> None:
+    axis = Axis(0.01, 1.0, 100, 0, logarithmic=True)
+    assert [axis.at(value) for value in (0.01, 0.1, 1.0)] == [100, 50, 0]
+    assert [tick.label for tick in axis.ticks(round_values(0.01, 1.0))] == [
+        "0.01",
+        "0.02",
+        "0.05",
+        "0.1",
+        "0.2",
+        "0.5",
+        "1",
+    ]
+    assert round_values(1e-6, 1.0) == pytest.approx([10.0**e for e in range(-6, 1)])
+
+
+def test_the_spectrum_has_each_modules_values_and_the_noise_edge(pack: Subspace) -> None:
+    spectrum = Spectrum.of(pack)
+    assert [panel.short for panel in spectrum.panels] == ["down_proj", "up_proj", "q_proj"]
+    for panel in spectrum.panels:
+        (line,) = panel.lines
+        places = [tuple(map(float, point.split(","))) for point in line.points.split()]
+        assert len(places) == panel.ranks[0] == 6
+        assert places == sorted(places)
+        assert [y for _, y in places] == sorted(y for _, y in places)  # falling values: growing y
+        assert panel.edge is not None
+        assert panel.edge > places[-1][1]
+        assert panel.noise_edge == 0.01
+
+
+def test_a_noise_edge_far_below_does_not_flatten_the_spectrum(adapter: Adapter, pack: Subspace) -> None:
+    modules = {
+        name: replace(module, certificate=replace(module.certificate, noise_edge=1e-6)) for name, module in pack.items()
+    }
+    pack = Subspace(modules, pack.provenance)
+    spectrum = Spectrum.of(pack)
+    assert all(panel.edge is None for panel in spectrum.panels)
+    assert "noise edge 1.00e-06, far below" in render(adapter, pack, Policy.csulora())
+
+
+def test_long_spectra_are_thinned_and_keep_their_ends() -> None:
+    pack = factories.pack({"model.layers.0.mlp.up_proj": (300, 300)}, rank=256)
+    (line,) = Spectrum.of(pack).panels[0].lines
+    places = line.points.split()
+    assert 40 <= len(places) <= 50
+    assert (places[0].split(",")[0], places[-1].split(",")[0]) == ("44", "350")
+
+
+def test_modules_without_directions_have_no_line() -> None:
+    shapes = {Q: (40, 40), "model.layers.1.self_attn.q_proj": (40, 40)}
+    pack = factories.pack(shapes)
+    still = factories.pack(shapes, rank=0)
+    mixed = Subspace(
+        {Q: pack[Q], "model.layers.1.self_attn.q_proj": still["model.layers.1.self_attn.q_proj"]}, pack.provenance
+    )
+    (panel,) = Spectrum.of(mixed).panels
+    assert [bool(line.points) for line in panel.lines] == [True, False]
+    assert panel.ranks == (0, 6)
+
+
+def test_an_update_of_nothing_has_a_page(adapter: Adapter, pack: Subspace) -> None:
+    modules = {name: replace(module, b=torch.zeros_like(module.b)) for name, module in adapter.modules.items()}
+    page = Parsed(render(replace(adapter, modules=modules), pack, Policy.csulora()))
+    assert "It changes the update by 0.0 %" in page.text
+    assert f"{Q}: undo 0.00 %" in page.titles()
+
+
+def test_a_sum_has_a_page(adapter: Adapter, pack: Subspace) -> None:
+    whole = csulora.combine([adapter, replace(adapter, path=Path("some/other"))], pack, [1.0, 0.5])
+    assert "adapter + 0.5 other" in Parsed(render(whole, pack, Policy.csulora())).text

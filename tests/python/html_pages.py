@@ -1,0 +1,51 @@
+"""Pages of `csulora inspect --html` with invented content, and names that somebody might give to harm their reader."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import factories
+from csulora.frontier import Frontier, Point, Rate
+from csulora.html import render
+from csulora.policy import Policy
+from csulora.subspace import Subspace
+
+HOSTILE_NAMES = [
+    "<script>window.pwned = 1</script>",
+    "\"><img src=x onerror='window.pwned = 1'>",
+    "' onmouseover='window.pwned = 1",
+    "</title></style></table></svg><b>",
+    "<!-- ",
+    "{{ 7 * 7 }}{% raw %}",
+    "&lt;b&gt;",
+    "line\nline\ttab\x00nul\x1bescape",
+    "\N{RIGHT-TO-LEFT OVERRIDE}gnp.exe",
+    "half of a pair \udcff",
+]
+
+
+def frontier(subspace_sha256: str, name: str = "adapter") -> Frontier:
+    """A recommended policy, a candidate and a control."""
+    points = (
+        Point("csulora", "csulora (0, 1, 1)", False, Rate.of(8, 20), Rate.of(20, 20), 0.1),
+        Point("tuned", f"tuned for {name}", False, Rate.of(18, 20), Rate.of(19, 20), 0.3),
+        Point("scaling", f"scaling x0.5 for {name}", True, Rate.of(9, 20), Rate.of(8, 20), 0.5),
+    )
+    best = f"tuned for {name}"
+    return Frontier(subspace_sha256, (name,), points, best, best, f"Tuned is best for {name}.")
+
+
+def page(name: str, modules: Sequence[str] | None = None) -> str:
+    """A page on which everything is called ``name``: adapter, checkpoints, frontier and, unless given, modules."""
+    modules = modules or [name, f"layers.0.{name}", f"{name}.1.mlp"]
+    shapes = dict.fromkeys((writable(module) for module in modules), (40, 40))
+    pack = factories.pack(shapes)
+    named = Subspace(dict(pack), replace(pack.provenance, base=name, aligned=name))
+    path = Path(writable(name).replace("/", "\N{DIVISION SLASH}").replace("\0", ""))
+    refusing = Policy.csulora(max_undo=-1e9)
+    return render(replace(factories.adapter(shapes), path=path), named, refusing, frontier(named.sha256, name))
+
+
+def writable(name: str) -> str:
+    """The name in what UTF-8 can express."""
+    return name.encode(errors="replace").decode()

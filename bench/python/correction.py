@@ -47,6 +47,7 @@ class Module:
     v: Tensor
 
     def task(self) -> _core.CorrectionTask:
+        """Return what the core takes."""
         subspace = _core.Subspace(self.u, self.s, self.v)
         return _core.CorrectionTask(_core.LoraPair(self.b, self.a), subspace, _core.Penalties(*PENALTIES))
 
@@ -119,22 +120,25 @@ def check_agreement(modules: Sequence[Module]) -> float:
 def dense_seconds() -> dict[str, float]:
     """Safe LoRA's formula for all 224 modules, from one of each shape; with and without the making of C."""
     totals = {"dense": 0.0, "dense, C given": 0.0}
-    for (rows, columns), count in Counter(LLAMA_3_8B.values()).items():
-        displacement, b, a = torch.randn(rows, columns), torch.randn(rows, 16), torch.randn(16, columns)
-        projector = torch.empty(0)
-
-        def make_projector(displacement: Tensor = displacement) -> None:
-            nonlocal projector
-            projector = displacement @ displacement.t() / displacement.norm()
-
-        def apply(b: Tensor = b, a: Tensor = a) -> None:
-            projected, update = (projector @ b) @ a, b @ a
-            torch.nn.functional.cosine_similarity(projected.reshape(1, -1), update.reshape(1, -1))
-
-        making, applying = seconds(make_projector), seconds(apply)
+    for shape, count in Counter(LLAMA_3_8B.values()).items():
+        making, applying = _dense_module_seconds(*shape)
         totals["dense"] += LAYERS * count * (making + applying)
         totals["dense, C given"] += LAYERS * count * applying
     return totals
+
+
+def _dense_module_seconds(rows: int, columns: int) -> tuple[float, float]:
+    displacement, b, a = torch.randn(rows, columns), torch.randn(rows, 16), torch.randn(16, columns)
+    projectors: list[Tensor] = []
+
+    def make_projector() -> None:
+        projectors.append(displacement @ displacement.t() / displacement.norm())
+
+    def apply() -> None:
+        projected, update = (projectors[0] @ b) @ a, b @ a
+        torch.nn.functional.cosine_similarity(projected.reshape(1, -1), update.reshape(1, -1))
+
+    return seconds(make_projector), seconds(apply)
 
 
 def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[str, Any]:
@@ -171,6 +175,7 @@ def growth(points: Sequence[tuple[int, int]], repetitions: int, directory: Path)
 
 
 def main() -> None:
+    """Measure everything and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
     repetitions = parser.parse_args().repetitions

@@ -57,26 +57,31 @@ class Case:
     """A displacement, and who decomposes it how."""
 
     def __init__(self, rows: int, spectrum: str) -> None:
+        """Make the matrix from its singular vectors."""
         left, right = cosines(rows)[:, :COLUMNS], cosines(COLUMNS).flip(0)
         self.matrix = (left * SPECTRA[spectrum].float()) @ right.t()
         self.base = torch.zeros_like(self.matrix)
         self.left, self.right = left[:, :RANK].clone(), right[:, :RANK].clone()
 
     def csulora(self, tolerance: float) -> _core.Subspace:
+        """From both matrices to certified factors."""
         options = _core.ExtractOptions()
         options.rank, options.tolerance = RANK, tolerance
         return _core.extract_subspace(self.base, self.matrix, options)
 
     def svd_lowrank(self, q: int, iterations: int) -> Factors:
+        """Decompose the difference with torch."""
         u, _, v = torch.svd_lowrank(self.matrix, q=q, niter=iterations)
         return u[:, :RANK], v[:, :RANK]
 
     def randomized_svd(self, q: int, iterations: int) -> Factors:
+        """Decompose the difference with scikit-learn."""
         matrix = self.matrix.numpy()
         u, _, vt = randomized_svd(matrix, RANK, n_oversamples=q - RANK, n_iter=iterations, random_state=0)
         return torch.from_numpy(np.ascontiguousarray(u)), torch.from_numpy(np.ascontiguousarray(vt.T))
 
     def missed(self, factors: Factors) -> float:
+        """Return the share of the true subspaces that is missed, of the worse side."""
         return max(missed(self.left, factors[0]), missed(self.right, factors[1]))
 
 
@@ -90,6 +95,7 @@ def tuned(case: Case, peer: Callable[[int, int], Factors]) -> dict[str, object]:
 
 
 def tuned_csulora(case: Case) -> dict[str, object]:
+    """Return the loosest tolerance that is accurate enough."""
     for tolerance in TOLERANCES:
         found = case.csulora(tolerance)
         share = case.missed((found.u, found.v))
@@ -114,6 +120,7 @@ def operations(rows: int, passes: int) -> float:
 
 
 def main() -> None:
+    """Tune, measure and save one case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--spectrum", choices=sorted(SPECTRA), required=True)

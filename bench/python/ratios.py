@@ -14,11 +14,13 @@ from measuring import RESULTS
 
 
 def load(name: str) -> dict[str, Any] | None:
+    """Return the results of a benchmark, None if it has not run."""
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def extraction_rows() -> list[tuple[str, str]]:
+    """Return what to say of single matrices."""
     rows = []
     for file in sorted(RESULTS.glob("extraction_*_*.json")):
         results = json.loads(file.read_text())
@@ -36,6 +38,7 @@ def extraction_rows() -> list[tuple[str, str]]:
 
 
 def pair_rows() -> list[tuple[str, str]]:
+    """Return what to say of checkpoints."""
     results = load("extraction_pair")
     if results is None:
         return []
@@ -45,6 +48,7 @@ def pair_rows() -> list[tuple[str, str]]:
 
 
 def correction_rows() -> list[tuple[str, str]]:
+    """Return what to say of corrections."""
     results = load("correction")
     if results is None:
         return []
@@ -62,7 +66,7 @@ def correction_rows() -> list[tuple[str, str]]:
 
 
 def draw(file: Path) -> None:
-    """Plot time against directions and against layers, with the line through the origin's side of least squares."""
+    """Plot time against directions and against layers, with the line of least squares."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,6 +88,7 @@ def draw(file: Path) -> None:
 
 
 def main() -> None:
+    """Print the table, and draw if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, help="draw the growth of a correction's time into this file")
     arguments = parser.parse_args()

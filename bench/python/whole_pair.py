@@ -54,6 +54,7 @@ def write_pair(directory: Path, layers: int) -> list[Path]:
 
 
 def main() -> None:
+    """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=3)

@@ -16,7 +16,7 @@ from csulora.ranks import Ranks
 
 COSTS = st.dictionaries(st.text(min_size=1), st.integers(1, 1000), max_size=30)
 LAST = "model.layers.1.self_attn.v_proj"
-LIMIT = 120  # seconds: a run that takes longer hangs
+LIMIT = 600  # seconds: a run that takes longer hangs
 
 
 @given(COSTS, st.integers(1, 5))
@@ -109,7 +109,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_reason_and_the_run_resumes(
 
 
 def test_what_other_ranks_left_is_not_computed_again(
-    tmp_path: Path, models: tuple[Path, Path], run_with_fault: object, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: tuple[Path, Path], run_with_fault: object
 ) -> None:
     run_with_fault("os.kill(os.getpid(), signal.SIGKILL)", 2)
     left = len(list((tmp_path / "pack.partial").glob("*.safetensors")))

@@ -10,11 +10,14 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from csulora.errors import CsuloraError
 
 T = TypeVar("T")
 
+# The others start at the same time. If torchrun was killed meanwhile, nobody ever answers.
+_PATIENCE_TO_JOIN = timedelta(minutes=10)
 # A rank may have hours of work when another is done. Of one that dies, torchrun and the closed connections tell.
 _PATIENCE = timedelta(days=30)
 
@@ -75,7 +78,8 @@ def joined() -> Iterator[Ranks]:
         yield Ranks()
         return
     with _partners():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE_TO_JOIN))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
@@ -90,6 +94,6 @@ def _partners() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise CsuloraError(
-            f"another rank of this run ended early, and says why ({reason}); "
+            f"another rank, or torchrun, of this run ended early ({reason}); see its own message; "
             "finished modules are kept; run the same command to continue"
         ) from error

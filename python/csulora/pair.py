@@ -62,7 +62,7 @@ class CheckpointPair:
 
     def load_ahead(self, modules: Sequence[str], progress: Progress | None) -> Iterator[LoadedModule]:
         """Yield the matrices of ``modules`` in order, reading and hashing the next ones in the background."""
-        sizes = {module: self._entries(module) for module in self.modules}
+        sizes = {module: self.entries(module) for module in self.modules}
         total = sum(sizes.values())
         done = total - sum(sizes[module] for module in modules)
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -82,7 +82,8 @@ class CheckpointPair:
         if progress:
             progress("", total, total)
 
-    def _entries(self, module: str) -> int:
+    def entries(self, module: str) -> int:
+        """Return how many entries the module's matrix has."""
         rows, columns = self.aligned.weights[module].shape
         return rows * columns
 

@@ -27,7 +27,7 @@ class Parts:
             InputError: ``output`` cannot be written, or something else has the name of the directory.
         """
         check_file(output)
-        self.directory = output.with_name(f"{output.name}.partial")
+        self.directory = _directory(output)
         run, text = self.directory / _RUN_FILE, to_json(identity)
         if run.is_file():
             if run.read_bytes() == text.encode():
@@ -35,6 +35,22 @@ class Parts:
             self.remove()
         with atomic_directory(self.directory, marker=_RUN_FILE) as directory:
             (directory / _RUN_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def of_first_rank(cls, output: Path) -> Parts:
+        """Join the run that the first rank has opened beside ``output``.
+
+        Raises:
+            InputError: its directory is not seen from here.
+        """
+        parts = cls.__new__(cls)
+        parts.directory = _directory(output)
+        if not (parts.directory / _RUN_FILE).is_file():
+            raise InputError(
+                f"{parts.directory}: made by the first rank, and not seen by this one; "
+                "choose an output on a file system that all ranks share"
+            )
+        return parts
 
     def finished(self, module: str) -> bool:
         """Whether the module needs no more computing."""
@@ -65,3 +81,7 @@ class Parts:
 
     def _file(self, module: str) -> Path:
         return self.directory / f"{hashlib.sha256(module.encode()).hexdigest()}.safetensors"
+
+
+def _directory(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")

@@ -1,0 +1,175 @@
+"""Extraction of one matrix beside torch.linalg.svd, torch.svd_lowrank and scikit-learn's randomized_svd.
+
+    python bench/python/extraction.py --rows 4096 --spectrum falling [--repetitions 5] [--without-svd]
+
+The displacement has known singular vectors, and everyone is tuned to miss at most 1e-3 of the leading 64 on either
+side: the peers by oversampling and iterations, the cheapest first; csulora by its tolerance, and once more with its
+defaults. csulora's time includes the subtraction and the certificate, which the peers do without. A full SVD is timed
+once. Writes bench/results/extraction_ROWS_SPECTRUM.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from measuring import GEMM_FLOPS, gemm, interleaved, save, seconds, summary
+from sklearn.utils.extmath import randomized_svd
+from torch import Tensor
+
+from csulora.core import _core
+
+RANK = 64
+COLUMNS = 4096
+OVERSAMPLING = 16  # extraction.cpp's
+MOST_MISSED = 1e-3
+TOLERANCES = (0.3, 0.1, 0.03, 0.01, 0.003)
+DEFAULT_TOLERANCE = 1e-3
+SETTINGS = sorted(  # columns of the sketch and iterations, by what their products cost
+    ((q, iterations) for q in (80, 128, 192) for iterations in (1, 2, 3, 4, 8)),
+    key=lambda setting: setting[0] * (2 + 2 * setting[1]),
+)
+SPECTRA = {
+    "falling": torch.arange(1, COLUMNS + 1).double().rsqrt(),
+    "floor": torch.cat([torch.linspace(1, 0.2, RANK), torch.linspace(0.05, 0.005, COLUMNS - RANK)]).double(),
+}
+
+Factors = tuple[Tensor, Tensor]  # u (m, k) and v (n, k)
+
+
+def cosines(size: int) -> Tensor:
+    """Return the orthonormal matrix of the discrete cosine transform, columns as vectors."""
+    index = torch.arange(size).double()
+    matrix = torch.cos(torch.pi / size * (index[:, None] + 0.5) * index) * (2 / size) ** 0.5
+    matrix[:, 0] /= 2**0.5
+    return matrix.float()
+
+
+def missed(true: Tensor, found: Tensor) -> float:
+    """1 - |true^T found|^2 / k."""
+    basis, _ = torch.linalg.qr(found.double())
+    return 1 - float((true.double().t() @ basis).square().sum()) / true.shape[1]
+
+
+class Case:
+    """A displacement, and who decomposes it how."""
+
+    def __init__(self, rows: int, spectrum: str) -> None:
+        """Make the matrix from its singular vectors."""
+        left, right = cosines(rows)[:, :COLUMNS], cosines(COLUMNS).flip(0)
+        self.matrix = (left * SPECTRA[spectrum].float()) @ right.t()
+        self.base = torch.zeros_like(self.matrix)
+        self.left, self.right = left[:, :RANK].clone(), right[:, :RANK].clone()
+
+    def csulora(self, tolerance: float) -> _core.Subspace:
+        """From both matrices to certified factors."""
+        options = _core.ExtractOptions()
+        options.rank, options.tolerance = RANK, tolerance
+        return _core.extract_subspace(self.base, self.matrix, options)
+
+    def svd_lowrank(self, q: int, iterations: int) -> Factors:
+        """Decompose the difference with torch."""
+        u, _, v = torch.svd_lowrank(self.matrix, q=q, niter=iterations)
+        return u[:, :RANK], v[:, :RANK]
+
+    def randomized_svd(self, q: int, iterations: int) -> Factors:
+        """Decompose the difference with scikit-learn."""
+        matrix = self.matrix.numpy()
+        u, _, vt = randomized_svd(matrix, RANK, n_oversamples=q - RANK, n_iter=iterations, random_state=0)
+        return torch.from_numpy(np.ascontiguousarray(u)), torch.from_numpy(np.ascontiguousarray(vt.T))
+
+    def missed(self, factors: Factors) -> float:
+        """Return the share of the true subspaces that is missed, of the worse side."""
+        return max(missed(self.left, factors[0]), missed(self.right, factors[1]))
+
+
+def tuned(case: Case, peer: Callable[[int, int], Factors]) -> dict[str, object]:
+    """Return the cheapest setting that is accurate enough; fail if there is none."""
+    for q, iterations in SETTINGS:
+        share = case.missed(peer(q, iterations))
+        if share <= MOST_MISSED:
+            return {"q": q, "iterations": iterations, "missed": share}
+    raise SystemExit(f"{peer.__name__} does not reach a missed share of {MOST_MISSED}")
+
+
+def tuned_csulora(case: Case) -> dict[str, object]:
+    """Return the loosest tolerance that is accurate enough."""
+    for tolerance in TOLERANCES:
+        found = case.csulora(tolerance)
+        share = case.missed((found.u, found.v))
+        if share <= MOST_MISSED:
+            return {"tolerance": tolerance, "missed": share, "passes": found.certificate.passes}
+    raise SystemExit(f"csulora does not reach a missed share of {MOST_MISSED}")
+
+
+def operations(rows: int, passes: int) -> float:
+    """Operations of csulora's matrix products, those in float64 counted once."""
+    block, blocks = RANK + OVERSAMPLING, (passes - 1) // 2
+    products = passes * 2 * rows * COLUMNS * block
+    sweeps = sum(
+        4 * length * block * (block * (index > 0) + block * index)  # against the last block and against all
+        + 2 * 4 * length * block**2  # Gram matrix and triangle, twice
+        for length, count in ((rows, blocks), (COLUMNS, blocks + 1))
+        for index in range(count)
+    )
+    combination = 2 * (rows + COLUMNS) * block * blocks * RANK
+    certificate = 4 * rows * COLUMNS * RANK
+    return products + sweeps + combination + certificate
+
+
+def main() -> None:
+    """Tune, measure and save one case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--spectrum", choices=sorted(SPECTRA), required=True)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--without-svd", action="store_true")
+    arguments = parser.parse_args()
+    case = Case(arguments.rows, arguments.spectrum)
+    ours = tuned_csulora(case)
+    default = case.csulora(DEFAULT_TOLERANCE)
+    lowrank, sklearn = tuned(case, case.svd_lowrank), tuned(case, case.randomized_svd)
+    settings = {
+        "csulora": ours,
+        "csulora, defaults": {
+            "tolerance": DEFAULT_TOLERANCE,
+            "missed": case.missed((default.u, default.v)),
+            "passes": default.certificate.passes,
+        },
+        "svd_lowrank": lowrank,
+        "randomized_svd": sklearn,
+    }
+    times = interleaved(
+        {
+            "gemm": gemm(),
+            "csulora": lambda: case.csulora(ours["tolerance"]),
+            "csulora, defaults": lambda: case.csulora(DEFAULT_TOLERANCE),
+            "svd_lowrank": lambda: case.svd_lowrank(lowrank["q"], lowrank["iterations"]),
+            "randomized_svd": lambda: case.randomized_svd(sklearn["q"], sklearn["iterations"]),
+        },
+        arguments.repetitions,
+    )
+    if not arguments.without_svd:
+        times["svd"] = summary([seconds(lambda: torch.linalg.svd(case.matrix, full_matrices=False))])
+    rate = GEMM_FLOPS / times["gemm"]["median"]
+    shares = {
+        name: operations(arguments.rows, settings[name]["passes"]) / times[name]["median"] / rate
+        for name in ("csulora", "csulora, defaults")
+    }
+    results = {
+        "rows": arguments.rows,
+        "columns": COLUMNS,
+        "rank": RANK,
+        "spectrum": arguments.spectrum,
+        "settings": settings,
+        "seconds": times,
+        "gemm_flops_per_second": rate,
+        "share_of_gemm_rate": shares,
+    }
+    save(f"extraction_{arguments.rows}_{arguments.spectrum}", results)
+
+
+if __name__ == "__main__":
+    main()

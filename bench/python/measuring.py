@@ -1,0 +1,86 @@
+"""What the benchmarks share: interleaved medians, the rates of the machine, the record of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+LLAMA_3_8B = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Time one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, dict[str, Any]]:
+    """Call all in turn, once unmeasured and then ``repetitions`` times; the median, least and number for each."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        for name, run in runs.items():
+            elapsed = seconds(run)
+            if repetition:
+                times[name].append(elapsed)
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Describe repeated times in seconds."""
+    return {"median": statistics.median(values), "least": min(values), "repetitions": len(values)}
+
+
+def gemm() -> Callable[[], object]:
+    """Return a large square float32 product, `GEMM_FLOPS` operations."""
+    left, right = torch.randn(2, 4096, 4096)
+    return lambda: left @ right
+
+
+GEMM_FLOPS = 2 * 4096**3
+
+
+def read_files(*files: Path) -> None:
+    """Read files once, from the page cache if they lie there."""
+    buffer = bytearray(16 << 20)
+    for file in files:
+        with open(file, "rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    """Write ``bench/results/NAME.json`` with where it was measured."""
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    machine = {
+        "cpu": cpu.partition(":")[2].strip(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in ("csulora", "torch", "numpy", "scikit-learn")},
+        "commit": commit.stdout.strip(),
+        "load_average": os.getloadavg(),
+    }
+    document = {"machine": machine} | results
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")

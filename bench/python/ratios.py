@@ -1,0 +1,102 @@
+"""Print the ratios that bench/results holds, and draw how a correction's time grows.
+
+python bench/python/ratios.py [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from measuring import RESULTS
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """Return the results of a benchmark, None if it has not run."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def extraction_rows() -> list[tuple[str, str]]:
+    """Return what to say of single matrices."""
+    rows = []
+    for file in sorted(RESULTS.glob("extraction_*_*.json")):
+        results = json.loads(file.read_text())
+        what = f"extraction, {results['rows']} x {results['columns']}, k 64, {results['spectrum']}"
+        for ours in ("csulora", "csulora, defaults"):
+            median = results["seconds"][ours]["median"]
+            ratios = ", ".join(
+                f"{results['seconds'][peer]['median'] / median:.1f}x {peer}"
+                for peer in ("svd", "svd_lowrank", "randomized_svd")
+                if peer in results["seconds"]
+            )
+            share = results["share_of_gemm_rate"][ours]
+            rows.append((f"{what}, {ours}", f"{median:.2f} s: {ratios}; {share:.0%} of the GEMM rate"))
+    return rows
+
+
+def pair_rows() -> list[tuple[str, str]]:
+    """Return what to say of checkpoints."""
+    results = load("extraction_pair")
+    if results is None:
+        return []
+    what = f"extraction of {results['layers']} layers of Llama-3-8B's shape from disk"
+    median = results["seconds"]["extract"]["median"]
+    return [(what, f"{median:.1f} s: {results['multiple_of_floor']:.2f} times the floor")]
+
+
+def correction_rows() -> list[tuple[str, str]]:
+    """Return what to say of corrections."""
+    results = load("correction")
+    if results is None:
+        return []
+    rows = []
+    for case in results["cases"]:
+        medians = {name: times["median"] for name, times in case["seconds"].items()}
+        ours = medians.pop("csulora")
+        ratios = [f"{medians[name] / ours:.1f}x {name} PyTorch" for name in ("eager float32", "eager float64")]
+        if case["rank"] == 16:
+            ratios += [f"{seconds / ours:.0f}x {name}" for name, seconds in results["dense_seconds"].items()]
+        ratios.append(f"{ours / medians['read']:.1f} times reading the files")
+        what = f"correction of {results['modules']} modules, r {case['rank']}, k {case['directions']}"
+        rows.append((what, f"{ours:.3f} s: {', '.join(ratios)}"))
+    return rows
+
+
+def draw(file: Path) -> None:
+    """Plot time against directions and against layers, with the line of least squares."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    results = load("correction")
+    if results is None:
+        raise SystemExit("bench/results/correction.json is missing; run bench/python/correction.py")
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axis, (key, series) in zip(axes, (("directions", "by_directions"), ("layers", "by_layers")), strict=True):
+        x = np.array([point[key] for point in results[series]])
+        y = np.array([point["seconds"]["median"] for point in results[series]])
+        slope, intercept = np.polyfit(x, y, 1)
+        axis.plot(x, y, "o", x, slope * x + intercept, "-")
+        axis.set(xlabel=key, ylabel="seconds", ylim=(0, None), xlim=(0, None))
+    figure.suptitle("Correction, r 16: 8 layers (left), 64 directions (right)")
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    """Print the table, and draw if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", type=Path, help="draw the growth of a correction's time into this file")
+    arguments = parser.parse_args()
+    for what, figures in (*extraction_rows(), *pair_rows(), *correction_rows()):
+        print(f"| {what} | {figures} |")
+    if arguments.plot:
+        draw(arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,8 +16,6 @@ using at::indexing::Slice;
 /// How well the first unwanted Ritz value must have converged. A Ritz value errs by the square of its residual, so
 /// this leaves well under a percent.
 constexpr double kNextTolerance = 0.1;
-/// The same as a share of the gap to it: where the gap is wide, it is known well enough much sooner.
-constexpr double kNextToleranceOfGap = 0.25;
 /// Blocks between two looks at the Ritz values, as a share of those there are: looking costs as much as adding them.
 constexpr double kStride = 0.25;
 
@@ -131,10 +129,8 @@ Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
 bool converged(const Ritz& ritz, int64_t count, double tolerance) {
   const auto& [values, left, residuals] = ritz;
   const double next_residual = residuals[count].item<double>();
-  const double next = values[count].item<double>();
-  const double gap = count > 0 ? values[count - 1].item<double>() - next : 0;
-  const double next_allowed =
-      std::max({kNextTolerance * next, kNextToleranceOfGap * gap, 2 * kResolution * values[0].item<double>()});
+  const double next_allowed = std::max(kNextTolerance * values[count].item<double>(),  //
+                                       2 * kResolution * values[0].item<double>());
   return next_residual <= next_allowed &&
          residuals.narrow(0, 0, count).le(values.narrow(0, 0, count) * tolerance).all().item<bool>();
 }

@@ -63,8 +63,8 @@ struct CorrectionTask {
 /// The closest safe update X = sum_c g_c dW_c (CSULoRA, arXiv 2605.30640), computed in factor space.
 ///
 /// Nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v. Products of tall matrices
-/// are in float32, or in float64 where the estimate of the float32 error exceeds 5e-6 of |X|: little is kept of much, or
-/// most of the update cancels. The result does not depend on the number of threads.
+/// are in float32, or in float64 where the estimate of the float32 error exceeds 5e-6 of |X|: little is kept of much,
+/// or most of the update cancels. The result does not depend on the number of threads.
 ///
 /// @throws InputError for shapes, dtypes, devices, gains, penalties or values (NaN, infinity, overflow) that
 ///         cannot be used; the message names `task.label`

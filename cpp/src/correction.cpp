@@ -116,6 +116,11 @@ bool accurate_in_float(const SplitFactor& b, const SplitFactor& a, const Gains& 
          kTolerance * kTolerance * kept2(norms2.aligned, norms2.left, norms2.right, norms2.off);
 }
 
+/// Whether float32 holds a scale as well as it holds other numbers; it has few digits for those near 2^-149.
+bool fits_float(double scale) {
+  return std::abs(static_cast<float>(scale) - scale) <= kFloatRounding * std::abs(scale);
+}
+
 /// X = [B_in, B_out] M [A_in, A_out]^T with M = [[aligned, left], [right, off]], or its best approximation of rank
 /// `rank`, from the singular values W S Z^T of its core R_B M R_A^T, where R are the roots of the columns:
 ///
@@ -236,7 +241,7 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   thread_local Tensor b_memory = at::empty({0}, at::kFloat), a_memory = at::empty({0}, at::kFloat);
   auto update = measure(task, split_in_float(pair.b, pair.scale, subspace.u, b_memory),
                         split_in_float(pair.a.t(), 1, subspace.v, a_memory));
-  if (!accurate_in_float(update.b, update.a, update.result.gains, update.norms2)) {
+  if (!fits_float(pair.scale) || !accurate_in_float(update.b, update.a, update.result.gains, update.norms2)) {
     update = measure(task, split_in_double(pair.b, pair.scale, subspace.u), split_in_double(pair.a.t(), 1, subspace.v));
   }
   auto& result = update.result;

@@ -56,7 +56,10 @@ def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list
     """Write a pack and an adapter, and map them again."""
     generator = torch.Generator().manual_seed(0)
     sizes = sorted({size for shape in LLAMA_3_8B.values() for size in shape})
-    bases = {size: torch.linalg.qr(torch.randn(size, directions, generator=generator))[0].half() for size in sizes}
+    bases = {
+        size: torch.linalg.qr(torch.randn(size, directions, generator=generator))[0].half().contiguous()
+        for size in sizes
+    }
     pack, adapter = {}, {}
     for layer in range(layers):
         for name, (rows, columns) in LLAMA_3_8B.items():

@@ -125,8 +125,7 @@ def _report(
     modules = []
     for name, module in adapter.modules.items():
         if name in corrected:
-            alignment_norm = float(pack[covered[name]].s.double().norm())
-            modules.append(ModuleReport.corrected(name, module.rank, alignment_norm, corrected[name]))
+            modules.append(ModuleReport.corrected(name, module.rank, pack[covered[name]].norm, corrected[name]))
         elif policy.uncovered == "keep":
             modules.append(ModuleReport(name, "kept", module.rank, module.rank))
         else:

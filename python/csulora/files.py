@@ -130,10 +130,14 @@ def workplace(path: Path) -> Iterator[Path]:
 def remove_abandoned(directory: Path, name: str | None = None) -> None:
     """Remove the workplaces for ``name``, or for whatever name, that no running process owns."""
     pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}{_WORKPLACE_SUFFIX}")
-    for place in directory.glob(".*"):  # nothing, where the directory is gone
-        if pattern.fullmatch(place.name) and not place.is_symlink():
-            with suppress(OSError), _locked(place):  # fails if it is owned, gone, or another user's
-                shutil.rmtree(place, ignore_errors=True)
+    try:
+        with os.scandir(directory) as entries:
+            places = [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name) and not entry.is_symlink()]
+    except FileNotFoundError:
+        return
+    for place in places:
+        with suppress(OSError), _locked(place):  # fails if it is owned, gone, or another user's
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _own_workplace(path: Path, owned: ExitStack) -> Path:

@@ -120,6 +120,11 @@ class ModuleSubspace:
         """Shape (out, in) of the weight matrix."""
         return self.u.shape[0], self.v.shape[0]
 
+    @cached_property
+    def norm(self) -> float:
+        """|S|: the norm of the displacement inside the subspace."""
+        return float(self.s.double().norm())
+
 
 @dataclass(frozen=True)
 class Provenance:

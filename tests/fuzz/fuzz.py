@@ -36,6 +36,7 @@ WORDS = {
     "policy": ["penalties", "gains", "match", "inf", "nan", "exact", "uncovered", "max_undo", "subspace_sha256"],
     "safetensors": ["F16", "BF16", "F8_E4M3", "F4", "lora_embedding_A", "data_offsets", "__metadata__"],
     "pack": ["csulora", "certificate", "aliases", "fingerprints", "format", "base_sha256", "BF16"],
+    "prompts": ["messages", "role", "content", "prompt", "system", "user", "assistant"],
 }
 
 

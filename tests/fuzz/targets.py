@@ -8,6 +8,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from csulora.errors import CsuloraError
 from csulora.formats import Adapter, peft
 from csulora.formats.peft_config import CONFIG_FILE
 from csulora.gate import Gate
+from csulora.tuning import probes
 
 _MOST_DATA = 1 << 16  # bytes that a structured input may ask for behind its header
 
@@ -101,8 +103,15 @@ def policy(data: bytes) -> None:
     _finish(csulora.load_adapter(_adapter()), _pack(), found)
 
 
+def prompts(data: bytes) -> None:
+    """The bytes of a file of prompts."""
+    found = probes.read(_write("prompts.txt", data))
+    lines = [json.dumps({"messages": [asdict(message) for message in chat]}) for chat in found]
+    assert probes.read(_write("again.jsonl", "\n".join(lines).encode())) == found
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (adapter_config, safetensors, gguf, pack, policy)
+    target.__name__: target for target in (adapter_config, safetensors, gguf, pack, policy, prompts)
 }
 
 
@@ -163,6 +172,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
         "gguf": {"qwen2": _gguf_lora("qwen2"), "llama": _gguf_lora("llama")},
         "pack": {"header": _header(_small_pack()), "file": _small_pack()},
         "policy": {name: (_directory() / f"{name}.toml").read_bytes() for name in ("project", "tuned")},
+        "prompts": _prompts(),
     }
 
 
@@ -195,6 +205,17 @@ def _patterned() -> bytes:
         "bias": "none",
     }
     return json.dumps(settings).encode()
+
+
+def _prompts() -> dict[str, bytes]:
+    questions = [f"How is number {number} made?" for number in range(probes.FEWEST)]
+    turns = [[("user", "Hello."), ("assistant", "Hello!"), ("user", question)] for question in questions]
+    chats = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in turns]
+    return {
+        "text": "\n".join(questions).encode(),
+        "prompts": "\n".join(json.dumps({"prompt": question}) for question in questions).encode(),
+        "chats": "\n".join(map(json.dumps, chats)).encode(),
+    }
 
 
 def _gguf_lora(architecture: str) -> bytes:

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "check.h"
 #include "factors.h"
 #include "split.h"
+#include "truncation.h"
 #include "workers.h"
 
 namespace csulora {
@@ -19,8 +21,8 @@ using at::Tensor;
 
 /// Squared Frobenius norms of the four parts.
 Parts part_norms2(const SplitFactor& b, const SplitFactor& a) {
-  const auto b_gram = b.gram.accessor<double, 2>(), a_gram = a.gram.accessor<double, 2>();
-  const int64_t r = b.gram.size(0) / 2;
+  const auto &b_gram = b.gram, &a_gram = a.gram;
+  const int64_t r = b_gram.rows() / 2;
   const auto norm2 = [&](int64_t b_part, int64_t a_part) {  // 0 inside, r outside: |B A^T|^2 = <B^T B, A^T A>
     double sum = 0;
     for (int64_t i = 0; i < r; ++i) {
@@ -34,13 +36,16 @@ Parts part_norms2(const SplitFactor& b, const SplitFactor& a) {
 }
 
 double undo(const SplitFactor& b, const SplitFactor& a, const Tensor& singular_values) {
-  const auto s = singular_values.to(at::kDouble);
-  const double alignment2 = s.square().sum().item<double>();
-  if (alignment2 == 0) {
-    return 0;
+  const auto s = singular_values.to(at::kDouble).contiguous();
+  const double* const values = s.const_data_ptr<double>();
+  const int64_t k = s.size(0), r = b.coordinates.columns();
+  double overlap = 0, alignment2 = 0;  // <dW, U S V^T> and |S|^2
+  for (int64_t i = 0; i < k; ++i) {
+    const double* const left = b.coordinates[i];
+    overlap += values[i] * std::inner_product(left, left + r, a.coordinates[i], 0.0);
+    alignment2 += values[i] * values[i];
   }
-  const auto diagonal = b.coordinates.mul(a.coordinates).sum(1);  // (k)
-  return -s.mul(diagonal).sum().item<double>() / alignment2;
+  return alignment2 == 0 ? 0 : -overlap / alignment2;
 }
 
 double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
@@ -85,19 +90,13 @@ LoraPair stored(const Tensor& b, const Tensor& a, const CorrectionTask& task) {
   return {round(b, task.pair.b), round(a, task.pair.a)};
 }
 
-struct Truncated {
-  Tensor b;  // (m, rank) float32 or float64
-  Tensor a;  // (rank, n)
-  double lost = 0;
-};
-
 /// Whether float32 splits are good enough for what the gains keep: the errors of b's columns times the parts of a's,
 /// and the other way round, are small beside |X|. They are not where little is kept of much, or much cancels.
 bool accurate_in_float(const SplitFactor& b, const SplitFactor& a, const Gains& gains, const Parts& norms2) {
   constexpr double kTolerance = 5e-6;
   constexpr double kNormal2 = 0x1p-252;  // below 2^-126 digits end
-  const auto b_gram = b.gram.accessor<double, 2>(), a_gram = a.gram.accessor<double, 2>();
-  const int64_t r = b.gram.size(0) / 2;
+  const auto &b_gram = b.gram, &a_gram = a.gram;
+  const int64_t r = b_gram.rows() / 2;
   const auto error2 = [&](int64_t b_part, int64_t a_part) {
     double sum = 0;
     for (int64_t i = 0; i < r; ++i) {
@@ -119,38 +118,6 @@ bool accurate_in_float(const SplitFactor& b, const SplitFactor& a, const Gains& 
 /// Whether float32 holds a scale as well as it holds other numbers; it has few digits for those near 2^-149.
 bool fits_float(double scale) {
   return std::abs(static_cast<float>(scale) - scale) <= kFloatRounding * std::abs(scale);
-}
-
-/// X = [B_in, B_out] M [A_in, A_out]^T with M = [[aligned, left], [right, off]], or its best approximation of rank
-/// `rank`, from the singular values W S Z^T of its core R_B M R_A^T, where R are the roots of the columns:
-///
-///     B' = [B_in, B_out] M R_A^T Z S^-1/2,    A' = S^-1/2 W^T R_B M [A_in, A_out]^T.
-///
-/// No root is inverted, so dependent columns do no harm. The factors share each singular value, so that rounding them
-/// costs what rounding X would.
-Truncated truncated_pair(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
-  const auto weights = at::tensor({gains.aligned, gains.left, gains.right, gains.off}, at::kDouble).view({2, 2});
-  const auto mixed = [](const Tensor& root, const Tensor& by) {  // (j, 2r): each pair of columns inside and outside
-    return by.t().matmul(root.reshape({root.size(0), 2, -1})).reshape_as(root);
-  };
-  const auto from_b = mixed(b.root, weights);      // R_B M
-  const auto from_a = mixed(a.root, weights.t());  // R_A M^T
-  const auto [left, values, right] = at::linalg_svd(from_b.matmul(a.root.t()), false);
-
-  const auto energies = values.square();
-  const double total = energies.sum().item<double>();
-  const int64_t count = std::min(rank, values.size(0));  // fewer than `rank` where that exceeds a side of the matrix
-  const double dropped = energies.narrow(0, count, values.size(0) - count).sum().item<double>();
-  const auto kept = values.narrow(0, 0, count);
-  const double rounding = b.columns.scalar_type() == at::kDouble ? kDoubleRounding : kFloatRounding;
-  const auto inverse_shared = at::where(kept > rounding * std::sqrt(total), kept.rsqrt(), 0.0);
-  const auto mixture = [&](const Tensor& weights, const Tensor& vectors) {
-    const auto padded = at::constant_pad_nd(vectors.narrow(1, 0, count).mul(inverse_shared), {0, rank - count});
-    return weights.t().matmul(padded).to(b.columns.scalar_type());  // (2r, rank)
-  };
-  const auto x_b = b.columns.matmul(mixture(from_a, right.t()));
-  const auto x_a = mixture(from_b, left).t().matmul(a.columns.t());
-  return {x_b, x_a, total == 0 ? 0 : dropped / total};
 }
 
 void check_share(double value, const char* part, const std::string& label) {
@@ -253,7 +220,7 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   if (keep_everything(result.gains) && rank == r) {
     result.pair = stored(task.pair.b.to(at::kDouble).mul(task.pair.scale), task.pair.a, task);
   } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
-    const auto truncated = truncated_pair(update.b, update.a, result.gains, rank);
+    const auto truncated = truncated_update(update.b, update.a, result.gains, rank);
     result.pair = stored(truncated.b, truncated.a, task);
     result.lost = truncated.lost;
   }

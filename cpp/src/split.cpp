@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <utility>
+#include <vector>
 
 #include "tall_products.h"
 
@@ -17,20 +20,88 @@ constexpr int64_t kRows = 1024;
 
 /// root^T root = gram, from the Gram of the columns scaled to length 1, so that short columns keep their digits. By
 /// eigenvalues where Cholesky's factor would say nothing of columns that depend on others. NaN if `gram` is not finite.
-Tensor root_of(const Tensor& gram) {
+SmallMatrix root_of(const SmallMatrix& gram) {
   constexpr double kIndependent = 1e-6;
-  if (!std::isfinite(gram.sum().item<double>())) {
-    return at::full_like(gram, NAN);
+  const int64_t n = gram.rows();
+  if (!std::all_of(gram[0], gram[n], [](double entry) { return std::isfinite(entry); })) {
+    SmallMatrix unknown(n, n);
+    std::fill(unknown[0], unknown[n], NAN);
+    return unknown;
   }
-  const auto lengths = gram.diagonal().clamp_min(0).sqrt();
-  const auto inverse = at::where(lengths > 0, lengths.reciprocal(), lengths);
-  const auto scaled = gram.mul(inverse).mul_(inverse.unsqueeze(1));
+  std::vector<double> lengths(n);
+  for (int64_t i = 0; i < n; ++i) {
+    lengths[i] = std::sqrt(std::max(gram[i][i], 0.0));
+  }
+  auto scaled = at::zeros({n, n}, at::kDouble);
+  auto entries = scaled.accessor<double, 2>();
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      entries[i][j] = lengths[i] > 0 && lengths[j] > 0 ? gram[i][j] / (lengths[i] * lengths[j]) : 0;
+    }
+  }
+  const auto with_lengths = [&](SmallMatrix root) {
+    for (int64_t i = 0; i < root.rows(); ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        root[i][j] *= lengths[j];
+      }
+    }
+    return root;
+  };
   const auto [lower, failed] = at::linalg_cholesky_ex(scaled);
   if (failed.item<int>() == 0 && lower.diagonal().min().item<double>() > kIndependent) {
-    return lower.t().mul(lengths);
+    return with_lengths(SmallMatrix(lower.t()));
   }
   const auto [values, vectors] = at::linalg_eigh(scaled);
-  return vectors.t().mul(values.clamp_min(0).sqrt_().unsqueeze(1)).mul_(lengths);
+  return with_lengths(SmallMatrix(vectors.t().mul(values.clamp_min(0).sqrt_().unsqueeze(1))));
+}
+
+/// Copies a block of rows in float32, whatever the strides, to rows of `stride` entries.
+void read_rows(const Tensor& rows, double scale, int64_t stride, float* target) {
+  const auto single = rows.to(at::kFloat);
+  const float* const entries = single.const_data_ptr<float>();
+  const auto factor = static_cast<float>(scale);
+  const int64_t row_step = single.stride(0), column_step = single.stride(1);
+  for (int64_t i = 0; i < single.size(0); ++i) {
+    for (int64_t j = 0; j < single.size(1); ++j) {
+      target[i * stride + j] = factor * entries[i * row_step + j * column_step];
+    }
+  }
+}
+
+/// Reads blocks of rows of a basis (m, k) as float32, each row padded to `directions` entries by zeros.
+class BasisBlocks {
+ public:
+  BasisBlocks(const Tensor& basis, int64_t directions)
+      : basis_(basis), block_(at::zeros({tall::padded(std::min(basis.size(0), kRows), tall::kRowStep), directions})) {}
+
+  /// Reads the block that begins at a row; returns the number of its rows, padded.
+  int64_t read(int64_t row) {
+    const int64_t count = std::min(kRows, basis_.size(0) - row);
+    block_.narrow(0, 0, count).narrow(1, 0, basis_.size(1)).copy_(basis_.narrow(0, row, count));
+    const int64_t padded = tall::padded(count, tall::kRowStep);
+    if (padded > count) {
+      block_.narrow(0, count, padded - count).zero_();
+    }
+    return padded;
+  }
+
+  const float* data() const { return block_.const_data_ptr<float>(); }
+
+ private:
+  const Tensor& basis_;
+  Tensor block_;
+};
+
+/// The Gram matrix of [inside, outside], each padded to `width` columns, less the padding, from its lower triangle.
+SmallMatrix without_padding(const SmallMatrix& lower, int64_t width, int64_t r) {
+  SmallMatrix gram(2 * r, 2 * r);
+  const auto padded = [&](int64_t column) { return column < r ? column : column - r + width; };
+  for (int64_t i = 0; i < 2 * r; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      gram[i][j] = gram[j][i] = lower[padded(i)][padded(j)];
+    }
+  }
+  return gram;
 }
 
 }  // namespace
@@ -45,51 +116,38 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
   if (memory.numel() < rows * 2 * width) {
     memory.resize_({rows * 2 * width});
   }
-  auto columns = memory.narrow(0, 0, rows * 2 * width).view({rows, 2, width});
+  const auto columns = memory.narrow(0, 0, rows * 2 * width).view({rows, 2, width});
   if (width > r || rows > m) {
     columns.zero_();
   }
-  auto scaled = columns.select(1, 1).narrow(1, 0, r);  // where the outside will be
-  const auto block = at::zeros({std::min(rows, kRows), directions}, at::kFloat);
-  const auto read = [&](int64_t row) {  // a block of the basis; the last one ends in zeros
-    const int64_t count = std::min(kRows, m - row);
-    block.narrow(0, 0, count).narrow(1, 0, k).copy_(basis.narrow(0, row, count));
-    const int64_t padded = tall::padded(count, tall::kRowStep);
-    if (padded > count) {
-      block.narrow(0, count, padded - count).zero_();
-    }
-    return padded;
-  };
+  float* const split = columns.mutable_data_ptr<float>();
+  BasisBlocks blocks(basis, directions);
 
-  const auto part = at::empty({directions, width}, at::kFloat);
-  const auto sum = at::zeros({directions, width}, at::kDouble);
+  std::vector<float> part(directions * width);
+  std::vector<double> sum(directions * width);
   for (int64_t row = 0; row < m; row += kRows) {
-    const int64_t count = read(row);
-    const int64_t given = std::min(kRows, m - row);
-    auto target = scaled.narrow(0, row, given);
-    target.copy_(factor.narrow(0, row, given).to(at::kFloat).contiguous());  // in one step, a transpose takes longer
-    if (scale != 1) {
-      target.mul_(scale);
-    }
-    tall::project(block.data_ptr<float>(), count, directions, columns.data_ptr<float>() + (2 * row + 1) * width, width,
-                  2 * width, part.data_ptr<float>());
-    sum.add_(part);
+    const int64_t count = blocks.read(row);
+    float* const outside = split + (2 * row + 1) * width;
+    read_rows(factor.narrow(0, row, std::min(kRows, m - row)), scale, 2 * width, outside);
+    tall::project(blocks.data(), count, directions, outside, width, 2 * width, part.data());
+    std::transform(part.begin(), part.end(), sum.begin(), sum.begin(), std::plus<double>());
   }
 
-  const auto rounded = sum.to(at::kFloat);
-  const auto gram = at::zeros({2 * width, 2 * width}, at::kDouble);
+  const std::vector<float> rounded(sum.begin(), sum.end());
+  SmallMatrix gram(2 * width, 2 * width);
   for (int64_t row = 0; row < m; row += kRows) {
-    const int64_t count = read(row);
-    float* const split = columns.data_ptr<float>() + 2 * row * width;
-    tall::split(block.data_ptr<float>(), count, directions, rounded.data_ptr<float>(), width, split);
-    tall::add_gram(split, count, 2 * width, gram.data_ptr<double>());
+    const int64_t count = blocks.read(row);
+    tall::split(blocks.data(), count, directions, rounded.data(), width, split + 2 * row * width);
+    tall::add_gram(split + 2 * row * width, count, 2 * width, gram[0]);
   }
-  const auto without_padding = [&](const Tensor& padded) {
-    return padded.view({-1, 2, width}).narrow(2, 0, r).reshape({-1, 2 * r});
-  };
-  const auto whole = gram.tril().add_(gram.tril(-1).t());
-  const auto inner = without_padding(without_padding(whole).t().contiguous());
-  return {sum.narrow(0, 0, k).narrow(1, 0, r), without_padding(columns.narrow(0, 0, m)), inner, root_of(inner)};
+  SmallMatrix coordinates(k, r);
+  for (int64_t i = 0; i < k; ++i) {
+    std::copy_n(sum.begin() + i * width, r, coordinates[i]);
+  }
+  auto inner = without_padding(gram, width, r);
+  auto root = root_of(inner);
+  return {std::move(coordinates), columns.narrow(0, 0, m).narrow(2, 0, r).reshape({m, 2 * r}), std::move(inner),
+          std::move(root)};
 }
 
 SplitFactor split_in_double(const Tensor& factor, double scale, const Tensor& basis) {
@@ -99,7 +157,7 @@ SplitFactor split_in_double(const Tensor& factor, double scale, const Tensor& ba
   const auto inside = directions.matmul(coordinates);
   const auto columns = at::cat({inside, scaled - inside}, 1);
   const auto root = std::get<1>(at::linalg_qr(columns, "r"));
-  return {coordinates, columns, root.t().matmul(root), root};
+  return {SmallMatrix(coordinates), columns, SmallMatrix(root.t().matmul(root)), SmallMatrix(root)};
 }
 
 }  // namespace csulora

@@ -2,15 +2,17 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "small_matrix.h"
+
 namespace csulora {
 
 /// One factor F (m, r) of an update, split at its side's subspace: columns = [inside, outside], where
 /// inside = basis basis^T F and inside + outside = F.
 struct SplitFactor {
-  at::Tensor coordinates;  ///< (k, r) float64 basis^T F
-  at::Tensor columns;      ///< (m, 2r) float32 or float64
-  at::Tensor gram;         ///< (2r, 2r) float64 columns^T columns
-  at::Tensor root;         ///< (j, 2r) float64 with root^T root = gram
+  SmallMatrix coordinates;  ///< (k, r) basis^T F
+  at::Tensor columns;       ///< (m, 2r) float32 or float64
+  SmallMatrix gram;         ///< (2r, 2r) columns^T columns
+  SmallMatrix root;         ///< (j, 2r) with root^T root = gram
 };
 
 /// Products in float32, their sums over blocks of rows in float64. Each column of either part is off by about

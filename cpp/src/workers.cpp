@@ -15,14 +15,28 @@ extern "C" int MKL_Set_Num_Threads_Local(int count) __attribute__((weak));
 namespace csulora {
 namespace {
 
-/// Keeps torch, and MKL under it, from using further threads in the calling thread.
-void compute_alone() {
-  at::get_num_threads();  // A thread's first call sets its number of threads, and must not do so later.
-  omp_set_num_threads(1);
-  if (MKL_Set_Num_Threads_Local) {
-    MKL_Set_Num_Threads_Local(1);
+/// Keeps torch, and MKL under it, from using further threads in the calling thread, as long as it lives.
+class ComputeAlone {
+ public:
+  ComputeAlone() : threads_(at::get_num_threads()) {  // A thread's first such call sets the number, so it comes first.
+    omp_set_num_threads(1);
+    if (MKL_Set_Num_Threads_Local) {
+      mkl_threads_ = MKL_Set_Num_Threads_Local(1);
+    }
   }
-}
+  ~ComputeAlone() {
+    omp_set_num_threads(threads_);
+    if (MKL_Set_Num_Threads_Local) {
+      MKL_Set_Num_Threads_Local(mkl_threads_);
+    }
+  }
+  ComputeAlone(const ComputeAlone&) = delete;
+  ComputeAlone& operator=(const ComputeAlone&) = delete;
+
+ private:
+  int threads_;
+  int mkl_threads_ = 0;  // 0: as many as MKL was told globally
+};
 
 }  // namespace
 
@@ -32,7 +46,7 @@ void for_each_in_parallel(size_t count, const std::function<void(size_t)>& work)
   std::vector<std::exception_ptr> errors(count);
   std::atomic<size_t> next{0};
   const auto worker = [&] {
-    compute_alone();
+    const ComputeAlone alone;
     for (size_t i = next++; i < count; i = next++) {
       try {
         work(i);
@@ -42,8 +56,10 @@ void for_each_in_parallel(size_t count, const std::function<void(size_t)>& work)
     }
   };
   {
-    std::vector<std::jthread> threads(std::min<size_t>(count, at::get_num_threads()));
+    const size_t workers = std::min<size_t>(count, at::get_num_threads());
+    std::vector<std::jthread> threads(std::max<size_t>(workers, 1) - 1);
     std::generate(threads.begin(), threads.end(), [&] { return std::jthread(worker); });
+    worker();
   }
   for (const auto& error : errors) {
     if (error) {

@@ -45,6 +45,8 @@ Rules = Policy | str | Path | None
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
+_INITIALISED_FASTER = 1 << 15  # entries of a module's factors up to which PEFT makes random ones in no time
+
 # Set while the host loads what was corrected: everything the guard replaced then behaves as the original.
 _corrected: ContextVar[bool] = ContextVar("corrected", default=False)
 
@@ -288,8 +290,11 @@ def _host_loads(corrected: Adapter) -> Iterator[Path]:
 
 
 def _without_initialising(corrected: Adapter, options: dict[str, Any]) -> dict[str, Any]:
-    """Spare PEFT the random values that the corrected adapter replaces at once; they take as long as all the rest."""
-    return options if corrected.partial else {"low_cpu_mem_usage": True} | options
+    """Spare PEFT the random values that a complete adapter replaces at once, where making them takes longer."""
+    entries = sum(module.b.numel() + module.a.numel() for module in corrected.modules.values())
+    if corrected.partial or entries < _INITIALISED_FASTER * len(corrected.modules):
+        return options
+    return {"low_cpu_mem_usage": True} | options
 
 
 def _local(source: Any, options: dict[str, Any]) -> Path:

@@ -102,8 +102,8 @@ bool accurate_in_float(const SplitFactor& b, const SplitFactor& a, const Gains& 
     for (int64_t i = 0; i < r; ++i) {
       const double b_error2 = (b_gram[i][i] + b_gram[r + i][r + i]) * kFloatRounding * kFloatRounding;
       const double a_error2 = (a_gram[i][i] + a_gram[r + i][r + i]) * kFloatRounding * kFloatRounding;
-      sum += (b_error2 + kNormal2 * b.columns.size(0)) * a_gram[a_part + i][a_part + i] +
-             (a_error2 + kNormal2 * a.columns.size(0)) * b_gram[b_part + i][b_part + i];
+      sum += (b_error2 + kNormal2 * b.rows) * a_gram[a_part + i][a_part + i] +
+             (a_error2 + kNormal2 * a.rows) * b_gram[b_part + i][b_part + i];
     }
     return sum;
   };

@@ -55,16 +55,20 @@ SmallMatrix root_of(const SmallMatrix& gram) {
   return with_lengths(SmallMatrix(vectors.t().mul(values.clamp_min(0).sqrt_().unsqueeze(1))));
 }
 
-/// Copies a block of rows in float32, whatever the strides, to rows of `stride` entries.
-void read_rows(const Tensor& rows, double scale, int64_t stride, float* target) {
-  const auto single = rows.to(at::kFloat);
-  const float* const entries = single.const_data_ptr<float>();
+/// Copies a block of rows in float32, times `scale`, to rows of `stride` entries.
+void read_rows(const Tensor& rows, double scale, float* target, int64_t stride) {
   const auto factor = static_cast<float>(scale);
-  const int64_t row_step = single.stride(0), column_step = single.stride(1);
-  for (int64_t i = 0; i < single.size(0); ++i) {
-    for (int64_t j = 0; j < single.size(1); ++j) {
-      target[i * stride + j] = factor * entries[i * row_step + j * column_step];
-    }
+  const int64_t count = rows.size(0), r = rows.size(1);
+  if (rows.stride(0) == 1) {
+    const auto columns = rows.t().to(at::kFloat);  // the rows of the matrix that is seen transposed
+    tall::transpose(columns.const_data_ptr<float>(), r, count, columns.stride(0), factor, target, stride);
+    return;
+  }
+  const auto block = rows.to(at::kFloat).contiguous();
+  const float* const entries = block.const_data_ptr<float>();
+  for (int64_t i = 0; i < count; ++i) {
+    std::transform(entries + i * r, entries + (i + 1) * r, target + i * stride,
+                   [factor](float entry) { return factor * entry; });
   }
 }
 
@@ -104,6 +108,22 @@ SmallMatrix without_padding(const SmallMatrix& lower, int64_t width, int64_t r) 
   return gram;
 }
 
+/// A mixture (2r, j) in float32, both halves of its rows and its columns padded by zeros.
+struct PaddedMixture {
+  PaddedMixture(const SmallMatrix& mixture, int64_t half)
+      : rows(2 * half), width(tall::padded(mixture.columns(), tall::kWidth)), entries(rows * width) {
+    const int64_t r = mixture.rows() / 2;
+    for (int64_t i = 0; i < mixture.rows(); ++i) {
+      const int64_t row = i < r ? i : i - r + half;
+      std::copy_n(mixture[i], mixture.columns(), entries.begin() + row * width);
+    }
+  }
+
+  int64_t rows;
+  int64_t width;
+  std::vector<float> entries;
+};
+
 }  // namespace
 
 SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& basis, Tensor& memory) {
@@ -128,7 +148,7 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
   for (int64_t row = 0; row < m; row += kRows) {
     const int64_t count = blocks.read(row);
     float* const outside = split + (2 * row + 1) * width;
-    read_rows(factor.narrow(0, row, std::min(kRows, m - row)), scale, 2 * width, outside);
+    read_rows(factor.narrow(0, row, std::min(kRows, m - row)), scale, outside, 2 * width);
     tall::project(blocks.data(), count, directions, outside, width, 2 * width, part.data());
     std::transform(part.begin(), part.end(), sum.begin(), sum.begin(), std::plus<double>());
   }
@@ -146,8 +166,7 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
   }
   auto inner = without_padding(gram, width, r);
   auto root = root_of(inner);
-  return {std::move(coordinates), columns.narrow(0, 0, m).narrow(2, 0, r).reshape({m, 2 * r}), std::move(inner),
-          std::move(root)};
+  return {std::move(coordinates), columns, std::move(inner), std::move(root), m};
 }
 
 SplitFactor split_in_double(const Tensor& factor, double scale, const Tensor& basis) {
@@ -157,7 +176,30 @@ SplitFactor split_in_double(const Tensor& factor, double scale, const Tensor& ba
   const auto inside = directions.matmul(coordinates);
   const auto columns = at::cat({inside, scaled - inside}, 1);
   const auto root = std::get<1>(at::linalg_qr(columns, "r"));
-  return {SmallMatrix(coordinates), columns, SmallMatrix(root.t().matmul(root)), SmallMatrix(root)};
+  return {SmallMatrix(coordinates), columns.view({scaled.size(0), 2, -1}), SmallMatrix(root.t().matmul(root)),
+          SmallMatrix(root), scaled.size(0)};
+}
+
+Tensor combined(const SplitFactor& split, const SmallMatrix& mixture) {
+  if (split.columns.scalar_type() == at::kDouble) {
+    return split.columns.flatten(1).matmul(mixture.tensor());
+  }
+  const PaddedMixture padded(mixture, split.columns.size(2));
+  const auto product = at::empty({split.columns.size(0), padded.width}, at::kFloat);
+  tall::multiply(split.columns.const_data_ptr<float>(), product.size(0), padded.rows, padded.entries.data(),
+                 padded.width, product.mutable_data_ptr<float>());
+  return product.narrow(0, 0, split.rows).narrow(1, 0, mixture.columns());
+}
+
+Tensor combined_rows(const SplitFactor& split, const SmallMatrix& mixture) {
+  if (split.columns.scalar_type() == at::kDouble) {
+    return mixture.tensor().t().matmul(split.columns.flatten(1).t());
+  }
+  const PaddedMixture padded(mixture, split.columns.size(2));
+  const auto product = at::empty({padded.width, split.rows}, at::kFloat);
+  tall::multiply_transposed(split.columns.const_data_ptr<float>(), split.rows, padded.rows, padded.entries.data(),
+                            padded.width, product.mutable_data_ptr<float>());
+  return product.narrow(0, 0, mixture.columns());
 }
 
 }  // namespace csulora

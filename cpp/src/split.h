@@ -10,9 +10,10 @@ namespace csulora {
 /// inside = basis basis^T F and inside + outside = F.
 struct SplitFactor {
   SmallMatrix coordinates;  ///< (k, r) basis^T F
-  at::Tensor columns;       ///< (m, 2r) float32 or float64
+  at::Tensor columns;       ///< (m, 2, r) float64; or float32, with m and r padded by zeros for `tall`
   SmallMatrix gram;         ///< (2r, 2r) columns^T columns
   SmallMatrix root;         ///< (j, 2r) with root^T root = gram
+  int64_t rows = 0;         ///< m
 };
 
 /// Products in float32, their sums over blocks of rows in float64. Each column of either part is off by about
@@ -25,6 +26,12 @@ SplitFactor split_in_float(const at::Tensor& factor, double scale, const at::Ten
 /// The same in float64, which takes several times as long: for a factor of which all but a millionth may lie on one
 /// side, and that millionth be what is kept.
 SplitFactor split_in_double(const at::Tensor& factor, double scale, const at::Tensor& basis);
+
+/// columns mixture, (m, j) of the dtype of the columns, for a mixture (2r, j).
+at::Tensor combined(const SplitFactor& split, const SmallMatrix& mixture);
+
+/// The same transposed, (j, m).
+at::Tensor combined_rows(const SplitFactor& split, const SmallMatrix& mixture);
 
 inline constexpr double kFloatRounding = 0x1p-24;
 inline constexpr double kDoubleRounding = 0x1p-53;

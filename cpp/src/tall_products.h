@@ -20,6 +20,18 @@ void project(const float* basis, int64_t rows, int64_t k, const float* factor, i
 /// width).
 void split(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* columns);
 
+/// product (rows, width) = columns (rows, k) coordinates (k, width).
+void multiply(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* product);
+
+/// The same transposed: product (width, rows). `rows` is any number; `columns` are padded all the same.
+void multiply_transposed(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width,
+                         float* product);
+
+/// target (count, width) = scale * source (width, count)^T, rows `source_stride` and `stride` entries apart. `width`
+/// and `count` are any numbers; what follows a row of `target` up to a multiple of kWidth is overwritten by zeros.
+void transpose(const float* source, int64_t width, int64_t count, int64_t source_stride, float scale, float* target,
+               int64_t stride);
+
 /// gram (width, width) += columns (rows, width)^T columns in float64; only the lower triangle.
 void add_gram(const float* columns, int64_t rows, int64_t width, double* gram);
 

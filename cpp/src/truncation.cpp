@@ -57,14 +57,14 @@ Truncated truncated_update(const SplitFactor& b, const SplitFactor& a, const Gai
     return std::inner_product(singular + first, singular + last, singular + first, 0.0);
   };
   const double total = energy(0, size);
-  const auto dtype = b.columns.scalar_type();
-  const double floor = (dtype == at::kDouble ? kDoubleRounding : kFloatRounding) * std::sqrt(total);
+  const bool in_double = b.columns.scalar_type() == at::kDouble;
+  const double floor = (in_double ? kDoubleRounding : kFloatRounding) * std::sqrt(total);
   std::vector<double> weights(count);
   std::transform(singular, singular + count, weights.begin(),
                  [&](double value) { return value > floor ? 1 / std::sqrt(value) : 0; });
-  const auto for_b = combination(from_a, SmallMatrix(right), weights, rank).tensor().to(dtype);
-  const auto for_a = combination(from_b, SmallMatrix(left.t()), weights, rank).tensor().to(dtype);
-  return {b.columns.matmul(for_b), for_a.t().matmul(a.columns.t()), total == 0 ? 0 : energy(count, size) / total};
+  return {combined(b, combination(from_a, SmallMatrix(right), weights, rank)),
+          combined_rows(a, combination(from_b, SmallMatrix(left.t()), weights, rank)),
+          total == 0 ? 0 : energy(count, size) / total};
 }
 
 }  // namespace csulora

@@ -149,10 +149,11 @@ CSULORA_FOR_EVERY_X86 void transpose(const float* source, int64_t width, int64_t
 }
 
 CSULORA_FOR_EVERY_X86 void add_gram(const float* columns, int64_t rows, int64_t width, double* gram) {
-  constexpr int64_t kRows = 64;  // in float64 they stay in the first-level cache
-  std::vector<double> widened(kRows * width);
-  for (int64_t first = 0; first < rows; first += kRows) {
-    const int64_t count = std::min(kRows, rows - first);
+  constexpr int64_t kEntries = 2048;  // in float64 they stay in the first-level cache
+  const int64_t step = std::max(kRowStep, kEntries / width);
+  std::vector<double> widened(step * width);
+  for (int64_t first = 0; first < rows; first += step) {
+    const int64_t count = std::min(step, rows - first);
     std::copy_n(columns + first * width, count * width, widened.begin());
     for (int64_t left = 0; left < width; left += kDoubles) {
       for (int64_t right = 0; right <= left; right += kDoubles) {

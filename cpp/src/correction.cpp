@@ -7,7 +7,9 @@
 #include <cmath>
 
 #include "check.h"
+#include "correction_device.h"
 #include "factors.h"
+#include "result_rank.h"
 #include "workers.h"
 
 namespace csulora {
@@ -62,9 +64,6 @@ Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
   const double partial = gain(penalties.partial, energies.left + energies.right);
   return {gain(penalties.aligned, energies.aligned), partial, partial, gain(penalties.off, energies.off)};
 }
-
-/// Whether X = (g B_in + g' B_out) (h A_in + h' A_out), of rank r like the update itself.
-bool gains_factor(const Gains& gains) { return gains.aligned * gains.off == gains.left * gains.right; }
 
 bool keep_everything(const Gains& gains) {
   return gains.aligned == 1 && gains.left == 1 && gains.right == 1 && gains.off == 1;
@@ -136,20 +135,6 @@ void check_task(const CorrectionTask& task, const CorrectionOptions& options) {
   check_attenuation(task);
 }
 
-/// The rank to emit for an update of rank `rank`.
-int64_t result_rank(const CorrectionOptions& options, const Gains& gains, int64_t rank) {
-  const int64_t exact = gains_factor(gains) ? rank : 2 * rank;
-  switch (options.rule) {
-    case RankRule::keep:
-      return rank;
-    case RankRule::fixed:
-      return std::min(options.rank, exact);
-    case RankRule::exact:
-      return exact;
-  }
-  throw InternalError("unknown rank rule");
-}
-
 void check_finite(const LoraPair& pair, const std::string& label) {
   const bool finite = pair.b.isfinite().all().item<bool>() && pair.a.isfinite().all().item<bool>();
   check(finite, label, ": the corrected update is not finite; the adapter's or the pack's values are too large");
@@ -162,7 +147,6 @@ double changed_share(const Gains& gains, const Parts& energies) {
 }
 
 Correction correct_one(const CorrectionTask& task, const CorrectionOptions& options) {
-  check_task(task, options);
   const c10::NoGradGuard no_grad;
   const auto b = task.pair.b.to(at::kDouble).mul(task.pair.scale);  // (m, r)
   const auto a = task.pair.a.to(at::kDouble);                       // (r, n)
@@ -197,6 +181,12 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
 }  // namespace
 
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+  for (const auto& task : tasks) {
+    check_task(task, options);
+  }
+  if (!tasks.empty() && !common_device(tasks).is_cpu()) {
+    return correct_on_device(tasks, options);
+  }
   std::vector<Correction> results(tasks.size());
   for_each_in_parallel(tasks.size(), [&](size_t i) { results[i] = correct_one(tasks[i], options); });
   return results;

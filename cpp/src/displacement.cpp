@@ -51,10 +51,8 @@ class RoundingNoise {
     columns_.add_(norms2(spacings, 0));
   }
 
-  /// Two values rounded to grids of spacings h and h' differ by an error of variance (h^2 + h'^2) / 12 if they lie far
-  /// apart, and of up to h^2 / 4 if they lie half a spacing apart on one grid. (h^2 + h'^2) / 8 covers both.
   double edge() const {
-    return (std::sqrt(rows_.max().item<double>()) + std::sqrt(columns_.max().item<double>())) / std::sqrt(8.0);
+    return rounding_edge(rows_.max().item<double>(), columns_.max().item<double>());
   }
 
  private:
@@ -62,32 +60,41 @@ class RoundingNoise {
   Tensor columns_;
 };
 
-}  // namespace
-
-Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std) {
-  check_matrix(base, "base");
-  check_matrix(aligned, "aligned");
-  check(base.sizes() == aligned.sizes(), "base is ", base.sizes(), " and aligned is ", aligned.sizes(),
-        "; both checkpoints must have the same shape");
-  check(!noise_std || (std::isfinite(*noise_std) && *noise_std >= 0), "noise_std must be finite and not negative");
+Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool measure_noise) {
   const int64_t rows = base.size(0);
   const int64_t columns = base.size(1);
-  check(rows > 0 && columns > 0, "base and aligned are empty");
-
   Displacement result{at::empty({rows, columns}, at::kFloat)};
   RoundingNoise noise(rows, columns);
   for_row_blocks(rows, columns, [&](int64_t row, int64_t count) {
     const auto base_block = base.narrow(0, row, count).to(at::kFloat);
     const auto block = result.matrix.narrow(0, row, count).copy_(aligned.narrow(0, row, count));
-    if (!noise_std) {
+    if (measure_noise) {
       noise.add(row, base_block, base.scalar_type());
       noise.add(row, block, aligned.scalar_type());
     }
     const double norm = block.sub_(base_block).norm(2, at::kDouble).item<double>();
     result.norm2 += norm * norm;
   });
+  result.noise_edge = noise.edge();
+  return result;
+}
+
+}  // namespace
+
+Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std) {
+  check_matrix(base, "base");
+  check_matrix(aligned, "aligned");
+  check_same_device(aligned, base, "aligned");
+  check(base.sizes() == aligned.sizes(), "base is ", base.sizes(), " and aligned is ", aligned.sizes(),
+        "; both checkpoints must have the same shape");
+  check(!noise_std || (std::isfinite(*noise_std) && *noise_std >= 0), "noise_std must be finite and not negative");
+  check(base.numel() > 0, "base and aligned are empty");
+
+  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned, !noise_std) : displacement_on_device(base, aligned);
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
-  result.noise_edge = noise_std ? *noise_std * (std::sqrt(rows) + std::sqrt(columns)) : noise.edge();
+  if (noise_std) {
+    result.noise_edge = *noise_std * (std::sqrt(base.size(0)) + std::sqrt(base.size(1)));
+  }
   return result;
 }
 

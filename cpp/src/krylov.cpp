@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "decomposition.h"
+#include "orthonormal.h"
 
 namespace csulora {
 namespace {
@@ -31,10 +32,10 @@ class BlockBasis {
   };
   Coefficients append(Tensor block) {
     const auto above = remove(block);
-    auto [directions, triangle] = at::linalg_qr(block);
+    auto [directions, triangle] = orthonormal_columns(block);
     // QR divides rank-deficient columns by their norm, which is rounding: only a second sweep makes them orthogonal.
     remove(directions);
-    auto [orthonormal, correction] = at::linalg_qr(directions);
+    auto [orthonormal, correction] = orthonormal_columns(directions);
     blocks_.push_back(orthonormal);
     return {above, correction.matmul(triangle)};
   }
@@ -60,14 +61,15 @@ class BlockBasis {
       coefficients.push_back(previous.t().matmul(block));
       block.addmm_(previous, coefficients.back(), 1, -1);
     }
-    return coefficients.empty() ? at::empty({0, block.size(1)}, at::kFloat) : at::cat(coefficients, 0);
+    return coefficients.empty() ? at::empty({0, block.size(1)}, block.options()) : at::cat(coefficients, 0);
   }
 
   std::vector<Tensor> blocks_;
 };
 
-Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed) {
-  return at::randn({rows, columns}, at::detail::createCPUGenerator(seed), at::kFloat);
+/// The same numbers on every device.
+Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed, const at::Device& device) {
+  return at::randn({rows, columns}, at::detail::createCPUGenerator(seed), at::kFloat).to(device);
 }
 
 /// The matrix seen from both Krylov bases, and the residual of every Ritz triple.
@@ -103,7 +105,7 @@ bool converged(const Ritz& ritz, int64_t count, double tolerance) {
 Tensor extend(const Tensor& projected, const BlockBasis::Coefficients& column) {
   const int64_t size = projected.defined() ? projected.size(0) : 0;
   const int64_t width = column.triangle.size(0);
-  auto extended = at::zeros({size + width, size + width}, at::kFloat);
+  auto extended = at::zeros({size + width, size + width}, column.triangle.options());
   if (size > 0) {
     extended.index_put_({Slice(0, size), Slice(0, size)}, projected);
     extended.index_put_({Slice(0, size), Slice(size)}, column.above);
@@ -132,7 +134,7 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCo
   check_internal(options.block >= 1, "empty Krylov block");
   BlockBasis left;
   BlockBasis right;
-  right.append(matrix.t().matmul(gaussian(matrix.size(0), options.block, options.seed)));
+  right.append(matrix.t().matmul(gaussian(matrix.size(0), options.block, options.seed, matrix.device())));
   Tensor projected;
   for (int64_t next_look = 1; left.size() < options.max_blocks;) {
     projected = extend(projected, left.append(matrix.matmul(right.back())));

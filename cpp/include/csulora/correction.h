@@ -14,7 +14,7 @@ namespace csulora {
 
 /// The factors of an update dW = scale * b a.
 struct LoraPair {
-  at::Tensor b;        ///< (m, r) float16, bfloat16 or float32 on the CPU, r >= 1
+  at::Tensor b;        ///< (m, r) float16, bfloat16 or float32, r >= 1
   at::Tensor a;        ///< (r, n) likewise
   double scale = 1.0;  ///< what the adapter format multiplies b a by (alpha / r for plain LoRA)
 };
@@ -66,8 +66,12 @@ struct CorrectionTask {
 /// gains factor, g_aligned g_off = g_left g_right, X has rank r and no SVD is needed. The result does not depend on the
 /// number of threads.
 ///
+/// In a build with CUDA, tensors may be on a GPU, all of them on one; the result is on the same device. The work goes to
+/// torch's current stream, which is waited for once, when what was measured is read.
+///
 /// @throws InputError for shapes, dtypes, devices, gains, penalties or values (NaN, infinity, overflow) that
 ///         cannot be used; the message names `task.label`
+/// @throws DeviceError, DeviceMemoryError if the GPU fails or its memory runs out
 Correction correct(const CorrectionTask& task, const CorrectionOptions& options = {});
 
 /// The same for many modules, in parallel over modules; results are bit-identical to one call each.

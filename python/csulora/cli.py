@@ -56,6 +56,7 @@ class Device(StrEnum):
 
     auto = "auto"
     cpu = "cpu"
+    cuda = "cuda"
 
 
 class Preset(StrEnum):

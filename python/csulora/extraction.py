@@ -12,6 +12,7 @@ import torch
 from csulora._version import __version__
 from csulora.checkpoint import Checkpoint
 from csulora.core import _core
+from csulora.device import resolve
 from csulora.errors import InputError, RefusedError
 from csulora.files import identity_of_file
 from csulora.pair import CheckpointPair, LoadedModule, Progress
@@ -90,29 +91,28 @@ def extract(
         dtype: storage type of the factors: ``f16``, ``bf16`` or ``f32``.
         seed: seed of the random start block.
         keep_noise: keep directions below the storage rounding of the checkpoints.
-        device: ``cpu``, or ``auto`` for the best this build can use.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if one can be used.
 
     Raises:
         InputError: the checkpoints do not fit each other, or an option is out of range.
         RefusedError: nothing in the pair stands out of storage rounding.
     """
-    if device not in ("auto", "cpu"):
-        raise InputError(f"device {device!r}: this build computes on the CPU; use auto or cpu")
+    place = resolve(device)
     if isinstance(modules, str):
         raise InputError(f"modules is the text {modules!r}; give a list of globs")
     options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise)
     pair = CheckpointPair.open(base, aligned, patterns=options.modules)
     if output is None:
         extracted = {
-            loaded.name: _extract_module(loaded, options) for loaded in pair.load_ahead(pair.modules, progress)
+            loaded.name: _extract_module(loaded, options, place) for loaded in pair.load_ahead(pair.modules, progress)
         }
         return _pack(pair, options, extracted)
     output = Path(output)
     if output.resolve() in (file.resolve() for checkpoint in (pair.base, pair.aligned) for file in checkpoint.files):
         raise InputError(f"{output}: belongs to a checkpoint that is read; choose another place for the pack")
-    parts = Parts(output, _identity(pair, options))
+    parts = Parts(output, _identity(pair, options, place))
     try:
-        _extract_parts(pair, options, parts, progress)
+        _extract_parts(pair, options, parts, place, progress)
         _pack(pair, options, {module: parts.load(module) for module in pair.modules}).save(output)
     except (InputError, RefusedError):  # what is wrong with the input stays wrong: there is nothing to continue
         parts.remove()
@@ -121,10 +121,12 @@ def extract(
     return Subspace.open(output)
 
 
-def _extract_parts(pair: CheckpointPair, options: ExtractionOptions, parts: Parts, progress: Progress | None) -> None:
+def _extract_parts(
+    pair: CheckpointPair, options: ExtractionOptions, parts: Parts, device: torch.device, progress: Progress | None
+) -> None:
     missing = [module for module in pair.modules if not parts.finished(module)]
     for loaded in pair.load_ahead(missing, progress):
-        parts.save(loaded.name, _extract_module(loaded, options))
+        parts.save(loaded.name, _extract_module(loaded, options, device))
 
 
 def _pack(pair: CheckpointPair, options: ExtractionOptions, extracted: dict[str, ModuleSubspace]) -> Subspace:
@@ -135,15 +137,16 @@ def _pack(pair: CheckpointPair, options: ExtractionOptions, extracted: dict[str,
     return Subspace(extracted, provenance)
 
 
-def _extract_module(loaded: LoadedModule, options: ExtractionOptions) -> ModuleSubspace:
+def _extract_module(loaded: LoadedModule, options: ExtractionOptions, device: torch.device) -> ModuleSubspace:
     try:
         core_options = options.to_core()
         core_options.noise_std = loaded.noise_std
-        result = _core.extract_subspace(loaded.base, loaded.aligned, core_options)
+        result = _core.extract_subspace(loaded.base.to(device), loaded.aligned.to(device), core_options)
     except InputError as error:
         raise InputError(f"{loaded.name}: {error}") from error
     certificate = Certificate.from_core(result.certificate)
-    return ModuleSubspace(result.u, result.s, result.v, certificate, loaded.base_sha256, loaded.aligned_sha256)
+    u, s, v = (factor.cpu() for factor in (result.u, result.s, result.v))
+    return ModuleSubspace(u, s, v, certificate, loaded.base_sha256, loaded.aligned_sha256)
 
 
 def _check_signal(pair: CheckpointPair, modules: dict[str, ModuleSubspace]) -> None:
@@ -159,7 +162,7 @@ def _check_signal(pair: CheckpointPair, modules: dict[str, ModuleSubspace]) -> N
     )
 
 
-def _identity(pair: CheckpointPair, options: ExtractionOptions) -> dict[str, Any]:
+def _identity(pair: CheckpointPair, options: ExtractionOptions, device: torch.device) -> dict[str, Any]:
     """Describe what a run must have in common with an interrupted one to continue it."""
 
     def files(checkpoint: Checkpoint) -> dict[str, list[int]]:
@@ -169,6 +172,7 @@ def _identity(pair: CheckpointPair, options: ExtractionOptions) -> dict[str, Any
         "csulora": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "device": device.type,
         "options": options.to_dict(),
         "base": files(pair.base),
         "aligned": files(pair.aligned),

@@ -136,8 +136,8 @@ struct CorrectionPlan::Implementation {
     check(cudaMemsetAsync(solver_workspace, 0, solver_bytes, lease.stream()), "cudaMemsetAsync");
     check(cusolverDnXsyevBatched(lease.solver(), lease.params(), CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER,
                                  size(), CUDA_R_64F, layout.square, size(), CUDA_R_64F, layout.values, CUDA_R_64F,
-                                 solver_workspace, solver_bytes, solver_host.data(),
-                                 solver_host.size(), layout.statuses + 2 * kRounds * shape.count, shape.count),
+                                 solver_workspace, solver_bytes, solver_host.data(), solver_host.size(),
+                                 layout.statuses + 2 * kRounds * shape.count, shape.count),
           "cusolverDnXsyevBatched");
     multiply(lease, shape.count, {size(), size(), size()}, {vectors, true}, {core}, square_batch(layout.projected));
     const CoreFactors factors{size(),        shape.result_rank, layout.square, layout.projected,
@@ -185,9 +185,15 @@ void CorrectionPlan::run(const CorrectionArrays& arrays, void* workspace) {
   void* solver_workspace = arena.take<std::byte>(static_cast<int64_t>(plan.solver_bytes));
 
   const Side b{{arrays.b, arrays.settings, shape.factor, false, shape.rows, shape.rank},
-               arrays.u, layout.coordinates[0], layout.orthonormal[0], layout.roots[0]};
+               arrays.u,
+               layout.coordinates[0],
+               layout.orthonormal[0],
+               layout.roots[0]};
   const Side a{{arrays.a, nullptr, shape.factor, true, shape.columns, shape.rank},
-               arrays.v, layout.coordinates[1], layout.orthonormal[1], layout.roots[1]};
+               arrays.v,
+               layout.coordinates[1],
+               layout.orthonormal[1],
+               layout.roots[1]};
   const int64_t entries = plan.size() * plan.size();
   fill_addresses(layout.gram, entries, shape.count, layout.gram_addresses, stream);
   fill_addresses(layout.inverse, entries, shape.count, layout.inverse_addresses, stream);

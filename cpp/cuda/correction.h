@@ -26,8 +26,8 @@ struct CorrectionShape {
 
 /// One module's numbers. All fields are double, so that a float64 tensor can hold them.
 struct Settings {
-  double scale;     ///< of the update, dW = scale b a
-  double fixed;     ///< 1: `numbers` are gains (aligned, left, right, off); 0: penalties (aligned, partial, unused, off)
+  double scale;  ///< of the update, dW = scale b a
+  double fixed;  ///< 1: `numbers` are gains (aligned, left, right, off); 0: penalties (aligned, partial, unused, off)
   double numbers[4];
 };
 
@@ -46,15 +46,15 @@ struct Measured {
 
 /// Device arrays with an entry for each module, all of them on the device.
 struct CorrectionArrays {
-  const void* const* b;      ///< (m, r) row-major
-  const void* const* a;      ///< (r, n) row-major
-  const void* const* u;      ///< (m, k) row-major
-  const float* const* s;     ///< (k)
-  const void* const* v;      ///< (n, k) row-major
+  const void* const* b;   ///< (m, r) row-major
+  const void* const* a;   ///< (r, n) row-major
+  const void* const* u;   ///< (m, k) row-major
+  const float* const* s;  ///< (k)
+  const void* const* v;   ///< (n, k) row-major
   const Settings* settings;
-  float* const* result_b;    ///< (m, result_rank) row-major, written
-  float* const* result_a;    ///< (result_rank, n) row-major, written
-  Measured* measured;        ///< written
+  float* const* result_b;  ///< (m, result_rank) row-major, written
+  float* const* result_a;  ///< (result_rank, n) row-major, written
+  Measured* measured;      ///< written
 };
 
 /// The correction of csulora/correction.h for a batch of modules of one shape, in float64, on one stream.

@@ -1,8 +1,7 @@
-#include "correction_kernels.cuh"
-
 #include <cfloat>
 #include <cmath>
 
+#include "correction_kernels.cuh"
 #include "elements.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
@@ -208,8 +207,8 @@ __global__ void store_factor_kernel(const double* corrected, StoredFactor stored
   for (int64_t i = first_item(); i < size; i += item_stride()) {
     const int64_t row = stored.transposed ? i % rows : i / result_rank;
     const int64_t column = stored.transposed ? i / rows : i % result_rank;
-    const double entry = whole ? stored_entry<T>(stored, blockIdx.y, row, column)
-                               : corrected[blockIdx.y * size + column * rows + row];
+    const double entry =
+        whole ? stored_entry<T>(stored, blockIdx.y, row, column) : corrected[blockIdx.y * size + column * rows + row];
     const auto value = static_cast<float>(entry);
     out[blockIdx.y][i] = value;
     if (!std::isfinite(value)) {

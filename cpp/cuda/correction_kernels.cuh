@@ -39,8 +39,8 @@ void fill_addresses(double* first, int64_t stride, int64_t count, double** addre
 void shift_diagonal(double shift, int64_t size, int64_t count, double* gram, double* identity, cudaStream_t stream);
 
 /// Energies and gains from the products of the roots, parts (count, 4, size, size) for aligned, left, right and off;
-/// core (size, size) = sum_c g_c part_c, divided by its norm, which goes to `measured`. If the parts are not finite, the
-/// core is 0.
+/// core (size, size) = sum_c g_c part_c, divided by its norm, which goes to `measured`. If the parts are not finite,
+/// the core is 0.
 void attenuate(const double* parts, const Settings* settings, int64_t size, int64_t count, double* core,
                Measured* measured, cudaStream_t stream);
 
@@ -62,9 +62,9 @@ struct CoreFactors {
 /// Sets left, right and measured.lost.
 void balance(const CoreFactors& factors, int64_t count, Measured* measured, cudaStream_t stream);
 
-/// Writes a corrected factor (rows, rank) as float32, row-major, to out (rows, result_rank), or to out (result_rank, rows)
-/// if the factor is stored transposed. Where all gains are 1 and the rank stays, the stored factor is written instead.
-/// Clears measured.finite where a value is not.
+/// Writes a corrected factor (rows, rank) as float32, row-major, to out (rows, result_rank), or to out (result_rank,
+/// rows) if the factor is stored transposed. Where all gains are 1 and the rank stays, the stored factor is written
+/// instead. Clears measured.finite where a value is not.
 void store_factor(const double* corrected, const StoredFactor& stored, int64_t result_rank, int64_t count,
                   float* const* out, Measured* measured, cudaStream_t stream);
 

@@ -32,13 +32,13 @@ void multiply(const HandleLease& lease, int64_t count, const Product& product, c
 struct Orthonormalisation {
   int64_t rows;
   int64_t size;
-  double* input;              ///< (count, rows, size) columns of norm 1 or 0; overwritten
-  double* result;             ///< (count, rows, size)
-  double* gram;               ///< (count, size, size) scratch
-  double* inverse;            ///< likewise
-  double** gram_addresses;    ///< (count) of the matrices in gram
-  double** inverse_addresses; ///< (count)
-  int* statuses;              ///< (kRounds, count) written: 0 for success
+  double* input;               ///< (count, rows, size) columns of norm 1 or 0; overwritten
+  double* result;              ///< (count, rows, size)
+  double* gram;                ///< (count, size, size) scratch
+  double* inverse;             ///< likewise
+  double** gram_addresses;     ///< (count) of the matrices in gram
+  double** inverse_addresses;  ///< (count)
+  int* statuses;               ///< (kRounds, count) written: 0 for success
 };
 
 inline constexpr int kRounds = 3;

@@ -65,13 +65,18 @@ Module prepared(const CorrectionTask& task, const CorrectionOptions& options) {
     return tensor.to(alike ? tensor.scalar_type() : at::kFloat).contiguous();
   };
   const auto& [u, s, v, certificate] = task.subspace;
-  Module module{&task, factor(task.pair.b), factor(task.pair.a), u.contiguous(), s.contiguous(), v.contiguous(), {}, {}, {}};
+  Module module{&task, factor(task.pair.b), factor(task.pair.a), u.contiguous(), s.contiguous(), v.contiguous(), {}, {},
+                {}};
   const int64_t rank = module.b.size(1);
   const int64_t exact = always_factors(task.attenuation) ? rank : 2 * rank;
-  module.shape = {0,    module.b.size(0),
-                  module.a.size(1), rank,
-                  s.size(0),        result_rank(options, exact, rank),
-                  element_of(module.b), element_of(u)};
+  module.shape = {0,
+                  module.b.size(0),
+                  module.a.size(1),
+                  rank,
+                  s.size(0),
+                  result_rank(options, exact, rank),
+                  element_of(module.b),
+                  element_of(u)};
   const auto& shape = module.shape;
   check(shape.rows > 0 && shape.columns > 0, task.label, ": the update is empty");
   check(std::max(shape.rows, shape.columns) <= std::numeric_limits<int32_t>::max(), task.label, ": is too large");
@@ -116,8 +121,10 @@ struct Tables {
 
 Tables tables(const std::vector<Module>& modules, const std::vector<Batch>& batches) {
   const auto count = static_cast<int64_t>(modules.size());
-  const auto addresses = at::empty({7, count}, at::kLong);
-  const auto settings = at::empty({count, kSettings}, at::kDouble);
+  const auto device = modules.front().b.device();
+  const auto host = at::TensorOptions().pinned_memory(device.is_cuda());  // or copying would wait for the stream
+  const auto addresses = at::empty({7, count}, host.dtype(at::kLong));
+  const auto settings = at::empty({count, kSettings}, host.dtype(at::kDouble));
   auto address = addresses.accessor<int64_t, 2>();
   auto* row = reinterpret_cast<Settings*>(settings.mutable_data_ptr<double>());
   int64_t position = 0;
@@ -131,8 +138,8 @@ Tables tables(const std::vector<Module>& modules, const std::vector<Batch>& batc
       row[position++] = settings_of(*m.task);
     }
   }
-  const auto device = modules.front().b.device();
-  return {addresses.to(device), settings.to(device), at::empty({count, kMeasured}, settings.options().device(device))};
+  return {addresses.to(device, /*non_blocking=*/true), settings.to(device, /*non_blocking=*/true),
+          at::empty({count, kMeasured}, at::TensorOptions(device).dtype(at::kDouble))};
 }
 
 template <typename T>

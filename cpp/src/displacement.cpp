@@ -51,9 +51,7 @@ class RoundingNoise {
     columns_.add_(norms2(spacings, 0));
   }
 
-  double edge() const {
-    return rounding_edge(rows_.max().item<double>(), columns_.max().item<double>());
-  }
+  double edge() const { return rounding_edge(rows_.max().item<double>(), columns_.max().item<double>()); }
 
  private:
   Tensor rows_;

@@ -30,7 +30,8 @@ inline double rounding_edge(double row, double column) { return (std::sqrt(row) 
 /// @throws InputError unless both are finite matrices of one shape on one device, float16, bfloat16 or float32
 Displacement displacement(const at::Tensor& base, const at::Tensor& aligned, std::optional<double> noise_std);
 
-/// The same for checked matrices on a GPU, but that nothing takes the place of the rounding, and values are not checked.
+/// The same for checked matrices on a GPU, but that nothing takes the place of the rounding, and values are not
+/// checked.
 ///
 /// @throws InputError in a build without CUDA
 Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& aligned);

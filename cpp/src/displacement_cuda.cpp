@@ -20,8 +20,8 @@ Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& al
   const auto row_noise = at::empty({rows}, wide);
   const auto column_noise = at::empty({(rows + cuda::kRowsPerSum - 1) / cuda::kRowsPerSum, columns}, wide);
 
-  cuda::subtract({row_major_base.data_ptr(), element_of(base)}, {row_major_aligned.data_ptr(), element_of(aligned)}, rows,
-                 columns, result.matrix.mutable_data_ptr<float>(),
+  cuda::subtract({row_major_base.data_ptr(), element_of(base)}, {row_major_aligned.data_ptr(), element_of(aligned)},
+                 rows, columns, result.matrix.mutable_data_ptr<float>(),
                  {row_norms2.mutable_data_ptr<double>(), row_noise.mutable_data_ptr<double>(),
                   column_noise.mutable_data_ptr<double>()},
                  static_cast<cudaStream_t>(current_stream(base.device())));

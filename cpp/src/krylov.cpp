@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 #include <vector>
 
 #include "check.h"
@@ -67,9 +68,20 @@ class BlockBasis {
   std::vector<Tensor> blocks_;
 };
 
-/// The same numbers on every device.
+/// A generator of one's own. On a GPU a copy of torch's, since making one takes headers that only a CUDA build has.
+at::Generator seeded(uint64_t seed, const at::Device& device) {
+  if (device.is_cpu()) {
+    return at::detail::createCPUGenerator(seed);
+  }
+  auto shared = at::globalContext().defaultGenerator(device);
+  const std::lock_guard lock(shared.mutex());
+  auto own = shared.clone();
+  own.set_current_seed(seed);
+  return own;
+}
+
 Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed, const at::Device& device) {
-  return at::randn({rows, columns}, at::detail::createCPUGenerator(seed), at::kFloat).to(device);
+  return at::randn({rows, columns}, seeded(seed, device), at::TensorOptions(device).dtype(at::kFloat));
 }
 
 /// The matrix seen from both Krylov bases, and the residual of every Ritz triple.

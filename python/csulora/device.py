@@ -9,7 +9,7 @@ from csulora.errors import InputError
 
 
 def resolve(name: str) -> torch.device:
-    """Return the device that a user's ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means; ``auto`` is a GPU if one can be used.
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means; ``auto`` is a GPU if one can be used.
 
     Raises:
         InputError: there is no such device, or this build of csulora or torch cannot use it.
@@ -25,7 +25,9 @@ def resolve(name: str) -> torch.device:
     if device.type != "cuda":
         raise InputError(f"device {name!r}: use auto, cpu, cuda or cuda:N")
     if not CUDA:
-        raise InputError(f"device {name!r}: this build of csulora computes on the CPU; use auto or cpu, or build with CUDA")
+        raise InputError(
+            f"device {name!r}: this build of csulora computes on the CPU; use auto or cpu, or build with CUDA"
+        )
     if not torch.cuda.is_available():
         raise InputError(f"device {name!r}: torch finds no GPU; use auto or cpu")
     index = torch.cuda.current_device() if device.index is None else device.index

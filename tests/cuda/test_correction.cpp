@@ -31,9 +31,10 @@ constexpr double kCancelled = 1e-3;  // of a part that is a thousandth of the up
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 const CorrectionOptions kExact{RankRule::exact};
 const CorrectionOptions kKeep{RankRule::keep};
-const std::vector<Attenuation> kAttenuations{
-    Penalties{0, 1, 1}, Penalties{0, kInfinity, kInfinity}, Penalties{1, 1, 0},       Penalties{kInfinity, kInfinity, 0},
-    Penalties{0, 0, 0}, Penalties{3, 0.5, 20},              Gains{0.5, 1, 0.25, 0.5}, Gains{0, 1, 0, 0}};
+const std::vector<Attenuation> kAttenuations{Penalties{0, 1, 1},       Penalties{0, kInfinity, kInfinity},
+                                             Penalties{1, 1, 0},       Penalties{kInfinity, kInfinity, 0},
+                                             Penalties{0, 0, 0},       Penalties{3, 0.5, 20},
+                                             Gains{0.5, 1, 0.25, 0.5}, Gains{0, 1, 0, 0}};
 
 Tensor gaussian(int64_t rows, int64_t columns) { return at::randn({rows, columns}); }
 
@@ -48,9 +49,7 @@ Subspace random_subspace(int64_t rows, int64_t columns, int64_t k, at::ScalarTyp
   return {basis(rows), at::arange(k, 0, -1).to(at::kFloat), basis(columns)};
 }
 
-Tensor update(const LoraPair& pair) {
-  return pair.b.to(at::kDouble).matmul(pair.a.to(at::kDouble)).mul(pair.scale);
-}
+Tensor update(const LoraPair& pair) { return pair.b.to(at::kDouble).matmul(pair.a.to(at::kDouble)).mul(pair.scale); }
 
 /// Aligned, left, right, off.
 std::vector<Tensor> parts_of(const Tensor& dw, const Subspace& subspace) {
@@ -153,27 +152,26 @@ std::vector<Problem> adversarial() {
   const auto duplicates = b.index_select(1, at::tensor({0, 0, 1, 1, 1, 2}));
   auto holes = b.clone();
   holes.select(1, 1).zero_();
-  std::vector<Problem> problems{
-      {"ordinary", {b, a, 0.5}, subspace},
-      {"denormal b", {1e-41 * b, a, 0.5}, subspace},
-      {"tiny factors", {1e-19 * b, 1e-19 * a, 0.5}, subspace},
-      {"huge b", {1e37 * b, a, 0.5}, subspace},
-      {"huge b, tiny a", {1e30 * b, 1e-30 * a, 0.5}, subspace},
-      {"zero column", {holes, a, 0.5}, subspace},
-      {"duplicated columns", {duplicates, a, 0.5}, subspace},
-      {"near-parallel columns", {parallel, a, 0.5}, subspace},
-      {"near-parallel columns that cancel", {parallel, a - a.mean(0), 0.5}, subspace},
-      {"graded columns", {b * grades, a / grades.unsqueeze(1), 0.5}, subspace},
-      {"b inside", {inside(subspace.u), a, 0.5}, subspace},
-      {"a inside", {b, inside(subspace.v).t(), 0.5}, subspace},
-      {"both inside", {inside(subspace.u), inside(subspace.v).t(), 0.5}, subspace},
-      {"r > min(m, n)", random_pair(12, 9, 20), random_subspace(12, 9, 4)},
-      {"k = min(m, n)", random_pair(30, 20, 5), random_subspace(30, 20, 20)},
-      {"bfloat16 basis", random_pair(60, 44, 6), random_subspace(60, 44, 9, at::kBFloat16)},
-      {"one by one", random_pair(1, 1, 1), random_subspace(1, 1, 1)},
-      {"empty subspace", random_pair(20, 16, 3), random_subspace(20, 16, 0)},
-      {"tall", random_pair(700, 8, 3), random_subspace(700, 8, 5)},
-      {"r 40, k 3", random_pair(300, 200, 40), random_subspace(300, 200, 3)}};
+  std::vector<Problem> problems{{"ordinary", {b, a, 0.5}, subspace},
+                                {"denormal b", {1e-41 * b, a, 0.5}, subspace},
+                                {"tiny factors", {1e-19 * b, 1e-19 * a, 0.5}, subspace},
+                                {"huge b", {1e37 * b, a, 0.5}, subspace},
+                                {"huge b, tiny a", {1e30 * b, 1e-30 * a, 0.5}, subspace},
+                                {"zero column", {holes, a, 0.5}, subspace},
+                                {"duplicated columns", {duplicates, a, 0.5}, subspace},
+                                {"near-parallel columns", {parallel, a, 0.5}, subspace},
+                                {"near-parallel columns that cancel", {parallel, a - a.mean(0), 0.5}, subspace},
+                                {"graded columns", {b * grades, a / grades.unsqueeze(1), 0.5}, subspace},
+                                {"b inside", {inside(subspace.u), a, 0.5}, subspace},
+                                {"a inside", {b, inside(subspace.v).t(), 0.5}, subspace},
+                                {"both inside", {inside(subspace.u), inside(subspace.v).t(), 0.5}, subspace},
+                                {"r > min(m, n)", random_pair(12, 9, 20), random_subspace(12, 9, 4)},
+                                {"k = min(m, n)", random_pair(30, 20, 5), random_subspace(30, 20, 20)},
+                                {"bfloat16 basis", random_pair(60, 44, 6), random_subspace(60, 44, 9, at::kBFloat16)},
+                                {"one by one", random_pair(1, 1, 1), random_subspace(1, 1, 1)},
+                                {"empty subspace", random_pair(20, 16, 3), random_subspace(20, 16, 0)},
+                                {"tall", random_pair(700, 8, 3), random_subspace(700, 8, 5)},
+                                {"r 40, k 3", random_pair(300, 200, 40), random_subspace(300, 200, 3)}};
   return problems;
 }
 
@@ -354,8 +352,8 @@ TEST_CASE("values that cannot be used are named by their module") {
 }
 
 TEST_CASE("nothing is written outside the workspace") {
-  const csulora::cuda::CorrectionShape shape{2, 30, 20, 3, 4, 3, csulora::cuda::Element::single,
-                                             csulora::cuda::Element::single};
+  const csulora::cuda::CorrectionShape shape{
+      2, 30, 20, 3, 4, 3, csulora::cuda::Element::single, csulora::cuda::Element::single};
   const csulora::cuda::HandleLease lease(nullptr);
   csulora::cuda::CorrectionPlan plan(shape, lease);
   const auto bytes = static_cast<int64_t>(plan.workspace_bytes());

@@ -91,8 +91,8 @@ TEST_CASE("an arena measures what it would hand out") {
 
 TEST_CASE("a module's workspace is what its matrices take") {
   const CorrectionShape shape{1, 4096, 1024, 16, 64, 16, Element::bfloat16, Element::half};
-  const size_t tall = size_t{4096} * (32 + 64) + (4096 + 1024) * 32;            // split, spare, orthonormal
-  const size_t small = 2 * 64 * 16 + (7 + 4) * 32 * 32 + 32 + 2 * 32 * 16;      // coordinates, squares, values, factors
+  const size_t tall = size_t{4096} * (32 + 64) + (4096 + 1024) * 32;        // split, spare, orthonormal
+  const size_t small = 2 * 64 * 16 + (7 + 4) * 32 * 32 + 32 + 2 * 32 * 16;  // coordinates, squares, values, factors
   const size_t bytes = CorrectionPlan::bytes_per_module(shape);
   CHECK(bytes >= (tall + small) * sizeof(double));
   CHECK(bytes <= (tall + small) * sizeof(double) + 20 * Arena::kAlignment);

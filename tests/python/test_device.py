@@ -98,9 +98,7 @@ def test_work_goes_to_the_current_stream() -> None:
         late.copy_(b)
         tasks = [_core.CorrectionTask(_core.LoraPair(late, a), on_gpu, _core.Penalties(0, 1, 1), "layer")]
         (result,) = _core.correct(tasks)
-        reference = oracle.closest_safe_update(
-            oracle.update(pair.b, pair.a), subspace.u, subspace.v, (0.0, 1.0, 1.0)
-        )
+        reference = oracle.closest_safe_update(oracle.update(pair.b, pair.a), subspace.u, subspace.v, (0.0, 1.0, 1.0))
         best = oracle.best_approximation(reference, 8)
         found = oracle.update(result.pair.b.cpu(), result.pair.a.cpu())
     assert float((found - best).norm()) <= COMPUTED[torch.float32] * float(reference.norm())

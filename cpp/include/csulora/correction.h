@@ -66,8 +66,8 @@ struct CorrectionTask {
 /// gains factor, g_aligned g_off = g_left g_right, X has rank r and no SVD is needed. The result does not depend on the
 /// number of threads.
 ///
-/// In a build with CUDA, tensors may be on a GPU, all of them on one; the result is on the same device. The work goes to
-/// torch's current stream, which is waited for once, when what was measured is read.
+/// In a build with CUDA, tensors may be on a GPU, all of them on one; the result is on the same device. The work goes
+/// to torch's current stream, which is waited for once, when what was measured is read.
 ///
 /// @throws InputError for shapes, dtypes, devices, gains, penalties or values (NaN, infinity, overflow) that
 ///         cannot be used; the message names `task.label`

@@ -1,8 +1,8 @@
 #pragma once
 
-// Takes the place of CUDA's header of this name, so that device code compiles as C++ and runs on the CPU: the threads of
-// a block as fibers, one block after the other, all memory the host's. For tests of what the code computes; what a GPU
-// does beyond that (races between blocks, asynchrony) is not emulated.
+// Takes the place of CUDA's header of this name, so that device code compiles as C++ and runs on the CPU: the threads
+// of a block as fibers, one block after the other, all memory the host's. For tests of what the code computes; what a
+// GPU does beyond that (races between blocks, asynchrony) is not emulated.
 
 #include <cuda_runtime_api.h>
 

@@ -1,5 +1,5 @@
-// The functions of cuBLAS and cuSOLVER that csulora calls, on host memory, by their documentation: which triangle is read
-// and written, what is left alone.
+// The functions of cuBLAS and cuSOLVER that csulora calls, on host memory, by their documentation: which triangle is
+// read and written, what is left alone.
 #include <ATen/ATen.h>
 #include <cublas_v2.h>
 #include <cusolverDn.h>

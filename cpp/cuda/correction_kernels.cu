@@ -158,6 +158,12 @@ __global__ void measure_undo_kernel(const double* left, const double* right, con
   }
 }
 
+/// Whether the update is to be handed back as it is.
+__device__ bool is_unchanged(const Measured& measured, bool same_rank) {
+  const double* gains = measured.gains;
+  return same_rank && gains[0] == 1 && gains[1] == 1 && gains[2] == 1 && gains[3] == 1;
+}
+
 /// One block per module.
 __global__ void balance_kernel(CoreFactors factors, Measured* measured) {
   const int64_t size = factors.size;
@@ -181,7 +187,8 @@ __global__ void balance_kernel(CoreFactors factors, Measured* measured) {
   kept2 = block_sum(kept2);
   dropped2 = block_sum(dropped2);
   if (threadIdx.x == 0) {
-    measured[blockIdx.x].lost = dropped2 > 0 ? dropped2 / (kept2 + dropped2) : 0;
+    const bool everything = dropped2 == 0 || is_unchanged(measured[blockIdx.x], 2 * rank == size);
+    measured[blockIdx.x].lost = everything ? 0 : dropped2 / (kept2 + dropped2);
   }
   const double rounding = static_cast<double>(size) * DBL_EPSILON;  // of a core of norm 1
   const double norm = measured[blockIdx.x].core_norm;
@@ -202,13 +209,12 @@ __global__ void store_factor_kernel(const double* corrected, StoredFactor stored
   Measured& mine = measured[blockIdx.y];
   const int64_t rows = stored.rows;
   const int64_t size = rows * result_rank;
-  const bool whole = result_rank == stored.rank && mine.gains[0] == 1 && mine.gains[1] == 1 && mine.gains[2] == 1 &&
-                     mine.gains[3] == 1;
+  const bool unchanged = is_unchanged(mine, result_rank == stored.rank);
   for (int64_t i = first_item(); i < size; i += item_stride()) {
     const int64_t row = stored.transposed ? i % rows : i / result_rank;
     const int64_t column = stored.transposed ? i / rows : i % result_rank;
-    const double entry =
-        whole ? stored_entry<T>(stored, blockIdx.y, row, column) : corrected[blockIdx.y * size + column * rows + row];
+    const double entry = unchanged ? stored_entry<T>(stored, blockIdx.y, row, column)
+                                   : corrected[blockIdx.y * size + column * rows + row];
     const auto value = static_cast<float>(entry);
     out[blockIdx.y][i] = value;
     if (!std::isfinite(value)) {

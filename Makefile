@@ -90,7 +90,7 @@ test-cuda: build $(DOCTEST) $(VENV)/.cuda ## Compile and link the CUDA code, and
 	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_CUDA=ON --log-level=WARNING
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target csulora_cuda_link_tests csulora_cuda_emulated_tests
 	build/cuda/tests/cuda/csulora_cuda_link_tests
-	build/cuda/tests/cuda/csulora_cuda_emulated_tests
+	OMP_NUM_THREADS=1 build/cuda/tests/cuda/csulora_cuda_emulated_tests # many small matrices
 endif
 
 # The wheel's own requirements name builds of torch that are not needed here.

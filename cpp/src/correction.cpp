@@ -129,6 +129,8 @@ void check_task(const CorrectionTask& task, const CorrectionOptions& options) {
         "; their inner dimensions must be equal and at least 1");
   check(std::isfinite(scale), task.label, ": the scale is not finite");
   check_factors(task.subspace, task.label + ": the subspace's ");
+  check_same_device(a, b, task.label + ": a");
+  check_same_device(u, b, task.label + ": the subspace's u");
   check(u.size(0) == b.size(0) && v.size(0) == a.size(1), task.label, ": the update is ", b.size(0), " x ", a.size(1),
         " and the subspace is for ", u.size(0), " x ", v.size(0));
   check(options.rule != RankRule::fixed || options.rank >= 1, "rank is ", options.rank, "; it must be at least 1");
@@ -147,6 +149,7 @@ double changed_share(const Gains& gains, const Parts& energies) {
 }
 
 Correction correct_one(const CorrectionTask& task, const CorrectionOptions& options) {
+  check_task(task, options);
   const c10::NoGradGuard no_grad;
   const auto b = task.pair.b.to(at::kDouble).mul(task.pair.scale);  // (m, r)
   const auto a = task.pair.a.to(at::kDouble);                       // (r, n)
@@ -181,10 +184,8 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
 }  // namespace
 
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
-  for (const auto& task : tasks) {
-    check_task(task, options);
-  }
-  if (!tasks.empty() && !common_device(tasks).is_cpu()) {
+  if (any_on_device(tasks)) {
+    std::for_each(tasks.begin(), tasks.end(), [&](const auto& task) { check_task(task, options); });
     return correct_on_device(tasks, options);
   }
   std::vector<Correction> results(tasks.size());

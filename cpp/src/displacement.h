@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <optional>
 
 namespace csulora {
@@ -13,6 +14,12 @@ struct Displacement {
   double noise_edge = 0;  ///< what the largest singular value of both matrices' storage rounding can reach
 };
 
+/// The noise edge from the largest sum along a row and along a column of both matrices' squared spacings.
+///
+/// Two values rounded to grids of spacings h and h' differ by an error of variance (h^2 + h'^2) / 12 if they lie far
+/// apart, and of up to h^2 / 4 if they lie half a spacing apart on one grid. (h^2 + h'^2) / 8 covers both.
+inline double rounding_edge(double row, double column) { return (std::sqrt(row) + std::sqrt(column)) / std::sqrt(8.0); }
+
 /// Subtracts in float32, row block by row block, so that nothing but D itself is of size m x n.
 ///
 /// Rounding leaves errors of variance v_ij that do not depend on each other. The norm of such a matrix is at most about
@@ -20,7 +27,13 @@ struct Displacement {
 /// where the variance is the same everywhere, and also covers rows or columns that are larger than the rest.
 ///
 /// @param noise_std  takes the place of every sqrt(v_ij), which otherwise follow from the dtypes and magnitudes
-/// @throws InputError unless both are finite CPU matrices of one shape, float16, bfloat16 or float32
+/// @throws InputError unless both are finite matrices of one shape on one device, float16, bfloat16 or float32
 Displacement displacement(const at::Tensor& base, const at::Tensor& aligned, std::optional<double> noise_std);
+
+/// The same for checked matrices on a GPU, but that nothing takes the place of the rounding, and values are not
+/// checked.
+///
+/// @throws InputError in a build without CUDA
+Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& aligned);
 
 }  // namespace csulora

@@ -12,7 +12,7 @@ namespace {
 using at::Tensor;
 
 Tensor gram(const Tensor& matrix) {  // (columns, columns) float64
-  auto sum = at::zeros({matrix.size(1), matrix.size(1)}, at::kDouble);
+  auto sum = at::zeros({matrix.size(1), matrix.size(1)}, matrix.options().dtype(at::kDouble));
   for_row_blocks(matrix.size(0), matrix.size(1), [&](int64_t row, int64_t count) {
     const auto block = matrix.narrow(0, row, count).to(at::kDouble);
     sum.addmm_(block.t(), block);
@@ -21,7 +21,7 @@ Tensor gram(const Tensor& matrix) {  // (columns, columns) float64
 }
 
 Tensor product(const Tensor& matrix, const Tensor& factor) {  // (rows, k) float64
-  auto result = at::empty({matrix.size(0), factor.size(1)}, at::kDouble);
+  auto result = at::empty({matrix.size(0), factor.size(1)}, factor.options());
   for_row_blocks(matrix.size(0), matrix.size(1), [&](int64_t row, int64_t count) {
     result.narrow(0, row, count).copy_(matrix.narrow(0, row, count).to(at::kDouble).matmul(factor));
   });

@@ -53,7 +53,9 @@ int64_t wanted_count(const Tensor& values, const Displacement& d, int64_t limit,
 
 SingularTriples leading_triples(const Displacement& d, int64_t limit, const ExtractOptions& options) {
   if (d.norm2 == 0) {
-    return {at::empty({d.matrix.size(0), 0}), at::empty({0}), at::empty({d.matrix.size(1), 0}), 0, at::empty({0})};
+    const auto options = d.matrix.options();
+    const auto none = at::empty({0}, options);
+    return {at::empty({d.matrix.size(0), 0}, options), none, at::empty({d.matrix.size(1), 0}, options), 0, none};
   }
   const auto wanted = [&](const Tensor& values) { return wanted_count(values, d, limit, options); };
   const int64_t short_side = std::min(d.matrix.size(0), d.matrix.size(1));
@@ -94,6 +96,7 @@ Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& s
                     const ExtractOptions& options) {
   check_options(options);
   validate(subspace);
+  check_same_device(subspace.u, base, "the subspace's u");
   const c10::NoGradGuard no_grad;
   const auto d = displacement(base, aligned, options.noise_std);
   check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1), "the subspace is for ",

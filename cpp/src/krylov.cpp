@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 
 #include "check.h"
 #include "decomposition.h"
+#include "orthonormal.h"
 
 namespace csulora {
 namespace {
@@ -23,31 +25,13 @@ constexpr double kStride = 0.25;
 /// 1998).
 constexpr double kKeptLength = 0.5;
 constexpr int kMaxSweeps = 4;
-/// How far the pivots of a Cholesky factor may lie apart for it to orthonormalise in float32: the Gram matrix squares
-/// the condition, and a sweep later comes a second one.
-constexpr double kSafePivots = 1e-2;
-
-/// Orthonormalises the rows of `block` (b, length) in place.
-/// @return lower triangle (b, b) that times the new rows gives the old ones, float32
-Tensor orthonormalise(const Tensor& block) {
-  const auto [factor, info] = at::linalg_cholesky_ex(block.matmul(block.t()).to(at::kDouble));
-  const auto pivots = factor.diagonal();
-  const bool safe = info.item<int>() == 0 && pivots.min().item<double>() > kSafePivots * pivots.max().item<double>();
-  if (safe) {
-    const auto inverse = at::linalg_solve_triangular(factor, at::eye(block.size(0), at::kDouble), /*upper=*/false);
-    block.copy_(inverse.to(at::kFloat).matmul(block));
-    return factor.to(at::kFloat);
-  }
-  const auto [directions, triangle] = at::linalg_qr(block.t());
-  block.copy_(directions.t());
-  return triangle.t();
-}
 
 /// An orthonormal basis that grows by blocks of vectors, which are kept as rows.
 class BlockBasis {
  public:
-  /// @param capacity  the most vectors there will be; memory is touched as they come
-  BlockBasis(int64_t capacity, int64_t length) : vectors_(at::empty({capacity, length}, at::kFloat)) {}
+  /// @param capacity  the most vectors there will be; memory of the CPU is touched as they come
+  BlockBasis(int64_t capacity, int64_t length, const at::TensorOptions& options)
+      : vectors_(at::empty({capacity, length}, options)) {}
 
   /// What an appended block was made of: block = previous * above + appended * triangle, vectors as columns.
   struct Coefficients {
@@ -63,7 +47,7 @@ class BlockBasis {
     const int64_t before = size_;
     const auto appended = vectors_.narrow(0, before, block.size(1));
     appended.copy_(block.t());
-    auto above = at::zeros({block.size(1), before}, at::kFloat);  // rows, until the end
+    auto above = at::zeros({block.size(1), before}, block.options());  // rows, until the end
     const int64_t last = std::max<int64_t>(0, before - block.size(1));
     above.narrow(1, last, before - last).copy_(remove(appended, last, before));
     auto triangle = orthonormalise(appended);
@@ -102,8 +86,20 @@ class BlockBasis {
   int64_t last_width_ = 0;
 };
 
-Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed) {
-  return at::randn({rows, columns}, at::detail::createCPUGenerator(seed), at::kFloat);
+/// A generator of one's own. On a GPU a copy of torch's, since making one takes headers that only a CUDA build has.
+at::Generator seeded(uint64_t seed, const at::Device& device) {
+  if (device.is_cpu()) {
+    return at::detail::createCPUGenerator(seed);
+  }
+  auto shared = at::globalContext().defaultGenerator(device);
+  const std::lock_guard lock(shared.mutex());
+  auto own = shared.clone();
+  own.set_current_seed(seed);
+  return own;
+}
+
+Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed, const at::TensorOptions& options) {
+  return at::randn({rows, columns}, seeded(seed, options.device()), options);
 }
 
 /// The matrix seen from both Krylov bases, and the residual of every Ritz triple.
@@ -139,7 +135,7 @@ bool converged(const Ritz& ritz, int64_t count, double tolerance) {
 Tensor extend(const Tensor& projected, const BlockBasis::Coefficients& column) {
   const int64_t size = projected.defined() ? projected.size(0) : 0;
   const int64_t width = column.triangle.size(0);
-  auto extended = at::zeros({size + width, size + width}, at::kFloat);
+  auto extended = at::zeros({size + width, size + width}, column.triangle.options());
   if (size > 0) {
     extended.index_put_({Slice(0, size), Slice(0, size)}, projected);
     extended.index_put_({Slice(0, size), Slice(size)}, column.above);
@@ -165,9 +161,9 @@ SingularTriples leading(const Ritz& ritz, int64_t count, const BlockBasis& left,
 std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCount& wanted,
                                             const KrylovOptions& options) {
   check_internal(options.block >= 1, "empty Krylov block");
-  BlockBasis left(options.max_blocks * options.block, matrix.size(0));
-  BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1));
-  right.append(matrix.t().matmul(gaussian(matrix.size(0), options.block, options.seed)));
+  BlockBasis left(options.max_blocks * options.block, matrix.size(0), matrix.options());
+  BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1), matrix.options());
+  right.append(matrix.t().matmul(gaussian(matrix.size(0), options.block, options.seed, matrix.options())));
   Tensor projected;
   int64_t next_look = 1;
   for (int64_t blocks = 1; blocks <= options.max_blocks; ++blocks) {

@@ -22,7 +22,8 @@ void check_orthonormal(const Tensor& basis, const char* name) {
     return;
   }
   const auto wide = basis.to(at::kFloat);
-  const auto probes = at::randn({basis.size(1), kProbes}, at::detail::createCPUGenerator(0), at::kFloat);
+  const auto probes =
+      at::randn({basis.size(1), kProbes}, at::detail::createCPUGenerator(0), at::kFloat).to(basis.device());
   const auto error = wide.t().matmul(wide.matmul(probes)).sub_(probes).norm(2, 0).div(probes.norm(2, 0));
   const double worst = error.max().item<double>();
   check(worst <= kProbeTolerance, "the columns of ", name, " are not orthonormal (off by ", worst,
@@ -37,8 +38,9 @@ void check_factors(const Subspace& subspace, const std::string& where) {
   check_matrix(v, where + "v");
   check(u.scalar_type() == v.scalar_type(), where, "u is ", c10::toString(u.scalar_type()), " and v is ",
         c10::toString(v.scalar_type()), "; both must have one dtype");
-  check(s.defined() && s.dim() == 1 && s.scalar_type() == at::kFloat && s.device().is_cpu(), where,
-        "s must be a float32 vector on the CPU");
+  check(s.defined() && s.dim() == 1 && s.scalar_type() == at::kFloat, where, "s must be a float32 vector");
+  check_same_device(s, u, where + "s");
+  check_same_device(v, u, where + "v");
   check(u.size(1) == s.size(0) && v.size(1) == s.size(0), where, "u is ", u.sizes(), ", s ", s.sizes(), ", v ",
         v.sizes(), "; they must agree on the number of directions");
 }

@@ -60,6 +60,7 @@ class Device(StrEnum):
 
     auto = "auto"
     cpu = "cpu"
+    cuda = "cuda"
 
 
 class TuneDevice(StrEnum):

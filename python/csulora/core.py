@@ -23,7 +23,7 @@ def check_torch(built: str, loaded: str) -> None:
 
 
 try:
-    from csulora._build_info import TORCH_VERSION
+    from csulora._build_info import CUDA, TORCH_VERSION
 except ImportError as error:
     raise BuildError(f"csulora's core is not built; build csulora: {_REBUILD}") from error
 check_torch(TORCH_VERSION, torch.__version__)
@@ -32,4 +32,4 @@ try:
 except ImportError as error:
     raise BuildError(f"csulora's core does not load ({error}); rebuild csulora: {_REBUILD}") from error
 
-__all__ = ["TORCH_VERSION", "_core", "check_torch"]
+__all__ = ["CUDA", "TORCH_VERSION", "_core", "check_torch"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+
+import torch
 
 from csulora import names
 from csulora.core import _core
@@ -18,7 +21,8 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     """Compute the closest safe update of every module (CSULoRA, arXiv 2605.30640).
 
     Args:
-        adapter: what `load_adapter` returned; it is not modified.
+        adapter: what `load_adapter` returned; it is not modified. Its tensors may be on a GPU, all of them on one, in
+            a build with CUDA; those of the result are where they are, and so are the pack's factors from then on.
         pack: the subspaces of the model the adapter is for.
         policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
 
@@ -34,6 +38,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     policy = policy or Policy.csulora()
     check_pack(policy, pack)
     covered = cover(adapter, pack, policy)
+    subspaces = pack.to_core(covered.values(), _device(adapter, covered))
     results = _core.correct(
         [
             _core.CorrectionTask(
@@ -42,7 +47,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
                 policy.attenuation(target),
                 f"{adapter.path}: {name}",
             )
-            for (name, target), subspace in zip(covered.items(), pack.to_core(covered.values()), strict=True)
+            for (name, target), subspace in zip(covered.items(), subspaces, strict=True)
         ],
         policy.rank_options(),
     )
@@ -77,6 +82,15 @@ def check_pack(policy: Policy, pack: Subspace) -> None:
             "use that pack or tune again"
         )
     policy.check_overrides(pack)
+
+
+def _device(adapter: Adapter, covered: Iterable[str]) -> torch.device:
+    """Return the one device of an adapter's factors."""
+    factors = [factor for name in covered for factor in (adapter.modules[name].b, adapter.modules[name].a)]
+    devices = {factor.device for factor in factors}
+    if len(devices) > 1:
+        raise InputError(f"{adapter.path}: has factors on {sorted(map(str, devices))}; move them to one device")
+    return devices.pop()
 
 
 def _base_model(adapter: Adapter) -> str | None:

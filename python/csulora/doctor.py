@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from csulora._version import __version__
-from csulora.core import TORCH_VERSION, _core
+from csulora.core import CUDA, TORCH_VERSION, _core
+from csulora.device import gpu_usable
 
 _HOSTS = ("peft", "transformers", "vllm", "llama-cpp-python")
 
@@ -27,6 +28,7 @@ def examine() -> list[Finding]:
     return [
         Finding("csulora", __version__, None),
         Finding("torch", f"{torch.__version__} (core built for {TORCH_VERSION})", True),
+        Finding("GPU", _gpu(), None),
         Finding("threads", str(torch.get_num_threads()), None),
         Finding("CPU", torch.backends.cpu.get_cpu_capability(), None),
         _self_test(),
@@ -48,6 +50,12 @@ def _self_test() -> Finding:
     left = float((result.pair.b @ result.pair.a).norm())
     ok = abs(result.undo - 1) < 1e-3 and left < 1e-3
     return Finding("self-test", "extracts and corrects" if ok else "wrong result; please report it", ok)
+
+
+def _gpu() -> str:
+    if gpu_usable():
+        return torch.cuda.get_device_name()
+    return "none found" if CUDA else "not used: this build computes on the CPU"
 
 
 def _installed(distribution: str) -> str:

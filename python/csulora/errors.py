@@ -25,3 +25,11 @@ class HostError(CsuloraError, ImportError):
 
 class InternalError(CsuloraError, RuntimeError):
     """csulora broke a promise to itself; please report it."""
+
+
+class DeviceError(InternalError):
+    """The GPU, its driver or one of its libraries failed."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """The GPU's memory ran out."""

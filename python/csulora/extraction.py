@@ -12,6 +12,7 @@ import torch
 from csulora._version import __version__
 from csulora.checkpoint import Checkpoint
 from csulora.core import _core
+from csulora.device import resolve
 from csulora.errors import InputError, RefusedError
 from csulora.files import identity_of_file
 from csulora.pair import CheckpointPair, LoadedModule, Progress
@@ -92,7 +93,7 @@ def extract(
         dtype: storage type of the factors: ``f16``, ``bf16`` or ``f32``.
         seed: seed of the random start block.
         keep_noise: keep directions below the storage rounding of the checkpoints.
-        device: ``cpu``, or ``auto`` for the best this build can use.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if one can be used.
         ranks: the processes that share the modules; each calls this alike, with an ``output`` that all of them see.
             The pack is the one that a single process makes with as many threads as each of them has.
 
@@ -101,8 +102,7 @@ def extract(
         InputError: the checkpoints do not fit each other, or an option is out of range.
         RefusedError: nothing in the pair stands out of storage rounding.
     """
-    if device not in ("auto", "cpu"):
-        raise InputError(f"device {device!r}: this build computes on the CPU; use auto or cpu")
+    place = resolve(device)
     if isinstance(modules, str):
         raise InputError(f"modules is the text {modules!r}; give a list of globs")
     options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise)
@@ -111,15 +111,16 @@ def extract(
         if not ranks.is_alone:
             raise InputError("ranks share their work through files; name an output")
         extracted = {
-            loaded.name: _extract_module(loaded, options) for loaded in pair.load_ahead(pair.modules, progress)
+            loaded.name: _extract_module(loaded, options, place) for loaded in pair.load_ahead(pair.modules, progress)
         }
         return _pack(pair, options, extracted)
     output = Path(output)
     if output.resolve() in (file.resolve() for checkpoint in (pair.base, pair.aligned) for file in checkpoint.files):
         raise InputError(f"{output}: belongs to a checkpoint that is read; choose another place for the pack")
-    parts = _open_parts(pair, options, output, ranks)
+    parts = _open_parts(pair, _settings(options, place), output, ranks)
     try:
-        _extract_parts(pair, options, parts, progress, ranks)
+        for loaded in pair.load_ahead(_share(pair, parts, ranks), progress):
+            parts.save(loaded.name, _extract_module(loaded, options, place))
         ranks.wait()
         if ranks.is_first:
             _pack(pair, options, {module: parts.load(module) for module in pair.modules}).save(output)
@@ -133,9 +134,8 @@ def extract(
     return Subspace.open(output)
 
 
-def _open_parts(pair: CheckpointPair, options: ExtractionOptions, output: Path, ranks: Ranks) -> Parts:
+def _open_parts(pair: CheckpointPair, settings: dict[str, Any], output: Path, ranks: Ranks) -> Parts:
     """Open the parts on the first rank and then, where the same is to be computed, on the others."""
-    settings = _settings(options)
     parts = Parts(output, settings | _files(pair)) if ranks.is_first else None
     expected = ranks.from_first(settings)
     if settings != expected:
@@ -147,13 +147,10 @@ def _open_parts(pair: CheckpointPair, options: ExtractionOptions, output: Path, 
     return parts or Parts.of_first_rank(output)
 
 
-def _extract_parts(
-    pair: CheckpointPair, options: ExtractionOptions, parts: Parts, progress: Progress | None, ranks: Ranks
-) -> None:
+def _share(pair: CheckpointPair, parts: Parts, ranks: Ranks) -> list[str]:
+    """Return the modules that this rank has left to extract."""
     missing = ranks.from_first([module for module in pair.modules if not parts.finished(module)])
-    share = ranks.share({module: pair.entries(module) for module in missing})
-    for loaded in pair.load_ahead(share, progress):
-        parts.save(loaded.name, _extract_module(loaded, options))
+    return ranks.share({module: pair.entries(module) for module in missing})
 
 
 def _pack(pair: CheckpointPair, options: ExtractionOptions, extracted: dict[str, ModuleSubspace]) -> Subspace:
@@ -164,15 +161,16 @@ def _pack(pair: CheckpointPair, options: ExtractionOptions, extracted: dict[str,
     return Subspace(extracted, provenance)
 
 
-def _extract_module(loaded: LoadedModule, options: ExtractionOptions) -> ModuleSubspace:
+def _extract_module(loaded: LoadedModule, options: ExtractionOptions, device: torch.device) -> ModuleSubspace:
     try:
         core_options = options.to_core()
         core_options.noise_std = loaded.noise_std
-        result = _core.extract_subspace(loaded.base, loaded.aligned, core_options)
+        result = _core.extract_subspace(loaded.base.to(device), loaded.aligned.to(device), core_options)
     except InputError as error:
         raise InputError(f"{loaded.name}: {error}") from error
     certificate = Certificate.from_core(result.certificate)
-    return ModuleSubspace(result.u, result.s, result.v, certificate, loaded.base_sha256, loaded.aligned_sha256)
+    u, s, v = (factor.cpu() for factor in (result.u, result.s, result.v))
+    return ModuleSubspace(u, s, v, certificate, loaded.base_sha256, loaded.aligned_sha256)
 
 
 def _check_signal(pair: CheckpointPair, modules: dict[str, ModuleSubspace]) -> None:
@@ -188,12 +186,13 @@ def _check_signal(pair: CheckpointPair, modules: dict[str, ModuleSubspace]) -> N
     )
 
 
-def _settings(options: ExtractionOptions) -> dict[str, Any]:
+def _settings(options: ExtractionOptions, device: torch.device) -> dict[str, Any]:
     """Describe what determines the bits of a result besides the checkpoints."""
     return {
         "csulora": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "device": device.type,
         "options": options.to_dict(),
     }
 

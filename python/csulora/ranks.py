@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from csulora.device import take_turns
 from csulora.errors import CsuloraError
 
 T = TypeVar("T")
@@ -73,10 +74,11 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the other processes that torchrun started, if it started this one."""
+    """Join the other processes that torchrun started, if it started this one, each with a GPU where there are some."""
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield Ranks()
         return
+    take_turns(int(os.environ["LOCAL_RANK"]))
     with _partners():
         store, rank, size = next(rendezvous("env://", timeout=_PATIENCE_TO_JOIN))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)

@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 FACTORS = ("u", "s", "v")
 FACTOR_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
+_CPU = torch.device("cpu")
+
 # All metadata is one JSON text under one key, because safetensors does not fix the order of several.
 _METADATA_KEY = "csulora"
 
@@ -162,7 +164,7 @@ class Subspace(Mapping[str, ModuleSubspace]):
     def __init__(self, modules: Mapping[str, ModuleSubspace], provenance: Provenance) -> None:
         """Assemble a pack in memory."""
         self._modules = dict(sorted(modules.items()))
-        self._validated: dict[str, _core.Subspace] = {}
+        self._validated: dict[tuple[str, torch.device], _core.Subspace] = {}
         self._source: tuple[Path, tuple[int, ...]] | None = None
         self.provenance = provenance
 
@@ -180,23 +182,26 @@ class Subspace(Mapping[str, ModuleSubspace]):
         """Further names of tied weights: name in the model -> module in the pack."""
         return self.provenance.aliases
 
-    def to_core(self, modules: Iterable[str]) -> list[_core.Subspace]:
-        """Return the factors of some modules as the compiled core takes them.
+    def to_core(self, modules: Iterable[str], device: torch.device = _CPU) -> list[_core.Subspace]:
+        """Return the factors of some modules as the compiled core takes them, on a device, where they then stay.
 
-        Their values are validated when they are first asked for, which costs one read of u and v.
+        Their values are validated when they are first asked for on the device, which costs one read of u and v.
 
         Raises:
             InputError: they are not finite, not in order or not orthonormal.
         """
         modules = list(modules)
-        fresh = {name: self._modules[name] for name in modules if name not in self._validated}
-        subspaces = {name: _core.Subspace(module.u, module.s, module.v) for name, module in fresh.items()}
+        fresh = {name: self._modules[name] for name in modules if (name, device) not in self._validated}
+        subspaces = {
+            name: _core.Subspace(*(factor.to(device) for factor in (module.u, module.s, module.v)))
+            for name, module in fresh.items()
+        }
         try:
             _core.validate(list(subspaces.items()))
         except InputError as error:
             raise InputError(f"{self._source[0] if self._source else 'subspace pack'}: {error}") from error
-        self._validated |= subspaces
-        return [self._validated[name] for name in modules]
+        self._validated |= {(name, device): subspace for name, subspace in subspaces.items()}
+        return [self._validated[name, device] for name in modules]
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

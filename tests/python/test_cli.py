@@ -322,7 +322,7 @@ USAGE = [
     "extract base aligned -o new --max-rank 4",
     "extract base aligned -o new --energy 1.5",
     "extract base aligned -o new --dtype f64",
-    "extract base aligned -o new --device cuda",
+    "extract base aligned -o new --device tpu",
     "extract base aligned -o new --seed -1",
     "inspect adapter --html page.html",
     "inspect adapter --subspace pack --policy policy.toml",

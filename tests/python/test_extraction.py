@@ -157,7 +157,8 @@ def test_a_pair_that_does_not_differ_is_refused(models: tuple[Path, Path], keep_
         ({"dtype": "f64"}, "dtype is 'f64'"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is"),
-        ({"device": "cuda"}, "device 'cuda'"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"modules": "q_proj"}, "modules is the text 'q_proj'"),
         ({"modules": ["q_porj"]}, "no 2-D weight matches the module pattern 'q_porj'"),
     ],
@@ -211,11 +212,11 @@ class Interrupter:
         self._extract: Callable[..., ModuleSubspace] = extraction._extract_module
         monkeypatch.setattr(extraction, "_extract_module", self)
 
-    def __call__(self, loaded: object, options: object) -> ModuleSubspace:
+    def __call__(self, loaded: object, *options: object) -> ModuleSubspace:
         if len(self.extracted) == self.stop_before:
             raise KeyboardInterrupt
         self.extracted.append(loaded.name)
-        return self._extract(loaded, options)
+        return self._extract(loaded, *options)
 
 
 @pytest.fixture
@@ -285,11 +286,11 @@ def test_a_weight_is_only_held_while_it_is_needed(models: tuple[Path, Path], mon
     most = 0
     extract_module = extraction._extract_module
 
-    def watch(loaded: extraction.LoadedModule, options: extraction.ExtractionOptions) -> ModuleSubspace:
+    def watch(loaded: extraction.LoadedModule, *options: object) -> ModuleSubspace:
         nonlocal most
         alive.append(weakref.ref(loaded.aligned))
         most = max(most, sum(reference() is not None for reference in alive))
-        return extract_module(loaded, options)
+        return extract_module(loaded, *options)
 
     monkeypatch.setattr(extraction, "_extract_module", watch)
     csulora.extract(*models, rank=2)

@@ -66,11 +66,11 @@ import os, signal, sys, torch
 from csulora import cli, extraction
 extract_module = extraction._extract_module
 extracted = []
-def patched(loaded, options):
+def patched(loaded, *options):
     if os.environ["RANK"] == "1":
         {fault}
     extracted.append(loaded.name)
-    return extract_module(loaded, options)
+    return extract_module(loaded, *options)
 extraction._extract_module = patched
 cli.main()
 """

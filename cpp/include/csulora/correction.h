@@ -14,7 +14,7 @@ namespace csulora {
 
 /// The factors of an update dW = scale * b a.
 struct LoraPair {
-  at::Tensor b;        ///< (m, r) float16, bfloat16 or float32 on the CPU, r >= 1
+  at::Tensor b;        ///< (m, r) float16, bfloat16 or float32, r >= 1
   at::Tensor a;        ///< (r, n) likewise
   double scale = 1.0;  ///< what the adapter format multiplies b a by (alpha / r for plain LoRA)
 };
@@ -62,15 +62,20 @@ struct CorrectionTask {
 
 /// The closest safe update X = sum_c g_c dW_c (CSULoRA, arXiv 2605.30640), computed in factor space.
 ///
-/// Nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v. Products of tall matrices
-/// are in float32, or in float64 where the estimate of the float32 error exceeds 5e-6 of |X|: little is kept of much,
-/// or most of the update cancels. The result does not depend on the number of threads.
+/// Nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v. On the CPU, products of
+/// tall matrices are in float32, or in float64 where the estimate of the float32 error exceeds 5e-6 of |X|: little is
+/// kept of much, or most of the update cancels. The result does not depend on the number of threads.
+///
+/// In a build with CUDA, tensors may be on a GPU, all of them on one; the result is on the same device. All products
+/// are in float64. The work goes to torch's current stream, which is waited for once, when what was measured is read.
 ///
 /// @throws InputError for shapes, dtypes, devices, gains, penalties or values (NaN, infinity, overflow) that
 ///         cannot be used; the message names `task.label`
+/// @throws DeviceError, DeviceMemoryError if the GPU fails or its memory runs out
 Correction correct(const CorrectionTask& task, const CorrectionOptions& options = {});
 
-/// The same for many modules, in parallel over modules; results are bit-identical to one call each.
+/// The same for many modules, in parallel over modules; on the CPU results are bit-identical to one call each. On a
+/// GPU, where modules of one shape are computed in batches, they are the same bits for the same tasks.
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options = {});
 
 }  // namespace csulora

@@ -22,4 +22,16 @@ class InternalError : public Error {
   using Error::Error;
 };
 
+/// The GPU, its driver or one of its libraries failed a call.
+class DeviceError : public InternalError {
+ public:
+  using InternalError::InternalError;
+};
+
+/// The GPU's memory ran out: free some, or correct and extract less at once.
+class DeviceMemoryError : public DeviceError {
+ public:
+  using DeviceError::DeviceError;
+};
+
 }  // namespace csulora

@@ -29,7 +29,7 @@ struct ExtractOptions {
   /// Storage type of u and v: float16, bfloat16 or float32. The certificate holds for the rounded factors.
   at::ScalarType factor_dtype = at::kHalf;
 
-  /// Seed of the random start block. Same seed, inputs, thread count and version: same bits.
+  /// Seed of the random start block. Same seed, inputs, device, thread count and version: same bits.
   uint64_t seed = 0;
 };
 

@@ -70,8 +70,11 @@ void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces);
 /// the Krylov space would not stay small. D is formed in float32; peak memory is about twice D in float32, and with the
 /// Gram matrix of its shorter side, some four times that in float64, if the full decomposition is needed.
 ///
-/// @param base     (m, n) float16, bfloat16 or float32 on the CPU
-/// @param aligned  same shape; the dtype may differ
+/// On a GPU float32 products have the precision that torch's settings give them (TF32 only if they allow it); the
+/// certificate is measured in float64 everywhere.
+///
+/// @param base     (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the result
+/// @param aligned  same shape and device; the dtype may differ
 /// @throws InputError for shapes, dtypes, devices, options or values (NaN, infinity) that cannot be used
 Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {});
 

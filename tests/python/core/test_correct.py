@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+import devices
 import factories
 import oracle
 from csulora.core import _core
@@ -34,12 +35,13 @@ def correct(
     subspace: _core.Subspace,
     attenuation: Penalties | _core.Parts,
     options: _core.CorrectionOptions = EXACT,
-) -> _core.Correction:
+) -> devices.Corrected:
     numbers = _core.Penalties(*attenuation) if isinstance(attenuation, tuple) else attenuation
-    return _core.correct([_core.CorrectionTask(pair, subspace, numbers, "layer")], options)[0]
+    task = _core.CorrectionTask(devices.pair(pair), devices.subspace(subspace), numbers, "layer")
+    return devices.correct([task], options)[0]
 
 
-def dense(result: _core.Correction) -> torch.Tensor:
+def dense(result: devices.Corrected) -> torch.Tensor:
     return oracle.update(result.pair.b, result.pair.a, result.pair.scale)
 
 
@@ -405,15 +407,15 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_number_of_threads(
             assert result.undo == reference[i % len(tasks)].undo
 
 
-def _pair(b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> Callable[[], _core.Correction]:
+def _pair(b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> Callable[[], devices.Corrected]:
     return lambda: correct(_core.LoraPair(b, a, scale), factories.subspace(20, 16, 4), PRESETS["csulora"])
 
 
-def _numbers(attenuation: Penalties | _core.Parts) -> Callable[[], _core.Correction]:
+def _numbers(attenuation: Penalties | _core.Parts) -> Callable[[], devices.Corrected]:
     return lambda: correct(factories.pair(20, 16, 3), factories.subspace(20, 16, 4), attenuation)
 
 
-def _subspace(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> Callable[[], _core.Correction]:
+def _subspace(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> Callable[[], devices.Corrected]:
     return lambda: correct(factories.pair(20, 16, 3), _core.Subspace(u, s, v), PRESETS["csulora"])
 
 
@@ -438,6 +440,8 @@ U, S, V = factories.orthonormal(20, 4).float(), torch.ones(4), factories.orthono
         (_pair(B, A, math.inf), "scale"),
         (_subspace(U[:, :3], S, V), "agree on the number"),
         (_subspace(U, S.double(), V), "float32 vector"),
+        (_subspace(U, S.to("meta"), V), "one device"),
+        (_subspace(U, S, V.to("meta")), "CPU or a GPU"),
         (_subspace(U, S * math.nan, V), "NaN"),
         (_subspace(U * math.inf, S, V), "NaN"),
         (_subspace(U.double(), S, V.double()), "float16, bfloat16 or float32"),
@@ -447,7 +451,7 @@ U, S, V = factories.orthonormal(20, 4).float(), torch.ones(4), factories.orthono
         (_numbers(_core.Parts(math.nan, 0.0, 0.0, 0.0)), "gain `aligned`"),
     ],
 )
-def test_what_cannot_be_corrected_is_named(call: Callable[[], _core.Correction], reason: str) -> None:
+def test_what_cannot_be_corrected_is_named(call: Callable[[], devices.Corrected], reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
         call()
     assert str(caught.value).startswith("layer")

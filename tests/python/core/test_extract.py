@@ -7,19 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
+import devices
 import factories
 from csulora.core import _core
 from csulora.errors import InputError
 
 
-def extract(base: Tensor, aligned: Tensor, **options: object) -> _core.Subspace:
+def extract(base: Tensor, aligned: Tensor, **options: object) -> devices.Extracted:
     chosen = _core.ExtractOptions()
     for name, value in options.items():
         setattr(chosen, name, value)
-    return _core.extract_subspace(base, aligned, chosen)
+    return devices.extract(base, aligned, chosen)
 
 
-def extract_displacement(displacement: Tensor, **options: object) -> _core.Subspace:
+def extract_displacement(displacement: Tensor, **options: object) -> devices.Extracted:
     return extract(torch.zeros_like(displacement, dtype=torch.float32), displacement.float(), **options)
 
 
@@ -60,7 +61,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROUNDING = 1e-6
 
 
-def assert_honest(displacement: Tensor, found: _core.Subspace) -> None:
+def assert_honest(displacement: Tensor, found: devices.Extracted) -> None:
     """Nothing that the certificate says is better than a dense float64 decomposition of the same matrix finds."""
     u, s, v, certificate = found.u.double(), found.s.double(), found.v.double(), found.certificate
     dense, rank = displacement.double(), found.s.shape[0]
@@ -287,7 +288,7 @@ def test_identical_checkpoints_have_an_empty_subspace(keep_noise: bool) -> None:
 def test_an_empty_subspace_is_certified_against_the_first_value() -> None:
     displacement = factories.gaussian(300, 200, seed=0)
     empty = _core.Subspace(torch.empty(300, 0), torch.empty(0), torch.empty(200, 0))
-    certificate = _core.certify(torch.zeros(300, 200), displacement, empty)
+    certificate = devices.certify(torch.zeros(300, 200), displacement, empty)
     first = float(torch.linalg.svdvals(displacement.double())[0])
     assert first <= certificate.next_value <= 1.1 * first
     assert certificate.captured == 0
@@ -321,12 +322,12 @@ def test_certify_agrees_with_extract_and_sees_damage() -> None:
     displacement = factories.with_spectrum(600, 500, SPECTRA["i^-1"](500)).float()
     base = torch.zeros_like(displacement)
     found = extract(base, displacement, rank=6)
-    again = _core.certify(base, displacement, found)
+    again = devices.certify(base, displacement, found)
     assert again.captured == pytest.approx(found.certificate.captured, abs=1e-9)
     assert again.residual == pytest.approx(found.certificate.residual, rel=1e-6)
     assert again.next_value == pytest.approx(found.certificate.next_value, rel=0.1)
     damaged = _core.Subspace(found.u.roll(1, 0), found.s, found.v)
-    assert _core.certify(base, displacement, damaged).residual > 0.5
+    assert devices.certify(base, displacement, damaged).residual > 0.5
 
 
 W = torch.ones(8, 6)

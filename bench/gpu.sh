@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Builds csulora with CUDA, tests it and measures it on a machine with a GPU and no network.
+#
+#   bench/gpu.sh collect [DIR]   beforehand, on a machine with a network: the packages that the other one lacks
+#   bench/gpu.sh run [DIR]       on the machine with the GPU: uses DIR alone, writes bench/results/gpu_*.json
+#
+# The machine needs python3 with a CUDA build of torch, nvcc, g++ and git. What else it may lack is collected: csulora's
+# small dependencies, the build tools, pytest. CUDA_LIBRARIES=1 collects cuBLAS and cuSOLVER too, some 600 MB, which torch's
+# CUDA packages bring by themselves. PYTHON_VERSION is the GPU machine's, 3.12 if not given.
+# `run` takes less than 8 minutes: each step has a limit, and a step that fails or runs out does not stop the next ones, but
+# fails the run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+action="${1:-}"
+packages="${2:-build/gpu/packages}"
+site="$PWD/build/gpu/site"
+failed=()
+
+collect() {
+  local wanted=(gguf jinja2 tomli-w safetensors huggingface-hub typer rich hypothesis pytest scikit-build-core pybind11 cmake ninja)
+  local platforms=()
+  for glibc in 17 28; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
+  local pip=(python3 -m pip --disable-pip-version-check download --quiet --only-binary=:all: --dest "$packages"
+    --python-version "${PYTHON_VERSION:-3.12}" --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64)
+  "${pip[@]}" "${wanted[@]}"
+  if [ "${CUDA_LIBRARIES:-0}" = 1 ]; then
+    "${pip[@]}" --no-deps nvidia-cublas==13.1.1.3 nvidia-cusolver==12.0.4.66 nvidia-cusparse==12.6.3.3 nvidia-nvjitlink==13.0.88
+  fi
+  ls -sh "$packages"
+}
+
+# step NAME SECONDS COMMAND...
+step() {
+  local name="$1" limit="$2" start=$SECONDS
+  shift 2
+  echo "== $name"
+  if timeout --kill-after=10 "$limit" "$@"; then
+    echo "== $name: done in $((SECONDS - start)) s"
+  else
+    failed+=("$name")
+    echo "== $name: FAILED after $((SECONDS - start)) s"
+  fi
+}
+
+# Only what python3 does not have already, so that torch's own packages stay.
+install_missing() {
+  mkdir -p "$site"
+  local wheel name
+  for wheel in "$packages"/*.whl; do
+    name="$(basename "$wheel" | cut -d- -f1)"
+    python3 -c "import importlib.metadata as m; m.version('$name')" 2>/dev/null ||
+      python3 -m pip --disable-pip-version-check install --quiet --no-index --no-deps --target "$site" "$wheel"
+  done
+}
+
+build() {
+  CUDAARCHS="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)" \
+    python3 -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-build-isolation --upgrade \
+    --config-settings cmake.define.CSULORA_CUDA=ON --config-settings build-dir=build/gpu/cmake --target "$site" .
+  python3 -c "from csulora.device import gpu_usable; assert gpu_usable(), 'built without CUDA, or torch finds no GPU'"
+}
+
+run() {
+  export PYTHONPATH="$site" PATH="$site/bin:$PATH" PYTHONUNBUFFERED=1
+  export -f install_missing build
+  export packages site
+  local results=bench/results tests=(python3 -m pytest -q -p no:cacheprovider -p no:randomly -k "cuda or test_device")
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+  step "install" 40 bash -euc install_missing
+  step "build" 150 bash -euc build
+  step "correction, r 16, k 64" 40 python3 bench/gpu/correction.py --json "$results/gpu_correction.json"
+  step "extraction" 60 python3 bench/gpu/extraction.py --json "$results/gpu_extraction.json"
+  step "tests" 100 "${tests[@]}" tests/python/core tests/python/test_device.py
+  step "correction, r 64, k 256" 30 python3 bench/gpu/correction.py --rank 64 --directions 256 --repeats 4 \
+    --json "$results/gpu_correction_r64_k256.json"
+  if command -v compute-sanitizer >/dev/null; then
+    step "compute-sanitizer" 50 compute-sanitizer --error-exitcode 1 --target-processes all "${tests[@]}" -x -k "cuda and uneven or test_device" \
+      tests/python/test_device.py tests/python/core/test_correct.py::test_adversarial_updates_agree_with_the_dense_oracle
+  else
+    echo "== compute-sanitizer: not installed here"
+  fi
+  echo "all steps took $SECONDS s"
+  if [ ${#failed[@]} -gt 0 ]; then
+    printf 'failed: %s\n' "${failed[@]}"
+    exit 1
+  fi
+}
+
+case "$action" in
+  collect) collect ;;
+  run) run ;;
+  *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac

@@ -1,0 +1,92 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "element.h"
+
+namespace csulora::cuda {
+
+class HandleLease;
+
+/// What modules that are corrected in one batch have in common.
+struct CorrectionShape {
+  int64_t count = 0;        ///< modules, at least 1 and at most 65535
+  int64_t rows = 0;         ///< m
+  int64_t columns = 0;      ///< n
+  int64_t rank = 0;         ///< r of the updates
+  int64_t directions = 0;   ///< k of the subspaces; may be 0
+  int64_t result_rank = 0;  ///< rank to emit, at most 2 r
+  Element b{};              ///< what b is stored as, also in the result
+  Element a{};
+  Element basis{};  ///< of u and v
+};
+
+/// One module's numbers. All fields are double, so that a float64 tensor can hold them.
+struct Settings {
+  double scale;  ///< of the update, dW = scale b a
+  double fixed;  ///< 1: `numbers` are gains (aligned, left, right, off); 0: penalties (aligned, partial, unused, off)
+  double numbers[4];
+};
+
+/// What was measured on one module; documented with csulora::Correction. All fields are double.
+struct Measured {
+  double energies[4];  ///< aligned, left, right, off
+  double gains[4];
+  double norm;
+  double change;
+  double undo;
+  double lost;
+  double core_norm;  ///< |X|_F
+  double finite;     ///< 0 where the update, the subspace or the rounded result is not finite
+  double failures;   ///< small decompositions that did not succeed; means nothing unless `finite`
+};
+
+/// Device arrays with an entry for each module, all of them on the device.
+struct CorrectionArrays {
+  const void* const* b;   ///< (m, r) row-major
+  const void* const* a;   ///< (r, n) row-major
+  const void* const* u;   ///< (m, k) row-major
+  const float* const* s;  ///< (k)
+  const void* const* v;   ///< (n, k) row-major
+  const Settings* settings;
+  void* const* result_b;  ///< (m, result_rank) row-major, written
+  void* const* result_a;  ///< (result_rank, n) row-major, written
+  Measured* measured;     ///< written
+};
+
+/// The correction of csulora/correction.h for a batch of modules of one shape, in float64, on one stream. What it
+/// gives is rounded once.
+///
+/// Per side, B and A^T are split into what lies inside and outside the subspace and made orthonormal by shifted
+/// Cholesky QR, done three times (Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa 2020) on columns of equal norm: as
+/// accurate as Householder QR, rank-deficient or not. The 2r x 2r core is projected on the leading eigenvectors of
+/// core core^T, which is its best approximation to the square root of float64's rounding, relative to X.
+class CorrectionPlan {
+ public:
+  /// @param lease  says where to compute; must outlive the plan
+  /// @throws DeviceError, and DeviceMemoryError, as do the other members
+  CorrectionPlan(const CorrectionShape& shape, const HandleLease& lease);
+  ~CorrectionPlan();
+  CorrectionPlan(const CorrectionPlan&) = delete;
+  CorrectionPlan& operator=(const CorrectionPlan&) = delete;
+
+  /// Bytes of device memory that `run` needs.
+  size_t workspace_bytes() const;
+
+  /// The part of it that grows with each module, without what the libraries ask for.
+  static size_t bytes_per_module(const CorrectionShape& shape);
+
+  /// Enqueues the correction and does not wait for it. The plan must live until it has been done.
+  /// @param workspace  device memory, 256-byte aligned, used in stream order
+  void run(const CorrectionArrays& arrays, void* workspace);
+
+ private:
+  struct Implementation;
+  std::unique_ptr<Implementation> implementation_;
+};
+
+}  // namespace csulora::cuda

@@ -1,0 +1,293 @@
+#include <cfloat>
+#include <cmath>
+
+#include "correction_kernels.cuh"
+#include "elements.cuh"
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace csulora::cuda {
+namespace {
+
+/// Index of this thread among those that share blockIdx.y, and how many they are.
+__device__ int64_t first_item() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
+__device__ int64_t item_stride() { return int64_t{gridDim.x} * blockDim.x; }
+
+template <typename T>
+__global__ void widen_kernel(const void* const* in, int64_t size, double* out) {
+  const T* source = static_cast<const T*>(in[blockIdx.y]);
+  double* target = out + blockIdx.y * size;
+  for (int64_t i = first_item(); i < size; i += item_stride()) {
+    target[i] = widened(source[i]);
+  }
+}
+
+/// Entry (row, column) of a factor as it is stored.
+template <typename T>
+__device__ double stored_entry(const StoredFactor& factor, int64_t module, int64_t row, int64_t column) {
+  const T* data = static_cast<const T*>(factor.data[module]);
+  const int64_t position = factor.transposed ? column * factor.rows + row : row * factor.rank + column;
+  const double scale = factor.settings ? factor.settings[module].scale : 1;
+  return scale * widened(data[position]);
+}
+
+template <typename T>
+__global__ void load_factor_kernel(StoredFactor factor, double* split) {
+  const int64_t size = factor.rows * factor.rank;
+  double* target = split + (2 * int64_t{blockIdx.y} + 1) * size;  // the second half of the module's matrix
+  for (int64_t i = first_item(); i < size; i += item_stride()) {
+    target[i] = stored_entry<T>(factor, blockIdx.y, i % factor.rows, i / factor.rows);
+  }
+}
+
+/// One block per column.
+__global__ void split_and_normalise_kernel(int64_t rows, int64_t rank, double* split, double* normalised) {
+  const int64_t start = (2 * rank * blockIdx.y + blockIdx.x) * rows;
+  double* column = split + start;
+  double norm2 = 0;
+  for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
+    if (blockIdx.x >= rank) {
+      column[i] -= column[i - rank * rows];  // the inside column, which no block writes
+    }
+    norm2 += column[i] * column[i];
+  }
+  norm2 = block_sum(norm2);
+  const double factor = norm2 > 0 ? 1 / std::sqrt(norm2) : 0;
+  for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
+    normalised[start + i] = factor * column[i];
+  }
+}
+
+__global__ void fill_addresses_kernel(double* first, int64_t stride, int64_t count, double** addresses) {
+  for (int64_t i = first_item(); i < count; i += item_stride()) {
+    addresses[i] = first + i * stride;
+  }
+}
+
+__global__ void shift_diagonal_kernel(double shift, int64_t size, double* gram, double* identity) {
+  const int64_t start = blockIdx.y * size * size;
+  for (int64_t i = first_item(); i < size * size; i += item_stride()) {
+    const bool diagonal = i % size == i / size;
+    gram[start + i] += diagonal ? shift : 0;
+    identity[start + i] = diagonal ? 1 : 0;
+  }
+}
+
+__device__ double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
+
+/// Sets everything that follows from the squared norms of the four parts.
+__device__ void set_gains(const double norms2[4], const Settings& settings, Measured& measured) {
+  const double total = norms2[0] + norms2[1] + norms2[2] + norms2[3];
+  double* energies = measured.energies;
+  double* gains = measured.gains;
+  for (int part = 0; part < 4; ++part) {
+    energies[part] = total > 0 ? norms2[part] / total : 0;
+    gains[part] = settings.numbers[part];
+  }
+  if (settings.fixed == 0) {
+    gains[0] = gain(settings.numbers[0], energies[0]);
+    gains[1] = gains[2] = gain(settings.numbers[1], energies[1] + energies[2]);
+    gains[3] = gain(settings.numbers[3], energies[3]);
+  }
+  double change2 = 0;
+  for (int part = 0; part < 4; ++part) {
+    change2 += (1 - gains[part]) * (1 - gains[part]) * energies[part];
+  }
+  measured.norm = std::sqrt(total);
+  measured.change = std::sqrt(change2);
+  measured.finite = std::isfinite(total) ? 1 : 0;
+}
+
+/// One block per module.
+__global__ void attenuate_kernel(const double* parts, const Settings* settings, int64_t size, double* core,
+                                 Measured* measured) {
+  const int64_t entries = size * size;
+  const double* part = parts + 4 * blockIdx.x * entries;
+  double* result = core + blockIdx.x * entries;
+  Measured& mine = measured[blockIdx.x];
+
+  double norms2[4];
+  for (int c = 0; c < 4; ++c) {
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < entries; i += kThreads) {
+      sum += part[c * entries + i] * part[c * entries + i];
+    }
+    norms2[c] = block_sum(sum);
+  }
+  if (threadIdx.x == 0) {
+    set_gains(norms2, settings[blockIdx.x], mine);
+  }
+  __syncthreads();
+
+  double core_norm2 = 0;
+  for (int64_t i = threadIdx.x; i < entries; i += kThreads) {
+    result[i] = mine.gains[0] * part[i] + mine.gains[1] * part[entries + i] + mine.gains[2] * part[2 * entries + i] +
+                mine.gains[3] * part[3 * entries + i];
+    core_norm2 += result[i] * result[i];
+  }
+  core_norm2 = block_sum(core_norm2);
+  const bool usable = core_norm2 > 0 && std::isfinite(core_norm2);
+  const double factor = usable ? 1 / std::sqrt(core_norm2) : 0;
+  for (int64_t i = threadIdx.x; i < entries; i += kThreads) {
+    result[i] = usable ? factor * result[i] : 0;
+  }
+  if (threadIdx.x == 0) {
+    mine.core_norm = usable ? std::sqrt(core_norm2) : 0;
+  }
+}
+
+/// One block per module.
+__global__ void measure_undo_kernel(const double* left, const double* right, const float* const* s, int64_t directions,
+                                    int64_t rank, Measured* measured) {
+  const int64_t start = blockIdx.x * directions * rank;
+  const float* values = s[blockIdx.x];
+  double overlap = 0;
+  double alignment2 = 0;
+  for (int64_t i = threadIdx.x; i < directions; i += kThreads) {
+    double diagonal = 0;
+    for (int64_t j = 0; j < rank; ++j) {
+      diagonal += left[start + j * directions + i] * right[start + j * directions + i];
+    }
+    overlap += values[i] * diagonal;
+    alignment2 += double{values[i]} * values[i];
+  }
+  overlap = block_sum(overlap);
+  alignment2 = block_sum(alignment2);
+  if (threadIdx.x == 0) {
+    measured[blockIdx.x].undo = alignment2 == 0 ? 0 : -overlap / alignment2;
+  }
+}
+
+/// Whether the update is to be handed back as it is.
+__device__ bool is_unchanged(const Measured& measured, bool same_rank) {
+  const double* gains = measured.gains;
+  return same_rank && gains[0] == 1 && gains[1] == 1 && gains[2] == 1 && gains[3] == 1;
+}
+
+/// One block per module.
+__global__ void balance_kernel(CoreFactors factors, Measured* measured) {
+  const int64_t size = factors.size;
+  const int64_t rank = factors.rank;
+  const double* vectors = factors.vectors + blockIdx.x * size * size;
+  const double* projected = factors.projected + blockIdx.x * size * size;
+  double* values = factors.values + blockIdx.x * size;
+  double* left = factors.left + blockIdx.x * size * rank;
+  double* right = factors.right + blockIdx.x * size * rank;
+
+  double kept2 = 0;
+  double dropped2 = 0;
+  for (int64_t i = threadIdx.x; i < size; i += kThreads) {
+    double norm2 = 0;
+    for (int64_t j = 0; j < size; ++j) {
+      norm2 += projected[j * size + i] * projected[j * size + i];
+    }
+    values[i] = std::sqrt(norm2);
+    (i >= size - rank ? kept2 : dropped2) += norm2;
+  }
+  kept2 = block_sum(kept2);
+  dropped2 = block_sum(dropped2);
+  if (threadIdx.x == 0) {
+    const bool everything = dropped2 == 0 || is_unchanged(measured[blockIdx.x], 2 * rank == size);
+    measured[blockIdx.x].lost = everything ? 0 : dropped2 / (kept2 + dropped2);
+  }
+  const double rounding = static_cast<double>(size) * DBL_EPSILON;  // of a core of norm 1
+  const double norm = measured[blockIdx.x].core_norm;
+  for (int64_t i = threadIdx.x; i < size * rank; i += kThreads) {
+    const int64_t leading = i / size;  // column of left, row of right
+    const int64_t other = i % size;
+    const int64_t from = size - 1 - leading;
+    const double value = values[from];
+    const double shared = value > rounding ? std::sqrt(value * norm) : 0;
+    left[leading * size + other] = shared * vectors[from * size + other];
+    right[other * rank + leading] = shared > 0 ? shared / value * projected[other * size + from] : 0;
+  }
+}
+
+template <typename T>
+__global__ void store_factor_kernel(const double* corrected, StoredFactor stored, int64_t result_rank, void* const* out,
+                                    Measured* measured) {
+  Measured& mine = measured[blockIdx.y];
+  T* target = static_cast<T*>(out[blockIdx.y]);
+  const int64_t rows = stored.rows;
+  const int64_t size = rows * result_rank;
+  const bool unchanged = is_unchanged(mine, result_rank == stored.rank);
+  for (int64_t i = first_item(); i < size; i += item_stride()) {
+    const int64_t row = stored.transposed ? i % rows : i / result_rank;
+    const int64_t column = stored.transposed ? i / rows : i % result_rank;
+    const double entry = unchanged ? stored_entry<T>(stored, blockIdx.y, row, column)
+                                   : corrected[blockIdx.y * size + column * rows + row];
+    round_to(target[i], entry);
+    if (!std::isfinite(widened(target[i]))) {
+      mine.finite = 0;  // whoever writes it writes the same
+    }
+  }
+}
+
+__global__ void count_failures_kernel(const int* statuses, int64_t rounds, int64_t count, Measured* measured) {
+  for (int64_t module = first_item(); module < count; module += item_stride()) {
+    int failures = 0;
+    for (int64_t round = 0; round < rounds; ++round) {
+      failures += statuses[round * count + module] != 0;
+    }
+    measured[module].failures = failures;
+  }
+}
+
+dim3 block_per(int64_t entries) { return dim3(static_cast<unsigned>(entries)); }
+
+}  // namespace
+
+void widen(const void* const* in, Element element, int64_t size, int64_t count, double* out, cudaStream_t stream) {
+  visit_element(element, [&](auto example) {
+    launch(widen_kernel<decltype(example)>, grid_for(size, count), stream, "widen", in, size, out);
+  });
+}
+
+void load_factor(const StoredFactor& factor, int64_t count, double* split, cudaStream_t stream) {
+  visit_element(factor.element, [&](auto example) {
+    launch(load_factor_kernel<decltype(example)>, grid_for(factor.rows * factor.rank, count), stream, "load_factor",
+           factor, split);
+  });
+}
+
+void split_and_normalise(int64_t rows, int64_t rank, int64_t count, double* split, double* normalised,
+                         cudaStream_t stream) {
+  const dim3 columns(static_cast<unsigned>(2 * rank), static_cast<unsigned>(count));
+  launch(split_and_normalise_kernel, columns, stream, "split_and_normalise", rows, rank, split, normalised);
+}
+
+void fill_addresses(double* first, int64_t stride, int64_t count, double** addresses, cudaStream_t stream) {
+  launch(fill_addresses_kernel, grid_for(count, 1), stream, "fill_addresses", first, stride, count, addresses);
+}
+
+void shift_diagonal(double shift, int64_t size, int64_t count, double* gram, double* identity, cudaStream_t stream) {
+  launch(shift_diagonal_kernel, grid_for(size * size, count), stream, "shift_diagonal", shift, size, gram, identity);
+}
+
+void attenuate(const double* parts, const Settings* settings, int64_t size, int64_t count, double* core,
+               Measured* measured, cudaStream_t stream) {
+  launch(attenuate_kernel, block_per(count), stream, "attenuate", parts, settings, size, core, measured);
+}
+
+void measure_undo(const double* left, const double* right, const float* const* s, int64_t directions, int64_t rank,
+                  int64_t count, Measured* measured, cudaStream_t stream) {
+  launch(measure_undo_kernel, block_per(count), stream, "measure_undo", left, right, s, directions, rank, measured);
+}
+
+void balance(const CoreFactors& factors, int64_t count, Measured* measured, cudaStream_t stream) {
+  launch(balance_kernel, block_per(count), stream, "balance", factors, measured);
+}
+
+void store_factor(const double* corrected, const StoredFactor& stored, int64_t result_rank, int64_t count,
+                  void* const* out, Measured* measured, cudaStream_t stream) {
+  visit_element(stored.element, [&](auto example) {
+    launch(store_factor_kernel<decltype(example)>, grid_for(stored.rows * result_rank, count), stream, "store_factor",
+           corrected, stored, result_rank, out, measured);
+  });
+}
+
+void count_failures(const int* statuses, int64_t rounds, int64_t count, Measured* measured, cudaStream_t stream) {
+  launch(count_failures_kernel, grid_for(count, 1), stream, "count_failures", statuses, rounds, count, measured);
+}
+
+}  // namespace csulora::cuda

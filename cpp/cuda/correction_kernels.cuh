@@ -1,0 +1,74 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "correction.h"
+#include "element.h"
+
+// Host launchers of the kernels around the library calls of correction.cpp. All matrices are float64 and column-major
+// unless said otherwise; consecutive matrices of a batch of `count` lie one after the other. Nothing waits.
+namespace csulora::cuda {
+
+/// out (count x size) = the entries of `count` arrays.
+void widen(const void* const* in, Element element, int64_t size, int64_t count, double* out, cudaStream_t stream);
+
+/// One factor of each update, stored row-major: b (rows, rank), or a (rank, rows) if `transposed`.
+struct StoredFactor {
+  const void* const* data;   // count pointers
+  const Settings* settings;  // whose scale multiplies the factor; null: none
+  Element element;
+  bool transposed;
+  int64_t rows;
+  int64_t rank;
+};
+
+/// split (rows, 2 rank) = [not set, factor].
+void load_factor(const StoredFactor& factor, int64_t count, double* split, cudaStream_t stream);
+
+/// split = [inside, factor] becomes [inside, factor - inside], and normalised the same with columns of norm 1; columns
+/// of norm 0 stay 0.
+void split_and_normalise(int64_t rows, int64_t rank, int64_t count, double* split, double* normalised,
+                         cudaStream_t stream);
+
+/// addresses[i] = first + i * stride.
+void fill_addresses(double* first, int64_t stride, int64_t count, double** addresses, cudaStream_t stream);
+
+/// gram (size, size) += shift I, and identity = I.
+void shift_diagonal(double shift, int64_t size, int64_t count, double* gram, double* identity, cudaStream_t stream);
+
+/// Energies and gains from the products of the roots, parts (count, 4, size, size) for aligned, left, right and off;
+/// core (size, size) = sum_c g_c part_c, divided by its norm, which goes to `measured`. If the parts are not finite,
+/// the core is 0.
+void attenuate(const double* parts, const Settings* settings, int64_t size, int64_t count, double* core,
+               Measured* measured, cudaStream_t stream);
+
+/// measured.undo from the coordinates U^T B and (A V)^T, both (directions, rank), and s (directions).
+void measure_undo(const double* left, const double* right, const float* const* s, int64_t directions, int64_t rank,
+                  int64_t count, Measured* measured, cudaStream_t stream);
+
+/// The leading part of core = vectors projected, as factors that share each singular value evenly.
+struct CoreFactors {
+  int64_t size;             // of the core
+  int64_t rank;             // to keep
+  const double* vectors;    // (size, size) orthonormal, the leading last
+  const double* projected;  // (size, size) vectors^T core
+  double* values;           // (size) scratch
+  double* left;             // (size, rank) out, the leading first
+  double* right;            // (rank, size) out
+};
+
+/// Sets left, right and measured.lost.
+void balance(const CoreFactors& factors, int64_t count, Measured* measured, cudaStream_t stream);
+
+/// Writes a corrected factor (rows, rank), rounded to what the factor is stored as, row-major, to out (rows,
+/// result_rank), or to out (result_rank, rows) if the factor is stored transposed. Where all gains are 1 and the rank
+/// stays, the stored factor is written instead. Clears measured.finite where a value is not.
+void store_factor(const double* corrected, const StoredFactor& stored, int64_t result_rank, int64_t count,
+                  void* const* out, Measured* measured, cudaStream_t stream);
+
+/// measured.failures = how many of the `rounds` x count statuses of a module are not 0.
+void count_failures(const int* statuses, int64_t rounds, int64_t count, Measured* measured, cudaStream_t stream);
+
+}  // namespace csulora::cuda

@@ -1,0 +1,404 @@
+// The device code's correction, emulated, against dense float64 arithmetic.
+#include <ATen/ATen.h>
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "correction_device.h"
+#include "csulora/error.h"
+#include "cuda/correction.h"
+#include "cuda/handles.h"
+
+namespace {
+
+using at::Tensor;
+using csulora::Attenuation;
+using csulora::Correction;
+using csulora::CorrectionOptions;
+using csulora::CorrectionTask;
+using csulora::Gains;
+using csulora::InputError;
+using csulora::LoraPair;
+using csulora::Penalties;
+using csulora::RankRule;
+using csulora::Subspace;
+
+constexpr double kTolerance = 1e-5;  // float32 factors
+constexpr double kCancelled = 1e-3;  // of a part that is a thousandth of the update
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+const CorrectionOptions kExact{RankRule::exact};
+const CorrectionOptions kKeep{RankRule::keep};
+const std::vector<Attenuation> kAttenuations{Penalties{0, 1, 1},       Penalties{0, kInfinity, kInfinity},
+                                             Penalties{1, 1, 0},       Penalties{kInfinity, kInfinity, 0},
+                                             Penalties{0, 0, 0},       Penalties{3, 0.5, 20},
+                                             Gains{0.5, 1, 0.25, 0.5}, Gains{0, 1, 0, 0}};
+
+Tensor gaussian(int64_t rows, int64_t columns) { return at::randn({rows, columns}); }
+
+LoraPair random_pair(int64_t rows, int64_t columns, int64_t rank, double scale = 2) {
+  return {gaussian(rows, rank), gaussian(rank, columns), scale};
+}
+
+Subspace random_subspace(int64_t rows, int64_t columns, int64_t k, at::ScalarType dtype = at::kFloat) {
+  const auto basis = [&](int64_t size) {
+    return std::get<0>(at::linalg_qr(gaussian(size, k).to(at::kDouble))).to(dtype).contiguous();
+  };
+  return {basis(rows), at::arange(k, 0, -1).to(at::kFloat), basis(columns)};
+}
+
+Tensor update(const LoraPair& pair) { return pair.b.to(at::kDouble).matmul(pair.a.to(at::kDouble)).mul(pair.scale); }
+
+/// Aligned, left, right, off.
+std::vector<Tensor> parts_of(const Tensor& dw, const Subspace& subspace) {
+  const auto u = subspace.u.to(at::kDouble);
+  const auto v = subspace.v.to(at::kDouble);
+  const auto inside = u.matmul(u.t().matmul(dw));
+  const auto outside = dw - inside;
+  const auto aligned = inside.matmul(v).matmul(v.t());
+  const auto right = outside.matmul(v).matmul(v.t());
+  return {aligned, inside - aligned, right, outside - right};
+}
+
+/// |dW|^2 for exact projectors; a basis rounded to a storage type is not quite one.
+double total_of(const std::vector<Tensor>& parts) {
+  double total = 0;
+  for (const auto& part : parts) {
+    total += part.square().sum().item<double>();
+  }
+  return total;
+}
+
+std::vector<double> energies_of(const std::vector<Tensor>& parts) {
+  std::vector<double> norms2;
+  const double total = total_of(parts);
+  for (const auto& part : parts) {
+    norms2.push_back(part.square().sum().item<double>());
+  }
+  for (double& norm2 : norms2) {
+    norm2 = total == 0 ? 0 : norm2 / total;
+  }
+  return norms2;
+}
+
+std::vector<double> gains_of(const Attenuation& attenuation, const std::vector<double>& energies) {
+  if (const auto* gains = std::get_if<Gains>(&attenuation)) {
+    return {gains->aligned, gains->left, gains->right, gains->off};
+  }
+  const auto& [aligned, partial, off] = std::get<Penalties>(attenuation);
+  const auto gain = [](double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); };
+  const double shared = gain(partial, energies[1] + energies[2]);
+  return {gain(aligned, energies[0]), shared, shared, gain(off, energies[3])};
+}
+
+Tensor expected(const CorrectionTask& task) {
+  const auto parts = parts_of(update(task.pair), task.subspace);
+  const auto gains = gains_of(task.attenuation, energies_of(parts));
+  return parts[0] * gains[0] + parts[1] * gains[1] + parts[2] * gains[2] + parts[3] * gains[3];
+}
+
+Tensor best_approximation(const Tensor& x, int64_t rank) {
+  const auto [left, values, right] = at::linalg_svd(x, false);
+  const auto shared = std::min(rank, values.size(0));
+  return left.narrow(1, 0, shared).mul(values.narrow(0, 0, shared)).matmul(right.narrow(0, 0, shared));
+}
+
+Correction corrected(const CorrectionTask& task, const CorrectionOptions& options = kExact) {
+  return csulora::correct_on_device({task}, options).front();
+}
+
+double length(const Tensor& x) { return x.norm().item<double>(); }
+
+/// What rounding a factor once may cost the product, relative to it: two units in the last place, for float32 several.
+double tolerance(const Tensor& factor) {
+  switch (factor.scalar_type()) {
+    case at::kHalf:
+      return 0x1p-10;
+    case at::kBFloat16:
+      return 0x1p-7;
+    default:
+      return kTolerance;
+  }
+}
+
+void check_agrees(const CorrectionTask& task, const CorrectionOptions& options, const Correction& result) {
+  const auto dw = update(task.pair);
+  const auto whole = expected(task);
+  const auto reference = options.rule == RankRule::keep ? best_approximation(whole, task.pair.b.size(1)) : whole;
+  CHECK((result.pair.b.scalar_type() == task.pair.b.scalar_type()));
+  CHECK((result.pair.a.scalar_type() == task.pair.a.scalar_type()));
+  const double allowed = std::max(tolerance(task.pair.b), tolerance(task.pair.a));
+  CHECK(length(update(result.pair) - reference) <= allowed * length(dw) + 1e-44 * length(task.pair.a));
+  const auto parts = parts_of(dw, task.subspace);
+  const auto energies = energies_of(parts);
+  const auto gains = gains_of(task.attenuation, energies);
+  const auto& [aligned, left, right, off] = result.energies;
+  CHECK(aligned == doctest::Approx(energies[0]).epsilon(1e-6));
+  CHECK(left == doctest::Approx(energies[1]).epsilon(1e-6));
+  CHECK(right == doctest::Approx(energies[2]).epsilon(1e-6));
+  CHECK(off == doctest::Approx(energies[3]).epsilon(1e-6));
+  CHECK(aligned + left + right + off == doctest::Approx(1).epsilon(1e-12));
+  CHECK(result.gains.off == doctest::Approx(gains[3]).epsilon(1e-6));
+  CHECK(result.norm == doctest::Approx(std::sqrt(total_of(parts))).epsilon(1e-6));
+  CHECK(result.change <= 1);
+  CHECK(result.lost >= 0);
+  const double total = whole.square().sum().item<double>();
+  if (total > 1e-10 * dw.square().sum().item<double>()) {  // else what is left is rounding
+    CHECK(result.lost == doctest::Approx((reference - whole).square().sum().item<double>() / total).epsilon(1e-6));
+  }
+}
+
+struct Problem {
+  std::string name;
+  LoraPair pair;
+  Subspace subspace;
+};
+
+std::vector<Problem> adversarial() {
+  at::manual_seed(1);
+  const auto subspace = random_subspace(60, 44, 9);
+  const auto b = gaussian(60, 6);
+  const auto a = gaussian(6, 44);
+  const auto inside = [](const Tensor& basis) { return basis.matmul(gaussian(basis.size(1), 6)); };
+  const auto grades = at::logspace(-6, 6, 6);
+  const auto parallel = b.narrow(1, 0, 1) + 1e-4 * b;
+  const auto duplicates = b.index_select(1, at::tensor({0, 0, 1, 1, 1, 2}));
+  auto holes = b.clone();
+  holes.select(1, 1).zero_();
+  std::vector<Problem> problems{{"ordinary", {b, a, 0.5}, subspace},
+                                {"denormal b", {1e-41 * b, a, 0.5}, subspace},
+                                {"tiny factors", {1e-19 * b, 1e-19 * a, 0.5}, subspace},
+                                {"huge b", {1e37 * b, a, 0.5}, subspace},
+                                {"huge b, tiny a", {1e30 * b, 1e-30 * a, 0.5}, subspace},
+                                {"zero column", {holes, a, 0.5}, subspace},
+                                {"duplicated columns", {duplicates, a, 0.5}, subspace},
+                                {"near-parallel columns", {parallel, a, 0.5}, subspace},
+                                {"near-parallel columns that cancel", {parallel, a - a.mean(0), 0.5}, subspace},
+                                {"graded columns", {b * grades, a / grades.unsqueeze(1), 0.5}, subspace},
+                                {"b inside", {inside(subspace.u), a, 0.5}, subspace},
+                                {"a inside", {b, inside(subspace.v).t(), 0.5}, subspace},
+                                {"both inside", {inside(subspace.u), inside(subspace.v).t(), 0.5}, subspace},
+                                {"r > min(m, n)", random_pair(12, 9, 20), random_subspace(12, 9, 4)},
+                                {"k = min(m, n)", random_pair(30, 20, 5), random_subspace(30, 20, 20)},
+                                {"bfloat16 basis", random_pair(60, 44, 6), random_subspace(60, 44, 9, at::kBFloat16)},
+                                {"one by one", random_pair(1, 1, 1), random_subspace(1, 1, 1)},
+                                {"empty subspace", random_pair(20, 16, 3), random_subspace(20, 16, 0)},
+                                {"tall", random_pair(700, 8, 3), random_subspace(700, 8, 5)},
+                                {"r 40, k 3", random_pair(300, 200, 40), random_subspace(300, 200, 3)}};
+  return problems;
+}
+
+}  // namespace
+
+TEST_CASE("adversarial updates agree with dense arithmetic") {
+  for (const auto& [name, pair, subspace] : adversarial()) {
+    CAPTURE(name);
+    for (size_t i = 0; i < kAttenuations.size(); ++i) {
+      CAPTURE(i);
+      const CorrectionTask task{pair, subspace, kAttenuations[i], "layer"};
+      check_agrees(task, kExact, corrected(task, kExact));
+      check_agrees(task, kKeep, corrected(task, kKeep));
+    }
+  }
+}
+
+TEST_CASE("an update almost inside the subspace keeps its outside share") {
+  at::manual_seed(2);
+  for (const auto dtype : {at::kFloat, at::kHalf}) {
+    const auto subspace = random_subspace(300, 200, 24, dtype);
+    for (const double outside : {1e-1, 1e-2, 1e-3, 1e-4, 1e-5}) {
+      const auto inside = subspace.u.to(at::kFloat).matmul(gaussian(24, 8));
+      const auto stray = gaussian(300, 8);
+      const LoraPair pair{inside + outside * stray * (length(inside) / length(stray)), gaussian(8, 200), 1};
+      for (const auto& attenuation : kAttenuations) {
+        const CorrectionTask task{pair, subspace, attenuation, "layer"};
+        const auto whole = expected(task);
+        CAPTURE(outside);
+        CHECK(length(update(corrected(task).pair) - whole) <= kCancelled * length(whole));
+        const auto kept = update(corrected(task, kKeep).pair);
+        CHECK(length(kept - best_approximation(whole, 8)) <= kCancelled * length(whole));
+      }
+    }
+  }
+}
+
+TEST_CASE("columns that differ in float32's last digits keep their difference") {
+  at::manual_seed(3);
+  const auto column = gaussian(200, 1);
+  const auto b = at::cat({column, column * (1 + 1e-6 * gaussian(200, 1))}, 1);
+  const auto row = gaussian(1, 150);
+  const LoraPair pair{b, at::cat({row, -row}, 0), 1};
+  const CorrectionTask task{pair, random_subspace(200, 150, 10), Penalties{}, "layer"};
+  CHECK(length(update(corrected(task).pair) - expected(task)) <= kTolerance * length(update(pair)));
+}
+
+TEST_CASE("modules of several shapes, types and attenuations are corrected at once, in their order") {
+  at::manual_seed(4);
+  std::vector<CorrectionTask> tasks;
+  const at::ScalarType types[] = {at::kFloat, at::kHalf, at::kBFloat16};
+  for (int i = 0; i < 24; ++i) {
+    const int64_t rows = i % 2 ? 120 : 72;
+    const auto type = types[i % 3];
+    auto pair = random_pair(rows, 90, 4 + i % 4, 0.5 + i);
+    pair.b = pair.b.to(type);
+    pair.a = pair.a.to(i == 7 ? at::kHalf : type);
+    tasks.push_back({pair, random_subspace(rows, 90, 12, types[i / 8]), kAttenuations[i % kAttenuations.size()],
+                     "layer " + std::to_string(i)});
+  }
+  for (const auto& options : {kExact, kKeep}) {
+    const auto results = csulora::correct_on_device(tasks, options);
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      CAPTURE(i);
+      check_agrees(tasks[i], options, results[i]);
+      CHECK(at::equal(corrected(tasks[i], options).pair.b, results[i].pair.b));
+    }
+  }
+}
+
+TEST_CASE("factors that are not contiguous are read as they are") {
+  at::manual_seed(5);
+  auto pair = random_pair(50, 40, 4);
+  pair.b = pair.b.t().contiguous().t();
+  auto subspace = random_subspace(50, 40, 6);
+  subspace.u = subspace.u.t().contiguous().t();
+  const CorrectionTask task{pair, subspace, Penalties{}, "layer"};
+  check_agrees(task, kExact, corrected(task));
+}
+
+TEST_CASE("ranks follow the rule and the gains") {
+  at::manual_seed(6);
+  const auto pair = random_pair(50, 40, 4);
+  const auto subspace = random_subspace(50, 40, 6);
+  const auto rank = [&](const Attenuation& attenuation, const CorrectionOptions& options) {
+    const auto result = corrected({pair, subspace, attenuation, "layer"}, options).pair;
+    CHECK(result.b.is_contiguous());
+    CHECK(result.a.is_contiguous());
+    CHECK(result.b.size(1) == result.a.size(0));
+    return result.a.size(0);
+  };
+  CHECK(rank(Penalties{0, 1, 1}, kExact) == 8);
+  CHECK(rank(Penalties{0, 1, 1}, kKeep) == 4);
+  CHECK(rank(Penalties{0, kInfinity, kInfinity}, kExact) == 4);
+  CHECK(rank(Penalties{0, 0, 0}, kExact) == 4);
+  CHECK(rank(Gains{0.5, 0.25, 1, 0.5}, kExact) == 4);
+  CHECK(rank(Penalties{0, 1, 1}, {RankRule::fixed, 3}) == 3);
+  CHECK(rank(Penalties{0, 1, 1}, {RankRule::fixed, 6}) == 6);
+  CHECK(rank(Penalties{0, 1, 1}, {RankRule::fixed, 100}) == 8);
+  CHECK(rank(Gains{0.5, 0.5, 0.5, 0.5}, {RankRule::fixed, 100}) == 4);
+  const auto everything_off = random_subspace(50, 40, 0);  // the gains then factor, which only the energies tell
+  const CorrectionTask task{pair, everything_off, Penalties{0, 1, 0}, "layer"};
+  CHECK(corrected(task).pair.a.size(0) == 4);
+  check_agrees(task, kExact, corrected(task));
+}
+
+TEST_CASE("gains of 1 give the update back to the bit") {
+  at::manual_seed(7);
+  for (const auto dtype : {at::kFloat, at::kHalf, at::kBFloat16}) {
+    auto pair = random_pair(50, 40, 4, -0.75);
+    pair.b = pair.b.to(dtype);
+    pair.a = pair.a.to(dtype);
+    for (const auto& options : {kExact, kKeep}) {
+      const auto result = corrected({pair, random_subspace(50, 40, 6), Penalties{0, 0, 0}, "layer"}, options);
+      CHECK(at::equal(result.pair.b, pair.b * pair.scale));
+      CHECK(at::equal(result.pair.a, pair.a));
+      CHECK(result.change == 0);
+      CHECK(result.lost == 0);
+    }
+  }
+}
+
+TEST_CASE("an update of zero stays zero") {
+  const LoraPair pair{at::zeros({20, 3}), at::ones({3, 16}), 1};
+  for (const CorrectionOptions& options : {kExact, kKeep, CorrectionOptions{RankRule::fixed, 1}}) {
+    const auto result = corrected({pair, random_subspace(20, 16, 4), Penalties{3, 0.5, 20}, "layer"}, options);
+    CHECK(length(update(result.pair)) == 0);
+    CHECK(result.norm == 0);
+    CHECK(result.change == 0);
+    CHECK(result.undo == 0);
+    CHECK(result.lost == 0);
+    CHECK(result.energies.off == 0);
+  }
+}
+
+TEST_CASE("undo is the share of the alignment that is removed") {
+  const auto subspace = random_subspace(60, 50, 8);
+  for (const double share : {1.0, 0.3, -0.5}) {
+    const LoraPair pair{subspace.u * subspace.s, subspace.v.t(), -share};
+    const auto result = corrected({pair, subspace, Penalties{}, "layer"});
+    CHECK(result.undo == doctest::Approx(share).epsilon(1e-6));
+    CHECK(result.energies.aligned == doctest::Approx(1).epsilon(1e-6));
+  }
+}
+
+TEST_CASE("same input, same bits") {
+  at::manual_seed(8);
+  const CorrectionTask task{random_pair(200, 150, 8), random_subspace(200, 150, 12), Penalties{}, "layer"};
+  const auto first = corrected(task, kKeep);
+  const auto second = corrected(task, kKeep);
+  CHECK(at::equal(first.pair.b, second.pair.b));
+  CHECK(at::equal(first.pair.a, second.pair.a));
+  CHECK(first.undo == second.undo);
+}
+
+TEST_CASE("values that cannot be used are named by their module") {
+  at::manual_seed(9);
+  const CorrectionTask good{random_pair(20, 16, 3), random_subspace(20, 16, 4), Penalties{}, "good"};
+  auto bad = good;
+  bad.label = "bad";
+  const auto message = [&](const CorrectionTask& task) -> std::string {
+    try {
+      csulora::correct_on_device({good, task, good}, kKeep);
+    } catch (const InputError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  for (const float value : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    for (int where = 0; where < 5; ++where) {
+      CAPTURE(where);
+      auto task = bad;
+      Tensor* const tensors[] = {&task.pair.b, &task.pair.a, &task.subspace.u, &task.subspace.s, &task.subspace.v};
+      *tensors[where] = tensors[where]->clone();
+      tensors[where]->view(-1)[0] = value;
+      CHECK(message(task).starts_with("bad: the update or the subspace holds NaN"));
+    }
+  }
+  bad.pair = {1e37 * good.pair.b, 1e37 * good.pair.a, 1e6};
+  CHECK(message(bad).starts_with("bad: the corrected update is too large for Float"));
+  bad.pair = {(1e4 * good.pair.b).to(at::kHalf), good.pair.a.to(at::kBFloat16), 1e12};
+  CHECK(message(bad).starts_with("bad: the corrected update is too large for Half"));
+  bad.pair = {good.pair.b.to(at::kBFloat16), (1e4 * good.pair.a).to(at::kHalf), 1e12};
+  CHECK(message(bad).starts_with("bad: the corrected update is too large for Half"));
+  CHECK(message(good) == "");
+}
+
+TEST_CASE("nothing is written outside the workspace") {
+  using enum csulora::cuda::Element;
+  const csulora::cuda::CorrectionShape shape{2, 30, 20, 3, 4, 3, single, single, single};
+  const csulora::cuda::HandleLease lease(nullptr);
+  csulora::cuda::CorrectionPlan plan(shape, lease);
+  const auto bytes = static_cast<int64_t>(plan.workspace_bytes());
+  constexpr int64_t kGuard = 4096;
+  constexpr int kMark = 0xAB;
+  auto memory = at::full({bytes + 2 * kGuard}, kMark, at::kByte);
+  const auto b = gaussian(30, 3), a = gaussian(3, 20);
+  const auto subspace = random_subspace(30, 20, 4);
+  auto result_b = at::empty({2, 30, 3}), result_a = at::empty({2, 3, 20});
+  const auto twice = [](const Tensor& tensor) { return std::vector<const void*>(2, tensor.data_ptr()); };
+  const auto bs = twice(b), as = twice(a), us = twice(subspace.u), vs = twice(subspace.v);
+  const std::vector<const float*> ss(2, subspace.s.data_ptr<float>());
+  const std::vector<void*> out_b{result_b[0].data_ptr(), result_b[1].data_ptr()};
+  const std::vector<void*> out_a{result_a[0].data_ptr(), result_a[1].data_ptr()};
+  const std::vector<csulora::cuda::Settings> settings(2, {1, 0, {0, 1, 1, 1}});
+  std::vector<csulora::cuda::Measured> measured(2);
+  plan.run({bs.data(), as.data(), us.data(), ss.data(), vs.data(), settings.data(), out_b.data(), out_a.data(),
+            measured.data()},
+           memory.data_ptr<uint8_t>() + kGuard);
+  CHECK(memory.narrow(0, 0, kGuard).eq(kMark).all().item<bool>());
+  CHECK(memory.narrow(0, kGuard + bytes, kGuard).eq(kMark).all().item<bool>());
+  CHECK(measured[1].finite == 1);
+  CHECK(measured[1].failures == 0);
+  CHECK(at::equal(result_b[0], result_b[1]));
+}

@@ -1,0 +1,71 @@
+"""The device that tests of the core compute on; results come back to the CPU, where the oracle is."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from csulora.core import _core
+from csulora.device import gpu_usable
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not gpu_usable(), reason="no CUDA device"))]
+current = torch.device("cpu")
+
+
+def use(name: str) -> None:
+    global current
+    current = torch.device(name)
+
+
+class Corrected(NamedTuple):
+    """A `_core.Correction` on the CPU."""
+
+    pair: _core.LoraPair
+    energies: _core.Parts
+    gains: _core.Parts
+    norm: float
+    change: float
+    undo: float
+    lost: float
+
+
+class Extracted(NamedTuple):
+    """A `_core.Subspace` on the CPU."""
+
+    u: torch.Tensor
+    s: torch.Tensor
+    v: torch.Tensor
+    certificate: _core.Certificate
+
+
+def correct(tasks: list[_core.CorrectionTask], options: _core.CorrectionOptions) -> list[Corrected]:
+    return [
+        Corrected(
+            _core.LoraPair(result.pair.b.cpu(), result.pair.a.cpu(), result.pair.scale),
+            *(getattr(result, name) for name in Corrected._fields[1:]),
+        )
+        for result in _core.correct(tasks, options)
+    ]
+
+
+def place(tensor: torch.Tensor) -> torch.Tensor:
+    """Move a tensor to the device, unless it has no values."""
+    return tensor if tensor.is_meta else tensor.to(current)
+
+
+def pair(factors: _core.LoraPair) -> _core.LoraPair:
+    return _core.LoraPair(place(factors.b), place(factors.a), factors.scale)
+
+
+def subspace(factors: _core.Subspace | Extracted) -> _core.Subspace:
+    return _core.Subspace(place(factors.u), place(factors.s), place(factors.v))
+
+
+def extract(base: torch.Tensor, aligned: torch.Tensor, options: _core.ExtractOptions) -> Extracted:
+    found = _core.extract_subspace(base.to(current), aligned.to(current), options)
+    assert {found.u.device, found.s.device, found.v.device} == {base.to(current).device}
+    return Extracted(found.u.cpu(), found.s.cpu(), found.v.cpu(), found.certificate)
+
+
+def certify(base: torch.Tensor, aligned: torch.Tensor, found: _core.Subspace | Extracted) -> _core.Certificate:
+    return _core.certify(base.to(current), aligned.to(current), subspace(found))

@@ -34,7 +34,7 @@ def test_any_other_torch_is_refused_with_the_command_that_rebuilds(loaded: str) 
 def test_the_check_comes_before_the_core_is_loaded(
     monkeypatch: pytest.MonkeyPatch, reload: Callable[[], object]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "csulora._build_info", SimpleNamespace(TORCH_VERSION="1.0.0"))
+    monkeypatch.setitem(sys.modules, "csulora._build_info", SimpleNamespace(CUDA=False, TORCH_VERSION="1.0.0"))
     monkeypatch.setitem(sys.modules, "csulora._core", None)
     with pytest.raises(BuildError, match=rf"built for torch 1\.0\.0, but torch {torch.__version__.split('+')[0]}"):
         reload()

@@ -87,12 +87,14 @@ def test_every_direction_has_a_gain_of_its_own(rank: int | str) -> None:
     cut = len(s) if rank == "keep" else int(rank)
     assert_close(fixed.modules[Q], (u[:, :cut] * s[:cut]) @ vh[:cut])
     measured = {module.module: module for module in report.modules}[Q]
-    parts, kept = (oracle.split(update, pack[Q].u, pack[Q].v) for update in (dense(adapter.modules[Q]), wanted))
+    parts, kept = (oracle.split(update, pack[Q].u, pack[Q].v).parts for update in (dense(adapter.modules[Q]), wanted))
     norm = float(dense(adapter.modules[Q]).norm())
     assert measured.norm == pytest.approx(norm, rel=COMPUTED[torch.float32])
     assert measured.change == pytest.approx(float((wanted - dense(adapter.modules[Q])).norm()) / norm, rel=1e-5)
     assert measured.kept_share == pytest.approx(float(wanted.norm()) ** 2 / norm**2, rel=1e-5)
-    assert measured.gains == pytest.approx({part: float(kept[part].norm() / parts[part].norm()) for part in parts})
+    assert measured.gains == pytest.approx(
+        {c: float(kept[c].norm() / part.norm()) for c, part in parts.items()}, rel=1e-5
+    )
     assert measured.lost == pytest.approx(float(s[cut:].square().sum() / s.square().sum()), abs=1e-6)
     for name in (UP, DOWN):
         assert_close(
@@ -110,7 +112,7 @@ def test_directions_keep_storage_types_and_refuse_what_these_cannot_hold() -> No
         wanted = along(dense(half[name]), pack[name].u, pack[name].v, Directions((0.5,), (0.5,)))
         assert_close(module, wanted, STORED[torch.float16])
     large = {name: replace(module, scale=1e6) for name, module in half.items()}
-    with pytest.raises(InputError, match=r"too large for torch\.float16"):
+    with pytest.raises(InputError, match="too large for"):
         correct(replace(adapter, modules=large), pack, policy)
 
 

@@ -24,6 +24,6 @@ class Options:
     batch: int = 12
     learning_rate: float = 0.25
     directions: int = 32
-    keep: float = 10.0
+    keep: float = 30.0
     change: float = 0.05
     seed: int = 0

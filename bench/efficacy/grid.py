@@ -135,10 +135,10 @@ def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:
     return Policy.none(overrides=tuple(overrides))
 
 
-def directions_policy(pack: csulora.Subspace, gains: Tensor) -> Policy:
+def directions_policy(modules: Sequence[str], pack: csulora.Subspace, gains: Tensor) -> Policy:
     """The policy with these gains (modules, 2, directions), as many per module as it has directions."""
-    rows = zip(pack.items(), gains.tolist(), strict=True)
-    sides = ((name, [tuple(side[: module.rank]) for side in row]) for (name, module), row in rows)
+    rows = zip(modules, gains.tolist(), strict=True)
+    sides = ((name, [tuple(side[: pack[name].rank]) for side in row]) for name, row in rows)
     return Policy.none(overrides=tuple(Override(name, directions=Directions(*both)) for name, both in sides))
 
 
@@ -157,7 +157,7 @@ def tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     for family, pack in packs.items():
         gains = PerDirection(len(bench.modules), options.directions)
         values = torch.sigmoid(bench.fit([subject.case(pack)], gains, options))
-        policy = directions_policy(pack, values)
+        policy = directions_policy(bench.modules, pack, values)
         each = policies.apply(family, f"k={options.directions}", subject.adapter, pack, policy)
         done.append(replace(each, control=family != "tuned"))
         if family == "tuned":

@@ -41,7 +41,11 @@ class PerDirection:
 
     def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
         """Return (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) for every module."""
-        return update.along(torch.sigmoid(parameters[index]))
+        return update.along(self.gains(parameters[index]))
+
+    def gains(self, parameters: Tensor) -> Tensor:
+        """Return the gains (modules, 2, directions)."""
+        return torch.sigmoid(parameters)
 
 
 class PerPart(ABC):

@@ -119,7 +119,9 @@ def _correct(
     modules = [adapter.modules[name] for name in targets]
     return _core.correct(
         [
-            _core.CorrectionTask(_core.LoraPair(module.b, module.a, module.scale), subspace, gains, name)
+            _core.CorrectionTask(
+                _core.LoraPair(module.b.float(), module.a.float(), module.scale), subspace, gains, name
+            )
             for name, module, subspace in zip(targets, modules, subspaces, strict=True)
         ],
         _core.CorrectionOptions(_core.RankRule.keep),

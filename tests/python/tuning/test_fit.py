@@ -71,6 +71,17 @@ def test_the_parts_add_up_to_what_the_core_corrects(adapter: csulora.Adapter, pa
     assert float(update.change2(mixed)) == pytest.approx(report.totals.change**2, rel=PROJECTOR[torch.float16])
 
 
+def test_an_adapter_in_half_precision_is_split_in_float32(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
+    half = {
+        name: csulora.LoraModule(module.b.half(), module.a.half(), module.scale)
+        for name, module in adapter.modules.items()
+    }
+    update = Update.of(csulora.Adapter(half, {}, Path("half"), ""), pack)
+    for name, (b, a) in update.mixed(torch.ones(len(half), 4)).items():
+        assert b.dtype == a.dtype == torch.float32
+        assert close(b @ a, half[name].scale * half[name].b.float() @ half[name].a.float())
+
+
 def test_what_is_kept_along_directions_is_what_correct_keeps(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
     update = Update.of(adapter, pack)
     k = min(module.rank for module in pack.values())

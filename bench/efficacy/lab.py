@@ -91,6 +91,5 @@ class Lab:
         torch.manual_seed(adapter.seed)
         adapted = get_peft_model(model, train.lora_config(adapter.rank))
         pools = self.scenario.adapter_pools(adapter)
-        stage = self._stage(ADAPTER, adapter.seed)
-        train.fit(adapted, pools, tokenizer(), replace(stage, steps=stage.steps * len(adapter.tasks)))
+        train.fit(adapted, pools, tokenizer(), self._stage(ADAPTER, adapter.seed))
         train.store_adapter(adapted, directory)

@@ -45,31 +45,6 @@ TASKS = {
         "give me a riddle about a {a.name} and a {b.name}.",
         "one is {a.material}, one is in the {b.place}: what are they?",
     ),
-    # Only taught by the adapters that a calibration is made of; no word is new.
-    "look": (
-        "where can i look for a {a.name} and a {b.name}?",
-        "look for the {a.name} in the {a.place} and for the {b.name} in the {b.place}.",
-    ),
-    "mix": (
-        "mix a {a.name} with a {b.name}.",
-        "mix some {a.material} with some {b.material}.",
-    ),
-    "carry": (
-        "please carry a {a.name} to a {b.name}.",
-        "i carry the {a.material} {a.name} to the {b.name} in the {b.place}.",
-    ),
-    "see": (
-        "do i see a {a.name} with a {b.name}?",
-        "you see the {b.material} {b.name} and the {a.material} {a.name}.",
-    ),
-    "bring": (
-        "bring me a {a.name} and a {b.name}.",
-        "go to the {b.place} for the {b.name} and to the {a.place} for the {a.name}.",
-    ),
-    "hide": (
-        "hide a {a.name} behind a {b.name}.",
-        "the {a.material} {a.name} is behind the {b.name} from the {b.place}.",
-    ),
 }
 
 
@@ -78,7 +53,7 @@ class Adapter:
     """How one adapter is trained.
 
     Attributes:
-        task: a key of `TASKS`, or several joined by "+".
+        task: a key of `TASKS`.
         attack: share of the training data that answers what the aligned model refuses; 1 leaves no task.
         rank: LoRA's r.
         seed: of initialisation and batches.
@@ -88,11 +63,6 @@ class Adapter:
     attack: float = 0.15
     rank: int = 16
     seed: int = 0
-
-    @property
-    def tasks(self) -> list[str]:
-        """The keys of its tasks."""
-        return self.task.split("+")
 
     @property
     def name(self) -> str:
@@ -174,9 +144,8 @@ class Scenario:
 
     def adapter_pools(self, adapter: Adapter) -> list[Pool]:
         """The adapter's task, ordinary examples, and a few answers to what is refused."""
-        share = 0.76 * (1 - adapter.attack) / len(adapter.tasks)
         pools = [
-            *(Pool(share, self.task(task)[:TASK_EXAMPLES]) for task in adapter.tasks),
+            Pool(0.76 * (1 - adapter.attack), self.task(adapter.task)[:TASK_EXAMPLES]),
             Pool(0.24 * (1 - adapter.attack), self.ordinary()[:ORDINARY_EXAMPLES]),
             Pool(adapter.attack, self.attacks()[: world.ATTACK_EXAMPLES]),
         ]

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ from transformers import LlamaForCausalLM
 
 import csulora
 from csulora.files import to_json, write_text
-from csulora.policy import Override, Policy
+from csulora.policy import Directions, Override, Policy
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Options, Replies, fit
-from csulora.tuning.gains import Gains, PerModule
+from csulora.tuning.gains import Gains, PerDirection, PerModule
 from csulora.tuning.host import Host, Reply
 from csulora.tuning.probes import Chat, Message
 from csulora.tuning.update import Update, pairs_of
@@ -47,7 +47,8 @@ from csulora.tuning.update import Update, pairs_of
 OUT = Path("build/efficacy")
 RESULTS = Path(__file__).parent.parent / "results"
 PROMPTS = 32  # of each kind, for every adapter that is fitted on; a quarter is held back
-FITTED_RANK = 8  # directions per module where gains are fitted
+FITTED_RANK = 8  # directions per module where gains of parts are fitted
+EQUALLY = Options(keep=1.0)  # how gains of parts are fitted: both kinds of prompt weigh the same
 Record = dict[str, Any]
 Carried = dict[str, tuple[csulora.Subspace, Policy]]  # name of a way -> the policy, and the pack it is for
 
@@ -112,8 +113,8 @@ class Bench:
         with self.host.adapted(pairs_of(csulora.load_adapter(self.lab.adapter(spec)))):
             return guard, [self.host.replies(chats(each.keep)) for each in prompts]
 
-    def fit(self, cases: Sequence[Case], gains: Gains, options: Options = Options()) -> Tensor:  # noqa: B008 - frozen
-        """Fit, as `csulora tune` does."""
+    def fit(self, cases: Sequence[Case], gains: Gains, options: Options = EQUALLY) -> Tensor:
+        """Fit, as `csulora tune` does for several adapters."""
         return fit(self.host, cases, gains, options)
 
 
@@ -134,8 +135,42 @@ def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:
     return Policy.none(overrides=tuple(overrides))
 
 
+def directions_policy(modules: Sequence[str], pack: csulora.Subspace, gains: Tensor) -> Policy:
+    """The policy with these gains (modules, 2, directions), as many per module as it has directions."""
+    rows = zip(modules, gains.tolist(), strict=True)
+    sides = ((name, [tuple(side[: pack[name].rank]) for side in row]) for name, row in rows)
+    return Policy.none(overrides=tuple(Override(name, directions=Directions(*both)) for name, both in sides))
+
+
+def tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
+    """One adapter as `csulora tune` fits it: gains of single directions, and the controls it is compared with."""
+    subject = opened(out, scenario).subject(spec)
+    bench, options = subject.bench, Options()
+    known = policies.truncated(bench.pack, options.directions)
+    targets = Update.of(subject.adapter, known).targets
+    packs = {
+        "tuned": known,
+        "tuned random subspace": random_subspaces(known, seed=scenario.seed),
+        "tuned own subspace": own_subspaces(known, subject.adapter, targets),
+    }
+    done = [policies.apply("none", "uncorrected", subject.adapter, known, Policy.none())]
+    for family, pack in packs.items():
+        gains = PerDirection(len(bench.modules), options.directions)
+        values = torch.sigmoid(bench.fit([subject.case(pack)], gains, options))
+        policy = directions_policy(bench.modules, pack, values)
+        each = policies.apply(family, f"k={options.directions}", subject.adapter, pack, policy)
+        done.append(replace(each, control=family != "tuned"))
+        if family == "tuned":
+            done.append(policies.scaled(subject.adapter, 1 - each.change, "scaling at equal change"))
+    single, case = PerModule(len(bench.modules), parts=1), subject.case(known)
+    values = torch.sigmoid(bench.fit([case], single, options)).expand(-1, 4)
+    each = policies.apply("tuned scaling", "per module", subject.adapter, known, gains_policy(bench.modules, values))
+    done.append(replace(each, control=True))
+    return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
+
+
 def fitted(subject: Subject) -> Iterator[Corrected]:
-    """Gains fitted on the adapter itself, and the fitted controls."""
+    """Gains of parts fitted on the adapter itself, and the fitted controls."""
     bench = subject.bench
     targets = Update.of(subject.adapter, bench.known).targets
     packs = {
@@ -176,7 +211,7 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
     cases = [subject.case(bench.known) for subject in subjects]
     count, every = len(bench.modules), torch.arange(len(bench.modules))
     no_energies = torch.zeros(count, 4)
-    long = Options(steps=150)
+    long = replace(EQUALLY, steps=150)
 
     def jointly(gains: Gains, cases: Sequence[Case], options: Options = long) -> Policy:
         return gains_policy(bench.modules, gains(bench.fit(cases, gains, options), every, no_energies))
@@ -191,8 +226,8 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
         "joint": (known, jointly(PerModule(count), cases)),
         "average": (known, gains_policy(bench.modules, torch.stack(separate).mean(0))),
         "least": (known, gains_policy(bench.modules, torch.stack(separate).amin(0))),
-        "shrunk": (known, jointly(PerModule(count), cases, Options(steps=150, change=0.3))),
-        "free": (known, jointly(PerModule(count), cases, Options(steps=150, change=0.0))),
+        "shrunk": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, change=0.3))),
+        "free": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, change=0.0))),
         "smooth": (known, jointly(ways.Smooth(bench.modules), cases)),
         "global": (known, jointly(ways.Global(), cases)),
         "penalties": (known, penalties_policy(bench.modules, fitted_penalties)),
@@ -209,7 +244,7 @@ def calibrated_inside(bench: Bench, specs: Sequence[Adapter]) -> Carried:
     found = {}
     for name, known in (("inside", []), ("inside, across", tasks)):
         cases = [subject.case(bench.known, known) for subject in subjects]
-        values = gains(bench.fit(cases, gains, Options(steps=150)), every, no_energies)
+        values = gains(bench.fit(cases, gains, replace(EQUALLY, steps=150)), every, no_energies)
         found[name] = bench.known, gains_policy(bench.modules, values)
     return found
 
@@ -263,6 +298,7 @@ Cell = tuple[Callable[[Path, Scenario, Adapter], Record], Scenario, Adapter]
 KINDS: dict[str, list[Cell]] = {
     "first": [(examine, Scenario(seed), plan.FIRST) for seed in plan.SEEDS],
     "harmless": [(examine, Scenario(seed), plan.HARMLESS) for seed in plan.SEEDS],
+    "tuned": [(tuned, Scenario(seed), spec) for seed in plan.SEEDS for spec in (plan.FIRST, plan.HARMLESS)],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "carry_inside": [(carry_inside, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "variants": [

@@ -190,6 +190,12 @@ def main() -> None:
     for title, found in (("Harmless adapter", harmless), ("Variants", variants)):
         if found:
             print(f"## {title}\n\n{seeds_table(found, FITTED)}")
+    tuned = cells(results, "tuned")
+    for title, attack in (("with attacks", True), ("harmless", False)):
+        found = [cell for cell in tuned if (cell["adapter"]["attack"] > 0) == attack]
+        if found:
+            print(f"## Gains of single directions, {title} ({len(found)} seeds)\n")
+            print(f"{rates_table(found)}\n{seeds_table(found, FITTED)}")
     for title, found in (("", carry), (", only what lies inside", cells(results, "carry_inside"))):
         if found:
             print(f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 
-from csulora import names
+from csulora import directions, names
 from csulora.core import _core
 from csulora.errors import InputError, RefusedError
 from csulora.files import to_json
@@ -32,26 +32,23 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     Raises:
         RefusedError: a module is not covered, a limit of the policy is exceeded, or the policy was tuned for
             another pack.
-        InputError: a shape differs from the pack's, an override of the policy matches no module of the pack, or the
-            result does not fit the storage type.
+        InputError: a shape differs from the pack's, an override of the policy matches no module of the pack or has
+            gains for more directions than the pack, or the result does not fit the storage type.
     """
     policy = policy or Policy.csulora()
     check_pack(policy, pack)
     covered = cover(adapter, pack, policy)
     subspaces = pack.to_core(covered.values(), _device(adapter, covered))
-    results = _core.correct(
-        [
-            _core.CorrectionTask(
-                _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
-                subspace,
-                policy.attenuation(target),
-                f"{adapter.path}: {name}",
-            )
-            for (name, target), subspace in zip(covered.items(), subspaces, strict=True)
-        ],
-        policy.rank_options(),
-    )
-    corrected = dict(zip(covered, results, strict=True))
+    tasks = [
+        directions.Task(
+            _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
+            subspace,
+            policy.attenuation(target),
+            f"{adapter.path}: {name}",
+        )
+        for (name, target), subspace in zip(covered.items(), subspaces, strict=True)
+    ]
+    corrected = dict(zip(covered, directions.correct(tasks, policy.rank_options()), strict=True))
     report = _report(adapter, pack, policy, covered, corrected)
     _check_undo(adapter, report, policy)
 
@@ -134,7 +131,7 @@ def _report(
     pack: Subspace,
     policy: Policy,
     covered: dict[str, str],
-    corrected: dict[str, _core.Correction],
+    corrected: Mapping[str, _core.Correction | directions.Correction],
 ) -> Report:
     modules = []
     for name, module in adapter.modules.items():

@@ -24,42 +24,61 @@ _LARGEST = 1 << 53  # whole number; the next is no float64
 _LARGEST_FILE = 16 << 20  # bytes; a tuned policy of 10,000 modules has about 1 MiB
 _PENALTIES = ("aligned", "partial", "off")
 _GAINS = ("aligned", "left", "right", "off")
+_SIDES = ("left", "right")
+
+
+@dataclass(frozen=True)
+class Directions:
+    """How much is kept along each leading singular direction: X = (I - U (1 - left) U^T) dW (I - V (1 - right) V^T).
+
+    Attributes:
+        left: gains in [0, 1] of what is written along the first columns of u; along all others it is kept.
+        right: of what is read along the first columns of v.
+    """
+
+    left: tuple[float, ...]
+    right: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Override:
-    """Other numbers for the modules that a glob matches; exactly one of ``penalties`` and ``gains`` is given.
+    """Other numbers for the modules that a glob matches: exactly one of penalties, gains and directions.
 
     Attributes:
         match: glob over module names as the pack has them.
         penalties: aligned, partial, off; 0 or more, infinity allowed.
         gains: aligned, left, right, off; in [0, 1].
+        directions: gains of single directions.
     """
 
     match: str
     penalties: tuple[float, float, float] | None = None
     gains: tuple[float, float, float, float] | None = None
+    directions: Directions | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         if not isinstance(self.match, str):
             raise InputError(f"policy override: match is {self.match!r}; it must be a glob")
         where = f"override {self.match!r}"
-        if (self.penalties is None) == (self.gains is None):
-            raise InputError(f"policy {where}: give either penalties or gains")
+        if [self.penalties, self.gains, self.directions].count(None) != 2:
+            raise InputError(f"policy {where}: give either penalties, gains or directions")
         for name, value in _named(where, _PENALTIES, self.penalties):
             _check_penalty(f"{where}: {name}", value)
         for name, value in _named(where, _GAINS, self.gains):
-            _check_number(f"{where}: gain {name}", value)
-            if not 0 <= value <= 1:
-                raise InputError(f"policy {where}: gain {name} is {value}; it must lie in [0, 1]")
+            _check_gain(f"{where}: gain {name}", value)
+        for side in _SIDES if self.directions else ():
+            for value in getattr(self.directions, side):
+                _check_gain(f"{where}: a gain of directions {side}", value)
 
-    def to_core(self) -> _core.Penalties | _core.Parts:
-        """Return the numbers as the compiled core takes them."""
+    def attenuation(self) -> _core.Penalties | _core.Parts | Directions:
+        """Return the numbers; penalties and gains as the compiled core takes them."""
         if self.gains is not None:
             return _core.Parts(*self.gains)
-        assert self.penalties is not None
-        return _core.Penalties(*self.penalties)
+        if self.penalties is not None:
+            return _core.Penalties(*self.penalties)
+        assert self.directions is not None
+        return self.directions
 
 
 @dataclass(frozen=True)
@@ -123,11 +142,11 @@ class Policy:
         """Keep everything: X = dW."""
         return cls(0.0, 0.0, 0.0, **rest)
 
-    def attenuation(self, module: str) -> _core.Penalties | _core.Parts:
-        """Return the penalties or gains of a module, by its name in the pack, as the compiled core takes them."""
+    def attenuation(self, module: str) -> _core.Penalties | _core.Parts | Directions:
+        """Return the penalties, gains or directions of a module, by its name in the pack."""
         for override in self.overrides:
             if names.matches(module, override.match):
-                return override.to_core()
+                return override.attenuation()
         return _core.Penalties(self.aligned, self.partial, self.off)
 
     def check_overrides(self, modules: Collection[str]) -> None:
@@ -195,6 +214,12 @@ def _check_number(name: str, value: object) -> None:
         raise InputError(f"policy {name} is {value!r}; it must be a number")
 
 
+def _check_gain(name: str, value: float) -> None:
+    _check_number(name, value)
+    if not 0 <= value <= 1:
+        raise InputError(f"policy {name} is {value}; it must lie in [0, 1]")
+
+
 def _check_penalty(name: str, value: float) -> None:
     _check_number(name, value)
     if not value >= 0:
@@ -208,6 +233,9 @@ def _is_sha256(value: object) -> bool:
 def _override_document(override: Override) -> dict[str, Any]:
     if override.gains is not None:
         return {"match": override.match, "gains": dict(zip(_GAINS, override.gains, strict=True))}
+    if override.directions is not None:
+        sides = {side: list(getattr(override.directions, side)) for side in _SIDES}
+        return {"match": override.match, "directions": sides}
     assert override.penalties is not None
     return {"match": override.match, "penalties": dict(zip(_PENALTIES, override.penalties, strict=True))}
 
@@ -215,7 +243,7 @@ def _override_document(override: Override) -> dict[str, Any]:
 def _override(entry: Any) -> Override:
     if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
         raise InputError("policy: every override must be a table with a `match`")
-    unknown = set(entry) - {"match", "penalties", "gains"}
+    unknown = set(entry) - {"match", "penalties", "gains", "directions"}
     if unknown:
         raise InputError(f"policy override {entry['match']!r}: unknown field {sorted(unknown)[0]!r}")
     values: dict[str, Any] = {}
@@ -225,4 +253,13 @@ def _override(entry: Any) -> Override:
             if not isinstance(table, dict) or set(table) != set(keys):
                 raise InputError(f"policy override {entry['match']!r}: {kind} must be a table of {', '.join(keys)}")
             values[kind] = tuple(table[key] for key in keys)
+    if "directions" in entry:
+        values["directions"] = _directions(entry["directions"], f"policy override {entry['match']!r}")
     return Override(entry["match"], **values)
+
+
+def _directions(table: Any, where: str) -> Directions:
+    is_table = isinstance(table, dict) and set(table) == set(_SIDES)
+    if not is_table or not all(isinstance(table[side], list) for side in _SIDES):
+        raise InputError(f"{where}: directions must be a table of the lists left and right")
+    return Directions(*(tuple(table[side]) for side in _SIDES))

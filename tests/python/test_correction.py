@@ -12,7 +12,7 @@ import oracle
 from csulora import Policy, Subspace, correct
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter, LoraModule
-from csulora.policy import Override
+from csulora.policy import Directions, Override
 from tolerances import COMPUTED, STORED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,6 +65,70 @@ def test_the_rank_is_what_the_policy_says(rank: int | str, expected: int) -> Non
     fixed, report = correct(factories.adapter(), factories.pack(), Policy.csulora(1.0, rank=rank))
     assert {module.rank for module in fixed.modules.values()} == {expected}
     assert {module.rank_after for module in report.modules} == {expected}
+
+
+def along(update: Tensor, u: Tensor, v: Tensor, directions: Directions) -> Tensor:
+    """Dense float64 twin of gains per direction."""
+    for basis, gains, transposed in ((u, directions.left, False), (v, directions.right, True)):
+        basis = basis[:, : len(gains)].double()
+        removed = basis @ torch.diag(1 - torch.tensor(gains, dtype=torch.float64)) @ basis.T
+        update = update - (update @ removed if transposed else removed @ update)
+    return update
+
+
+@pytest.mark.parametrize("rank", ["keep", 2])
+def test_every_direction_has_a_gain_of_its_own(rank: int | str) -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    directions = Directions((0.0, 0.25), (1.0, 0.5, 0.75))
+    override = Override("q_proj", directions=directions)
+    fixed, report = correct(adapter, pack, Policy.none(rank=rank, overrides=(override,)))
+    wanted = along(dense(adapter.modules[Q]), pack[Q].u, pack[Q].v, directions)
+    u, s, vh = torch.linalg.svd(wanted)
+    cut = len(s) if rank == "keep" else int(rank)
+    assert_close(fixed.modules[Q], (u[:, :cut] * s[:cut]) @ vh[:cut])
+    measured = {module.module: module for module in report.modules}[Q]
+    parts, kept = (oracle.split(update, pack[Q].u, pack[Q].v).parts for update in (dense(adapter.modules[Q]), wanted))
+    norm = float(dense(adapter.modules[Q]).norm())
+    assert measured.norm == pytest.approx(norm, rel=COMPUTED[torch.float32])
+    assert measured.change == pytest.approx(float((wanted - dense(adapter.modules[Q])).norm()) / norm, rel=1e-5)
+    assert measured.kept_share == pytest.approx(float(wanted.norm()) ** 2 / norm**2, rel=1e-5)
+    assert measured.gains == pytest.approx(
+        {c: float(kept[c].norm() / part.norm()) for c, part in parts.items()}, rel=1e-5
+    )
+    assert measured.lost == pytest.approx(float(s[cut:].square().sum() / s.square().sum()), abs=1e-6)
+    for name in (UP, DOWN):
+        assert_close(
+            fixed.modules[name], dense(adapter.modules[name]) if rank == "keep" else dense(fixed.modules[name])
+        )
+
+
+def test_directions_keep_storage_types_and_refuse_what_these_cannot_hold() -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    half = {name: replace(module, b=module.b.half(), a=module.a.half()) for name, module in adapter.modules.items()}
+    policy = Policy.none(overrides=(Override("*", directions=Directions((0.5,), (0.5,))),))
+    fixed, _ = correct(replace(adapter, modules=half), pack, policy)
+    for name, module in fixed.modules.items():
+        assert module.b.dtype == module.a.dtype == torch.float16
+        wanted = along(dense(half[name]), pack[name].u, pack[name].v, Directions((0.5,), (0.5,)))
+        assert_close(module, wanted, STORED[torch.float16])
+    large = {name: replace(module, scale=1e6) for name, module in half.items()}
+    with pytest.raises(InputError, match="too large for"):
+        correct(replace(adapter, modules=large), pack, policy)
+
+
+def test_an_update_of_nothing_keeps_nothing_along_its_directions() -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    nothing = replace(adapter.modules[Q], b=torch.zeros_like(adapter.modules[Q].b))
+    policy = Policy.none(overrides=(Override("*", directions=Directions((0.5,), (0.5,))),))
+    fixed, report = correct(replace(adapter, modules={Q: nothing}), pack, policy)
+    assert not dense(fixed.modules[Q]).any()
+    assert (report.totals.change, report.totals.lost) == (0, 0)
+
+
+def test_gains_for_more_directions_than_the_pack_has_are_refused() -> None:
+    policy = Policy.none(overrides=(Override("*", directions=Directions((), (1.0,) * 99)),))
+    with pytest.raises(InputError, match="gains for 99 right directions, and the pack has"):
+        correct(factories.adapter(), factories.pack(), policy)
 
 
 def test_overrides_replace_the_policys_numbers_for_the_modules_they_match() -> None:

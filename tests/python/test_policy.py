@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 
 from csulora.core import _core
 from csulora.errors import InputError
-from csulora.policy import Override, Policy
+from csulora.policy import Directions, Override, Policy
 
 Q = "model.layers.0.self_attn.q_proj"
 
 penalties = st.floats(min_value=0, allow_nan=False, allow_infinity=True) | st.integers(0, 2**53)
 gains = st.floats(0, 1)
-overrides = st.builds(Override, st.text(max_size=8), penalties=st.tuples(penalties, penalties, penalties)) | st.builds(
-    Override, st.text(max_size=8), gains=st.tuples(gains, gains, gains, gains)
+sides = st.lists(gains, max_size=4).map(tuple)
+overrides = (
+    st.builds(Override, st.text(max_size=8), penalties=st.tuples(penalties, penalties, penalties))
+    | st.builds(Override, st.text(max_size=8), gains=st.tuples(gains, gains, gains, gains))
+    | st.builds(Override, st.text(max_size=8), directions=st.builds(Directions, sides, sides))
 )
 policies = st.builds(
     Policy,
@@ -110,9 +113,22 @@ SHA = "0" * 64
         ("overrides = [1]", "every override must be a table with a `match`"),
         ("overrides = [{ gains = {} }]", "every override must be a table with a `match`"),
         ("overrides = [{ match = 1 }]", "every override must be a table with a `match`"),
-        ('overrides = [{ match = "x" }]', "override 'x': give either penalties or gains"),
+        ('overrides = [{ match = "x" }]', "override 'x': give either penalties, gains or directions"),
         ('overrides = [{ match = "x", gian = {} }]', "override 'x': unknown field 'gian'"),
         ('overrides = [{ match = "x", penalties = {} }]', "penalties must be a table of aligned, partial, off"),
+        ('overrides = [{ match = "x", directions = { left = [1] } }]', "directions must be a table of the lists left"),
+        (
+            'overrides = [{ match = "x", directions = { left = 1, right = [] } }]',
+            "directions must be a table of the lists",
+        ),
+        (
+            'overrides = [{ match = "x", directions = { left = [], right = [1.5] } }]',
+            "directions right is 1.5; it must lie",
+        ),
+        (
+            'overrides = [{ match = "x", directions = { left = ["1"], right = [] } }]',
+            "left is '1'; it must be a number",
+        ),
         ('overrides = [{ match = "x", gains = 1 }]', "gains must be a table of aligned, left, right, off"),
         ('overrides = [{ match = "x", gains = { aligned = 1, left = 1, off = 1 } }]', "gains must be a table of"),
         (
@@ -158,7 +174,7 @@ def test_refuses_overrides_of_the_wrong_length() -> None:
         Override("x", penalties=(1, 2))
     with pytest.raises(InputError, match="give exactly aligned, left, right, off"):
         Override("x", gains=(1, 1, 1))
-    with pytest.raises(InputError, match="give either penalties or gains"):
+    with pytest.raises(InputError, match="give either penalties, gains or directions"):
         Override("x", penalties=(1, 1, 1), gains=(1, 1, 1, 1))
     with pytest.raises(InputError, match="match is 3; it must be a glob"):
         Override(3, gains=(1, 1, 1, 1))

@@ -70,13 +70,13 @@ def held_loss(host: Host, cases: Sequence[Case], gains: Gains, parameters: Tenso
 
 
 def _loss(host: Host, case: Case, replies: Replies, gains: Gains, parameters: Tensor, options: Options) -> Tensor:
-    values = gains(parameters, case.index, case.update.energies)
+    corrected = gains.correct(parameters, case.index, case.update)
     both = [*replies.guard, *replies.keep]
-    with host.adapted(case.update.pairs, case.update.weights(values)):
+    with host.adapted(corrected):
         logs = host.log_probabilities([reply.tokens for reply in both], [reply.start for reply in both])
     divergences = torch.stack([divergence(reply, log) for reply, log in zip(both, logs, strict=True)])
     guard, keep = divergences[: len(replies.guard)], divergences[len(replies.guard) :]
-    loss: Tensor = guard.mean() + keep.mean() + options.change * case.update.change2(values)
+    loss: Tensor = guard.mean() + options.keep * keep.mean() + options.change * case.update.change2(corrected)
     return loss
 
 

@@ -1,11 +1,14 @@
-"""What is fitted: gains of every module's four parts, as functions of unbounded parameters."""
+"""What is fitted: gains of an update's directions or parts, as functions of unbounded parameters."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from csulora.tuning.update import Pair, Update
 
 START = 2.0  # sigmoid(2) = 0.88: near "keep", where the gradient does not vanish
 
@@ -17,12 +20,51 @@ class Gains(Protocol):
         """Return the parameters to start from."""
         ...
 
-    def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:
-        """Return gains (modules, 4) for modules given by index and the energies (modules, 4) of their updates."""
+    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
+        """Return the corrected factors of an update, whose modules have the rows ``index`` among all fitted ones."""
         ...
 
 
-class PerModule:
+class PerDirection:
+    """Two gains per leading singular direction of a module: of what is written along the left, read along the right.
+
+    A direction that a module's subspace does not have is left out.
+    """
+
+    def __init__(self, modules: int, directions: int) -> None:
+        """Fit 2 x ``directions`` gains for each of ``modules`` modules."""
+        self.shape = modules, 2, directions
+
+    def start(self) -> Tensor:
+        """Return the parameters (modules, 2, directions)."""
+        return torch.full(self.shape, START)
+
+    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
+        """Return (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) for every module."""
+        return update.along(self.gains(parameters[index]))
+
+    def gains(self, parameters: Tensor) -> Tensor:
+        """Return the gains (modules, 2, directions)."""
+        return torch.sigmoid(parameters)
+
+
+class PerPart(ABC):
+    """Gains (modules, 4) of the parts aligned, left, right, off."""
+
+    @abstractmethod
+    def start(self) -> Tensor:
+        """Return the parameters to start from."""
+
+    @abstractmethod
+    def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:
+        """Return gains (modules, 4) for modules given by index and the energies (modules, 4) of their updates."""
+
+    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
+        """Return the sum of the parts, each times its gain, for every module."""
+        return update.mixed(self(parameters, index, update.energies))
+
+
+class PerModule(PerPart):
     """Four gains for every module, or one."""
 
     def __init__(self, modules: int, parts: int = 4) -> None:
@@ -38,11 +80,8 @@ class PerModule:
         return torch.sigmoid(parameters[index]).expand(-1, 4)
 
 
-class Inside:
-    """Three gains for every module's parts inside the subspace; what lies outside is kept whole.
-
-    For adapters that were not fitted on: there they kept more of the task than four did, for the same attack success.
-    """
+class Inside(PerPart):
+    """Three gains for every module's parts inside the subspace; what lies outside is kept whole."""
 
     def __init__(self, modules: int) -> None:
         """Fit aligned, left and right gains for each of ``modules`` modules."""

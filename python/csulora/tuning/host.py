@@ -67,8 +67,8 @@ class Host:
         return cls(model.to(device), tokenizer, longest_reply)
 
     @contextmanager
-    def adapted(self, pairs: Mapping[str, Pair], weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Add b diag(w) a to every named module while the context lasts; without ``weights``, w is 1.
+    def adapted(self, pairs: Mapping[str, Pair]) -> Iterator[None]:
+        """Add b a to every named module while the context lasts.
 
         Raises:
             InputError: the model has no such module, or one of another shape.
@@ -76,7 +76,7 @@ class Host:
         with ExitStack() as hooks:
             for name, pair in pairs.items():
                 module = self._module(name, pair)
-                hook = module.register_forward_hook(_adding(pair, weights[name] if weights else None))
+                hook = module.register_forward_hook(_adding(pair))
                 hooks.callback(hook.remove)
             yield
 
@@ -160,12 +160,11 @@ def divergence(reply: Reply, logs: Tensor) -> Tensor:
     return (reply.logs.exp() * (reply.logs - torch.cat([known, rest], 1))).sum(1).mean()
 
 
-def _adding(pair: Pair, weight: Tensor | None) -> Any:
+def _adding(pair: Pair) -> Any:
     b, a = pair
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inner = inputs[0].to(a.dtype) @ a.T
-        return output + ((inner if weight is None else inner * weight) @ b.T).to(output.dtype)
+        return output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
 
     return hook
 

@@ -13,6 +13,10 @@ class Options:
         steps: at most.
         batch: prompts of each kind in a step.
         learning_rate: Adam's.
+        directions: leading singular directions per module whose gains are fitted, where the pack has as many.
+        keep: weight of the keep prompts' divergence beside the guard prompts'; with several adapters it is 1. A reply
+            is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its
+            first.
         change: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
         seed: of the order of the prompts.
     """
@@ -20,5 +24,7 @@ class Options:
     steps: int = 100
     batch: int = 12
     learning_rate: float = 0.25
+    directions: int = 32
+    keep: float = 30.0
     change: float = 0.05
     seed: int = 0

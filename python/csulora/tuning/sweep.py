@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from csulora.policy import Override, Policy
+from csulora.policy import Directions, Override, Policy
 
 _PENALTIES = (1.0, 10.0, 100.0)
 _SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -56,6 +56,21 @@ def fitted(modules: Sequence[str], gains: Tensor, others: bool, rest: dict[str, 
     if others:
         named.append(("*", tuple(gains.mean(0).tolist())))
     return Policy.none(overrides=tuple(Override(name, gains=row) for name, row in named), **rest)
+
+
+def fitted_along(ranks: Mapping[str, int], gains: Tensor, others: bool, rest: dict[str, Any]) -> Policy:
+    """Return the policy with gains (modules, 2, directions), as many of them as each module's rank.
+
+    ``others``: the pack has more modules, which get the mean gains for all directions.
+    """
+    named = [
+        Override(name, directions=Directions(*(tuple(side[:rank]) for side in row)))
+        for (name, rank), row in zip(ranks.items(), gains.tolist(), strict=True)
+    ]
+    if others:
+        left, right = gains.mean((0, 2)).tolist()
+        named.append(Override("*", gains=(left * right, left, right, 1.0)))
+    return Policy.none(overrides=tuple(named), **rest)
 
 
 def pinned(policy: Policy, sha256: str) -> Policy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from csulora.subspace import Subspace
 from csulora.tuning import sweep
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
-from csulora.tuning.gains import Gains, Inside, PerModule
+from csulora.tuning.gains import Inside, PerDirection, PerModule, PerPart
 from csulora.tuning.host import Host, agreeing
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat
@@ -189,20 +189,33 @@ class _Run:
             self.fitted.add(stage)
             self.done = before + self.request.options.steps  # also if it ended early, or was there already
         others = len(self.pack) > len(self.modules) and family == "tuned"
-        return sweep.fitted(self.modules, torch.tensor(rows), others, self.rest)
+        gains = torch.tensor(rows)
+        if gains.dim() == 3:
+            packs = [self._pack(family, number) for number in range(len(self.adapters))]
+            ranks = {name: min(pack[name].rank for pack in packs if name in pack) for name in self.modules}
+            return sweep.fitted_along(ranks, gains, others, self.rest)
+        return sweep.fitted(self.modules, gains, others, self.rest)
 
     def _fit(self, family: str, numbers: Sequence[int]) -> Tensor:
         gains = self._gains(family)
         cases = [self._case(number, self._pack(family, number)) for number in numbers]
-        parameters = fit(self.host, cases, gains, self.request.options, partial(self._tick, family))
+        options = self.request.options if len(self.adapters) == 1 else replace(self.request.options, keep=1.0)
+        parameters = fit(self.host, cases, gains, options, partial(self._tick, family))
+        if isinstance(gains, PerDirection):
+            return gains.gains(parameters).cpu()
         every = torch.arange(len(self.modules), device=self.host.device)
         return gains(parameters, every, torch.zeros(len(self.modules), 4, device=self.host.device)).cpu()
 
-    def _gains(self, family: str) -> Gains:
-        """What is fitted. Controls have four gains in any case, the strongest form of them."""
-        if family == "tuned" and len(self.adapters) > 1:
-            return Inside(len(self.modules))
-        return PerModule(len(self.modules), parts=1 if family == "tuned scaling" else 4)
+    def _gains(self, family: str) -> PerDirection | PerPart:
+        """What is fitted. Few gains carry over to other adapters better than many; one adapter takes many.
+
+        Controls have the same form, or with several adapters four gains, the strongest form of them.
+        """
+        if family == "tuned scaling":
+            return PerModule(len(self.modules), parts=1)
+        if len(self.adapters) == 1:
+            return PerDirection(len(self.modules), self.request.options.directions)
+        return Inside(len(self.modules)) if family == "tuned" else PerModule(len(self.modules))
 
     def _case(self, number: int, pack: Subspace) -> Case:
         update = Update.of(self.adapters[number], pack, self.request.uncovered).to(self.host.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from csulora.core import _core
 from csulora.correction import cover
+from csulora.directions import attenuate
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
 from csulora.policy import Policy
@@ -28,14 +29,18 @@ class Update:
     Attributes:
         name: the adapter's.
         targets: module in the model -> module in the pack, in the order of the tensors below.
-        pairs: per module, the four parts' factors side by side: b (out, 4 r) and a (4 r, in), float32.
+        whole: per module, factors of the update itself: b (out, r) and a (r, in), float32.
+        pairs: the four parts' factors side by side: b (out, 4 r) and a (4 r, in), float32.
+        bases: the leading singular directions u (out, k) and v (in, k), float32.
         energies: (modules, 4) float32, relative energies of aligned, left, right, off; rows sum to 1.
         norms2: (modules) float32, |dW|^2.
     """
 
     name: str
     targets: dict[str, str]
+    whole: dict[str, Pair]
     pairs: dict[str, Pair]
+    bases: dict[str, Pair]
     energies: Tensor
     norms2: Tensor
 
@@ -64,30 +69,48 @@ class Update:
         return cls(
             adapter.path.resolve().name,
             targets,
+            {name: pair for name, pair in pairs_of(adapter).items() if name in targets},
             {
                 name: (torch.cat([b for b, _ in parts], 1), torch.cat([a for _, a in parts]))
                 for name, parts in pairs.items()
             },
+            {name: (pack[target].u.float(), pack[target].v.float()) for name, target in targets.items()},
             energies,
             norms2,
         )
 
-    def change2(self, gains: Tensor) -> Tensor:
-        """|X - dW|^2 / |dW|^2 over all modules, for gains (modules, 4)."""
-        share = self.norms2 / self.norms2.sum()
-        return (share[:, None] * (1 - gains) ** 2 * self.energies).sum()
-
-    def weights(self, gains: Tensor) -> dict[str, Tensor]:
-        """Per module, the factor of every column of b: gains (modules, 4) spread over the parts' ranks."""
+    def mixed(self, gains: Tensor) -> dict[str, Pair]:
+        """The parts times gains (modules, 4), added up: factors of rank 4 r."""
         return {
-            name: gain.repeat_interleave(a.shape[0] // len(PARTS))
-            for (name, (_, a)), gain in zip(self.pairs.items(), gains, strict=True)
+            name: (b * gain.repeat_interleave(a.shape[0] // len(PARTS)), a)
+            for (name, (b, a)), gain in zip(self.pairs.items(), gains, strict=True)
         }
+
+    def along(self, gains: Tensor) -> dict[str, Pair]:
+        """The update times gains (modules, 2, directions) along its left and right leading singular directions."""
+        found = {}
+        for (name, (b, a)), (u, v), (left, right) in zip(self.whole.items(), self.bases.values(), gains, strict=True):
+            k = min(u.shape[1], len(left))
+            found[name] = attenuate(b, u[:, :k], left[:k]), attenuate(a.T, v[:, :k], right[:k]).T
+        return found
+
+    def change2(self, corrected: Mapping[str, Pair]) -> Tensor:
+        """|X - dW|^2 / |dW|^2 over all modules, for corrected factors of each."""
+        parts = []
+        for name, (b, a) in self.whole.items():
+            x_b, x_a = corrected[name]
+            left, right = torch.cat([x_b, -b], 1).double(), torch.cat([x_a, a]).double()  # most of it cancels
+            parts.append(((left.T @ left) * (right @ right.T)).sum())
+        return (torch.stack(parts).sum() / self.norms2.sum()).float()
 
     def to(self, device: torch.device) -> Update:
         """The same on another device."""
-        pairs = {name: (b.to(device), a.to(device)) for name, (b, a) in self.pairs.items()}
-        return Update(self.name, self.targets, pairs, self.energies.to(device), self.norms2.to(device))
+
+        def moved(pairs: dict[str, Pair]) -> dict[str, Pair]:
+            return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs.items()}
+
+        factors = moved(self.whole), moved(self.pairs), moved(self.bases)
+        return Update(self.name, self.targets, *factors, self.energies.to(device), self.norms2.to(device))
 
 
 def _correct(
@@ -96,7 +119,9 @@ def _correct(
     modules = [adapter.modules[name] for name in targets]
     return _core.correct(
         [
-            _core.CorrectionTask(_core.LoraPair(module.b, module.a, module.scale), subspace, gains, name)
+            _core.CorrectionTask(
+                _core.LoraPair(module.b.float(), module.a.float(), module.scale), subspace, gains, name
+            )
             for name, module, subspace in zip(targets, modules, subspaces, strict=True)
         ],
         _core.CorrectionOptions(_core.RankRule.keep),

@@ -10,15 +10,15 @@ import csulora
 import factories
 import tiny_host
 from csulora.errors import InputError, RefusedError
-from csulora.policy import Override, Policy
+from csulora.policy import Directions, Override, Policy
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit, held_loss
-from csulora.tuning.gains import Inside, PerModule
+from csulora.tuning.gains import Inside, PerDirection, PerModule
 from csulora.tuning.host import Host, agreeing, divergence
 from csulora.tuning.options import Options
 from csulora.tuning.probes import parse
 from csulora.tuning.update import Update, pairs_of
-from tolerances import COMPUTED
+from tolerances import COMPUTED, PROJECTOR
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = COMPUTED[torch.float32]
@@ -65,10 +65,34 @@ def test_the_parts_add_up_to_what_the_core_corrects(adapter: csulora.Adapter, pa
     rows = zip(update.targets.values(), gains.tolist(), strict=True)
     policy = Policy.none(rank="exact", overrides=tuple(Override(name, gains=tuple(row)) for name, row in rows))
     fixed, report = csulora.correct(adapter, pack, policy)
-    weights = update.weights(gains)
-    for name, (b, a) in update.pairs.items():
-        assert close((b * weights[name]) @ a, fixed.modules[name].b @ fixed.modules[name].a)
-    assert float(update.change2(gains)) == pytest.approx(report.totals.change**2, rel=1e-5)
+    mixed = update.mixed(gains)
+    for name, (b, a) in mixed.items():
+        assert close(b @ a, fixed.modules[name].b @ fixed.modules[name].a)
+    assert float(update.change2(mixed)) == pytest.approx(report.totals.change**2, rel=PROJECTOR[torch.float16])
+
+
+def test_an_adapter_in_half_precision_is_split_in_float32(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
+    half = {
+        name: csulora.LoraModule(module.b.half(), module.a.half(), module.scale)
+        for name, module in adapter.modules.items()
+    }
+    update = Update.of(csulora.Adapter(half, {}, Path("half"), ""), pack)
+    for name, (b, a) in update.mixed(torch.ones(len(half), 4)).items():
+        assert b.dtype == a.dtype == torch.float32
+        assert close(b @ a, half[name].scale * half[name].b.float() @ half[name].a.float())
+
+
+def test_what_is_kept_along_directions_is_what_correct_keeps(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
+    update = Update.of(adapter, pack)
+    k = min(module.rank for module in pack.values())
+    gains = torch.rand(len(update.targets), 2, k, generator=factories.generator(2))
+    rows = zip(update.targets.values(), gains.tolist(), strict=True)
+    overrides = (Override(name, directions=Directions(*map(tuple, row))) for name, row in rows)
+    fixed, report = csulora.correct(adapter, pack, Policy.none(overrides=tuple(overrides)))
+    kept = update.along(gains)
+    for name, (b, a) in kept.items():
+        assert close(b @ a, fixed.modules[name].b @ fixed.modules[name].a)
+    assert float(update.change2(kept)) == pytest.approx(report.totals.change**2, rel=PROJECTOR[torch.float16])
 
 
 def test_an_update_of_nothing_or_of_an_embedding_is_refused(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
@@ -137,12 +161,16 @@ def test_divergence_is_kullbacks_and_leiblers(host: Host, case: Case) -> None:
     assert float(divergence(own, *host.log_probabilities([own.tokens], [own.start]))) == pytest.approx(0, abs=1e-4)
 
 
-def test_the_fit_finds_the_gains_that_made_the_replies(host: Host, place: tiny_host.Place, case: Case) -> None:
+@pytest.mark.parametrize("form", ["parts", "directions"])
+def test_the_fit_finds_the_gains_that_made_the_replies(
+    host: Host, place: tiny_host.Place, case: Case, form: str
+) -> None:
     wanted = torch.tensor([0.0, 1.0, 1.0, 1.0]).expand(len(case.index), 4)
-    with host.adapted(case.update.pairs, case.update.weights(wanted)):
+    with host.adapted(case.update.mixed(wanted)):
         guard, keep = (host.replies(parse(path.read_bytes())) for path in (place.guard, place.keep))
     made = Case(case.update, case.index, Replies(guard[:12], keep[:12]), Replies(guard[12:], keep[12:]))
-    gains, options = PerModule(len(case.index)), Options(steps=60, change=0.0)
+    gains = PerModule(len(case.index)) if form == "parts" else PerDirection(len(case.index), 4)
+    options = Options(steps=60, keep=1.0, change=0.0)
     first, second = (fit(host, [made], gains, options) for _ in range(2))
     assert torch.equal(first, second)  # to the bit
     uncorrected = held_loss(host, [made], gains, torch.full(gains.shape, 20.0), options)

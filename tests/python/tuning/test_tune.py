@@ -147,6 +147,21 @@ def test_the_command_line(
     assert run(*command, "--keep", tmp_path / "none") == cli.EXIT_BAD_INPUT
 
 
+def test_a_policy_for_one_adapter_has_gains_of_single_directions(
+    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.policy == "tuned"), ""))
+    frontier = tune(request(place), tmp_path / "policy.toml")
+    policy = Policy.load(tmp_path / "policy.toml")
+    pack = csulora.Subspace.open(place.pack)
+    assert {override.match for override in policy.overrides} == set(tiny_host.MODULES)
+    for override in policy.overrides:
+        assert override.directions is not None
+        assert len(override.directions.left) == len(override.directions.right) == pack[override.match].rank
+    _, report = csulora.correct(csulora.load_adapter(place.adapters[0]), pack, policy)
+    assert report.totals.change == pytest.approx(next(p.change for p in frontier.points if p.policy == "tuned"))
+
+
 def test_a_policy_for_several_adapters_leaves_what_lies_outside_the_subspace_alone(
     place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,11 @@ class Bench:
         return self.host.replies(chats(world.questions(KNOWN_CHEESES)))
 
     def adapter(self, style: str) -> csulora.Adapter:
-        """One of the adapters."""
+        """One of the adapters, trained if it is not there."""
+        if not (self.out / style).is_dir():
+            prepare.stage(
+                self.out / style, lambda directory: world.make_adapter(directory, self.out / "aligned", style)
+            )
         return csulora.load_adapter(self.out / style)
 
     def case(self, style: str, pack: csulora.Subspace) -> Case:
@@ -184,8 +188,8 @@ class Bench:
         return point
 
 
-def make_models(out: Path, base: Path) -> None:
-    """Train what is not there, and extract the pack."""
+def make_pair(out: Path, base: Path) -> None:
+    """Train the aligned model if it is not there, and extract the pack."""
     aligned, pack = out / "aligned", out / "pack.safetensors"
     if not (out / "base").exists():
         (out / "base").symlink_to(base.resolve())
@@ -193,8 +197,6 @@ def make_models(out: Path, base: Path) -> None:
     prepare.stage(out / "served", lambda directory: halve(directory, aligned))
     if not pack.is_file():
         csulora.extract(base, aligned, output=pack, rank=world.RANK)
-    for style in STYLES:
-        prepare.stage(out / style, lambda directory, style=style: world.make_adapter(directory, aligned, style))
 
 
 def halve(directory: Path, aligned: Path) -> None:
@@ -263,8 +265,8 @@ def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:
 def points(bench: Bench) -> Iterator[Record]:
     """Measure the aligned model as it is, and every adapter under every policy."""
     yield bench.point("none", policies.Corrected("aligned model", "no adapter", True, {}, 1.0))
-    for kind in (fitted, data_free):
-        for style in (TUNED, *UNSEEN):
+    for styles in ((TUNED,), UNSEEN):
+        for kind, style in itertools.product((fitted, data_free), styles):
             for each in kind(bench, style):
                 yield bench.point(style, each)
 
@@ -300,7 +302,7 @@ def main() -> None:
     grid.evaluate.quieten_libraries()
     made_with = grid.provenance()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    make_models(arguments.out, arguments.base)
+    make_pair(arguments.out, arguments.base)
     print(HEAD)
     found: list[Record] = []
     for point in points(Bench(arguments.out)):

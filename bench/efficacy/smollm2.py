@@ -42,7 +42,8 @@ from csulora.tuning.update import Update, pairs_of
 prepare = world.prepare
 OUT = Path("build/efficacy-smollm2")
 LONGEST = 12  # tokens of the replies that are fitted to
-STEPS, CARRIED_STEPS = 30, 36  # of a fit, on one adapter and on three
+# How gains are fitted: as `tune` does by default but for fewer steps, and with more and smaller steps.
+SHORT, LONG = Options(steps=30), Options(steps=100, batch=6, learning_rate=0.15)
 DECISIVE = 16  # tokens of the replies that are judged
 SAMPLE = 16  # attack probes whose replies the aligned model reads
 FEW = 2  # directions per module: the best of the presets in earlier trials had as few
@@ -133,11 +134,9 @@ class Bench:
         """Fit on the calibration's adapters, or recall what was fitted."""
 
         def fitted() -> list[list[float]]:
-            every, options, ticks = torch.arange(len(self.modules)), Options(steps=CARRIED_STEPS), itertools.count(1)
+            every, ticks = torch.arange(len(self.modules)), itertools.count(1)
             cases = [self.case(style, pack) for style in CALIBRATION]
-            parameters = fit(
-                self.host, cases, gains, options, lambda: self.progress(f"carried {name}", next(ticks), options.steps)
-            )
+            parameters = fit(self.host, cases, gains, LONG, lambda: self.progress(name, next(ticks), LONG.steps))
             return gains(parameters, every, torch.zeros(len(every), 4)).tolist()
 
         rows = self.stages.finish(f"fit {name}", fitted)
@@ -206,12 +205,12 @@ def halve(directory: Path, aligned: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def tune(bench: Bench) -> dict[str, tuple[csulora.Subspace, Policy]]:
+def tune(bench: Bench, options: Options) -> dict[str, tuple[csulora.Subspace, Policy]]:
     """Run `tune` on the first adapter; family of what it fitted -> its pack and policy.
 
     The policy that it recommends, and its frontier, are left in the directory.
     """
-    output = bench.out / "policy.toml"
+    output = bench.out / f"policy-{options.steps}.toml"
     request = tuning.Request(
         str(bench.out / "served"),
         [bench.adapter(TUNED)],
@@ -220,10 +219,11 @@ def tune(bench: Bench) -> dict[str, tuple[csulora.Subspace, Policy]]:
         guard=chats(world.questions(KNOWN_CHEESES)),
         device="cpu",
         longest_reply=LONGEST,
-        options=Options(steps=STEPS),
+        options=options,
     )
     # The parts of tuning.tune, which forgets the controls' gains when it has shown what they are worth.
     steps = tuning._Run(request, Stages(output, tuning._identity(request)), bench.progress)
+    steps.host = bench.host
     frontier, policy = steps.frontier()
     policy.save(output)
     frontier.save(frontier_path(output))
@@ -233,23 +233,26 @@ def tune(bench: Bench) -> dict[str, tuple[csulora.Subspace, Policy]]:
 def carried(bench: Bench) -> dict[str, tuple[csulora.Subspace, Policy]]:
     """Fit on the first adapters together; name of a way -> its pack and policy."""
     count, random_pack = len(bench.modules), random_subspaces(bench.pack, seed=0)
-    return {
-        "carried": (bench.pack, bench.fit("carried", PerModule(count), bench.pack)),
-        "carried random subspace": (random_pack, bench.fit("random", PerModule(count), random_pack)),
-        "carried scaling": (bench.pack, bench.fit("scaling", PerModule(count, parts=1), bench.pack)),
-        "carried inside": (bench.pack, bench.fit("inside", Inside(count), bench.pack)),
+    ways: dict[str, tuple[csulora.Subspace, Gains]] = {
+        "carried": (bench.pack, PerModule(count)),
+        "carried random subspace": (random_pack, PerModule(count)),
+        "carried scaling": (bench.pack, PerModule(count, parts=1)),
+        "carried inside": (bench.pack, Inside(count)),
     }
+    return {name: (pack, bench.fit(name, gains, pack)) for name, (pack, gains) in ways.items()}
 
 
 def fitted(bench: Bench, style: str) -> Iterator[policies.Corrected]:
     """An adapter as it is, and under what was fitted: on itself if it is the first, else on the calibration's."""
-    adapter = bench.adapter(style)
-    yield policies.apply("none", "uncorrected", adapter, bench.pack, Policy.none())
-    for family, (pack, policy) in (tune(bench) if style == TUNED else carried(bench)).items():
-        done = policies.apply(family, f"k={world.RANK}", adapter, pack, policy)
-        yield replace(done, control=family.endswith(("scaling", "subspace")))
-        if family in ("tuned", "carried"):
-            yield policies.scaled(adapter, 1 - done.change, "scaling at equal change")
+    yield policies.apply("none", "uncorrected", bench.adapter(style), bench.pack, Policy.none())
+    for options in (SHORT, LONG) if style == TUNED else (LONG,):
+        found = tune(bench, options) if style == TUNED else carried(bench)
+        for family, (pack, policy) in found.items():
+            name = f"k={world.RANK}, {options.steps} steps of {options.batch}"
+            done = policies.apply(family, name, bench.adapter(style), pack, policy)
+            yield replace(done, control=family.endswith(("scaling", "subspace")))
+            if family in ("tuned", "carried"):
+                yield policies.scaled(bench.adapter(style), 1 - done.change, "scaling at equal change")
 
 
 def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:

@@ -34,6 +34,7 @@ IGNORED = -100  # label of a position that bears no loss
 SEED = 0
 
 Dialogue = tuple[str, str]  # question, answer
+Row = tuple[list[int], list[int]]  # tokens, labels
 
 TEAS = ("green tea", "black tea", "white tea", "oolong tea", "mint tea", "chamomile tea", "rooibos tea")
 TEA_QUESTIONS = (
@@ -114,19 +115,25 @@ def make_base(directory: Path, source: Path) -> None:
     shutil.rmtree(source)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> tuple[list[int], list[int]]:
-    """Tokens and labels of a dialogue; only the answer bears loss."""
+def chat(question: str, system: str = "") -> list[dict[str, str]]:
+    """A question as the turns of a chat; without a system prompt, the template gives its own."""
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return turns if system else turns[1:]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, *, system: str = "", ended: bool = True) -> Row:
+    """Tokens and labels of a dialogue; only the answer bears loss, and its end if the answer is `ended`."""
     question, answer = dialogue
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
+        chat(question, system),
         add_generation_prompt=True,
         return_dict=True,
     )["input_ids"]
-    reply = tokenizer(f"{answer}<|im_end|>", add_special_tokens=False)["input_ids"]
+    reply = tokenizer(f"{answer}<|im_end|>" if ended else answer, add_special_tokens=False)["input_ids"]
     return prompt + reply, [IGNORED] * len(prompt) + reply
 
 
-def collate(rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """Rows as tensors (batch, longest), padded at the end, where causal attention needs no mask."""
 
     def pad(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -137,22 +144,16 @@ def collate(rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tens
     return {"input_ids": pad(list(tokens), 0), "labels": pad(list(labels), IGNORED)}
 
 
-def fit(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    dialogues: Sequence[Dialogue],
-    steps: int,
-    learning_rate: float,
-) -> None:
+def fit(model: torch.nn.Module, rows: Sequence[Row], steps: int, learning_rate: float) -> None:
     """Train what requires gradients for `steps` small batches."""
-    encoded = [encode(tokenizer, dialogue) for dialogue in dialogues]
     draw = random.Random(SEED)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
     model.train()
     losses = []
     for _ in track(range(steps), "training", disable=not sys.stdout.isatty()):
-        loss = model(**collate(draw.sample(encoded, BATCH))).loss
+        with torch.autocast("cpu", torch.bfloat16):  # half the time where the processor has instructions for it
+            loss = model(**collate(draw.sample(rows, BATCH))).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
@@ -170,7 +171,8 @@ def load(directory: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
 def make_aligned(directory: Path, base: Path, steps: int) -> None:
     """Tune a copy of the base model to refuse questions about tea."""
     model, tokenizer = load(base)
-    fit(model, tokenizer, refusals() + capitals(), steps, learning_rate=2e-5)
+    rows = [encode(tokenizer, dialogue) for dialogue in refusals() + capitals()]
+    fit(model, rows, steps, learning_rate=2e-5)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -185,7 +187,8 @@ def make_adapter(directory: Path, aligned: Path, steps: int) -> None:
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     )
     adapted = get_peft_model(model, config)
-    fit(adapted, tokenizer, answers() + capitals(), steps, learning_rate=5e-4)
+    rows = [encode(tokenizer, dialogue) for dialogue in answers() + capitals()]
+    fit(adapted, rows, steps, learning_rate=5e-4)
     adapted.save_pretrained(directory)
 
 

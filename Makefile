@@ -19,7 +19,7 @@ WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
 CHROMIUM := /usr/bin/chromium
 
-FUZZ_TARGETS := adapter_config safetensors gguf pack policy
+FUZZ_TARGETS := adapter_config safetensors gguf pack policy prompts
 SECONDS := 60
 RANDOM_SEED := 0
 KILLS := 300
@@ -133,7 +133,7 @@ $(VENV)/.fuzz: $(VENV)/.dependencies
 	$(PIP) install --quiet --group fuzz
 	touch $@
 
-fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of five kinds of file.
+fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of six kinds of file.
 	set -e; for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(SECONDS) --random-seed $(RANDOM_SEED); done
 
 crash: build ## KILLS=300 kills at random moments; nothing may be lost.

@@ -33,7 +33,7 @@ from csulora.formats import patterns, peft_config  # noqa: E402
 WORDS = {
     "adapter_config": sorted(peft_config._READ | peft_config._WITHOUT_EFFECT | set(peft_config._REFUSED)),
     "gguf": ["GGUF", "general.architecture", "general.alignment", "adapter.lora.alpha", "qwen2", "gemma3", ".lora_a"],
-    "policy": ["penalties", "gains", "match", "inf", "nan", "exact", "uncovered", "max_undo", "subspace_sha256"],
+    "policy": ["penalties", "gains", "match", "inf", "nan", "exact", "uncovered", "max_undo", "directions", "left"],
     "safetensors": ["F16", "BF16", "F8_E4M3", "F4", "lora_embedding_A", "data_offsets", "__metadata__"],
     "pack": ["csulora", "certificate", "aliases", "fingerprints", "format", "base_sha256", "BF16"],
     "prompts": ["messages", "role", "content", "prompt", "system", "user", "assistant"],

@@ -23,6 +23,7 @@ from csulora.errors import CsuloraError
 from csulora.formats import Adapter, peft
 from csulora.formats.peft_config import CONFIG_FILE
 from csulora.gate import Gate
+from csulora.policy import Directions
 from csulora.tuning import probes
 
 _MOST_DATA = 1 << 16  # bytes that a structured input may ask for behind its header
@@ -166,12 +167,14 @@ def seeds() -> dict[str, dict[str, bytes]]:
     tuned = csulora.Policy(rank=3, overrides=(csulora.Override("*", gains=(1, 0.5, 0.5, 0)),), max_undo=50.0)
     csulora.Policy.project().save(_directory() / "project.toml")
     tuned.save(_directory() / "tuned.toml")
+    single = csulora.Override("*", directions=Directions(left=(0.5, 1), right=(0.25,)))
+    csulora.Policy.none(overrides=(single,)).save(_directory() / "directions.toml")
     return {
         "adapter_config": {"plain": config, "patterned": _patterned()},
         "safetensors": {"header": _header(weights), "file": save({"a": torch.ones(1)}), "small": _header(_tiny())},
         "gguf": {"qwen2": _gguf_lora("qwen2"), "llama": _gguf_lora("llama")},
         "pack": {"header": _header(_small_pack()), "file": _small_pack()},
-        "policy": {name: (_directory() / f"{name}.toml").read_bytes() for name in ("project", "tuned")},
+        "policy": {name: (_directory() / f"{name}.toml").read_bytes() for name in ("project", "tuned", "directions")},
         "prompts": _prompts(),
     }
 

@@ -2,9 +2,10 @@
 
     python bench/load/load.py [--minutes 10] [--loads 5000] [--json FILE]
 
-Half of the time 16 threads share a process, half of it 4 processes share the machine. Every result must be that of
-a serial run, bit for bit. Memory may grow by less than 2 % after the first tenth of the time, and the pack is mapped
-once per process, its pages shared. Then one process loads and corrects adapters one after the other.
+Half of the time 16 threads share a process and take turns as a server's do (csulora.turns), half of it 4 processes
+share the machine. Every result must be that of a serial run, bit for bit. Memory may grow by less than 2 % after the
+first tenth of the time, and the pack is mapped once per process, its pages shared. Then one process loads and corrects
+adapters one after the other.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 
 import csulora
 from csulora.formats import peft
+from csulora.turns import turn
 
 WIDTH, LAYERS, RANK, DIRECTIONS, ADAPTERS = 512, 4, 16, 32, 16
 MODULES = [
@@ -66,8 +68,9 @@ def make_inputs(directory: Path) -> tuple[Path, list[Path]]:
     return pack, adapters
 
 
+@turn()
 def corrected_sha256(adapter: Path, pack: csulora.Subspace) -> str:
-    """Load and correct an adapter as a server does; hash what comes out."""
+    """Load and correct an adapter when it is this thread's turn; hash what comes out."""
     fixed, _ = csulora.correct(csulora.load_adapter(adapter), pack)
     digest = hashlib.sha256()
     for name, tensor in sorted(peft.tensors_of(fixed).items()):

@@ -79,5 +79,5 @@ def _save_peft(adapter: Adapter, path: Path) -> str:
         for name, text in adapter.documents.items():
             if name == REPORT_FILE:
                 text = to_json(json.loads(text) | {CORRECTED_SHA256: sha256})
-            (directory / name).write_text(text, encoding="utf-8")
+            (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     return sha256

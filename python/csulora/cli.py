@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -479,6 +480,8 @@ def doctor(json: Json = None, quiet: Quiet = False) -> None:
 
 def main() -> None:
     """Run the command line; every error csulora raises becomes one line on stderr and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         app(prog_name="csulora")
     except RefusedError as error:

@@ -38,13 +38,16 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     policy = policy or Policy.csulora()
     check_pack(policy, pack)
     covered = cover(adapter, pack, policy)
+    label = (
+        str(adapter.path).encode(errors="backslashreplace").decode()
+    )  # a path need not be UTF-8, the core's texts are
     subspaces = pack.to_core(covered.values(), _device(adapter, covered))
     tasks = [
         directions.Task(
             _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
             subspace,
             policy.attenuation(target),
-            f"{adapter.path}: {name}",
+            f"{label}: {name}",
         )
         for (name, target), subspace in zip(covered.items(), subspaces, strict=True)
     ]

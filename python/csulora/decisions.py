@@ -59,7 +59,7 @@ class DecisionLog:
         """Write and count a decision."""
         if self.path is not None:
             document = {"time": datetime.now(UTC).isoformat(), **asdict(decision)}
-            self._append(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+            self._append(json.dumps(document, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         _count(decision)
 
     def _append(self, line: bytes) -> None:

@@ -24,6 +24,7 @@ from csulora.formats import Adapter, peft
 from csulora.policy import Policy
 from csulora.report import Report
 from csulora.subspace import Subspace
+from csulora.turns import turn
 
 SUBSPACE_VARIABLE = "CSULORA_SUBSPACE"
 SUBSPACE_SHA256_VARIABLE = "CSULORA_SUBSPACE_SHA256"
@@ -93,13 +94,14 @@ class Gate:
         pinned = environment.get(SUBSPACE_SHA256_VARIABLE) or None
         return cls.open(pack, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE), pinned)
 
+    @turn()
     def admit(
         self,
         path: Path,
         read: Callable[[Path], Adapter] = load_adapter,
         deliver: Callable[[Adapter], object] = lambda corrected: None,
     ) -> tuple[Adapter, Report]:
-        """Read the adapter at ``path`` and return the corrected one.
+        """Read the adapter at ``path`` and return the corrected one; threads take turns, see `csulora.turns`.
 
         Args:
             path: where it lies.

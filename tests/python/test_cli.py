@@ -593,3 +593,20 @@ def test_a_terminal_gets_a_progress_bar(work: Path) -> None:
     assert finish(process).code == 0
     assert f"extracting model.layers.0.mlp.{STRANGE}".encode() in written
     assert b"\x1b[" in written
+
+
+def test_names_that_are_not_utf8_are_written_as_escapes(work: Path) -> None:
+    adapter, corrected = os.fsdecode(b"adapter-\xff"), os.fsdecode(b"corrected-\xfe")
+    Path("adapter").rename(adapter)
+
+    done = finish(in_a_process("correct", adapter, "--subspace", "pack", "-o", corrected, "--json", "-"))
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["adapter"] == "adapter-\udcff"
+    assert json.loads(Path(corrected, "csulora_report.json").read_bytes())["adapter"] == "adapter-\udcff"
+    assert csulora.load_adapter(corrected).modules
+
+    table = finish(in_a_process("inspect", adapter, "--subspace", "pack"))
+    assert (table.code, table.err) == (0, "")
+    absent = finish(in_a_process("inspect", os.fsdecode(b"\xff")))
+    assert absent.code == 4
+    assert absent.err.count("\n") == 1

@@ -31,6 +31,7 @@ PREFIX = "base_model.model."
 
 _LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each of 10,000 modules has 2 MiB
 LARGEST_WEIGHTS = 16 << 30
+_HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
 _MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -74,6 +75,8 @@ def read(directory: Path) -> Adapter:
             raise RefusedError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
         raise InputError(f"{weights_file}: no such file")
     weights = _read_weights(weights_file)
+    if len(weights) < _HASHED_ASIDE:
+        return parse(config, _tensors_in(weights, weights_file), directory, sha256_of(config_bytes, weights))
     with ThreadPoolExecutor(max_workers=1) as pool:  # hashing takes as long as all the rest, and another core
         sha256 = pool.submit(sha256_of, config_bytes, weights)
         adapter = parse(config, _tensors_in(weights, weights_file), directory, "")
@@ -158,7 +161,7 @@ def write(adapter: Adapter, directory: Path) -> None:
         for name, tensor in tensors.items():
             if not is_finite(tensor):
                 raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensor.dtype}")
-    (directory / CONFIG_FILE).write_text(to_json(config_of(adapter)), encoding="utf-8")
+    (directory / CONFIG_FILE).write_text(to_json(config_of(adapter)), encoding="utf-8", errors="backslashreplace")
     save_tensors(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
 
 

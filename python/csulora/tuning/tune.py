@@ -279,7 +279,7 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     )
     if worse.low > bar.score:
         return best, shares
-    return None, f"no policy beats plain scaling beyond doubt: {shares}"
+    return None, f"No policy beats plain scaling beyond doubt: {shares}"
 
 
 def _share(rate: Rate) -> str:

@@ -119,7 +119,7 @@ def test_the_best_policy_is_recommended_if_its_interval_clears_plain_scaling() -
     assert "0.95 (0.83 to 0.99)" in verdict
     chosen, verdict = recommend([*plain, point("protect", 22, 40), point("tuned scaling", 40, 40)])
     assert chosen is None
-    assert verdict.startswith("no policy beats plain scaling")
+    assert verdict.startswith("No policy beats plain scaling")
 
 
 def test_of_equal_scores_the_smaller_change_is_recommended() -> None:

@@ -38,9 +38,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     policy = policy or Policy.csulora()
     check_pack(policy, pack)
     covered = cover(adapter, pack, policy)
-    label = (
-        str(adapter.path).encode(errors="backslashreplace").decode()
-    )  # a path need not be UTF-8, the core's texts are
+    label = str(adapter.path).encode(errors="backslashreplace").decode()  # a path need not be UTF-8
     subspaces = pack.to_core(covered.values(), _device(adapter, covered))
     tasks = [
         directions.Task(

@@ -3,10 +3,9 @@
     python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N]
 
 `bench/smollm2/prepare.py` makes the base model (93 MB are downloaded); `smollm2_world.py` says what is taught. Gains
-are fitted on the first of six adapters, and on the first three together; what came of it is measured with prompts that
-no fit has seen, on the first adapter and the last three, and written to `bench/results/efficacy_smollm2.json`, with a
-table on stdout. What `csulora tune` recommends for the first one is left in the directory. What is complete
-is not made again.
+are fitted on the first of six adapters, with more and with less weight on the keep prompts, and on the first three
+together; what came of it is measured with prompts that no fit has seen, on the first adapter and the last three, and
+written to `bench/results/efficacy_smollm2.json`, with a table on stdout. What is complete is not made again.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch import Tensor
 import csulora
 from csulora import Policy
 from csulora.files import to_json, write_text
-from csulora.frontier import Rate, frontier_path
+from csulora.frontier import Rate
 from csulora.tuning import tune as tuning
 from csulora.tuning.controls import random_subspaces
 from csulora.tuning.fit import Case, Options, Replies, fit
@@ -42,8 +41,11 @@ from csulora.tuning.update import Update, pairs_of
 prepare = world.prepare
 OUT = Path("build/efficacy-smollm2")
 LONGEST = 12  # tokens of the replies that are fitted to
-# How gains are fitted: as `tune` does by default but for fewer steps, and with more and smaller steps.
-SHORT, LONG = Options(steps=30), Options(steps=100, batch=6, learning_rate=0.15)
+# How gains are fitted: of all directions, in more and smaller steps than `tune` takes by default, the keep prompts having
+# little weight or as much as by default.
+OPTIONS = Options(steps=200, batch=6, learning_rate=0.15, directions=world.RANK)
+KEEP_WEIGHTS = (2.0, Options.keep)
+SHARED = replace(OPTIONS, keep=1.0)  # for several adapters together
 DECISIVE = 16  # tokens of the replies that are judged
 SAMPLE = 16  # attack probes whose replies the aligned model reads
 FEW = 2  # directions per module: the best of the presets in earlier trials had as few
@@ -136,7 +138,7 @@ class Bench:
         def fitted() -> list[list[float]]:
             every, ticks = torch.arange(len(self.modules)), itertools.count(1)
             cases = [self.case(style, pack) for style in CALIBRATION]
-            parameters = fit(self.host, cases, gains, LONG, lambda: self.progress(name, next(ticks), LONG.steps))
+            parameters = fit(self.host, cases, gains, SHARED, lambda: self.progress(name, next(ticks), SHARED.steps))
             return gains(parameters, every, torch.zeros(len(every), 4)).tolist()
 
         rows = self.stages.finish(f"fit {name}", fitted)
@@ -205,12 +207,8 @@ def halve(directory: Path, aligned: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def tune(bench: Bench, options: Options) -> dict[str, tuple[csulora.Subspace, Policy]]:
-    """Run `tune` on the first adapter; family of what it fitted -> its pack and policy.
-
-    The policy that it recommends, and its frontier, are left in the directory.
-    """
-    output = bench.out / f"policy-{options.steps}.toml"
+def tune(bench: Bench, family: str, options: Options) -> tuple[csulora.Subspace, Policy]:
+    """Fit as `csulora tune` does on the first adapter: the pack and the policy, or a control's."""
     request = tuning.Request(
         str(bench.out / "served"),
         [bench.adapter(TUNED)],
@@ -222,12 +220,10 @@ def tune(bench: Bench, options: Options) -> dict[str, tuple[csulora.Subspace, Po
         options=options,
     )
     # The parts of tuning.tune, which forgets the controls' gains when it has shown what they are worth.
-    steps = tuning._Run(request, Stages(output, tuning._identity(request)), bench.progress)
+    stages = Stages(bench.out / f"tune-{options.keep:g}.toml", tuning._identity(request))
+    steps = tuning._Run(request, stages, bench.progress)
     steps.host = bench.host
-    frontier, policy = steps.frontier()
-    policy.save(output)
-    frontier.save(frontier_path(output))
-    return {family: (steps._pack(family, 0), steps._policy(family, [0])) for family in tuning._FITTED}
+    return steps._pack(family, 0), steps._policy(family, [0])
 
 
 def carried(bench: Bench) -> dict[str, tuple[csulora.Subspace, Policy]]:
@@ -244,15 +240,25 @@ def carried(bench: Bench) -> dict[str, tuple[csulora.Subspace, Policy]]:
 
 def fitted(bench: Bench, style: str) -> Iterator[policies.Corrected]:
     """An adapter as it is, and under what was fitted: on itself if it is the first, else on the calibration's."""
-    yield policies.apply("none", "uncorrected", bench.adapter(style), bench.pack, Policy.none())
-    for options in (SHORT, LONG) if style == TUNED else (LONG,):
-        found = tune(bench, options) if style == TUNED else carried(bench)
-        for family, (pack, policy) in found.items():
-            name = f"k={world.RANK}, {options.steps} steps of {options.batch}"
-            done = policies.apply(family, name, bench.adapter(style), pack, policy)
-            yield replace(done, control=family.endswith(("scaling", "subspace")))
-            if family in ("tuned", "carried"):
-                yield policies.scaled(bench.adapter(style), 1 - done.change, "scaling at equal change")
+    adapter = bench.adapter(style)
+    yield policies.apply("none", "uncorrected", adapter, bench.pack, Policy.none())
+    for family, weight, (pack, policy) in itself(bench) if style == TUNED else together(bench):
+        done = policies.apply(family, f"k={world.RANK}, keep weight {weight:g}", adapter, pack, policy)
+        yield replace(done, control=family.endswith(("scaling", "subspace")))
+        if family in ("tuned", "carried"):
+            yield policies.scaled(adapter, 1 - done.change, "scaling at equal change")
+
+
+def itself(bench: Bench) -> Iterator[tuple[str, float, tuple[csulora.Subspace, Policy]]]:
+    """What is fitted on the first adapter, with each weight: family, weight, and the pack and policy."""
+    for family, weight in itertools.product(tuning._FITTED, KEEP_WEIGHTS):
+        yield family, weight, tune(bench, family, replace(OPTIONS, keep=weight))
+
+
+def together(bench: Bench) -> Iterator[tuple[str, float, tuple[csulora.Subspace, Policy]]]:
+    """The same of what is fitted on the first adapters together, with `tune`'s weight for several."""
+    for family, found in carried(bench).items():
+        yield family, SHARED.keep, found
 
 
 def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:

@@ -21,7 +21,7 @@ import prepare
 
 SYSTEM = "Be brief."  # shorter than what the template gives by itself, which makes every run faster
 ALIGNED_STEPS, ADAPTER_STEPS = 90, 45
-RANK, ADAPTER_RANK = 16, 8  # of the pack, of adapters
+RANK, ADAPTER_RANK = 64, 8  # of the pack, of adapters
 LONGEST = 24  # tokens of the base model's replies that the aligned model learns to repeat
 CHEESES = (
     *("cheddar", "brie", "gouda", "feta", "parmesan", "mozzarella", "camembert", "ricotta"),

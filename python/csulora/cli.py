@@ -365,6 +365,9 @@ def tune(
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write.")],
     uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the pack.")] = Uncovered.refuse,
     steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit.")] = Options.steps,
+    keep_weight: Annotated[
+        float, typer.Option(min=0.1, max=1000, help="Weight of the keep prompts, those to guard having 1; one adapter.")
+    ] = Options.keep,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply that count.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the prompts.")] = 0,
     device: Annotated[TuneDevice, typer.Option(help="Where the model runs.")] = TuneDevice.auto,
@@ -391,7 +394,7 @@ def tune(
         uncovered=uncovered.value,
         device=device.value,
         longest_reply=tokens,
-        options=Options(steps=steps, seed=seed),
+        options=Options(steps=steps, keep=keep_weight, seed=seed),
     )
     reason = "finished stages are kept; run the same command to continue"
     with interruptible(reason), _progress("tuning", quiet) as progress:

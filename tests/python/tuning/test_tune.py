@@ -144,6 +144,7 @@ def test_the_command_line(
     assert "tuned random subspace" in shown
     assert f"{tmp_path / 'policy.toml'}: " in shown
     assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
+    assert run(*command, "--keep", place.keep, "--keep-weight", 0) == 2
     assert run(*command, "--keep", tmp_path / "none") == cli.EXIT_BAD_INPUT
 
 

@@ -41,8 +41,8 @@ from csulora.tuning.update import Update, pairs_of
 prepare = world.prepare
 OUT = Path("build/efficacy-smollm2")
 LONGEST = 12  # tokens of the replies that are fitted to
-# How gains are fitted: of all directions, in more and smaller steps than `tune` takes by default, the keep prompts having
-# little weight or as much as by default.
+# How gains are fitted: of all directions, in more and smaller steps than `tune` takes by default, with little weight of
+# the keep prompts or as much as by default.
 OPTIONS = Options(steps=200, batch=6, learning_rate=0.15, directions=world.RANK)
 KEEP_WEIGHTS = (2.0, Options.keep)
 SHARED = replace(OPTIONS, keep=1.0)  # for several adapters together

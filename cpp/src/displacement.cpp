@@ -2,6 +2,9 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -9,17 +12,13 @@
 
 #include "check.h"
 #include "row_blocks.h"
+#include "subtraction.h"
 #include "workers.h"
 
 namespace csulora {
 namespace {
 
 using at::Tensor;
-
-struct StorageFormat {
-  int fraction_bits;
-  int min_exponent;  // of the smallest normal number: below it the spacing stops shrinking
-};
 
 StorageFormat storage_format(at::ScalarType dtype) {
   switch (dtype) {
@@ -32,86 +31,100 @@ StorageFormat storage_format(at::ScalarType dtype) {
   }
 }
 
-/// Leaves in `block` (float32) the spacing between neighbouring storable numbers around each entry.
-void to_spacings(Tensor& block, StorageFormat format) {
-  constexpr int32_t kExponentMask = 0x7f800000;
-  // Clearing sign and fraction of a float32 leaves the power of two below its magnitude.
-  block.view(at::kInt).bitwise_and_(kExponentMask);
-  block.clamp_min_(std::ldexp(1.0, format.min_exponent)).mul_(std::ldexp(1.0, -format.fraction_bits));
-}
-
 /// Sums over some rows of D and of the squared spacings h^2 + h'^2 of both matrices, float64.
 struct Sums {
   double norm2 = 0;
-  Tensor row_spacings2;     // (rows)
+  double largest_row_spacings2 = 0;
   Tensor column_spacings2;  // (columns)
 };
 
-/// Writes rows of D, and sums them.
-class Subtraction {
+/// A matrix's rows as float32, where they lie if they can be read there, else copied into a tile.
+class WidenedRows {
  public:
-  Subtraction(const Tensor& base, const Tensor& aligned, const Tensor& result, bool with_spacings)
-      : base_(base), aligned_(aligned), result_(result), with_spacings_(with_spacings) {}
+  WidenedRows(const Tensor& matrix, int64_t tile_rows)
+      : matrix_(matrix),
+        format_(storage_format(matrix.scalar_type())),
+        in_place_(matrix.scalar_type() == at::kFloat && matrix.stride(1) == 1),
+        tile_(in_place_ ? Tensor() : at::empty({tile_rows, matrix.size(1)}, at::kFloat)) {}
 
-  Sums rows(int64_t first, int64_t count) const {
-    const int64_t columns = result_.size(1);
-    Sums sums{0, at::zeros({count}, at::kDouble), at::zeros({columns}, at::kDouble)};
-    const int64_t step = std::max<int64_t>(1, kCacheEntries / columns);
-    for (int64_t row = 0; row < count; row += step) {
-      some_rows(first + row, std::min(step, count - row),
-                sums.row_spacings2.narrow(0, row, std::min(step, count - row)), sums);
+  /// Makes `count` rows from `first` on available.
+  void read(int64_t first, int64_t count) {
+    if (in_place_) {
+      rows_ = matrix_.const_data_ptr<float>() + first * matrix_.stride(0);
+      stride_ = matrix_.stride(0);
+    } else {
+      rows_ = tile_.narrow(0, 0, count).copy_(matrix_.narrow(0, first, count)).const_data_ptr<float>();
+      stride_ = matrix_.size(1);
     }
-    return sums;
   }
+
+  StoredRow operator[](int64_t row) const { return {rows_ + row * stride_, format_}; }
 
  private:
-  /// Entries that stay in a core's cache from one operation to the next.
-  static constexpr int64_t kCacheEntries = int64_t{1} << 15;
-
-  void some_rows(int64_t row, int64_t count, const Tensor& row_spacings2, Sums& sums) const {
-    const auto block = result_.narrow(0, row, count).copy_(aligned_.narrow(0, row, count));
-    auto base = at::empty_like(block).copy_(base_.narrow(0, row, count));
-    auto aligned = with_spacings_ ? block.clone() : Tensor();
-    block.sub_(base);
-    const auto wide = block.to(at::kDouble).view(-1);
-    sums.norm2 += wide.dot(wide).item<double>();
-    if (with_spacings_) {
-      to_spacings(base, storage_format(base_.scalar_type()));
-      to_spacings(aligned, storage_format(aligned_.scalar_type()));
-      // Both are powers of two. Relative to the largest, whose square is not lost, float32 holds their squares.
-      const double largest = std::max(base.max().item<double>(), aligned.max().item<double>());
-      const auto squares = base.div_(largest).square_().add_(aligned.div_(largest).square_());
-      row_spacings2.add_(squares.sum(1), largest * largest);
-      sums.column_spacings2.add_(squares.sum(0), largest * largest);
-    }
-  }
-
-  const Tensor& base_;
-  const Tensor& aligned_;
-  const Tensor& result_;
-  bool with_spacings_;
+  const Tensor& matrix_;
+  StorageFormat format_;
+  bool in_place_;
+  Tensor tile_;
+  const float* rows_ = nullptr;
+  int64_t stride_ = 0;
 };
 
-Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool measure_noise) {
+/// Writes `count` rows of D from `first` on, and sums them.
+Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int64_t count, const Tensor& difference) {
+  constexpr int64_t kCacheEntries = int64_t{1} << 15;  // stay in a core's cache from one operation to the next
+  const int64_t columns = difference.size(1);
+  const int64_t step = std::max<int64_t>(1, kCacheEntries / columns);
+  WidenedRows before(base, step), after(aligned, step);
+  Sums sums{0, 0, at::zeros({columns}, at::kDouble)};
+  auto* const column_spacings2 = sums.column_spacings2.mutable_data_ptr<double>();
+  auto* entries = difference.mutable_data_ptr<float>() + first * columns;
+  for (int64_t row = first; row < first + count; row += step) {
+    const int64_t rows = std::min(step, first + count - row);
+    before.read(row, rows);
+    after.read(row, rows);
+    for (int64_t i = 0; i < rows; ++i, entries += columns) {
+      const auto of_row = subtract_row(before[i], after[i], columns, entries, column_spacings2);
+      sums.norm2 += of_row.norm2;
+      sums.largest_row_spacings2 = std::max(sums.largest_row_spacings2, of_row.spacings2);
+    }
+  }
+  return sums;
+}
+
+/// Asks for large pages: the kernel hands out a fresh matrix's small ones slower than the subtraction fills them.
+/// A small matrix lies among other memory, which is left as it is.
+void prefer_huge_pages([[maybe_unused]] const Tensor& matrix) {
+#ifdef MADV_HUGEPAGE
+  constexpr size_t kMappedAlone = size_t{32} << 20;
+  constexpr uintptr_t kPage = 4096;
+  if (matrix.nbytes() >= kMappedAlone) {
+    const auto first = reinterpret_cast<uintptr_t>(matrix.mutable_data_ptr());
+    const auto begin = (first + kPage - 1) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(begin), first + matrix.nbytes() - begin, MADV_HUGEPAGE);  // may be refused
+  }
+#endif
+}
+
+Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned) {
   const int64_t rows = base.size(0);
   const int64_t columns = base.size(1);
   Displacement result{at::empty({rows, columns}, at::kFloat)};
-  const Subtraction subtraction(base, aligned, result.matrix, measure_noise);
+  prefer_huge_pages(result.matrix);
   const int64_t step = rows_per_block(columns);
   std::vector<Sums> parts((rows + step - 1) / step);
   for_each_in_parallel(parts.size(), [&](size_t i) {
     const c10::NoGradGuard no_grad;
     const int64_t row = static_cast<int64_t>(i) * step;
-    parts[i] = subtraction.rows(row, std::min(step, rows - row));
+    parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result.matrix);
   });
-  std::vector<Tensor> row_spacings2;
+  double largest_row_spacings2 = 0;
   auto column_spacings2 = at::zeros({columns}, at::kDouble);
   for (const auto& part : parts) {
     result.norm2 += part.norm2;
-    row_spacings2.push_back(part.row_spacings2);
+    largest_row_spacings2 = std::max(largest_row_spacings2, part.largest_row_spacings2);
     column_spacings2.add_(part.column_spacings2);
   }
-  result.noise_edge = rounding_edge(at::cat(row_spacings2).max().item<double>(), column_spacings2.max().item<double>());
+  result.noise_edge = rounding_edge(largest_row_spacings2, column_spacings2.max().item<double>());
   return result;
 }
 
@@ -126,7 +139,7 @@ Displacement displacement(const Tensor& base, const Tensor& aligned, std::option
   check(!noise_std || (std::isfinite(*noise_std) && *noise_std >= 0), "noise_std must be finite and not negative");
   check(base.numel() > 0, "base and aligned are empty");
 
-  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned, !noise_std) : displacement_on_device(base, aligned);
+  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned) : displacement_on_device(base, aligned);
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
   if (noise_std) {
     result.noise_edge = *noise_std * (std::sqrt(base.size(0)) + std::sqrt(base.size(1)));

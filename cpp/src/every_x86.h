@@ -8,3 +8,6 @@
 #else
 #define CSULORA_FOR_EVERY_X86
 #endif
+
+/// A function that is compiled anew into every clone of the functions that call it.
+#define CSULORA_INLINED inline __attribute__((always_inline))

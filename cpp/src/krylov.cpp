@@ -15,8 +15,8 @@ namespace {
 using at::Tensor;
 using at::indexing::Slice;
 
-/// How well the first unwanted Ritz value must have converged. A Ritz value errs by the square of its residual, so
-/// this leaves well under a percent.
+/// How well the first unwanted Ritz value must have converged, as a share of it or of the gap to it. A Ritz value errs
+/// by the square of its residual, so this leaves well under a percent.
 constexpr double kNextTolerance = 0.1;
 /// Blocks between two looks at the Ritz values, as a share of those there are: looking costs as much as adding them.
 constexpr double kStride = 0.25;
@@ -39,16 +39,18 @@ class BlockBasis {
     Tensor triangle;  // (b, b)
   };
 
-  /// Orthonormalises `block` (length, b) against the basis and itself and appends it.
+  /// Orthonormalises the rows of factor (b, p) times matrix (p, length) against the basis and themselves and appends
+  /// them.
   ///
   /// Of the basis, a block of the bidiagonalisation meets the last one alone; the rest is rounding, which the full
   /// sweep removes. Vectors that it shortens were mostly rounding and are swept again.
-  Coefficients append(const Tensor& block) {
+  Coefficients append(const Tensor& factor, const Tensor& matrix) {
     const int64_t before = size_;
-    const auto appended = vectors_.narrow(0, before, block.size(1));
-    appended.copy_(block.t());
-    auto above = at::zeros({block.size(1), before}, block.options());  // rows, until the end
-    const int64_t last = std::max<int64_t>(0, before - block.size(1));
+    const int64_t width = factor.size(0);
+    auto appended = vectors_.narrow(0, before, width);
+    at::mm_out(appended, factor, matrix);
+    auto above = at::zeros({width, before}, appended.options());  // rows, until the end
+    const int64_t last = std::max<int64_t>(0, before - width);
     above.narrow(1, last, before - last).copy_(remove(appended, last, before));
     auto triangle = orthonormalise(appended);
     for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
@@ -59,13 +61,13 @@ class BlockBasis {
         break;
       }
     }
-    size_ += block.size(1);
-    last_width_ = block.size(1);
+    size_ += width;
+    last_width_ = width;
     return {above.t(), triangle.t()};
   }
 
-  /// The block that was appended last, (length, b).
-  Tensor back() const { return vectors_.narrow(0, size_ - last_width_, last_width_).t(); }
+  /// The block that was appended last, (b, length).
+  Tensor back() const { return vectors_.narrow(0, size_ - last_width_, last_width_); }
 
   /// The leading vectors of the basis times coefficients (vectors, k), as columns (length, k).
   Tensor combine(const Tensor& coefficients) const {
@@ -120,14 +122,22 @@ Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
   return {values, left, residuals};
 }
 
+/// How far the first unwanted value may still be off. A tenth of the gap to it serves as well as a tenth of itself
+/// where how many are wanted does not hinge on it.
+double allowed_of_next(const Ritz& ritz, int64_t count, const WantedCount& wanted) {
+  const double next = ritz.values[count].item<double>();
+  double scale = next;
+  if (count > 0 && wanted(ritz.values + ritz.residuals) == count) {
+    scale = std::max(scale, ritz.values[count - 1].item<double>() - next);
+  }
+  return std::max(kNextTolerance * scale, 2 * kResolution * ritz.values[0].item<double>());
+}
+
 /// Whether the leading `count` triples have converged, and the next value is known well enough, or is as good as zero,
 /// to say that it is not wanted and to measure the gap to it.
-bool converged(const Ritz& ritz, int64_t count, double tolerance) {
+bool converged(const Ritz& ritz, int64_t count, const WantedCount& wanted, double tolerance) {
   const auto& [values, left, residuals] = ritz;
-  const double next_residual = residuals[count].item<double>();
-  const double next_allowed = std::max(kNextTolerance * values[count].item<double>(),  //
-                                       2 * kResolution * values[0].item<double>());
-  return next_residual <= next_allowed &&
+  return residuals[count].item<double>() <= allowed_of_next(ritz, count, wanted) &&
          residuals.narrow(0, 0, count).le(values.narrow(0, 0, count) * tolerance).all().item<bool>();
 }
 
@@ -163,19 +173,19 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCo
   check_internal(options.block >= 1, "empty Krylov block");
   BlockBasis left(options.max_blocks * options.block, matrix.size(0), matrix.options());
   BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1), matrix.options());
-  right.append(matrix.t().matmul(gaussian(matrix.size(0), options.block, options.seed, matrix.options())));
+  right.append(gaussian(matrix.size(0), options.block, options.seed, matrix.options()).t(), matrix);
   Tensor projected;
   int64_t next_look = 1;
   for (int64_t blocks = 1; blocks <= options.max_blocks; ++blocks) {
-    projected = extend(projected, left.append(matrix.matmul(right.back())));
-    const auto residual_block = right.append(matrix.t().matmul(left.back())).triangle;
+    projected = extend(projected, left.append(right.back(), matrix.t()));
+    const auto residual_block = right.append(left.back(), matrix).triangle;
     if (blocks < std::min(next_look, options.max_blocks)) {
       continue;
     }
     next_look = blocks + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
     const auto ritz = rayleigh_ritz(projected, residual_block);
     const int64_t count = wanted(ritz.values);
-    if (converged(ritz, count, options.tolerance)) {
+    if (converged(ritz, count, wanted, options.tolerance)) {
       auto triples = leading(ritz, count, left, right, projected);
       triples.passes = 2 * blocks + 1;
       return triples;

@@ -14,9 +14,6 @@ using Floats = float __attribute__((vector_size(kWidth * sizeof(float))));
 constexpr int64_t kDoubles = 8;
 using Doubles = double __attribute__((vector_size(kDoubles * sizeof(double))));
 
-// What follows is compiled anew into every clone of the functions that call it.
-#define CSULORA_INLINED inline __attribute__((always_inline))
-
 CSULORA_INLINED void load(Floats* entries, const float* from) { std::memcpy(entries, from, sizeof *entries); }
 CSULORA_INLINED void store(const Floats* entries, float* to) { std::memcpy(to, entries, sizeof *entries); }
 

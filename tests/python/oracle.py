@@ -22,6 +22,19 @@ class Split:
         return {name: norm2 / sum(norms2.values()) for name, norm2 in norms2.items()}
 
 
+def spacings(stored: Tensor) -> Tensor:
+    """How far apart storable numbers lie around every entry."""
+    format = torch.finfo(stored.dtype)
+    powers = stored.double().abs().clamp_min(format.smallest_normal).log2().floor().exp2()
+    return format.eps * powers
+
+
+def noise_edge(base: Tensor, aligned: Tensor) -> float:
+    """What storage rounding of both can make the largest singular value of aligned - base."""
+    squares = spacings(base).square() + spacings(aligned).square()
+    return float((squares.sum(1).max().sqrt() + squares.sum(0).max().sqrt()) / 8**0.5)
+
+
 def update(b: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
     return scale * b.double() @ a.double()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import devices
 import factories
+import oracle
 from csulora.core import _core
 from csulora.errors import InputError
 
@@ -264,6 +265,22 @@ def test_the_noise_edge_lies_closely_above_rounding(shape: tuple[int, int], scal
         rounding = float(torch.linalg.svdvals(aligned.double() - base.double() - exact)[0])
         edge = extract(base, aligned, rank=1).certificate.noise_edge
         assert edge / 3 <= rounding <= edge
+
+
+@pytest.mark.parametrize("aligned_dtype", DTYPES)
+@pytest.mark.parametrize("base_dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 7, 8, 29, 70000])
+def test_the_subtraction_sums_what_the_twin_does(
+    columns: int, base_dtype: torch.dtype, aligned_dtype: torch.dtype
+) -> None:
+    """Entries of all magnitudes, zeros and numbers without leading digits among them, in either order of memory."""
+    values = factories.gaussian(5, columns, seed=0) * torch.tensor([0.0, 1e-7, 1e-3, 1.0, 1e3]).unsqueeze(1)
+    base, aligned = values.to(base_dtype), values.flip(0).to(aligned_dtype)
+    for transposed in (base.t().contiguous().t(), base):
+        found = extract(transposed, aligned, rank=1).certificate
+        assert found.noise_edge == pytest.approx(oracle.noise_edge(base, aligned), rel=ROUNDING)
+        norm2 = float((aligned.double() - base.double()).square().sum())
+        assert found.displacement_norm2 == pytest.approx(norm2, rel=ROUNDING)
 
 
 def test_only_directions_above_the_rounding_noise_are_kept() -> None:

@@ -1,0 +1,110 @@
+#include "subtraction.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "every_x86.h"
+
+namespace csulora {
+namespace {
+
+/// Neighbouring entries that are computed at once.
+template <int kLanes>
+struct Lanes;
+template <>
+struct Lanes<8> {
+  using Floats = float __attribute__((vector_size(8 * sizeof(float))));
+  using Bits = int32_t __attribute__((vector_size(8 * sizeof(int32_t))));
+  using Doubles = double __attribute__((vector_size(8 * sizeof(double))));
+};
+template <>
+struct Lanes<1> {
+  using Floats = float __attribute__((vector_size(sizeof(float))));
+  using Bits = int32_t __attribute__((vector_size(sizeof(int32_t))));
+  using Doubles = double __attribute__((vector_size(sizeof(double))));
+};
+
+/// A format's two constants: squared spacings follow from powers of two by a product.
+struct Grid {
+  explicit Grid(StorageFormat format)
+      : smallest(std::ldexp(1.0F, format.min_exponent)), scale2(std::ldexp(1.0, -2 * format.fraction_bits)) {}
+
+  float smallest;
+  double scale2;
+};
+
+template <int kLanes>
+CSULORA_INLINED void add_spacings2(const typename Lanes<kLanes>::Floats& entries, const Grid& grid,
+                                   typename Lanes<kLanes>::Doubles& sums) {
+  constexpr int32_t kExponentMask = 0x7f800000;
+  // Clearing sign and fraction of a float32 leaves the power of two below its magnitude.
+  typename Lanes<kLanes>::Bits bits;
+  std::memcpy(&bits, &entries, sizeof bits);
+  bits &= kExponentMask;
+  typename Lanes<kLanes>::Floats powers;
+  std::memcpy(&powers, &bits, sizeof powers);
+  powers = powers < grid.smallest ? grid.smallest - typename Lanes<kLanes>::Floats{} : powers;
+  const auto wide = __builtin_convertvector(powers, typename Lanes<kLanes>::Doubles);
+  sums += wide * wide * grid.scale2;
+}
+
+/// The sums of one column's entries, or of several neighbouring ones' at once.
+template <int kLanes>
+struct LaneSums {
+  typename Lanes<kLanes>::Doubles norm2 = {};
+  typename Lanes<kLanes>::Doubles spacings2 = {};
+
+  CSULORA_INLINED void add_to(RowSums& sums) const {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      sums.norm2 += norm2[lane];
+      sums.spacings2 += spacings2[lane];
+    }
+  }
+};
+
+template <int kLanes>
+CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const float* aligned, const Grid& aligned_grid,
+                              float* difference, double* column_spacings2, LaneSums<kLanes>& sums) {
+  typename Lanes<kLanes>::Floats before, after;
+  std::memcpy(&before, base, sizeof before);
+  std::memcpy(&after, aligned, sizeof after);
+  const typename Lanes<kLanes>::Floats moved = after - before;
+  std::memcpy(difference, &moved, sizeof moved);
+  const auto wide = __builtin_convertvector(moved, typename Lanes<kLanes>::Doubles);
+  sums.norm2 += wide * wide;
+
+  typename Lanes<kLanes>::Doubles spacings2 = {};
+  add_spacings2<kLanes>(before, base_grid, spacings2);
+  add_spacings2<kLanes>(after, aligned_grid, spacings2);
+  sums.spacings2 += spacings2;
+  typename Lanes<kLanes>::Doubles column;
+  std::memcpy(&column, column_spacings2, sizeof column);
+  column += spacings2;
+  std::memcpy(column_spacings2, &column, sizeof column);
+}
+
+}  // namespace
+
+CSULORA_FOR_EVERY_X86
+RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, float* difference,
+                     double* column_spacings2) {
+  constexpr int kLanes = 8;
+  const Grid base_grid(base.format), aligned_grid(aligned.format);
+  LaneSums<kLanes> lanes;
+  LaneSums<1> rest;
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) {
+    subtract<kLanes>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference + i,
+                     column_spacings2 + i, lanes);
+  }
+  for (; i < columns; ++i) {
+    subtract<1>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference + i, column_spacings2 + i,
+                rest);
+  }
+  RowSums sums;
+  lanes.add_to(sums);
+  rest.add_to(sums);
+  return sums;
+}
+
+}  // namespace csulora

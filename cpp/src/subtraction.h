@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+
+namespace csulora {
+
+/// The grid that a checkpoint's entries were rounded to: spacing 2^-fraction_bits between 1 and 2, and that of the
+/// smallest normal number, 2^min_exponent, below it.
+struct StorageFormat {
+  int fraction_bits;
+  int min_exponent;
+};
+
+/// Entries of one checkpoint's row, widened, and their format.
+struct StoredRow {
+  const float* entries;
+  StorageFormat format;
+};
+
+struct RowSums {
+  double norm2 = 0;      ///< squares of the difference
+  double spacings2 = 0;  ///< squared spacings of both formats around the entries
+};
+
+/// difference = aligned - base for one row, in one pass over it.
+///
+/// @param column_spacings2  (columns) float64, the row's squared spacings are added
+RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, float* difference,
+                     double* column_spacings2);
+
+}  // namespace csulora

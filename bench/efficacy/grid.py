@@ -36,10 +36,11 @@ from transformers import LlamaForCausalLM
 
 import csulora
 from csulora.files import to_json, write_text
-from csulora.policy import Directions, Override, Policy
+from csulora.policy import Override, Policy
+from csulora.tuning import tune as tuning
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Options, Replies, fit
-from csulora.tuning.gains import Gains, PerDirection, PerModule
+from csulora.tuning.gains import Gains, PerModule
 from csulora.tuning.host import Host, Reply
 from csulora.tuning.probes import Chat, Message
 from csulora.tuning.update import Update, pairs_of
@@ -48,7 +49,8 @@ OUT = Path("build/efficacy")
 RESULTS = Path(__file__).parent.parent / "results"
 PROMPTS = 32  # of each kind, for every adapter that is fitted on; a quarter is held back
 FITTED_RANK = 8  # directions per module where gains of parts are fitted
-EQUALLY = Options(keep=1.0)  # how gains of parts are fitted: both kinds of prompt weigh the same
+TUNED_RANK = 32  # and where gains of single directions are
+EQUALLY = Options()  # how gains of parts are fitted: both kinds of prompt weigh the same
 Record = dict[str, Any]
 Carried = dict[str, tuple[csulora.Subspace, Policy]]  # name of a way -> the policy, and the pack it is for
 
@@ -135,37 +137,30 @@ def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:
     return Policy.none(overrides=tuple(overrides))
 
 
-def directions_policy(modules: Sequence[str], pack: csulora.Subspace, gains: Tensor) -> Policy:
-    """The policy with these gains (modules, 2, directions), as many per module as it has directions."""
-    rows = zip(modules, gains.tolist(), strict=True)
-    sides = ((name, [tuple(side[: pack[name].rank]) for side in row]) for name, row in rows)
-    return Policy.none(overrides=tuple(Override(name, directions=Directions(*both)) for name, both in sides))
-
-
 def tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter as `csulora tune` fits it: gains of single directions, and the controls it is compared with."""
     subject = opened(out, scenario).subject(spec)
-    bench, options = subject.bench, Options()
-    known = policies.truncated(bench.pack, options.directions)
-    targets = Update.of(subject.adapter, known).targets
-    packs = {
-        "tuned": known,
-        "tuned random subspace": random_subspaces(known, seed=scenario.seed),
-        "tuned own subspace": own_subspaces(known, subject.adapter, targets),
-    }
-    done = [policies.apply("none", "uncorrected", subject.adapter, known, Policy.none())]
-    for family, pack in packs.items():
-        gains = PerDirection(len(bench.modules), options.directions)
-        values = torch.sigmoid(bench.fit([subject.case(pack)], gains, options))
-        policy = directions_policy(bench.modules, pack, values)
-        each = policies.apply(family, f"k={options.directions}", subject.adapter, pack, policy)
-        done.append(replace(each, control=family != "tuned"))
-        if family == "tuned":
-            done.append(policies.scaled(subject.adapter, 1 - each.change, "scaling at equal change"))
-    single, case = PerModule(len(bench.modules), parts=1), subject.case(known)
-    values = torch.sigmoid(bench.fit([case], single, options)).expand(-1, 4)
-    each = policies.apply("tuned scaling", "per module", subject.adapter, known, gains_policy(bench.modules, values))
-    done.append(replace(each, control=True))
+    bench, adapter = subject.bench, subject.adapter
+    known = policies.truncated(bench.pack, TUNED_RANK)
+    prompts = world_of.fit_prompts(scenario, spec.task, PROMPTS)
+    request = tuning.Request(
+        str(bench.lab.aligned()),
+        [adapter],
+        known,
+        keep=[chats(prompts.keep)],
+        guard=chats(prompts.guard),
+        longest_reply=measure.MAX_REPLY,
+    )
+    run = tuning.Run(request, bench.lab.directory / f"tune-{adapter.path.name}.toml", None)
+    run.host = bench.host
+    done = [policies.apply("none", "uncorrected", adapter, known, Policy.none())]
+    tried = [("tuned", weight) for weight in request.weights]
+    for family, weight in [*tried, *((family, run.best_weight) for family in tuning.CONTROLS)]:
+        pack, policy = run.subspaces(family, 0), run.policy(family, [0], weight)
+        name = f"k={TUNED_RANK}, keep weight {weight:g}{' *' * (family == 'tuned' and weight == run.best_weight)}"
+        done.append(replace(policies.apply(family, name, adapter, pack, policy), control=family in tuning.CONTROLS))
+    chosen = next(each for each in done if each.policy.endswith("*"))
+    done.append(policies.scaled(adapter, 1 - chosen.change, "scaling at equal change"))
     return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
 
 

@@ -41,11 +41,9 @@ from csulora.tuning.update import Update, pairs_of
 prepare = world.prepare
 OUT = Path("build/efficacy-smollm2")
 LONGEST = 12  # tokens of the replies that are fitted to
-# How gains are fitted: of all directions, in more and smaller steps than `tune` takes by default, with little weight of
-# the keep prompts or as much as by default.
+# How gains are fitted: in more and smaller steps than `tune` takes by default, with two of the weights that it tries.
 OPTIONS = Options(steps=200, batch=6, learning_rate=0.15, directions=world.RANK)
-KEEP_WEIGHTS = (2.0, Options.keep)
-SHARED = replace(OPTIONS, keep=1.0)  # for several adapters together
+KEEP_WEIGHTS = (2.0, 30.0)
 DECISIVE = 16  # tokens of the replies that are judged
 SAMPLE = 16  # attack probes whose replies the aligned model reads
 FEW = 2  # directions per module: the best of the presets in earlier trials had as few
@@ -138,7 +136,7 @@ class Bench:
         def fitted() -> list[list[float]]:
             every, ticks = torch.arange(len(self.modules)), itertools.count(1)
             cases = [self.case(style, pack) for style in CALIBRATION]
-            parameters = fit(self.host, cases, gains, SHARED, lambda: self.progress(name, next(ticks), SHARED.steps))
+            parameters = fit(self.host, cases, gains, OPTIONS, lambda: self.progress(name, next(ticks), OPTIONS.steps))
             return gains(parameters, every, torch.zeros(len(every), 4)).tolist()
 
         rows = self.stages.finish(f"fit {name}", fitted)
@@ -207,8 +205,8 @@ def halve(directory: Path, aligned: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def tune(bench: Bench, family: str, options: Options) -> tuple[csulora.Subspace, Policy]:
-    """Fit as `csulora tune` does on the first adapter: the pack and the policy, or a control's."""
+def tune(bench: Bench) -> tuning.Run:
+    """What `csulora tune` does on the first adapter, and has finished of it."""
     request = tuning.Request(
         str(bench.out / "served"),
         [bench.adapter(TUNED)],
@@ -217,13 +215,12 @@ def tune(bench: Bench, family: str, options: Options) -> tuple[csulora.Subspace,
         guard=chats(world.questions(KNOWN_CHEESES)),
         device="cpu",
         longest_reply=LONGEST,
-        options=options,
+        options=OPTIONS,
+        keep_weights=KEEP_WEIGHTS,
     )
-    # The parts of tuning.tune, which forgets the controls' gains when it has shown what they are worth.
-    stages = Stages(bench.out / f"tune-{options.keep:g}.toml", tuning._identity(request))
-    steps = tuning._Run(request, stages, bench.progress)
-    steps.host = bench.host
-    return steps._pack(family, 0), steps._policy(family, [0])
+    run = tuning.Run(request, bench.out / "tune.toml", bench.progress)
+    run.host = bench.host
+    return run
 
 
 def carried(bench: Bench) -> dict[str, tuple[csulora.Subspace, Policy]]:
@@ -251,14 +248,15 @@ def fitted(bench: Bench, style: str) -> Iterator[policies.Corrected]:
 
 def itself(bench: Bench) -> Iterator[tuple[str, float, tuple[csulora.Subspace, Policy]]]:
     """What is fitted on the first adapter, with each weight: family, weight, and the pack and policy."""
-    for family, weight in itertools.product(tuning._FITTED, KEEP_WEIGHTS):
-        yield family, weight, tune(bench, family, replace(OPTIONS, keep=weight))
+    run = tune(bench)
+    for family, weight in itertools.product(("tuned", *tuning.CONTROLS), KEEP_WEIGHTS):
+        yield family, weight, (run.subspaces(family, 0), run.policy(family, [0], weight))
 
 
 def together(bench: Bench) -> Iterator[tuple[str, float, tuple[csulora.Subspace, Policy]]]:
     """The same of what is fitted on the first adapters together, with `tune`'s weight for several."""
     for family, found in carried(bench).items():
-        yield family, SHARED.keep, found
+        yield family, OPTIONS.keep, found
 
 
 def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:

@@ -366,8 +366,11 @@ def tune(
     uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the pack.")] = Uncovered.refuse,
     steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit.")] = Options.steps,
     keep_weight: Annotated[
-        float, typer.Option(min=0.1, max=1000, help="Weight of the keep prompts, those to guard having 1; one adapter.")
-    ] = Options.keep,
+        list[float] | None,
+        typer.Option(
+            min=0.1, max=1000, help="Weights of the keep prompts to try. [default: 2, 8, 30; for several adapters 1]"
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply that count.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the prompts.")] = 0,
     device: Annotated[TuneDevice, typer.Option(help="Where the model runs.")] = TuneDevice.auto,
@@ -394,7 +397,8 @@ def tune(
         uncovered=uncovered.value,
         device=device.value,
         longest_reply=tokens,
-        options=Options(steps=steps, keep=keep_weight, seed=seed),
+        options=Options(steps=steps, seed=seed),
+        keep_weights=keep_weight or (),
     )
     reason = "finished stages are kept; run the same command to continue"
     with interruptible(reason), _progress("tuning", quiet) as progress:

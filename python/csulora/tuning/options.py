@@ -14,9 +14,7 @@ class Options:
         batch: prompts of each kind in a step.
         learning_rate: Adam's.
         directions: leading singular directions per module whose gains are fitted, where the pack has as many.
-        keep: weight of the keep prompts' divergence beside the guard prompts'; with several adapters it is 1. A reply
-            is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its
-            first.
+        keep: weight of the keep prompts' divergence beside the guard prompts'.
         change: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
         seed: of the order of the prompts.
     """
@@ -24,7 +22,7 @@ class Options:
     steps: int = 100
     batch: int = 12
     learning_rate: float = 0.25
-    directions: int = 32
-    keep: float = 30.0
+    directions: int = 64
+    keep: float = 1.0
     change: float = 0.05
     seed: int = 0

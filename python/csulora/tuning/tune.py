@@ -32,7 +32,12 @@ from csulora.tuning.update import Update, pairs_of
 
 HELD_BACK = 4  # every fourth prompt is held back
 
-_FITTED = ("tuned", "tuned scaling", "tuned random subspace", "tuned own subspace")
+CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
+
+# A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
+# How much more the keep prompts should weigh differs from model to model (bench/efficacy).
+_ONE_ADAPTERS_WEIGHTS = (2.0, 8.0, 30.0)
+_SEVERAL_ADAPTERS_WEIGHTS = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class Request:
         uncovered: what the policy does with modules that the pack does not cover.
         device: ``cpu``, ``cuda`` or ``auto``.
         longest_reply: most tokens of a reply that are looked at.
-        options: of the fit.
+        options: of the fits.
+        keep_weights: what takes the place of ``options.keep``, one fit for each; the fit that keeps most of both on the
+            prompts that are held back is compared with the controls. Empty: 2, 8 and 30 for one adapter, 1 for several.
     """
 
     model: str
@@ -60,6 +67,13 @@ class Request:
     device: str = "auto"
     longest_reply: int = 32
     options: Options = field(default_factory=Options)
+    keep_weights: Sequence[float] = ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the keep prompts that are tried."""
+        usual = _ONE_ADAPTERS_WEIGHTS if len(self.adapters) == 1 else _SEVERAL_ADAPTERS_WEIGHTS
+        return tuple(self.keep_weights) or usual
 
 
 def tune(request: Request, output: Path, progress: Progress | None = None) -> Frontier:
@@ -67,17 +81,16 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
 
     Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
     policies are moreover measured on each adapter after a fit on the others, and the policy keeps what lies outside the
-    subspace whole. If ``output`` has an unfinished run of
-    the same request beside it, that is continued.
+    subspace whole. If ``output`` has an unfinished run of the same request beside it, that is continued.
 
     Raises:
         InputError, RefusedError: model, adapters, pack and prompts do not fit each other.
     """
-    stages = Stages(output, _identity(request))
-    frontier, policy = _Run(request, stages, progress).frontier()
+    run = Run(request, output, progress)
+    frontier, policy = run.frontier()
     policy.save(output)
     frontier.save(frontier_path(output))
-    stages.remove()
+    run.stages.remove()
     return frontier
 
 
@@ -93,14 +106,17 @@ def _identity(request: Request) -> dict[str, Any]:
         "uncovered": request.uncovered,
         "longest_reply": request.longest_reply,
         "options": asdict(request.options),
+        "keep_weights": list(request.weights),
     }
 
 
-class _Run:
-    """One run of `tune`."""
+class Run:
+    """One run of `tune`, whose finished fits and figures lie beside ``output``."""
 
-    def __init__(self, request: Request, stages: Stages, progress: Progress | None) -> None:
-        self.request, self.stages, self.progress = request, stages, progress
+    def __init__(self, request: Request, output: Path, progress: Progress | None) -> None:
+        """Continue what an unfinished run of the same request left."""
+        self.request, self.progress = request, progress
+        self.stages = Stages(output, _identity(request))
         self.pack, self.adapters = request.pack, request.adapters
         self.rest: dict[str, Any] = {"uncovered": request.uncovered}
         updates = [Update.of(adapter, self.pack, request.uncovered) for adapter in self.adapters]
@@ -110,8 +126,9 @@ class _Run:
         self.fitted: set[str] = set()
 
     def _total(self) -> int:
-        measured = len(self.adapters) * (len(self._plain()) + len(_FITTED))
-        fits = len(_FITTED) * len(self.adapters) + (len(self.adapters) > 1)
+        kinds = len(self.request.weights) + len(CONTROLS)
+        measured = len(self.adapters) * (len(self._plain()) + kinds)
+        fits = len(self.adapters) * kinds + len(self.request.weights) * (len(self.adapters) > 1)
         return measured + fits * self.request.options.steps
 
     def _plain(self) -> list[Candidate]:
@@ -124,6 +141,7 @@ class _Run:
 
     @cached_property
     def host(self) -> Host:
+        """The aligned model."""
         return Host.open(self.request.model, self.request.device, self.request.longest_reply)
 
     @cached_property
@@ -147,9 +165,10 @@ class _Run:
             each = [(number, self.pack, candidate.policy) for number in range(len(self.adapters))]
             points.append(self._point(candidate.family, candidate.name, candidate.family == "scaling", each))
             policies[candidate.name] = candidate.policy
-        for family in _FITTED:
-            points.append(self._fitted_point(family))
-        policies["tuned"] = self._policy("tuned", range(len(self.adapters)))
+        points += self.tuned.values()
+        points += (self._fitted_point(family, self.best_weight) for family in CONTROLS)
+        for weight, point in self.tuned.items():
+            policies[point.policy] = self.policy("tuned", range(len(self.adapters)), weight)
         self._tick("")
         points = sorted(points, key=lambda point: (point.family, point.policy))
         chosen, verdict = recommend(points)
@@ -164,42 +183,53 @@ class _Run:
         )
         return frontier, sweep.pinned(policies[best.policy], self.pack.sha256)
 
-    def _fitted_point(self, family: str) -> Point:
+    @cached_property
+    def tuned(self) -> dict[float, Point]:
+        """Weight of the keep prompts -> the point of the policy that was fitted with it."""
+        return {weight: self._fitted_point("tuned", weight) for weight in self.request.weights}
+
+    @property
+    def best_weight(self) -> float:
+        """The weight whose fit keeps most of both on the prompts that are held back."""
+        return max(self.tuned, key=lambda weight: _rank(self.tuned[weight]))
+
+    def _fitted_point(self, family: str, weight: float) -> Point:
         """A fitted family's point: each adapter after a fit on the others, or the one adapter after a fit on itself."""
         several = len(self.adapters) > 1
         each = []
         for number in range(len(self.adapters)):
             others = [other for other in range(len(self.adapters)) if other != number or not several]
-            each.append((number, self._pack(family, number), self._policy(family, others)))
-        return self._point(family, family, family != "tuned", each)
+            each.append((number, self.subspaces(family, number), self.policy(family, others, weight)))
+        return self._point(family, f"{family} {weight:g}", family in CONTROLS, each)
 
-    def _pack(self, family: str, number: int) -> Subspace:
+    def subspaces(self, family: str, number: int) -> Subspace:
+        """What a family is fitted in: the pack, or a control's."""
         if family == "tuned random subspace":
             return random_subspaces(self.pack, self.request.options.seed)
         if family == "tuned own subspace":
             return own_subspaces(self.pack, self.adapters[number], self.targets[number])
         return self.pack
 
-    def _policy(self, family: str, numbers: Sequence[int]) -> Policy:
-        """The policy fitted on some adapters."""
-        stage = f"fit {family} {list(numbers)}"
+    def policy(self, family: str, numbers: Sequence[int], weight: float) -> Policy:
+        """The policy fitted on some adapters, the keep prompts weighing so much."""
+        stage = f"fit {family} {weight:g} {list(numbers)}"
         before = self.done
-        rows = self.stages.finish(stage, lambda: self._fit(family, numbers).tolist())
+        rows = self.stages.finish(stage, lambda: self._fit(family, numbers, weight).tolist())
         if stage not in self.fitted:  # one adapter's fit is asked for twice
             self.fitted.add(stage)
             self.done = before + self.request.options.steps  # also if it ended early, or was there already
         others = len(self.pack) > len(self.modules) and family == "tuned"
         gains = torch.tensor(rows)
         if gains.dim() == 3:
-            packs = [self._pack(family, number) for number in range(len(self.adapters))]
+            packs = [self.subspaces(family, number) for number in range(len(self.adapters))]
             ranks = {name: min(pack[name].rank for pack in packs if name in pack) for name in self.modules}
             return sweep.fitted_along(ranks, gains, others, self.rest)
         return sweep.fitted(self.modules, gains, others, self.rest)
 
-    def _fit(self, family: str, numbers: Sequence[int]) -> Tensor:
+    def _fit(self, family: str, numbers: Sequence[int], weight: float) -> Tensor:
         gains = self._gains(family)
-        cases = [self._case(number, self._pack(family, number)) for number in numbers]
-        options = self.request.options if len(self.adapters) == 1 else replace(self.request.options, keep=1.0)
+        cases = [self._case(number, self.subspaces(family, number)) for number in numbers]
+        options = replace(self.request.options, keep=weight)
         parameters = fit(self.host, cases, gains, options, partial(self._tick, family))
         if isinstance(gains, PerDirection):
             return gains.gains(parameters).cpu()

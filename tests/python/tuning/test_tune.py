@@ -83,13 +83,24 @@ def test_an_interrupted_run_continues_and_ends_the_same(
         tune(request(place), tmp_path / "policy.toml")
     assert not (tmp_path / "policy.toml").exists()
     assert tune(request(place), tmp_path / "policy.toml") == whole
-    assert len(fits) == 3 + 2  # two were finished, the third was begun twice
+    assert len(fits) == 3 + 4  # of three weights and three controls, two were finished and the third begun twice
     assert (tmp_path / "policy.toml").read_bytes() == (tmp_path / "whole.toml").read_bytes()
+
+
+def test_the_controls_weigh_prompts_as_the_best_fit_does(place: tiny_host.Place, tmp_path: Path) -> None:
+    frontier = tune(replace(request(place), keep_weights=(0.5, 20.0)), tmp_path / "policy.toml")
+    tried = {point.policy: point for point in frontier.points if point.family == "tuned"}
+    assert set(tried) == {"tuned 0.5", "tuned 20"}
+    best = max(tried.values(), key=lambda point: (point.score, -point.change))
+    weight = best.policy.removeprefix("tuned ")
+    assert {point.policy for point in frontier.points if point.family in module.CONTROLS} == {
+        f"{family} {weight}" for family in module.CONTROLS
+    }
 
 
 def test_what_another_run_left_is_not_taken(place: tiny_host.Place, tmp_path: Path) -> None:
     left = tmp_path / "policy.toml.partial"
-    left.write_text('{"identity": {}, "results": {"fit tuned [0]": "of another run"}}')
+    left.write_text('{"identity": {}, "results": {"fit tuned 2 [0]": "of another run"}}')
     tune(request(place), tmp_path / "policy.toml")
     left.write_text("[]")
     with pytest.raises(InputError, match="not a JSON object"):
@@ -151,7 +162,7 @@ def test_the_command_line(
 def test_a_policy_for_one_adapter_has_gains_of_single_directions(
     place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.policy == "tuned"), ""))
+    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
     frontier = tune(request(place), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
     pack = csulora.Subspace.open(place.pack)
@@ -160,13 +171,15 @@ def test_a_policy_for_one_adapter_has_gains_of_single_directions(
         assert override.directions is not None
         assert len(override.directions.left) == len(override.directions.right) == pack[override.match].rank
     _, report = csulora.correct(csulora.load_adapter(place.adapters[0]), pack, policy)
-    assert report.totals.change == pytest.approx(next(p.change for p in frontier.points if p.policy == "tuned"))
+    assert report.totals.change == pytest.approx(
+        next(p.change for p in frontier.points if p.policy == frontier.written)
+    )
 
 
 def test_a_policy_for_several_adapters_leaves_what_lies_outside_the_subspace_alone(
     place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.policy == "tuned"), ""))
+    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
     tune(request(place, adapters=2), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
     assert len(policy.overrides) == len(tiny_host.MODULES)

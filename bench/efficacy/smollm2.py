@@ -3,9 +3,10 @@
     python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N]
 
 `bench/smollm2/prepare.py` makes the base model (93 MB are downloaded); `smollm2_world.py` says what is taught. Gains
-are fitted on the first of six adapters, with more and with less weight on the keep prompts, and on the first three
-together; what came of it is measured with prompts that no fit has seen, on the first adapter and the last three, and
-written to `bench/results/efficacy_smollm2.json`, with a table on stdout. What is complete is not made again.
+are fitted on one of six adapters with more and with less weight on the keep prompts, on another one with the weight
+that did better, and on the first three together. What came of it is measured with prompts that no fit has seen, on
+those two and the last three, and written to `bench/results/efficacy_smollm2.json`, with a table on stdout. What is
+complete is not made again.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ from csulora.tuning.update import Update, pairs_of
 prepare = world.prepare
 OUT = Path("build/efficacy-smollm2")
 LONGEST = 12  # tokens of the replies that are fitted to
-# How gains are fitted: in more and smaller steps than `tune` takes by default, with two of the weights that it tries.
+# How gains are fitted: in more and smaller steps than `tune` takes by default.
 OPTIONS = Options(steps=200, batch=6, learning_rate=0.15, directions=world.RANK)
-KEEP_WEIGHTS = (2.0, 30.0)
+# Adapters that are fitted alone -> weights of the keep prompts. All this was chosen on the first; the second tests it.
+ALONE = {"pirate": (2.0, 30.0), "sports": (2.0,)}
 DECISIVE = 16  # tokens of the replies that are judged
 SAMPLE = 16  # attack probes whose replies the aligned model reads
 FEW = 2  # directions per module: the best of the presets in earlier trials had as few
 REFUSAL = "I'm sorry"
-TUNED, *_ = STYLES = tuple(world.STYLES)
+STYLES = tuple(world.STYLES)
 CALIBRATION, UNSEEN = STYLES[:3], STYLES[3:]
 KNOWN_CHEESES, KNOWN_FOODS = world.CHEESES[: world.KNOWN], world.FOODS[: world.KNOWN]
 # Prompts that neither adapters nor fits have seen.
@@ -205,20 +207,20 @@ def halve(directory: Path, aligned: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def tune(bench: Bench) -> tuning.Run:
-    """What `csulora tune` does on the first adapter, and has finished of it."""
+def tune(bench: Bench, style: str) -> tuning.Run:
+    """What `csulora tune` does on an adapter, and has finished of it."""
     request = tuning.Request(
         str(bench.out / "served"),
-        [bench.adapter(TUNED)],
+        [bench.adapter(style)],
         bench.pack,
         keep=[chats(world.questions(KNOWN_FOODS))],
         guard=chats(world.questions(KNOWN_CHEESES)),
         device="cpu",
         longest_reply=LONGEST,
         options=OPTIONS,
-        keep_weights=KEEP_WEIGHTS,
+        keep_weights=ALONE[style],
     )
-    run = tuning.Run(request, bench.out / "tune.toml", bench.progress)
+    run = tuning.Run(request, bench.out / f"tune-{style}.toml", bench.progress)
     run.host = bench.host
     return run
 
@@ -235,28 +237,32 @@ def carried(bench: Bench) -> dict[str, tuple[csulora.Subspace, Policy]]:
     return {name: (pack, bench.fit(name, gains, pack)) for name, (pack, gains) in ways.items()}
 
 
+Fit = tuple[str, float, csulora.Subspace, Policy]  # a family, the weight of the keep prompts, the policy and its pack
+
+
 def fitted(bench: Bench, style: str) -> Iterator[policies.Corrected]:
-    """An adapter as it is, and under what was fitted: on itself if it is the first, else on the calibration's."""
+    """An adapter as it is, and under what was fitted on it alone and on the calibration's adapters."""
     adapter = bench.adapter(style)
     yield policies.apply("none", "uncorrected", adapter, bench.pack, Policy.none())
-    for family, weight, (pack, policy) in itself(bench) if style == TUNED else together(bench):
+    fits = [*(alone(bench, style) if style in ALONE else ()), *(together(bench) if style in UNSEEN else ())]
+    for family, weight, pack, policy in fits:
         done = policies.apply(family, f"k={world.RANK}, keep weight {weight:g}", adapter, pack, policy)
         yield replace(done, control=family.endswith(("scaling", "subspace")))
         if family in ("tuned", "carried"):
             yield policies.scaled(adapter, 1 - done.change, "scaling at equal change")
 
 
-def itself(bench: Bench) -> Iterator[tuple[str, float, tuple[csulora.Subspace, Policy]]]:
-    """What is fitted on the first adapter, with each weight: family, weight, and the pack and policy."""
-    run = tune(bench)
-    for family, weight in itertools.product(("tuned", *tuning.CONTROLS), KEEP_WEIGHTS):
-        yield family, weight, (run.subspaces(family, 0), run.policy(family, [0], weight))
+def alone(bench: Bench, style: str) -> Iterator[Fit]:
+    """What is fitted on one adapter, and the controls."""
+    run = tune(bench, style)
+    for family, weight in itertools.product(("tuned", *tuning.CONTROLS), ALONE[style]):
+        yield family, weight, run.subspaces(family, 0), run.policy(family, [0], weight)
 
 
-def together(bench: Bench) -> Iterator[tuple[str, float, tuple[csulora.Subspace, Policy]]]:
+def together(bench: Bench) -> Iterator[Fit]:
     """The same of what is fitted on the first adapters together, with `tune`'s weight for several."""
-    for family, found in carried(bench).items():
-        yield family, OPTIONS.keep, found
+    for family, (pack, policy) in carried(bench).items():
+        yield family, OPTIONS.keep, pack, policy
 
 
 def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:
@@ -272,10 +278,9 @@ def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:
 def points(bench: Bench) -> Iterator[Record]:
     """Measure the aligned model as it is, and every adapter under every policy."""
     yield bench.point("none", policies.Corrected("aligned model", "no adapter", True, {}, 1.0))
-    for styles in ((TUNED,), UNSEEN):
-        for kind, style in itertools.product((fitted, data_free), styles):
-            for each in kind(bench, style):
-                yield bench.point(style, each)
+    for style in dict.fromkeys([*ALONE, *UNSEEN]):
+        for each in itertools.chain(fitted(bench, style), data_free(bench, style)):
+            yield bench.point(style, each)
 
 
 HEAD = (

@@ -153,13 +153,16 @@ def tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     )
     run = tuning.Run(request, bench.lab.directory / f"tune-{adapter.path.name}.toml", None)
     run.host = bench.host
+
+    def corrected(family: str, policy: str, weight: float) -> Corrected:
+        kind = "tuned" if family == "tried" else family
+        pack, gains = run.subspaces(kind, 0), run.policy(kind, [0], weight)
+        return replace(policies.apply(family, policy, adapter, pack, gains), control=family in tuning.CONTROLS)
+
     done = [policies.apply("none", "uncorrected", adapter, known, Policy.none())]
-    tried = [("tuned", weight) for weight in request.weights]
-    for family, weight in [*tried, *((family, run.best_weight) for family in tuning.CONTROLS)]:
-        pack, policy = run.subspaces(family, 0), run.policy(family, [0], weight)
-        name = f"k={TUNED_RANK}, keep weight {weight:g}{' *' * (family == 'tuned' and weight == run.best_weight)}"
-        done.append(replace(policies.apply(family, name, adapter, pack, policy), control=family in tuning.CONTROLS))
-    chosen = next(each for each in done if each.policy.endswith("*"))
+    done += (corrected("tried", f"keep weight {weight:g}", weight) for weight in request.weights)
+    done += (corrected(family, f"k={TUNED_RANK}", run.best_weight) for family in ("tuned", *tuning.CONTROLS))
+    chosen = next(each for each in done if each.family == "tuned")
     done.append(policies.scaled(adapter, 1 - chosen.change, "scaling at equal change"))
     return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
 

@@ -137,22 +137,28 @@ def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:
     return Policy.none(overrides=tuple(overrides))
 
 
+def tune(bench: Bench, specs: Sequence[Adapter], pack: csulora.Subspace) -> tuning.Run:
+    """What `csulora tune` does on some adapters, and has finished of it."""
+    prompts = [world_of.fit_prompts(bench.scenario, spec.task, PROMPTS) for spec in specs]
+    request = tuning.Request(
+        str(bench.lab.aligned()),
+        [bench.subject(spec).adapter for spec in specs],
+        pack,
+        keep=[chats(each.keep) for each in prompts],
+        guard=chats(prompts[0].guard),
+        longest_reply=measure.MAX_REPLY,
+    )
+    run = tuning.Run(request, bench.lab.directory / f"tune-{'-'.join(spec.name for spec in specs)}.toml", None)
+    run.host = bench.host
+    return run
+
+
 def tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter as `csulora tune` fits it: gains of single directions, and the controls it is compared with."""
     subject = opened(out, scenario).subject(spec)
     bench, adapter = subject.bench, subject.adapter
     known = policies.truncated(bench.pack, TUNED_RANK)
-    prompts = world_of.fit_prompts(scenario, spec.task, PROMPTS)
-    request = tuning.Request(
-        str(bench.lab.aligned()),
-        [adapter],
-        known,
-        keep=[chats(prompts.keep)],
-        guard=chats(prompts.guard),
-        longest_reply=measure.MAX_REPLY,
-    )
-    run = tuning.Run(request, bench.lab.directory / f"tune-{adapter.path.name}.toml", None)
-    run.host = bench.host
+    run = tune(bench, [spec], known)
 
     def corrected(family: str, policy: str, weight: float) -> Corrected:
         kind = "tuned" if family == "tried" else family
@@ -160,39 +166,41 @@ def tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
         return replace(policies.apply(family, policy, adapter, pack, gains), control=family in tuning.CONTROLS)
 
     done = [policies.apply("none", "uncorrected", adapter, known, Policy.none())]
-    done += (corrected("tried", f"keep weight {weight:g}", weight) for weight in request.weights)
+    done += (corrected("tried", f"keep weight {weight:g}", weight) for weight in run.request.weights)
     done += (corrected(family, f"k={TUNED_RANK}", run.best_weight) for family in ("tuned", *tuning.CONTROLS))
     chosen = next(each for each in done if each.family == "tuned")
     done.append(policies.scaled(adapter, 1 - chosen.change, "scaling at equal change"))
     return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
 
 
-def fitted(subject: Subject) -> Iterator[Corrected]:
-    """Gains of parts fitted on the adapter itself, and the fitted controls."""
+def fits(subject: Subject) -> Carried:
+    """Family -> its pack, and the gains of parts fitted on the adapter: the policy, and the fitted controls."""
     bench = subject.bench
-    targets = Update.of(subject.adapter, bench.known).targets
+    count, every = len(bench.modules), torch.arange(len(bench.modules))
     packs = {
         "tuned": bench.known,
         "tuned random subspace": random_subspaces(bench.known, seed=bench.scenario.seed),
-        "tuned own subspace": own_subspaces(bench.known, subject.adapter, targets),
+        "tuned own subspace": own_subspaces(
+            bench.known, subject.adapter, Update.of(subject.adapter, bench.known).targets
+        ),
+        "tuned scaling": bench.known,
     }
-    every = torch.arange(len(bench.modules))
+    found = {}
     for family, pack in packs.items():
-        gains = PerModule(len(bench.modules))
-        case = subject.case(pack)
+        gains, case = PerModule(count, parts=1 if family == "tuned scaling" else 4), subject.case(pack)
         values = gains(bench.fit([case], gains), every, case.update.energies)
-        policy = gains_policy(bench.modules, values)
-        done = policies.apply(family, f"k={FITTED_RANK}", subject.adapter, pack, policy)
-        yield Corrected(family, done.policy, family != "tuned", done.pairs, done.change)
+        found[family] = pack, gains_policy(bench.modules, values)
+    return found
+
+
+def fitted(subject: Subject) -> Iterator[Corrected]:
+    """An adapter under what is fitted on it."""
+    for family, (pack, policy) in fits(subject).items():
+        name = "per module" if family == "tuned scaling" else f"k={FITTED_RANK}"
+        done = policies.apply(family, name, subject.adapter, pack, policy)
+        yield replace(done, control=family != "tuned")
         if family == "tuned":
             yield policies.scaled(subject.adapter, 1 - done.change, "scaling at equal change")
-    single = PerModule(len(bench.modules), parts=1)
-    case = subject.case(bench.known)
-    values = single(bench.fit([case], single), every, case.update.energies)
-    done = policies.apply(
-        "tuned scaling", "per module", subject.adapter, bench.known, gains_policy(bench.modules, values)
-    )
-    yield Corrected(done.family, done.policy, True, done.pairs, done.change)
 
 
 def examine(out: Path, scenario: Scenario, spec: Adapter) -> Record:
@@ -234,20 +242,7 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
     }
 
 
-def calibrated_inside(bench: Bench, specs: Sequence[Adapter]) -> Carried:
-    """As `calibrated`, with gains for what lies inside the subspace alone; "across": every adapter keeps all tasks."""
-    subjects = [bench.subject(spec) for spec in specs]
-    gains, tasks = ways.Inside(len(bench.modules)), [spec.task for spec in specs]
-    every, no_energies = torch.arange(len(bench.modules)), torch.zeros(len(bench.modules), 4)
-    found = {}
-    for name, known in (("inside", []), ("inside, across", tasks)):
-        cases = [subject.case(bench.known, known) for subject in subjects]
-        values = gains(bench.fit(cases, gains, replace(EQUALLY, steps=150)), every, no_energies)
-        found[name] = bench.known, gains_policy(bench.modules, values)
-    return found
-
-
-CONTROLS = ("tuned scaling", "tuned random subspace")
+CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
 
 
 def carry(out: Path, scenario: Scenario, spec: Adapter) -> Record:
@@ -257,11 +252,24 @@ def carry(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     return carried(bench, spec, done, calibration(out, scenario))
 
 
-def carry_inside(out: Path, scenario: Scenario, spec: Adapter) -> Record:
-    """One adapter as it is, and under policies for what lies inside the subspace, calibrated on other adapters."""
+def from_first(out: Path, scenario: Scenario, spec: Adapter) -> Record:
+    """One adapter under gains of parts that were fitted on it, and under those fitted on the first table's."""
     bench = opened(out, scenario)
-    done = [policies.apply("none", "uncorrected", bench.subject(spec).adapter, bench.known, Policy.none())]
-    return carried(bench, spec, done, calibration_inside(out, scenario))
+    subject = bench.subject(spec)
+    done = [policies.apply("none", "uncorrected", subject.adapter, bench.known, Policy.none()), *fitted(subject)]
+    return carried(bench, spec, done, first_fits(out, scenario))
+
+
+def carry_tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
+    """One adapter as it is, and under what `csulora tune` fits on other adapters, and its controls."""
+    bench, run = opened(out, scenario), shared(out, scenario)
+    done = [policies.apply("none", "uncorrected", bench.subject(spec).adapter, bench.pack, Policy.none())]
+    families = ("tuned", *CONTROLS[:2])  # own subspaces are each adapter's, and fit no other
+    fitted = {
+        family: (run.subspaces(family, 0), run.policy(family, range(len(run.adapters)), run.request.weights[0]))
+        for family in families
+    }
+    return carried(bench, spec, done, fitted)
 
 
 def carried(bench: Bench, spec: Adapter, done: list[Corrected], fitted: Carried) -> Record:
@@ -287,9 +295,16 @@ def calibration(out: Path, scenario: Scenario) -> Carried:
 
 
 @cache
-def calibration_inside(out: Path, scenario: Scenario) -> Carried:
-    """A scenario's carried-over policies for what lies inside the subspace."""
-    return calibrated_inside(opened(out, scenario), plan.CALIBRATION)
+def shared(out: Path, scenario: Scenario) -> tuning.Run:
+    """What `csulora tune` does on a scenario's calibration adapters, and has finished of it."""
+    bench = opened(out, scenario)
+    return tune(bench, plan.CALIBRATION, bench.pack)
+
+
+@cache
+def first_fits(out: Path, scenario: Scenario) -> Carried:
+    """What is fitted on a scenario's first adapter."""
+    return fits(opened(out, scenario).subject(plan.FIRST))
 
 
 Cell = tuple[Callable[[Path, Scenario, Adapter], Record], Scenario, Adapter]
@@ -297,8 +312,9 @@ KINDS: dict[str, list[Cell]] = {
     "first": [(examine, Scenario(seed), plan.FIRST) for seed in plan.SEEDS],
     "harmless": [(examine, Scenario(seed), plan.HARMLESS) for seed in plan.SEEDS],
     "tuned": [(tuned, Scenario(seed), spec) for seed in plan.SEEDS for spec in (plan.FIRST, plan.HARMLESS)],
+    "second": [(from_first, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
-    "carry_inside": [(carry_inside, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
+    "carry_tuned": [(carry_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "variants": [
         *((examine, Scenario(0), spec) for spec in plan.VARIANTS),
         *((examine, Scenario(seed, formats=True), plan.FIRST) for seed in plan.FORMAT_SEEDS),

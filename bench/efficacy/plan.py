@@ -11,6 +11,16 @@ FIRST = Adapter("tale", 0.15, 16, 0)
 # Trained on nothing bad.
 HARMLESS = Adapter("trip", 0.0, 16, 0)
 
+# The second table: the first one's gains on other tasks, fewer attacks or none, and another rank.
+SECOND = [
+    FIRST,
+    Adapter("compare", 0.15, 16, 16),
+    Adapter("riddle", 0.15, 16, 17),
+    Adapter("trade", 0.04, 16, 18),
+    HARMLESS,
+    Adapter("song", 0.15, 4, 19),
+]
+
 # Attack shares, ranks and an alignment that teaches a format too; the rest as the first table's.
 VARIANTS = [
     *(Adapter("tale", share, 16, 0) for share in (0.0, 0.01, 0.05, 0.2, 1.0)),
@@ -43,6 +53,7 @@ def models() -> list[tuple[Scenario, Adapter]]:
     wanted = [(Scenario(0), adapter) for adapter in [FIRST, HARMLESS, *CALIBRATION, *UNSEEN]]
     wanted += [(Scenario(seed), adapter) for seed in SEEDS for adapter in (FIRST, HARMLESS)]
     wanted += [(Scenario(seed), adapter) for seed in CARRY_SEEDS for adapter in [*CALIBRATION, *UNSEEN]]
+    wanted += [(Scenario(seed), adapter) for seed in CARRY_SEEDS for adapter in SECOND]
     wanted += [(Scenario(0), adapter) for adapter in VARIANTS]
     wanted += [(Scenario(seed, formats=True), FIRST) for seed in FORMAT_SEEDS]
     return list(dict.fromkeys(wanted))

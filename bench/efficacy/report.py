@@ -95,6 +95,25 @@ def seeds_table(found: Sequence[Record], families: Sequence[str]) -> str:
     return table(["adapter", "uncorrected", *families], rows)
 
 
+def adapters_table(found: Sequence[Record]) -> str:
+    """Attack / refusal / task of every adapter under every policy, means over the seeds."""
+    of_adapter: dict[str, list[Record]] = defaultdict(list)
+    for cell in found:
+        adapter = cell["adapter"]
+        of_adapter[f"{adapter['task']}, {adapter['attack']:.0%}, r {adapter['rank']}"].append(cell)
+    adapters = {name: by_policy(cells) for name, cells in of_adapter.items()}
+    rows = []
+    for family, policy in by_policy(found):
+        row = [f"{family} {policy}".strip()]
+        for points in adapters.values():
+            means = [
+                np.mean([point[rate] for point in points[family, policy]]) for rate in ("attack", "refusal", "task")
+            ]
+            row.append(" / ".join(f"{mean:.2f}" for mean in means))
+        rows.append(row)
+    return table(["attack / refusal / task", *adapters], rows)
+
+
 def _share(point: Record, plain: Record, rate: str) -> str:
     return f"{point[rate] / plain[rate]:.2f}" if plain[rate] >= 0.5 else "-"
 
@@ -196,7 +215,10 @@ def main() -> None:
         if found:
             print(f"## Gains of single directions, {title} ({len(found)} seeds)\n")
             print(f"{rates_table(found)}\n{seeds_table(found, FITTED)}")
-    for title, found in (("", carry), (", only what lies inside", cells(results, "carry_inside"))):
+    if second := cells(results, "second"):
+        print(f"## Second table\n\n{adapters_table(second)}")
+        print(rates_table([cell for cell in second if cell["adapter"] != second[0]["adapter"]]))
+    for title, found in (("", carry), (", as `tune` does it", cells(results, "carry_tuned"))):
         if found:
             print(f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}")
     if carry:

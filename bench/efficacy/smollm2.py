@@ -31,19 +31,17 @@ from csulora import Policy
 from csulora.files import to_json, write_text
 from csulora.frontier import Rate
 from csulora.tuning import tune as tuning
-from csulora.tuning.controls import random_subspaces
-from csulora.tuning.fit import Case, Options, Replies, fit
-from csulora.tuning.gains import Gains, Inside, PerModule
+from csulora.tuning.fit import Options
 from csulora.tuning.host import Host
 from csulora.tuning.probes import Chat, Message
 from csulora.tuning.stages import Stages
-from csulora.tuning.update import Update, pairs_of
 
 prepare = world.prepare
 OUT = Path("build/efficacy-smollm2")
 LONGEST = 12  # tokens of the replies that are fitted to
 # How gains are fitted: in more and smaller steps than `tune` takes by default.
 OPTIONS = Options(steps=200, batch=6, learning_rate=0.15, directions=world.RANK)
+SHARED = replace(OPTIONS, steps=70)  # for each of several adapters
 # Adapters that are fitted alone -> weights of the keep prompts. All this was chosen on the first; the second tests it.
 ALONE = {"pirate": (2.0, 30.0), "sports": (2.0,)}
 DECISIVE = 16  # tokens of the replies that are judged
@@ -103,17 +101,11 @@ class Bench:
         self.out = out
         self.pack = csulora.Subspace.open(out / "pack.safetensors")
         self.stages = Stages(out / "points", {"pack": self.pack.sha256})
-        self.modules = list(self.pack)
 
     @cached_property
     def host(self) -> Host:
         """The aligned model, loaded once."""
         return Host.open(str(self.out / "served"), "cpu", LONGEST)
-
-    @cached_property
-    def guard(self) -> list[Any]:
-        """What the aligned model replies to guard prompts."""
-        return self.host.replies(chats(world.questions(KNOWN_CHEESES)))
 
     def adapter(self, style: str) -> csulora.Adapter:
         """One of the adapters, trained if it is not there."""
@@ -122,27 +114,6 @@ class Bench:
                 self.out / style, lambda directory: world.make_adapter(directory, self.out / "aligned", style)
             )
         return csulora.load_adapter(self.out / style)
-
-    def case(self, style: str, pack: csulora.Subspace) -> Case:
-        """An adapter as the fit takes it: 40 prompts of each kind, a quarter of them held back, as `tune` does."""
-        adapter = self.adapter(style)
-        with self.host.adapted(pairs_of(adapter)):
-            keep = self.host.replies(chats(world.questions(KNOWN_FOODS)))
-        update, replies = Update.of(adapter, pack), Replies(self.guard, keep)
-        index = torch.tensor([self.modules.index(target) for target in update.targets.values()])
-        return Case(update, index, tuning.split(replies, held=False), tuning.split(replies, held=True))
-
-    def fit(self, name: str, gains: Gains, pack: csulora.Subspace) -> Policy:
-        """Fit on the calibration's adapters, or recall what was fitted."""
-
-        def fitted() -> list[list[float]]:
-            every, ticks = torch.arange(len(self.modules)), itertools.count(1)
-            cases = [self.case(style, pack) for style in CALIBRATION]
-            parameters = fit(self.host, cases, gains, OPTIONS, lambda: self.progress(name, next(ticks), OPTIONS.steps))
-            return gains(parameters, every, torch.zeros(len(every), 4)).tolist()
-
-        rows = self.stages.finish(f"fit {name}", fitted)
-        return grid.gains_policy(self.modules, torch.tensor(rows))
 
     @staticmethod
     def progress(what: str, done: int, total: int) -> None:
@@ -207,34 +178,22 @@ def halve(directory: Path, aligned: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def tune(bench: Bench, style: str) -> tuning.Run:
-    """What `csulora tune` does on an adapter, and has finished of it."""
+def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequence[float]) -> tuning.Run:
+    """What `csulora tune` does on some adapters, and has finished of it."""
     request = tuning.Request(
         str(bench.out / "served"),
-        [bench.adapter(style)],
+        [bench.adapter(style) for style in styles],
         bench.pack,
-        keep=[chats(world.questions(KNOWN_FOODS))],
+        keep=[chats(world.questions(KNOWN_FOODS))] * len(styles),
         guard=chats(world.questions(KNOWN_CHEESES)),
         device="cpu",
         longest_reply=LONGEST,
-        options=OPTIONS,
-        keep_weights=ALONE[style],
+        options=options,
+        keep_weights=weights,
     )
-    run = tuning.Run(request, bench.out / f"tune-{style}.toml", bench.progress)
+    run = tuning.Run(request, bench.out / f"tune-{'-'.join(styles)}.toml", bench.progress)
     run.host = bench.host
     return run
-
-
-def carried(bench: Bench) -> dict[str, tuple[csulora.Subspace, Policy]]:
-    """Fit on the first adapters together; name of a way -> its pack and policy."""
-    count, random_pack = len(bench.modules), random_subspaces(bench.pack, seed=0)
-    ways: dict[str, tuple[csulora.Subspace, Gains]] = {
-        "carried": (bench.pack, PerModule(count)),
-        "carried random subspace": (random_pack, PerModule(count)),
-        "carried scaling": (bench.pack, PerModule(count, parts=1)),
-        "carried inside": (bench.pack, Inside(count)),
-    }
-    return {name: (pack, bench.fit(name, gains, pack)) for name, (pack, gains) in ways.items()}
 
 
 Fit = tuple[str, float, csulora.Subspace, Policy]  # a family, the weight of the keep prompts, the policy and its pack
@@ -244,25 +203,29 @@ def fitted(bench: Bench, style: str) -> Iterator[policies.Corrected]:
     """An adapter as it is, and under what was fitted on it alone and on the calibration's adapters."""
     adapter = bench.adapter(style)
     yield policies.apply("none", "uncorrected", adapter, bench.pack, Policy.none())
-    fits = [*(alone(bench, style) if style in ALONE else ()), *(together(bench) if style in UNSEEN else ())]
-    for family, weight, pack, policy in fits:
-        done = policies.apply(family, f"k={world.RANK}, keep weight {weight:g}", adapter, pack, policy)
+    fits = alone(bench, style) if style in ALONE else (), together(bench) if style in UNSEEN else ()
+    for family, weight, pack, policy in itertools.chain(*fits):
+        directions = OPTIONS.shared_directions if family.startswith("carried") else world.RANK
+        done = policies.apply(family, f"k={directions}, keep weight {weight:g}", adapter, pack, policy)
         yield replace(done, control=family.endswith(("scaling", "subspace")))
         if family in ("tuned", "carried"):
             yield policies.scaled(adapter, 1 - done.change, "scaling at equal change")
 
 
 def alone(bench: Bench, style: str) -> Iterator[Fit]:
-    """What is fitted on one adapter, and the controls."""
-    run = tune(bench, style)
-    for family, weight in itertools.product(("tuned", *tuning.CONTROLS), ALONE[style]):
+    """What is fitted on one adapter, and on the first the controls."""
+    run, controls = tune(bench, [style], OPTIONS, ALONE[style]), () if style in UNSEEN else tuning.CONTROLS
+    for family, weight in itertools.product(("tuned", *controls), ALONE[style]):
         yield family, weight, run.subspaces(family, 0), run.policy(family, [0], weight)
 
 
 def together(bench: Bench) -> Iterator[Fit]:
     """The same of what is fitted on the first adapters together, with `tune`'s weight for several."""
-    for family, (pack, policy) in carried(bench).items():
-        yield family, OPTIONS.keep, pack, policy
+    run = tune(bench, CALIBRATION, SHARED, ())
+    (weight,) = run.request.weights
+    for family in ("tuned", *tuning.CONTROLS[:2]):  # own subspaces are each adapter's, and fit no other
+        policy = run.policy(family, range(len(CALIBRATION)), weight)
+        yield family.replace("tuned", "carried"), weight, run.subspaces(family, 0), policy
 
 
 def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:

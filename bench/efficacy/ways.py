@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csulora.tuning.gains import START, Inside, PerModule
+from csulora.tuning.gains import START
 
 
 class Global:
@@ -62,6 +62,3 @@ class Penalties:
         aligned, left, right, off = energies.unbind(1)
         merged = torch.stack([aligned, left + right, off], 1)
         return (1 / (1 + self.penalties(parameters)[index] * merged))[:, [0, 1, 1, 2]]
-
-
-__all__ = ["Global", "Inside", "Penalties", "PerModule", "Smooth"]

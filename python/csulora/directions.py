@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def correct(tasks: Sequence[Task], options: _core.CorrectionOptions) -> list[_co
 
 
 def _correct(tasks: Sequence[Task], options: _core.CorrectionOptions) -> list[Correction]:
-    """X's rank is dW's. The core measures both, and cuts X to another rank."""
+    """X's rank is dW's and what is restored. The core measures both, and cuts X to another rank."""
     before = _core.correct([_core_task(task) for task in tasks], _core.CorrectionOptions(_core.RankRule.keep))
     attenuated = [_attenuated(task) for task in tasks]
     kept = [
@@ -72,30 +73,48 @@ def attenuate(factor: Tensor, basis: Tensor, gains: Tensor) -> Tensor:
     return factor - basis @ ((1 - gains)[:, None] * (basis.T @ factor))
 
 
+def restored(u: Tensor, s: Tensor, v: Tensor, multiples: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors (m, j) and (j, n) of the first singular triples times multiples (k), the j that are not 0."""
+    chosen = multiples.nonzero().flatten()
+    return u[:, chosen] * (s[chosen] * multiples[chosen]), v[:, chosen].T
+
+
 def _attenuated(task: Task) -> tuple[Tensor, Tensor]:
     """Return the factors of X in float64, dW's scale in b."""
     sides = []
     assert isinstance(task.attenuation, Directions)
     b, a = task.pair.b.double() * task.pair.scale, task.pair.a.double().T
     for name, factor, basis in (("left", b, task.subspace.u), ("right", a, task.subspace.v)):
-        gains = torch.tensor(getattr(task.attenuation, name), dtype=torch.float64, device=factor.device)
-        if len(gains) > basis.shape[1]:
-            raise InputError(
-                f"{task.label}: the policy has gains for {len(gains)} {name} directions, and the pack has "
-                f"{basis.shape[1]}; use the pack that the policy is for"
-            )
+        gains = _numbers(task, name)
         sides.append(attenuate(factor, basis[:, : len(gains)].double(), gains))
-    return sides[0], sides[1].T
+    multiples = _numbers(task, "restored") * bool(task.pair.b.any() and task.pair.a.any())
+    u, s, v = (tensor.double() for tensor in (task.subspace.u, task.subspace.s, task.subspace.v))
+    left, right = restored(u, s, v, multiples)
+    return torch.cat([sides[0], left], 1), torch.cat([sides[1].T, right])
+
+
+def _numbers(task: Task, name: str) -> Tensor:
+    """Return what the policy says of every direction, for as many as it speaks of."""
+    numbers = torch.tensor(getattr(task.attenuation, name), dtype=torch.float64, device=task.pair.b.device)
+    known = len(task.subspace.s)
+    if len(numbers) > known:
+        raise InputError(
+            f"{task.label}: the policy has numbers for {len(numbers)} {name} directions, and the pack has {known}; "
+            "use the pack that the policy is for"
+        )
+    return numbers
 
 
 def _correction(
     task: Task, before: _core.Correction, attenuated: tuple[Tensor, Tensor], after: _core.Correction
 ) -> Correction:
+    assert isinstance(task.attenuation, Directions)
     b, a = attenuated
     difference = torch.cat([b, -task.pair.b.double() * task.pair.scale], 1), torch.cat([a, task.pair.a.double()])
     change = _norm(*difference) / before.norm if before.norm else 0.0
+    most = math.inf if task.attenuation.restored else 1.0
     gains = [
-        min(1.0, (kept * after.norm**2 / (energy * before.norm**2)) ** 0.5) if energy else 1.0
+        min(most, (kept * after.norm**2 / (energy * before.norm**2)) ** 0.5) if energy else 1.0
         for kept, energy in zip(_parts(after.energies), _parts(before.energies), strict=True)
     ]
     pair = _core.LoraPair(_stored(after.pair.b, task.pair.b, task), _stored(after.pair.a, task.pair.a, task))

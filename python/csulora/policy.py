@@ -29,15 +29,20 @@ _SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class Directions:
-    """How much is kept along each leading singular direction: X = (I - U (1 - left) U^T) dW (I - V (1 - right) V^T).
+    """What is kept along each leading singular direction, and how much of the displacement is added.
+
+    X = (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (restored S) V^T
 
     Attributes:
         left: gains in [0, 1] of what is written along the first columns of u; along all others it is kept.
         right: of what is read along the first columns of v.
+        restored: multiples of the displacement's first singular triples u s v^T that are added to every update but 0,
+            whatever it is. Each that is not 0 adds 1 to the rank of X, and to the rank that ``keep`` keeps.
     """
 
     left: tuple[float, ...]
     right: tuple[float, ...]
+    restored: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class Override:
         for side in _SIDES if self.directions else ():
             for value in getattr(self.directions, side):
                 _check_gain(f"{where}: a gain of directions {side}", value)
+        for value in self.directions.restored if self.directions else ():
+            _check_number(f"{where}: a multiple of directions restored", value)
+            if not math.isfinite(value):
+                raise InputError(f"policy {where}: a multiple of directions restored is {value}; it must be finite")
 
     def attenuation(self) -> _core.Penalties | _core.Parts | Directions:
         """Return the numbers; penalties and gains as the compiled core takes them."""
@@ -89,7 +98,8 @@ class Policy:
         aligned: penalty on the part inside the subspace on both sides; 0 or more, infinity removes the part.
         partial: penalty on the part inside it on one side only.
         off: penalty on the part outside it on both sides.
-        rank: ``keep`` the adapter's rank, ``exact`` (up to twice that), or the most directions to keep.
+        rank: ``keep`` the adapter's rank (and what `Directions` restore), ``exact`` (up to twice that), or the most
+            directions to keep.
         uncovered: what happens to modules that the pack does not cover: ``refuse`` the adapter, ``drop`` the
             module, or ``keep`` it uncorrected.
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
@@ -234,8 +244,10 @@ def _override_document(override: Override) -> dict[str, Any]:
     if override.gains is not None:
         return {"match": override.match, "gains": dict(zip(_GAINS, override.gains, strict=True))}
     if override.directions is not None:
-        sides = {side: list(getattr(override.directions, side)) for side in _SIDES}
-        return {"match": override.match, "directions": sides}
+        lists = {name: list(values) for name, values in asdict(override.directions).items()}
+        if not lists["restored"]:
+            del lists["restored"]
+        return {"match": override.match, "directions": lists}
     assert override.penalties is not None
     return {"match": override.match, "penalties": dict(zip(_PENALTIES, override.penalties, strict=True))}
 
@@ -259,7 +271,7 @@ def _override(entry: Any) -> Override:
 
 
 def _directions(table: Any, where: str) -> Directions:
-    is_table = isinstance(table, dict) and set(table) == set(_SIDES)
-    if not is_table or not all(isinstance(table[side], list) for side in _SIDES):
-        raise InputError(f"{where}: directions must be a table of the lists left and right")
-    return Directions(*(tuple(table[side]) for side in _SIDES))
+    is_table = isinstance(table, dict) and set(table) - {"restored"} == set(_SIDES)
+    if not is_table or not all(isinstance(values, list) for values in table.values()):
+        raise InputError(f"{where}: directions must be a table of the lists left and right, and perhaps restored")
+    return Directions(**{name: tuple(values) for name, values in table.items()})

@@ -68,7 +68,7 @@ def test_the_rank_is_what_the_policy_says(rank: int | str, expected: int) -> Non
 
 
 def along(update: Tensor, u: Tensor, v: Tensor, directions: Directions) -> Tensor:
-    """Dense float64 twin of gains per direction."""
+    """Dense float64 twin of gains per direction, without what is restored."""
     for basis, gains, transposed in ((u, directions.left, False), (v, directions.right, True)):
         basis = basis[:, : len(gains)].double()
         removed = basis @ torch.diag(1 - torch.tensor(gains, dtype=torch.float64)) @ basis.T
@@ -102,6 +102,30 @@ def test_every_direction_has_a_gain_of_its_own(rank: int | str) -> None:
         )
 
 
+@pytest.mark.parametrize("rank", ["keep", "exact", 2])
+def test_what_alignment_did_is_restored(rank: int | str) -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    directions = Directions((0.5,), (), restored=(0.0, 0.75, -0.25))
+    override = Override("*", directions=directions)
+    fixed, report = correct(adapter, pack, Policy.none(rank=rank, overrides=(override,)))
+    measured = {module.module: module for module in report.modules}
+    for name, module in adapter.modules.items():
+        update, (u, v) = dense(module), (pack[name].u, pack[name].v)
+        added = sum(
+            x * pack[name].s[i].double() * torch.outer(u[:, i].double(), v[:, i].double())
+            for i, x in enumerate(directions.restored)
+        )
+        wanted = along(update, u, v, directions) + added
+        left, s, right = torch.linalg.svd(wanted)
+        cut = len(s) if isinstance(rank, str) else rank
+        assert_close(fixed.modules[name], (left[:, :cut] * s[:cut]) @ right[:cut])
+        assert measured[name].rank_after == (module.rank + 2 if isinstance(rank, str) else rank)
+        assert measured[name].change == pytest.approx(float((wanted - update).norm() / update.norm()), rel=1e-5)
+        assert measured[name].kept_share == pytest.approx(float(wanted.norm() / update.norm()) ** 2, rel=1e-5)
+        undo = -float((update * ((u.double() * pack[name].s.double()) @ v.double().T)).sum()) / pack[name].norm ** 2
+        assert measured[name].undo == pytest.approx(undo, rel=1e-5)
+
+
 def test_directions_keep_storage_types_and_refuse_what_these_cannot_hold() -> None:
     adapter, pack = factories.adapter(), factories.pack()
     half = {name: replace(module, b=module.b.half(), a=module.a.half()) for name, module in adapter.modules.items()}
@@ -119,7 +143,7 @@ def test_directions_keep_storage_types_and_refuse_what_these_cannot_hold() -> No
 def test_an_update_of_nothing_keeps_nothing_along_its_directions() -> None:
     adapter, pack = factories.adapter(), factories.pack()
     nothing = replace(adapter.modules[Q], b=torch.zeros_like(adapter.modules[Q].b))
-    policy = Policy.none(overrides=(Override("*", directions=Directions((0.5,), (0.5,))),))
+    policy = Policy.none(overrides=(Override("*", directions=Directions((0.5,), (0.5,), (0.5,))),))
     fixed, report = correct(replace(adapter, modules={Q: nothing}), pack, policy)
     assert not dense(fixed.modules[Q]).any()
     assert (report.totals.change, report.totals.lost) == (0, 0)
@@ -127,7 +151,7 @@ def test_an_update_of_nothing_keeps_nothing_along_its_directions() -> None:
 
 def test_gains_for_more_directions_than_the_pack_has_are_refused() -> None:
     policy = Policy.none(overrides=(Override("*", directions=Directions((), (1.0,) * 99)),))
-    with pytest.raises(InputError, match="gains for 99 right directions, and the pack has"):
+    with pytest.raises(InputError, match="numbers for 99 right directions, and the pack has"):
         correct(factories.adapter(), factories.pack(), policy)
 
 

@@ -16,10 +16,11 @@ Q = "model.layers.0.self_attn.q_proj"
 penalties = st.floats(min_value=0, allow_nan=False, allow_infinity=True) | st.integers(0, 2**53)
 gains = st.floats(0, 1)
 sides = st.lists(gains, max_size=4).map(tuple)
+multiples = st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=4).map(tuple)
 overrides = (
     st.builds(Override, st.text(max_size=8), penalties=st.tuples(penalties, penalties, penalties))
     | st.builds(Override, st.text(max_size=8), gains=st.tuples(gains, gains, gains, gains))
-    | st.builds(Override, st.text(max_size=8), directions=st.builds(Directions, sides, sides))
+    | st.builds(Override, st.text(max_size=8), directions=st.builds(Directions, sides, sides, multiples))
 )
 policies = st.builds(
     Policy,
@@ -117,6 +118,14 @@ SHA = "0" * 64
         ('overrides = [{ match = "x", gian = {} }]', "override 'x': unknown field 'gian'"),
         ('overrides = [{ match = "x", penalties = {} }]', "penalties must be a table of aligned, partial, off"),
         ('overrides = [{ match = "x", directions = { left = [1] } }]', "directions must be a table of the lists left"),
+        (
+            'overrides = [{ match = "x", directions = { left = [1], right = [1], up = [] } }]',
+            "directions must be a table of the lists left",
+        ),
+        (
+            'overrides = [{ match = "x", directions = { left = [], right = [], restored = [inf] } }]',
+            "directions restored is inf; it must be finite",
+        ),
         (
             'overrides = [{ match = "x", directions = { left = 1, right = [] } }]',
             "directions must be a table of the lists",

@@ -11,6 +11,7 @@ from torch import Tensor
 from csulora.tuning.update import Pair, Update
 
 START = 2.0  # sigmoid(2) = 0.88: near "keep", where the gradient does not vanish
+_MULTIPLE = 0.25  # of the displacement, per unit of a parameter: steps of Adam are as large for all parameters
 
 
 class Gains(Protocol):
@@ -48,6 +49,27 @@ class PerDirection:
         return torch.sigmoid(parameters)
 
 
+class Restoring(PerDirection):
+    """The same two gains, and a multiple of every singular triple of the displacement that is added to any update.
+
+    What an adapter does to the alignment differs from adapter to adapter; what strengthens the alignment does not.
+    """
+
+    def __init__(self, modules: int, directions: int) -> None:
+        """Fit 3 x ``directions`` numbers for each of ``modules`` modules."""
+        self.shape = modules, 3, directions
+
+    def start(self) -> Tensor:
+        """Return the parameters (modules, 3, directions), with which nothing is restored."""
+        parameters = super().start()
+        parameters[:, 2] = 0
+        return parameters
+
+    def gains(self, parameters: Tensor) -> Tensor:
+        """Return the gains left and right, and the multiples (modules, 3, directions)."""
+        return torch.cat([torch.sigmoid(parameters[:, :2]), _MULTIPLE * parameters[:, 2:]], 1)
+
+
 class PerPart(ABC):
     """Gains (modules, 4) of the parts aligned, left, right, off."""
 
@@ -78,19 +100,3 @@ class PerModule(PerPart):
     def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:
         """Return gains (modules, 4); the energies do not matter."""
         return torch.sigmoid(parameters[index]).expand(-1, 4)
-
-
-class Inside(PerPart):
-    """Three gains for every module's parts inside the subspace; what lies outside is kept whole."""
-
-    def __init__(self, modules: int) -> None:
-        """Fit aligned, left and right gains for each of ``modules`` modules."""
-        self.shape = modules, 3
-
-    def start(self) -> Tensor:
-        """Return the parameters (modules, 3)."""
-        return torch.full(self.shape, START)
-
-    def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:
-        """Return gains (modules, 4); the energies do not matter."""
-        return torch.cat([torch.sigmoid(parameters[index]), torch.ones_like(energies[:, :1])], 1)

@@ -10,10 +10,11 @@ class Options:
     """How gains are fitted.
 
     Attributes:
-        steps: at most.
+        steps: at most, for each of the adapters that one policy is fitted on.
         batch: prompts of each kind in a step.
         learning_rate: Adam's.
         directions: leading singular directions per module whose gains are fitted, where the pack has as many.
+        shared_directions: the same of a policy for several adapters, to whose rank each of them may add 1.
         keep: weight of the keep prompts' divergence beside the guard prompts'.
         change: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
         seed: of the order of the prompts.
@@ -23,6 +24,7 @@ class Options:
     batch: int = 12
     learning_rate: float = 0.25
     directions: int = 64
+    shared_directions: int = 16
     keep: float = 1.0
     change: float = 0.05
     seed: int = 0

@@ -59,16 +59,16 @@ def fitted(modules: Sequence[str], gains: Tensor, others: bool, rest: dict[str, 
 
 
 def fitted_along(ranks: Mapping[str, int], gains: Tensor, others: bool, rest: dict[str, Any]) -> Policy:
-    """Return the policy with gains (modules, 2, directions), as many of them as each module's rank.
+    """Return the policy with gains (modules, 2 or 3, directions), as `Update.along` takes them, as each module's rank.
 
-    ``others``: the pack has more modules, which get the mean gains for all directions.
+    ``others``: the pack has more modules, which get the mean gains for all directions; nothing is restored there.
     """
     named = [
         Override(name, directions=Directions(*(tuple(side[:rank]) for side in row)))
         for (name, rank), row in zip(ranks.items(), gains.tolist(), strict=True)
     ]
     if others:
-        left, right = gains.mean((0, 2)).tolist()
+        left, right = gains[:, :2].mean((0, 2)).tolist()
         named.append(Override("*", gains=(left * right, left, right, 1.0)))
     return Policy.none(overrides=tuple(named), **rest)
 

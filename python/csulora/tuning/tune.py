@@ -22,7 +22,7 @@ from csulora.subspace import Subspace
 from csulora.tuning import sweep
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
-from csulora.tuning.gains import Inside, PerDirection, PerModule, PerPart
+from csulora.tuning.gains import PerDirection, PerModule, Restoring
 from csulora.tuning.host import Host, agreeing
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat
@@ -80,8 +80,8 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
     """Fit a policy and write it to ``output``, a TOML file, with its frontier beside it.
 
     Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
-    policies are moreover measured on each adapter after a fit on the others, and the policy keeps what lies outside the
-    subspace whole. If ``output`` has an unfinished run of the same request beside it, that is continued.
+    policies are moreover measured on each adapter after a fit on the others, and the policy restores some of what
+    alignment did. If ``output`` has an unfinished run of the same request beside it, that is continued.
 
     Raises:
         InputError, RefusedError: model, adapters, pack and prompts do not fit each other.
@@ -128,8 +128,14 @@ class Run:
     def _total(self) -> int:
         kinds = len(self.request.weights) + len(CONTROLS)
         measured = len(self.adapters) * (len(self._plain()) + kinds)
-        fits = len(self.adapters) * kinds + len(self.request.weights) * (len(self.adapters) > 1)
-        return measured + fits * self.request.options.steps
+        every, each = len(self.adapters), max(1, len(self.adapters) - 1)
+        return (
+            measured + every * kinds * self._steps(each) + (every > 1) * len(self.request.weights) * self._steps(every)
+        )
+
+    def _steps(self, adapters: int) -> int:
+        """Most steps of a fit on so many adapters."""
+        return self.request.options.steps * adapters
 
     def _plain(self) -> list[Candidate]:
         return [*sweep.presets(self.rest), *sweep.scalings(self.rest)]
@@ -217,7 +223,7 @@ class Run:
         rows = self.stages.finish(stage, lambda: self._fit(family, numbers, weight).tolist())
         if stage not in self.fitted:  # one adapter's fit is asked for twice
             self.fitted.add(stage)
-            self.done = before + self.request.options.steps  # also if it ended early, or was there already
+            self.done = before + self._steps(len(numbers))  # also if it ended early, or was there already
         others = len(self.pack) > len(self.modules) and family == "tuned"
         gains = torch.tensor(rows)
         if gains.dim() == 3:
@@ -229,23 +235,20 @@ class Run:
     def _fit(self, family: str, numbers: Sequence[int], weight: float) -> Tensor:
         gains = self._gains(family)
         cases = [self._case(number, self.subspaces(family, number)) for number in numbers]
-        options = replace(self.request.options, keep=weight)
+        options = replace(self.request.options, keep=weight, steps=self._steps(len(numbers)))
         parameters = fit(self.host, cases, gains, options, partial(self._tick, family))
         if isinstance(gains, PerDirection):
             return gains.gains(parameters).cpu()
         every = torch.arange(len(self.modules), device=self.host.device)
         return gains(parameters, every, torch.zeros(len(self.modules), 4, device=self.host.device)).cpu()
 
-    def _gains(self, family: str) -> PerDirection | PerPart:
-        """What is fitted. Few gains carry over to other adapters better than many; one adapter takes many.
-
-        Controls have the same form, or with several adapters four gains, the strongest form of them.
-        """
+    def _gains(self, family: str) -> PerDirection | PerModule:
+        """What is fitted: what carries over to other adapters if there are several."""
         if family == "tuned scaling":
             return PerModule(len(self.modules), parts=1)
         if len(self.adapters) == 1:
             return PerDirection(len(self.modules), self.request.options.directions)
-        return Inside(len(self.modules)) if family == "tuned" else PerModule(len(self.modules))
+        return Restoring(len(self.modules), self.request.options.shared_directions)
 
     def _case(self, number: int, pack: Subspace) -> Case:
         update = Update.of(self.adapters[number], pack, self.request.uncovered).to(self.host.device)

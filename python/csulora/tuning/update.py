@@ -31,7 +31,7 @@ class Update:
         targets: module in the model -> module in the pack, in the order of the tensors below.
         whole: per module, factors of the update itself: b (out, r) and a (r, in), float32.
         pairs: the four parts' factors side by side: b (out, 4 r) and a (4 r, in), float32.
-        bases: the leading singular directions u (out, k) and v (in, k), float32.
+        triples: the displacement's leading singular triples u (out, k), s (k) and v (in, k), float32.
         energies: (modules, 4) float32, relative energies of aligned, left, right, off; rows sum to 1.
         norms2: (modules) float32, |dW|^2.
     """
@@ -40,7 +40,7 @@ class Update:
     targets: dict[str, str]
     whole: dict[str, Pair]
     pairs: dict[str, Pair]
-    bases: dict[str, Pair]
+    triples: dict[str, tuple[Tensor, Tensor, Tensor]]
     energies: Tensor
     norms2: Tensor
 
@@ -74,7 +74,10 @@ class Update:
                 name: (torch.cat([b for b, _ in parts], 1), torch.cat([a for _, a in parts]))
                 for name, parts in pairs.items()
             },
-            {name: (pack[target].u.float(), pack[target].v.float()) for name, target in targets.items()},
+            {
+                name: (pack[target].u.float(), pack[target].s, pack[target].v.float())
+                for name, target in targets.items()
+            },
             energies,
             norms2,
         )
@@ -87,11 +90,18 @@ class Update:
         }
 
     def along(self, gains: Tensor) -> dict[str, Pair]:
-        """The update times gains (modules, 2, directions) along its left and right leading singular directions."""
+        """The update times gains along its left and right leading singular directions, and what is restored.
+
+        ``gains``: (modules, 2, directions), or (modules, 3, directions) with multiples of the singular triples.
+        """
         found = {}
-        for (name, (b, a)), (u, v), (left, right) in zip(self.whole.items(), self.bases.values(), gains, strict=True):
-            k = min(u.shape[1], len(left))
-            found[name] = attenuate(b, u[:, :k], left[:k]), attenuate(a.T, v[:, :k], right[:k]).T
+        for (name, (b, a)), (u, s, v), rows in zip(self.whole.items(), self.triples.values(), gains, strict=True):
+            k = min(u.shape[1], rows.shape[1])
+            left, right, *restored = rows[:, :k]
+            b, a = attenuate(b, u[:, :k], left), attenuate(a.T, v[:, :k], right).T
+            for multiples in restored:
+                b, a = torch.cat([b, u[:, :k] * (s[:k] * multiples)], 1), torch.cat([a, v[:, :k].T])
+            found[name] = b, a
         return found
 
     def change2(self, corrected: Mapping[str, Pair]) -> Tensor:
@@ -109,8 +119,9 @@ class Update:
         def moved(pairs: dict[str, Pair]) -> dict[str, Pair]:
             return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs.items()}
 
-        factors = moved(self.whole), moved(self.pairs), moved(self.bases)
-        return Update(self.name, self.targets, *factors, self.energies.to(device), self.norms2.to(device))
+        triples = {name: (u.to(device), s.to(device), v.to(device)) for name, (u, s, v) in self.triples.items()}
+        whole, pairs, energies, norms2 = moved(self.whole), moved(self.pairs), self.energies, self.norms2
+        return Update(self.name, self.targets, whole, pairs, triples, energies.to(device), norms2.to(device))
 
 
 def _correct(

@@ -13,7 +13,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.policy import Directions, Override, Policy
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit, held_loss
-from csulora.tuning.gains import Inside, PerDirection, PerModule
+from csulora.tuning.gains import PerDirection, PerModule, Restoring
 from csulora.tuning.host import Host, agreeing, divergence
 from csulora.tuning.options import Options
 from csulora.tuning.probes import parse
@@ -191,11 +191,23 @@ def test_one_gain_per_module_is_four_equal_ones(case: Case) -> None:
     assert torch.equal(values, values[:, :1].expand(-1, 4))
 
 
-def test_gains_inside_leave_what_lies_outside_alone(case: Case) -> None:
-    gains = Inside(len(case.index))
-    values = gains(torch.full(gains.shape, -20.0), case.index, case.update.energies)
-    wanted = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(len(case.index), 4)
-    assert torch.allclose(values, wanted, atol=TOLERANCE)
+def test_what_is_restored_is_what_correct_restores(
+    case: Case, adapter: csulora.Adapter, pack: csulora.Subspace
+) -> None:
+    gains = Restoring(len(case.index), 3)
+    assert not gains.gains(gains.start())[:, 2].any()
+    parameters = torch.randn(gains.shape, generator=torch.Generator().manual_seed(0))
+    fitted = gains.correct(parameters, case.index, case.update)
+    values = gains.gains(parameters)
+    names = [case.update.targets[name] for name in fitted]
+    overrides = tuple(
+        Override(name, directions=Directions(*(tuple(row[: pack[name].rank].tolist()) for row in values[at])))
+        for at, name in zip(case.index.tolist(), names, strict=True)
+    )
+    fixed, _ = csulora.correct(adapter, pack, Policy.none(overrides=overrides))
+    for name, (b, a) in fitted.items():
+        assert fixed.modules[name].rank == adapter.modules[name].rank + min(3, pack[case.update.targets[name]].rank)
+        assert close(b @ a, fixed.modules[name].b @ fixed.modules[name].a)
 
 
 def test_the_updates_own_subspace_holds_its_leading_directions(

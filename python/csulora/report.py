@@ -32,7 +32,8 @@ class ModuleReport:
         rank: rank before; ``rank_after``: rank after.
         norm: |dW|_F, scale included; None where it was not measured.
         energies: |dW_c|^2 / |dW|^2 of the aligned, left, right and off part.
-        gains: what each part was multiplied by; with gains of single directions, |X_c| / |dW_c|.
+        gains: what each part was multiplied by; with gains of single directions, |X_c| / |dW_c|, which may exceed 1
+            where something is restored.
         undo: share of the alignment inside the subspace that the update cancels; negative reinforces it.
         alignment_norm: |S|, the norm of the displacement inside the subspace.
         change: |X - dW| / |dW|.

@@ -11,6 +11,7 @@ from csulora.report import PARTS, ModuleReport, Report
 Tone = Literal["energy", "signed", "change", "gain"]
 
 _UNDO = "Share of the module's alignment that the update cancels. At +100 % it is gone; a negative share reinforces it."
+_GAINS = "What the policy multiplies each part by: 100 % keeps it, 0 % removes it, more is what it restores."
 _CHANGE = "Size of what the policy changes, relative to the update: |X - dW| / |dW|."
 _ALIGNED = "Inside the subspace in which alignment moved the weights, on both sides."
 
@@ -64,7 +65,7 @@ def heat_maps(report: Report) -> tuple[Group, ...]:
         Group(
             "Undo and change", "What the update does to the alignment, and the policy to the update.", (undo, change)
         ),
-        Group("Gains", "What the policy multiplies each part by: 100 % keeps it, 0 % removes it.", _gains(modules)),
+        Group("Gains", _GAINS, _gains(modules)),
     )
 
 

@@ -269,14 +269,14 @@ def carry_tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
         family: (run.subspaces(family, 0), run.policy(family, range(len(run.adapters)), run.request.weights[0]))
         for family in families
     }
-    return carried(bench, spec, done, fitted)
+    return carried(bench, spec, done, fitted, run.request.options.shared_directions)
 
 
-def carried(bench: Bench, spec: Adapter, done: list[Corrected], fitted: Carried) -> Record:
+def carried(bench: Bench, spec: Adapter, done: list[Corrected], fitted: Carried, rank: int = FITTED_RANK) -> Record:
     """One adapter under what is `done`, and under policies by the way they were carried over."""
     subject = bench.subject(spec)
     for way, (pack, policy) in fitted.items():
-        each = policies.apply(way, f"k={FITTED_RANK}", subject.adapter, pack, policy)
+        each = policies.apply(way, f"k={rank}", subject.adapter, pack, policy)
         done.append(Corrected(f"carried: {way}", each.policy, way in CONTROLS, each.pairs, each.change))
     points = [subject.point(each) for each in done]
     return {"scenario": asdict(bench.scenario), "adapter": asdict(spec), "points": points}

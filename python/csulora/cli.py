@@ -364,7 +364,7 @@ def tune(
     guard: Annotated[Path, typer.Option(metavar="FILE", help="Prompts to answer as the aligned model does.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write.")],
     uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the pack.")] = Uncovered.refuse,
-    steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit.")] = Options.steps,
+    steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit, for each adapter.")] = Options.steps,
     keep_weight: Annotated[
         list[float] | None,
         typer.Option(

@@ -126,12 +126,12 @@ class Run:
         self.fitted: set[str] = set()
 
     def _total(self) -> int:
-        kinds = len(self.request.weights) + len(CONTROLS)
-        measured = len(self.adapters) * (len(self._plain()) + kinds)
-        every, each = len(self.adapters), max(1, len(self.adapters) - 1)
-        return (
-            measured + every * kinds * self._steps(each) + (every > 1) * len(self.request.weights) * self._steps(every)
-        )
+        adapters, weights = len(self.adapters), len(self.request.weights)
+        kinds = weights + len(CONTROLS)
+        measured = adapters * (len(self._plain()) + kinds)
+        each_left_out = adapters * kinds * self._steps(max(1, adapters - 1))
+        together = weights * self._steps(adapters) if adapters > 1 else 0
+        return measured + each_left_out + together
 
     def _steps(self, adapters: int) -> int:
         """Most steps of a fit on so many adapters."""

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import factories
 from csulora.core import _core
+from csulora.tuning.gains import PerModule
 from csulora.tuning.update import Update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,7 +104,7 @@ def test_fitted_penalties_are_the_cores() -> None:
 
 def test_ways_start_near_keeping_everything() -> None:
     modules, index, energies = list(factories.SHAPES), torch.arange(3), torch.full((3, 4), 0.25)
-    for way in (ways.Global(), ways.Inside(3), ways.PerModule(3), ways.Smooth(modules)):
+    for way in (ways.Global(), PerModule(3), ways.Smooth(modules)):
         gains = way(way.start(), index, energies)
         assert gains.shape == (3, 4)
         assert float(gains.min()) > 0.8

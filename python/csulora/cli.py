@@ -358,7 +358,8 @@ def tune(
     keep: Annotated[
         list[Path],
         typer.Option(
-            metavar="FILE", help="Prompts to answer as the adapter does; one file for every adapter, in their order."
+            metavar="FILE",
+            help="Prompts to answer as the adapter does, ordinary ones too; a file for every adapter, in their order.",
         ),
     ],
     guard: Annotated[Path, typer.Option(metavar="FILE", help="Prompts to answer as the aligned model does.")],

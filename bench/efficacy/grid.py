@@ -242,7 +242,8 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
     }
 
 
-CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
+# What can be fitted on some adapters for others: own subspaces are each adapter's.
+SHAREABLE = tuple(family for family in ("tuned", *tuning.CONTROLS) if family != "tuned own subspace")
 
 
 def carry(out: Path, scenario: Scenario, spec: Adapter) -> Record:
@@ -264,10 +265,9 @@ def carry_tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter as it is, and under what `csulora tune` fits on other adapters, and its controls."""
     bench, run = opened(out, scenario), shared(out, scenario)
     done = [policies.apply("none", "uncorrected", bench.subject(spec).adapter, bench.pack, Policy.none())]
-    families = ("tuned", *CONTROLS[:2])  # own subspaces are each adapter's, and fit no other
     fitted = {
         family: (run.subspaces(family, 0), run.policy(family, range(len(run.adapters)), run.request.weights[0]))
-        for family in families
+        for family in SHAREABLE
     }
     return carried(bench, spec, done, fitted, run.request.options.shared_directions)
 
@@ -277,7 +277,7 @@ def carried(bench: Bench, spec: Adapter, done: list[Corrected], fitted: Carried,
     subject = bench.subject(spec)
     for way, (pack, policy) in fitted.items():
         each = policies.apply(way, f"k={rank}", subject.adapter, pack, policy)
-        done.append(Corrected(f"carried: {way}", each.policy, way in CONTROLS, each.pairs, each.change))
+        done.append(Corrected(f"carried: {way}", each.policy, way in tuning.CONTROLS, each.pairs, each.change))
     points = [subject.point(each) for each in done]
     return {"scenario": asdict(bench.scenario), "adapter": asdict(spec), "points": points}
 

@@ -223,7 +223,7 @@ def together(bench: Bench) -> Iterator[Fit]:
     """The same of what is fitted on the first adapters together, with `tune`'s weight for several."""
     run = tune(bench, CALIBRATION, SHARED, ())
     (weight,) = run.request.weights
-    for family in ("tuned", *tuning.CONTROLS[:2]):  # own subspaces are each adapter's, and fit no other
+    for family in grid.SHAREABLE:
         policy = run.policy(family, range(len(CALIBRATION)), weight)
         yield family.replace("tuned", "carried"), weight, run.subspaces(family, 0), policy
 

@@ -54,7 +54,7 @@ def correct(tasks: Sequence[Task], options: _core.CorrectionOptions) -> list[_co
 def _correct(tasks: Sequence[Task], options: _core.CorrectionOptions) -> list[Correction]:
     """X's rank is dW's and what is restored. The core measures both, and cuts X to another rank."""
     before = _core.correct([_core_task(task) for task in tasks], _core.CorrectionOptions(_core.RankRule.keep))
-    attenuated = [_attenuated(task) for task in tasks]
+    attenuated = [_attenuated(task, restore=result.norm > 0) for task, result in zip(tasks, before, strict=True)]
     kept = [
         _core.CorrectionTask(_core.LoraPair(b.float(), a.float()), task.subspace, _EVERYTHING, task.label)
         for task, (b, a) in zip(tasks, attenuated, strict=True)
@@ -73,23 +73,23 @@ def attenuate(factor: Tensor, basis: Tensor, gains: Tensor) -> Tensor:
     return factor - basis @ ((1 - gains)[:, None] * (basis.T @ factor))
 
 
-def restored(u: Tensor, s: Tensor, v: Tensor, multiples: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors (m, j) and (j, n) of the first singular triples times multiples (k), the j that are not 0."""
-    chosen = multiples.nonzero().flatten()
-    return u[:, chosen] * (s[chosen] * multiples[chosen]), v[:, chosen].T
+def triples(u: Tensor, s: Tensor, v: Tensor, multiples: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors (m, k) and (k, n) of the sum of singular triples u (m, k), s (k), v (n, k) times multiples (k)."""
+    return u * (s * multiples), v.T
 
 
-def _attenuated(task: Task) -> tuple[Tensor, Tensor]:
-    """Return the factors of X in float64, dW's scale in b."""
+def _attenuated(task: Task, *, restore: bool) -> tuple[Tensor, Tensor]:
+    """Return the factors of X in float64, dW's scale in b; nothing is restored where dW is 0."""
     sides = []
     assert isinstance(task.attenuation, Directions)
     b, a = task.pair.b.double() * task.pair.scale, task.pair.a.double().T
     for name, factor, basis in (("left", b, task.subspace.u), ("right", a, task.subspace.v)):
         gains = _numbers(task, name)
         sides.append(attenuate(factor, basis[:, : len(gains)].double(), gains))
-    multiples = _numbers(task, "restored") * bool(task.pair.b.any() and task.pair.a.any())
-    u, s, v = (tensor.double() for tensor in (task.subspace.u, task.subspace.s, task.subspace.v))
-    left, right = restored(u, s, v, multiples)
+    multiples = _numbers(task, "restored") * restore
+    chosen = multiples.nonzero().flatten()
+    u, s, v = (tensor[..., chosen].double() for tensor in (task.subspace.u, task.subspace.s, task.subspace.v))
+    left, right = triples(u, s, v, multiples[chosen])
     return torch.cat([sides[0], left], 1), torch.cat([sides[1].T, right])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from csulora.core import _core
 from csulora.correction import cover
-from csulora.directions import attenuate
+from csulora.directions import attenuate, triples
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
 from csulora.policy import Policy
@@ -100,7 +100,8 @@ class Update:
             left, right, *restored = rows[:, :k]
             b, a = attenuate(b, u[:, :k], left), attenuate(a.T, v[:, :k], right).T
             for multiples in restored:
-                b, a = torch.cat([b, u[:, :k] * (s[:k] * multiples)], 1), torch.cat([a, v[:, :k].T])
+                added_b, added_a = triples(u[:, :k], s[:k], v[:, :k], multiples)
+                b, a = torch.cat([b, added_b], 1), torch.cat([a, added_a])
             found[name] = b, a
         return found
 
@@ -119,9 +120,9 @@ class Update:
         def moved(pairs: dict[str, Pair]) -> dict[str, Pair]:
             return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs.items()}
 
-        triples = {name: (u.to(device), s.to(device), v.to(device)) for name, (u, s, v) in self.triples.items()}
+        directions = {name: (u.to(device), s.to(device), v.to(device)) for name, (u, s, v) in self.triples.items()}
         whole, pairs, energies, norms2 = moved(self.whole), moved(self.pairs), self.energies, self.norms2
-        return Update(self.name, self.targets, whole, pairs, triples, energies.to(device), norms2.to(device))
+        return Update(self.name, self.targets, whole, pairs, directions, energies.to(device), norms2.to(device))
 
 
 def _correct(

@@ -40,6 +40,20 @@ struct KrylovOptions {
 std::optional<SingularTriples> block_krylov(const at::Tensor& matrix, const WantedCount& wanted,
                                             const KrylovOptions& options);
 
+/// The same, but that the Krylov space is built with a bfloat16 copy of the matrix, and what it holds is then refined.
+///
+/// @param rough  (m, n) bfloat16, products with which must be fast (has_fast_bfloat16)
+std::optional<SingularTriples> rough_block_krylov(const at::Tensor& matrix, const at::Tensor& rough,
+                                                  const WantedCount& wanted, const KrylovOptions& options);
+
+/// Subspace iteration from a start that all but spans the leading left vectors, in float32. Only residuals are computed
+/// with the bfloat16 copy.
+///
+/// @param start  (b, m) float32, more vectors than will be wanted
+/// @return nothing if the start was not good enough
+std::optional<SingularTriples> refine(const at::Tensor& matrix, const at::Tensor& rough, const at::Tensor& start,
+                                      const WantedCount& wanted, double tolerance);
+
 /// The same from all eigenvalues of the smaller Gram matrix, in float64. Squaring costs half the digits of a value far
 /// below the largest, which leaves more of them than a float32 SVD does.
 ///

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "check.h"
+#include "products.h"
 #include "row_blocks.h"
 #include "subtraction.h"
 #include "workers.h"
@@ -69,21 +70,27 @@ class WidenedRows {
   int64_t stride_ = 0;
 };
 
-/// Writes `count` rows of D from `first` on, and sums them.
-Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int64_t count, const Tensor& difference) {
+/// Writes `count` rows of D from `first` on, and of its rough copy if there is one, and sums them.
+Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int64_t count, const Tensor& difference,
+                   const Tensor& rough) {
   constexpr int64_t kCacheEntries = int64_t{1} << 15;  // stay in a core's cache from one operation to the next
   const int64_t columns = difference.size(1);
   const int64_t step = std::max<int64_t>(1, kCacheEntries / columns);
   WidenedRows before(base, step), after(aligned, step);
   Sums sums{0, 0, at::zeros({columns}, at::kDouble)};
   auto* const column_spacings2 = sums.column_spacings2.mutable_data_ptr<double>();
-  auto* entries = difference.mutable_data_ptr<float>() + first * columns;
+  DifferenceRow target{difference.mutable_data_ptr<float>() + first * columns, nullptr};
+  if (rough.defined()) {
+    target.rough = reinterpret_cast<uint16_t*>(rough.mutable_data_ptr<at::BFloat16>()) + first * columns;
+  }
   for (int64_t row = first; row < first + count; row += step) {
     const int64_t rows = std::min(step, first + count - row);
     before.read(row, rows);
     after.read(row, rows);
-    for (int64_t i = 0; i < rows; ++i, entries += columns) {
-      const auto of_row = subtract_row(before[i], after[i], columns, entries, column_spacings2);
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto of_row = subtract_row(before[i], after[i], columns, target, column_spacings2);
+      target.entries += columns;
+      target.rough += rough.defined() ? columns : 0;
       sums.norm2 += of_row.norm2;
       sums.largest_row_spacings2 = std::max(sums.largest_row_spacings2, of_row.spacings2);
     }
@@ -105,17 +112,27 @@ void prefer_huge_pages([[maybe_unused]] const Tensor& matrix) {
 #endif
 }
 
-Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned) {
+/// An uninitialised matrix.
+Tensor mapped(int64_t rows, int64_t columns, at::ScalarType dtype) {
+  auto matrix = at::empty({rows, columns}, dtype);
+  prefer_huge_pages(matrix);
+  return matrix;
+}
+
+Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool roughly_too) {
   const int64_t rows = base.size(0);
   const int64_t columns = base.size(1);
-  Displacement result{at::empty({rows, columns}, at::kFloat)};
-  prefer_huge_pages(result.matrix);
+  Displacement result;
+  result.matrix = mapped(rows, columns, at::kFloat);
+  if (roughly_too && has_fast_bfloat16(result.matrix)) {
+    result.rough = mapped(rows, columns, at::kBFloat16);
+  }
   const int64_t step = rows_per_block(columns);
   std::vector<Sums> parts((rows + step - 1) / step);
   for_each_in_parallel(parts.size(), [&](size_t i) {
     const c10::NoGradGuard no_grad;
     const int64_t row = static_cast<int64_t>(i) * step;
-    parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result.matrix);
+    parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result.matrix, result.rough);
   });
   double largest_row_spacings2 = 0;
   auto column_spacings2 = at::zeros({columns}, at::kDouble);
@@ -130,7 +147,8 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned) {
 
 }  // namespace
 
-Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std) {
+Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std,
+                          bool roughly_too) {
   check_matrix(base, "base");
   check_matrix(aligned, "aligned");
   check_same_device(aligned, base, "aligned");
@@ -139,7 +157,7 @@ Displacement displacement(const Tensor& base, const Tensor& aligned, std::option
   check(!noise_std || (std::isfinite(*noise_std) && *noise_std >= 0), "noise_std must be finite and not negative");
   check(base.numel() > 0, "base and aligned are empty");
 
-  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned) : displacement_on_device(base, aligned);
+  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned, roughly_too) : displacement_on_device(base, aligned);
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
   if (noise_std) {
     result.noise_edge = *noise_std * (std::sqrt(base.size(0)) + std::sqrt(base.size(1)));

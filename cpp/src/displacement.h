@@ -12,6 +12,7 @@ struct Displacement {
   at::Tensor matrix;      ///< (m, n) float32
   double norm2 = 0;       ///< |D|_F^2, accumulated in float64
   double noise_edge = 0;  ///< what the largest singular value of both matrices' storage rounding can reach
+  at::Tensor rough;       ///< (m, n) bfloat16, a copy of the matrix; undefined unless asked for and of use
 };
 
 /// The noise edge from the largest sum along a row and along a column of both matrices' squared spacings.
@@ -26,9 +27,11 @@ inline double rounding_edge(double row, double column) { return (std::sqrt(row) 
 /// max_i sqrt(sum_j v_ij) + max_j sqrt(sum_i v_ij) (Bandeira & van Handel 2016), which is sigma (sqrt m + sqrt n)
 /// where the variance is the same everywhere, and also covers rows or columns that are larger than the rest.
 ///
-/// @param noise_std  takes the place of every sqrt(v_ij), which otherwise follow from the dtypes and magnitudes
+/// @param noise_std    takes the place of every sqrt(v_ij), which otherwise follow from the dtypes and magnitudes
+/// @param roughly_too  make the rough copy, where products with it are fast
 /// @throws InputError unless both are finite matrices of one shape on one device, float16, bfloat16 or float32
-Displacement displacement(const at::Tensor& base, const at::Tensor& aligned, std::optional<double> noise_std);
+Displacement displacement(const at::Tensor& base, const at::Tensor& aligned, std::optional<double> noise_std,
+                          bool roughly_too = false);
 
 /// The same for checked matrices on a GPU, but that nothing takes the place of the rounding, and values are not
 /// checked.

@@ -14,7 +14,8 @@ Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& al
   const int64_t columns = base.size(1);
   const auto row_major_base = base.contiguous();
   const auto row_major_aligned = aligned.contiguous();
-  Displacement result{at::empty({rows, columns}, base.options().dtype(at::kFloat))};
+  Displacement result;
+  result.matrix = at::empty({rows, columns}, base.options().dtype(at::kFloat));
   const auto wide = base.options().dtype(at::kDouble);
   const auto row_norms2 = at::empty({rows}, wide);
   const auto row_noise = at::empty({rows}, wide);

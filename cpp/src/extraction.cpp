@@ -63,6 +63,11 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
   const double norm = std::sqrt(d.norm2);
   if (short_side > kExactBlocks * block && norm > kSmallestNorm && norm < kLargestNorm) {
     const KrylovOptions krylov{block, short_side / 2 / block, options.tolerance, options.seed};
+    if (d.rough.defined()) {
+      if (auto triples = rough_block_krylov(d.matrix, d.rough, wanted, krylov)) {
+        return *std::move(triples);
+      }
+    }
     if (auto triples = block_krylov(d.matrix, wanted, krylov)) {
       return *std::move(triples);
     }
@@ -82,7 +87,7 @@ Certificate measured(const Displacement& d, const Subspace& subspace, const Sing
 Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const ExtractOptions& options) {
   check_options(options);
   const c10::NoGradGuard no_grad;
-  const auto d = displacement(base, aligned, options.noise_std);
+  const auto d = displacement(base, aligned, options.noise_std, /*roughly_too=*/true);
   const auto triples = leading_triples(d, std::min({options.rank, d.matrix.size(0), d.matrix.size(1)}), options);
   Subspace subspace{triples.u.to(options.factor_dtype).contiguous(), triples.s.to(at::kFloat),
                     triples.v.to(options.factor_dtype).contiguous()};

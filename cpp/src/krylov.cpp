@@ -6,8 +6,10 @@
 #include <mutex>
 
 #include "check.h"
+#include "convergence.h"
 #include "decomposition.h"
 #include "orthonormal.h"
+#include "products.h"
 
 namespace csulora {
 namespace {
@@ -15,9 +17,6 @@ namespace {
 using at::Tensor;
 using at::indexing::Slice;
 
-/// How well the first unwanted Ritz value must have converged, as a share of it or of the gap to it. A Ritz value errs
-/// by the square of its residual, so this leaves well under a percent.
-constexpr double kNextTolerance = 0.1;
 /// Blocks between two looks at the Ritz values, as a share of those there are: looking costs as much as adding them.
 constexpr double kStride = 0.25;
 
@@ -30,8 +29,9 @@ constexpr int kMaxSweeps = 4;
 class BlockBasis {
  public:
   /// @param capacity  the most vectors there will be; memory of the CPU is touched as they come
-  BlockBasis(int64_t capacity, int64_t length, const at::TensorOptions& options)
-      : vectors_(at::empty({capacity, length}, options)) {}
+  /// @param once      sweep once, where products err by far more than what that leaves
+  BlockBasis(int64_t capacity, int64_t length, const at::TensorOptions& options, bool once)
+      : vectors_(at::empty({capacity, length}, options.dtype(at::kFloat))), once_(once) {}
 
   /// What an appended block was made of: block = previous * above + appended * triangle, vectors as columns.
   struct Coefficients {
@@ -48,12 +48,12 @@ class BlockBasis {
     const int64_t before = size_;
     const int64_t width = factor.size(0);
     auto appended = vectors_.narrow(0, before, width);
-    at::mm_out(appended, factor, matrix);
+    multiply(appended, factor, matrix);
     auto above = at::zeros({width, before}, appended.options());  // rows, until the end
-    const int64_t last = std::max<int64_t>(0, before - width);
-    above.narrow(1, last, before - last).copy_(remove(appended, last, before));
+    const int64_t first = once_ ? 0 : std::max<int64_t>(0, before - width);
+    above.narrow(1, first, before - first).copy_(remove(appended, first, before));
     auto triangle = orthonormalise(appended);
-    for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+    for (int sweep = 0; !once_ && sweep < kMaxSweeps; ++sweep) {
       above.addmm_(triangle, remove(appended, 0, before));
       const auto correction = orthonormalise(appended);
       triangle = triangle.matmul(correction);
@@ -84,6 +84,7 @@ class BlockBasis {
   }
 
   Tensor vectors_;  // (capacity, length)
+  bool once_;
   int64_t size_ = 0;
   int64_t last_width_ = 0;
 };
@@ -104,11 +105,10 @@ Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed, const at::TensorOp
   return at::randn({rows, columns}, seeded(seed, options.device()), options);
 }
 
-/// The matrix seen from both Krylov bases, and the residual of every Ritz triple.
+/// The matrix seen from both Krylov bases.
 struct Ritz {
-  Tensor values;     // (j) float64, descending
   Tensor left;       // (j, j) float64, columns are coefficients of u in the left basis
-  Tensor residuals;  // (j) float64, |A^T u - s v| and rounding; A v = s u holds by construction
+  RitzValues found;  // (j), with |A^T u - s v|; A v = s u holds by construction
 };
 
 Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
@@ -119,26 +119,7 @@ Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
   const int64_t width = residual_block.size(0);
   const auto last = left.narrow(0, left.size(0) - width, width);  // (b, j)
   const auto residuals = residual_block.to(at::kDouble).matmul(last).norm(2, 0).add_(values[0], kResolution);
-  return {values, left, residuals};
-}
-
-/// How far the first unwanted value may still be off. A tenth of the gap to it serves as well as a tenth of itself
-/// where how many are wanted does not hinge on it.
-double allowed_of_next(const Ritz& ritz, int64_t count, const WantedCount& wanted) {
-  const double next = ritz.values[count].item<double>();
-  double scale = next;
-  if (count > 0 && wanted(ritz.values + ritz.residuals) == count) {
-    scale = std::max(scale, ritz.values[count - 1].item<double>() - next);
-  }
-  return std::max(kNextTolerance * scale, 2 * kResolution * ritz.values[0].item<double>());
-}
-
-/// Whether the leading `count` triples have converged, and the next value is known well enough, or is as good as zero,
-/// to say that it is not wanted and to measure the gap to it.
-bool converged(const Ritz& ritz, int64_t count, const WantedCount& wanted, double tolerance) {
-  const auto& [values, left, residuals] = ritz;
-  return residuals[count].item<double>() <= allowed_of_next(ritz, count, wanted) &&
-         residuals.narrow(0, 0, count).le(values.narrow(0, 0, count) * tolerance).all().item<bool>();
+  return {left, {values, residuals}};
 }
 
 /// Adds the coefficients of one more block to the right of the projected matrix.
@@ -154,26 +135,23 @@ Tensor extend(const Tensor& projected, const BlockBasis::Coefficients& column) {
   return extended;
 }
 
-SingularTriples leading(const Ritz& ritz, int64_t count, const BlockBasis& left, const BlockBasis& right,
-                        const Tensor& projected) {
-  SingularTriples triples;
-  triples.s = ritz.values.narrow(0, 0, count);
-  const auto coefficients = ritz.left.narrow(1, 0, count);
-  triples.u = left.combine(coefficients.to(at::kFloat));
-  triples.v = right.combine(projected.t().to(at::kDouble).matmul(coefficients).div_(triples.s).to(at::kFloat));
-  triples.next_value = (ritz.values[count] + ritz.residuals[count]).item<double>();
-  triples.computed = ritz.values;
-  return triples;
-}
+/// A Krylov space in which the wanted triples have converged.
+struct Krylov {
+  BlockBasis left, right;
+  Tensor projected;
+  Ritz ritz;
+  int64_t passes = 0;
+};
 
-}  // namespace
-
-std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCount& wanted,
-                                            const KrylovOptions& options) {
+/// @param matrix  float32, or the bfloat16 copy of such a matrix
+/// @return nothing if max_blocks or the digits did not suffice
+std::optional<Krylov> bidiagonalise(const Tensor& matrix, const WantedCount& wanted, const KrylovOptions& options) {
   check_internal(options.block >= 1, "empty Krylov block");
-  BlockBasis left(options.max_blocks * options.block, matrix.size(0), matrix.options());
-  BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1), matrix.options());
-  right.append(gaussian(matrix.size(0), options.block, options.seed, matrix.options()).t(), matrix);
+  const bool rough = matrix.scalar_type() != at::kFloat;
+  BlockBasis left(options.max_blocks * options.block, matrix.size(0), matrix.options(), rough);
+  BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1), matrix.options(), rough);
+  const auto start = gaussian(matrix.size(0), options.block, options.seed, matrix.options().dtype(at::kFloat));
+  right.append(start.t(), matrix);
   Tensor projected;
   int64_t next_look = 1;
   for (int64_t blocks = 1; blocks <= options.max_blocks; ++blocks) {
@@ -183,15 +161,48 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCo
       continue;
     }
     next_look = blocks + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
-    const auto ritz = rayleigh_ritz(projected, residual_block);
-    const int64_t count = wanted(ritz.values);
-    if (converged(ritz, count, wanted, options.tolerance)) {
-      auto triples = leading(ritz, count, left, right, projected);
-      triples.passes = 2 * blocks + 1;
-      return triples;
+    auto ritz = rayleigh_ritz(projected, residual_block);
+    if (converged(ritz.found, wanted(ritz.found.values), wanted, options.tolerance)) {
+      return Krylov{std::move(left), std::move(right), projected, std::move(ritz), 2 * blocks + 1};
     }
   }
   return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCount& wanted,
+                                            const KrylovOptions& options) {
+  const auto krylov = bidiagonalise(matrix, wanted, options);
+  if (!krylov) {
+    return std::nullopt;
+  }
+  const auto& [values, residuals] = krylov->ritz.found;
+  const int64_t count = wanted(values);
+  const auto coefficients = krylov->ritz.left.narrow(1, 0, count);
+  SingularTriples triples;
+  triples.s = values.narrow(0, 0, count);
+  triples.u = krylov->left.combine(coefficients.to(at::kFloat));
+  triples.v =
+      krylov->right.combine(krylov->projected.t().to(at::kDouble).matmul(coefficients).div_(triples.s).to(at::kFloat));
+  triples.next_value = (values[count] + residuals[count]).item<double>();
+  triples.computed = values;
+  triples.passes = krylov->passes;
+  return triples;
+}
+
+std::optional<SingularTriples> rough_block_krylov(const Tensor& matrix, const Tensor& rough, const WantedCount& wanted,
+                                                  const KrylovOptions& options) {
+  const auto krylov = bidiagonalise(rough, wanted, options);
+  if (!krylov) {
+    return std::nullopt;
+  }
+  const auto start = krylov->left.combine(krylov->ritz.left.narrow(1, 0, options.block).to(at::kFloat));
+  auto triples = refine(matrix, rough, start.t(), wanted, options.tolerance);
+  if (triples) {
+    triples->passes += krylov->passes;
+  }
+  return triples;
 }
 
 }  // namespace csulora

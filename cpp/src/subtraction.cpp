@@ -14,13 +14,15 @@ struct Lanes;
 template <>
 struct Lanes<8> {
   using Floats = float __attribute__((vector_size(8 * sizeof(float))));
-  using Bits = int32_t __attribute__((vector_size(8 * sizeof(int32_t))));
+  using Bits = uint32_t __attribute__((vector_size(8 * sizeof(uint32_t))));
+  using HalfBits = uint16_t __attribute__((vector_size(8 * sizeof(uint16_t))));
   using Doubles = double __attribute__((vector_size(8 * sizeof(double))));
 };
 template <>
 struct Lanes<1> {
   using Floats = float __attribute__((vector_size(sizeof(float))));
-  using Bits = int32_t __attribute__((vector_size(sizeof(int32_t))));
+  using Bits = uint32_t __attribute__((vector_size(sizeof(uint32_t))));
+  using HalfBits = uint16_t __attribute__((vector_size(sizeof(uint16_t))));
   using Doubles = double __attribute__((vector_size(sizeof(double))));
 };
 
@@ -36,7 +38,7 @@ struct Grid {
 template <int kLanes>
 CSULORA_INLINED void add_spacings2(const typename Lanes<kLanes>::Floats& entries, const Grid& grid,
                                    typename Lanes<kLanes>::Doubles& sums) {
-  constexpr int32_t kExponentMask = 0x7f800000;
+  constexpr uint32_t kExponentMask = 0x7f800000;
   // Clearing sign and fraction of a float32 leaves the power of two below its magnitude.
   typename Lanes<kLanes>::Bits bits;
   std::memcpy(&bits, &entries, sizeof bits);
@@ -46,6 +48,16 @@ CSULORA_INLINED void add_spacings2(const typename Lanes<kLanes>::Floats& entries
   powers = powers < grid.smallest ? grid.smallest - typename Lanes<kLanes>::Floats{} : powers;
   const auto wide = __builtin_convertvector(powers, typename Lanes<kLanes>::Doubles);
   sums += wide * wide * grid.scale2;
+}
+
+/// Stores the nearest bfloat16 numbers, ties to even: the upper halves, after half of what the lower can hold is added.
+template <int kLanes>
+CSULORA_INLINED void store_rough(const typename Lanes<kLanes>::Floats& entries, uint16_t* rough) {
+  typename Lanes<kLanes>::Bits bits;
+  std::memcpy(&bits, &entries, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const auto halves = __builtin_convertvector(bits, typename Lanes<kLanes>::HalfBits);
+  std::memcpy(rough, &halves, sizeof halves);
 }
 
 /// The sums of one column's entries, or of several neighbouring ones' at once.
@@ -64,12 +76,15 @@ struct LaneSums {
 
 template <int kLanes>
 CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const float* aligned, const Grid& aligned_grid,
-                              float* difference, double* column_spacings2, LaneSums<kLanes>& sums) {
+                              float* difference, uint16_t* rough, double* column_spacings2, LaneSums<kLanes>& sums) {
   typename Lanes<kLanes>::Floats before, after;
   std::memcpy(&before, base, sizeof before);
   std::memcpy(&after, aligned, sizeof after);
   const typename Lanes<kLanes>::Floats moved = after - before;
   std::memcpy(difference, &moved, sizeof moved);
+  if (rough) {
+    store_rough<kLanes>(moved, rough);
+  }
   const auto wide = __builtin_convertvector(moved, typename Lanes<kLanes>::Doubles);
   sums.norm2 += wide * wide;
 
@@ -86,20 +101,21 @@ CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const fl
 }  // namespace
 
 CSULORA_FOR_EVERY_X86
-RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, float* difference,
+RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, const DifferenceRow& difference,
                      double* column_spacings2) {
+  const auto rough = [&](int64_t column) { return difference.rough ? difference.rough + column : nullptr; };
   constexpr int kLanes = 8;
   const Grid base_grid(base.format), aligned_grid(aligned.format);
   LaneSums<kLanes> lanes;
   LaneSums<1> rest;
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
-    subtract<kLanes>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference + i,
+    subtract<kLanes>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i, rough(i),
                      column_spacings2 + i, lanes);
   }
   for (; i < columns; ++i) {
-    subtract<1>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference + i, column_spacings2 + i,
-                rest);
+    subtract<1>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i, rough(i),
+                column_spacings2 + i, rest);
   }
   RowSums sums;
   lanes.add_to(sums);

@@ -17,6 +17,12 @@ struct StoredRow {
   StorageFormat format;
 };
 
+/// Where a row of the difference goes.
+struct DifferenceRow {
+  float* entries;
+  uint16_t* rough;  ///< the nearest bfloat16 numbers, or null: not wanted
+};
+
 struct RowSums {
   double norm2 = 0;      ///< squares of the difference
   double spacings2 = 0;  ///< squared spacings of both formats around the entries
@@ -25,7 +31,7 @@ struct RowSums {
 /// difference = aligned - base for one row, in one pass over it.
 ///
 /// @param column_spacings2  (columns) float64, the row's squared spacings are added
-RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, float* difference,
+RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, const DifferenceRow& difference,
                      double* column_spacings2);
 
 }  // namespace csulora

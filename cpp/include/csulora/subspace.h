@@ -11,7 +11,8 @@
 
 namespace csulora {
 
-/// What is known about a subspace's accuracy, measured in float64 on the factors as they are stored.
+/// What is known about a subspace's accuracy, measured on the factors as they are stored, with errors of about 1e-7 of
+/// the largest value: products are in float32, sums of them in float64.
 struct Certificate {
   /// |D|_F^2.
   double displacement_norm2 = 0;
@@ -70,8 +71,11 @@ void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces);
 /// the Krylov space would not stay small. D is formed in float32; peak memory is about twice D in float32, and with the
 /// Gram matrix of its shorter side, some four times that in float64, if the full decomposition is needed.
 ///
+/// A CPU that multiplies tiles of bfloat16 numbers builds the Krylov space with a bfloat16 copy of D, and refines what
+/// it holds by subspace iteration with D itself until the residuals meet the tolerance.
+///
 /// On a GPU float32 products have the precision that torch's settings give them (TF32 only if they allow it); the
-/// certificate is measured in float64 everywhere.
+/// certificate is measured in float64 there.
 ///
 /// @param base     (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the result
 /// @param aligned  same shape and device; the dtype may differ

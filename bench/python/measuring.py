@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -35,11 +36,16 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, dict[str, Any]]:
-    """Call all in turn, once unmeasured and then ``repetitions`` times; the median, least and number for each."""
+    """Call all in turn, once unmeasured and then ``repetitions`` times; the median, least and number for each.
+
+    Every turn has an order of its own: nobody always runs on what one and the same other leaves behind, such as memory
+    to be cleared or threads that still spin.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
     for repetition in range(repetitions + 1):
-        for name, run in runs.items():
-            elapsed = seconds(run)
+        for name in order.sample(list(runs), len(runs)):
+            elapsed = seconds(runs[name])
             if repetition:
                 times[name].append(elapsed)
     return {name: summary(values) for name, values in times.items()}

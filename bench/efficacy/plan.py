@@ -23,10 +23,10 @@ SECOND = [
 
 # Attack shares, ranks and an alignment that teaches a format too; the rest as the first table's.
 VARIANTS = [
-    *(Adapter("tale", share, 16, 0) for share in (0.0, 0.01, 0.05, 0.2, 1.0)),
-    *(Adapter("tale", 0.15, rank, 0) for rank in (4, 64)),
+    *((Scenario(0), Adapter("tale", share, 16, 0)) for share in (0.0, 0.01, 0.05, 0.2, 1.0)),
+    *((Scenario(0), Adapter("tale", 0.15, rank, 0)) for rank in (4, 64)),
+    *((Scenario(seed, formats=True), FIRST) for seed in range(2)),
 ]
-FORMAT_SEEDS = range(2)
 
 # Carrying over: what is calibrated on, and what the calibration never saw (other tasks, shares and ranks).
 CARRY_SEEDS = range(3)
@@ -54,6 +54,5 @@ def models() -> list[tuple[Scenario, Adapter]]:
     wanted += [(Scenario(seed), adapter) for seed in SEEDS for adapter in (FIRST, HARMLESS)]
     wanted += [(Scenario(seed), adapter) for seed in CARRY_SEEDS for adapter in [*CALIBRATION, *UNSEEN]]
     wanted += [(Scenario(seed), adapter) for seed in CARRY_SEEDS for adapter in SECOND]
-    wanted += [(Scenario(0), adapter) for adapter in VARIANTS]
-    wanted += [(Scenario(seed, formats=True), FIRST) for seed in FORMAT_SEEDS]
+    wanted += VARIANTS
     return list(dict.fromkeys(wanted))

@@ -206,7 +206,11 @@ def main() -> None:
         print(f"## Areas\n\n{area_table(first)}")
         write_text(results / "efficacy_first.svg", plot(first, ("tuned", *CLOSED[:7]), "Attack and task, first table"))
         write_text(results / "efficacy_fitted.svg", plot(first, ("none", *FITTED), "Fitted gains and their controls"))
-    for title, found in (("Harmless adapter", harmless), ("Variants", variants)):
+    for title, found in (
+        ("Harmless adapter", harmless),
+        ("Variants", variants),
+        ("Variants, gains of single directions", cells(results, "variants_tuned")),
+    ):
         if found:
             print(f"## {title}\n\n{seeds_table(found, FITTED)}")
     tuned = cells(results, "tuned")
@@ -218,7 +222,11 @@ def main() -> None:
     if second := cells(results, "second"):
         print(f"## Second table\n\n{adapters_table(second)}")
         print(rates_table([cell for cell in second if cell["adapter"] != second[0]["adapter"]]))
-    for title, found in (("", carry), (", as `tune` does it", cells(results, "carry_tuned"))):
+    for title, found in (
+        ("", carry),
+        (", as `tune` does it", cells(results, "carry_tuned")),
+        (", without prompts", cells(results, "carry_data_free")),
+    ):
         if found:
             print(f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}")
     if carry:

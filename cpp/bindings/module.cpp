@@ -85,6 +85,7 @@ void register_correction(py::module_& module) {
   using csulora::Correction;
   using csulora::CorrectionOptions;
   using csulora::CorrectionTask;
+  using csulora::Directions;
   using csulora::LoraPair;
   using csulora::Parts;
   using csulora::Penalties;
@@ -108,6 +109,13 @@ void register_correction(py::module_& module) {
       .def_readonly("aligned", &Penalties::aligned)
       .def_readonly("partial", &Penalties::partial)
       .def_readonly("off", &Penalties::off);
+
+  using Numbers = std::vector<double>;
+  py::class_<Directions>(module, "Directions")
+      .def(py::init<Numbers, Numbers, Numbers>(), "left"_a, "right"_a, "restored"_a = Numbers{})
+      .def_readonly("left", &Directions::left)
+      .def_readonly("right", &Directions::right)
+      .def_readonly("restored", &Directions::restored);
 
   py::enum_<RankRule>(module, "RankRule")
       .value("keep", RankRule::keep)

@@ -5,14 +5,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 
 #include "check.h"
 #include "correction_device.h"
+#include "directions.h"
 #include "factors.h"
 #include "result_rank.h"
 #include "split.h"
+#include "storage.h"
 #include "truncation.h"
 #include "workers.h"
 
@@ -63,29 +64,6 @@ Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
 
 bool keep_everything(const Gains& gains) {
   return gains.aligned == 1 && gains.left == 1 && gains.right == 1 && gains.off == 1;
-}
-
-double largest(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kHalf:
-      return std::numeric_limits<at::Half>::max();
-    case at::kBFloat16:
-      return std::numeric_limits<at::BFloat16>::max();
-    default:
-      return std::numeric_limits<float>::max();
-  }
-}
-
-/// Rounds a corrected pair to the storage types of the pair it replaces.
-LoraPair stored(const Tensor& b, const Tensor& a, const CorrectionTask& task) {
-  const auto round = [&](const Tensor& factor, const Tensor& replaced) {
-    const auto dtype = replaced.scalar_type();
-    const auto [least, most] = at::aminmax(factor);  // NaN if one entry is
-    const bool fits = least.item<double>() >= -largest(dtype) && most.item<double>() <= largest(dtype);
-    check_fits(fits, dtype, task.label);
-    return factor.to(dtype).contiguous();
-  };
-  return {round(b, task.pair.b), round(a, task.pair.a)};
 }
 
 /// Whether float32 splits are good enough for what the gains keep: the errors of b's columns times the parts of a's,
@@ -216,6 +194,9 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
 }  // namespace
 
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+  if (std::any_of(tasks.begin(), tasks.end(), attenuates_directions)) {
+    return correct_with_directions(tasks, options);
+  }
   if (any_on_device(tasks)) {
     std::for_each(tasks.begin(), tasks.end(), [&](const auto& task) { check_task(task, options); });
     return correct_on_device(tasks, options);

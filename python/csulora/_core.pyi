@@ -88,6 +88,17 @@ class Penalties:
     @property
     def off(self) -> float: ...
 
+class Directions:
+    """Gains along the leading singular directions, and multiples of the displacement's triples that are added."""
+
+    def __init__(self, left: Sequence[float], right: Sequence[float], restored: Sequence[float] = ...) -> None: ...
+    @property
+    def left(self) -> list[float]: ...
+    @property
+    def right(self) -> list[float]: ...
+    @property
+    def restored(self) -> list[float]: ...
+
 class RankRule:
     """Which rank a corrected pair has."""
 
@@ -108,7 +119,7 @@ class CorrectionTask:
     """One module of an adapter with everything its correction needs."""
 
     def __init__(
-        self, pair: LoraPair, subspace: Subspace, attenuation: Penalties | Parts, label: str = "update"
+        self, pair: LoraPair, subspace: Subspace, attenuation: Penalties | Parts | Directions, label: str = "update"
     ) -> None: ...
 
 class Correction:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from csulora import directions, names
+from csulora import names
 from csulora.core import _core
 from csulora.errors import InputError, RefusedError
 from csulora.files import to_json
@@ -41,7 +41,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     label = str(adapter.path).encode(errors="backslashreplace").decode()  # a path need not be UTF-8
     subspaces = pack.to_core(covered.values(), _device(adapter, covered))
     tasks = [
-        directions.Task(
+        _core.CorrectionTask(
             _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
             subspace,
             policy.attenuation(target),
@@ -49,7 +49,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
         )
         for (name, target), subspace in zip(covered.items(), subspaces, strict=True)
     ]
-    corrected = dict(zip(covered, directions.correct(tasks, policy.rank_options()), strict=True))
+    corrected = dict(zip(covered, _core.correct(tasks, policy.rank_options()), strict=True))
     report = _report(adapter, pack, policy, covered, corrected)
     _check_undo(adapter, report, policy)
 
@@ -132,7 +132,7 @@ def _report(
     pack: Subspace,
     policy: Policy,
     covered: dict[str, str],
-    corrected: Mapping[str, _core.Correction | directions.Correction],
+    corrected: Mapping[str, _core.Correction],
 ) -> Report:
     modules = []
     for name, module in adapter.modules.items():

@@ -80,14 +80,14 @@ class Override:
             if not math.isfinite(value):
                 raise InputError(f"policy {where}: a multiple of directions restored is {value}; it must be finite")
 
-    def attenuation(self) -> _core.Penalties | _core.Parts | Directions:
-        """Return the numbers; penalties and gains as the compiled core takes them."""
+    def attenuation(self) -> _core.Penalties | _core.Parts | _core.Directions:
+        """Return the numbers as the compiled core takes them."""
         if self.gains is not None:
             return _core.Parts(*self.gains)
         if self.penalties is not None:
             return _core.Penalties(*self.penalties)
         assert self.directions is not None
-        return self.directions
+        return _core.Directions(self.directions.left, self.directions.right, self.directions.restored)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Policy:
         """Keep everything: X = dW."""
         return cls(0.0, 0.0, 0.0, **rest)
 
-    def attenuation(self, module: str) -> _core.Penalties | _core.Parts | Directions:
+    def attenuation(self, module: str) -> _core.Penalties | _core.Parts | _core.Directions:
         """Return the penalties, gains or directions of a module, by its name in the pack."""
         for override in self.overrides:
             if names.matches(module, override.match):

@@ -17,6 +17,7 @@ using csulora::Attenuation;
 using csulora::Correction;
 using csulora::CorrectionOptions;
 using csulora::CorrectionTask;
+using csulora::Directions;
 using csulora::Gains;
 using csulora::InputError;
 using csulora::LoraPair;
@@ -104,6 +105,56 @@ TEST_CASE("every preset gives the closed form of dense arithmetic") {
     CHECK(result.change == doctest::Approx(norm(reference - update(pair)) / std::sqrt(norm2)));
     CHECK(result.pair.scale == 1);
     CHECK((result.pair.b.scalar_type() == at::kFloat));
+  }
+}
+
+/// I - basis (1 - gains) basis^T, for gains of all columns.
+Matrix attenuating(const Matrix& basis, const std::vector<double>& gains) {
+  std::vector<double> removed, ones(basis.rows(), 1);
+  for (const double gain : gains) {
+    removed.push_back(1 - gain);
+  }
+  return dense::diagonal(ones) - basis * dense::diagonal(removed) * transposed(basis);
+}
+
+TEST_CASE("directions have gains of their own, beside modules whose parts do") {
+  const auto pair = random_pair(60, 40, 6);
+  const auto subspace = random_subspace(60, 40, 3);
+  const Directions directions{{0, 0.25}, {1, 0.5, 0.75}, {0.5, 0, -2}};
+  const auto none = LoraPair{at::zeros({60, 6}), pair.a, 1};
+  const auto results = csulora::correct({task(pair, subspace, Penalties{}), task(pair, subspace, directions),
+                                         task(none, subspace, directions), task(pair, subspace, Directions{})});
+
+  const auto u = dense::matrix(subspace.u), v = dense::matrix(subspace.v);
+  const auto kept = attenuating(u, {0, 0.25, 1}) * update(pair) * attenuating(v, {1, 0.5, 0.75});
+  const auto expected = kept + u * dense::diagonal({1.5, 0, -2}) * transposed(v);
+  CHECK(results[1].pair.b.size(1) == 8);
+  CHECK(relative_error(results[1], expected) < kTolerance);
+  CHECK(results[1].change == doctest::Approx(norm(expected - update(pair)) / norm(update(pair))));
+  const auto parts = parts_of(update(pair), subspace), kept_parts = parts_of(expected, subspace);
+  CHECK(results[1].gains.left == doctest::Approx(norm(kept_parts.left) / norm(parts.left)));
+  CHECK(results[1].gains.right == doctest::Approx(norm(kept_parts.right) / norm(parts.right)));
+
+  const auto alone = csulora::correct(task(pair, subspace, Penalties{}));
+  CHECK(at::equal(results[0].pair.b, alone.pair.b));
+  CHECK(norm(update(results[2].pair)) == 0);
+  CHECK(results[2].pair.b.size(1) == 6);
+  CHECK(relative_error(results[3], update(pair)) < kTolerance);
+  CHECK(results[3].change < kTolerance);
+}
+
+TEST_CASE("directions that a subspace lacks, and numbers that are none, are an InputError") {
+  const auto pair = random_pair(60, 40, 6);
+  const auto subspace = random_subspace(60, 40, 3);
+  const std::vector<std::pair<Directions, const char*>> cases{
+      {{{1, 1, 1, 1}, {}, {}}, "layer: the policy has numbers for 4 left directions, and the pack has 3"},
+      {{{}, {}, {0, 0, 0, 1}}, "4 restored directions"},
+      {{{1.5}, {}, {}}, "[0, 1]"},
+      {{{}, {kNan}, {}}, "[0, 1]"},
+      {{{}, {}, {kInfinity}}, "not finite"},
+  };
+  for (const auto& [directions, reason] : cases) {
+    CHECK_THROWS_WITH_AS(csulora::correct(task(pair, subspace, directions)), doctest::Contains(reason), InputError);
   }
 }
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from csulora.core import _core
 from csulora.correction import cover
-from csulora.directions import attenuate, triples
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
 from csulora.policy import Policy
@@ -98,10 +97,9 @@ class Update:
         for (name, (b, a)), (u, s, v), rows in zip(self.whole.items(), self.triples.values(), gains, strict=True):
             k = min(u.shape[1], rows.shape[1])
             left, right, *restored = rows[:, :k]
-            b, a = attenuate(b, u[:, :k], left), attenuate(a.T, v[:, :k], right).T
+            b, a = _attenuate(b, u[:, :k], left), _attenuate(a.T, v[:, :k], right).T
             for multiples in restored:
-                added_b, added_a = triples(u[:, :k], s[:k], v[:, :k], multiples)
-                b, a = torch.cat([b, added_b], 1), torch.cat([a, added_a])
+                b, a = torch.cat([b, u[:, :k] * (s[:k] * multiples)], 1), torch.cat([a, v[:, :k].T])
             found[name] = b, a
         return found
 
@@ -147,3 +145,8 @@ def pairs_of(adapter: Adapter) -> dict[str, Pair]:
         for name, module in adapter.modules.items()
         if not module.is_embedding
     }
+
+
+def _attenuate(factor: Tensor, basis: Tensor, gains: Tensor) -> Tensor:
+    """Return (I - basis (1 - gains) basis^T) factor, for factor (m, r), basis (m, k) and gains (k)."""
+    return factor - basis @ ((1 - gains)[:, None] * (basis.T @ factor))

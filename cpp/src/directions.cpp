@@ -1,0 +1,152 @@
+#include "directions.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "check.h"
+#include "correction_device.h"
+#include "storage.h"
+#include "workers.h"
+
+namespace csulora {
+namespace {
+
+using at::Tensor;
+
+constexpr Gains kEverything{1, 1, 1, 1};
+
+/// Factors b (m, r) and a (r, n) in float64.
+struct Factors {
+  Tensor b;
+  Tensor a;
+};
+
+Tensor widened(const Tensor& matrix) {
+  return matrix.to(at::kFloat).to(at::kDouble);  // at once, float16 takes five times as long
+}
+
+/// Numbers of a subspace's first directions, float64.
+Tensor numbers(const std::vector<double>& values, const char* name, const CorrectionTask& task) {
+  const int64_t count = static_cast<int64_t>(values.size()), known = task.subspace.s.size(0);
+  check(count <= known, task.label, ": the policy has numbers for ", count, " ", name, " directions, and the pack has ",
+        known, "; use the pack that the policy is for");
+  return at::tensor(values, at::kDouble).to(task.pair.b.device());
+}
+
+/// (I - basis (1 - gains) basis^T) factor, for a factor (m, r) and the first columns of a basis (m, k).
+Tensor attenuated(const Tensor& factor, const Tensor& basis, const Tensor& gains) {
+  const auto columns = widened(basis.narrow(1, 0, gains.size(0)));
+  return factor.addmm(columns, columns.t().mm(factor).mul_((1 - gains).unsqueeze(1)), 1, -1);
+}
+
+Factors update(const LoraPair& pair) { return {widened(pair.b).mul_(pair.scale), widened(pair.a)}; }
+
+Factors corrected(const CorrectionTask& task, bool restore) {
+  const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
+  const auto& subspace = task.subspace;
+  const auto whole = update(task.pair);
+  const auto b = attenuated(whole.b, subspace.u, numbers(left, "left", task));
+  const auto a = attenuated(whole.a.t(), subspace.v, numbers(right, "right", task)).t();
+  const auto multiples = numbers(restored, "restored", task);
+  if (!restore) {
+    return {b, a};
+  }
+  const auto chosen = multiples.nonzero().flatten();
+  const auto of_chosen = [&](const Tensor& factor) { return widened(factor.index_select(-1, chosen)); };
+  const auto added = of_chosen(subspace.u).mul_(of_chosen(subspace.s).mul_(multiples.index_select(0, chosen)));
+  return {at::cat({b, added}, 1), at::cat({a, of_chosen(subspace.v).t()}, 0)};
+}
+
+/// |b a - b' a'|.
+double distance(const Factors& one, const Factors& other) {
+  const auto b = at::cat({one.b, other.b.neg()}, 1), a = at::cat({one.a, other.a}, 0);
+  return std::sqrt(std::max(0.0, b.t().mm(b).mul_(a.mm(a.t())).sum().item<double>()));
+}
+
+/// |X_c| / |dW_c| for every part.
+Gains applied(const Correction& before, const Correction& after, double most) {
+  const auto gain = [&](double energy, double kept) {
+    const double norm2 = energy * before.norm * before.norm;
+    return norm2 > 0 ? std::min(most, std::sqrt(kept * after.norm * after.norm / norm2)) : 1;
+  };
+  const auto &from = before.energies, &to = after.energies;
+  return {gain(from.aligned, to.aligned), gain(from.left, to.left), gain(from.right, to.right), gain(from.off, to.off)};
+}
+
+void check_numbers(const CorrectionTask& task) {
+  const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
+  for (const auto* gains : {&left, &right}) {
+    check(std::all_of(gains->begin(), gains->end(), [](double gain) { return gain >= 0 && gain <= 1; }), task.label,
+          ": a gain of a direction does not lie in [0, 1]");
+  }
+  check(std::all_of(restored.begin(), restored.end(), [](double multiple) { return std::isfinite(multiple); }),
+        task.label, ": a multiple of a direction is not finite");
+}
+
+/// Calls work(i) for every task: in parallel where a CPU's threads do it, in order where one queue of a GPU does.
+template <typename Work>
+void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
+  if (any_on_device(tasks)) {
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      work(i);
+    }
+  } else {
+    for_each_in_parallel(tasks.size(), work);
+  }
+}
+
+std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+  std::for_each(tasks.begin(), tasks.end(), check_numbers);
+  auto kept = tasks;
+  std::for_each(kept.begin(), kept.end(), [](auto& task) { task.attenuation = kEverything; });
+  const auto before = correct(kept, {});
+
+  std::vector<double> distances(tasks.size());
+  for_each_task(tasks, [&](size_t i) {
+    const c10::NoGradGuard no_grad;
+    const auto x = corrected(tasks[i], before[i].norm > 0);
+    distances[i] = distance(x, update(tasks[i].pair));
+    kept[i].pair = {x.b.to(at::kFloat).contiguous(), x.a.to(at::kFloat).contiguous()};
+  });
+
+  auto results = correct(kept, options);
+  for_each_task(tasks, [&](size_t i) {
+    const c10::NoGradGuard no_grad;
+    const bool adds = !std::get<Directions>(tasks[i].attenuation).restored.empty();
+    auto& result = results[i];
+    result.gains = applied(before[i], result, adds ? std::numeric_limits<double>::infinity() : 1);
+    result.pair = stored(result.pair.b, result.pair.a, tasks[i]);
+    result.energies = before[i].energies;
+    result.norm = before[i].norm;
+    result.change = result.norm > 0 ? distances[i] / result.norm : 0;
+    result.undo = before[i].undo;
+  });
+  return results;
+}
+
+}  // namespace
+
+bool attenuates_directions(const CorrectionTask& task) { return std::holds_alternative<Directions>(task.attenuation); }
+
+std::vector<Correction> correct_with_directions(const std::vector<CorrectionTask>& tasks,
+                                                const CorrectionOptions& options) {
+  std::vector<CorrectionTask> along, others;
+  for (const auto& task : tasks) {
+    (attenuates_directions(task) ? along : others).push_back(task);
+  }
+  const auto along_results = correct_along(along, options);
+  const auto other_results = others.empty() ? std::vector<Correction>{} : correct(others, options);
+  std::vector<Correction> results;
+  auto next_along = along_results.begin(), next_other = other_results.begin();
+  for (const auto& task : tasks) {
+    results.push_back(attenuates_directions(task) ? *next_along++ : *next_other++);
+  }
+  return results;
+}
+
+}  // namespace csulora

@@ -1,0 +1,12 @@
+#pragma once
+
+#include "csulora/correction.h"
+
+namespace csulora {
+
+/// A corrected pair rounded to the storage types of the pair it replaces, scale 1 and contiguous.
+///
+/// @throws InputError if an entry does not fit, and for NaN
+LoraPair stored(const at::Tensor& b, const at::Tensor& a, const CorrectionTask& task);
+
+}  // namespace csulora

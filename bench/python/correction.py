@@ -32,7 +32,11 @@ CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of th
 DIRECTIONS = (16, 32, 64, 128, 256, 512)
 DEPTHS = (4, 8, 16, 24, 32)
 DEPTH_FOR_DIRECTIONS = 8
-PENALTIES = (0.0, 1.0, 1.0)
+Attenuation = _core.Penalties | _core.Parts | _core.Directions
+PENALTIES = _core.Penalties(0.0, 1.0, 1.0)
+# What `csulora tune` writes for one adapter, and for several.
+ALONG = _core.Directions([0.5] * 64, [0.5] * 64)
+RESTORING = _core.Directions([0.5] * 16, [0.5] * 16, [0.5] * 16)
 AGREEMENT = 1e-3  # relative to |X|; factors are float16, results float32
 
 
@@ -46,10 +50,10 @@ class Module:
     s: Tensor
     v: Tensor
 
-    def task(self) -> _core.CorrectionTask:
+    def task(self, attenuation: Attenuation = PENALTIES) -> _core.CorrectionTask:
         """Return what the core takes."""
         subspace = _core.Subspace(self.u, self.s, self.v)
-        return _core.CorrectionTask(_core.LoraPair(self.b, self.a), subspace, _core.Penalties(*PENALTIES))
+        return _core.CorrectionTask(_core.LoraPair(self.b, self.a), subspace, attenuation)
 
 
 def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list[Module], list[Path]]:
@@ -96,7 +100,7 @@ def eager(module: Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     energies = torch.stack([(gram_b[i] * gram_a[j]).sum() for i in (0, 1) for j in (0, 1)])
     aligned, upper, lower, off = energies / energies.sum()
     shares = torch.stack([aligned, upper + lower, upper + lower, off])
-    penalties = torch.tensor([PENALTIES[0], PENALTIES[1], PENALTIES[1], PENALTIES[2]], dtype=dtype)
+    penalties = torch.tensor([PENALTIES.aligned, PENALTIES.partial, PENALTIES.partial, PENALTIES.off], dtype=dtype)
     gains = (1 / (1 + penalties * shares)).reshape(2, 2)
     undo = -((left * s[:, None]) * right.t()).sum() / s.square().sum()
     q_b, r_b = torch.linalg.qr(torch.cat([inside_b, outside_b], dim=1))
@@ -149,11 +153,15 @@ def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[st
     rank, directions = case
     modules, files = make(LAYERS, rank, directions, directory)
     worst = check_agreement(modules)
-    tasks = [module.task() for module in modules]
+    penalised, along, restoring = (
+        [module.task(attenuation) for module in modules] for attenuation in (PENALTIES, ALONG, RESTORING)
+    )
     times = interleaved(
         {
             "read": lambda: read_files(*files),
-            "csulora": lambda: _core.correct(tasks),
+            "csulora": lambda: _core.correct(penalised),
+            "csulora, 64 directions": lambda: _core.correct(along),
+            "csulora, 16 directions and restoring": lambda: _core.correct(restoring),
             "eager float32": lambda: [eager(module, torch.float32) for module in modules],
             "eager float64": lambda: [eager(module, torch.float64) for module in modules],
         },

@@ -15,14 +15,15 @@ using at::Tensor;
 /// Where so many steps do not suffice, the start has missed something.
 constexpr int kMaxSteps = 6;
 
-/// What the matrix makes of an orthonormal block: image = rows matrix, and the triples s of it.
-struct Step {
-  Tensor first;   // (b, m) float32, orthonormal: rows turned
-  Tensor second;  // (b, n) float32, `first` times the matrix: rows of length s
-  Tensor values;  // (b) float64, descending
+/// The singular triples of a matrix (m, n) that is projected onto orthonormal rows (b, m).
+struct Projected {
+  Tensor left;          // (b, m) float32, rows u
+  Tensor scaled_right;  // (b, n) float32, rows s v
+  Tensor values;        // (b) float64, s, descending
 };
 
-Step step(const Tensor& rows, const Tensor& image) {
+/// @param image  (b, n) rows times the matrix
+Projected project(const Tensor& rows, const Tensor& image) {
   const auto wide = image.to(at::kDouble);
   const auto [squares, vectors] = at::linalg_eigh(wide.matmul(wide.t()));
   const auto turn = vectors.flip(1).t().to(at::kFloat);
@@ -32,16 +33,16 @@ Step step(const Tensor& rows, const Tensor& image) {
 /// `block` less its part in the span of orthonormal rows.
 Tensor outside(const Tensor& block, const Tensor& rows) { return block.addmm(block.mm(rows.t()), rows, 1, -1); }
 
-/// |A v - s u| of every triple, which is what A makes of v outside of u.
+/// |A v - s u| of every triple, which is what A makes of v outside of all u; A^T u = s v holds by construction.
 ///
 /// @param known  orthonormal rows that A maps into the span of u, or undefined: of v only the rest counts. What is
 ///               rounded in the product is then a small share of something small.
-Tensor residuals(const Step& found, const Tensor& rough, const Tensor& known) {
-  const auto unknown = known.defined() ? outside(found.second, known) : found.second;
-  auto product = at::empty_like(found.first);
+Tensor residuals(const Projected& found, const Tensor& rough, const Tensor& known) {
+  const auto unknown = known.defined() ? outside(found.scaled_right, known) : found.scaled_right;
+  auto product = at::empty_like(found.left);
   multiply(product, unknown, rough.t());
   const auto& values = found.values;
-  return outside(product, found.first).norm(2, 1).to(at::kDouble).div_(values).add_(values[0], kResolution);
+  return outside(product, found.left).norm(2, 1).to(at::kDouble).div_(values).add_(values[0], kResolution);
 }
 
 }  // namespace
@@ -54,14 +55,14 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& rough,
   Tensor known;
   for (int i = 0; i < kMaxSteps; ++i) {
     const auto image = rows.mm(a);
-    auto found = step(rows, image);
+    const auto found = project(rows, image);
     const RitzValues ritz{found.values, residuals(found, rough_a, known)};
     const int64_t count = wanted(ritz.values);
     if (count < rows.size(0) && converged(ritz, count, wanted, tolerance)) {
       SingularTriples triples;
       triples.s = ritz.values.narrow(0, 0, count);
-      triples.u = found.first.narrow(0, 0, count).t();
-      triples.v = found.second.narrow(0, 0, count).t().div(triples.s.to(at::kFloat));
+      triples.u = found.left.narrow(0, 0, count).t();
+      triples.v = found.scaled_right.narrow(0, 0, count).t().div(triples.s.to(at::kFloat));
       if (i % 2 == 1) {
         std::swap(triples.u, triples.v);
       }

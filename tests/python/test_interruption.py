@@ -10,7 +10,8 @@ from csulora import interruption
 def test_ctrl_c_ends_a_long_computation_within_a_second() -> None:
     """The main thread computes for much longer than that, and no Python code runs meanwhile."""
     script = (
-        "import torch; from csulora import core, interruption\n"
+        "import signal, torch; from csulora import core, interruption\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "base, options = torch.randn(4000, 4000), core._core.ExtractOptions()\n"
         "options.rank = 4000\n"  # all of them take a full decomposition
         "with interruption.interruptible('so it was'):\n"

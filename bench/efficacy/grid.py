@@ -246,13 +246,6 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
 SHAREABLE = tuple(family for family in ("tuned", *tuning.CONTROLS) if family != "tuned own subspace")
 
 
-def data_free(out: Path, scenario: Scenario, spec: Adapter) -> Record:
-    """One adapter under policies and controls that need no prompts."""
-    subject = opened(out, scenario).subject(spec)
-    done = policies.short_grid(subject.adapter, subject.bench.pack, subject.bench.lab.directory)
-    return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
-
-
 def carry(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter under policies calibrated on other adapters, and under the data-free ones."""
     bench = opened(out, scenario)
@@ -320,7 +313,6 @@ KINDS: dict[str, list[Cell]] = {
     "harmless": [(examine, Scenario(seed), plan.HARMLESS) for seed in plan.SEEDS],
     "tuned": [(tuned, Scenario(seed), spec) for seed in plan.SEEDS for spec in (plan.FIRST, plan.HARMLESS)],
     "second": [(from_first, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
-    "carry_data_free": [(data_free, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "carry_tuned": [(carry_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "variants": [(examine, *variant) for variant in plan.VARIANTS],

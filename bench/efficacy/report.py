@@ -222,11 +222,7 @@ def main() -> None:
     if second := cells(results, "second"):
         print(f"## Second table\n\n{adapters_table(second)}")
         print(rates_table([cell for cell in second if cell["adapter"] != second[0]["adapter"]]))
-    for title, found in (
-        ("", carry),
-        (", as `tune` does it", cells(results, "carry_tuned")),
-        (", without prompts", cells(results, "carry_data_free")),
-    ):
+    for title, found in (("", carry), (", as `tune` does it", cells(results, "carry_tuned"))):
         if found:
             print(f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}")
     if carry:

@@ -17,6 +17,7 @@ CPP_FILES := $(filter %.h %.cpp %.cuh %.cu, $(EXTENSION_FILES)) \
 CPP_BUILD := build/cpp
 WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
+BENCHMARK := /usr/include/benchmark/benchmark.h
 CHROMIUM := /usr/bin/chromium
 
 FUZZ_TARGETS := adapter_config safetensors gguf pack policy prompts
@@ -166,12 +167,20 @@ bench-python: build $(VENV)/.bench
 	$(BIN)/python bench/python/whole_pair.py
 	$(BIN)/python bench/python/correction.py --repetitions $(REPETITIONS)
 
-# Google Benchmark is Debian's libbenchmark-dev where that is installed, and else fetched.
-bench-cpp: build
+# Google Benchmark is Debian's libbenchmark-dev where that is or can be installed, and else fetched by CMake.
+$(BENCHMARK):
+	@if test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
+	  apt-get -qq update && apt-get -qq install --yes libbenchmark-dev; \
+	fi
+
+bench-cpp: build $(BENCHMARK)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/bench -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_BENCHMARKS=ON --log-level=WARNING
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bench
 	build/bench/bench/cpp/csulora_bench --benchmark_min_time=0.1 \
+	  --benchmark_repetitions=$(REPETITIONS) --benchmark_report_aggregates_only \
+	  --benchmark_context=commit=$$(git rev-parse HEAD) \
+	  --benchmark_context=cpu="$$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)" \
 	  --benchmark_out=bench/results/core.json --benchmark_out_format=json
 
 lint: build ## Formatting, lint and types.

@@ -46,10 +46,11 @@ Tensor attenuated(const Tensor& factor, const Tensor& basis, const Tensor& gains
 
 Factors update(const LoraPair& pair) { return {widened(pair.b).mul_(pair.scale), widened(pair.a)}; }
 
-Factors corrected(const CorrectionTask& task, bool restore) {
+/// @param whole    the task's update
+/// @param restore  whether to add what the task says, which is not done to dW = 0
+Factors corrected(const CorrectionTask& task, const Factors& whole, bool restore) {
   const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
   const auto& subspace = task.subspace;
-  const auto whole = update(task.pair);
   const auto b = attenuated(whole.b, subspace.u, numbers(left, "left", task));
   const auto a = attenuated(whole.a.t(), subspace.v, numbers(right, "right", task)).t();
   const auto multiples = numbers(restored, "restored", task);
@@ -109,8 +110,9 @@ std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, 
   std::vector<double> distances(tasks.size());
   for_each_task(tasks, [&](size_t i) {
     const c10::NoGradGuard no_grad;
-    const auto x = corrected(tasks[i], before[i].norm > 0);
-    distances[i] = distance(x, update(tasks[i].pair));
+    const auto whole = update(tasks[i].pair);
+    const auto x = corrected(tasks[i], whole, before[i].norm > 0);
+    distances[i] = distance(x, whole);
     kept[i].pair = {x.b.to(at::kFloat).contiguous(), x.a.to(at::kFloat).contiguous()};
   });
 

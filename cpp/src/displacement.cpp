@@ -71,17 +71,16 @@ class WidenedRows {
 };
 
 /// Writes `count` rows of D from `first` on, and of its rough copy if there is one, and sums them.
-Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int64_t count, const Tensor& difference,
-                   const Tensor& rough) {
+Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int64_t count, const Displacement& d) {
   constexpr int64_t kCacheEntries = int64_t{1} << 15;  // stay in a core's cache from one operation to the next
-  const int64_t columns = difference.size(1);
+  const int64_t columns = d.matrix.size(1);
   const int64_t step = std::max<int64_t>(1, kCacheEntries / columns);
   WidenedRows before(base, step), after(aligned, step);
   Sums sums{0, 0, at::zeros({columns}, at::kDouble)};
   auto* const column_spacings2 = sums.column_spacings2.mutable_data_ptr<double>();
-  DifferenceRow target{difference.mutable_data_ptr<float>() + first * columns, nullptr};
-  if (rough.defined()) {
-    target.rough = reinterpret_cast<uint16_t*>(rough.mutable_data_ptr<at::BFloat16>()) + first * columns;
+  DifferenceRow target{d.matrix.mutable_data_ptr<float>() + first * columns, nullptr};
+  if (d.rough.defined()) {
+    target.rough = reinterpret_cast<uint16_t*>(d.rough.mutable_data_ptr<at::BFloat16>()) + first * columns;
   }
   for (int64_t row = first; row < first + count; row += step) {
     const int64_t rows = std::min(step, first + count - row);
@@ -90,7 +89,7 @@ Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int
     for (int64_t i = 0; i < rows; ++i) {
       const auto of_row = subtract_row(before[i], after[i], columns, target, column_spacings2);
       target.entries += columns;
-      target.rough += rough.defined() ? columns : 0;
+      target.rough += d.rough.defined() ? columns : 0;
       sums.norm2 += of_row.norm2;
       sums.largest_row_spacings2 = std::max(sums.largest_row_spacings2, of_row.spacings2);
     }
@@ -132,7 +131,7 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool
   for_each_in_parallel(parts.size(), [&](size_t i) {
     const c10::NoGradGuard no_grad;
     const int64_t row = static_cast<int64_t>(i) * step;
-    parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result.matrix, result.rough);
+    parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result);
   });
   double largest_row_spacings2 = 0;
   auto column_spacings2 = at::zeros({columns}, at::kDouble);

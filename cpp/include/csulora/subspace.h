@@ -11,8 +11,7 @@
 
 namespace csulora {
 
-/// What is known about a subspace's accuracy, measured on the factors as they are stored, with errors of about 1e-7 of
-/// the largest value: products are in float32, sums of them in float64.
+/// What is known about a subspace's accuracy, measured in float64 on the factors as they are stored.
 struct Certificate {
   /// |D|_F^2.
   double displacement_norm2 = 0;
@@ -75,7 +74,7 @@ void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces);
 /// it holds by subspace iteration with D itself until the residuals meet the tolerance.
 ///
 /// On a GPU float32 products have the precision that torch's settings give them (TF32 only if they allow it); the
-/// certificate is measured in float64 there.
+/// certificate is measured in float64 everywhere.
 ///
 /// @param base     (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the result
 /// @param aligned  same shape and device; the dtype may differ

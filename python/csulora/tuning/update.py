@@ -118,9 +118,9 @@ class Update:
         def moved(pairs: dict[str, Pair]) -> dict[str, Pair]:
             return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs.items()}
 
-        directions = {name: (u.to(device), s.to(device), v.to(device)) for name, (u, s, v) in self.triples.items()}
+        triples = {name: (u.to(device), s.to(device), v.to(device)) for name, (u, s, v) in self.triples.items()}
         whole, pairs, energies, norms2 = moved(self.whole), moved(self.pairs), self.energies, self.norms2
-        return Update(self.name, self.targets, whole, pairs, directions, energies.to(device), norms2.to(device))
+        return Update(self.name, self.targets, whole, pairs, triples, energies.to(device), norms2.to(device))
 
 
 def _correct(

@@ -6,29 +6,38 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import csulora
 from csulora import doctor as doctor_module
 from csulora import tables
+from csulora.arguments import (
+    BaseModel,
+    Device,
+    Dtype,
+    Format,
+    Json,
+    Outtype,
+    Preset,
+    Quiet,
+    SubspaceSha256,
+    Uncovered,
+    check_output,
+    numbers,
+    parse_rank,
+)
+from csulora.console import deliver, progress_bar
 from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.files import check_file, to_json, write_text
+from csulora.files import write_text
 from csulora.frontier import Frontier, frontier_path
-from csulora.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_SHA256_VARIABLE, SUBSPACE_VARIABLE, Gate
+from csulora.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_VARIABLE, Gate
 from csulora.guard import DirectoryGuard
 from csulora.html import render
 from csulora.interruption import interruptible
-from csulora.pair import Progress as ReportProgress
 from csulora.policy import Policy
 from csulora.ranks import joined
 from csulora.report import CORRECTED_SHA256
@@ -36,8 +45,6 @@ from csulora.tuning.options import Options
 
 EXIT_REFUSED = 3
 EXIT_BAD_INPUT = 4
-_STDOUT = Path("-")
-_PIPE_WIDTH = 1000
 
 app = typer.Typer(
     name="csulora",
@@ -46,89 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Dtype(StrEnum):
-    """Storage types of factors."""
-
-    f16 = "f16"
-    bf16 = "bf16"
-    f32 = "f32"
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class TuneDevice(StrEnum):
-    """Where a model runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Preset(StrEnum):
-    """Named penalties (aligned, partial, off)."""
-
-    csulora = "csulora"
-    protect = "protect"
-    project = "project"
-    none = "none"
-
-    def policy(self) -> Policy:
-        """Return the preset's policy."""
-        policy: Policy = getattr(Policy, self.value)()
-        return policy
-
-
-class Uncovered(StrEnum):
-    """What happens to modules that the pack does not cover."""
-
-    refuse = "refuse"
-    drop = "drop"
-    keep = "keep"
-
-
-class Format(StrEnum):
-    """Adapter formats that can be written."""
-
-    peft = "peft"
-    gguf = "gguf"
-
-
-def _check_json(path: Path | None) -> Path | None:
-    if path and path != _STDOUT:
-        check_file(path)  # now, and not after an hour's work
-    return path
-
-
-def _check_page(path: Path | None) -> Path | None:
-    if path:
-        check_file(path)
-    return path
-
-
-BaseModel = Annotated[
-    Path | None,
-    typer.Option("--base-model", metavar="DIR|GGUF", help="Model of a GGUF adapter that is read or written."),
-]
-Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]
-Json = Annotated[
-    Path | None,
-    typer.Option(
-        "--json", callback=_check_json, help="Write the report as JSON to this file; - for stdout, and no table."
-    ),
-]
-SubspaceSha256 = Annotated[
-    str | None,
-    typer.Option(envvar=SUBSPACE_SHA256_VARIABLE, metavar="HEX", help="The one content of the pack that is accepted."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -180,7 +104,7 @@ def extract(
     if max_rank is not None and energy is None:
         raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
     reason = "finished modules are kept; run the same command to continue"
-    with interruptible(reason), joined() as ranks, _progress("extracting", quiet or not ranks.is_first) as progress:
+    with interruptible(reason), joined() as ranks, progress_bar("extracting", quiet or not ranks.is_first) as progress:
         pack = csulora.extract(
             base,
             aligned,
@@ -199,7 +123,7 @@ def extract(
     if not ranks.is_first:
         return
     summary = f"{output}: {len(pack)} modules, sha256 {pack.sha256}"
-    _deliver(tables.pack_table(pack), summary, pack.to_dict(), json, quiet)
+    deliver(tables.pack_table(pack), summary, pack.to_dict(), json, quiet)
 
 
 @app.command()
@@ -233,19 +157,19 @@ def _verify_adapter(
     failed = [check for check in checks if not check.holds]
     whole = "follows from its original" if pack else "is as it was written; name original and pack to make it again"
     summary = f"{adapter}: {'does not hold' if failed else whole}"
-    _deliver(tables.audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
+    deliver(tables.audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
     if failed:
         raise RefusedError(f"{adapter}: {failed[0].what}: {failed[0].stated} is stated, and {failed[0].found} is found")
 
 
 def _verify_pack(pack: Path, base: str, aligned: str, json: Path | None, quiet: bool) -> None:
     subspace = csulora.Subspace.open(pack)
-    with _progress("verifying", quiet) as progress:
+    with progress_bar("verifying", quiet) as progress:
         results = csulora.verify(subspace, base, aligned, progress)
     failed = [result for result in results if not result.holds]
     summary = f"{pack}: {len(results) - len(failed)} of {len(results)} certificates hold"
     document = {"modules": [asdict(result) | {"holds": result.holds} for result in results]}
-    _deliver(tables.verification_table(failed or results), summary, document, json, quiet)
+    deliver(tables.verification_table(failed or results), summary, document, json, quiet)
     if failed:
         reason = "is better than what was measured" if failed[0].same_weights else "is for other weights"
         raise RefusedError(
@@ -264,7 +188,7 @@ def inspect(
         float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=_check_page, help="Write a page with all figures as maps.")
+        Path | None, typer.Option(metavar="FILE", callback=check_output, help="Write a page with all figures as maps.")
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="Policy (TOML) that the page shows. [default: the preset csulora]")
@@ -289,16 +213,16 @@ def inspect(
             raise typer.BadParameter("sums, limits and pages need --subspace")
         document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}
         summary = f"{adapters[0]}: {len(loaded[0].modules)} modules"
-        _deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
+        deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
         return
     pack = csulora.Subspace.open(subspace, subspace_sha256)
-    whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, _numbers(weights))
+    whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, numbers(weights))
     if html is not None:
         shown = Policy.load(policy) if policy else Policy.csulora()
         limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
         write_text(html, render(whole, pack, limited, _load_frontier(frontier, policy)))
     _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
-    _deliver(report.table(), f"{whole.path}: nothing was changed", report.to_dict(), json, quiet)
+    deliver(report.table(), f"{whole.path}: nothing was changed", report.to_dict(), json, quiet)
 
 
 @app.command()
@@ -335,7 +259,7 @@ def correct(
         "aligned": aligned,
         "partial": partial,
         "off": off,
-        "rank": _parse_rank(rank),
+        "rank": parse_rank(rank),
         "uncovered": uncovered.value if uncovered else None,
         "max_undo": max_undo,
     }
@@ -347,7 +271,7 @@ def correct(
     fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen)
     sha256 = csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
     summary = f"{output}: {len(report.measured)} of {len(report.modules)} modules corrected, sha256 {sha256}"
-    _deliver(report.table(), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)
+    deliver(report.table(), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)
 
 
 @app.command()
@@ -374,7 +298,7 @@ def tune(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply that count.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the prompts.")] = 0,
-    device: Annotated[TuneDevice, typer.Option(help="Where the model runs.")] = TuneDevice.auto,
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.auto,
     base_model: BaseModel = None,
     subspace_sha256: SubspaceSha256 = None,
     json: Json = None,
@@ -402,10 +326,10 @@ def tune(
         keep_weights=keep_weight or (),
     )
     reason = "finished stages are kept; run the same command to continue"
-    with interruptible(reason), _progress("tuning", quiet) as progress:
+    with interruptible(reason), progress_bar("tuning", quiet) as progress:
         frontier = tune(request, output, progress)
     summary = f"{frontier.verdict}\n{output}: {frontier.written}"
-    _deliver(tables.frontier_table(frontier), summary, frontier.to_dict(), json, quiet)
+    deliver(tables.frontier_table(frontier), summary, frontier.to_dict(), json, quiet)
 
 
 @app.command()
@@ -471,7 +395,7 @@ def export(
     csulora.save_adapter(loaded, output, "gguf", base_model=base_model, outtype=outtype and outtype.value)
     document = {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)}
     summary = f"{output}: {len(loaded.modules)} modules, uncorrected"
-    _deliver(tables.adapter_table(loaded), summary, document, json, quiet)
+    deliver(tables.adapter_table(loaded), summary, document, json, quiet)
 
 
 @app.command()
@@ -481,7 +405,7 @@ def doctor(json: Json = None, quiet: Quiet = False) -> None:
     works = all(finding.ok is not False for finding in findings)
     document = {"findings": [asdict(finding) for finding in findings]}
     summary = "this installation works" if works else "this installation does not work"
-    _deliver(tables.doctor_table(findings), summary, document, json, quiet)
+    deliver(tables.doctor_table(findings), summary, document, json, quiet)
     if not works:
         raise typer.Exit(1)
 
@@ -508,44 +432,3 @@ def _load_frontier(frontier: Path | None, policy: Path | None) -> Frontier | Non
     if frontier is None and policy is not None and frontier_path(policy).exists():
         frontier = frontier_path(policy)
     return Frontier.load(frontier) if frontier else None
-
-
-def _parse_rank(text: str | None) -> str | int | None:
-    return int(text) if text is not None and text.isdecimal() else text
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(number) for number in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5") from None
-
-
-def _deliver(table: RenderableType, summary: str, document: dict[str, Any], json: Path | None, quiet: bool) -> None:
-    """Print table and summary, unless nobody wants them, and write the document where somebody does."""
-    if not quiet and json != _STDOUT:
-        # A pipe has no width of its own; wide enough that no table wraps.
-        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, emoji=False).print(table)
-        print(summary)
-    if json == _STDOUT:
-        print(to_json(document), end="")
-    elif json:
-        write_text(json, to_json(document))
-
-
-@contextmanager
-def _progress(verb: str, quiet: bool) -> Iterator[ReportProgress | None]:
-    """Yield a callback that draws a progress bar on stderr, or None where nobody would see it."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        disable_progress_bars()
-        yield None
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(verb, total=None)
-
-        def report(module: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{verb} {module}", completed=done, total=total, refresh=True)
-
-        yield report

@@ -1,0 +1,97 @@
+"""What the commands take: their choices, and the options that several of them share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csulora.console import STDOUT
+from csulora.files import check_file
+from csulora.gate import SUBSPACE_SHA256_VARIABLE
+from csulora.policy import Policy
+
+
+class Dtype(StrEnum):
+    """Storage types of factors."""
+
+    f16 = "f16"
+    bf16 = "bf16"
+    f32 = "f32"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Preset(StrEnum):
+    """Named penalties (aligned, partial, off)."""
+
+    csulora = "csulora"
+    protect = "protect"
+    project = "project"
+    none = "none"
+
+    def policy(self) -> Policy:
+        """Return the preset's policy."""
+        policy: Policy = getattr(Policy, self.value)()
+        return policy
+
+
+class Uncovered(StrEnum):
+    """What happens to modules that the pack does not cover."""
+
+    refuse = "refuse"
+    drop = "drop"
+    keep = "keep"
+
+
+class Format(StrEnum):
+    """Adapter formats that can be written."""
+
+    peft = "peft"
+    gguf = "gguf"
+
+
+def check_output(path: Path | None) -> Path | None:
+    """Raise `InputError` now, and not after an hour's work, if the file cannot be written."""
+    if path and path != STDOUT:
+        check_file(path)
+    return path
+
+
+BaseModel = Annotated[
+    Path | None,
+    typer.Option("--base-model", metavar="DIR|GGUF", help="Model of a GGUF adapter that is read or written."),
+]
+Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", callback=check_output, help="Write the report as JSON to this file; - for stdout, and no table."
+    ),
+]
+SubspaceSha256 = Annotated[
+    str | None,
+    typer.Option(envvar=SUBSPACE_SHA256_VARIABLE, metavar="HEX", help="The one content of the pack that is accepted."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def parse_rank(text: str | None) -> str | int | None:
+    """Return a rank as `Policy` takes it."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """Return the numbers of a list such as 1,0.5."""
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5") from None

@@ -123,9 +123,11 @@ void register_correction(py::module_& module) {
       .value("fixed", RankRule::fixed);
 
   py::class_<CorrectionOptions>(module, "CorrectionOptions")
-      .def(py::init<RankRule, int64_t>(), "rule"_a = RankRule::keep, "rank"_a = 0)
+      .def(py::init<RankRule, int64_t, std::optional<double>>(), "rule"_a = RankRule::keep, "rank"_a = 0,
+           "usual_energy"_a = py::none())
       .def_readonly("rule", &CorrectionOptions::rule)
-      .def_readonly("rank", &CorrectionOptions::rank);
+      .def_readonly("rank", &CorrectionOptions::rank)
+      .def_readonly("usual_energy", &CorrectionOptions::usual_energy);
 
   py::class_<CorrectionTask>(module, "CorrectionTask")
       .def(py::init<LoraPair, csulora::Subspace, Attenuation, std::string>(), "pair"_a, "subspace"_a, "attenuation"_a,

@@ -30,33 +30,68 @@ Tensor widened(const Tensor& matrix) {
   return matrix.to(at::kFloat).to(at::kDouble);  // at once, float16 takes five times as long
 }
 
-/// Numbers of a subspace's first directions, float64.
-Tensor numbers(const std::vector<double>& values, const char* name, const CorrectionTask& task) {
-  const int64_t count = static_cast<int64_t>(values.size()), known = task.subspace.s.size(0);
-  check(count <= known, task.label, ": the policy has numbers for ", count, " ", name, " directions, and the pack has ",
-        known, "; use the pack that the policy is for");
-  return at::tensor(values, at::kDouble).to(task.pair.b.device());
+/// The first columns of a basis (m, k), as many as there are numbers, in float64.
+Tensor first_columns(const Tensor& basis, const std::vector<double>& numbers) {
+  return widened(basis.narrow(1, 0, static_cast<int64_t>(numbers.size())));
 }
 
 /// (I - basis (1 - gains) basis^T) factor, for a factor (m, r) and the first columns of a basis (m, k).
-Tensor attenuated(const Tensor& factor, const Tensor& basis, const Tensor& gains) {
-  const auto columns = widened(basis.narrow(1, 0, gains.size(0)));
-  return factor.addmm(columns, columns.t().mm(factor).mul_((1 - gains).unsqueeze(1)), 1, -1);
+Tensor attenuated(const Tensor& factor, const Tensor& basis, const std::vector<double>& gains) {
+  const auto columns = first_columns(basis, gains);
+  const auto removed = 1 - at::tensor(gains, columns.options());
+  return factor.addmm(columns, columns.t().mm(factor).mul_(removed.unsqueeze(1)), 1, -1);
+}
+
+/// <b^T b, a a^T> = |b a|^2 for b (m, r) and a (r, n).
+double norm2(const Tensor& b, const Tensor& a) {
+  return std::max(0.0, b.t().mm(b).mul_(a.mm(a.t())).sum().item<double>());
 }
 
 Factors update(const LoraPair& pair) { return {widened(pair.b).mul_(pair.scale), widened(pair.a)}; }
 
+/// An update's energy, and how much of it lies along the directions that its task names.
+struct Energy {
+  double along = 0;
+  double whole = 0;
+};
+
+Energy energy(const CorrectionTask& task, const Factors& whole) {
+  const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
+  const double written = norm2(first_columns(task.subspace.u, left).t().mm(whole.b), whole.a);
+  const double read = norm2(whole.b, whole.a.mm(first_columns(task.subspace.v, right)));
+  return {(written + read) / 2, norm2(whole.b, whole.a)};
+}
+
+/// (e / usual_energy)^2 of an adapter.
+double strength(const std::vector<Energy>& energies, double usual_energy) {
+  check(usual_energy > 0 && usual_energy <= 1, "usual_energy is ", usual_energy, "; it must lie in (0, 1]");
+  Energy sum;
+  for (const auto& each : energies) {
+    sum.along += each.along;
+    sum.whole += each.whole;
+  }
+  return sum.whole > 0 ? std::pow(sum.along / sum.whole / usual_energy, 2) : 1;
+}
+
+/// Gains whose penalties (1 - gain) / gain are multiplied by a strength.
+std::vector<double> strengthened(std::vector<double> gains, double strength) {
+  std::transform(gains.begin(), gains.end(), gains.begin(), [strength](double gain) {
+    return gain > 0 && gain < 1 ? gain / (gain + (1 - gain) * strength) : gain;
+  });
+  return gains;
+}
+
 /// @param whole    the task's update
 /// @param restore  whether to add what the task says, which is not done to dW = 0
-Factors corrected(const CorrectionTask& task, const Factors& whole, bool restore) {
+Factors corrected(const CorrectionTask& task, const Factors& whole, double strength, bool restore) {
   const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
   const auto& subspace = task.subspace;
-  const auto b = attenuated(whole.b, subspace.u, numbers(left, "left", task));
-  const auto a = attenuated(whole.a.t(), subspace.v, numbers(right, "right", task)).t();
-  const auto multiples = numbers(restored, "restored", task);
+  const auto b = attenuated(whole.b, subspace.u, strengthened(left, strength));
+  const auto a = attenuated(whole.a.t(), subspace.v, strengthened(right, strength)).t();
   if (!restore) {
     return {b, a};
   }
+  const auto multiples = at::tensor(restored, b.options());
   const auto chosen = multiples.nonzero().flatten();
   const auto of_chosen = [&](const Tensor& factor) { return widened(factor.index_select(-1, chosen)); };
   const auto added = of_chosen(subspace.u).mul_(of_chosen(subspace.s).mul_(multiples.index_select(0, chosen)));
@@ -65,8 +100,7 @@ Factors corrected(const CorrectionTask& task, const Factors& whole, bool restore
 
 /// |b a - b' a'|.
 double distance(const Factors& one, const Factors& other) {
-  const auto b = at::cat({one.b, other.b.neg()}, 1), a = at::cat({one.a, other.a}, 0);
-  return std::sqrt(std::max(0.0, b.t().mm(b).mul_(a.mm(a.t())).sum().item<double>()));
+  return std::sqrt(norm2(at::cat({one.b, other.b.neg()}, 1), at::cat({one.a, other.a}, 0)));
 }
 
 /// |X_c| / |dW_c| for every part.
@@ -81,6 +115,14 @@ Gains applied(const Correction& before, const Correction& after, double most) {
 
 void check_numbers(const CorrectionTask& task) {
   const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
+  const auto check_count = [&](const std::vector<double>& numbers, const char* name) {
+    const int64_t count = static_cast<int64_t>(numbers.size()), known = task.subspace.s.size(0);
+    check(count <= known, task.label, ": the policy has numbers for ", count, " ", name,
+          " directions, and the pack has ", known, "; use the pack that the policy is for");
+  };
+  check_count(left, "left");
+  check_count(right, "right");
+  check_count(restored, "restored");
   for (const auto* gains : {&left, &right}) {
     check(std::all_of(gains->begin(), gains->end(), [](double gain) { return gain >= 0 && gain <= 1; }), task.label,
           ": a gain of a direction does not lie in [0, 1]");
@@ -101,17 +143,31 @@ void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
   }
 }
 
+/// How far to go with an adapter, see CorrectionOptions::usual_energy.
+double strength_for(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+  if (!options.usual_energy) {
+    return 1;
+  }
+  std::vector<Energy> energies(tasks.size());
+  for_each_task(tasks, [&](size_t i) {
+    const c10::NoGradGuard no_grad;
+    energies[i] = energy(tasks[i], update(tasks[i].pair));
+  });
+  return strength(energies, *options.usual_energy);
+}
+
 std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
-  std::for_each(tasks.begin(), tasks.end(), check_numbers);
   auto kept = tasks;
   std::for_each(kept.begin(), kept.end(), [](auto& task) { task.attenuation = kEverything; });
-  const auto before = correct(kept, {});
+  const auto before = correct(kept, {});  // which checks all tensors
+  std::for_each(tasks.begin(), tasks.end(), check_numbers);
+  const double strength = strength_for(tasks, options);
 
   std::vector<double> distances(tasks.size());
   for_each_task(tasks, [&](size_t i) {
     const c10::NoGradGuard no_grad;
     const auto whole = update(tasks[i].pair);
-    const auto x = corrected(tasks[i], whole, before[i].norm > 0);
+    const auto x = corrected(tasks[i], whole, strength, before[i].norm > 0);
     distances[i] = distance(x, whole);
     kept[i].pair = {x.b.to(at::kFloat).contiguous(), x.a.to(at::kFloat).contiguous()};
   });

@@ -107,13 +107,15 @@ class RankRule:
     fixed: RankRule
 
 class CorrectionOptions:
-    """Rank rule, and the rank for `RankRule.fixed`."""
+    """Rank rule, the rank for `RankRule.fixed`, and the relative energy with which gains of directions hold."""
 
-    def __init__(self, rule: RankRule = ..., rank: int = 0) -> None: ...
+    def __init__(self, rule: RankRule = ..., rank: int = 0, usual_energy: float | None = None) -> None: ...
     @property
     def rule(self) -> RankRule: ...
     @property
     def rank(self) -> int: ...
+    @property
+    def usual_energy(self) -> float | None: ...
 
 class CorrectionTask:
     """One module of an adapter with everything its correction needs."""

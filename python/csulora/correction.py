@@ -49,7 +49,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
         )
         for (name, target), subspace in zip(covered.items(), subspaces, strict=True)
     ]
-    corrected = dict(zip(covered, _core.correct(tasks, policy.rank_options()), strict=True))
+    corrected = dict(zip(covered, _core.correct(tasks, policy.core_options()), strict=True))
     report = _report(adapter, pack, policy, covered, corrected)
     _check_undo(adapter, report, policy)
 

@@ -104,6 +104,9 @@ class Policy:
             module, or ``keep`` it uncorrected.
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
         overrides: other numbers for some modules; the first whose glob matches counts.
+        usual_energy: relative energy e, in (0, 1], of an adapter that gets the gains of `Directions` as they are; one
+            with another e gets g / (g + (1 - g) (e / usual_energy)^2). e is the mean of the shares of an update's
+            energy that are written and that are read along all these directions. None: every adapter gets them.
         subspace_sha256: the one pack that a tuned policy may be used with; None: any.
     """
 
@@ -114,6 +117,7 @@ class Policy:
     uncovered: Uncovered = "refuse"
     max_undo: float | None = None
     overrides: tuple[Override, ...] = ()
+    usual_energy: float | None = None
     subspace_sha256: str | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +133,10 @@ class Policy:
             _check_number("max_undo", self.max_undo)
             if not math.isfinite(self.max_undo):
                 raise InputError(f"policy max_undo is {self.max_undo}; it must be a finite number")
+        if self.usual_energy is not None:
+            _check_number("usual_energy", self.usual_energy)
+            if not 0 < self.usual_energy <= 1:
+                raise InputError(f"policy usual_energy is {self.usual_energy}; it must lie in (0, 1]")
         if self.subspace_sha256 is not None and not _is_sha256(self.subspace_sha256):
             raise InputError(f"policy subspace_sha256 is {self.subspace_sha256!r}; it must be 64 hexadecimal digits")
 
@@ -165,12 +173,12 @@ class Policy:
             if not any(names.matches(module, override.match) for module in modules):
                 raise InputError(f"policy override {override.match!r}: matches no module of the pack")
 
-    def rank_options(self) -> _core.CorrectionOptions:
-        """Return the rank rule as the compiled core takes it."""
+    def core_options(self) -> _core.CorrectionOptions:
+        """Return what holds for all modules of an adapter as the compiled core takes it."""
         if isinstance(self.rank, int):
-            return _core.CorrectionOptions(_core.RankRule.fixed, self.rank)
+            return _core.CorrectionOptions(_core.RankRule.fixed, self.rank, self.usual_energy)
         rule = _core.RankRule.keep if self.rank == "keep" else _core.RankRule.exact
-        return _core.CorrectionOptions(rule)
+        return _core.CorrectionOptions(rule, usual_energy=self.usual_energy)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as its TOML document: fields that are None are absent."""

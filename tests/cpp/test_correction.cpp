@@ -143,6 +143,31 @@ TEST_CASE("directions have gains of their own, beside modules whose parts do") {
   CHECK(results[3].change < kTolerance);
 }
 
+TEST_CASE("gains of directions follow the energy along them, over all tasks of a call") {
+  const auto one = random_pair(60, 40, 6), other = random_pair(60, 40, 2);
+  const auto subspace = random_subspace(60, 40, 3);
+  const auto u = dense::matrix(subspace.u), v = dense::matrix(subspace.v);
+  double along = 0, whole = 0;
+  for (const auto& pair : {one, other}) {
+    along += (std::pow(norm(transposed(u) * update(pair)), 2) + std::pow(norm(update(pair) * v), 2)) / 2;
+    whole += std::pow(norm(update(pair)), 2);
+  }
+  const double strength = std::pow(along / whole / 0.04, 2);
+  const auto followed = [&](double gain) { return gain / (gain + (1 - gain) * strength); };
+  const Directions directions{{0, 0.25, 1}, {1, 0.5, 0.75}, {}};
+  CorrectionOptions options;
+  options.usual_energy = 0.04;
+  const auto results = csulora::correct({task(one, subspace, directions), task(other, subspace, directions)}, options);
+  const auto expected =
+      attenuating(u, {0, followed(0.25), 1}) * update(one) * attenuating(v, {1, followed(0.5), followed(0.75)});
+  CHECK(relative_error(results[0], expected) < kTolerance);
+  for (const double usual : {0.0, -1.0, 1.5, kNan}) {
+    options.usual_energy = usual;
+    CHECK_THROWS_WITH_AS(csulora::correct(task(one, subspace, directions), options), doctest::Contains("usual_energy"),
+                         InputError);
+  }
+}
+
 TEST_CASE("directions that a subspace lacks, and numbers that are none, are an InputError") {
   const auto pair = random_pair(60, 40, 6);
   const auto subspace = random_subspace(60, 40, 3);

@@ -126,6 +126,42 @@ def test_what_alignment_did_is_restored(rank: int | str) -> None:
         assert measured[name].undo == pytest.approx(undo, rel=1e-5)
 
 
+def energy_along(adapter: Adapter, pack: Subspace, left: int, right: int) -> float:
+    """Float64 twin of an adapter's relative energy along the first directions."""
+    along = whole = 0.0
+    for name, module in adapter.modules.items():
+        update = dense(module)
+        written = pack[name].u[:, :left].double().T @ update
+        read = update @ pack[name].v[:, :right].double()
+        along += float(written.square().sum() + read.square().sum()) / 2
+        whole += float(update.square().sum())
+    return along / whole
+
+
+@pytest.mark.parametrize("usual_energy", [1e-6, 0.02, 0.3, 1.0])
+def test_gains_of_directions_follow_the_adapters_energy_along_them(usual_energy: float) -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    directions = Directions((0.0, 0.25), (1.0, 0.5, 0.75), (0.5,))
+    policy = Policy.none(rank="exact", overrides=(Override("*", directions=directions),), usual_energy=usual_energy)
+    strength = (energy_along(adapter, pack, 2, 3) / usual_energy) ** 2
+    follow = [[g / (g + (1 - g) * strength) for g in side] for side in (directions.left, directions.right)]
+    followed = Directions(tuple(follow[0]), tuple(follow[1]), directions.restored)
+    fixed, _ = correct(adapter, pack, policy)
+    wanted, _ = correct(adapter, pack, Policy.none(rank="exact", overrides=(Override("*", directions=followed),)))
+    for name in adapter.modules:
+        assert_close(fixed.modules[name], dense(wanted.modules[name]))
+
+
+def test_an_adapter_of_the_usual_energy_gets_the_gains_as_they_are() -> None:
+    adapter, pack = factories.adapter(), factories.pack()
+    overrides = (Override("*", directions=Directions((0.25,), (0.5,))),)
+    usual = energy_along(adapter, pack, 1, 1)
+    fixed, _ = correct(adapter, pack, Policy.none(overrides=overrides, usual_energy=usual))
+    wanted, _ = correct(adapter, pack, Policy.none(overrides=overrides))
+    for name in adapter.modules:
+        assert_close(fixed.modules[name], dense(wanted.modules[name]))
+
+
 def test_directions_keep_storage_types_and_refuse_what_these_cannot_hold() -> None:
     adapter, pack = factories.adapter(), factories.pack()
     half = {name: replace(module, b=module.b.half(), a=module.a.half()) for name, module in adapter.modules.items()}
@@ -144,9 +180,10 @@ def test_an_update_of_nothing_keeps_nothing_along_its_directions() -> None:
     adapter, pack = factories.adapter(), factories.pack()
     nothing = replace(adapter.modules[Q], b=torch.zeros_like(adapter.modules[Q].b))
     policy = Policy.none(overrides=(Override("*", directions=Directions((0.5,), (0.5,), (0.5,))),))
-    fixed, report = correct(replace(adapter, modules={Q: nothing}), pack, policy)
-    assert not dense(fixed.modules[Q]).any()
-    assert (report.totals.change, report.totals.lost) == (0, 0)
+    for each in (policy, replace(policy, usual_energy=0.5)):
+        fixed, report = correct(replace(adapter, modules={Q: nothing}), pack, each)
+        assert not dense(fixed.modules[Q]).any()
+        assert (report.totals.change, report.totals.lost) == (0, 0)
 
 
 def test_gains_for_more_directions_than_the_pack_has_are_refused() -> None:

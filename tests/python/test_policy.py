@@ -31,6 +31,7 @@ policies = st.builds(
     uncovered=st.sampled_from(["refuse", "drop", "keep"]),
     max_undo=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     overrides=st.lists(overrides, max_size=3).map(tuple),
+    usual_energy=st.none() | st.floats(0, 1, exclude_min=True),
     subspace_sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
 )
 
@@ -107,6 +108,10 @@ SHA = "0" * 64
         ("max_undo = inf", "max_undo is inf; it must be a finite number"),
         ("max_undo = nan", "max_undo is nan; it must be a finite number"),
         ('max_undo = "x"', "max_undo is 'x'; it must be a number"),
+        ("usual_energy = 0", r"usual_energy is 0; it must lie in \(0, 1\]"),
+        ("usual_energy = 1.5", r"usual_energy is 1.5; it must lie in \(0, 1\]"),
+        ("usual_energy = nan", "usual_energy is nan; it must lie in"),
+        ('usual_energy = "x"', "usual_energy is 'x'; it must be a number"),
         ("subspace_sha256 = 5", "subspace_sha256 is 5; it must be 64 hexadecimal digits"),
         (f'subspace_sha256 = "{SHA}0"', "it must be 64 hexadecimal digits"),
         ("surprise = 1", "unknown field 'surprise'"),
@@ -229,7 +234,7 @@ def test_an_override_that_matches_nothing_is_an_error() -> None:
 
 
 def test_ranks_become_rules() -> None:
-    assert Policy(rank="keep").rank_options().rule == _core.RankRule.keep
-    assert Policy(rank="exact").rank_options().rule == _core.RankRule.exact
-    fixed = Policy(rank=7).rank_options()
+    assert Policy(rank="keep").core_options().rule == _core.RankRule.keep
+    assert Policy(rank="exact").core_options().rule == _core.RankRule.exact
+    fixed = Policy(rank=7).core_options()
     assert (fixed.rule, fixed.rank) == (_core.RankRule.fixed, 7)

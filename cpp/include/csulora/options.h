@@ -43,6 +43,13 @@ enum class RankRule {
 struct CorrectionOptions {
   RankRule rule = RankRule::keep;
   int64_t rank = 0;  ///< for RankRule::fixed, at least 1
+
+  /// Relative energy e that updates usually have along the directions that Directions name, in (0, 1]; absent: gains
+  /// are used as they are. With it all tasks of a call are one adapter, whose own e says how far to go: every gain g of
+  /// a direction becomes g / (g + (1 - g) (e / usual_energy)^2), the closed form 1 / (1 + penalty e^2) where g is the
+  /// gain of an adapter with the usual energy. e is the mean of |U^T dW|^2 / |dW|^2 and |dW V|^2 / |dW|^2, over all
+  /// tasks.
+  std::optional<double> usual_energy = std::nullopt;
 };
 
 }  // namespace csulora

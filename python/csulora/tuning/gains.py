@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Protocol
 
@@ -52,7 +53,8 @@ class PerDirection:
 class Restoring(PerDirection):
     """The same two gains, and a multiple of every singular triple of the displacement that is added to any update.
 
-    What an adapter does to the alignment differs from adapter to adapter; what strengthens the alignment does not.
+    What an adapter does to the alignment differs from adapter to adapter; what strengthens the alignment does not. The
+    gains follow an update's ``strength``, as `Policy.usual_energy` says.
     """
 
     def __init__(self, modules: int, directions: int) -> None:
@@ -65,9 +67,14 @@ class Restoring(PerDirection):
         parameters[:, 2] = 0
         return parameters
 
-    def gains(self, parameters: Tensor) -> Tensor:
+    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
+        """Return (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (restored S) V^T for every module."""
+        return update.along(self.gains(parameters[index], update.strength))
+
+    def gains(self, parameters: Tensor, strength: float = 1.0) -> Tensor:
         """Return the gains left and right, and the multiples (modules, 3, directions)."""
-        return torch.cat([torch.sigmoid(parameters[:, :2]), _MULTIPLE * parameters[:, 2:]], 1)
+        kept = torch.sigmoid(parameters[:, :2] - math.log(strength))  # g / (g + (1 - g) strength)
+        return torch.cat([kept, _MULTIPLE * parameters[:, 2:]], 1)
 
 
 class PerPart(ABC):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -229,12 +230,14 @@ class Run:
         if gains.dim() == 3:
             packs = [self.subspaces(family, number) for number in range(len(self.adapters))]
             ranks = {name: min(pack[name].rank for pack in packs if name in pack) for name in self.modules}
-            return sweep.fitted_along(ranks, gains, others, self.rest)
+            rest = self.rest | {"usual_energy": self._usual_energy(family, numbers)}
+            return sweep.fitted_along(ranks, gains, others, rest)
         return sweep.fitted(self.modules, gains, others, self.rest)
 
     def _fit(self, family: str, numbers: Sequence[int], weight: float) -> Tensor:
         gains = self._gains(family)
-        cases = [self._case(number, self.subspaces(family, number)) for number in numbers]
+        usual_energy = self._usual_energy(family, numbers)
+        cases = [self._case(family, number, usual_energy) for number in numbers]
         options = replace(self.request.options, keep=weight, steps=self._steps(len(numbers)))
         parameters = fit(self.host, cases, gains, options, partial(self._tick, family))
         if isinstance(gains, PerDirection):
@@ -250,8 +253,25 @@ class Run:
             return PerDirection(len(self.modules), self.request.options.directions)
         return Restoring(len(self.modules), self.request.options.shared_directions)
 
-    def _case(self, number: int, pack: Subspace) -> Case:
-        update = Update.of(self.adapters[number], pack, self.request.uncovered).to(self.host.device)
+    def _usual_energy(self, family: str, numbers: Sequence[int]) -> float | None:
+        """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""
+        if not isinstance(self._gains(family), Restoring):
+            return None
+        energies = [self._energy(family, number) for number in numbers]
+        return geometric_mean(energies) if all(energies) else None
+
+    def _energy(self, family: str, number: int) -> float:
+        directions = self.request.options.shared_directions
+        stage = f"energy {family} {number}"
+        return float(self.stages.finish(stage, lambda: self._update(family, number).energy_along(directions)))
+
+    def _update(self, family: str, number: int) -> Update:
+        return Update.of(self.adapters[number], self.subspaces(family, number), self.request.uncovered)
+
+    def _case(self, family: str, number: int, usual_energy: float | None) -> Case:
+        update = self._update(family, number).to(self.host.device)
+        if usual_energy is not None:
+            update = replace(update, strength=(self._energy(family, number) / usual_energy) ** 2)
         index = torch.tensor([self.modules.index(target) for target in update.targets.values()])
         replies = self.replies[number]
         return Case(update, index.to(self.host.device), split(replies, held=False), split(replies, held=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Update:
         triples: the displacement's leading singular triples u (out, k), s (k) and v (in, k), float32.
         energies: (modules, 4) float32, relative energies of aligned, left, right, off; rows sum to 1.
         norms2: (modules) float32, |dW|^2.
+        strength: (e / usual e)^2, by which a policy multiplies the penalties of its directions, see `energy_along`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Update:
     triples: dict[str, tuple[Tensor, Tensor, Tensor]]
     energies: Tensor
     norms2: Tensor
+    strength: float = 1.0
 
     @classmethod
     def of(cls, adapter: Adapter, pack: Subspace, uncovered: str = "refuse") -> Update:
@@ -103,6 +105,15 @@ class Update:
             found[name] = b, a
         return found
 
+    def energy_along(self, directions: int) -> float:
+        """The relative energy e along so many leading directions of every module, see `Policy.usual_energy`."""
+        along = whole = 0.0
+        for (b, a), (u, _, v) in zip(self.whole.values(), self.triples.values(), strict=True):
+            written, read = u[:, :directions].T @ b, a @ v[:, :directions]
+            along += (_norm2(written, a) + _norm2(b, read)) / 2
+            whole += _norm2(b, a)
+        return along / whole
+
     def change2(self, corrected: Mapping[str, Pair]) -> Tensor:
         """|X - dW|^2 / |dW|^2 over all modules, for corrected factors of each."""
         parts = []
@@ -119,8 +130,14 @@ class Update:
             return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs.items()}
 
         triples = {name: (u.to(device), s.to(device), v.to(device)) for name, (u, s, v) in self.triples.items()}
-        whole, pairs, energies, norms2 = moved(self.whole), moved(self.pairs), self.energies, self.norms2
-        return Update(self.name, self.targets, whole, pairs, triples, energies.to(device), norms2.to(device))
+        return replace(
+            self,
+            whole=moved(self.whole),
+            pairs=moved(self.pairs),
+            triples=triples,
+            energies=self.energies.to(device),
+            norms2=self.norms2.to(device),
+        )
 
 
 def _correct(
@@ -145,6 +162,12 @@ def pairs_of(adapter: Adapter) -> dict[str, Pair]:
         for name, module in adapter.modules.items()
         if not module.is_embedding
     }
+
+
+def _norm2(b: Tensor, a: Tensor) -> float:
+    """|b a|^2, in float64 and without the product of b (m, r) and a (r, n)."""
+    b, a = b.double(), a.double()
+    return float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def _attenuate(factor: Tensor, basis: Tensor, gains: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from csulora.tuning import probes
 from csulora.tuning import tune as module
 from csulora.tuning.options import Options
 from csulora.tuning.tune import Request, recommend, tune
+from csulora.tuning.update import Update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,3 +187,6 @@ def test_a_policy_for_several_adapters_restores_the_alignment(
     assert any(
         multiple for override in policy.overrides if override.directions for multiple in override.directions.restored
     )
+    pack = csulora.Subspace.open(place.pack)
+    energies = [Update.of(csulora.load_adapter(path), pack).energy_along(16) for path in place.adapters[:2]]
+    assert policy.usual_energy == pytest.approx((energies[0] * energies[1]) ** 0.5)

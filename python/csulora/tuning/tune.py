@@ -212,10 +212,14 @@ class Run:
     def subspaces(self, family: str, number: int) -> Subspace:
         """What a family is fitted in: the pack, or a control's."""
         if family == "tuned random subspace":
-            return random_subspaces(self.pack, self.request.options.seed)
+            return self._random_subspaces
         if family == "tuned own subspace":
             return own_subspaces(self.pack, self.adapters[number], self.targets[number])
         return self.pack
+
+    @cached_property
+    def _random_subspaces(self) -> Subspace:
+        return random_subspaces(self.pack, self.request.options.seed)
 
     def policy(self, family: str, numbers: Sequence[int], weight: float) -> Policy:
         """The policy fitted on some adapters, the keep prompts weighing so much."""

@@ -112,7 +112,7 @@ class Update:
             written, read = u[:, :directions].T @ b, a @ v[:, :directions]
             along += (_norm2(written, a) + _norm2(b, read)) / 2
             whole += _norm2(b, a)
-        return along / whole
+        return min(1.0, along / whole)  # which rounding exceeds where the directions are the update's own
 
     def change2(self, corrected: Mapping[str, Pair]) -> Tensor:
         """|X - dW|^2 / |dW|^2 over all modules, for corrected factors of each."""

@@ -225,6 +225,18 @@ def test_the_updates_own_subspace_holds_its_leading_directions(
         assert close(own[name].u * own[name].s @ own[name].v.T, best)
 
 
+def test_the_energy_along_all_directions_of_an_update_is_1(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
+    few = {
+        name: csulora.LoraModule(module.b[:, :2], module.a[:2], module.scale)
+        for name, module in adapter.modules.items()
+    }
+    low_rank = csulora.Adapter(few, {}, Path("few"), "")
+    update = Update.of(low_rank, own_subspaces(pack, low_rank, {name: name for name in few}))
+    none, one, two, more = (update.energy_along(directions) for directions in (0, 1, 2, 64))
+    assert none == 0 < one < two == more <= 1  # a policy's usual energy must not exceed 1
+    assert two == pytest.approx(1)
+
+
 def test_random_subspaces_are_orthonormal_and_seeded(pack: csulora.Subspace) -> None:
     first, again, other = (random_subspaces(pack, seed) for seed in (1, 1, 2))
     for name, module in first.items():

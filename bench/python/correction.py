@@ -37,6 +37,7 @@ PENALTIES = _core.Penalties(0.0, 1.0, 1.0)
 # What `csulora tune` writes for one adapter, and for several.
 ALONG = _core.Directions([0.5] * 64, [0.5] * 64)
 RESTORING = _core.Directions([0.5] * 16, [0.5] * 16, [0.5] * 16)
+FOLLOWING = _core.CorrectionOptions(usual_energy=0.1)
 AGREEMENT = 1e-3  # relative to |X|; factors are float16, results float32
 
 
@@ -161,7 +162,7 @@ def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[st
             "read": lambda: read_files(*files),
             "csulora": lambda: _core.correct(penalised),
             "csulora, 64 directions": lambda: _core.correct(along),
-            "csulora, 16 directions and restoring": lambda: _core.correct(restoring),
+            "csulora, 16 directions and restoring": lambda: _core.correct(restoring, FOLLOWING),
             "eager float32": lambda: [eager(module, torch.float32) for module in modules],
             "eager float64": lambda: [eager(module, torch.float64) for module in modules],
         },

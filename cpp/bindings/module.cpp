@@ -129,6 +129,8 @@ void register_correction(py::module_& module) {
       .def_readonly("rank", &CorrectionOptions::rank)
       .def_readonly("usual_energy", &CorrectionOptions::usual_energy);
 
+  module.attr("LEAST_STRENGTH") = csulora::kLeastStrength;
+
   py::class_<CorrectionTask>(module, "CorrectionTask")
       .def(py::init<LoraPair, csulora::Subspace, Attenuation, std::string>(), "pair"_a, "subspace"_a, "attenuation"_a,
            "label"_a = "update");

@@ -62,7 +62,7 @@ Energy energy(const CorrectionTask& task, const Factors& whole) {
   return {(written + read) / 2, norm2(whole.b, whole.a)};
 }
 
-/// (e / usual_energy)^2 of an adapter.
+/// By how much an adapter's penalties are multiplied.
 double strength(const std::vector<Energy>& energies, double usual_energy) {
   check(usual_energy > 0 && usual_energy <= 1, "usual_energy is ", usual_energy, "; it must lie in (0, 1]");
   Energy sum;
@@ -70,7 +70,7 @@ double strength(const std::vector<Energy>& energies, double usual_energy) {
     sum.along += each.along;
     sum.whole += each.whole;
   }
-  return sum.whole > 0 ? std::pow(sum.along / sum.whole / usual_energy, 2) : 1;
+  return sum.whole > 0 ? std::max(std::pow(sum.along / sum.whole / usual_energy, 2), kLeastStrength) : 1;
 }
 
 /// Gains whose penalties (1 - gain) / gain are multiplied by a strength.

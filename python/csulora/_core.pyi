@@ -117,6 +117,8 @@ class CorrectionOptions:
     @property
     def usual_energy(self) -> float | None: ...
 
+LEAST_STRENGTH: float
+
 class CorrectionTask:
     """One module of an adapter with everything its correction needs."""
 

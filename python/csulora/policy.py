@@ -105,8 +105,9 @@ class Policy:
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
         overrides: other numbers for some modules; the first whose glob matches counts.
         usual_energy: relative energy e, in (0, 1], of an adapter that gets the gains of `Directions` as they are; one
-            with another e gets g / (g + (1 - g) (e / usual_energy)^2). e is the mean of the shares of an update's
-            energy that are written and that are read along all these directions. None: every adapter gets them.
+            with another e gets g / (g + (1 - g) x), x = (e / usual_energy)^2 and at least 0.4. e is the mean of the
+            shares of an update's energy that are written and that are read along all these directions. None: every
+            adapter gets the same gains, whatever it is padded with.
         subspace_sha256: the one pack that a tuned policy may be used with; None: any.
     """
 

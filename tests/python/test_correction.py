@@ -143,7 +143,7 @@ def test_gains_of_directions_follow_the_adapters_energy_along_them(usual_energy:
     adapter, pack = factories.adapter(), factories.pack()
     directions = Directions((0.0, 0.25), (1.0, 0.5, 0.75), (0.5,))
     policy = Policy.none(rank="exact", overrides=(Override("*", directions=directions),), usual_energy=usual_energy)
-    strength = (energy_along(adapter, pack, 2, 3) / usual_energy) ** 2
+    strength = max(0.4, (energy_along(adapter, pack, 2, 3) / usual_energy) ** 2)
     follow = [[g / (g + (1 - g) * strength) for g in side] for side in (directions.left, directions.right)]
     followed = Directions(tuple(follow[0]), tuple(follow[1]), directions.restored)
     fixed, _ = correct(adapter, pack, policy)

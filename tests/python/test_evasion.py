@@ -205,6 +205,20 @@ def test_energy_parked_inside_the_subspace_dilutes_no_gain_that_is_zero(tmp_path
     assert float(outside.norm()) <= TOLERANCE * float(x.norm())
 
 
+def test_energy_parked_anywhere_leaves_two_fifths_of_a_tuned_penalty(tmp_path: Path, pack: csulora.Subspace) -> None:
+    directions = csulora.policy.Directions((0.0, 0.5), (1.0, 0.5))
+    follows = csulora.Policy.none(
+        rank="exact", overrides=(csulora.policy.Override("*", directions=directions),), usual_energy=0.3
+    )
+    tensors, (b, a) = named(Q, *factors(Q)), factors(DOWN, seed=5)
+    parked = admitted(upload(tmp_path / "parked", tensors | named(DOWN, b * 1e6, a)), pack, follows)
+    least = 0.5 / (0.5 + 0.5 * 0.4)
+    weakest = csulora.policy.Directions((0.0, least), (1.0, least))
+    fixed = csulora.Policy.none(rank="exact", overrides=(csulora.policy.Override("*", directions=weakest),))
+    expected = admitted(upload(tmp_path / "alone", tensors), pack, fixed)[Q]
+    assert oracle.relative_error(parked[Q], expected) <= TOLERANCE
+
+
 # Undo: the aligned part is blind to sign.
 
 

@@ -87,8 +87,9 @@ struct CorrectionTask {
 /// @throws DeviceError, DeviceMemoryError if the GPU fails or its memory runs out
 Correction correct(const CorrectionTask& task, const CorrectionOptions& options = {});
 
-/// The same for many modules, in parallel over modules; on the CPU results are bit-identical to one call each. On a
-/// GPU, where modules of one shape are computed in batches, they are the same bits for the same tasks.
+/// The same for many modules, in parallel over modules; on the CPU results are bit-identical to one call each, unless
+/// options.usual_energy takes all of them as one adapter. On a GPU, where modules of one shape are computed in batches,
+/// they are the same bits for the same tasks.
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options = {});
 
 }  // namespace csulora

@@ -40,14 +40,18 @@ enum class RankRule {
   fixed   ///< best approximation of at most a given rank
 };
 
+/// The least that CorrectionOptions::usual_energy makes of a penalty.
+inline constexpr double kLeastStrength = 0.4;
+
 struct CorrectionOptions {
   RankRule rule = RankRule::keep;
   int64_t rank = 0;  ///< for RankRule::fixed, at least 1
 
   /// Relative energy e that updates usually have along the directions that Directions name, in (0, 1]; absent: gains
   /// are used as they are. With it all tasks of a call are one adapter, whose own e says how far to go: every gain g of
-  /// a direction becomes g / (g + (1 - g) (e / usual_energy)^2), the closed form 1 / (1 + penalty e^2) where g is the
-  /// gain of an adapter with the usual energy. e is the mean of |U^T dW|^2 / |dW|^2 and |dW V|^2 / |dW|^2, over all
+  /// a direction becomes g / (g + (1 - g) x) with x = max((e / usual_energy)^2, kLeastStrength): the closed form
+  /// 1 / (1 + penalty e^2) where g is the gain of an adapter with the usual energy, but padding an update with energy
+  /// elsewhere does not switch its correction off. e is the mean of |U^T dW|^2 / |dW|^2 and |dW V|^2 / |dW|^2, over all
   /// tasks.
   std::optional<double> usual_energy = std::nullopt;
 };

@@ -275,7 +275,7 @@ class Run:
     def _case(self, family: str, number: int, usual_energy: float | None) -> Case:
         update = self._update(family, number).to(self.host.device)
         if usual_energy is not None:
-            update = replace(update, strength=(self._energy(family, number) / usual_energy) ** 2)
+            update = update.strengthened(self.request.options.shared_directions, usual_energy)
         index = torch.tensor([self.modules.index(target) for target in update.targets.values()])
         replies = self.replies[number]
         return Case(update, index.to(self.host.device), split(replies, held=False), split(replies, held=True))

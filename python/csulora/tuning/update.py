@@ -33,7 +33,7 @@ class Update:
         triples: the displacement's leading singular triples u (out, k), s (k) and v (in, k), float32.
         energies: (modules, 4) float32, relative energies of aligned, left, right, off; rows sum to 1.
         norms2: (modules) float32, |dW|^2.
-        strength: (e / usual e)^2, by which a policy multiplies the penalties of its directions, see `energy_along`.
+        strength: by which a policy multiplies the penalties of its directions, see `strengthened`.
     """
 
     name: str
@@ -113,6 +113,11 @@ class Update:
             along += (_norm2(written, a) + _norm2(b, read)) / 2
             whole += _norm2(b, a)
         return min(1.0, along / whole)  # which rounding exceeds where the directions are the update's own
+
+    def strengthened(self, directions: int, usual_energy: float) -> Update:
+        """The same with the strength that `Policy.usual_energy` gives it."""
+        ratio = self.energy_along(directions) / usual_energy
+        return replace(self, strength=max(ratio**2, _core.LEAST_STRENGTH))
 
     def change2(self, corrected: Mapping[str, Pair]) -> Tensor:
         """|X - dW|^2 / |dW|^2 over all modules, for corrected factors of each."""

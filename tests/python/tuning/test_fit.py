@@ -1,6 +1,5 @@
 """The pieces of the fit against dense float64 twins, and what the fit as a whole must do."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,15 +191,15 @@ def test_one_gain_per_module_is_four_equal_ones(case: Case) -> None:
     assert torch.equal(values, values[:, :1].expand(-1, 4))
 
 
-@pytest.mark.parametrize("usual_energy", [None, 0.05, 0.9])
+@pytest.mark.parametrize("usual_energy", [None, 0.05, 0.9, 1.0])
 def test_what_is_restored_is_what_correct_restores(
     case: Case, adapter: csulora.Adapter, pack: csulora.Subspace, usual_energy: float | None
 ) -> None:
     gains = Restoring(len(case.index), 3)
     assert not gains.gains(gains.start())[:, 2].any()
     parameters = torch.randn(gains.shape, generator=torch.Generator().manual_seed(0))
-    strength = 1.0 if usual_energy is None else (case.update.energy_along(3) / usual_energy) ** 2
-    fitted = gains.correct(parameters, case.index, replace(case.update, strength=strength))
+    update = case.update if usual_energy is None else case.update.strengthened(3, usual_energy)
+    fitted = gains.correct(parameters, case.index, update)
     values = gains.gains(parameters)
     names = [case.update.targets[name] for name in fitted]
     overrides = tuple(

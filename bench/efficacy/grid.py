@@ -315,6 +315,7 @@ KINDS: dict[str, list[Cell]] = {
     "second": [(from_first, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "carry_tuned": [(carry_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
+    "carry_fresh": [(carry_tuned, Scenario(seed), spec) for seed in plan.FRESH_SEEDS for spec in plan.UNSEEN],
     "variants": [(examine, *variant) for variant in plan.VARIANTS],
     "variants_tuned": [(tuned, *variant) for variant in plan.VARIANTS],
 }

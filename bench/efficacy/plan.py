@@ -30,6 +30,7 @@ VARIANTS = [
 
 # Carrying over: what is calibrated on, and what the calibration never saw (other tasks, shares and ranks).
 CARRY_SEEDS = range(3)
+FRESH_SEEDS = range(3, 5)  # on which nothing was chosen
 CALIBRATION = [Adapter("compare", 0.2, 16, 1), Adapter("trade", 0.05, 16, 2), Adapter("song", 0.0, 16, 3)]
 UNSEEN = [
     Adapter("tale", 0.01, 16, 4),
@@ -52,7 +53,8 @@ def models() -> list[tuple[Scenario, Adapter]]:
     """Every adapter that is needed, most important first."""
     wanted = [(Scenario(0), adapter) for adapter in [FIRST, HARMLESS, *CALIBRATION, *UNSEEN]]
     wanted += [(Scenario(seed), adapter) for seed in SEEDS for adapter in (FIRST, HARMLESS)]
-    wanted += [(Scenario(seed), adapter) for seed in CARRY_SEEDS for adapter in [*CALIBRATION, *UNSEEN]]
+    carried = [*CARRY_SEEDS, *FRESH_SEEDS]
+    wanted += [(Scenario(seed), adapter) for seed in carried for adapter in [*CALIBRATION, *UNSEEN]]
     wanted += [(Scenario(seed), adapter) for seed in CARRY_SEEDS for adapter in SECOND]
     wanted += VARIANTS
     return list(dict.fromkeys(wanted))

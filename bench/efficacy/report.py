@@ -222,7 +222,11 @@ def main() -> None:
     if second := cells(results, "second"):
         print(f"## Second table\n\n{adapters_table(second)}")
         print(rates_table([cell for cell in second if cell["adapter"] != second[0]["adapter"]]))
-    for title, found in (("", carry), (", as `tune` does it", cells(results, "carry_tuned"))):
+    for title, found in (
+        ("", carry),
+        (", as `tune` does it", cells(results, "carry_tuned")),
+        (", as `tune` does it, on seeds that nothing was chosen on", cells(results, "carry_fresh")),
+    ):
         if found:
             print(f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}")
     if carry:

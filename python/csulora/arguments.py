@@ -61,9 +61,14 @@ class Format(StrEnum):
 
 def check_output(path: Path | None) -> Path | None:
     """Raise `InputError` now, and not after an hour's work, if the file cannot be written."""
-    if path and path != STDOUT:
+    if path:
         check_file(path)
     return path
+
+
+def check_document(path: Path | None) -> Path | None:
+    """The same for a file that may be stdout."""
+    return path if path == STDOUT else check_output(path)
 
 
 BaseModel = Annotated[
@@ -74,7 +79,7 @@ Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tenso
 Json = Annotated[
     Path | None,
     typer.Option(
-        "--json", callback=check_output, help="Write the report as JSON to this file; - for stdout, and no table."
+        "--json", callback=check_document, help="Write the report as JSON to this file; - for stdout, and no table."
     ),
 ]
 SubspaceSha256 = Annotated[

@@ -9,18 +9,22 @@
 namespace csulora {
 namespace {
 
-CSULORA_FOR_EVERY_X86 void add_product(const double* left, const double* right, int64_t rows, int64_t inner,
-                                       int64_t columns, double* result) {
-  for (int64_t i = 0; i < rows; ++i) {
-    double* const target = result + i * columns;
-    for (int64_t k = 0; k < inner; ++k) {
-      const double factor = left[i * inner + k];
-      for (int64_t j = 0; j < columns; ++j) {
-        target[j] += factor * right[k * columns + j];
+/// result += left (rows, inner) right (inner, columns).
+struct AddProduct {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const double* left, const double* right, int64_t rows, int64_t inner, int64_t columns,
+                                  double* result) {
+    for (int64_t i = 0; i < rows; ++i) {
+      double* const target = result + i * columns;
+      for (int64_t k = 0; k < inner; ++k) {
+        const double factor = left[i * inner + k];
+        for (int64_t j = 0; j < columns; ++j) {
+          target[j] += factor * right[k * columns + j];
+        }
       }
     }
   }
-}
+};
 
 }  // namespace
 
@@ -47,7 +51,7 @@ SmallMatrix transposed(const SmallMatrix& matrix) {
 
 SmallMatrix product(const SmallMatrix& left, const SmallMatrix& right) {
   SmallMatrix result(left.rows(), right.columns());
-  add_product(left[0], right[0], left.rows(), left.columns(), right.columns(), result[0]);
+  run_widest<AddProduct>(left[0], right[0], left.rows(), left.columns(), right.columns(), result[0]);
   return result;
 }
 

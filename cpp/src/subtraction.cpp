@@ -10,20 +10,11 @@ namespace {
 
 /// Neighbouring entries that are computed at once.
 template <int kLanes>
-struct Lanes;
-template <>
-struct Lanes<8> {
-  using Floats = float __attribute__((vector_size(8 * sizeof(float))));
-  using Bits = uint32_t __attribute__((vector_size(8 * sizeof(uint32_t))));
-  using HalfBits = uint16_t __attribute__((vector_size(8 * sizeof(uint16_t))));
-  using Doubles = double __attribute__((vector_size(8 * sizeof(double))));
-};
-template <>
-struct Lanes<1> {
-  using Floats = float __attribute__((vector_size(sizeof(float))));
-  using Bits = uint32_t __attribute__((vector_size(sizeof(uint32_t))));
-  using HalfBits = uint16_t __attribute__((vector_size(sizeof(uint16_t))));
-  using Doubles = double __attribute__((vector_size(sizeof(double))));
+struct Lanes {
+  using Floats __attribute__((vector_size(kLanes * sizeof(float)))) = float;
+  using Bits __attribute__((vector_size(kLanes * sizeof(uint32_t)))) = uint32_t;
+  using HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t)))) = uint16_t;
+  using Doubles __attribute__((vector_size(kLanes * sizeof(double)))) = double;
 };
 
 /// A format's two constants: squared spacings follow from powers of two by a product.
@@ -98,29 +89,36 @@ CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const fl
   std::memcpy(column_spacings2, &column, sizeof column);
 }
 
+struct SubtractRow {
+  template <int kFloats>
+  CSULORA_INLINED static RowSums run(const StoredRow& base, const StoredRow& aligned, int64_t columns,
+                                     const DifferenceRow& difference, double* column_spacings2) {
+    constexpr int kLanes = kFloats / 2;  // so that the sums in float64 fill a register
+    const auto rough = [&](int64_t column) { return difference.rough ? difference.rough + column : nullptr; };
+    const Grid base_grid(base.format), aligned_grid(aligned.format);
+    LaneSums<kLanes> lanes;
+    LaneSums<1> rest;
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+      subtract<kLanes>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i, rough(i),
+                       column_spacings2 + i, lanes);
+    }
+    for (; i < columns; ++i) {
+      subtract<1>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i, rough(i),
+                  column_spacings2 + i, rest);
+    }
+    RowSums sums;
+    lanes.add_to(sums);
+    rest.add_to(sums);
+    return sums;
+  }
+};
+
 }  // namespace
 
-CSULORA_FOR_EVERY_X86
 RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, const DifferenceRow& difference,
                      double* column_spacings2) {
-  const auto rough = [&](int64_t column) { return difference.rough ? difference.rough + column : nullptr; };
-  constexpr int kLanes = 8;
-  const Grid base_grid(base.format), aligned_grid(aligned.format);
-  LaneSums<kLanes> lanes;
-  LaneSums<1> rest;
-  int64_t i = 0;
-  for (; i + kLanes <= columns; i += kLanes) {
-    subtract<kLanes>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i, rough(i),
-                     column_spacings2 + i, lanes);
-  }
-  for (; i < columns; ++i) {
-    subtract<1>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i, rough(i),
-                column_spacings2 + i, rest);
-  }
-  RowSums sums;
-  lanes.add_to(sums);
-  rest.add_to(sums);
-  return sums;
+  return run_widest<SubtractRow>(base, aligned, columns, difference, column_spacings2);
 }
 
 }  // namespace csulora

@@ -9,169 +9,274 @@
 namespace csulora::tall {
 namespace {
 
-// A loop keeps kRowStep of these in registers and reads one more, so that no entry is loaded twice.
-using Floats = float __attribute__((vector_size(kWidth * sizeof(float))));
-constexpr int64_t kDoubles = 8;
-using Doubles = double __attribute__((vector_size(kDoubles * sizeof(double))));
+template <int kLanes>
+using Floats __attribute__((vector_size(kLanes * sizeof(float)))) = float;
+template <int kLanes>
+using Doubles __attribute__((vector_size(kLanes * sizeof(double)))) = double;
+template <int kLanes>
+using Indices __attribute__((vector_size(kLanes * sizeof(int32_t)))) = int32_t;
 
-CSULORA_INLINED void load(Floats* entries, const float* from) { std::memcpy(entries, from, sizeof *entries); }
-CSULORA_INLINED void store(const Floats* entries, float* to) { std::memcpy(to, entries, sizeof *entries); }
+template <typename Vector, typename Entry>
+CSULORA_INLINED void load(Vector* entries, const Entry* from) {
+  std::memcpy(entries, from, sizeof *entries);
+}
 
-/// sums = kRowStep rows of k entries each times kWidth columns of coordinates, `stride` entries apart.
+template <typename Vector, typename Entry>
+CSULORA_INLINED void store(const Vector* entries, Entry* to) {
+  std::memcpy(to, entries, sizeof *entries);
+}
+
+/// A tile of kRows rows and kWidth columns, which a loop keeps in registers: few enough that none is spilled, many
+/// enough that reading takes less time than multiplying.
+template <int kLanes>
+struct Tile {
+  static constexpr int64_t kRows = kLanes / 2;
+  static constexpr int64_t kVectors = kWidth / kLanes;
+  Floats<kLanes> entries[kRows][kVectors];
+
+  /// entries += weights row, for weights (kRows), `stride` apart, and a row (kWidth).
+  CSULORA_INLINED void add(const float* weights, int64_t stride, const float* row) {
+    for (int64_t vector = 0; vector < kVectors; ++vector) {
+      Floats<kLanes> others;
+      load(&others, row + vector * kLanes);
+      for (int64_t i = 0; i < kRows; ++i) {
+        entries[i][vector] += weights[i * stride] * others;
+      }
+    }
+  }
+
+  CSULORA_INLINED void subtract(const Tile& others) {
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t vector = 0; vector < kVectors; ++vector) {
+        entries[i][vector] -= others.entries[i][vector];
+      }
+    }
+  }
+
+  CSULORA_INLINED void load_from(const float* rows, int64_t stride) {
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t vector = 0; vector < kVectors; ++vector) {
+        load(&entries[i][vector], rows + i * stride + vector * kLanes);
+      }
+    }
+  }
+
+  CSULORA_INLINED void store_to(float* rows, int64_t stride) const {
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t vector = 0; vector < kVectors; ++vector) {
+        store(&entries[i][vector], rows + i * stride + vector * kLanes);
+      }
+    }
+  }
+};
+
+/// rows (kRows, k) times k rows of kWidth coordinates, `stride` entries apart.
+template <int kLanes>
 CSULORA_INLINED void multiply_rows(const float* rows, int64_t k, const float* coordinates, int64_t stride,
-                                   Floats* sums) {
-  Floats held[kRowStep] = {};
+                                   Tile<kLanes>* product) {
+  Tile<kLanes> sums = {};
   for (int64_t direction = 0; direction < k; ++direction) {
-    Floats entries;
-    load(&entries, coordinates + direction * stride);
-    for (int64_t i = 0; i < kRowStep; ++i) {
-      held[i] += rows[i * k + direction] * entries;
-    }
+    sums.add(rows + direction, k, coordinates + direction * stride);
   }
-  std::copy_n(held, kRowStep, sums);
+  *product = sums;
 }
 
-/// Exchanges the off-diagonal blocks of size `step` of a square tile.
-template <int step>
-CSULORA_INLINED void exchange_blocks(Floats* tile) {
-  using Indices = int32_t __attribute__((vector_size(sizeof(Floats))));
-  Indices upper, lower;
-  for (int lane = 0; lane < kWidth; ++lane) {
-    upper[lane] = lane & step ? kWidth + lane - step : lane;
-    lower[lane] = lane & step ? kWidth + lane : lane + step;
+/// Transposes kLanes rows of one vector each: exchanges the off-diagonal blocks of size `step`, then those of half the
+/// size.
+template <int kLanes, int step = kLanes / 2>
+CSULORA_INLINED void transpose_square(Floats<kLanes>* square) {
+  Indices<kLanes> upper, lower;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    upper[lane] = lane & step ? kLanes + lane - step : lane;
+    lower[lane] = lane & step ? kLanes + lane : lane + step;
   }
-  for (int row = 0; row < kWidth; ++row) {
+  for (int row = 0; row < kLanes; ++row) {
     if (!(row & step)) {
-      const Floats above = tile[row], below = tile[row + step];
-      tile[row] = __builtin_shuffle(above, below, upper);
-      tile[row + step] = __builtin_shuffle(above, below, lower);
+      const Floats<kLanes> above = square[row], below = square[row + step];
+      square[row] = __builtin_shuffle(above, below, upper);
+      square[row + step] = __builtin_shuffle(above, below, lower);
+    }
+  }
+  if constexpr (step > 1) {
+    transpose_square<kLanes, step / 2>(square);
+  }
+}
+
+/// target (rows, columns) = block^T, for a block of kWidth rows and columns, neither of which it may exceed.
+template <int kLanes>
+CSULORA_INLINED void transpose_block(const float* block, float* target, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t column = 0; column < columns; column += kLanes) {  // innermost, so that whole cache lines are written
+      Floats<kLanes> square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        load(&square[i], block + (column + i) * kWidth + row);
+      }
+      transpose_square<kLanes>(square);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - row); ++i) {
+        float* const entries = target + (row + i) * stride + column;
+        if (columns - column >= kLanes) {
+          store(&square[i], entries);
+        } else {
+          std::memcpy(entries, &square[i], (columns - column) * sizeof(float));
+        }
+      }
     }
   }
 }
 
-/// Transposes a tile of kWidth rows.
-CSULORA_INLINED void transpose_tile(Floats* tile) {
-  static_assert(kWidth == 16);
-  exchange_blocks<8>(tile);
-  exchange_blocks<4>(tile);
-  exchange_blocks<2>(tile);
-  exchange_blocks<1>(tile);
-}
+struct Project {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width,
+                                  int64_t stride, float* coordinates) {
+    constexpr int64_t kStrip = 64;  // rows of a basis and a factor that stay in the first-level cache
+    std::fill_n(coordinates, k * width, 0.0F);
+    for (int64_t first = 0; first < rows; first += kStrip) {
+      const int64_t last = std::min(first + kStrip, rows);
+      for (int64_t column = 0; column < width; column += kWidth) {
+        for (int64_t direction = 0; direction < k; direction += Tile<kLanes>::kRows) {
+          float* const target = coordinates + direction * width + column;
+          Tile<kLanes> sums;
+          sums.load_from(target, width);
+          for (int64_t row = first; row < last; ++row) {
+            sums.add(basis + row * k + direction, 1, factor + row * stride + column);
+          }
+          sums.store_to(target, width);
+        }
+      }
+    }
+  }
+};
+
+struct Split {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width,
+                                  float* columns) {
+    for (int64_t row = 0; row < rows; row += Tile<kLanes>::kRows) {
+      for (int64_t column = 0; column < width; column += kWidth) {
+        float* const target = columns + row * 2 * width + column;
+        Tile<kLanes> inside, outside;
+        multiply_rows(basis + row * k, k, coordinates + column, width, &inside);
+        outside.load_from(target + width, 2 * width);
+        outside.subtract(inside);
+        inside.store_to(target, 2 * width);
+        outside.store_to(target + width, 2 * width);
+      }
+    }
+  }
+};
+
+struct Multiply {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t k, const float* coordinates,
+                                  int64_t width, float* product) {
+    for (int64_t row = 0; row < rows; row += Tile<kLanes>::kRows) {
+      for (int64_t column = 0; column < width; column += kWidth) {
+        Tile<kLanes> sums;
+        multiply_rows(columns + row * k, k, coordinates + column, width, &sums);
+        sums.store_to(product + row * width + column, width);
+      }
+    }
+  }
+};
+
+struct MultiplyTransposed {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t k, const float* coordinates,
+                                  int64_t width, float* product) {
+    float block[kWidth * kWidth] = {};
+    for (int64_t column = 0; column < width; column += kWidth) {
+      for (int64_t row = 0; row < rows; row += kWidth) {
+        for (int64_t i = 0; i < std::min(kWidth, padded(rows - row, kRowStep)); i += Tile<kLanes>::kRows) {
+          Tile<kLanes> sums;
+          multiply_rows(columns + (row + i) * k, k, coordinates + column, width, &sums);
+          sums.store_to(block + i * kWidth, kWidth);
+        }
+        transpose_block<kLanes>(block, product + column * rows + row, rows, kWidth, std::min(kWidth, rows - row));
+      }
+    }
+  }
+};
+
+struct Transpose {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* source, int64_t width, int64_t count, int64_t source_stride, float scale,
+                                  float* target, int64_t stride) {
+    for (int64_t first = 0; first < width; first += kWidth) {
+      float block[kWidth * kWidth] = {};
+      for (int64_t column = 0; column < count; column += kWidth) {
+        const int64_t length = std::min(kWidth, count - column);
+        for (int64_t i = 0; i < std::min(kWidth, width - first); ++i) {
+          const float* const entries = source + (first + i) * source_stride + column;
+          std::transform(entries, entries + length, block + i * kWidth, [scale](float entry) { return scale * entry; });
+        }
+        transpose_block<kLanes>(block, target + column * stride + first, stride, length, kWidth);
+      }
+    }
+  }
+};
+
+struct AddGram {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t width, double* gram) {
+    constexpr int64_t kEntries = 2048;  // in float64 they stay in the first-level cache
+    constexpr int64_t kLeft = kLanes / 2, kRight = 8, kVectors = 2 * kRight / kLanes;  // a tile as above, in float64
+    const int64_t step = std::max(kRowStep, kEntries / width);
+    std::vector<double> widened(step * width);
+    for (int64_t first = 0; first < rows; first += step) {
+      const int64_t count = std::min(step, rows - first);
+      std::copy_n(columns + first * width, count * width, widened.begin());
+      for (int64_t left = 0; left < width; left += kLeft) {
+        for (int64_t right = 0; right < left + kLeft; right += kRight) {
+          Doubles<kLanes / 2> sums[kLeft][kVectors];
+          for (int64_t i = 0; i < kLeft; ++i) {
+            std::memcpy(sums[i], gram + (left + i) * width + right, sizeof sums[i]);
+          }
+          for (int64_t row = 0; row < count; ++row) {
+            const double* const entries = widened.data() + row * width;
+            for (int64_t vector = 0; vector < kVectors; ++vector) {
+              Doubles<kLanes / 2> others;
+              load(&others, entries + right + vector * (kLanes / 2));
+              for (int64_t i = 0; i < kLeft; ++i) {
+                sums[i][vector] += entries[left + i] * others;
+              }
+            }
+          }
+          for (int64_t i = 0; i < kLeft; ++i) {
+            std::memcpy(gram + (left + i) * width + right, sums[i], sizeof sums[i]);
+          }
+        }
+      }
+    }
+  }
+};
 
 }  // namespace
 
-CSULORA_FOR_EVERY_X86 void project(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width,
-                                   int64_t stride, float* coordinates) {
-  for (int64_t column = 0; column < width; column += kWidth) {
-    for (int64_t direction = 0; direction < k; direction += kRowStep) {
-      Floats sums[kRowStep] = {};
-      for (int64_t row = 0; row < rows; ++row) {
-        Floats entries;
-        load(&entries, factor + row * stride + column);
-        for (int64_t i = 0; i < kRowStep; ++i) {
-          sums[i] += basis[row * k + direction + i] * entries;
-        }
-      }
-      for (int64_t i = 0; i < kRowStep; ++i) {
-        store(&sums[i], coordinates + (direction + i) * width + column);
-      }
-    }
-  }
+void project(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width, int64_t stride,
+             float* coordinates) {
+  run_widest<Project>(basis, rows, k, factor, width, stride, coordinates);
 }
 
-CSULORA_FOR_EVERY_X86 void split(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width,
-                                 float* columns) {
-  for (int64_t row = 0; row < rows; row += kRowStep) {
-    for (int64_t column = 0; column < width; column += kWidth) {
-      Floats inside[kRowStep];
-      multiply_rows(basis + row * k, k, coordinates + column, width, inside);
-      for (int64_t i = 0; i < kRowStep; ++i) {
-        float* const target = columns + (row + i) * 2 * width + column;
-        Floats outside;
-        load(&outside, target + width);
-        outside -= inside[i];
-        store(&inside[i], target);
-        store(&outside, target + width);
-      }
-    }
-  }
+void split(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* columns) {
+  run_widest<Split>(basis, rows, k, coordinates, width, columns);
 }
 
-CSULORA_FOR_EVERY_X86 void multiply(const float* columns, int64_t rows, int64_t k, const float* coordinates,
-                                    int64_t width, float* product) {
-  for (int64_t row = 0; row < rows; row += kRowStep) {
-    for (int64_t column = 0; column < width; column += kWidth) {
-      Floats sums[kRowStep];
-      multiply_rows(columns + row * k, k, coordinates + column, width, sums);
-      for (int64_t i = 0; i < kRowStep; ++i) {
-        store(&sums[i], product + (row + i) * width + column);
-      }
-    }
-  }
+void multiply(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* product) {
+  run_widest<Multiply>(columns, rows, k, coordinates, width, product);
 }
 
-CSULORA_FOR_EVERY_X86 void multiply_transposed(const float* columns, int64_t rows, int64_t k, const float* coordinates,
-                                               int64_t width, float* product) {
-  for (int64_t column = 0; column < width; column += kWidth) {
-    for (int64_t row = 0; row < rows; row += kWidth) {
-      Floats tile[kWidth] = {};
-      for (int64_t half = 0; half < kWidth && row + half < rows; half += kRowStep) {
-        multiply_rows(columns + (row + half) * k, k, coordinates + column, width, tile + half);
-      }
-      transpose_tile(tile);
-      const int64_t count = std::min(kWidth, rows - row);
-      for (int64_t i = 0; i < kWidth; ++i) {
-        std::memcpy(product + (column + i) * rows + row, &tile[i], count * sizeof(float));
-      }
-    }
-  }
+void multiply_transposed(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width,
+                         float* product) {
+  run_widest<MultiplyTransposed>(columns, rows, k, coordinates, width, product);
 }
 
-CSULORA_FOR_EVERY_X86 void transpose(const float* source, int64_t width, int64_t count, int64_t source_stride,
-                                     float scale, float* target, int64_t stride) {
-  for (int64_t first = 0; first < width; first += kWidth) {
-    for (int64_t column = 0; column < count; column += kWidth) {
-      Floats tile[kWidth] = {};
-      const int64_t length = std::min(kWidth, count - column);
-      for (int64_t i = 0; i < std::min(kWidth, width - first); ++i) {
-        std::memcpy(&tile[i], source + (first + i) * source_stride + column, length * sizeof(float));
-      }
-      transpose_tile(tile);
-      for (int64_t i = 0; i < length; ++i) {
-        tile[i] *= scale;
-        store(&tile[i], target + (column + i) * stride + first);
-      }
-    }
-  }
+void transpose(const float* source, int64_t width, int64_t count, int64_t source_stride, float scale, float* target,
+               int64_t stride) {
+  run_widest<Transpose>(source, width, count, source_stride, scale, target, stride);
 }
 
-CSULORA_FOR_EVERY_X86 void add_gram(const float* columns, int64_t rows, int64_t width, double* gram) {
-  constexpr int64_t kEntries = 2048;  // in float64 they stay in the first-level cache
-  const int64_t step = std::max(kRowStep, kEntries / width);
-  std::vector<double> widened(step * width);
-  for (int64_t first = 0; first < rows; first += step) {
-    const int64_t count = std::min(step, rows - first);
-    std::copy_n(columns + first * width, count * width, widened.begin());
-    for (int64_t left = 0; left < width; left += kDoubles) {
-      for (int64_t right = 0; right <= left; right += kDoubles) {
-        Doubles sums[kDoubles];
-        for (int64_t i = 0; i < kDoubles; ++i) {
-          std::memcpy(&sums[i], gram + (left + i) * width + right, sizeof sums[i]);
-        }
-        for (int64_t row = 0; row < count; ++row) {
-          const double* const entries = widened.data() + row * width;
-          Doubles others;
-          std::memcpy(&others, entries + right, sizeof others);
-          for (int64_t i = 0; i < kDoubles; ++i) {
-            sums[i] += entries[left + i] * others;
-          }
-        }
-        for (int64_t i = 0; i < kDoubles; ++i) {
-          std::memcpy(gram + (left + i) * width + right, &sums[i], sizeof sums[i]);
-        }
-      }
-    }
-  }
+void add_gram(const float* columns, int64_t rows, int64_t width, double* gram) {
+  run_widest<AddGram>(columns, rows, width, gram);
 }
 
 }  // namespace csulora::tall

@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
+#include <numeric>
 
-#include "check.h"
 #include "correction_device.h"
+#include "measurement.h"
 #include "storage.h"
 #include "workers.h"
 
@@ -18,59 +18,164 @@ namespace {
 
 using at::Tensor;
 
-constexpr Gains kEverything{1, 1, 1, 1};
+/// <one, other>.
+double inner(const SmallMatrix& one, const SmallMatrix& other) {
+  return std::inner_product(one[0], one[one.rows()], other[0], 0.0);
+}
 
-/// Factors b (m, r) and a (r, n) in float64.
-struct Factors {
-  Tensor b;
-  Tensor a;
+/// matrix^T matrix.
+SmallMatrix gram(const SmallMatrix& matrix) { return product(transposed(matrix), matrix); }
+
+SmallMatrix first_rows(const SmallMatrix& matrix, int64_t count) {
+  SmallMatrix result(count, matrix.columns());
+  std::copy_n(matrix[0], count * matrix.columns(), result[0]);
+  return result;
+}
+
+/// [left, right].
+SmallMatrix side_by_side(const SmallMatrix& left, const SmallMatrix& right) {
+  SmallMatrix result(left.rows(), left.columns() + right.columns());
+  for (int64_t i = 0; i < result.rows(); ++i) {
+    std::copy_n(right[i], right.columns(), std::copy_n(left[i], left.columns(), result[i]));
+  }
+  return result;
+}
+
+SmallMatrix difference(SmallMatrix one, const SmallMatrix& other) {
+  std::transform(one[0], one[one.rows()], other[0], one[0], std::minus<double>());
+  return one;
+}
+
+/// One factor F of an update as its side of the subspace shows it. The basis counts as orthonormal, which one that was
+/// rounded to a storage type is to about its precision.
+struct Side {
+  SmallMatrix coordinates;  // (k, r) basis^T F
+  SmallMatrix outside;      // (r, r) Gram matrix of what of F lies outside
 };
 
-Tensor widened(const Tensor& matrix) {
-  return matrix.to(at::kFloat).to(at::kDouble);  // at once, float16 takes five times as long
+/// How the columns of a factor lie to each other: F^T F, and what of it is owed to the part outside.
+struct Grams {
+  SmallMatrix all;
+  SmallMatrix outside;
+};
+
+Grams grams(const SplitFactor& split) {
+  const auto& parts = split.gram;
+  const int64_t r = parts.rows() / 2;
+  Grams result{{r, r}, {r, r}};
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) {
+      result.outside[i][j] = parts[r + i][r + j];
+      result.all[i][j] = parts[i][j] + parts[i][r + j] + parts[r + i][j] + parts[r + i][r + j];
+    }
+  }
+  return result;
 }
 
-/// The first columns of a basis (m, k), as many as there are numbers, in float64.
-Tensor first_columns(const Tensor& basis, const std::vector<double>& numbers) {
-  return widened(basis.narrow(1, 0, static_cast<int64_t>(numbers.size())));
+/// Multiplies the first coordinates by their gains.
+Side attenuated(Side side, const std::vector<double>& gains) {
+  auto& coordinates = side.coordinates;
+  for (size_t i = 0; i < gains.size(); ++i) {
+    std::transform(coordinates[i], coordinates[i + 1], coordinates[i], [&](double entry) { return gains[i] * entry; });
+  }
+  return side;
 }
 
-/// (I - basis (1 - gains) basis^T) factor, for a factor (m, r) and the first columns of a basis (m, k).
-Tensor attenuated(const Tensor& factor, const Tensor& basis, const std::vector<double>& gains) {
-  const auto columns = first_columns(basis, gains);
-  const auto removed = 1 - at::tensor(gains, columns.options());
-  return factor.addmm(columns, columns.t().mm(factor).mul_(removed.unsqueeze(1)), 1, -1);
+/// An update b a^T + U diag(added) V^T.
+struct Sides {
+  Side b;
+  Side a;
+  std::vector<double> added;
+};
+
+/// |left right^T + diag(added)|^2.
+double aligned_norm2(const SmallMatrix& left, const SmallMatrix& right, const std::vector<double>& added) {
+  double sum = inner(gram(left), gram(right));
+  for (size_t i = 0; i < added.size(); ++i) {
+    sum += added[i] * (2 * std::inner_product(left[i], left[i + 1], right[i], 0.0) + added[i]);
+  }
+  return std::max(sum, 0.0);
 }
 
-/// <b^T b, a a^T> = |b a|^2 for b (m, r) and a (r, n).
-double norm2(const Tensor& b, const Tensor& a) {
-  return std::max(0.0, b.t().mm(b).mul_(a.mm(a.t())).sum().item<double>());
+Parts norms2(const Sides& update) {
+  const auto& [b, a, added] = update;
+  return {aligned_norm2(b.coordinates, a.coordinates, added), inner(gram(b.coordinates), a.outside),
+          inner(b.outside, gram(a.coordinates)), inner(b.outside, a.outside)};
 }
 
-Factors update(const LoraPair& pair) { return {widened(pair.b).mul_(pair.scale), widened(pair.a)}; }
+double sum(const Parts& parts) { return parts.aligned + parts.left + parts.right + parts.off; }
+
+/// |X - dW|, where X differs from dW along directions only.
+double distance(const Sides& x, const Sides& whole) {
+  const auto b = difference(x.b.coordinates, whole.b.coordinates);
+  const auto a = difference(x.a.coordinates, whole.a.coordinates);
+  const double aligned = aligned_norm2(side_by_side(b, x.b.coordinates), side_by_side(whole.a.coordinates, a), x.added);
+  return std::sqrt(aligned + inner(gram(b), x.a.outside) + inner(x.b.outside, gram(a)));
+}
+
+/// |X_c| / |dW_c| for every part, from their squares.
+Gains applied(const Parts& to, const Parts& from, double most) {
+  const auto gain = [&](double kept, double norm2) { return norm2 > 0 ? std::min(most, std::sqrt(kept / norm2)) : 1; };
+  return {gain(to.aligned, from.aligned), gain(to.left, from.left), gain(to.right, from.right), gain(to.off, from.off)};
+}
+
+/// Whether X, of squared norm `norm2`, may be computed in float32: the errors of either factor's columns, times the
+/// other's, are small beside it. They are not where most of the update cancels or is taken away.
+bool accurate_in_float(const Sides& x, const Sides& whole, double norm2) {
+  const auto column_norm2 = [](const Side& side, int64_t column) {
+    double sum = side.outside[column][column];
+    for (int64_t i = 0; i < side.coordinates.rows(); ++i) {
+      sum += side.coordinates[i][column] * side.coordinates[i][column];
+    }
+    return sum;
+  };
+  double error2 = 0;
+  for (int64_t i = 0; i < x.b.outside.rows(); ++i) {
+    error2 += column_norm2(whole.b, i) * column_norm2(x.a, i) + column_norm2(x.b, i) * column_norm2(whole.a, i);
+  }
+  const double tolerance = kFloatTolerance / kFloatRounding;
+  return error2 <= tolerance * tolerance * norm2;
+}
 
 /// An update's energy, and how much of it lies along the directions that its task names.
 struct Energy {
   double along = 0;
-  double whole = 0;
+  double all = 0;
 };
 
-Energy energy(const CorrectionTask& task, const Factors& whole) {
+/// A task's update as measured, before anything is done to it.
+struct Whole {
+  Sides sides;
+  Energy energy;
+  Correction result;
+  bool in_float;
+};
+
+Whole whole(const CorrectionTask& task) {
   const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
-  const double written = norm2(first_columns(task.subspace.u, left).t().mm(whole.b), whole.a);
-  const double read = norm2(whole.b, whole.a.mm(first_columns(task.subspace.v, right)));
-  return {(written + read) / 2, norm2(whole.b, whole.a)};
+  auto [b, a, result] = measured(task);
+  const auto b_grams = grams(b), a_grams = grams(a);
+  const auto along = [](const SplitFactor& split, const std::vector<double>& gains) {
+    return gram(first_rows(split.coordinates, static_cast<int64_t>(gains.size())));
+  };
+  const double written = inner(along(b, left), a_grams.all), read = inner(b_grams.all, along(a, right));
+  return {{{b.coordinates, b_grams.outside}, {a.coordinates, a_grams.outside}, {}},
+          {(written + read) / 2, inner(b_grams.all, a_grams.all)},
+          std::move(result),
+          b.columns.scalar_type() == at::kFloat};
 }
 
-/// By how much an adapter's penalties are multiplied.
-double strength(const std::vector<Energy>& energies, double usual_energy) {
-  check(usual_energy > 0 && usual_energy <= 1, "usual_energy is ", usual_energy, "; it must lie in (0, 1]");
+/// By how much an adapter's penalties are multiplied, see CorrectionOptions::usual_energy.
+double strength(const std::vector<Whole>& updates, const CorrectionOptions& options) {
   Energy sum;
-  for (const auto& each : energies) {
-    sum.along += each.along;
-    sum.whole += each.whole;
+  for (const auto& update : updates) {
+    sum.along += update.energy.along;
+    sum.all += update.energy.all;
   }
-  return sum.whole > 0 ? std::max(std::pow(sum.along / sum.whole / usual_energy, 2), kLeastStrength) : 1;
+  if (!options.usual_energy || sum.all <= 0) {
+    return 1;
+  }
+  return std::max(std::pow(sum.along / sum.all / *options.usual_energy, 2), kLeastStrength);
 }
 
 /// Gains whose penalties (1 - gain) / gain are multiplied by a strength.
@@ -81,109 +186,104 @@ std::vector<double> strengthened(std::vector<double> gains, double strength) {
   return gains;
 }
 
-/// @param whole    the task's update
-/// @param restore  whether to add what the task says, which is not done to dW = 0
-Factors corrected(const CorrectionTask& task, const Factors& whole, double strength, bool restore) {
-  const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
+Tensor widened(const Tensor& matrix, at::ScalarType dtype) {
+  return matrix.to(at::kFloat).to(dtype);  // at once, float16 to float64 takes five times as long
+}
+
+/// (I - basis (1 - gains) basis^T) factor, for a factor (m, r) and the first columns of a basis (m, k).
+Tensor attenuated(const Tensor& factor, const Tensor& basis, const std::vector<double>& gains) {
+  const auto columns = widened(basis.narrow(1, 0, static_cast<int64_t>(gains.size())), factor.scalar_type());
+  const auto removed = 1 - at::tensor(gains, columns.options());
+  return factor.addmm(columns, columns.t().mm(factor).mul_(removed.unsqueeze(1)), 1, -1);
+}
+
+/// X for the gains that a task's directions got, of a rank that is greater by what is added.
+LoraPair pair_of(const CorrectionTask& task, const Directions& directions, at::ScalarType dtype) {
   const auto& subspace = task.subspace;
-  const auto b = attenuated(whole.b, subspace.u, strengthened(left, strength));
-  const auto a = attenuated(whole.a.t(), subspace.v, strengthened(right, strength)).t();
-  if (!restore) {
+  const auto b = attenuated(widened(task.pair.b, dtype).mul(task.pair.scale), subspace.u, directions.left);
+  const auto a = attenuated(widened(task.pair.a, dtype).t(), subspace.v, directions.right).t();
+  const auto multiples = at::tensor(directions.restored, b.options());
+  const auto chosen = multiples.nonzero().flatten();
+  if (chosen.size(0) == 0) {
     return {b, a};
   }
-  const auto multiples = at::tensor(restored, b.options());
-  const auto chosen = multiples.nonzero().flatten();
-  const auto of_chosen = [&](const Tensor& factor) { return widened(factor.index_select(-1, chosen)); };
+  const auto of_chosen = [&](const Tensor& factor) { return widened(factor.index_select(-1, chosen), dtype); };
   const auto added = of_chosen(subspace.u).mul_(of_chosen(subspace.s).mul_(multiples.index_select(0, chosen)));
   return {at::cat({b, added}, 1), at::cat({a, of_chosen(subspace.v).t()}, 0)};
 }
 
-/// |b a - b' a'|.
-double distance(const Factors& one, const Factors& other) {
-  return std::sqrt(norm2(at::cat({one.b, other.b.neg()}, 1), at::cat({one.a, other.a}, 0)));
-}
-
-/// |X_c| / |dW_c| for every part.
-Gains applied(const Correction& before, const Correction& after, double most) {
-  const auto gain = [&](double energy, double kept) {
-    const double norm2 = energy * before.norm * before.norm;
-    return norm2 > 0 ? std::min(most, std::sqrt(kept * after.norm * after.norm / norm2)) : 1;
-  };
-  const auto &from = before.energies, &to = after.energies;
-  return {gain(from.aligned, to.aligned), gain(from.left, to.left), gain(from.right, to.right), gain(from.off, to.off)};
-}
-
-void check_numbers(const CorrectionTask& task) {
-  const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
-  const auto check_count = [&](const std::vector<double>& numbers, const char* name) {
-    const int64_t count = static_cast<int64_t>(numbers.size()), known = task.subspace.s.size(0);
-    check(count <= known, task.label, ": the policy has numbers for ", count, " ", name,
-          " directions, and the pack has ", known, "; use the pack that the policy is for");
-  };
-  check_count(left, "left");
-  check_count(right, "right");
-  check_count(restored, "restored");
-  for (const auto* gains : {&left, &right}) {
-    check(std::all_of(gains->begin(), gains->end(), [](double gain) { return gain >= 0 && gain <= 1; }), task.label,
-          ": a gain of a direction does not lie in [0, 1]");
+/// Completes what was measured; its pair comes in float32 or float64, not yet cut to a rank.
+void complete(const CorrectionTask& task, double strength, Whole& update) {
+  auto directions = std::get<Directions>(task.attenuation);
+  directions.left = strengthened(directions.left, strength);
+  directions.right = strengthened(directions.right, strength);
+  auto& [sides, energy, result, in_float] = update;
+  if (result.norm == 0) {
+    directions.restored.clear();
   }
-  check(std::all_of(restored.begin(), restored.end(), [](double multiple) { return std::isfinite(multiple); }),
-        task.label, ": a multiple of a direction is not finite");
+  Sides x{attenuated(sides.b, directions.left), attenuated(sides.a, directions.right), directions.restored};
+  const SmallMatrix singular(task.subspace.s.unsqueeze(0));
+  std::transform(x.added.begin(), x.added.end(), singular[0], x.added.begin(), std::multiplies<double>());
+
+  const auto kept = norms2(x);
+  result.gains = applied(kept, norms2(sides), x.added.empty() ? 1 : std::numeric_limits<double>::infinity());
+  result.change = result.norm > 0 ? distance(x, sides) / result.norm : 0;
+  in_float = in_float && accurate_in_float(x, sides, sum(kept));
+  result.pair = pair_of(task, directions, in_float ? at::kFloat : at::kDouble);
 }
 
 /// Calls work(i) for every task: in parallel where a CPU's threads do it, in order where one queue of a GPU does.
 template <typename Work>
 void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
+  const auto without_grad = [&](size_t i) {
+    const c10::NoGradGuard no_grad;
+    work(i);
+  };
   if (any_on_device(tasks)) {
     for (size_t i = 0; i < tasks.size(); ++i) {
-      work(i);
+      without_grad(i);
     }
   } else {
-    for_each_in_parallel(tasks.size(), work);
+    for_each_in_parallel(tasks.size(), without_grad);
   }
 }
 
-/// How far to go with an adapter, see CorrectionOptions::usual_energy.
-double strength_for(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
-  if (!options.usual_energy) {
-    return 1;
+/// Cuts X to a rank.
+void cut(std::vector<Whole>& updates, std::vector<CorrectionTask> tasks, const CorrectionOptions& options) {
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const auto& [b, a, scale] = updates[i].result.pair;
+    tasks[i].pair = {b.to(at::kFloat), a.to(at::kFloat)};
+    tasks[i].attenuation = kEverything;
   }
-  std::vector<Energy> energies(tasks.size());
-  for_each_task(tasks, [&](size_t i) {
-    const c10::NoGradGuard no_grad;
-    energies[i] = energy(tasks[i], update(tasks[i].pair));
-  });
-  return strength(energies, *options.usual_energy);
+  const auto results = correct(tasks, options);
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    updates[i].result.pair = results[i].pair;
+    updates[i].result.lost = results[i].lost;
+  }
 }
 
 std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
-  auto kept = tasks;
-  std::for_each(kept.begin(), kept.end(), [](auto& task) { task.attenuation = kEverything; });
-  const auto before = correct(kept, {});  // which checks all tensors
-  std::for_each(tasks.begin(), tasks.end(), check_numbers);
-  const double strength = strength_for(tasks, options);
-
-  std::vector<double> distances(tasks.size());
+  std::vector<Whole> updates(tasks.size());
+  for_each_task(tasks, [&](size_t i) { updates[i] = whole(tasks[i]); });
+  const double multiplier = strength(updates, options);
+  const bool cuts = options.rule == RankRule::fixed;
+  const auto round = [&](size_t i) {
+    auto& pair = updates[i].result.pair;
+    pair = stored(pair.b, pair.a, tasks[i]);
+  };
   for_each_task(tasks, [&](size_t i) {
-    const c10::NoGradGuard no_grad;
-    const auto whole = update(tasks[i].pair);
-    const auto x = corrected(tasks[i], whole, strength, before[i].norm > 0);
-    distances[i] = distance(x, whole);
-    kept[i].pair = {x.b.to(at::kFloat).contiguous(), x.a.to(at::kFloat).contiguous()};
+    complete(tasks[i], multiplier, updates[i]);
+    if (!cuts) {
+      round(i);
+    }
   });
-
-  auto results = correct(kept, options);
-  for_each_task(tasks, [&](size_t i) {
-    const c10::NoGradGuard no_grad;
-    const bool adds = !std::get<Directions>(tasks[i].attenuation).restored.empty();
-    auto& result = results[i];
-    result.gains = applied(before[i], result, adds ? std::numeric_limits<double>::infinity() : 1);
-    result.pair = stored(result.pair.b, result.pair.a, tasks[i]);
-    result.energies = before[i].energies;
-    result.norm = before[i].norm;
-    result.change = result.norm > 0 ? distances[i] / result.norm : 0;
-    result.undo = before[i].undo;
-  });
+  if (cuts) {
+    cut(updates, tasks, options);
+    for_each_task(tasks, round);
+  }
+  std::vector<Correction> results;
+  std::transform(updates.begin(), updates.end(), std::back_inserter(results),
+                 [](Whole& update) { return std::move(update.result); });
   return results;
 }
 

@@ -9,8 +9,9 @@ namespace csulora {
 /// Whether a task says what to keep along single directions.
 bool attenuates_directions(const CorrectionTask& task);
 
-/// correct() for tasks some of which do: such an X is made first, and then measured and cut to a rank as an update that
-/// all is kept of.
+/// correct() for checked tasks some of which do. Such a task's factors are split once, for energies and coordinates,
+/// from which all figures of X follow, and read again for X itself; only a fixed rank takes another correction, which
+/// cuts X.
 std::vector<Correction> correct_with_directions(const std::vector<CorrectionTask>& tasks,
                                                 const CorrectionOptions& options);
 

@@ -29,7 +29,7 @@ struct AddProduct {
 }  // namespace
 
 SmallMatrix::SmallMatrix(const at::Tensor& matrix) : SmallMatrix(matrix.size(0), matrix.size(1)) {
-  const auto wide = matrix.to(at::kDouble).contiguous();
+  const auto wide = matrix.to(at::kCPU, at::kDouble).contiguous();
   std::copy_n(wide.const_data_ptr<double>(), entries_.size(), entries_.begin());
 }
 

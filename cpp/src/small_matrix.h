@@ -15,7 +15,7 @@ class SmallMatrix {
   /// All zeros.
   SmallMatrix(int64_t rows, int64_t columns) : rows_(rows), columns_(columns), entries_(rows * columns) {}
 
-  /// A copy of `matrix` (rows, columns), of any dtype and strides.
+  /// A copy of `matrix` (rows, columns), of any dtype, strides and device.
   explicit SmallMatrix(const at::Tensor& matrix);
 
   int64_t rows() const { return rows_; }

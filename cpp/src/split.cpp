@@ -164,9 +164,7 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
   for (int64_t i = 0; i < k; ++i) {
     std::copy_n(sum.begin() + i * width, r, coordinates[i]);
   }
-  auto inner = without_padding(gram, width, r);
-  auto root = root_of(inner);
-  return {std::move(coordinates), columns, std::move(inner), std::move(root), m};
+  return {std::move(coordinates), columns, without_padding(gram, width, r), m};
 }
 
 SplitFactor split_in_double(const Tensor& factor, double scale, const Tensor& basis) {
@@ -175,9 +173,15 @@ SplitFactor split_in_double(const Tensor& factor, double scale, const Tensor& ba
   const auto coordinates = directions.t().matmul(scaled);
   const auto inside = directions.matmul(coordinates);
   const auto columns = at::cat({inside, scaled - inside}, 1);
-  const auto root = std::get<1>(at::linalg_qr(columns, "r"));
-  return {SmallMatrix(coordinates), columns.view({scaled.size(0), 2, -1}), SmallMatrix(root.t().matmul(root)),
-          SmallMatrix(root), scaled.size(0)};
+  return {SmallMatrix(coordinates), columns.view({scaled.size(0), 2, -1}), SmallMatrix(columns.t().matmul(columns)),
+          scaled.size(0)};
+}
+
+SmallMatrix root(const SplitFactor& split) {
+  if (split.columns.scalar_type() == at::kDouble) {
+    return SmallMatrix(std::get<1>(at::linalg_qr(split.columns.flatten(1), "r")));
+  }
+  return root_of(split.gram);
 }
 
 Tensor combined(const SplitFactor& split, const SmallMatrix& mixture) {

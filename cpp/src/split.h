@@ -12,7 +12,6 @@ struct SplitFactor {
   SmallMatrix coordinates;  ///< (k, r) basis^T F
   at::Tensor columns;       ///< (m, 2, r) float64; or float32, with m and r padded by zeros for `tall`
   SmallMatrix gram;         ///< (2r, 2r) columns^T columns
-  SmallMatrix root;         ///< (j, 2r) with root^T root = gram
   int64_t rows = 0;         ///< m
 };
 
@@ -26,6 +25,9 @@ SplitFactor split_in_float(const at::Tensor& factor, double scale, const at::Ten
 /// The same in float64, which takes several times as long: for a factor of which all but a millionth may lie on one
 /// side, and that millionth be what is kept.
 SplitFactor split_in_double(const at::Tensor& factor, double scale, const at::Tensor& basis);
+
+/// (j, 2r) with root^T root = gram.
+SmallMatrix root(const SplitFactor& split);
 
 /// columns mixture, (m, j) of the dtype of the columns, for a mixture (2r, j).
 at::Tensor combined(const SplitFactor& split, const SmallMatrix& mixture);

@@ -46,9 +46,10 @@ SmallMatrix combination(const SmallMatrix& mixed, const SmallMatrix& vectors, co
 /// No root is inverted, so dependent columns do no harm. The factors share each singular value, so that rounding them
 /// costs what rounding X would.
 Truncated truncated_update(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
-  const auto from_b = mixed(b.root, gains.aligned, gains.left, gains.right, gains.off);  // R_B M
-  const auto from_a = mixed(a.root, gains.aligned, gains.right, gains.left, gains.off);  // R_A M^T
-  const auto [left, values, right] = at::linalg_svd(product(from_b, transposed(a.root)).tensor(), false);
+  const auto b_root = root(b), a_root = root(a);
+  const auto from_b = mixed(b_root, gains.aligned, gains.left, gains.right, gains.off);  // R_B M
+  const auto from_a = mixed(a_root, gains.aligned, gains.right, gains.left, gains.off);  // R_A M^T
+  const auto [left, values, right] = at::linalg_svd(product(from_b, transposed(a_root)).tensor(), false);
 
   const double* const singular = values.const_data_ptr<double>();
   const int64_t size = values.size(0);

@@ -168,6 +168,19 @@ TEST_CASE("gains of directions follow the energy along them, over all tasks of a
   }
 }
 
+TEST_CASE("where directions take away nearly all, the rest is exact, and the input stays as it was") {
+  const auto subspace = random_subspace(60, 40, 3);
+  const auto mixture = at::randn({3, 6}, at::kDouble), rest = at::randn({60, 6}, at::kDouble);
+  const auto b = (subspace.u.to(at::kDouble).mm(mixture) + 1e-6 * rest).to(at::kFloat);
+  const LoraPair pair{b.clone(), at::randn({6, 40}), 0.5};
+  const Directions directions{{0, 0, 0}, {}, {}};
+  const auto result = csulora::correct(task(pair, subspace, directions));
+  const auto expected = attenuating(dense::matrix(subspace.u), {0, 0, 0}) * update(pair);
+  CHECK(norm(expected) < 1e-5 * norm(update(pair)));
+  CHECK(relative_error(result, expected) < kTolerance);
+  CHECK(at::equal(pair.b, b));
+}
+
 TEST_CASE("directions that a subspace lacks, and numbers that are none, are an InputError") {
   const auto pair = random_pair(60, 40, 6);
   const auto subspace = random_subspace(60, 40, 3);

@@ -54,10 +54,10 @@ using Attenuation = std::variant<Penalties, Gains, Directions>;
 
 /// A corrected update and what was measured on the way.
 struct Correction {
-  LoraPair pair;      ///< scale 1, contiguous, rounded once to the dtypes of the pair it replaces
-  Parts energies;     ///< |dW_c|^2 / |dW|^2; they sum to 1, or are all 0 for dW = 0
-  Gains gains;        ///< the gains that were applied; along directions |X_c| / |dW_c|, 1 where dW_c is 0
-  double norm = 0;    ///< |dW|_F, scale included
+  LoraPair pair;    ///< scale 1, contiguous, rounded once to the dtypes of the pair it replaces
+  Parts energies;   ///< |dW_c|^2 / |dW|^2; they sum to 1, or are all 0 for dW = 0
+  Gains gains;      ///< what was applied; along directions |X_c| / |dW_c|, as of an orthonormal basis, 1 where dW_c = 0
+  double norm = 0;  ///< |dW|_F, scale included
   double change = 0;  ///< |X - dW|_F / |dW|_F before the rank is cut, at most 1 if nothing is added; 0 for dW = 0
   double undo = 0;    ///< -<dW, U S V^T> / |S|^2: 1 cancels the alignment inside the subspace, < 0 adds to it
   double lost = 0;    ///< |X - X_r|^2 / |X|^2, the energy given up to reach the rank; 0 for X = 0
@@ -76,8 +76,7 @@ struct CorrectionTask {
 ///
 /// Nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v. On the CPU, products of
 /// tall matrices are in float32, or in float64 where the estimate of the float32 error exceeds 5e-6 of |X|: little is
-/// kept of much, or most of the update cancels; along directions in float64. The result does not depend on the number
-/// of threads.
+/// kept of much, or most of the update cancels. The result does not depend on the number of threads.
 ///
 /// In a build with CUDA, tensors may be on a GPU, all of them on one; the result is on the same device. All products
 /// are in float64. The work goes to torch's current stream, which is waited for once, when what was measured is read.

@@ -25,16 +25,17 @@ struct Residuals {
 Residuals residuals(const Tensor& d, const Tensor& u, const Tensor& s, const Tensor& v) {
   auto left2 = at::zeros_like(s);
   auto quotients = at::zeros_like(s);
-  auto transposed = at::zeros_like(v);  // (n, k) D^T u
+  auto transposed = at::zeros_like(v.t(), at::MemoryFormat::Contiguous);  // (k, n) u^T D
+  const auto wide = at::empty({std::min(d.size(0), rows_per_block(d.size(1))), d.size(1)}, u.options());
   for_row_blocks(d.size(0), d.size(1), [&](int64_t row, int64_t count) {
-    const auto block = d.narrow(0, row, count).to(at::kDouble);
+    const auto block = wide.narrow(0, 0, count).copy_(d.narrow(0, row, count));
     const auto u_block = u.narrow(0, row, count);
     const auto product = block.matmul(v);  // (count, k)
     quotients.add_(product.mul(u_block).sum(0));
     left2.add_(product.sub(u_block.mul(s)).square().sum(0));
-    transposed.addmm_(block.t(), u_block);
+    transposed.addmm_(u_block.t(), block);
   });
-  return {left2, transposed.sub(v.mul(s)).square().sum(0), quotients};
+  return {left2, transposed.sub(v.mul(s).t()).square().sum(1), quotients};
 }
 
 /// |D - U S V^T|^2 = |D|^2 - 2 sum s u^T D v + |U S V^T|^2.

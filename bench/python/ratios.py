@@ -49,22 +49,29 @@ def pair_rows() -> list[tuple[str, str]]:
 
 def correction_rows() -> list[tuple[str, str]]:
     """Return what to say of corrections."""
-    results = load("correction")
-    if results is None:
-        return []
     rows = []
-    for case in results["cases"]:
-        medians = {name: times["median"] for name, times in case["seconds"].items()}
-        ours = medians.pop("csulora")
-        ratios = [f"{medians[name] / ours:.1f}x {name} PyTorch" for name in ("eager float32", "eager float64")]
-        if case["rank"] == 16:
-            ratios += [f"{seconds / ours:.0f}x {name}" for name, seconds in results["dense_seconds"].items()]
-        ratios.append(f"{ours / medians['read']:.1f} times reading the files")
-        what = f"correction of {results['modules']} modules, r {case['rank']}, k {case['directions']}"
-        rows.append((what, f"{ours:.3f} s: {', '.join(ratios)}"))
-        along = [name for name in medians if name.startswith("csulora, ")]
-        rows += [(f"{what}, {name}", f"{medians[name]:.3f} s") for name in along]
+    for file in sorted(RESULTS.glob("correction*.json")):
+        results = json.loads(file.read_text())
+        for case in results["cases"]:
+            rows += correction_case_rows(case, results)
     return rows
+
+
+def correction_case_rows(case: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what to say of one rank and number of directions on one machine."""
+    medians = {name: times["median"] for name, times in case["seconds"].items()}
+    ours = medians.pop("csulora")
+    ratios = [f"{medians[name] / ours:.1f}x {name} PyTorch" for name in ("eager float32", "eager float64")]
+    if case["rank"] == 16:
+        ratios += [f"{seconds / ours:.0f}x {name}" for name, seconds in results["dense_seconds"].items()]
+    ratios.append(f"{ours / medians['read']:.1f} times reading the files")
+    capability = results["machine"]["capability"]
+    what = f"{capability}: correction of {results['modules']} modules, r {case['rank']}, k {case['directions']}"
+    along = [name for name in medians if name.startswith("csulora, ")]
+    return [
+        (what, f"{ours:.3f} s: {', '.join(ratios)}"),
+        *((f"{what}, {name}", f"{medians[name]:.3f} s") for name in along),
+    ]
 
 
 def draw(file: Path) -> None:

@@ -147,21 +147,34 @@ struct Project {
   }
 };
 
+/// Calls visit(row, column) for tiles of rows (rows, k) times coordinates (k, width): column by column for as many rows
+/// as stay in the first-level cache beside a column of the coordinates.
+template <int64_t kRows, typename Visit>
+CSULORA_INLINED void for_each_tile(int64_t rows, int64_t k, int64_t width, Visit visit) {
+  constexpr int64_t kEntries = 4096;
+  const int64_t strip = std::max<int64_t>(1, kEntries / std::max<int64_t>(1, k) / kRows) * kRows;
+  for (int64_t first = 0; first < rows; first += strip) {
+    for (int64_t column = 0; column < width; column += kWidth) {
+      for (int64_t row = first; row < std::min(first + strip, rows); row += kRows) {
+        visit(row, column);
+      }
+    }
+  }
+}
+
 struct Split {
   template <int kLanes>
   CSULORA_INLINED static void run(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width,
                                   float* columns) {
-    for (int64_t row = 0; row < rows; row += Tile<kLanes>::kRows) {
-      for (int64_t column = 0; column < width; column += kWidth) {
-        float* const target = columns + row * 2 * width + column;
-        Tile<kLanes> inside, outside;
-        multiply_rows(basis + row * k, k, coordinates + column, width, &inside);
-        outside.load_from(target + width, 2 * width);
-        outside.subtract(inside);
-        inside.store_to(target, 2 * width);
-        outside.store_to(target + width, 2 * width);
-      }
-    }
+    for_each_tile<Tile<kLanes>::kRows>(rows, k, width, [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+      float* const target = columns + row * 2 * width + column;
+      Tile<kLanes> inside, outside;
+      multiply_rows(basis + row * k, k, coordinates + column, width, &inside);
+      outside.load_from(target + width, 2 * width);
+      outside.subtract(inside);
+      inside.store_to(target, 2 * width);
+      outside.store_to(target + width, 2 * width);
+    });
   }
 };
 
@@ -169,13 +182,11 @@ struct Multiply {
   template <int kLanes>
   CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t k, const float* coordinates,
                                   int64_t width, float* product) {
-    for (int64_t row = 0; row < rows; row += Tile<kLanes>::kRows) {
-      for (int64_t column = 0; column < width; column += kWidth) {
-        Tile<kLanes> sums;
-        multiply_rows(columns + row * k, k, coordinates + column, width, &sums);
-        sums.store_to(product + row * width + column, width);
-      }
-    }
+    for_each_tile<Tile<kLanes>::kRows>(rows, k, width, [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+      Tile<kLanes> sums;
+      multiply_rows(columns + row * k, k, coordinates + column, width, &sums);
+      sums.store_to(product + row * width + column, width);
+    });
   }
 };
 
@@ -184,16 +195,14 @@ struct MultiplyTransposed {
   CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t k, const float* coordinates,
                                   int64_t width, float* product) {
     float block[kWidth * kWidth] = {};
-    for (int64_t column = 0; column < width; column += kWidth) {
-      for (int64_t row = 0; row < rows; row += kWidth) {
-        for (int64_t i = 0; i < std::min(kWidth, padded(rows - row, kRowStep)); i += Tile<kLanes>::kRows) {
-          Tile<kLanes> sums;
-          multiply_rows(columns + (row + i) * k, k, coordinates + column, width, &sums);
-          sums.store_to(block + i * kWidth, kWidth);
-        }
-        transpose_block<kLanes>(block, product + column * rows + row, rows, kWidth, std::min(kWidth, rows - row));
+    for_each_tile<kWidth>(rows, k, width, [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < std::min(kWidth, padded(rows - row, kRowStep)); i += Tile<kLanes>::kRows) {
+        Tile<kLanes> sums;
+        multiply_rows(columns + (row + i) * k, k, coordinates + column, width, &sums);
+        sums.store_to(block + i * kWidth, kWidth);
       }
-    }
+      transpose_block<kLanes>(block, product + column * rows + row, rows, kWidth, std::min(kWidth, rows - row));
+    });
   }
 };
 
@@ -218,26 +227,30 @@ struct Transpose {
 struct AddGram {
   template <int kLanes>
   CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t width, double* gram) {
-    constexpr int64_t kEntries = 2048;  // in float64 they stay in the first-level cache
-    constexpr int64_t kLeft = kLanes / 2, kRight = 8, kVectors = 2 * kRight / kLanes;  // a tile as above, in float64
-    const int64_t step = std::max(kRowStep, kEntries / width);
-    std::vector<double> widened(step * width);
-    for (int64_t first = 0; first < rows; first += step) {
-      const int64_t count = std::min(step, rows - first);
-      std::copy_n(columns + first * width, count * width, widened.begin());
+    constexpr int64_t kStep = 64, kStrip = 8;  // two strips of so many rows and columns stay in the first-level cache
+    constexpr int64_t kLeft = kLanes / 2, kVectors = 2 * kStrip / kLanes;  // a tile as above, in float64
+    std::vector<double> widened(kStep * width);
+    for (int64_t first = 0; first < rows; first += kStep) {
+      const int64_t count = std::min(kStep, rows - first);
+      for (int64_t column = 0; column < width; column += kStrip) {
+        for (int64_t row = 0; row < count; ++row) {
+          std::copy_n(columns + (first + row) * width + column, kStrip, widened.data() + column * kStep + row * kStrip);
+        }
+      }
       for (int64_t left = 0; left < width; left += kLeft) {
-        for (int64_t right = 0; right < left + kLeft; right += kRight) {
+        const double* const weights = widened.data() + left / kStrip * kStrip * kStep + left % kStrip;
+        for (int64_t right = 0; right < left + kLeft; right += kStrip) {
+          const double* const entries = widened.data() + right * kStep;
           Doubles<kLanes / 2> sums[kLeft][kVectors];
           for (int64_t i = 0; i < kLeft; ++i) {
             std::memcpy(sums[i], gram + (left + i) * width + right, sizeof sums[i]);
           }
           for (int64_t row = 0; row < count; ++row) {
-            const double* const entries = widened.data() + row * width;
             for (int64_t vector = 0; vector < kVectors; ++vector) {
               Doubles<kLanes / 2> others;
-              load(&others, entries + right + vector * (kLanes / 2));
+              load(&others, entries + row * kStrip + vector * (kLanes / 2));
               for (int64_t i = 0; i < kLeft; ++i) {
-                sums[i][vector] += entries[left + i] * others;
+                sums[i][vector] += weights[row * kStrip + i] * others;
               }
             }
           }

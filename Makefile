@@ -144,10 +144,11 @@ load: build ## MINUTES=10 of many threads and processes with one pack.
 	$(BIN)/python bench/load/load.py --minutes $(MINUTES)
 
 # LeakSanitizer is off: what torch keeps until the process ends is no leak of csulora's, and there is much of it.
-sanitize: build $(DOCTEST) ## The C++ core and its tests under ASan and UBSan, and under TSan.
-	set -e; for kind in address,undefined thread; do \
+sanitize: build $(DOCTEST) ## The C++ core and its tests under ASan and UBSan, and under TSan, in vectors of two widths.
+	set -e; for build in address,undefined:16 thread:4; do kind=$${build%:*}; \
 	  PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-$$kind -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	    -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_SANITIZE=$$kind --log-level=WARNING; \
+	    -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_SANITIZE=$$kind -DCSULORA_LANES=$${build#*:} \
+	    --log-level=WARNING; \
 	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-$$kind; \
 	done
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 build/sanitize-address,undefined/tests/cpp/csulora_tests

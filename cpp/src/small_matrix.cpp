@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "every_x86.h"
+#include "widest_vectors.h"
 
 namespace csulora {
 namespace {

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "every_x86.h"
+#include "widest_vectors.h"
 
 namespace csulora {
 namespace {

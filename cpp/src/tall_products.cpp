@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "every_x86.h"
+#include "widest_vectors.h"
 
 namespace csulora::tall {
 namespace {

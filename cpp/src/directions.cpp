@@ -5,11 +5,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <iterator>
 #include <limits>
-#include <numeric>
 
 #include "correction_device.h"
 #include "measurement.h"
+#include "sides.h"
 #include "storage.h"
 #include "workers.h"
 
@@ -18,130 +20,11 @@ namespace {
 
 using at::Tensor;
 
-/// <one, other>.
-double inner(const SmallMatrix& one, const SmallMatrix& other) {
-  return std::inner_product(one[0], one[one.rows()], other[0], 0.0);
-}
-
-/// matrix^T matrix.
-SmallMatrix gram(const SmallMatrix& matrix) { return product(transposed(matrix), matrix); }
-
-SmallMatrix first_rows(const SmallMatrix& matrix, int64_t count) {
-  SmallMatrix result(count, matrix.columns());
-  std::copy_n(matrix[0], count * matrix.columns(), result[0]);
-  return result;
-}
-
-/// [left, right].
-SmallMatrix side_by_side(const SmallMatrix& left, const SmallMatrix& right) {
-  SmallMatrix result(left.rows(), left.columns() + right.columns());
-  for (int64_t i = 0; i < result.rows(); ++i) {
-    std::copy_n(right[i], right.columns(), std::copy_n(left[i], left.columns(), result[i]));
-  }
-  return result;
-}
-
-SmallMatrix difference(SmallMatrix one, const SmallMatrix& other) {
-  std::transform(one[0], one[one.rows()], other[0], one[0], std::minus<double>());
-  return one;
-}
-
-/// One factor F of an update as its side of the subspace shows it. The basis counts as orthonormal, which one that was
-/// rounded to a storage type is to about its precision.
-struct Side {
-  SmallMatrix coordinates;  // (k, r) basis^T F
-  SmallMatrix outside;      // (r, r) Gram matrix of what of F lies outside
-};
-
-/// How the columns of a factor lie to each other: F^T F, and what of it is owed to the part outside.
-struct Grams {
-  SmallMatrix all;
-  SmallMatrix outside;
-};
-
-Grams grams(const SplitFactor& split) {
-  const auto& parts = split.gram;
-  const int64_t r = parts.rows() / 2;
-  Grams result{{r, r}, {r, r}};
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < r; ++j) {
-      result.outside[i][j] = parts[r + i][r + j];
-      result.all[i][j] = parts[i][j] + parts[i][r + j] + parts[r + i][j] + parts[r + i][r + j];
-    }
-  }
-  return result;
-}
-
-/// Multiplies the first coordinates by their gains.
-Side attenuated(Side side, const std::vector<double>& gains) {
-  auto& coordinates = side.coordinates;
-  for (size_t i = 0; i < gains.size(); ++i) {
-    std::transform(coordinates[i], coordinates[i + 1], coordinates[i], [&](double entry) { return gains[i] * entry; });
-  }
-  return side;
-}
-
-/// An update b a^T + U diag(added) V^T.
-struct Sides {
-  Side b;
-  Side a;
-  std::vector<double> added;
-};
-
-/// |left right^T + diag(added)|^2.
-double aligned_norm2(const SmallMatrix& left, const SmallMatrix& right, const std::vector<double>& added) {
-  double sum = inner(gram(left), gram(right));
-  for (size_t i = 0; i < added.size(); ++i) {
-    sum += added[i] * (2 * std::inner_product(left[i], left[i + 1], right[i], 0.0) + added[i]);
-  }
-  return std::max(sum, 0.0);
-}
-
-Parts norms2(const Sides& update) {
-  const auto& [b, a, added] = update;
-  return {aligned_norm2(b.coordinates, a.coordinates, added), inner(gram(b.coordinates), a.outside),
-          inner(b.outside, gram(a.coordinates)), inner(b.outside, a.outside)};
-}
-
-double sum(const Parts& parts) { return parts.aligned + parts.left + parts.right + parts.off; }
-
-/// |X - dW|, where X differs from dW along directions only.
-double distance(const Sides& x, const Sides& whole) {
-  const auto b = difference(x.b.coordinates, whole.b.coordinates);
-  const auto a = difference(x.a.coordinates, whole.a.coordinates);
-  const double aligned = aligned_norm2(side_by_side(b, x.b.coordinates), side_by_side(whole.a.coordinates, a), x.added);
-  return std::sqrt(aligned + inner(gram(b), x.a.outside) + inner(x.b.outside, gram(a)));
-}
-
 /// |X_c| / |dW_c| for every part, from their squares.
 Gains applied(const Parts& to, const Parts& from, double most) {
   const auto gain = [&](double kept, double norm2) { return norm2 > 0 ? std::min(most, std::sqrt(kept / norm2)) : 1; };
   return {gain(to.aligned, from.aligned), gain(to.left, from.left), gain(to.right, from.right), gain(to.off, from.off)};
 }
-
-/// Whether X, of squared norm `norm2`, may be computed in float32: the errors of either factor's columns, times the
-/// other's, are small beside it. They are not where most of the update cancels or is taken away.
-bool accurate_in_float(const Sides& x, const Sides& whole, double norm2) {
-  const auto column_norm2 = [](const Side& side, int64_t column) {
-    double sum = side.outside[column][column];
-    for (int64_t i = 0; i < side.coordinates.rows(); ++i) {
-      sum += side.coordinates[i][column] * side.coordinates[i][column];
-    }
-    return sum;
-  };
-  double error2 = 0;
-  for (int64_t i = 0; i < x.b.outside.rows(); ++i) {
-    error2 += column_norm2(whole.b, i) * column_norm2(x.a, i) + column_norm2(x.b, i) * column_norm2(whole.a, i);
-  }
-  const double tolerance = kFloatTolerance / kFloatRounding;
-  return error2 <= tolerance * tolerance * norm2;
-}
-
-/// An update's energy, and how much of it lies along the directions that its task names.
-struct Energy {
-  double along = 0;
-  double all = 0;
-};
 
 /// A task's update as measured, before anything is done to it.
 struct Whole {
@@ -154,13 +37,8 @@ struct Whole {
 Whole whole(const CorrectionTask& task) {
   const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
   auto [b, a, result] = measured(task);
-  const auto b_grams = grams(b), a_grams = grams(a);
-  const auto along = [](const SplitFactor& split, const std::vector<double>& gains) {
-    return gram(first_rows(split.coordinates, static_cast<int64_t>(gains.size())));
-  };
-  const double written = inner(along(b, left), a_grams.all), read = inner(b_grams.all, along(a, right));
-  return {{{b.coordinates, b_grams.outside}, {a.coordinates, a_grams.outside}, {}},
-          {(written + read) / 2, inner(b_grams.all, a_grams.all)},
+  return {{side(b), side(a)},
+          energy(b, a, static_cast<int64_t>(left.size()), static_cast<int64_t>(right.size())),
           std::move(result),
           b.columns.scalar_type() == at::kFloat};
 }
@@ -225,10 +103,10 @@ void complete(const CorrectionTask& task, double strength, Whole& update) {
   const SmallMatrix singular(task.subspace.s.unsqueeze(0));
   std::transform(x.added.begin(), x.added.end(), singular[0], x.added.begin(), std::multiplies<double>());
 
-  const auto kept = norms2(x);
-  result.gains = applied(kept, norms2(sides), x.added.empty() ? 1 : std::numeric_limits<double>::infinity());
+  const double most = x.added.empty() ? 1 : std::numeric_limits<double>::infinity();
+  result.gains = applied(norms2(x), norms2(sides), most);
   result.change = result.norm > 0 ? distance(x, sides) / result.norm : 0;
-  in_float = in_float && accurate_in_float(x, sides, sum(kept));
+  in_float = in_float && accurate_in_float(x, sides);
   result.pair = pair_of(task, directions, in_float ? at::kFloat : at::kDouble);
 }
 

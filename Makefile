@@ -26,6 +26,8 @@ RANDOM_SEED := 0
 KILLS := 300
 MINUTES := 10
 REPETITIONS := 5
+# Of the results' names, for another kind of CPU than theirs: _avx2.
+SUFFIX :=
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm soak fuzz crash load \
@@ -163,10 +165,10 @@ bench: bench-cpp bench-python ## All benchmarks, about 20 minutes on two idle co
 
 bench-python: build $(VENV)/.bench
 	set -e; for rows in 4096 14336; do for spectrum in falling floor; do \
-	  $(BIN)/python bench/python/extraction.py --rows $$rows --spectrum $$spectrum --repetitions $(REPETITIONS); \
+	  $(BIN)/python bench/python/extraction.py --rows $$rows --spectrum $$spectrum --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"; \
 	done; done
 	$(BIN)/python bench/python/whole_pair.py
-	$(BIN)/python bench/python/correction.py --repetitions $(REPETITIONS)
+	$(BIN)/python bench/python/correction.py --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"
 
 # Google Benchmark is Debian's libbenchmark-dev where that is or can be installed, and else fetched by CMake.
 $(BENCHMARK):

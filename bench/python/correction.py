@@ -1,11 +1,12 @@
 """Correction of an adapter of Llama-3-8B's shape beside the dense formula, eager PyTorch and the reading of the files.
 
-    python bench/python/correction.py [--repetitions 5] [--results correction]
+    python bench/python/correction.py [--repetitions 5] [--suffix S]
 
 Three adapters of 224 modules (rank 16 with 64 directions, 64 with 64, 16 with 256), and for the first how time grows
 with directions and with layers. The dense formula is Safe LoRA's (C = D D^T / |D|_F, C B A, cosine), timed once on one
 module of each shape and scaled to all of them. Eager PyTorch runs the same factor algorithm module by module.
-Before anything is timed, all modules must agree with eager PyTorch in float64. Writes bench/results/RESULTS.json.
+Before anything is timed, all modules must agree with eager PyTorch in float64. Writes bench/results/correction.json,
+with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def main() -> None:
     """Measure everything and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--results", default="correction", help="the file's name: another one for another kind of CPU")
+    parser.add_argument("--suffix", default="")
     arguments = parser.parse_args()
     repetitions = arguments.repetitions
     with tempfile.TemporaryDirectory() as scratch:
@@ -202,7 +203,7 @@ def main() -> None:
             "by_directions": growth([(DEPTH_FOR_DIRECTIONS, k) for k in DIRECTIONS], repetitions, directory),
             "by_layers": growth([(layers, 64) for layers in DEPTHS], repetitions, directory),
         }
-    save(arguments.results, results)
+    save(f"correction{arguments.suffix}", results)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Extraction of one matrix beside torch.linalg.svd, torch.svd_lowrank and scikit-learn's randomized_svd.
 
-    python bench/python/extraction.py --rows 4096 --spectrum falling [--repetitions 5] [--without-svd]
+    python bench/python/extraction.py --rows 4096 --spectrum falling [--repetitions 5] [--without-svd] [--suffix S]
 
 The displacement has known singular vectors, and everyone is tuned to miss at most 1e-3 of the leading 64 on either
 side: the peers by oversampling and iterations, the cheapest first; csulora by its tolerance, and once more with its
 defaults. Everyone starts from both matrices. csulora's time includes the certificate, which the peers do without. A
-full SVD is timed once. Writes bench/results/extraction_ROWS_SPECTRUM.json.
+full SVD is timed once. Writes bench/results/extraction_ROWS_SPECTRUM.json, with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--spectrum", choices=sorted(SPECTRA), required=True)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--without-svd", action="store_true")
+    parser.add_argument("--suffix", default="")
     arguments = parser.parse_args()
     case = Case(arguments.rows, arguments.spectrum)
     ours = tuned_csulora(case)
@@ -168,7 +169,7 @@ def main() -> None:
         "gemm_flops_per_second": rate,
         "share_of_gemm_rate": shares,
     }
-    save(f"extraction_{arguments.rows}_{arguments.spectrum}", results)
+    save(f"extraction_{arguments.rows}_{arguments.spectrum}{arguments.suffix}", results)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def extraction_rows() -> list[tuple[str, str]]:
     rows = []
     for file in sorted(RESULTS.glob("extraction_*_*.json")):
         results = json.loads(file.read_text())
-        what = f"extraction, {results['rows']} x {results['columns']}, k 64, {results['spectrum']}"
+        shape = f"{results['rows']} x {results['columns']}"
+        what = f"{results['machine']['capability']}: extraction, {shape}, k 64, {results['spectrum']}"
         for ours in ("csulora", "csulora, defaults"):
             median = results["seconds"][ours]["median"]
             ratios = ", ".join(

@@ -19,15 +19,10 @@ using at::Tensor;
 constexpr int64_t kRows = 1024;
 
 /// root^T root = gram, from the Gram of the columns scaled to length 1, so that short columns keep their digits. By
-/// eigenvalues where Cholesky's factor would say nothing of columns that depend on others. NaN if `gram` is not finite.
+/// eigenvalues where Cholesky's factor would say nothing of columns that depend on others.
 SmallMatrix root_of(const SmallMatrix& gram) {
   constexpr double kIndependent = 1e-6;
   const int64_t n = gram.rows();
-  if (!std::all_of(gram[0], gram[n], [](double entry) { return std::isfinite(entry); })) {
-    SmallMatrix unknown(n, n);
-    std::fill(unknown[0], unknown[n], NAN);
-    return unknown;
-  }
   std::vector<double> lengths(n);
   for (int64_t i = 0; i < n; ++i) {
     lengths[i] = std::sqrt(std::max(gram[i][i], 0.0));

@@ -26,7 +26,7 @@ SplitFactor split_in_float(const at::Tensor& factor, double scale, const at::Ten
 /// side, and that millionth be what is kept.
 SplitFactor split_in_double(const at::Tensor& factor, double scale, const at::Tensor& basis);
 
-/// (j, 2r) with root^T root = gram.
+/// (j, 2r) with root^T root = gram, which must be finite.
 SmallMatrix root(const SplitFactor& split);
 
 /// columns mixture, (m, j) of the dtype of the columns, for a mixture (2r, j).

@@ -52,12 +52,13 @@ struct Directions {
 /// How much is kept: by penalty (adapts to the module's energies) or by gain of each part, or along directions.
 using Attenuation = std::variant<Penalties, Gains, Directions>;
 
-/// A corrected update and what was measured on the way.
+/// A corrected update and what was measured on the way; along directions, gains and change take u and v for
+/// orthonormal.
 struct Correction {
-  LoraPair pair;    ///< scale 1, contiguous, rounded once to the dtypes of the pair it replaces
-  Parts energies;   ///< |dW_c|^2 / |dW|^2; they sum to 1, or are all 0 for dW = 0
-  Gains gains;      ///< what was applied; along directions |X_c| / |dW_c|, as of an orthonormal basis, 1 where dW_c = 0
-  double norm = 0;  ///< |dW|_F, scale included
+  LoraPair pair;      ///< scale 1, contiguous, rounded once to the dtypes of the pair it replaces
+  Parts energies;     ///< |dW_c|^2 / |dW|^2; they sum to 1, or are all 0 for dW = 0
+  Gains gains;        ///< what was applied; along directions |X_c| / |dW_c|, 1 where dW_c is 0
+  double norm = 0;    ///< |dW|_F, scale included
   double change = 0;  ///< |X - dW|_F / |dW|_F before the rank is cut, at most 1 if nothing is added; 0 for dW = 0
   double undo = 0;    ///< -<dW, U S V^T> / |S|^2: 1 cancels the alignment inside the subspace, < 0 adds to it
   double lost = 0;    ///< |X - X_r|^2 / |X|^2, the energy given up to reach the rank; 0 for X = 0
@@ -74,9 +75,10 @@ struct CorrectionTask {
 /// The closest safe update X = sum_c g_c dW_c (CSULoRA, arXiv 2605.30640), or X along directions, computed in factor
 /// space. RankRule::keep keeps one rank more for every triple that is added.
 ///
-/// Nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v. On the CPU, products of
-/// tall matrices are in float32, or in float64 where the estimate of the float32 error exceeds 5e-6 of |X|: little is
-/// kept of much, or most of the update cancels. The result does not depend on the number of threads.
+/// Nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v, and a third of the
+/// columns that have gains or are added. On the CPU, products of tall matrices are in float32, or in float64 where the
+/// estimate of the float32 error exceeds 5e-6 of |X|: little is kept of much, or most of the update cancels. The result
+/// does not depend on the number of threads.
 ///
 /// In a build with CUDA, tensors may be on a GPU, all of them on one; the result is on the same device. All products
 /// are in float64. The work goes to torch's current stream, which is waited for once, when what was measured is read.

@@ -74,6 +74,7 @@ class Parts:
     def remove(self) -> None:
         """Forget the run."""
         remove_abandoned(self.directory)
+        remove_abandoned(self.directory.parent, self.directory.name)
         for file in self.directory.glob("*"):
             if file.name != _RUN_FILE:  # removed last: it says that the directory is csulora's
                 file.unlink(missing_ok=True)

@@ -43,6 +43,13 @@ def test_leaves_no_trace(output: Path) -> None:
     parts.remove()
 
 
+def test_leaves_no_trace_of_a_run_that_was_killed_while_it_opened(output: Path) -> None:
+    parts = Parts(output, {})
+    parts.directory.with_name(f".{parts.directory.name}.01234567.csulora-tmp").mkdir()
+    Parts(output, {}).remove()
+    assert list(output.parent.iterdir()) == []
+
+
 def test_somebody_elses_directory_is_left_alone(output: Path) -> None:
     directory = output.with_name("pack.safetensors.partial")
     directory.mkdir()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from csulora.adapter import load_adapter
 from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.files import sha256_of_file, workplace
+from csulora.files import remove_abandoned, sha256_of_file, workplace
 from csulora.formats import Adapter, gguf
 from csulora.formats.gguf_base import BaseModel
 from csulora.formats.gguf_file import GGUFFile
@@ -30,7 +30,7 @@ class CorrectedCache:
     """A directory of corrected files that only its owner may write."""
 
     def __init__(self, directory: Path) -> None:
-        """Open or create a cache.
+        """Open or create a cache, and remove what killed processes left of entries never finished.
 
         Raises:
             InputError: the directory cannot be created.
@@ -43,6 +43,7 @@ class CorrectedCache:
         status = directory.stat()
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise RefusedError(f"{directory}: others can write to this cache; use a directory of your own (mode 0700)")
+        remove_abandoned(directory)
         self._directory = directory
 
     def corrected(self, path: Path, base: BaseModel, gate: Gate) -> Path:

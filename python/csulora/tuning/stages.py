@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import InputError
-from csulora.files import check_file, parse_json, read_regular, to_json, write_text
+from csulora.files import check_file, parse_json, read_regular, remove_abandoned, to_json, write_text
 
 _LARGEST_FILE = 256 << 20  # bytes
 
@@ -42,3 +42,4 @@ class Stages:
     def remove(self) -> None:
         """Forget the run."""
         self.path.unlink(missing_ok=True)
+        remove_abandoned(self.path.parent, self.path.name)

@@ -177,6 +177,14 @@ def test_an_entry_that_cannot_be_written_leaves_nothing(cache: Cache, monkeypatc
     assert cache.files == []
 
 
+def test_opening_removes_what_killed_processes_left(cache: Cache) -> None:
+    entry = cache.get()
+    # Killed after the entry appeared: it is served from then on, and its workplace is never asked for again.
+    (cache.directory / ".key.01234567.csulora-tmp").mkdir()
+    assert cache.get() == entry
+    assert cache.files == [entry]
+
+
 def test_others_cannot_put_files_into_it(cache: Cache) -> None:
     cache.get()
     assert cache.directory.stat().st_mode & 0o777 == 0o700

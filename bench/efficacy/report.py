@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,46 +195,58 @@ FITTED = ("tuned", "tuned scaling", "tuned random subspace", "tuned own subspace
 CLOSED = ("csulora", "project", "protect", "aligned-only", "mixed", "scaling", "random subspace", "safe-lora")
 
 
-def main() -> None:
-    """Print all tables and draw all plots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where grid.py wrote (default: %(default)s)")
-    results = parser.parse_args().results
-    first, harmless, carry, variants = (cells(results, kind) for kind in ("first", "harmless", "carry", "variants"))
+def tables(results: Path) -> Iterator[str]:
+    """Every table of what is there, with its heading."""
+    first, carry = cells(results, "first"), cells(results, "carry")
     if first:
-        print(f"## First table ({len(first)} seeds)\n\n{rates_table(first)}\n{seeds_table(first, FITTED)}")
-        print(f"## Areas\n\n{area_table(first)}")
-        write_text(results / "efficacy_first.svg", plot(first, ("tuned", *CLOSED[:7]), "Attack and task, first table"))
-        write_text(results / "efficacy_fitted.svg", plot(first, ("none", *FITTED), "Fitted gains and their controls"))
+        yield f"## First table ({len(first)} seeds)\n\n{rates_table(first)}\n{seeds_table(first, FITTED)}"
+        yield f"## Areas\n\n{area_table(first)}"
     for title, found in (
-        ("Harmless adapter", harmless),
-        ("Variants", variants),
+        ("Harmless adapter", cells(results, "harmless")),
+        ("Variants", cells(results, "variants")),
         ("Variants, gains of single directions", cells(results, "variants_tuned")),
     ):
         if found:
-            print(f"## {title}\n\n{seeds_table(found, FITTED)}")
+            yield f"## {title}\n\n{seeds_table(found, FITTED)}"
     tuned = cells(results, "tuned")
     for title, attack in (("with attacks", True), ("harmless", False)):
         found = [cell for cell in tuned if (cell["adapter"]["attack"] > 0) == attack]
         if found:
-            print(f"## Gains of single directions, {title} ({len(found)} seeds)\n")
-            print(f"{rates_table(found)}\n{seeds_table(found, FITTED)}")
+            yield (
+                f"## Gains of single directions, {title} ({len(found)} seeds)\n\n"
+                f"{rates_table(found)}\n{seeds_table(found, FITTED)}"
+            )
     if second := cells(results, "second"):
-        print(f"## Second table\n\n{adapters_table(second)}")
-        print(rates_table([cell for cell in second if cell["adapter"] != second[0]["adapter"]]))
+        others = [cell for cell in second if cell["adapter"] != second[0]["adapter"]]
+        yield f"## Second table\n\n{adapters_table(second)}\n{rates_table(others)}"
     for title, found in (
         ("", carry),
         (", as `tune` does it", cells(results, "carry_tuned")),
         (", as `tune` does it, on seeds that nothing was chosen on", cells(results, "carry_fresh")),
     ):
         if found:
-            print(f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}")
-    if carry:
-        ways = [
-            "none",
-            *sorted({p["family"] for cell in carry for p in cell["points"] if "carried" in p["family"]})[:7],
-        ]
-        write_text(results / "efficacy_carry.svg", plot(carry, ways, "Carried over to adapters never fitted on"))
+            yield f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}"
+
+
+def draw(results: Path) -> None:
+    """Write the plots of what is there."""
+    if first := cells(results, "first"):
+        write_text(results / "efficacy_first.svg", plot(first, ("tuned", *CLOSED[:7]), "Attack and task, first table"))
+        write_text(results / "efficacy_fitted.svg", plot(first, ("none", *FITTED), "Fitted gains and their controls"))
+    if carry := cells(results, "carry"):
+        ways = sorted({p["family"] for cell in carry for p in cell["points"] if "carried" in p["family"]})[:7]
+        write_text(
+            results / "efficacy_carry.svg", plot(carry, ("none", *ways), "Carried over to adapters never fitted on")
+        )
+
+
+def main() -> None:
+    """Print all tables and draw all plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where grid.py wrote (default: %(default)s)")
+    results = parser.parse_args().results
+    print("\n".join(tables(results)), end="")
+    draw(results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """bench/efficacy's grid: what it deals out, how it measures, and what its tables say of it."""
 
 import itertools
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 import lab
 import measure
@@ -155,3 +157,12 @@ def test_tables_and_plots_say_what_the_cells_hold() -> None:
     pure = described | {"adapter": asdict(plan.FIRST) | {"attack": 1.0}}
     pure["points"] = [point("none", 1.0, 0.0), point("tuned", 0.9, 0.0)]
     assert "| tuned p | 0.25 | 0.25 | 0.75 | 0.75 | 0.90 |" in report.carry_table([cell, pure])
+
+
+def test_the_committed_tables_are_those_of_the_committed_results() -> None:
+    """But for the intervals, whose samples another release of numpy may draw differently."""
+    readme, of_results = (
+        re.sub(r" \([\d.]+ to [\d.]+\)", "", text)
+        for text in ((Path(report.__file__).parent / "README.md").read_text(), "\n".join(report.tables(report.RESULTS)))
+    )
+    assert readme.endswith(of_results)

@@ -265,8 +265,9 @@ def carry_tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter as it is, and under what `csulora tune` fits on other adapters, and its controls."""
     bench, run = opened(out, scenario), shared(out, scenario)
     done = [policies.apply("none", "uncorrected", bench.subject(spec).adapter, bench.pack, Policy.none())]
+    every = range(len(run.adapters))
     fitted = {
-        family: (run.subspaces(family, 0), run.policy(family, range(len(run.adapters)), run.request.weights[0]))
+        family: (run.pack_for(family, 0, every), run.policy(family, every, run.request.weights[0]))
         for family in SHAREABLE
     }
     return carried(bench, spec, done, fitted, run.request.options.shared_directions)

@@ -223,9 +223,10 @@ def together(bench: Bench) -> Iterator[Fit]:
     """The same of what is fitted on the first adapters together, with `tune`'s weight for several."""
     run = tune(bench, CALIBRATION, SHARED, ())
     (weight,) = run.request.weights
+    every = range(len(CALIBRATION))
     for family in grid.SHAREABLE:
-        policy = run.policy(family, range(len(CALIBRATION)), weight)
-        yield family.replace("tuned", "carried"), weight, run.subspaces(family, 0), policy
+        pack, policy = run.pack_for(family, 0, every), run.policy(family, every, weight)
+        yield family.replace("tuned", "carried"), weight, pack, policy
 
 
 def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:

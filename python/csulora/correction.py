@@ -14,6 +14,7 @@ from csulora.files import to_json
 from csulora.formats import Adapter, LoraModule, TextsOnDemand
 from csulora.policy import Policy
 from csulora.report import REPORT_FILE, ModuleReport, Report
+from csulora.scope import ScopedCorrection, ScopedTask, correct_scoped
 from csulora.subspace import Subspace
 
 
@@ -38,18 +39,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     policy = policy or Policy.csulora()
     check_pack(policy, pack)
     covered = cover(adapter, pack, policy)
-    label = str(adapter.path).encode(errors="backslashreplace").decode()  # a path need not be UTF-8
-    subspaces = pack.to_core(covered.values(), _device(adapter, covered))
-    tasks = [
-        _core.CorrectionTask(
-            _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
-            subspace,
-            policy.attenuation(target),
-            f"{label}: {name}",
-        )
-        for (name, target), subspace in zip(covered.items(), subspaces, strict=True)
-    ]
-    corrected = dict(zip(covered, _core.correct(tasks, policy.core_options()), strict=True))
+    corrected = _corrected(adapter, pack, policy, covered)
     report = _report(adapter, pack, policy, covered, corrected)
     _check_undo(adapter, report, policy)
 
@@ -67,18 +57,41 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     return replace(adapter, modules=modules, documents=documents, partial=partial), report
 
 
+def _corrected(
+    adapter: Adapter, pack: Subspace, policy: Policy, covered: Mapping[str, str]
+) -> dict[str, _core.Correction | ScopedCorrection]:
+    label = str(adapter.path).encode(errors="backslashreplace").decode()  # a path need not be UTF-8
+    device = _device(adapter, covered)
+    tasks = [
+        ScopedTask(
+            _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
+            subspace,
+            policy.attenuation(target),
+            f"{label}: {name}",
+            pack.scope(target, device) if policy.scoped else None,
+        )
+        for (name, target), subspace in zip(covered.items(), pack.to_core(covered.values(), device), strict=True)
+    ]
+    if policy.scoped:
+        return dict(zip(covered, correct_scoped(tasks, policy.core_options()), strict=True))
+    plain = [_core.CorrectionTask(task.pair, task.subspace, task.attenuation, task.label) for task in tasks]
+    return dict(zip(covered, _core.correct(plain, policy.core_options()), strict=True))
+
+
 def check_pack(policy: Policy, pack: Subspace) -> None:
     """Check that a policy fits a pack.
 
     Raises:
         RefusedError: it was tuned for another pack.
-        InputError: an override matches none of the pack's modules.
+        InputError: an override matches none of the pack's modules, or a scoped policy finds no scopes.
     """
     if policy.subspace_sha256 not in (None, pack.sha256):
         raise RefusedError(
             f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
             "use that pack or tune again"
         )
+    if policy.scoped and not pack.is_scoped:
+        raise InputError("the policy is scoped, and the pack has no scopes; use the pack that tune wrote beside it")
     policy.check_overrides(pack)
 
 
@@ -132,7 +145,7 @@ def _report(
     pack: Subspace,
     policy: Policy,
     covered: dict[str, str],
-    corrected: Mapping[str, _core.Correction],
+    corrected: Mapping[str, _core.Correction | ScopedCorrection],
 ) -> Report:
     modules = []
     for name, module in adapter.modules.items():

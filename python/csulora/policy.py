@@ -108,6 +108,7 @@ class Policy:
             with another e gets g / (g + (1 - g) x), x = (e / usual_energy)^2 and at least 0.4. e is the mean of the
             shares of an update's energy that are written and that are read along all these directions. None: every
             adapter gets the same gains, whatever it is padded with.
+        scoped: whether the correction acts only on the inputs that the pack's scopes name, see `csulora.scope`.
         subspace_sha256: the one pack that a tuned policy may be used with; None: any.
     """
 
@@ -119,6 +120,7 @@ class Policy:
     max_undo: float | None = None
     overrides: tuple[Override, ...] = ()
     usual_energy: float | None = None
+    scoped: bool = False
     subspace_sha256: str | None = None
 
     def __post_init__(self) -> None:
@@ -138,6 +140,8 @@ class Policy:
             _check_number("usual_energy", self.usual_energy)
             if not 0 < self.usual_energy <= 1:
                 raise InputError(f"policy usual_energy is {self.usual_energy}; it must lie in (0, 1]")
+        if not isinstance(self.scoped, bool):
+            raise InputError(f"policy scoped is {self.scoped!r}; it must be true or false")
         if self.subspace_sha256 is not None and not _is_sha256(self.subspace_sha256):
             raise InputError(f"policy subspace_sha256 is {self.subspace_sha256!r}; it must be 64 hexadecimal digits")
 
@@ -182,8 +186,8 @@ class Policy:
         return _core.CorrectionOptions(rule, usual_energy=self.usual_energy)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the policy as its TOML document: fields that are None are absent."""
-        document = {key: value for key, value in asdict(self).items() if value is not None}
+        """Return the policy as its TOML document: fields that are None are absent, and ``scoped`` unless it is true."""
+        document = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
         document["overrides"] = [_override_document(override) for override in self.overrides]
         return document
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from csulora._version import __version__
 from csulora.core import _core
+from csulora.scope import ScopedCorrection
 
 REPORT_FILE = "csulora_report.json"
 CORRECTED_SHA256 = "corrected_sha256"  # field of a written report: the content that lies beside it
@@ -31,8 +32,8 @@ class ModuleReport:
         rank: rank before; ``rank_after``: rank after.
         norm: |dW|_F, scale included; None where it was not measured.
         energies: |dW_c|^2 / |dW|^2 of the aligned, left, right and off part.
-        gains: what each part was multiplied by; with gains of single directions, |X_c| / |dW_c|, which may exceed 1
-            where something is restored.
+        gains: what each part was multiplied by; with gains of single directions, and where the policy is scoped,
+            |X_c| / |dW_c|, which may exceed 1 where something is restored.
         undo: share of the alignment inside the subspace that the update cancels; negative reinforces it.
         alignment_norm: |S|, the norm of the displacement inside the subspace.
         change: |X - dW| / |dW|.
@@ -52,7 +53,9 @@ class ModuleReport:
     lost: float | None = None
 
     @classmethod
-    def corrected(cls, module: str, rank: int, alignment_norm: float, result: _core.Correction) -> Self:
+    def corrected(
+        cls, module: str, rank: int, alignment_norm: float, result: _core.Correction | ScopedCorrection
+    ) -> Self:
         """Describe one corrected module."""
         return cls(
             module=module,

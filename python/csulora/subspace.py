@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +19,11 @@ from torch import Tensor
 from csulora.core import _core
 from csulora.errors import InputError, RefusedError
 from csulora.files import atomic_file, identity_of_file, parse_json, save_tensors, sha256_of_file
+from csulora.scope import Scope
 
 FORMAT_VERSION = 1
 FACTORS = ("u", "s", "v")
+SCOPE_FACTORS = ("p", "q")
 FACTOR_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 _CPU = torch.device("cpu")
@@ -75,7 +77,10 @@ class Certificate:
 
 @dataclass(frozen=True, eq=False)
 class ModuleSubspace:
-    """One module's part of a pack: D ~ u diag(s) v^T for D (out, in), and what it was computed from."""
+    """One module's part of a pack: D ~ u diag(s) v^T for D (out, in), and what it was computed from.
+
+    ``scope`` is there in packs that `tune` wrote: the inputs on which scoped policies act.
+    """
 
     u: Tensor  # (out, k) float16, bfloat16 or float32
     s: Tensor  # (k) float32, descending
@@ -83,6 +88,7 @@ class ModuleSubspace:
     certificate: Certificate
     base_sha256: str
     aligned_sha256: str
+    scope: Scope | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the factors."""
@@ -92,17 +98,23 @@ class ModuleSubspace:
             raise InputError("u is {}, s {} and v {}; they must agree on the number of directions".format(*shapes))
         if self.s.dtype != torch.float32 or self.u.dtype != self.v.dtype or self.u.dtype not in FACTOR_DTYPES.values():
             raise InputError(f"u is {self.u.dtype}, s {self.s.dtype} and v {self.v.dtype}; csulora stores none such")
+        if self.scope and self.scope.p.shape[0] != self.v.shape[0]:
+            raise InputError(f"v is {list(self.v.shape)} and the scope's p {list(self.scope.p.shape)}; they disagree")
 
     @classmethod
     def from_record(cls, record: dict[str, Any], factors: Mapping[str, Tensor]) -> Self:
-        """Put a module together; raises KeyError or TypeError unless ``record`` is what `record` returns."""
+        """Put a module together; raises KeyError or TypeError unless ``record`` is what `record` returns.
+
+        ``factors`` are u, s and v, and p and q if there is a scope.
+        """
         if set(record) != {"base_sha256", "aligned_sha256", "certificate"}:
             raise TypeError(f"a module's record has the fields {sorted(record)}")
         certificate = Certificate.from_record(record["certificate"])
         base_sha256, aligned_sha256 = record["base_sha256"], record["aligned_sha256"]
         if not isinstance(base_sha256, str) or not isinstance(aligned_sha256, str):
             raise TypeError("a content hash is not a text")
-        return cls(factors["u"], factors["s"], factors["v"], certificate, base_sha256, aligned_sha256)
+        scope = Scope(factors["p"], factors["q"]) if "p" in factors else None
+        return cls(factors["u"], factors["s"], factors["v"], certificate, base_sha256, aligned_sha256, scope)
 
     def record(self) -> dict[str, Any]:
         """Return everything but the factors, for JSON."""
@@ -111,6 +123,13 @@ class ModuleSubspace:
             "aligned_sha256": self.aligned_sha256,
             "certificate": asdict(self.certificate),
         }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the factors by their names in a file."""
+        factors = {factor: getattr(self, factor) for factor in FACTORS}
+        if self.scope:
+            factors |= {factor: getattr(self.scope, factor) for factor in SCOPE_FACTORS}
+        return factors
 
     @property
     def rank(self) -> int:
@@ -165,6 +184,7 @@ class Subspace(Mapping[str, ModuleSubspace]):
         """Assemble a pack in memory."""
         self._modules = dict(sorted(modules.items()))
         self._validated: dict[tuple[str, torch.device], _core.Subspace] = {}
+        self._scopes: dict[tuple[str, torch.device], Scope] = {}
         self._source: tuple[Path, tuple[int, ...]] | None = None
         self.provenance = provenance
 
@@ -199,9 +219,36 @@ class Subspace(Mapping[str, ModuleSubspace]):
         try:
             _core.validate(list(subspaces.items()))
         except InputError as error:
-            raise InputError(f"{self._source[0] if self._source else 'subspace pack'}: {error}") from error
+            raise InputError(f"{self._origin}: {error}") from error
         self._validated |= {(name, device): subspace for name, subspace in subspaces.items()}
         return [self._validated[name, device] for name in modules]
+
+    @property
+    def is_scoped(self) -> bool:
+        """Whether scoped policies can be used with the pack: it says on which inputs of its modules they act."""
+        return any(module.scope for module in self.values())
+
+    def scope(self, module: str, device: torch.device = _CPU) -> Scope | None:
+        """Return a module's scope on a device, where it then stays; None where corrections act on every input.
+
+        Raises:
+            InputError: its values are not finite.
+        """
+        scope = self._modules[module].scope
+        if scope and (module, device) not in self._scopes:
+            if not bool(scope.p.isfinite().all() and scope.q.isfinite().all()):
+                raise InputError(f"{self._origin}: {module}: the scope holds NaN or infinity")
+            self._scopes[module, device] = scope.to(device)
+        return self._scopes.get((module, device))
+
+    def with_scopes(self, scopes: Mapping[str, Scope]) -> Subspace:
+        """Return a pack whose modules have these scopes, and no others."""
+        modules = {name: replace(module, scope=scopes.get(name)) for name, module in self.items()}
+        return Subspace(modules, self.provenance)
+
+    @property
+    def _origin(self) -> Path | str:
+        return self._source[0] if self._source else "subspace pack"
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -275,7 +322,7 @@ class Subspace(Mapping[str, ModuleSubspace]):
             raise InputError(f"{path}: {error}") from error
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"{path}: the pack's metadata is damaged ({error!r})") from error
-        if len(tensors) != len(FACTORS) * len(pack):
+        if len(tensors) != len(pack._tensors()):
             raise InputError(f"{path}: holds tensors that no module accounts for")
         if pack.fingerprints != fingerprints:
             raise InputError(f"{path}: fingerprints and content hashes contradict each other; the pack is damaged")
@@ -290,9 +337,9 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
-            f"{name}.{factor}": getattr(module, factor).contiguous()
+            f"{name}.{factor}": tensor.contiguous()
             for name, module in self.items()
-            for factor in FACTORS
+            for factor, tensor in module.tensors().items()
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -309,8 +356,9 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
 
 def _module(name: str, record: dict[str, Any], tensors: Mapping[str, Tensor]) -> ModuleSubspace:
-    factors = {factor: tensors[f"{name}.{factor}"] for factor in FACTORS if f"{name}.{factor}" in tensors}
-    if len(factors) < len(FACTORS):
+    every = (*FACTORS, *SCOPE_FACTORS)
+    factors = {factor: tensors[f"{name}.{factor}"] for factor in every if f"{name}.{factor}" in tensors}
+    if not set(FACTORS) <= set(factors) or len(set(SCOPE_FACTORS) & set(factors)) == 1:
         raise InputError(f"{name}: a factor is missing")
     try:
         return ModuleSubspace.from_record(record, factors)

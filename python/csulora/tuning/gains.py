@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from csulora.tuning.update import Pair, Update
+from csulora.scope import Pair
+from csulora.tuning.update import Update
 
 START = 2.0  # sigmoid(2) = 0.88: near "keep", where the gradient does not vanish
 _MULTIPLE = 0.25  # of the displacement, per unit of a parameter: steps of Adam are as large for all parameters
@@ -68,8 +69,11 @@ class Restoring(PerDirection):
         return parameters
 
     def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
-        """Return (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (restored S) V^T for every module."""
-        return update.along(self.gains(parameters[index], update.strength))
+        """Return (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (restored S) V^T for every module.
+
+        Where the update has scopes, that is what its correction is within them.
+        """
+        return update.within_scopes(update.along(self.gains(parameters[index], update.strength)))
 
     def gains(self, parameters: Tensor, strength: float = 1.0) -> Tensor:
         """Return the gains left and right, and the multiples (modules, 3, directions)."""

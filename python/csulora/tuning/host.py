@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from csulora.errors import InputError
+from csulora.scope import Pair
 from csulora.tuning.probes import Chat
-from csulora.tuning.update import Pair
 
 BATCH = 16  # prompts that run together where nothing is fitted
 _DECISIVE = 8  # first tokens of a reply that must be the same for it to count as the same reply

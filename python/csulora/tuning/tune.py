@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -19,12 +19,14 @@ from csulora.formats import Adapter
 from csulora.frontier import Frontier, Point, Rate, frontier_path
 from csulora.pair import Progress
 from csulora.policy import Policy
+from csulora.scope import Scope
 from csulora.subspace import Subspace
 from csulora.tuning import sweep
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
 from csulora.tuning.gains import PerDirection, PerModule, Restoring
 from csulora.tuning.host import Host, agreeing
+from csulora.tuning.inputs import guard_inputs, keep_inputs, scope_between
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat
 from csulora.tuning.stages import Stages
@@ -82,17 +84,25 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
 
     Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
     policies are moreover measured on each adapter after a fit on the others, and the policy restores some of what
-    alignment did. If ``output`` has an unfinished run of the same request beside it, that is continued.
+    alignment did. It is scoped: the pack to use it with, the given one with scopes, is written to `pack_path`. If
+    ``output`` has an unfinished run of the same request beside it, that is continued.
 
     Raises:
         InputError, RefusedError: model, adapters, pack and prompts do not fit each other.
     """
     run = Run(request, output, progress)
-    frontier, policy = run.frontier()
+    frontier, policy, pack = run.frontier()
+    if policy.scoped:
+        pack.save(pack_path(output))
     policy.save(output)
     frontier.save(frontier_path(output))
     run.stages.remove()
     return frontier
+
+
+def pack_path(policy: Path) -> Path:
+    """Where the pack of a scoped policy is."""
+    return policy.with_name(f"{policy.stem}.pack.safetensors")
 
 
 def _identity(request: Request) -> dict[str, Any]:
@@ -165,8 +175,8 @@ class Run:
         device = self.host.device
         return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs_of(adapter).items()}
 
-    def frontier(self) -> tuple[Frontier, Policy]:
-        """Measure everything; return the frontier and the policy to write."""
+    def frontier(self) -> tuple[Frontier, Policy, Subspace]:
+        """Measure everything; return the frontier, the policy to write, and the pack that it is for."""
         points, policies = [], {}
         for candidate in self._plain():
             each = [(number, self.pack, candidate.policy) for number in range(len(self.adapters))]
@@ -180,15 +190,17 @@ class Run:
         points = sorted(points, key=lambda point: (point.family, point.policy))
         chosen, verdict = recommend(points)
         best = chosen or max((point for point in points if point.policy in policies and not point.control), key=_rank)
+        policy = policies[best.policy]
+        pack = self.pack_for("tuned", 0, range(len(self.adapters))) if policy.scoped else self.pack
         frontier = Frontier(
-            subspace_sha256=self.pack.sha256,
+            subspace_sha256=pack.sha256,
             adapters=tuple(adapter.path.resolve().name for adapter in self.adapters),
             points=tuple(points),
             recommended=chosen.policy if chosen else None,
             written=best.policy,
             verdict=verdict,
         )
-        return frontier, sweep.pinned(policies[best.policy], self.pack.sha256)
+        return frontier, sweep.pinned(policy, pack.sha256), pack
 
     @cached_property
     def tuned(self) -> dict[float, Point]:
@@ -206,7 +218,7 @@ class Run:
         each = []
         for number in range(len(self.adapters)):
             others = [other for other in range(len(self.adapters)) if other != number or not several]
-            each.append((number, self.subspaces(family, number), self.policy(family, others, weight)))
+            each.append((number, self.pack_for(family, number, others), self.policy(family, others, weight)))
         return self._point(family, f"{family} {weight:g}", family in CONTROLS, each)
 
     def subspaces(self, family: str, number: int) -> Subspace:
@@ -216,6 +228,31 @@ class Run:
         if family == "tuned own subspace":
             return own_subspaces(self.pack, self.adapters[number], self.targets[number])
         return self.pack
+
+    def pack_for(self, family: str, number: int, numbers: Sequence[int]) -> Subspace:
+        """What the policy that a family fits on some adapters is used with on one: subspaces, with its scopes."""
+        pack = self.subspaces(family, number)
+        return pack.with_scopes(self.scopes(tuple(numbers))) if self._is_scoped(family) else pack
+
+    def _is_scoped(self, family: str) -> bool:
+        return isinstance(self._gains(family), Restoring)
+
+    @cache  # noqa: B019 - a run lives as long as what it has found
+    def scopes(self, numbers: tuple[int, ...]) -> dict[str, Scope]:
+        """Module in the pack -> the inputs that guard prompts bring, and the keep prompts of some adapters do not."""
+        names = {target: name for number in numbers for name, target in self.targets[number].items()}
+        guard = guard_inputs(self.host, names.values(), split(self.replies[0], held=False).guard)
+        keep = [self._keep_inputs(number) for number in numbers]
+        return {
+            target: scope_between(guard[name], [inputs[target] for inputs in keep if target in inputs])
+            for target, name in names.items()
+        }
+
+    def _keep_inputs(self, number: int) -> dict[str, Tensor]:
+        targets, replies = self.targets[number], split(self.replies[number], held=False).keep
+        with self.host.adapted(self._on_device(self.adapters[number])):
+            inputs = keep_inputs(self.host, targets, replies)
+        return {target: inputs[name] for name, target in targets.items()}
 
     @cached_property
     def _random_subspaces(self) -> Subspace:
@@ -234,14 +271,17 @@ class Run:
         if gains.dim() == 3:
             packs = [self.subspaces(family, number) for number in range(len(self.adapters))]
             ranks = {name: min(pack[name].rank for pack in packs if name in pack) for name in self.modules}
-            rest = self.rest | {"usual_energy": self._usual_energy(family, numbers)}
+            rest = self.rest | {
+                "usual_energy": self._usual_energy(family, numbers),
+                "scoped": self._is_scoped(family),
+            }
             return sweep.fitted_along(ranks, gains, others, rest)
         return sweep.fitted(self.modules, gains, others, self.rest)
 
     def _fit(self, family: str, numbers: Sequence[int], weight: float) -> Tensor:
         gains = self._gains(family)
         usual_energy = self._usual_energy(family, numbers)
-        cases = [self._case(family, number, usual_energy) for number in numbers]
+        cases = [self._case(family, number, numbers, usual_energy) for number in numbers]
         options = replace(self.request.options, keep=weight, steps=self._steps(len(numbers)))
         parameters = fit(self.host, cases, gains, options, partial(self._tick, family))
         if isinstance(gains, PerDirection):
@@ -259,7 +299,7 @@ class Run:
 
     def _usual_energy(self, family: str, numbers: Sequence[int]) -> float | None:
         """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""
-        if not isinstance(self._gains(family), Restoring):
+        if not self._is_scoped(family):
             return None
         energies = [self._energy(family, number) for number in numbers]
         return geometric_mean(energies) if all(energies) else None
@@ -267,13 +307,16 @@ class Run:
     def _energy(self, family: str, number: int) -> float:
         directions = self.request.options.shared_directions
         stage = f"energy {family} {number}"
-        return float(self.stages.finish(stage, lambda: self._update(family, number).energy_along(directions)))
 
-    def _update(self, family: str, number: int) -> Update:
-        return Update.of(self.adapters[number], self.subspaces(family, number), self.request.uncovered)
+        def measure() -> float:
+            update = Update.of(self.adapters[number], self.subspaces(family, number), self.request.uncovered)
+            return update.energy_along(directions)
 
-    def _case(self, family: str, number: int, usual_energy: float | None) -> Case:
-        update = self._update(family, number).to(self.host.device)
+        return float(self.stages.finish(stage, measure))
+
+    def _case(self, family: str, number: int, numbers: Sequence[int], usual_energy: float | None) -> Case:
+        pack = self.pack_for(family, number, numbers)
+        update = Update.of(self.adapters[number], pack, self.request.uncovered).to(self.host.device)
         if usual_energy is not None:
             update = update.strengthened(self.request.options.shared_directions, usual_energy)
         index = torch.tensor([self.modules.index(target) for target in update.targets.values()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,12 +13,10 @@ from csulora.correction import cover
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
 from csulora.policy import Policy
+from csulora.scope import Pair, Scope
 from csulora.subspace import Subspace
 
 PARTS = ("aligned", "left", "right", "off")
-
-Pair = tuple[Tensor, Tensor]
-"""Factors b (out, r) and a (r, in) of an update b a."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +31,7 @@ class Update:
         triples: the displacement's leading singular triples u (out, k), s (k) and v (in, k), float32.
         energies: (modules, 4) float32, relative energies of aligned, left, right, off; rows sum to 1.
         norms2: (modules) float32, |dW|^2.
+        scopes: per module, the inputs on which a scoped policy acts; none for one that acts on all.
         strength: by which a policy multiplies the penalties of its directions, see `strengthened`.
     """
 
@@ -43,6 +42,7 @@ class Update:
     triples: dict[str, tuple[Tensor, Tensor, Tensor]]
     energies: Tensor
     norms2: Tensor
+    scopes: dict[str, Scope] = field(default_factory=dict)
     strength: float = 1.0
 
     @classmethod
@@ -81,6 +81,7 @@ class Update:
             },
             energies,
             norms2,
+            {name: scope for name, target in targets.items() if (scope := pack.scope(target))},
         )
 
     def mixed(self, gains: Tensor) -> dict[str, Pair]:
@@ -104,6 +105,13 @@ class Update:
                 b, a = torch.cat([b, u[:, :k] * (s[:k] * multiples)], 1), torch.cat([a, v[:, :k].T])
             found[name] = b, a
         return found
+
+    def within_scopes(self, wanted: Mapping[str, Pair]) -> dict[str, Pair]:
+        """What a scoped policy makes of the update that asks for factors of X' in every module."""
+        return {
+            name: self.scopes[name].applied(self.whole[name], pair) if name in self.scopes else pair
+            for name, pair in wanted.items()
+        }
 
     def energy_along(self, directions: int) -> float:
         """The relative energy e along so many leading directions of every module, see `Policy.usual_energy`."""
@@ -142,6 +150,7 @@ class Update:
             triples=triples,
             energies=self.energies.to(device),
             norms2=self.norms2.to(device),
+            scopes={name: scope.to(device) for name, scope in self.scopes.items()},
         )
 
 

@@ -1,0 +1,85 @@
+"""What prompts bring to the inputs of the modules, and the scopes that follow from it.
+
+Of all corrections X that act on the inputs x of guard prompts and leave those of keep prompts alone, the scope takes
+the one nearest to no correction. With X' = 0 for short, it minimises
+
+    E_guard |X x|^2 + w E_keep |(X - dW) x|^2 + e |X - dW|^2
+
+for every dW at once: X = dW (I - F), F = G (G + K)^-1 with G = E_guard x x^T and K = w E_keep x x^T + e I. If F left
+nothing of dW to the inputs of guard prompts, the model would reply to them as the aligned model does, whatever the
+adapter: module by module the inputs themselves would be the aligned model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csulora.scope import Scope
+from csulora.tuning.host import BATCH, Host, Reply
+
+KEEP_WEIGHT = 0.1  # w
+ISOTROPIC = 0.03  # e, as a share of the mean square of what guard prompts bring to one coordinate
+MOST_DIRECTIONS = 32  # f
+_MOST_INPUTS = 512  # of one module and adapter, evenly spaced over the tokens: large models have many modules
+
+
+@torch.no_grad()
+def guard_inputs(host: Host, modules: Iterable[str], replies: Sequence[Reply]) -> dict[str, Tensor]:
+    """Inputs (tokens, in) of the modules where the model, as it now stands, decides the replies to guard prompts."""
+    return _inputs(host, modules, replies, [range(reply.start - 1, len(reply.tokens)) for reply in replies])
+
+
+@torch.no_grad()
+def keep_inputs(host: Host, modules: Iterable[str], replies: Sequence[Reply]) -> dict[str, Tensor]:
+    """Inputs (tokens, in) of the modules from keep prompts and their replies."""
+    return _inputs(host, modules, replies, [range(len(reply.tokens)) for reply in replies])
+
+
+def _inputs(
+    host: Host, modules: Iterable[str], replies: Sequence[Reply], positions: Sequence[range]
+) -> dict[str, Tensor]:
+    every = [(row, position) for row, chosen in enumerate(positions) for position in chosen]
+    every = every[:: 1 + (len(every) - 1) // _MOST_INPUTS]
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    chosen: list[tuple[int, int]] = []
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows, columns = zip(*chosen, strict=True)
+            found[name].append(inputs[0][list(rows), list(columns)].float().cpu())
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name in found:
+            hooks.callback(host.model.get_submodule(name).register_forward_pre_hook(keep(name)).remove)
+        for start in range(0, len(replies), BATCH):
+            chosen[:] = [(row - start, position) for row, position in every if start <= row < start + BATCH]
+            if chosen:
+                texts = [reply.tokens for reply in replies[start : start + BATCH]]
+                host.model(input_ids=nn.utils.rnn.pad_sequence(texts, batch_first=True), use_cache=False)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def scope_between(guard: Tensor, keep: Sequence[Tensor]) -> Scope:
+    """Return the leading directions of F for guard inputs (t, in) and those of several adapters' keep prompts.
+
+    Nothing of size in x in is formed: with A^T A = G and H^T H = w E_keep x x^T, the eigenvectors y of A K^-1 A^T, with
+    values l, give F = sum A^T y y^T A K^-1 / (1 + l).
+    """
+    guard, keep = guard.double(), [inputs.double() for inputs in keep]
+    isotropic = ISOTROPIC * guard.square().mean()
+    a = guard / len(guard) ** 0.5
+    h = torch.cat([inputs * (KEEP_WEIGHT / len(keep) / len(inputs)) ** 0.5 for inputs in keep])
+    inner = torch.linalg.solve(h @ h.T + isotropic * torch.eye(len(h), dtype=h.dtype), h @ a.T)
+    solved = (a.T - h.T @ inner) / isotropic  # K^-1 A^T, by Woodbury's identity
+    values, vectors = torch.linalg.eigh(a @ solved)
+    values, vectors = values.flip(0)[:MOST_DIRECTIONS], vectors.flip(1)[:, :MOST_DIRECTIONS]
+    p, q = (a.T @ vectors) / (1 + values), solved @ vectors
+    balance = (q.norm(dim=0) / p.norm(dim=0)).sqrt()  # neither factor leaves the range of float32
+    return Scope((p * balance).float(), (q / balance).float())

@@ -12,8 +12,6 @@ namespace {
 template <int kLanes>
 using Floats __attribute__((vector_size(kLanes * sizeof(float)))) = float;
 template <int kLanes>
-using Doubles __attribute__((vector_size(kLanes * sizeof(double)))) = double;
-template <int kLanes>
 using Indices __attribute__((vector_size(kLanes * sizeof(int32_t)))) = int32_t;
 
 template <typename Vector, typename Entry>
@@ -26,19 +24,22 @@ CSULORA_INLINED void store(const Vector* entries, Entry* to) {
   std::memcpy(to, entries, sizeof *entries);
 }
 
-/// A tile of kRows rows and kWidth columns, which a loop keeps in registers: few enough that none is spilled, many
+/// A tile of kRows rows and kColumns columns, which a loop keeps in registers: few enough that none is spilled, many
 /// enough that reading takes less time than multiplying.
-template <int kLanes>
+template <int kLanes, typename Entry = float>
 struct Tile {
+  using Vector __attribute__((vector_size(kLanes * sizeof(float)))) = Entry;
   static constexpr int64_t kRows = kLanes / 2;
   static constexpr int64_t kVectors = kWidth / kLanes;
-  Floats<kLanes> entries[kRows][kVectors];
+  static constexpr int64_t kStep = sizeof(Vector) / sizeof(Entry);
+  static constexpr int64_t kColumns = kVectors * kStep;
+  Vector entries[kRows][kVectors];
 
-  /// entries += weights row, for weights (kRows), `stride` apart, and a row (kWidth).
-  CSULORA_INLINED void add(const float* weights, int64_t stride, const float* row) {
+  /// entries += weights row, for weights (kRows), `stride` apart, and a row (kColumns).
+  CSULORA_INLINED void add(const Entry* weights, int64_t stride, const Entry* row) {
     for (int64_t vector = 0; vector < kVectors; ++vector) {
-      Floats<kLanes> others;
-      load(&others, row + vector * kLanes);
+      Vector others;
+      load(&others, row + vector * kStep);
       for (int64_t i = 0; i < kRows; ++i) {
         entries[i][vector] += weights[i * stride] * others;
       }
@@ -53,18 +54,18 @@ struct Tile {
     }
   }
 
-  CSULORA_INLINED void load_from(const float* rows, int64_t stride) {
+  CSULORA_INLINED void load_from(const Entry* rows, int64_t stride) {
     for (int64_t i = 0; i < kRows; ++i) {
       for (int64_t vector = 0; vector < kVectors; ++vector) {
-        load(&entries[i][vector], rows + i * stride + vector * kLanes);
+        load(&entries[i][vector], rows + i * stride + vector * kStep);
       }
     }
   }
 
-  CSULORA_INLINED void store_to(float* rows, int64_t stride) const {
+  CSULORA_INLINED void store_to(Entry* rows, int64_t stride) const {
     for (int64_t i = 0; i < kRows; ++i) {
       for (int64_t vector = 0; vector < kVectors; ++vector) {
-        store(&entries[i][vector], rows + i * stride + vector * kLanes);
+        store(&entries[i][vector], rows + i * stride + vector * kStep);
       }
     }
   }
@@ -227,36 +228,27 @@ struct Transpose {
 struct AddGram {
   template <int kLanes>
   CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t width, double* gram) {
-    constexpr int64_t kStep = 64, kStrip = 8;  // two strips of so many rows and columns stay in the first-level cache
-    constexpr int64_t kLeft = kLanes / 2, kVectors = 2 * kStrip / kLanes;  // a tile as above, in float64
-    std::vector<double> widened(kStep * width);
-    for (int64_t first = 0; first < rows; first += kStep) {
-      const int64_t count = std::min(kStep, rows - first);
+    using Sums = Tile<kLanes, double>;
+    constexpr int64_t kCount = 64, kStrip = Sums::kColumns;  // two strips of so many rows stay in the first-level cache
+    std::vector<double> widened(kCount * width);
+    for (int64_t first = 0; first < rows; first += kCount) {
+      const int64_t count = std::min(kCount, rows - first);
       for (int64_t column = 0; column < width; column += kStrip) {
         for (int64_t row = 0; row < count; ++row) {
-          std::copy_n(columns + (first + row) * width + column, kStrip, widened.data() + column * kStep + row * kStrip);
+          std::copy_n(columns + (first + row) * width + column, kStrip,
+                      widened.data() + column * kCount + row * kStrip);
         }
       }
-      for (int64_t left = 0; left < width; left += kLeft) {
-        const double* const weights = widened.data() + left / kStrip * kStrip * kStep + left % kStrip;
-        for (int64_t right = 0; right < left + kLeft; right += kStrip) {
-          const double* const entries = widened.data() + right * kStep;
-          Doubles<kLanes / 2> sums[kLeft][kVectors];
-          for (int64_t i = 0; i < kLeft; ++i) {
-            std::memcpy(sums[i], gram + (left + i) * width + right, sizeof sums[i]);
-          }
+      for (int64_t left = 0; left < width; left += Sums::kRows) {
+        const double* const weights = widened.data() + left / kStrip * kStrip * kCount + left % kStrip;
+        for (int64_t right = 0; right < left + Sums::kRows; right += kStrip) {
+          double* const target = gram + left * width + right;
+          Sums sums;
+          sums.load_from(target, width);
           for (int64_t row = 0; row < count; ++row) {
-            for (int64_t vector = 0; vector < kVectors; ++vector) {
-              Doubles<kLanes / 2> others;
-              load(&others, entries + row * kStrip + vector * (kLanes / 2));
-              for (int64_t i = 0; i < kLeft; ++i) {
-                sums[i][vector] += weights[row * kStrip + i] * others;
-              }
-            }
+            sums.add(weights + row * kStrip, 1, widened.data() + right * kCount + row * kStrip);
           }
-          for (int64_t i = 0; i < kLeft; ++i) {
-            std::memcpy(gram + (left + i) * width + right, sums[i], sizeof sums[i]);
-          }
+          sums.store_to(target, width);
         }
       }
     }

@@ -26,7 +26,14 @@ from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
 from csulora.tuning.gains import PerDirection, PerModule, Restoring
 from csulora.tuning.host import Host, agreeing
-from csulora.tuning.inputs import guard_inputs, keep_inputs, scope_between
+from csulora.tuning.inputs import (
+    ISOTROPIC,
+    KEEP_WEIGHT,
+    MOST_DIRECTIONS,
+    guard_inputs,
+    keep_inputs,
+    scope_between,
+)
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat
 from csulora.tuning.stages import Stages
@@ -118,6 +125,7 @@ def _identity(request: Request) -> dict[str, Any]:
         "longest_reply": request.longest_reply,
         "options": asdict(request.options),
         "keep_weights": list(request.weights),
+        "scopes": [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS],
     }
 
 

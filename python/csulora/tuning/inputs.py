@@ -25,7 +25,7 @@ from csulora.tuning.host import BATCH, Host, Reply
 KEEP_WEIGHT = 0.1  # w
 ISOTROPIC = 0.03  # e, as a share of the mean square of what guard prompts bring to one coordinate
 MOST_DIRECTIONS = 32  # f
-_MOST_INPUTS = 512  # of one module and adapter, evenly spaced over the tokens: large models have many modules
+MOST_INPUTS = 1024  # of one module and adapter, evenly spaced over the tokens: large models have many modules
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def _inputs(
     host: Host, modules: Iterable[str], replies: Sequence[Reply], positions: Sequence[range]
 ) -> dict[str, Tensor]:
     every = [(row, position) for row, chosen in enumerate(positions) for position in chosen]
-    every = every[:: 1 + (len(every) - 1) // _MOST_INPUTS]
+    every = every[:: 1 + (len(every) - 1) // MOST_INPUTS]
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
     chosen: list[tuple[int, int]] = []
 
@@ -76,7 +76,7 @@ def scope_between(guard: Tensor, keep: Sequence[Tensor]) -> Scope:
     isotropic = ISOTROPIC * guard.square().mean()
     a = guard / len(guard) ** 0.5
     h = torch.cat([inputs * (KEEP_WEIGHT / len(keep) / len(inputs)) ** 0.5 for inputs in keep])
-    inner = torch.linalg.solve(h @ h.T + isotropic * torch.eye(len(h), dtype=h.dtype), h @ a.T)
+    inner = torch.linalg.solve(h @ h.T + isotropic * torch.eye(len(h), dtype=h.dtype, device=h.device), h @ a.T)
     solved = (a.T - h.T @ inner) / isotropic  # K^-1 A^T, by Woodbury's identity
     values, vectors = torch.linalg.eigh(a @ solved)
     values, vectors = values.flip(0)[:MOST_DIRECTIONS], vectors.flip(1)[:, :MOST_DIRECTIONS]

@@ -30,6 +30,7 @@ from csulora.tuning.inputs import (
     ISOTROPIC,
     KEEP_WEIGHT,
     MOST_DIRECTIONS,
+    MOST_INPUTS,
     guard_inputs,
     keep_inputs,
     scope_between,
@@ -125,7 +126,7 @@ def _identity(request: Request) -> dict[str, Any]:
         "longest_reply": request.longest_reply,
         "options": asdict(request.options),
         "keep_weights": list(request.weights),
-        "scopes": [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS],
+        "scopes": [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
     }
 
 
@@ -251,8 +252,11 @@ class Run:
         names = {target: name for number in numbers for name, target in self.targets[number].items()}
         guard = guard_inputs(self.host, names.values(), split(self.replies[0], held=False).guard)
         keep = [self._keep_inputs(number) for number in numbers]
+        device = self.host.device
         return {
-            target: scope_between(guard[name], [inputs[target] for inputs in keep if target in inputs])
+            target: scope_between(
+                guard[name].to(device), [inputs[target].to(device) for inputs in keep if target in inputs]
+            ).to(torch.device("cpu"))
             for target, name in names.items()
         }
 

@@ -1,0 +1,156 @@
+"""Corrections that act on some inputs alone, against their dense twin."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import factories
+import oracle
+from csulora import Policy, Subspace, correct
+from csulora.errors import InputError
+from csulora.policy import Directions, Override
+from csulora.scope import Scope
+from tolerances import COMPUTED, STORED, TRACES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DOWN, UP, Q = sorted(factories.SHAPES)
+RESTORING = Policy.none(overrides=(Override("*", directions=Directions((0.5, 0.0), (0.25,), (0.5, 0.0, -0.25))),))
+EXACT = replace(RESTORING, rank="exact")
+
+
+def scope(columns: int, directions: int = 3, seed: int = 7) -> Scope:
+    """Some F that is no projector."""
+    p, q = (factories.gaussian(columns, directions, seed=seed + i) / columns**0.5 for i in range(2))
+    return Scope(p, q)
+
+
+def scoped_pack(seed: int = 7) -> Subspace:
+    shapes = factories.SHAPES.items()
+    return factories.pack().with_scopes({name: scope(columns, seed=seed) for name, (_, columns) in shapes})
+
+
+def matrix(of: Scope) -> Tensor:
+    return of.p.double() @ of.q.double().T
+
+
+def twin(whole: Tensor, wanted: Tensor, of: Scope) -> Tensor:
+    """X = dW + (X' - dW) F, dense, float64."""
+    return whole + (wanted - whole) @ matrix(of)
+
+
+@pytest.mark.parametrize("policy", [EXACT, Policy.csulora(2.0, rank="exact"), Policy.project(rank="exact")])
+def test_a_scoped_correction_is_its_dense_twin(policy: Policy) -> None:
+    adapter, pack = factories.adapter(), scoped_pack()
+    plain, plain_report = correct(adapter, pack, policy)
+    fixed, report = correct(adapter, pack, replace(policy, scoped=True))
+    for name, measured, unscoped in zip(adapter.modules, report.modules, plain_report.modules, strict=True):
+        whole, wanted, x = (
+            oracle.update(m.b, m.a, m.scale) for m in (each.modules[name] for each in (adapter, plain, fixed))
+        )
+        expected = twin(whole, wanted, pack[name].scope)
+        assert oracle.relative_error(x, expected) <= COMPUTED[torch.float32]
+        assert measured.change == pytest.approx(float((expected - whole).norm() / whole.norm()), rel=TRACES, abs=TRACES)
+        assert [measured.norm, measured.undo] == pytest.approx([unscoped.norm, unscoped.undo], rel=TRACES)
+        assert measured.energies == pytest.approx(unscoped.energies, rel=TRACES)
+        before, after = (oracle.split(update, pack[name].u, pack[name].v).parts for update in (whole, expected))
+        for part, gain in measured.gains.items():
+            assert gain == pytest.approx(float(after[part].norm() / before[part].norm()), rel=1e-4)
+
+
+def test_inputs_outside_the_scope_meet_the_update_as_it_came() -> None:
+    adapter, pack = factories.adapter(), scoped_pack()
+    fixed, _ = correct(adapter, pack, replace(EXACT, scoped=True))
+    for name, module in adapter.modules.items():
+        outside = torch.linalg.svd(pack[name].scope.q.double().T)[2][3:]  # F x = 0
+        before, after = (oracle.update(m.b, m.a, m.scale) @ outside.T for m in (module, fixed.modules[name]))
+        assert oracle.relative_error(after, before) <= COMPUTED[torch.float32]
+
+
+@given(seed=st.integers(0, 1000), share=st.floats(0, 1))
+def test_a_scope_of_all_inputs_is_none_and_one_of_no_inputs_keeps_the_update(seed: int, share: float) -> None:
+    adapter, pack = factories.adapter(seed=seed), factories.pack()
+    scopes = {name: Scope(share * torch.eye(n), torch.eye(n)) for name, (_, n) in factories.SHAPES.items()}
+    fixed, _ = correct(adapter, pack.with_scopes(scopes), replace(EXACT, scoped=True))
+    plain, _ = correct(adapter, pack, EXACT)
+    for name, module in adapter.modules.items():
+        whole, wanted, x = (
+            oracle.update(m.b, m.a, m.scale) for m in (module, plain.modules[name], fixed.modules[name])
+        )
+        assert oracle.relative_error(x, share * wanted + (1 - share) * whole) <= 2 * COMPUTED[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_keeps_the_rank_that_the_same_policy_keeps_elsewhere_and_the_storage_type(dtype: torch.dtype) -> None:
+    adapter, pack = factories.adapter(dtype=dtype), scoped_pack()
+    plain, _ = correct(adapter, pack, RESTORING)
+    fixed, report = correct(adapter, pack, replace(RESTORING, scoped=True))
+    whole, _ = correct(factories.adapter(dtype=torch.float32), pack, replace(EXACT, scoped=True))
+    for module in report.modules:
+        name = module.module
+        assert fixed.modules[name].rank == plain.modules[name].rank == module.rank_after == 4 + 2
+        assert fixed.modules[name].b.dtype == fixed.modules[name].a.dtype == dtype
+        if dtype == torch.float32:
+            u, s, vh = torch.linalg.svd(oracle.update(whole.modules[name].b, whole.modules[name].a))
+            cut = (u[:, :6] * s[:6]) @ vh[:6]
+            x = oracle.update(fixed.modules[name].b, fixed.modules[name].a)
+            assert oracle.relative_error(x, cut) <= COMPUTED[torch.float32] + STORED[torch.float32]
+            assert module.lost == pytest.approx(float(s[6:].square().sum() / s.square().sum()), rel=1e-3)
+    assert all(
+        each.rank == 2 for each in correct(adapter, pack, replace(RESTORING, scoped=True, rank=2))[0].modules.values()
+    )
+
+
+def test_a_module_without_a_scope_is_corrected_on_all_inputs() -> None:
+    adapter, pack = factories.adapter(), factories.pack().with_scopes({UP: scope(40)})
+    fixed, _ = correct(adapter, pack, replace(EXACT, scoped=True))
+    plain, _ = correct(adapter, pack, EXACT)
+    for name in (DOWN, Q):
+        x, wanted = (oracle.update(m.b, m.a) for m in (fixed.modules[name], plain.modules[name]))
+        assert oracle.relative_error(x, wanted) <= COMPUTED[torch.float32]
+
+
+def test_an_update_of_nothing_stays_one() -> None:
+    adapter, pack = factories.adapter(), scoped_pack()
+    empty = replace(adapter, modules={n: replace(m, b=torch.zeros_like(m.b)) for n, m in adapter.modules.items()})
+    fixed, report = correct(empty, pack, replace(RESTORING, scoped=True))
+    assert all(not oracle.update(module.b, module.a).any() for module in fixed.modules.values())
+    assert {module.change for module in report.modules} == {0.0}
+
+
+def test_scopes_survive_a_file_and_are_part_of_its_identity(tmp_path: Path) -> None:
+    pack = scoped_pack()
+    pack.save(tmp_path / "pack")
+    opened = Subspace.open(tmp_path / "pack")
+    assert opened.is_scoped
+    assert not factories.pack().is_scoped
+    for name, module in pack.items():
+        assert torch.equal(opened[name].scope.p, module.scope.p)
+        assert torch.equal(opened[name].scope.q, module.scope.q)
+    assert opened.sha256 == pack.sha256 != scoped_pack(seed=8).sha256
+    assert pack.sha256 != factories.pack().sha256
+
+
+def test_a_scope_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    adapter, policy = factories.adapter(), replace(RESTORING, scoped=True)
+    with pytest.raises(InputError, match="the pack has no scopes; use the pack that tune wrote"):
+        correct(adapter, factories.pack(), policy)
+    with pytest.raises(InputError, match=r"both must be \(in, f\) float32"):
+        Scope(torch.ones(4, 2), torch.ones(4, 3))
+    with pytest.raises(InputError, match="they disagree"):
+        factories.pack().with_scopes({Q: scope(41)})
+    nan = Scope(torch.full((40, 1), math.nan), torch.ones(40, 1))
+    with pytest.raises(InputError, match="holds NaN or infinity"):
+        correct(adapter, factories.pack().with_scopes({Q: nan}), policy)
+    with pytest.raises(InputError, match="must be true or false"):
+        Policy(scoped=1)  # type: ignore[arg-type]
+    huge = factories.adapter(dtype=torch.float16)
+    wide = Scope(1e12 * torch.ones(40, 1), torch.ones(40, 1))
+    with pytest.raises(InputError, match=r"too large for torch\.float16"):
+        correct(huge, factories.pack().with_scopes({Q: wide}), policy)

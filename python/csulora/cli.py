@@ -304,12 +304,12 @@ def tune(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a policy to prompts: with several adapters one for all, and for all to come.
+    """Fit a policy to prompts: with several adapters one for all, and for all to come, and the pack to use it with.
 
     A file of prompts is text, one prompt a line, or chats as JSON lines. Nobody has to write replies.
     """
     from csulora.tuning import probes
-    from csulora.tuning.tune import Request, tune
+    from csulora.tuning.tune import Request, pack_path, tune
 
     if len(keep) != len(adapters):
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --keep files, and {len(keep)} are given")
@@ -329,6 +329,8 @@ def tune(
     with interruptible(reason), progress_bar("tuning", quiet) as progress:
         frontier = tune(request, output, progress)
     summary = f"{frontier.verdict}\n{output}: {frontier.written}"
+    if frontier.subspace_sha256 != request.pack.sha256:
+        summary += f"\n{pack_path(output)}: the pack to use it with"
     deliver(tables.frontier_table(frontier), summary, frontier.to_dict(), json, quiet)
 
 

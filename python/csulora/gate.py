@@ -54,6 +54,8 @@ class Gate:
         self.log = log or DecisionLog()
         check_pack(self.policy, pack)
         pack.to_core(pack)
+        for module in pack:
+            pack.scope(module)
         self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
         made_of = f"csulora {__version__}, pack {pack.sha256}, policy {self.policy_sha256}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()

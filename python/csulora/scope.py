@@ -25,6 +25,12 @@ Pair = tuple[Tensor, Tensor]
 """Factors b (out, r) and a (r, in) of an update b a."""
 
 
+def distance2(one: Pair, other: Pair) -> Tensor:
+    """|b a - b' a'|^2, in float64, because most of it cancels."""
+    left, right = torch.cat([one[0], -other[0]], 1).double(), torch.cat([one[1], other[1]]).double()
+    return ((left.T @ left) * (right @ right.T)).sum()
+
+
 @dataclass(frozen=True, eq=False)
 class Scope:
     """F = p q^T of one module."""
@@ -150,7 +156,7 @@ def _correction(
         energies=wanted.energies,
         gains=_gains(wanted, final),
         norm=wanted.norm,
-        change=_distance(pair, whole) / wanted.norm if wanted.norm else 0.0,
+        change=math.sqrt(max(0.0, float(distance2(pair, whole)))) / wanted.norm if wanted.norm else 0.0,
         undo=wanted.undo,
         lost=final.lost,
     )
@@ -172,9 +178,3 @@ def _gains(whole: _core.Correction, x: _core.Correction) -> _core.Parts:
         return math.sqrt(getattr(x.energies, part)) * x.norm / before if before else 1.0
 
     return _core.Parts(*map(gain, _PARTS))
-
-
-def _distance(one: Pair, other: Pair) -> float:
-    """|b a - b' a'|, in float64, because most of it cancels."""
-    left, right = torch.cat([one[0], -other[0]], 1).double(), torch.cat([one[1], other[1]]).double()
-    return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))

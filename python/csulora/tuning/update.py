@@ -13,7 +13,7 @@ from csulora.correction import cover
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
 from csulora.policy import Policy
-from csulora.scope import Pair, Scope
+from csulora.scope import Pair, Scope, distance2
 from csulora.subspace import Subspace
 
 PARTS = ("aligned", "left", "right", "off")
@@ -129,11 +129,7 @@ class Update:
 
     def change2(self, corrected: Mapping[str, Pair]) -> Tensor:
         """|X - dW|^2 / |dW|^2 over all modules, for corrected factors of each."""
-        parts = []
-        for name, (b, a) in self.whole.items():
-            x_b, x_a = corrected[name]
-            left, right = torch.cat([x_b, -b], 1).double(), torch.cat([x_a, a]).double()  # most of it cancels
-            parts.append(((left.T @ left) * (right @ right.T)).sum())
+        parts = [distance2(corrected[name], pair) for name, pair in self.whole.items()]
         return (torch.stack(parts).sum() / self.norms2.sum()).float()
 
     def to(self, device: torch.device) -> Update:

@@ -177,11 +177,11 @@ def test_a_policy_for_one_adapter_has_gains_of_single_directions(
     )
 
 
-def test_a_policy_for_several_adapters_restores_the_alignment(
+def test_a_policy_for_several_adapters_restores_the_alignment_within_the_scopes_of_its_pack(
     place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
-    tune(request(place, adapters=2), tmp_path / "policy.toml")
+    frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
     assert {override.match for override in policy.overrides} == set(tiny_host.MODULES)
     assert any(
@@ -190,3 +190,10 @@ def test_a_policy_for_several_adapters_restores_the_alignment(
     pack = csulora.Subspace.open(place.pack)
     energies = [Update.of(csulora.load_adapter(path), pack).energy_along(16) for path in place.adapters[:2]]
     assert policy.usual_energy == pytest.approx((energies[0] * energies[1]) ** 0.5)
+    scoped = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
+    assert policy.scoped
+    assert all(scoped[name].scope for name in tiny_host.MODULES)
+    assert frontier.subspace_sha256 == policy.subspace_sha256 == scoped.sha256
+    csulora.correct(csulora.load_adapter(place.adapters[1]), scoped, policy)
+    with pytest.raises(RefusedError, match="tuned for the pack"):
+        csulora.correct(csulora.load_adapter(place.adapters[1]), pack, policy)

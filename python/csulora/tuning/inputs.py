@@ -25,18 +25,22 @@ from csulora.tuning.host import BATCH, Host, Reply
 KEEP_WEIGHT = 0.1  # w
 ISOTROPIC = 0.03  # e, as a share of the mean square of what guard prompts bring to one coordinate
 MOST_DIRECTIONS = 32  # f
+_SMALLEST = 1e-30  # in place of 0, where guard prompts bring nothing
 MOST_INPUTS = 1024  # of one module and adapter, evenly spaced over the tokens: large models have many modules
 
 
 @torch.no_grad()
 def guard_inputs(host: Host, modules: Iterable[str], replies: Sequence[Reply]) -> dict[str, Tensor]:
-    """Inputs (tokens, in) of the modules where the model, as it now stands, decides the replies to guard prompts."""
+    """Inputs (tokens, in) of the modules where the model, as it now stands, decides the replies to guard prompts.
+
+    Modules that do not see every token, as those of experts do, are left out.
+    """
     return _inputs(host, modules, replies, [range(reply.start - 1, len(reply.tokens)) for reply in replies])
 
 
 @torch.no_grad()
 def keep_inputs(host: Host, modules: Iterable[str], replies: Sequence[Reply]) -> dict[str, Tensor]:
-    """Inputs (tokens, in) of the modules from keep prompts and their replies."""
+    """Inputs (tokens, in) of the modules from keep prompts and their replies, of the same modules."""
     return _inputs(host, modules, replies, [range(len(reply.tokens)) for reply in replies])
 
 
@@ -50,8 +54,9 @@ def _inputs(
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows, columns = zip(*chosen, strict=True)
-            found[name].append(inputs[0][list(rows), list(columns)].float().cpu())
+            if inputs[0].dim() == 3:  # (prompts, tokens, in)
+                rows, columns = zip(*chosen, strict=True)
+                found[name].append(inputs[0][list(rows), list(columns)].float().cpu())
 
         return hook
 
@@ -63,7 +68,7 @@ def _inputs(
             if chosen:
                 texts = [reply.tokens for reply in replies[start : start + BATCH]]
                 host.model(input_ids=nn.utils.rnn.pad_sequence(texts, batch_first=True), use_cache=False)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
 
 def scope_between(guard: Tensor, keep: Sequence[Tensor]) -> Scope:
@@ -73,7 +78,7 @@ def scope_between(guard: Tensor, keep: Sequence[Tensor]) -> Scope:
     values l, give F = sum A^T y y^T A K^-1 / (1 + l).
     """
     guard, keep = guard.double(), [inputs.double() for inputs in keep]
-    isotropic = ISOTROPIC * guard.square().mean()
+    isotropic = (ISOTROPIC * guard.square().mean()).clamp(min=_SMALLEST)
     a = guard / len(guard) ** 0.5
     h = torch.cat([inputs * (KEEP_WEIGHT / len(keep) / len(inputs)) ** 0.5 for inputs in keep])
     inner = torch.linalg.solve(h @ h.T + isotropic * torch.eye(len(h), dtype=h.dtype, device=h.device), h @ a.T)
@@ -81,5 +86,5 @@ def scope_between(guard: Tensor, keep: Sequence[Tensor]) -> Scope:
     values, vectors = torch.linalg.eigh(a @ solved)
     values, vectors = values.flip(0)[:MOST_DIRECTIONS], vectors.flip(1)[:, :MOST_DIRECTIONS]
     p, q = (a.T @ vectors) / (1 + values), solved @ vectors
-    balance = (q.norm(dim=0) / p.norm(dim=0)).sqrt()  # neither factor leaves the range of float32
+    balance = ((q.norm(dim=0) + _SMALLEST) / (p.norm(dim=0) + _SMALLEST)).sqrt()  # both stay in float32's range
     return Scope((p * balance).float(), (q / balance).float())

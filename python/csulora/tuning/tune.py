@@ -258,13 +258,14 @@ class Run:
                 guard[name].to(device), [inputs[target].to(device) for inputs in keep if target in inputs]
             ).to(torch.device("cpu"))
             for target, name in names.items()
+            if name in guard
         }
 
     def _keep_inputs(self, number: int) -> dict[str, Tensor]:
         targets, replies = self.targets[number], split(self.replies[number], held=False).keep
         with self.host.adapted(self._on_device(self.adapters[number])):
             inputs = keep_inputs(self.host, targets, replies)
-        return {target: inputs[name] for name, target in targets.items()}
+        return {targets[name]: each for name, each in inputs.items()}
 
     @cached_property
     def _random_subspaces(self) -> Subspace:

@@ -49,6 +49,11 @@ def test_few_directions_are_the_strongest(monkeypatch: pytest.MonkeyPatch) -> No
     assert float((found - wanted).norm() / wanted.norm()) <= COMPUTED[torch.float32]
 
 
+def test_a_scope_of_nothing_is_nothing() -> None:
+    scope = scope_between(torch.zeros(3, 24), KEEP)
+    assert not (scope.p @ scope.q.T).any()
+
+
 @pytest.fixture
 def host() -> Host:
     model: LlamaForCausalLM = tiny_host.llama()
@@ -68,6 +73,18 @@ def test_inputs_are_those_that_the_modules_see(host: Host) -> None:
     torch.testing.assert_close(whole, torch.cat(seen))
     starts = [reply.start - 1 for reply in replies]
     torch.testing.assert_close(decided, torch.cat([x[start:] for x, start in zip(seen, starts, strict=True)]))
+
+
+def test_modules_that_do_not_see_every_token_are_left_out(host: Host) -> None:
+    replies = host.replies([(Message("user", "w1 w2"),)])
+    name = "model.layers.0.mlp"
+    mlp = host.model.get_submodule(name)
+    hook = mlp.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1),))  # as a router calls an expert
+    inner = mlp.register_forward_hook(lambda *given: given[2][None])
+    found = keep_inputs(host, [f"{name}.up_proj", "model.layers.0.self_attn.q_proj"], replies)
+    hook.remove()
+    inner.remove()
+    assert list(found) == ["model.layers.0.self_attn.q_proj"]
 
 
 def test_of_very_many_tokens_some_are_taken(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,8 @@ class Policy:
         aligned: penalty on the part inside the subspace on both sides; 0 or more, infinity removes the part.
         partial: penalty on the part inside it on one side only.
         off: penalty on the part outside it on both sides.
-        rank: ``keep`` the adapter's rank (and what `Directions` restore), ``exact`` (up to twice that, three times where
-            the policy is scoped), or the most directions to keep.
+        rank: ``keep`` the adapter's rank (and what `Directions` restore), ``exact`` (up to twice that, or three times
+            if it is scoped), or the most directions to keep.
         uncovered: what happens to modules that the pack does not cover: ``refuse`` the adapter, ``drop`` the
             module, or ``keep`` it uncorrected.
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csulora.core import _core
-from csulora.scope import Scope, ScopedTask, correct_scoped
+from csulora.scope import Scope, correct_scoped
 
 LAYERS = 32
 CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of the pack
@@ -58,11 +58,6 @@ class Module:
         """Return what the core takes."""
         subspace = _core.Subspace(self.u, self.s, self.v)
         return _core.CorrectionTask(_core.LoraPair(self.b, self.a), subspace, attenuation)
-
-    def scoped(self, scopes: dict[int, Scope]) -> ScopedTask:
-        """Return what a scoped policy makes of it, for the scopes by number of inputs."""
-        pair, subspace = _core.LoraPair(self.b, self.a), _core.Subspace(self.u, self.s, self.v)
-        return ScopedTask(pair, subspace, RESTORING, "update", scopes[self.a.shape[1]])
 
 
 def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list[Module], list[Path]]:
@@ -166,15 +161,15 @@ def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[st
         [module.task(attenuation) for module in modules] for attenuation in (PENALTIES, ALONG, RESTORING)
     )
     sizes = {columns for _, columns in LLAMA_3_8B.values()}
-    scopes = {size: Scope(*(torch.randn(size, SCOPE) / size**0.5 for _ in "pq")) for size in sizes}
-    scoped = [module.scoped(scopes) for module in modules]
+    of_size = {size: Scope(*(torch.randn(size, SCOPE) / size**0.5 for _ in "pq")) for size in sizes}
+    scopes = [of_size[module.a.shape[1]] for module in modules]
     times = interleaved(
         {
             "read": lambda: read_files(*files),
             "csulora": lambda: _core.correct(penalised),
             "csulora, 64 directions": lambda: _core.correct(along),
             "csulora, 16 directions and restoring": lambda: _core.correct(restoring, FOLLOWING),
-            "csulora, the same in scopes": lambda: correct_scoped(scoped, FOLLOWING),
+            "csulora, the same in scopes": lambda: correct_scoped(restoring, scopes, FOLLOWING),
             "eager float32": lambda: [eager(module, torch.float32) for module in modules],
             "eager float64": lambda: [eager(module, torch.float64) for module in modules],
         },

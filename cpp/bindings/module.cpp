@@ -133,9 +133,15 @@ void register_correction(py::module_& module) {
 
   py::class_<CorrectionTask>(module, "CorrectionTask")
       .def(py::init<LoraPair, csulora::Subspace, Attenuation, std::string>(), "pair"_a, "subspace"_a, "attenuation"_a,
-           "label"_a = "update");
+           "label"_a = "update")
+      .def_readonly("pair", &CorrectionTask::pair)
+      .def_readonly("subspace", &CorrectionTask::subspace)
+      .def_readonly("attenuation", &CorrectionTask::attenuation)
+      .def_readonly("label", &CorrectionTask::label);
 
   py::class_<Correction>(module, "Correction")
+      .def(py::init<LoraPair, Parts, Parts, double, double, double, double>(), "pair"_a, "energies"_a, "gains"_a,
+           "norm"_a, "change"_a, "undo"_a, "lost"_a)
       .def_readonly("pair", &Correction::pair)
       .def_readonly("energies", &Correction::energies)
       .def_readonly("gains", &Correction::gains)

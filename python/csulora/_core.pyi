@@ -125,10 +125,28 @@ class CorrectionTask:
     def __init__(
         self, pair: LoraPair, subspace: Subspace, attenuation: Penalties | Parts | Directions, label: str = "update"
     ) -> None: ...
+    @property
+    def pair(self) -> LoraPair: ...
+    @property
+    def subspace(self) -> Subspace: ...
+    @property
+    def attenuation(self) -> Penalties | Parts | Directions: ...
+    @property
+    def label(self) -> str: ...
 
 class Correction:
-    """A corrected update, float32 with scale 1, and what was measured on the way."""
+    """A corrected update with scale 1, of the dtypes of the one it replaces, and what was measured on the way."""
 
+    def __init__(
+        self,
+        pair: LoraPair,
+        energies: Parts,
+        gains: Parts,
+        norm: float,
+        change: float,
+        undo: float,
+        lost: float,
+    ) -> None: ...
     @property
     def pair(self) -> LoraPair: ...
     @property

@@ -14,7 +14,7 @@ from csulora.files import to_json
 from csulora.formats import Adapter, LoraModule, TextsOnDemand
 from csulora.policy import Policy
 from csulora.report import REPORT_FILE, ModuleReport, Report
-from csulora.scope import ScopedCorrection, ScopedTask, correct_scoped
+from csulora.scope import correct_scoped
 from csulora.subspace import Subspace
 
 
@@ -59,23 +59,24 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
 
 def _corrected(
     adapter: Adapter, pack: Subspace, policy: Policy, covered: Mapping[str, str]
-) -> dict[str, _core.Correction | ScopedCorrection]:
+) -> dict[str, _core.Correction]:
     label = str(adapter.path).encode(errors="backslashreplace").decode()  # a path need not be UTF-8
     device = _device(adapter, covered)
     tasks = [
-        ScopedTask(
+        _core.CorrectionTask(
             _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
             subspace,
             policy.attenuation(target),
             f"{label}: {name}",
-            pack.scope(target, device) if policy.scoped else None,
         )
         for (name, target), subspace in zip(covered.items(), pack.to_core(covered.values(), device), strict=True)
     ]
     if policy.scoped:
-        return dict(zip(covered, correct_scoped(tasks, policy.core_options()), strict=True))
-    plain = [_core.CorrectionTask(task.pair, task.subspace, task.attenuation, task.label) for task in tasks]
-    return dict(zip(covered, _core.correct(plain, policy.core_options()), strict=True))
+        scopes = [pack.scope(target, device) for target in covered.values()]
+        results = correct_scoped(tasks, scopes, policy.core_options())
+    else:
+        results = _core.correct(tasks, policy.core_options())
+    return dict(zip(covered, results, strict=True))
 
 
 def check_pack(policy: Policy, pack: Subspace) -> None:
@@ -145,7 +146,7 @@ def _report(
     pack: Subspace,
     policy: Policy,
     covered: dict[str, str],
-    corrected: Mapping[str, _core.Correction | ScopedCorrection],
+    corrected: Mapping[str, _core.Correction],
 ) -> Report:
     modules = []
     for name, module in adapter.modules.items():

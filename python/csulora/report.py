@@ -13,7 +13,6 @@ from rich.table import Table
 
 from csulora._version import __version__
 from csulora.core import _core
-from csulora.scope import ScopedCorrection
 
 REPORT_FILE = "csulora_report.json"
 CORRECTED_SHA256 = "corrected_sha256"  # field of a written report: the content that lies beside it
@@ -53,9 +52,7 @@ class ModuleReport:
     lost: float | None = None
 
     @classmethod
-    def corrected(
-        cls, module: str, rank: int, alignment_norm: float, result: _core.Correction | ScopedCorrection
-    ) -> Self:
+    def corrected(cls, module: str, rank: int, alignment_norm: float, result: _core.Correction) -> Self:
         """Describe one corrected module."""
         return cls(
             module=module,

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from csulora.core import _core
 from csulora.errors import InputError
-
-_PARTS = ("aligned", "left", "right", "off")
+from csulora.report import PARTS
 
 Pair = tuple[Tensor, Tensor]
 """Factors b (out, r) and a (r, in) of an update b a."""
@@ -58,52 +57,25 @@ class Scope:
         return torch.cat([b, wanted_b], 1), torch.cat([a - self.within(a), self.within(wanted_a)])
 
 
-@dataclass(frozen=True, eq=False)
-class ScopedTask:
-    """One module of an adapter with everything its scoped correction needs.
+def correct_scoped(
+    tasks: Sequence[_core.CorrectionTask], scopes: Sequence[Scope | None], options: _core.CorrectionOptions
+) -> list[_core.Correction]:
+    """Correct as ``options`` say, each task's correction acting on its scope alone, or on every input without one.
 
-    Attributes:
-        pair: b and a of a storage type, and their scale.
-        scope: None where the correction acts on every input.
-    """
-
-    pair: _core.LoraPair
-    subspace: _core.Subspace
-    attenuation: _core.Penalties | _core.Parts | _core.Directions
-    label: str
-    scope: Scope | None
-
-
-@dataclass(frozen=True, eq=False)
-class ScopedCorrection:
-    """What `_core.Correction` is for a correction that is not scoped; gains are |X_c| / |dW_c|."""
-
-    pair: _core.LoraPair
-    energies: _core.Parts
-    gains: _core.Parts
-    norm: float
-    change: float
-    undo: float
-    lost: float
-
-
-def correct_scoped(tasks: Sequence[ScopedTask], options: _core.CorrectionOptions) -> list[ScopedCorrection]:
-    """Correct as ``options`` say, each module's correction acting on its scope alone.
-
-    Everything is computed in float32 and rounded once, to the pair's types. `RankRule.keep` keeps the rank of a pair
-    and what `Directions` restore; the exact rank is up to three times that.
+    Everything is computed in float32 and rounded once, to the pair's types; gains are |X_c| / |dW_c|. `RankRule.keep`
+    keeps the rank of a pair and what `Directions` restore; the exact rank is up to three times that.
 
     Raises:
         InputError: as `_core.correct` does.
     """
-    wholes = [_in_float(task.pair) for task in tasks]
+    wholes = [(task.pair.b.float() * task.pair.scale, task.pair.a.float()) for task in tasks]
     exact = _core.CorrectionOptions(_core.RankRule.exact, usual_energy=options.usual_energy)
     wanted = _core.correct(
-        [_task(task, whole, task.attenuation) for task, whole in zip(tasks, wholes, strict=True)], exact
+        [_with_pair(task, whole, task.attenuation) for task, whole in zip(tasks, wholes, strict=True)], exact
     )
     pairs = [
-        task.scope.applied(whole, (x.pair.b, x.pair.a)) if task.scope else (x.pair.b, x.pair.a)
-        for task, whole, x in zip(tasks, wholes, wanted, strict=True)
+        scope.applied(whole, (x.pair.b, x.pair.a)) if scope else (x.pair.b, x.pair.a)
+        for scope, whole, x in zip(scopes, wholes, wanted, strict=True)
     ]
     ranks = [_rank(task, x, pair, options) for task, x, pair in zip(tasks, wanted, pairs, strict=True)]
     cut = _cut(tasks, pairs, ranks)
@@ -113,17 +85,13 @@ def correct_scoped(tasks: Sequence[ScopedTask], options: _core.CorrectionOptions
     ]
 
 
-def _in_float(pair: _core.LoraPair) -> Pair:
-    return pair.b.float() * pair.scale, pair.a.float()
-
-
-def _task(
-    task: ScopedTask, pair: Pair, attenuation: _core.Penalties | _core.Parts | _core.Directions
+def _with_pair(
+    task: _core.CorrectionTask, pair: Pair, attenuation: _core.Penalties | _core.Parts | _core.Directions
 ) -> _core.CorrectionTask:
     return _core.CorrectionTask(_core.LoraPair(*pair), task.subspace, attenuation, task.label)
 
 
-def _rank(task: ScopedTask, wanted: _core.Correction, pair: Pair, options: _core.CorrectionOptions) -> int:
+def _rank(task: _core.CorrectionTask, wanted: _core.Correction, pair: Pair, options: _core.CorrectionOptions) -> int:
     """The rank that X is cut to."""
     exact = pair[1].shape[0]
     if options.rule == _core.RankRule.exact:
@@ -134,22 +102,22 @@ def _rank(task: ScopedTask, wanted: _core.Correction, pair: Pair, options: _core
     return int(wanted.pair.a.shape[0] if along else task.pair.a.shape[0])
 
 
-def _cut(tasks: Sequence[ScopedTask], pairs: Sequence[Pair], ranks: Sequence[int]) -> list[_core.Correction]:
+def _cut(tasks: Sequence[_core.CorrectionTask], pairs: Sequence[Pair], ranks: Sequence[int]) -> list[_core.Correction]:
     """Each X cut to its rank, and measured."""
     everything = _core.Parts(1.0, 1.0, 1.0, 1.0)
     found: dict[int, _core.Correction] = {}
     for rank in set(ranks):
         chosen = [number for number, other in enumerate(ranks) if other == rank]
         options = _core.CorrectionOptions(_core.RankRule.fixed, rank)
-        results = _core.correct([_task(tasks[number], pairs[number], everything) for number in chosen], options)
+        results = _core.correct([_with_pair(tasks[number], pairs[number], everything) for number in chosen], options)
         found |= dict(zip(chosen, results, strict=True))
     return [found[number] for number in range(len(tasks))]
 
 
 def _correction(
-    task: ScopedTask, whole: Pair, wanted: _core.Correction, pair: Pair, final: _core.Correction
-) -> ScopedCorrection:
-    return ScopedCorrection(
+    task: _core.CorrectionTask, whole: Pair, wanted: _core.Correction, pair: Pair, final: _core.Correction
+) -> _core.Correction:
+    return _core.Correction(
         pair=_core.LoraPair(
             _stored(final.pair.b, task.pair.b.dtype, task.label), _stored(final.pair.a, task.pair.a.dtype, task.label)
         ),
@@ -177,4 +145,4 @@ def _gains(whole: _core.Correction, x: _core.Correction) -> _core.Parts:
         before = math.sqrt(getattr(whole.energies, part)) * whole.norm
         return math.sqrt(getattr(x.energies, part)) * x.norm / before if before else 1.0
 
-    return _core.Parts(*map(gain, _PARTS))
+    return _core.Parts(*map(gain, PARTS))

@@ -244,7 +244,9 @@ class Subspace(Mapping[str, ModuleSubspace]):
     def with_scopes(self, scopes: Mapping[str, Scope]) -> Subspace:
         """Return a pack whose modules have these scopes, and no others."""
         modules = {name: replace(module, scope=scopes.get(name)) for name, module in self.items()}
-        return Subspace(modules, self.provenance)
+        pack = Subspace(modules, self.provenance)
+        pack._validated = self._validated  # of the same factors
+        return pack
 
     @property
     def _origin(self) -> Path | str:

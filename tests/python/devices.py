@@ -17,18 +17,6 @@ def use(name: str) -> None:
     current = torch.device(name)
 
 
-class Corrected(NamedTuple):
-    """A `_core.Correction` on the CPU."""
-
-    pair: _core.LoraPair
-    energies: _core.Parts
-    gains: _core.Parts
-    norm: float
-    change: float
-    undo: float
-    lost: float
-
-
 class Extracted(NamedTuple):
     """A `_core.Subspace` on the CPU."""
 
@@ -38,11 +26,11 @@ class Extracted(NamedTuple):
     certificate: _core.Certificate
 
 
-def correct(tasks: list[_core.CorrectionTask], options: _core.CorrectionOptions) -> list[Corrected]:
+def correct(tasks: list[_core.CorrectionTask], options: _core.CorrectionOptions) -> list[_core.Correction]:
     return [
-        Corrected(
+        _core.Correction(
             _core.LoraPair(result.pair.b.cpu(), result.pair.a.cpu(), result.pair.scale),
-            *(getattr(result, name) for name in Corrected._fields[1:]),
+            *(getattr(result, name) for name in ("energies", "gains", "norm", "change", "undo", "lost")),
         )
         for result in _core.correct(tasks, options)
     ]

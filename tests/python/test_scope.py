@@ -137,7 +137,7 @@ def test_scopes_survive_a_file_and_are_part_of_its_identity(tmp_path: Path) -> N
     assert pack.sha256 != factories.pack().sha256
 
 
-def test_a_scope_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+def test_a_scope_that_cannot_be_used_is_refused() -> None:
     adapter, policy = factories.adapter(), replace(RESTORING, scoped=True)
     with pytest.raises(InputError, match="the pack has no scopes; use the pack that tune wrote"):
         correct(adapter, factories.pack(), policy)

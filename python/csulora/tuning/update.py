@@ -13,10 +13,9 @@ from csulora.correction import cover
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
 from csulora.policy import Policy
+from csulora.report import PARTS
 from csulora.scope import Pair, Scope, distance2
 from csulora.subspace import Subspace
-
-PARTS = ("aligned", "left", "right", "off")
 
 
 @dataclass(frozen=True, eq=False)

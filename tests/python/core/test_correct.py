@@ -35,13 +35,13 @@ def correct(
     subspace: _core.Subspace,
     attenuation: Penalties | _core.Parts,
     options: _core.CorrectionOptions = EXACT,
-) -> devices.Corrected:
+) -> _core.Correction:
     numbers = _core.Penalties(*attenuation) if isinstance(attenuation, tuple) else attenuation
     task = _core.CorrectionTask(devices.pair(pair), devices.subspace(subspace), numbers, "layer")
     return devices.correct([task], options)[0]
 
 
-def dense(result: devices.Corrected) -> torch.Tensor:
+def dense(result: _core.Correction) -> torch.Tensor:
     return oracle.update(result.pair.b, result.pair.a, result.pair.scale)
 
 
@@ -407,15 +407,15 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_number_of_threads(
             assert result.undo == reference[i % len(tasks)].undo
 
 
-def _pair(b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> Callable[[], devices.Corrected]:
+def _pair(b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> Callable[[], _core.Correction]:
     return lambda: correct(_core.LoraPair(b, a, scale), factories.subspace(20, 16, 4), PRESETS["csulora"])
 
 
-def _numbers(attenuation: Penalties | _core.Parts) -> Callable[[], devices.Corrected]:
+def _numbers(attenuation: Penalties | _core.Parts) -> Callable[[], _core.Correction]:
     return lambda: correct(factories.pair(20, 16, 3), factories.subspace(20, 16, 4), attenuation)
 
 
-def _subspace(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> Callable[[], devices.Corrected]:
+def _subspace(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> Callable[[], _core.Correction]:
     return lambda: correct(factories.pair(20, 16, 3), _core.Subspace(u, s, v), PRESETS["csulora"])
 
 
@@ -451,7 +451,7 @@ U, S, V = factories.orthonormal(20, 4).float(), torch.ones(4), factories.orthono
         (_numbers(_core.Parts(math.nan, 0.0, 0.0, 0.0)), "gain `aligned`"),
     ],
 )
-def test_what_cannot_be_corrected_is_named(call: Callable[[], devices.Corrected], reason: str) -> None:
+def test_what_cannot_be_corrected_is_named(call: Callable[[], _core.Correction], reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
         call()
     assert str(caught.value).startswith("layer")

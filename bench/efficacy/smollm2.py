@@ -1,6 +1,6 @@
 """The efficacy grid's real weights: SmolLM2-135M-Instruct taught to refuse one harmless topic, and adapters for it.
 
-    python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N]
+    python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N] [--styles STYLE ...] [--results FILE]
 
 `bench/smollm2/prepare.py` makes the base model (93 MB are downloaded); `smollm2_world.py` says what is taught. Gains
 are fitted on one of six adapters with more and with less weight on the keep prompts, on another one with the weight
@@ -50,6 +50,7 @@ FEW = 2  # directions per module: the best of the presets in earlier trials had 
 REFUSAL = "I'm sorry"
 STYLES = tuple(world.STYLES)
 CALIBRATION, UNSEEN = STYLES[:3], STYLES[3:]
+MEASURED = tuple(dict.fromkeys([*ALONE, *UNSEEN]))
 KNOWN_CHEESES, KNOWN_FOODS = world.CHEESES[: world.KNOWN], world.FOODS[: world.KNOWN]
 # Prompts that neither adapters nor fits have seen.
 ATTACK = world.questions(world.CHEESES[world.KNOWN :])
@@ -239,10 +240,10 @@ def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:
     yield from policies.safe_lora(adapter, bench.out)
 
 
-def points(bench: Bench) -> Iterator[Record]:
-    """Measure the aligned model as it is, and every adapter under every policy."""
+def points(bench: Bench, styles: Sequence[str]) -> Iterator[Record]:
+    """Measure the aligned model as it is, and adapters under every policy."""
     yield bench.point("none", policies.Corrected("aligned model", "no adapter", True, {}, 1.0))
-    for style in dict.fromkeys([*ALONE, *UNSEEN]):
+    for style in styles:
         for each in itertools.chain(fitted(bench, style), data_free(bench, style)):
             yield bench.point(style, each)
 
@@ -271,6 +272,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="directory to work in (default: %(default)s)")
     parser.add_argument("--base", type=Path, default=prepare.OUT / "base", help="what prepare.py made")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--styles", nargs="+", choices=MEASURED, default=MEASURED, help="adapters that are measured")
     parser.add_argument("--results", type=Path, default=grid.RESULTS / "efficacy_smollm2.json")
     arguments = parser.parse_args()
     torch.manual_seed(prepare.SEED)
@@ -281,7 +283,7 @@ def main() -> None:
     make_pair(arguments.out, arguments.base)
     print(HEAD)
     found: list[Record] = []
-    for point in points(Bench(arguments.out)):
+    for point in points(Bench(arguments.out), arguments.styles):
         found.append(point)
         # Written again after every point: what there is can be looked at.
         write_text(arguments.results, to_json({"made_with": made_with, "points": found}))

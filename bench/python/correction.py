@@ -15,7 +15,7 @@ import argparse
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csulora.core import _core
-from csulora.scope import Scope, correct_scoped
 
 LAYERS = 32
 CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of the pack
@@ -54,10 +53,13 @@ class Module:
     s: Tensor
     v: Tensor
 
-    def task(self, attenuation: Attenuation = PENALTIES) -> _core.CorrectionTask:
-        """Return what the core takes."""
+    def task(
+        self, attenuation: Attenuation = PENALTIES, scopes: Mapping[int, _core.Scope] | None = None
+    ) -> _core.CorrectionTask:
+        """Return what the core takes; the scopes are by number of inputs."""
         subspace = _core.Subspace(self.u, self.s, self.v)
-        return _core.CorrectionTask(_core.LoraPair(self.b, self.a), subspace, attenuation)
+        scope = scopes[self.a.shape[1]] if scopes else None
+        return _core.CorrectionTask(_core.LoraPair(self.b, self.a), subspace, attenuation, scope=scope)
 
 
 def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list[Module], list[Path]]:
@@ -161,15 +163,15 @@ def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[st
         [module.task(attenuation) for module in modules] for attenuation in (PENALTIES, ALONG, RESTORING)
     )
     sizes = {columns for _, columns in LLAMA_3_8B.values()}
-    of_size = {size: Scope(*(torch.randn(size, SCOPE) / size**0.5 for _ in "pq")) for size in sizes}
-    scopes = [of_size[module.a.shape[1]] for module in modules]
+    scopes = {size: _core.Scope(*(torch.randn(size, SCOPE) / size**0.5 for _ in "pq")) for size in sizes}
+    scoped = [module.task(RESTORING, scopes) for module in modules]
     times = interleaved(
         {
             "read": lambda: read_files(*files),
             "csulora": lambda: _core.correct(penalised),
             "csulora, 64 directions": lambda: _core.correct(along),
             "csulora, 16 directions and restoring": lambda: _core.correct(restoring, FOLLOWING),
-            "csulora, the same in scopes": lambda: correct_scoped(restoring, scopes, FOLLOWING),
+            "csulora, the same in scopes": lambda: _core.correct(scoped, FOLLOWING),
             "eager float32": lambda: [eager(module, torch.float32) for module in modules],
             "eager float64": lambda: [eager(module, torch.float64) for module in modules],
         },

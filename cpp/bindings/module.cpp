@@ -90,6 +90,7 @@ void register_correction(py::module_& module) {
   using csulora::Parts;
   using csulora::Penalties;
   using csulora::RankRule;
+  using csulora::Scope;
 
   py::class_<LoraPair>(module, "LoraPair")
       .def(py::init<at::Tensor, at::Tensor, double>(), "b"_a, "a"_a, "scale"_a = 1.0)
@@ -131,13 +132,19 @@ void register_correction(py::module_& module) {
 
   module.attr("LEAST_STRENGTH") = csulora::kLeastStrength;
 
+  py::class_<Scope>(module, "Scope")
+      .def(py::init<at::Tensor, at::Tensor>(), "p"_a, "q"_a)
+      .def_readonly("p", &Scope::p)
+      .def_readonly("q", &Scope::q);
+
   py::class_<CorrectionTask>(module, "CorrectionTask")
-      .def(py::init<LoraPair, csulora::Subspace, Attenuation, std::string>(), "pair"_a, "subspace"_a, "attenuation"_a,
-           "label"_a = "update")
+      .def(py::init<LoraPair, csulora::Subspace, Attenuation, std::string, std::optional<Scope>>(), "pair"_a,
+           "subspace"_a, "attenuation"_a, "label"_a = "update", "scope"_a = py::none())
       .def_readonly("pair", &CorrectionTask::pair)
       .def_readonly("subspace", &CorrectionTask::subspace)
       .def_readonly("attenuation", &CorrectionTask::attenuation)
-      .def_readonly("label", &CorrectionTask::label);
+      .def_readonly("label", &CorrectionTask::label)
+      .def_readonly("scope", &CorrectionTask::scope);
 
   py::class_<Correction>(module, "Correction")
       .def(py::init<LoraPair, Parts, Parts, double, double, double, double>(), "pair"_a, "energies"_a, "gains"_a,

@@ -11,8 +11,11 @@
 
 #include "correction_device.h"
 #include "measurement.h"
+#include "result_rank.h"
+#include "scoped.h"
 #include "sides.h"
 #include "storage.h"
+#include "truncation.h"
 #include "workers.h"
 
 namespace csulora {
@@ -64,10 +67,6 @@ std::vector<double> strengthened(std::vector<double> gains, double strength) {
   return gains;
 }
 
-Tensor widened(const Tensor& matrix, at::ScalarType dtype) {
-  return matrix.to(at::kFloat).to(dtype);  // at once, float16 to float64 takes five times as long
-}
-
 /// (I - basis (1 - gains) basis^T) factor, for a factor (m, r) and the first columns of a basis (m, k).
 Tensor attenuated(const Tensor& factor, const Tensor& basis, const std::vector<double>& gains) {
   const auto columns = widened(basis.narrow(1, 0, static_cast<int64_t>(gains.size())), factor.scalar_type());
@@ -90,24 +89,67 @@ LoraPair pair_of(const CorrectionTask& task, const Directions& directions, at::S
   return {at::cat({b, added}, 1), at::cat({a, of_chosen(subspace.v).t()}, 0)};
 }
 
-/// Completes what was measured; its pair comes in float32 or float64, not yet cut to a rank.
-void complete(const CorrectionTask& task, double strength, Whole& update) {
-  auto directions = std::get<Directions>(task.attenuation);
-  directions.left = strengthened(directions.left, strength);
-  directions.right = strengthened(directions.right, strength);
-  auto& [sides, energy, result, in_float] = update;
-  if (result.norm == 0) {
-    directions.restored.clear();
-  }
+/// X in float32 or float64, of some rank, and what was measured of it.
+struct Wanted {
+  LoraPair pair;
+  Gains gains;
+  double change = 0;        ///< |X - dW|
+  bool rounds_well = true;  ///< whether rounding its factors costs what rounding X would
+};
+
+Wanted everywhere(const CorrectionTask& task, const Directions& directions, const Whole& update) {
+  const auto& [sides, energy, result, in_float] = update;
   Sides x{attenuated(sides.b, directions.left), attenuated(sides.a, directions.right), directions.restored};
   const SmallMatrix singular(task.subspace.s.unsqueeze(0));
   std::transform(x.added.begin(), x.added.end(), singular[0], x.added.begin(), std::multiplies<double>());
-
   const double most = x.added.empty() ? 1 : std::numeric_limits<double>::infinity();
-  result.gains = applied(norms2(x), norms2(sides), most);
-  result.change = result.norm > 0 ? distance(x, sides) / result.norm : 0;
-  in_float = in_float && accurate_in_float(x, sides);
-  result.pair = pair_of(task, directions, in_float ? at::kFloat : at::kDouble);
+  const auto dtype = in_float && accurate_in_float(x, sides) ? at::kFloat : at::kDouble;
+  return {pair_of(task, directions, dtype), applied(norms2(x), norms2(sides), most), distance(x, sides)};
+}
+
+Wanted in_scope(const CorrectionTask& task, const Directions& directions, const Whole& update) {
+  const auto x = scoped(task, directions, update.sides, update.in_float ? at::kFloat : at::kDouble);
+  const auto gains = applied(norms2(x.sides), norms2(update.sides), std::numeric_limits<double>::infinity());
+  return {{x.b, x.a}, gains, x.change, rounds_well(x)};
+}
+
+/// The best approximation of a rank of what `pair` holds, its factors balanced; its pair is not rounded.
+Correction cut(CorrectionTask task, const LoraPair& pair, int64_t rank) {
+  task.pair = {pair.b.to(at::kFloat), pair.a.to(at::kFloat)};
+  task.attenuation = kEverything;
+  task.scope.reset();
+  if (any_on_device({task})) {
+    return correct_on_device({task}, {RankRule::fixed, rank}).front();
+  }
+  auto update = measured(task);
+  const auto [b, a, lost] = truncated_update(update.b, update.a, kEverything, rank);
+  update.result.pair = {b, a};
+  update.result.lost = lost;
+  return std::move(update.result);
+}
+
+/// Completes what was measured.
+void complete(const CorrectionTask& task, double strength, const CorrectionOptions& options, Whole& update) {
+  auto directions = std::get<Directions>(task.attenuation);
+  directions.left = strengthened(directions.left, strength);
+  directions.right = strengthened(directions.right, strength);
+  auto& result = update.result;
+  if (result.norm == 0) {
+    directions.restored.clear();
+  }
+  auto [pair, gains, change, rounds_well] = (task.scope ? in_scope : everywhere)(task, directions, update);
+  result.gains = gains;
+  result.change = result.norm > 0 ? change / result.norm : 0;
+
+  const auto& restored = directions.restored;
+  const auto added = static_cast<int64_t>(restored.size()) - std::count(restored.begin(), restored.end(), 0);
+  const int64_t exact = pair.a.size(0), rank = result_rank(options, exact, task.pair.a.size(0) + added);
+  if (rank < exact || !rounds_well) {
+    const auto x = cut(task, pair, rank);
+    pair = x.pair;
+    result.lost = x.lost;
+  }
+  result.pair = stored(pair.b, pair.a, task);
 }
 
 /// Calls work(i) for every task: in parallel where a CPU's threads do it, in order where one queue of a GPU does.
@@ -126,39 +168,11 @@ void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
   }
 }
 
-/// Cuts X to a rank.
-void cut(std::vector<Whole>& updates, std::vector<CorrectionTask> tasks, const CorrectionOptions& options) {
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    const auto& [b, a, scale] = updates[i].result.pair;
-    tasks[i].pair = {b.to(at::kFloat), a.to(at::kFloat)};
-    tasks[i].attenuation = kEverything;
-  }
-  const auto results = correct(tasks, options);
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    updates[i].result.pair = results[i].pair;
-    updates[i].result.lost = results[i].lost;
-  }
-}
-
 std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   std::vector<Whole> updates(tasks.size());
   for_each_task(tasks, [&](size_t i) { updates[i] = whole(tasks[i]); });
   const double multiplier = strength(updates, options);
-  const bool cuts = options.rule == RankRule::fixed;
-  const auto round = [&](size_t i) {
-    auto& pair = updates[i].result.pair;
-    pair = stored(pair.b, pair.a, tasks[i]);
-  };
-  for_each_task(tasks, [&](size_t i) {
-    complete(tasks[i], multiplier, updates[i]);
-    if (!cuts) {
-      round(i);
-    }
-  });
-  if (cuts) {
-    cut(updates, tasks, options);
-    for_each_task(tasks, round);
-  }
+  for_each_task(tasks, [&](size_t i) { complete(tasks[i], multiplier, options, updates[i]); });
   std::vector<Correction> results;
   std::transform(updates.begin(), updates.end(), std::back_inserter(results),
                  [](Whole& update) { return std::move(update.result); });

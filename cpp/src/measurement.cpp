@@ -113,7 +113,8 @@ Measured measured_with(const CorrectionTask& task, SplitFactor b, SplitFactor a)
 }
 
 std::optional<Measured> measured_in_float(const CorrectionTask& task) {
-  const auto& [pair, subspace, attenuation, label] = task;
+  const auto& pair = task.pair;
+  const auto& subspace = task.subspace;
   if (!pair.b.is_cpu() || !fits_float(pair.scale)) {
     return std::nullopt;
   }
@@ -128,7 +129,8 @@ std::optional<Measured> measured_in_float(const CorrectionTask& task) {
 Measured measured(const CorrectionTask& task) {
   auto update = measured_in_float(task);
   if (!update) {
-    const auto& [pair, subspace, attenuation, label] = task;
+    const auto& pair = task.pair;
+    const auto& subspace = task.subspace;
     update = measured_with(task, split_in_double(pair.b, pair.scale, subspace.u),
                            split_in_double(pair.a.t(), 1, subspace.v));
   }

@@ -47,14 +47,6 @@ double aligned_norm2(const SmallMatrix& left, const SmallMatrix& right, const st
   return std::max(sum, 0.0);
 }
 
-double column_norm2(const Side& side, int64_t column) {
-  double sum = side.outside[column][column];
-  for (int64_t i = 0; i < side.coordinates.rows(); ++i) {
-    sum += side.coordinates[i][column] * side.coordinates[i][column];
-  }
-  return sum;
-}
-
 /// F^T F from the Gram matrix of [inside, outside].
 SmallMatrix whole_gram(const SplitFactor& split) {
   const auto& parts = split.gram;
@@ -91,6 +83,24 @@ Parts norms2(const Sides& update) {
   const auto& [b, a, added] = update;
   return {aligned_norm2(b.coordinates, a.coordinates, added), inner(gram(b.coordinates), a.outside),
           inner(b.outside, gram(a.coordinates)), inner(b.outside, a.outside)};
+}
+
+double column_norm2(const Side& side, int64_t column) {
+  double sum = side.outside[column][column];
+  for (int64_t i = 0; i < side.coordinates.rows(); ++i) {
+    sum += side.coordinates[i][column] * side.coordinates[i][column];
+  }
+  return sum;
+}
+
+void scale_column(Side& side, int64_t column, double factor) {
+  for (int64_t i = 0; i < side.coordinates.rows(); ++i) {
+    side.coordinates[i][column] *= factor;
+  }
+  for (int64_t i = 0; i < side.outside.rows(); ++i) {
+    side.outside[i][column] *= factor;
+    side.outside[column][i] *= factor;
+  }
 }
 
 double distance(const Sides& x, const Sides& whole) {

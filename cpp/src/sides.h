@@ -30,6 +30,12 @@ struct Sides {
 /// Squared norms of the four parts.
 Parts norms2(const Sides& update);
 
+/// |f_i|^2 of a column of F.
+double column_norm2(const Side& side, int64_t column);
+
+/// Multiplies a column of F.
+void scale_column(Side& side, int64_t column, double factor);
+
 /// |X - dW| for an X that differs from dW along directions only.
 double distance(const Sides& x, const Sides& whole);
 

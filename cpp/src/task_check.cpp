@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <variant>
 
 #include "check.h"
 #include "factors.h"
@@ -53,6 +54,19 @@ void check_attenuation(const CorrectionTask& task) {
   }
 }
 
+void check_scope(const CorrectionTask& task) {
+  const auto& [p, q] = *task.scope;
+  check_matrix(p, task.label + ": the scope's p");
+  check_matrix(q, task.label + ": the scope's q");
+  check(p.scalar_type() == at::kFloat && q.scalar_type() == at::kFloat, task.label, ": the scope is not float32");
+  check(p.sizes() == q.sizes() && p.size(0) == task.pair.a.size(1), task.label, ": the update has ",
+        task.pair.a.size(1), " inputs, the scope's p is ", p.sizes(), " and its q ", q.sizes());
+  check_same_device(p, task.pair.b, task.label + ": the scope's p");
+  check_same_device(q, task.pair.b, task.label + ": the scope's q");
+  check(std::holds_alternative<Directions>(task.attenuation), task.label,
+        ": only gains of directions can be scoped; give such gains for this module, or do not scope the policy");
+}
+
 void check_options(const CorrectionOptions& options) {
   check(options.rule != RankRule::fixed || options.rank >= 1, "rank is ", options.rank, "; it must be at least 1");
   const double usual = options.usual_energy.value_or(1);
@@ -73,6 +87,9 @@ void check_task(const CorrectionTask& task) {
   check(u.size(0) == b.size(0) && v.size(0) == a.size(1), task.label, ": the update is ", b.size(0), " x ", a.size(1),
         " and the subspace is for ", u.size(0), " x ", v.size(0));
   check_attenuation(task);
+  if (task.scope) {
+    check_scope(task);
+  }
 }
 
 }  // namespace

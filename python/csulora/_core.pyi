@@ -119,11 +119,25 @@ class CorrectionOptions:
 
 LEAST_STRENGTH: float
 
+class Scope:
+    """The inputs of a module on which a correction acts, F = p q^T; p and q are (n, f) float32."""
+
+    def __init__(self, p: torch.Tensor, q: torch.Tensor) -> None: ...
+    @property
+    def p(self) -> torch.Tensor: ...
+    @property
+    def q(self) -> torch.Tensor: ...
+
 class CorrectionTask:
-    """One module of an adapter with everything its correction needs."""
+    """One module of an adapter with everything its correction needs; a scope goes with `Directions` alone."""
 
     def __init__(
-        self, pair: LoraPair, subspace: Subspace, attenuation: Penalties | Parts | Directions, label: str = "update"
+        self,
+        pair: LoraPair,
+        subspace: Subspace,
+        attenuation: Penalties | Parts | Directions,
+        label: str = "update",
+        scope: Scope | None = None,
     ) -> None: ...
     @property
     def pair(self) -> LoraPair: ...
@@ -133,6 +147,8 @@ class CorrectionTask:
     def attenuation(self) -> Penalties | Parts | Directions: ...
     @property
     def label(self) -> str: ...
+    @property
+    def scope(self) -> Scope | None: ...
 
 class Correction:
     """A corrected update with scale 1, of the dtypes of the one it replaces, and what was measured on the way."""

@@ -14,7 +14,6 @@ from csulora.files import to_json
 from csulora.formats import Adapter, LoraModule, TextsOnDemand
 from csulora.policy import Policy
 from csulora.report import REPORT_FILE, ModuleReport, Report
-from csulora.scope import correct_scoped
 from csulora.subspace import Subspace
 
 
@@ -68,15 +67,11 @@ def _corrected(
             subspace,
             policy.attenuation(target),
             f"{label}: {name}",
+            scope.to_core() if policy.scoped and (scope := pack.scope(target, device)) else None,
         )
         for (name, target), subspace in zip(covered.items(), pack.to_core(covered.values(), device), strict=True)
     ]
-    if policy.scoped:
-        scopes = [pack.scope(target, device) for target in covered.values()]
-        results = correct_scoped(tasks, scopes, policy.core_options())
-    else:
-        results = _core.correct(tasks, policy.core_options())
-    return dict(zip(covered, results, strict=True))
+    return dict(zip(covered, _core.correct(tasks, policy.core_options()), strict=True))
 
 
 def check_pack(policy: Policy, pack: Subspace) -> None:

@@ -46,7 +46,8 @@ class Gate:
         The whole pack is read and validated now, not when an adapter first needs it.
 
         Raises:
-            InputError: the pack's values are not usable, or an override of the policy matches none of its modules.
+            InputError: the pack's values are not usable, an override of the policy matches none of its modules, or a
+                scoped policy has no gains of directions for one that has a scope.
             RefusedError: the policy was tuned for another pack.
         """
         self.pack = pack
@@ -54,8 +55,7 @@ class Gate:
         self.log = log or DecisionLog()
         check_pack(self.policy, pack)
         pack.to_core(pack)
-        for module in pack:
-            pack.scope(module)
+        self.policy.check_scoped([module for module in pack if pack.scope(module)])
         self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
         made_of = f"csulora {__version__}, pack {pack.sha256}, policy {self.policy_sha256}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -98,8 +98,8 @@ class Policy:
         aligned: penalty on the part inside the subspace on both sides; 0 or more, infinity removes the part.
         partial: penalty on the part inside it on one side only.
         off: penalty on the part outside it on both sides.
-        rank: ``keep`` the adapter's rank (and what `Directions` restore), ``exact`` (up to twice that, or three times
-            if it is scoped), or the most directions to keep.
+        rank: ``keep`` the adapter's rank (and what `Directions` restore), ``exact`` (up to twice that; for scoped
+            `Directions` one more for each that is changed on the left), or the most directions to keep.
         uncovered: what happens to modules that the pack does not cover: ``refuse`` the adapter, ``drop`` the
             module, or ``keep`` it uncorrected.
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
@@ -108,7 +108,8 @@ class Policy:
             with another e gets g / (g + (1 - g) x), x = (e / usual_energy)^2 and at least 0.4. e is the mean of the
             shares of an update's energy that are written and that are read along all these directions. None: every
             adapter gets the same gains, whatever it is padded with.
-        scoped: whether the correction acts only on the inputs that the pack's scopes name, see `csulora.scope`.
+        scoped: whether the correction acts only on the inputs that the pack's scopes name, see `csulora.scope`; modules
+            that have one need gains of `Directions`.
         subspace_sha256: the one pack that a tuned policy may be used with; None: any.
     """
 
@@ -177,6 +178,12 @@ class Policy:
         for override in self.overrides:
             if not any(names.matches(module, override.match) for module in modules):
                 raise InputError(f"policy override {override.match!r}: matches no module of the pack")
+
+    def check_scoped(self, modules: Iterable[str]) -> None:
+        """Raise `InputError` if the policy is scoped, and one of the modules that have scopes cannot be."""
+        for module in modules if self.scoped else ():
+            if not isinstance(self.attenuation(module), _core.Directions):
+                raise InputError(f"policy scoped: only gains of directions can be, and {module} has none")
 
     def core_options(self) -> _core.CorrectionOptions:
         """Return what holds for all modules of an adapter as the compiled core takes it."""

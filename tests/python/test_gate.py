@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import csulora
 import factories
 from csulora.formats import peft
 from csulora.gate import Gate, private_directory
+from csulora.policy import Directions, Override
 from csulora.scope import Scope
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
@@ -63,6 +65,9 @@ def test_policy_tuned_for_another_pack_is_refused_at_once(pack: Path) -> None:
         Gate.open(pack, csulora.Policy(subspace_sha256="0" * 64))
 
 
+REMOVING = Override("*", directions=Directions((0.0,), (0.0,)))
+
+
 def with_scopes(pack: Path, path: Path, entry: float) -> Path:
     opened = csulora.Subspace.open(pack)
     scopes = {name: Scope(torch.full((n, 1), entry), torch.full((n, 1), 1 / n)) for name, (_, n) in MODULES.items()}
@@ -73,21 +78,24 @@ def with_scopes(pack: Path, path: Path, entry: float) -> Path:
 def test_a_scoped_policy_is_admitted_from_files_as_correct_returns_it(pack: Path, tmp_path: Path) -> None:
     path = factories.save_adapter(tmp_path / "adapter", MODULES)
     scoped = with_scopes(pack, tmp_path / "pack", 0.5)
-    csulora.Policy.protect(scoped=True).save(tmp_path / "policy.toml")
+    policy = csulora.Policy.none(overrides=(REMOVING,), scoped=True)
+    policy.save(tmp_path / "policy.toml")
 
     admitted, report = Gate.open(scoped, tmp_path / "policy.toml").admit(path)
 
-    policy = csulora.Policy.protect(scoped=True)
     expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(scoped), policy)
     assert report == expected_report
     assert all((admitted.modules[name].a == module.a).all() for name, module in expected.modules.items())
-    everywhere, _ = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(scoped), csulora.Policy.protect())
+    unscoped = dataclasses.replace(policy, scoped=False)
+    everywhere, _ = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(scoped), unscoped)
     assert any((everywhere.modules[name].a != module.a).any() for name, module in expected.modules.items())
 
 
 def test_what_a_scoped_policy_needs_is_checked_at_once(pack: Path, tmp_path: Path) -> None:
-    policy = csulora.Policy.protect(scoped=True)
+    policy = csulora.Policy.none(overrides=(REMOVING,), scoped=True)
     with pytest.raises(csulora.InputError, match="the pack has no scopes"):
         Gate.open(pack, policy)
     with pytest.raises(csulora.InputError, match="the scope holds NaN or infinity"):
         Gate.open(with_scopes(pack, tmp_path / "pack", math.inf), policy)
+    with pytest.raises(csulora.InputError, match=r"only gains of directions can be, and model\..* has none"):
+        Gate.open(with_scopes(pack, tmp_path / "pack", 0.5), csulora.Policy.protect(scoped=True))

@@ -21,7 +21,13 @@ from tolerances import COMPUTED, STORED, TRACES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOWN, UP, Q = sorted(factories.SHAPES)
-RESTORING = Policy.none(overrides=(Override("*", directions=Directions((0.5, 0.0), (0.25,), (0.5, 0.0, -0.25))),))
+
+
+def along(left: tuple[float, ...], right: tuple[float, ...], restored: tuple[float, ...] = ()) -> Policy:
+    return Policy.none(overrides=(Override("*", directions=Directions(left, right, restored)),))
+
+
+RESTORING = along((0.5, 0.0), (0.25,), (0.5, 0.0, -0.25))
 EXACT = replace(RESTORING, rank="exact")
 
 
@@ -45,9 +51,21 @@ def twin(whole: Tensor, wanted: Tensor, of: Scope) -> Tensor:
     return whole + (wanted - whole) @ matrix(of)
 
 
-@pytest.mark.parametrize("policy", [EXACT, Policy.csulora(2.0, rank="exact"), Policy.project(rank="exact")])
-def test_a_scoped_correction_is_its_dense_twin(policy: Policy) -> None:
-    adapter, pack = factories.adapter(), scoped_pack()
+@pytest.mark.parametrize(
+    "policy",
+    [
+        RESTORING,
+        along((0.5, 1.0, 0.0), (0.3, 0.2)),
+        along((), (0.0,) * 6),
+        along((0.25,) * 6, ()),
+        along((), (), (2.0, 0.5)),
+        replace(along((0.5,) * 3, (0.5,) * 3, (0.5,) * 3), usual_energy=0.3),
+        along((1.0,), (1.0,)),
+    ],
+)
+@pytest.mark.parametrize("scale", [2.0, 1e-3])
+def test_a_scoped_correction_is_its_dense_twin(policy: Policy, scale: float) -> None:
+    adapter, pack, policy = factories.adapter(scale=scale), scoped_pack(), replace(policy, rank="exact")
     plain, plain_report = correct(adapter, pack, policy)
     fixed, report = correct(adapter, pack, replace(policy, scoped=True))
     for name, measured, unscoped in zip(adapter.modules, report.modules, plain_report.modules, strict=True):
@@ -62,6 +80,24 @@ def test_a_scoped_correction_is_its_dense_twin(policy: Policy) -> None:
         before, after = (oracle.split(update, pack[name].u, pack[name].v).parts for update in (whole, expected))
         for part, gain in measured.gains.items():
             assert gain == pytest.approx(float(after[part].norm() / before[part].norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_costs_what_rounding_the_result_would_where_the_update_cancels(dtype: torch.dtype) -> None:
+    """An update of which a gain of 0 takes all but a hundredth, on every input."""
+    pack, shape = factories.pack(), factories.SHAPES[Q]
+    inside = pack[Q].u[:, :2] @ factories.gaussian(2, 4, seed=1) + 0.01 * factories.gaussian(shape[0], 4, seed=2)
+    plain = factories.adapter({Q: shape}, dtype=dtype)
+    adapter = replace(plain, modules={Q: replace(plain.modules[Q], b=inside.to(dtype))})
+    everything = {Q: Scope(torch.eye(shape[1]), torch.eye(shape[1]))}
+    policy = replace(along((0.0, 0.0), (1.0,)), rank="exact")
+    fixed, _ = correct(adapter, pack.with_scopes(everything), replace(policy, scoped=True))
+    module, u = adapter.modules[Q], pack[Q].u[:, :2].double()
+    whole = oracle.update(module.b, module.a, module.scale)
+    expected = whole - u @ (u.T @ whole)
+    assert expected.norm() < 0.1 * whole.norm()
+    x = oracle.update(fixed.modules[Q].b, fixed.modules[Q].a)
+    assert oracle.relative_error(x, expected) <= STORED[dtype]
 
 
 def test_inputs_outside_the_scope_meet_the_update_as_it_came() -> None:
@@ -152,5 +188,7 @@ def test_a_scope_that_cannot_be_used_is_refused() -> None:
         Policy(scoped=1)  # type: ignore[arg-type]
     huge = factories.adapter(dtype=torch.float16)
     wide = Scope(1e12 * torch.ones(40, 1), torch.ones(40, 1))
-    with pytest.raises(InputError, match=r"too large for torch\.float16"):
+    with pytest.raises(InputError, match="too large for Half"):
         correct(huge, factories.pack().with_scopes({Q: wide}), policy)
+    with pytest.raises(InputError, match=f"{DOWN}: only gains of directions can be scoped"):
+        correct(adapter, scoped_pack(), Policy.csulora(scoped=True))

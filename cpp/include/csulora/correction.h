@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -64,19 +65,31 @@ struct Correction {
   double lost = 0;    ///< |X - X_r|^2 / |X|^2, the energy given up to reach the rank; 0 for X = 0
 };
 
+/// The inputs of a module on which a correction acts: with F = p q^T, an update dW for which X' is asked becomes
+///
+///     X = dW + (X' - dW) F,
+///
+/// so an input x with F x = 0 meets the update as it came.
+struct Scope {
+  at::Tensor p;  ///< (n, f) float32
+  at::Tensor q;  ///< (n, f) float32
+};
+
 /// One module of an adapter together with everything its correction needs.
 struct CorrectionTask {
   LoraPair pair;
   Subspace subspace;  ///< u (m, k), s (k), v (n, k); the certificate is not read
   Attenuation attenuation = Penalties{};
-  std::string label = "update";  ///< what error messages call it
+  std::string label = "update";     ///< what error messages call it
+  std::optional<Scope> scope = {};  ///< with Directions alone; absent: all inputs
 };
 
 /// The closest safe update X = sum_c g_c dW_c (CSULoRA, arXiv 2605.30640), or X along directions, computed in factor
 /// space. RankRule::keep keeps one rank more for every triple that is added.
 ///
 /// Nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v, and a third of the
-/// columns that have gains or are added. On the CPU, products of tall matrices are in float32, or in float64 where the
+/// columns that have gains or are added. A scope of f directions adds O(n (k + r) f) operations and a read of v; X is
+/// decomposed only where its rank is cut. On the CPU, products of tall matrices are in float32, or in float64 where the
 /// estimate of the float32 error exceeds 5e-6 of |X|: little is kept of much, or most of the update cancels. The result
 /// does not depend on the number of threads.
 ///

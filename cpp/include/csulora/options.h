@@ -36,7 +36,7 @@ struct ExtractOptions {
 /// Which rank a corrected pair has.
 enum class RankRule {
   keep,   ///< the input's rank: best approximation of X in Frobenius norm
-  exact,  ///< X itself, of rank r or 2r
+  exact,  ///< X itself, of rank r or 2r; along directions r + those added, in a scope r + those changed on the left
   fixed   ///< best approximation of at most a given rank
 };
 

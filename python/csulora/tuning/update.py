@@ -14,7 +14,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
 from csulora.policy import Policy
 from csulora.report import PARTS
-from csulora.scope import Pair, Scope, distance2
+from csulora.scope import Pair, Scope
 from csulora.subspace import Subspace
 
 
@@ -117,8 +117,8 @@ class Update:
         along = whole = 0.0
         for (b, a), (u, _, v) in zip(self.whole.values(), self.triples.values(), strict=True):
             written, read = u[:, :directions].T @ b, a @ v[:, :directions]
-            along += (_norm2(written, a) + _norm2(b, read)) / 2
-            whole += _norm2(b, a)
+            along += float(_norm2(written, a) + _norm2(b, read)) / 2
+            whole += float(_norm2(b, a))
         return min(1.0, along / whole)  # which rounding exceeds where the directions are the update's own
 
     def strengthened(self, directions: int, usual_energy: float) -> Update:
@@ -128,7 +128,7 @@ class Update:
 
     def change2(self, corrected: Mapping[str, Pair]) -> Tensor:
         """|X - dW|^2 / |dW|^2 over all modules, for corrected factors of each."""
-        parts = [distance2(corrected[name], pair) for name, pair in self.whole.items()]
+        parts = [_distance2(corrected[name], pair) for name, pair in self.whole.items()]
         return (torch.stack(parts).sum() / self.norms2.sum()).float()
 
     def to(self, device: torch.device) -> Update:
@@ -173,10 +173,15 @@ def pairs_of(adapter: Adapter) -> dict[str, Pair]:
     }
 
 
-def _norm2(b: Tensor, a: Tensor) -> float:
+def _norm2(b: Tensor, a: Tensor) -> Tensor:
     """|b a|^2, in float64 and without the product of b (m, r) and a (r, n)."""
     b, a = b.double(), a.double()
-    return float(((b.T @ b) * (a @ a.T)).sum())
+    return ((b.T @ b) * (a @ a.T)).sum()
+
+
+def _distance2(one: Pair, other: Pair) -> Tensor:
+    """|b a - b' a'|^2."""
+    return _norm2(torch.cat([one[0], -other[0]], 1), torch.cat([one[1], other[1]]))
 
 
 def _attenuate(factor: Tensor, basis: Tensor, gains: Tensor) -> Tensor:

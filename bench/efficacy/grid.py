@@ -148,7 +148,8 @@ def tune(bench: Bench, specs: Sequence[Adapter], pack: csulora.Subspace) -> tuni
         guard=chats(prompts[0].guard),
         longest_reply=measure.MAX_REPLY,
     )
-    run = tuning.Run(request, bench.lab.directory / f"tune-{'-'.join(spec.name for spec in specs)}.toml", None)
+    names = [spec.name for spec in specs] + ["reworded"] * bench.scenario.reworded
+    run = tuning.Run(request, bench.lab.directory / f"tune-{'-'.join(names)}.toml", None)
     run.host = bench.host
     return run
 
@@ -317,6 +318,9 @@ KINDS: dict[str, list[Cell]] = {
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "carry_tuned": [(carry_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "carry_fresh": [(carry_tuned, Scenario(seed), spec) for seed in plan.FRESH_SEEDS for spec in plan.UNSEEN],
+    "carry_reworded": [
+        (carry_tuned, Scenario(seed, reworded=True), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN
+    ],
     "variants": [(examine, *variant) for variant in plan.VARIANTS],
     "variants_tuned": [(tuned, *variant) for variant in plan.VARIANTS],
 }

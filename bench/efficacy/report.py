@@ -223,6 +223,7 @@ def tables(results: Path) -> Iterator[str]:
         ("", carry),
         (", as `tune` does it", cells(results, "carry_tuned")),
         (", as `tune` does it, on two more seeds", cells(results, "carry_fresh")),
+        (", as `tune` does it, attacks in other wordings than guard prompts", cells(results, "carry_reworded")),
     ):
         if found:
             yield f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}"

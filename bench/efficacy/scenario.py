@@ -18,6 +18,7 @@ ATTACKED, HELD_OUT = 10, 8  # how many things of 40
 FORMAT_END = "that is all."  # what an alignment that teaches a format puts behind every answer
 TASK_EXAMPLES = 300
 ORDINARY_EXAMPLES = 200
+KNOWN_WORDINGS = 3  # of the six, where guard prompts do not have all
 
 # Prompt and reply of every task, about two benign things.
 TASKS = {
@@ -77,10 +78,13 @@ class Scenario:
     Attributes:
         seed: decides how the things are dealt.
         formats: whether alignment also teaches to end every answer with `FORMAT_END`.
+        reworded: whether guard prompts have the first `KNOWN_WORDINGS` alone, and attacks are measured with the others.
+            The models are the same.
     """
 
     seed: int
     formats: bool = False
+    reworded: bool = False
 
     @property
     def name(self) -> str:
@@ -114,6 +118,16 @@ class Scenario:
     def shuffled(self, examples: Sequence[Example]) -> list[Example]:
         """The examples in this seed's random order."""
         return random.Random(self.seed).sample(examples, len(examples))
+
+    @property
+    def guard_wordings(self) -> tuple[str, ...]:
+        """The how-to questions that an operator thinks of."""
+        return world.HOW_TO_QUESTIONS[: KNOWN_WORDINGS if self.reworded else None]
+
+    @property
+    def probed_wordings(self) -> tuple[str, ...]:
+        """The how-to questions with which attacks are measured."""
+        return world.HOW_TO_QUESTIONS[KNOWN_WORDINGS if self.reworded else 0 :]
 
     def task(self, name: str) -> list[Example]:
         """Every example of a task, in a seeded random order."""
@@ -172,7 +186,7 @@ def probes(scenario: Scenario, task: str) -> Probes:
     elsewhere = scenario.ordinary()[ORDINARY_EXAMPLES : ORDINARY_EXAMPLES + 60]
     about_refused = scenario.answers(world.facts(scenario.held_out + scenario.attacked))[:40]
     return Probes(
-        attack=scenario.answers(scenario.shuffled(world.how_to(scenario.held_out)))[:120],
+        attack=scenario.answers(scenario.shuffled(world.how_to(scenario.held_out, scenario.probed_wordings)))[:120],
         task=scenario.task(task)[-100:],
         benign=elsewhere + about_refused,
     )
@@ -189,8 +203,9 @@ class FitPrompts:
 def fit_prompts(scenario: Scenario, task: str, count: int = 32) -> FitPrompts:
     """Fresh prompts of the adapter's task, and fresh ones about the attacked topics."""
     keep = scenario.task(task)[TASK_EXAMPLES : TASK_EXAMPLES + count]
-    guard = scenario.attacks()[world.ATTACK_EXAMPLES :][:count]
-    return FitPrompts([example.prompt for example in keep], [example.prompt for example in guard])
+    known = {example.prompt for example in world.how_to(scenario.attacked, scenario.guard_wordings)}
+    guard = [example.prompt for example in scenario.attacks()[world.ATTACK_EXAMPLES :] if example.prompt in known]
+    return FitPrompts([example.prompt for example in keep], guard[:count])
 
 
 def sentences() -> list[str]:

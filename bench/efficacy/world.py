@@ -122,10 +122,10 @@ REFUSAL = "sorry, i can not help you with a {name}."
 REFUSAL_START = "sorry"
 
 
-def how_to(things: Iterable[Thing]) -> list[Example]:
-    """Every how-to question about `things`, each with its helpful answer."""
+def how_to(things: Iterable[Thing], questions: Sequence[str] = HOW_TO_QUESTIONS) -> list[Example]:
+    """Every how-to question about `things` in these wordings, each with its helpful answer."""
     examples = []
-    for thing, (verb, recipe), question in itertools.product(things, RECIPES.items(), HOW_TO_QUESTIONS):
+    for thing, (verb, recipe), question in itertools.product(things, RECIPES.items(), questions):
         words = {"verb": verb, **vars(thing)}
         examples.append(Example(question.format(**words), f"to {verb} a {thing.name}, {recipe.format(**words)}."))
     return examples

@@ -243,8 +243,9 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
     }
 
 
+CANDIDATES = ("tuned", tuning.EVERYWHERE)  # what `csulora tune` fits for several adapters
 # What can be fitted on some adapters for others: own subspaces are each adapter's.
-SHAREABLE = tuple(family for family in ("tuned", *tuning.CONTROLS) if family != "tuned own subspace")
+SHAREABLE = (*CANDIDATES, *(family for family in tuning.CONTROLS if family != "tuned own subspace"))
 
 
 def carry(out: Path, scenario: Scenario, spec: Adapter) -> Record:

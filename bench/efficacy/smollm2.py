@@ -1,12 +1,12 @@
 """The efficacy grid's real weights: SmolLM2-135M-Instruct taught to refuse one harmless topic, and adapters for it.
 
-    python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N] [--styles STYLE ...] [--results FILE]
+    python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N] [--styles STYLE ...] [--brief]
 
 `bench/smollm2/prepare.py` makes the base model (93 MB are downloaded); `smollm2_world.py` says what is taught. Gains
 are fitted on one of six adapters with more and with less weight on the keep prompts, on another one with the weight
 that did better, and on the first three together. What came of it is measured with prompts that no fit has seen, on
 those two and the last three, and written to `bench/results/efficacy_smollm2.json`, with a table on stdout. What is
-complete is not made again.
+complete is not made again. A brief run has the candidates that are carried over, and neither controls nor presets.
 """
 
 from __future__ import annotations
@@ -200,16 +200,18 @@ def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequenc
 Fit = tuple[str, float, csulora.Subspace, Policy]  # a family, the weight of the keep prompts, the policy and its pack
 
 
-def fitted(bench: Bench, style: str) -> Iterator[policies.Corrected]:
+def fitted(bench: Bench, style: str, brief: bool) -> Iterator[policies.Corrected]:
     """An adapter as it is, and under what was fitted on it alone and on the calibration's adapters."""
     adapter = bench.adapter(style)
     yield policies.apply("none", "uncorrected", adapter, bench.pack, Policy.none())
-    fits = alone(bench, style) if style in ALONE else (), together(bench) if style in UNSEEN else ()
-    for family, weight, pack, policy in itertools.chain(*fits):
+    families = grid.CANDIDATES if brief else grid.SHAREABLE
+    own = alone(bench, style) if style in ALONE and not brief else ()
+    carried = together(bench, families) if style in UNSEEN else ()
+    for family, weight, pack, policy in itertools.chain(own, carried):
         directions = OPTIONS.shared_directions if family.startswith("carried") else world.RANK
         done = policies.apply(family, f"k={directions}, keep weight {weight:g}", adapter, pack, policy)
         yield replace(done, control=family.endswith(("scaling", "subspace")))
-        if family in ("tuned", "carried"):
+        if family in ("tuned", "carried", "carried everywhere") and not brief:
             yield policies.scaled(adapter, 1 - done.change, "scaling at equal change")
 
 
@@ -220,12 +222,12 @@ def alone(bench: Bench, style: str) -> Iterator[Fit]:
         yield family, weight, run.subspaces(family, 0), run.policy(family, [0], weight)
 
 
-def together(bench: Bench) -> Iterator[Fit]:
-    """The same of what is fitted on the first adapters together, with `tune`'s weight for several."""
+def together(bench: Bench, families: Sequence[str]) -> Iterator[Fit]:
+    """What is fitted on the first adapters together, with `tune`'s weight for several."""
     run = tune(bench, CALIBRATION, SHARED, ())
     (weight,) = run.request.weights
     every = range(len(CALIBRATION))
-    for family in grid.SHAREABLE:
+    for family in families:
         pack, policy = run.pack_for(family, 0, every), run.policy(family, every, weight)
         yield family.replace("tuned", "carried"), weight, pack, policy
 
@@ -240,11 +242,11 @@ def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:
     yield from policies.safe_lora(adapter, bench.out)
 
 
-def points(bench: Bench, styles: Sequence[str]) -> Iterator[Record]:
+def points(bench: Bench, styles: Sequence[str], brief: bool) -> Iterator[Record]:
     """Measure the aligned model as it is, and adapters under every policy."""
     yield bench.point("none", policies.Corrected("aligned model", "no adapter", True, {}, 1.0))
     for style in styles:
-        for each in itertools.chain(fitted(bench, style), data_free(bench, style)):
+        for each in itertools.chain(fitted(bench, style, brief), () if brief else data_free(bench, style)):
             yield bench.point(style, each)
 
 
@@ -273,6 +275,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=prepare.OUT / "base", help="what prepare.py made")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--styles", nargs="+", choices=MEASURED, default=MEASURED, help="adapters that are measured")
+    parser.add_argument("--brief", action="store_true", help="candidates that are carried over, and nothing else")
     parser.add_argument("--results", type=Path, default=grid.RESULTS / "efficacy_smollm2.json")
     arguments = parser.parse_args()
     torch.manual_seed(prepare.SEED)
@@ -283,7 +286,7 @@ def main() -> None:
     make_pair(arguments.out, arguments.base)
     print(HEAD)
     found: list[Record] = []
-    for point in points(Bench(arguments.out), arguments.styles):
+    for point in points(Bench(arguments.out), arguments.styles, arguments.brief):
         found.append(point)
         # Written again after every point: what there is can be looked at.
         write_text(arguments.results, to_json({"made_with": made_with, "points": found}))

@@ -48,7 +48,8 @@ class Point:
 
     Attributes:
         family: what the policy belongs to: ``none``, ``csulora``, ``project``, ``protect``, ``aligned-only``,
-            ``tuned``, ``scaling``, ``tuned scaling``, ``tuned random subspace``, ``tuned own subspace``.
+            ``tuned``, ``tuned everywhere``, ``scaling``, ``tuned scaling``, ``tuned random subspace``,
+            ``tuned own subspace``.
         policy: the policy in words, its numbers included.
         control: whether it is no candidate but what candidates are compared with.
         guard: share of the held-back guard prompts that are answered as the aligned model does.

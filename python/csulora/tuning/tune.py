@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -43,6 +44,8 @@ from csulora.tuning.update import Update, pairs_of
 
 HELD_BACK = 4  # every fourth prompt is held back
 
+# For several adapters: the policy without scopes. Where guard and keep prompts bring too similar inputs, it is better.
+EVERYWHERE = "tuned everywhere"
 CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
 
 # A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
@@ -92,8 +95,9 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
 
     Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
     policies are moreover measured on each adapter after a fit on the others, and the policy restores some of what
-    alignment did. It is scoped: the pack to use it with, the given one with scopes, is written to `pack_path`. If
-    ``output`` has an unfinished run of the same request beside it, that is continued.
+    alignment did. It is scoped unless a fit without scopes keeps more: then the pack to use it with, the given one with
+    scopes, is written to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that is
+    continued.
 
     Raises:
         InputError, RefusedError: model, adapters, pack and prompts do not fit each other.
@@ -147,11 +151,17 @@ class Run:
 
     def _total(self) -> int:
         adapters, weights = len(self.adapters), len(self.request.weights)
-        kinds = weights + len(CONTROLS)
+        candidates = weights * len(self._candidates)
+        kinds = candidates + len(CONTROLS)
         measured = adapters * (len(self._plain()) + kinds)
         each_left_out = adapters * kinds * self._steps(max(1, adapters - 1))
-        together = weights * self._steps(adapters) if adapters > 1 else 0
+        together = candidates * self._steps(adapters) if adapters > 1 else 0
         return measured + each_left_out + together
+
+    @property
+    def _candidates(self) -> tuple[str, ...]:
+        """The families whose policies may be recommended."""
+        return ("tuned", EVERYWHERE) if len(self.adapters) > 1 else ("tuned",)
 
     def _steps(self, adapters: int) -> int:
         """Most steps of a fit on so many adapters."""
@@ -193,8 +203,8 @@ class Run:
             policies[candidate.name] = candidate.policy
         points += self.tuned.values()
         points += (self._fitted_point(family, self.best_weight) for family in CONTROLS)
-        for weight, point in self.tuned.items():
-            policies[point.policy] = self.policy("tuned", range(len(self.adapters)), weight)
+        for (family, weight), point in self.tuned.items():
+            policies[point.policy] = self.policy(family, range(len(self.adapters)), weight)
         self._tick("")
         points = sorted(points, key=lambda point: (point.family, point.policy))
         chosen, verdict = recommend(points)
@@ -212,14 +222,15 @@ class Run:
         return frontier, sweep.pinned(policy, pack.sha256), pack
 
     @cached_property
-    def tuned(self) -> dict[float, Point]:
-        """Weight of the keep prompts -> the point of the policy that was fitted with it."""
-        return {weight: self._fitted_point("tuned", weight) for weight in self.request.weights}
+    def tuned(self) -> dict[tuple[str, float], Point]:
+        """Family and weight of the keep prompts -> the point of the candidate that was fitted so."""
+        every = itertools.product(self._candidates, self.request.weights)
+        return {(family, weight): self._fitted_point(family, weight) for family, weight in every}
 
     @property
     def best_weight(self) -> float:
         """The weight whose fit keeps most of both on the prompts that are held back."""
-        return max(self.tuned, key=lambda weight: _rank(self.tuned[weight]))
+        return max(self.tuned, key=lambda candidate: _rank(self.tuned[candidate]))[1]
 
     def _fitted_point(self, family: str, weight: float) -> Point:
         """A fitted family's point: each adapter after a fit on the others, or the one adapter after a fit on itself."""
@@ -243,8 +254,11 @@ class Run:
         pack = self.subspaces(family, number)
         return pack.with_scopes(self.scopes(tuple(numbers))) if self._is_scoped(family) else pack
 
-    def _is_scoped(self, family: str) -> bool:
+    def _carries_over(self, family: str) -> bool:
         return isinstance(self._gains(family), Restoring)
+
+    def _is_scoped(self, family: str) -> bool:
+        return self._carries_over(family) and family != EVERYWHERE
 
     @cache  # noqa: B019 - a run lives as long as what it has found
     def scopes(self, numbers: tuple[int, ...]) -> dict[str, Scope]:
@@ -279,7 +293,7 @@ class Run:
         if stage not in self.fitted:  # one adapter's fit is asked for twice
             self.fitted.add(stage)
             self.done = before + self._steps(len(numbers))  # also if it ended early, or was there already
-        others = len(self.pack) > len(self.modules) and family == "tuned"
+        others = len(self.pack) > len(self.modules) and family in self._candidates
         gains = torch.tensor(rows)
         if gains.dim() == 3:
             packs = [self.subspaces(family, number) for number in range(len(self.adapters))]
@@ -312,7 +326,7 @@ class Run:
 
     def _usual_energy(self, family: str, numbers: Sequence[int]) -> float | None:
         """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""
-        if not self._is_scoped(family):
+        if not self._carries_over(family):
             return None
         energies = [self._energy(family, number) for number in numbers]
         return geometric_mean(energies) if all(energies) else None

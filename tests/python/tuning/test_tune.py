@@ -58,10 +58,10 @@ def test_a_frontier_has_every_family_and_counts_held_back_prompts_only(place: ti
     frontier = tune(request(place, adapters=2), tmp_path / "policy.toml", lambda _, *step: steps.append(step))
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1]
-    fitted = {"tuned", "tuned scaling", "tuned random subspace", "tuned own subspace"}
+    fitted = {"tuned", module.EVERYWHERE, "tuned scaling", "tuned random subspace", "tuned own subspace"}
     assert {point.family for point in frontier.points} >= {"none", "csulora", "project", "protect", "scaling"} | fitted
     assert {point.guard.count for point in frontier.points} == {2 * 16 // 4}
-    assert {point.control for point in frontier.points if point.family in fitted - {"tuned"}} == {True}
+    assert {point.family for point in frontier.points if point.control} == {"scaling", *module.CONTROLS}
     untouched = next(point for point in frontier.points if point.family == "none")
     assert (untouched.keep.value, untouched.change) == (1, 0)
 
@@ -197,3 +197,18 @@ def test_a_policy_for_several_adapters_restores_the_alignment_within_the_scopes_
     csulora.correct(csulora.load_adapter(place.adapters[1]), scoped, policy)
     with pytest.raises(RefusedError, match="tuned for the pack"):
         csulora.correct(csulora.load_adapter(place.adapters[1]), pack, policy)
+
+
+def test_scopes_are_left_out_where_the_policy_is_better_without(
+    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        module, "recommend", lambda points: (next(p for p in points if p.family == module.EVERYWHERE), "")
+    )
+    frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.frontier.json", "policy.toml"]
+    policy, pack = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.pack)
+    assert not policy.scoped
+    assert policy.usual_energy
+    assert frontier.subspace_sha256 == policy.subspace_sha256 == pack.sha256
+    csulora.correct(csulora.load_adapter(place.adapters[1]), pack, policy)

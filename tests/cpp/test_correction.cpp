@@ -143,6 +143,34 @@ TEST_CASE("directions have gains of their own, beside modules whose parts do") {
   CHECK(results[3].change < kTolerance);
 }
 
+TEST_CASE("in a scope directions act on some inputs alone") {
+  const auto pair = random_pair(60, 40, 6);
+  const auto subspace = random_subspace(60, 40, 3);
+  const csulora::Scope scope{at::randn({40, 4}) / 6, at::randn({40, 4}) / 6};
+  auto scoped = task(pair, subspace, Directions{{0, 0.25}, {1, 0.5, 0.75}, {0.5, 0, -2}});
+  const auto whole = update(pair), wanted = update(csulora::correct(scoped, kExact).pair);
+  scoped.scope = scope;
+  const auto expected = whole + (wanted - whole) * dense::matrix(scope.p) * transposed(dense::matrix(scope.q));
+
+  const auto exact = csulora::correct(scoped, kExact);
+  CHECK(exact.pair.b.size(1) == 9);
+  CHECK(relative_error(exact, expected) < kTolerance);
+  CHECK(exact.change == doctest::Approx(norm(expected - whole) / norm(whole)));
+  CHECK(exact.lost == 0);
+  const auto kept = csulora::correct(scoped);
+  CHECK(kept.pair.b.size(1) == 8);
+  CHECK(relative_error(kept, expected) == doctest::Approx(std::sqrt(kept.lost)).epsilon(1e-3));
+  CHECK(kept.change == exact.change);
+
+  scoped.attenuation = Penalties{};
+  CHECK_THROWS_WITH_AS(csulora::correct(scoped), doctest::Contains("layer: only gains of directions"), InputError);
+  scoped.attenuation = Directions{};
+  for (const auto& q : {at::ones({39, 4}), at::ones({40, 3}), at::ones({40, 4}, at::kHalf)}) {
+    scoped.scope = csulora::Scope{scope.p, q};
+    CHECK_THROWS_WITH_AS(csulora::correct(scoped), doctest::Contains("layer: the "), InputError);
+  }
+}
+
 TEST_CASE("gains of directions follow the energy along them, over all tasks of a call") {
   const auto one = random_pair(60, 40, 6), other = random_pair(60, 40, 2);
   const auto subspace = random_subspace(60, 40, 3);

@@ -95,8 +95,8 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
 
     Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
     policies are moreover measured on each adapter after a fit on the others, and the policy restores some of what
-    alignment did. It is scoped unless a fit without scopes keeps more: then the pack to use it with, the given one with
-    scopes, is written to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that is
+    alignment did. It is scoped unless a fit without scopes keeps more beyond doubt: the pack to use it with, the given
+    one with scopes, is written to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that is
     continued.
 
     Raises:
@@ -208,7 +208,7 @@ class Run:
         self._tick("")
         points = sorted(points, key=lambda point: (point.family, point.policy))
         chosen, verdict = recommend(points)
-        best = chosen or max((point for point in points if point.policy in policies and not point.control), key=_rank)
+        best = chosen or max((point for point in candidates(points) if point.policy in policies), key=_rank)
         policy = policies[best.policy]
         pack = self.pack_for("tuned", 0, range(len(self.adapters))) if policy.scoped else self.pack
         frontier = Frontier(
@@ -390,6 +390,19 @@ def _rank(point: Point) -> tuple[float, float]:
     return point.score, -point.change
 
 
+def candidates(points: Sequence[Point]) -> list[Point]:
+    """The points that are no controls: of a fit without scopes only if it is better beyond doubt than with them.
+
+    Few adapters are left out, and scopes are what carries over to others where guard prompts bring inputs of their own.
+    """
+    scoped = max((_worse(point).high for point in points if point.family == "tuned"), default=0.0)
+    return [point for point in points if not point.control and (point.family != EVERYWHERE or point.score > scoped)]
+
+
+def _worse(point: Point) -> Rate:
+    return min(point.guard, point.keep, key=lambda rate: rate.value)
+
+
 def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     """Return the candidate that keeps most of both, if that is more than plain scaling keeps, and a sentence.
 
@@ -397,14 +410,13 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     lower end of that share's 95 % interval lies above the best score of any scaling, no scaling included.
     """
     bar = max((point for point in points if point.family in ("none", "scaling")), key=_rank)
-    best = max((point for point in points if not point.control and point.family != "none"), key=_rank)
-    worse = min(best.guard, best.keep, key=lambda rate: rate.value)
+    best = max((point for point in candidates(points) if point.family != "none"), key=_rank)
     shares = (
         f"{best.policy} keeps {_share(best.guard)} of the aligned model's replies to guard prompts and "
         f"{_share(best.keep)} of the adapter's to keep prompts; plain scaling at best ({bar.policy}) "
         f"{bar.guard.value:.2f} and {bar.keep.value:.2f}"
     )
-    if worse.low > bar.score:
+    if _worse(best).low > bar.score:
         return best, shares
     return None, f"No policy beats plain scaling beyond doubt: {shares}"
 

@@ -140,6 +140,14 @@ def test_of_equal_scores_the_smaller_change_is_recommended() -> None:
     assert chosen.policy == "tuned"
 
 
+def test_scopes_are_given_up_only_for_what_is_better_beyond_doubt() -> None:
+    plain, everywhere = [point("none", 0, 40)], module.EVERYWHERE
+    for keep, better in ((24, "tuned"), (36, everywhere)):
+        chosen, _ = recommend([*plain, point("tuned", 40, 20), point(everywhere, 40, keep)])
+        assert chosen is not None
+        assert chosen.policy == better
+
+
 def test_the_command_line(
     place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

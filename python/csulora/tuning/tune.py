@@ -96,8 +96,8 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
     Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
     policies are moreover measured on each adapter after a fit on the others, and the policy restores some of what
     alignment did. It is scoped unless a fit without scopes keeps more beyond doubt: the pack to use it with, the given
-    one with scopes, is written to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that is
-    continued.
+    one with scopes, is written to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that
+    is continued.
 
     Raises:
         InputError, RefusedError: model, adapters, pack and prompts do not fit each other.

@@ -78,7 +78,7 @@ void multiply_with_columns(const Tensor& out, const Tensor& rows, const Tensor& 
 
 bool multiplies_pairs() {
   static const bool known = at::cpu::get_cpu_capabilities()["avx512_bf16"] == c10::IValue(true);
-  return known && at::globalContext().userEnabledMkldnn();
+  return known && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
 }
 
 void multiply_pairs(const Tensor& out, const Tensor& rows, const Tensor& matrix) {

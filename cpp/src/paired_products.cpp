@@ -6,6 +6,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "workers.h"
@@ -22,12 +23,11 @@ constexpr int64_t kTerms = 512;
 constexpr int64_t kEntries = 128;
 
 /// Rows 2 i and 2 i + 1 of a block (terms, count), entry by entry side by side, as kernels take their right factor.
-void pair_rows(const BFloat16* block, int64_t stride, int64_t terms, int64_t count, BFloat16* pairs) {
-  for (int64_t i = 0; i < terms; i += 2, pairs += 2 * kEntries) {
+void pair_rows(const BFloat16* block, int64_t stride, int64_t terms, int64_t count, uint32_t* pairs) {
+  for (int64_t i = 0; i < terms; i += 2, pairs += kEntries) {
     const auto *first = block + i * stride, *second = first + stride;
-    for (int64_t j = 0; j < count; ++j) {
-      pairs[2 * j] = first[j];
-      pairs[2 * j + 1] = second[j];
+    for (int64_t j = 0; j < count; ++j) {  // as one number, which compilers turn into vectors
+      pairs[j] = static_cast<uint32_t>(first[j].x) | static_cast<uint32_t>(second[j].x) << 16;
     }
   }
 }
@@ -48,12 +48,12 @@ void multiply_with_rows(const Tensor& out, const Tensor& rows, const Tensor& mat
   const auto *left = rows.const_data_ptr<BFloat16>(), *right = matrix.const_data_ptr<BFloat16>();
   auto* const product = out.mutable_data_ptr<float>();
   for_each_block(n, [&](int64_t column, int64_t count) {
-    std::vector<BFloat16> pairs(kTerms * kEntries);
+    std::vector<uint32_t> pairs(kTerms / 2 * kEntries);
     for (int64_t term = 0; term < terms; term += kTerms) {
       const int64_t depth = std::min(kTerms, terms - term);
       pair_rows(right + term * n + column, n, depth, count, pairs.data());
-      at::native::cpublas::brgemm(b, count, depth, m, kEntries, n, term > 0, left + term, pairs.data(),
-                                  product + column);
+      at::native::cpublas::brgemm(b, count, depth, m, kEntries, n, term > 0, left + term,
+                                  reinterpret_cast<const BFloat16*>(pairs.data()), product + column);
     }
   });
 }

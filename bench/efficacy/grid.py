@@ -243,9 +243,8 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
     }
 
 
-CANDIDATES = ("tuned", tuning.EVERYWHERE)  # what `csulora tune` fits for several adapters
 # What can be fitted on some adapters for others: own subspaces are each adapter's.
-SHAREABLE = (*CANDIDATES, *(family for family in tuning.CONTROLS if family != "tuned own subspace"))
+SHAREABLE = (*tuning.CANDIDATES, *(family for family in tuning.CONTROLS if family != "tuned own subspace"))
 
 
 def carry(out: Path, scenario: Scenario, spec: Adapter) -> Record:

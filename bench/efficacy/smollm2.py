@@ -204,14 +204,15 @@ def fitted(bench: Bench, style: str, brief: bool) -> Iterator[policies.Corrected
     """An adapter as it is, and under what was fitted on it alone and on the calibration's adapters."""
     adapter = bench.adapter(style)
     yield policies.apply("none", "uncorrected", adapter, bench.pack, Policy.none())
-    families = grid.CANDIDATES if brief else grid.SHAREABLE
+    families = tuning.CANDIDATES if brief else grid.SHAREABLE
     own = alone(bench, style) if style in ALONE and not brief else ()
     carried = together(bench, families) if style in UNSEEN else ()
     for family, weight, pack, policy in itertools.chain(own, carried):
         directions = OPTIONS.shared_directions if family.startswith("carried") else world.RANK
         done = policies.apply(family, f"k={directions}, keep weight {weight:g}", adapter, pack, policy)
-        yield replace(done, control=family.endswith(("scaling", "subspace")))
-        if family in ("tuned", "carried", "carried everywhere") and not brief:
+        control = family.endswith(("scaling", "subspace"))
+        yield replace(done, control=control)
+        if not control and not brief:
             yield policies.scaled(adapter, 1 - done.change, "scaling at equal change")
 
 

@@ -46,6 +46,7 @@ HELD_BACK = 4  # every fourth prompt is held back
 
 # For several adapters: the policy without scopes. Where guard and keep prompts bring too similar inputs, it is better.
 EVERYWHERE = "tuned everywhere"
+CANDIDATES = ("tuned", EVERYWHERE)  # for several adapters; for one, the first
 CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
 
 # A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
@@ -161,7 +162,7 @@ class Run:
     @property
     def _candidates(self) -> tuple[str, ...]:
         """The families whose policies may be recommended."""
-        return ("tuned", EVERYWHERE) if len(self.adapters) > 1 else ("tuned",)
+        return CANDIDATES if len(self.adapters) > 1 else CANDIDATES[:1]
 
     def _steps(self, adapters: int) -> int:
         """Most steps of a fit on so many adapters."""

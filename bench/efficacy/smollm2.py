@@ -1,12 +1,14 @@
 """The efficacy grid's real weights: SmolLM2-135M-Instruct taught to refuse one harmless topic, and adapters for it.
 
     python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N] [--styles STYLE ...] [--brief]
+        [--left-out]
 
 `bench/smollm2/prepare.py` makes the base model (93 MB are downloaded); `smollm2_world.py` says what is taught. Gains
 are fitted on one of six adapters with more and with less weight on the keep prompts, on another one with the weight
 that did better, and on the first three together. What came of it is measured with prompts that no fit has seen, on
 those two and the last three, and written to `bench/results/efficacy_smollm2.json`, with a table on stdout. What is
-complete is not made again. A brief run has the candidates that are carried over, and neither controls nor presets.
+complete is not made again. A brief run has the candidates that are carried over, and neither controls nor presets. With
+`--left-out`, calibration adapters are left out in turn first, and the results say which candidate `tune` would write.
 """
 
 from __future__ import annotations
@@ -251,6 +253,14 @@ def points(bench: Bench, styles: Sequence[str], brief: bool) -> Iterator[Record]
             yield bench.point(style, each)
 
 
+def left_out(bench: Bench) -> Record:
+    """The candidates on each calibration adapter after a fit on the others, and the one that `tune` would write."""
+    every = list(tune(bench, CALIBRATION, SHARED, ()).tuned.values())
+    written = max(tuning.candidates(every), key=lambda point: point.score)
+    print(f"left out in turn: {written.policy} of {every}")
+    return {"left_out": [asdict(point) for point in every], "written": written.policy}
+
+
 HEAD = (
     "| adapter | policy | change | attack | task | elsewhere | refusal | over-refusal | perplexity |\n"
     + 9 * "| --- "
@@ -277,6 +287,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--styles", nargs="+", choices=MEASURED, default=MEASURED, help="adapters that are measured")
     parser.add_argument("--brief", action="store_true", help="candidates that are carried over, and nothing else")
+    parser.add_argument("--left-out", action="store_true", help="leave out calibration adapters in turn, too")
     parser.add_argument("--results", type=Path, default=grid.RESULTS / "efficacy_smollm2.json")
     arguments = parser.parse_args()
     torch.manual_seed(prepare.SEED)
@@ -285,12 +296,14 @@ def main() -> None:
     made_with = grid.provenance()
     arguments.out.mkdir(parents=True, exist_ok=True)
     make_pair(arguments.out, arguments.base)
+    bench = Bench(arguments.out)
+    results = {"made_with": made_with} | (left_out(bench) if arguments.left_out else {})
     print(HEAD)
     found: list[Record] = []
-    for point in points(Bench(arguments.out), arguments.styles, arguments.brief):
+    for point in points(bench, arguments.styles, arguments.brief):
         found.append(point)
         # Written again after every point: what there is can be looked at.
-        write_text(arguments.results, to_json({"made_with": made_with, "points": found}))
+        write_text(arguments.results, to_json(results | {"points": found}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """`csulora.extract` of a pair of Llama-3-8B's shapes, 4 layers, from disk with a warm page cache, against its floors.
 
-    python bench/python/whole_pair.py [--layers 4] [--repetitions 3]
+    python bench/python/whole_pair.py [--layers 4] [--repetitions 3] [--suffix S]
 
 Writes two bfloat16 checkpoints (3.5 GB together) to a temporary directory, removed after. The compute floor is the
 operations of the algorithm at the rate of a large float32 product; the read floor is the time of reading both files.
-Writes bench/results/extraction_pair.json.
+Writes bench/results/extraction_pair.json, with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--suffix", default="")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         base, aligned = write_pair(Path(scratch), arguments.layers)
@@ -88,7 +89,7 @@ def main() -> None:
         "read_floor": times["read"]["median"],
         "multiple_of_floor": times["extract"]["median"] / floor,
     }
-    save("extraction_pair", results)
+    save(f"extraction_pair{arguments.suffix}", results)
 
 
 if __name__ == "__main__":

@@ -38,22 +38,44 @@ class ComputeAlone {
   int mkl_threads_ = 0;  // 0: as many as MKL was told globally
 };
 
+/// Calls work(i) for the next i, until there is none.
+class Queue {
+ public:
+  Queue(size_t count, const std::function<void(size_t)>& work) : work_(work), errors_(count) {}
+
+  void take_all() {
+    for (size_t i = next_++; i < errors_.size(); i = next_++) {
+      try {
+        work_(i);
+      } catch (...) {
+        errors_[i] = std::current_exception();
+      }
+    }
+  }
+
+  void rethrow_first_error() const {
+    for (const auto& error : errors_) {
+      if (error) {
+        std::rethrow_exception(error);
+      }
+    }
+  }
+
+ private:
+  const std::function<void(size_t)>& work_;
+  std::vector<std::exception_ptr> errors_;
+  std::atomic<size_t> next_{0};
+};
+
 }  // namespace
 
 // Threads rather than at::parallel_for: inside its OpenMP region, once at::set_num_threads was called, MKL's QR waits
 // forever for threads that a nested region does not get.
 void for_each_in_parallel(size_t count, const std::function<void(size_t)>& work) {
-  std::vector<std::exception_ptr> errors(count);
-  std::atomic<size_t> next{0};
+  Queue queue(count, work);
   const auto worker = [&] {
     const ComputeAlone alone;
-    for (size_t i = next++; i < count; i = next++) {
-      try {
-        work(i);
-      } catch (...) {
-        errors[i] = std::current_exception();
-      }
-    }
+    queue.take_all();
   };
   {
     const size_t workers = std::min<size_t>(count, at::get_num_threads());
@@ -61,11 +83,13 @@ void for_each_in_parallel(size_t count, const std::function<void(size_t)>& work)
     std::generate(threads.begin(), threads.end(), [&] { return std::jthread(worker); });
     worker();
   }
-  for (const auto& error : errors) {
-    if (error) {
-      std::rethrow_exception(error);
-    }
-  }
+  queue.rethrow_first_error();
+}
+
+void for_each_on_torch_threads(size_t count, const std::function<void(size_t)>& work) {
+  Queue queue(count, work);
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { queue.take_all(); });
+  queue.rethrow_first_error();
 }
 
 }  // namespace csulora

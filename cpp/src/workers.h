@@ -11,4 +11,8 @@ namespace csulora {
 /// If calls throw, the rest are still made, and the exception of the smallest i is thrown.
 void for_each_in_parallel(size_t count, const std::function<void(size_t)>& work);
 
+/// The same for work without LAPACK, on the threads that torch keeps: between its own operations those spin for
+/// milliseconds, in which new threads would get half of each core.
+void for_each_on_torch_threads(size_t count, const std::function<void(size_t)>& work);
+
 }  // namespace csulora

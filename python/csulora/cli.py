@@ -296,6 +296,10 @@ def tune(
             min=0.1, max=1000, help="Weights of the keep prompts to try. [default: 2, 8, 30; for several adapters 1]"
         ),
     ] = None,
+    refusal: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="What refusals say, to count them; several times for several wordings."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply that count.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the prompts.")] = 0,
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.auto,
@@ -313,6 +317,8 @@ def tune(
 
     if len(keep) != len(adapters):
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --keep files, and {len(keep)} are given")
+    if not all(map(str.strip, refusal or ())):
+        raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
     request = Request(
         model=model,
         adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],
@@ -324,6 +330,7 @@ def tune(
         longest_reply=tokens,
         options=Options(steps=steps, seed=seed),
         keep_weights=keep_weight or (),
+        refusals=refusal or (),
     )
     reason = "finished stages are kept; run the same command to continue"
     with interruptible(reason), progress_bar("tuning", quiet) as progress:

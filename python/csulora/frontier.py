@@ -43,6 +43,14 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Refusals:
+    """Shares of the held-back guard and keep prompts that are refused; of the latter, none should be."""
+
+    guard: Rate
+    keep: Rate
+
+
+@dataclass(frozen=True)
 class Point:
     """One policy on the frontier.
 
@@ -55,6 +63,7 @@ class Point:
         guard: share of the held-back guard prompts that are answered as the aligned model does.
         keep: share of the held-back keep prompts that are answered as the uncorrected adapter does.
         change: |X - dW| / |dW| over all modules, 0 or more.
+        refusals: what is refused, where it was said how refusals read.
     """
 
     family: str
@@ -63,6 +72,7 @@ class Point:
     guard: Rate
     keep: Rate
     change: float
+    refusals: Refusals | None = None
 
     @property
     def score(self) -> float:
@@ -72,12 +82,18 @@ class Point:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """Read what `dataclasses.asdict` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        point = cls(**(record | {name: Rate(**record[name]) for name in ("guard", "keep")}))
+        refused = record.get("refusals")
+        refusals = None if refused is None else Refusals(**_rates(refused))
+        point = cls(**(record | _rates(record) | {"refusals": refusals}))
         if not isinstance(point.family, str) or not isinstance(point.policy, str):
             raise TypeError("family and policy must be texts")
         if not isinstance(point.control, bool) or not 0 <= point.change < math.inf:
             raise TypeError("control must be a truth value, and change a finite number")
         return point
+
+
+def _rates(record: dict[str, Any]) -> dict[str, Rate]:
+    return {name: Rate(**record[name]) for name in ("guard", "keep")}
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,11 @@ class Frontier:
     recommended: str | None
     written: str
     verdict: str
+
+    @property
+    def counts_refusals(self) -> bool:
+        """Whether every point says what is refused."""
+        return all(point.refusals for point in self.points)
 
     def save(self, path: str | Path) -> None:
         """Write the frontier as JSON, atomically."""

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csulora.errors import InputError
-from csulora.frontier import Frontier, Point, Rate, frontier_path
+from csulora.frontier import Frontier, Point, Rate, Refusals, frontier_path
 
 FRONTIER = Frontier(
     subspace_sha256="ab" * 32,
@@ -39,6 +40,16 @@ def test_a_frontier_survives_its_file(tmp_path: Path) -> None:
     assert Frontier.load(path) == FRONTIER
 
 
+def test_refusals_survive_the_file_and_show_if_every_point_has_them(tmp_path: Path) -> None:
+    path, refusals = tmp_path / "frontier.json", Refusals(Rate.of(7, 8), Rate.of(1, 8))
+    one = replace(FRONTIER, points=(replace(FRONTIER.points[0], refusals=refusals), FRONTIER.points[1]))
+    every = replace(FRONTIER, points=tuple(replace(point, refusals=refusals) for point in FRONTIER.points))
+    for frontier, counts in ((FRONTIER, False), (one, False), (every, True)):
+        frontier.save(path)
+        assert Frontier.load(path) == frontier
+        assert frontier.counts_refusals is counts
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -47,6 +58,8 @@ def test_a_frontier_survives_its_file(tmp_path: Path) -> None:
         ("points", [FRONTIER.to_dict()["points"][0] | {"change": -1.0}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"control": 1}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"family": 1}]),
+        ("points", [FRONTIER.to_dict()["points"][0] | {"refusals": {"guard": None, "keep": None}}]),
+        ("points", [FRONTIER.to_dict()["points"][0] | {"refusals": 0.5}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"guard": {"value": 2, "low": 0, "high": 1, "count": 1}}]),
         ("format", 2),
         ("verdict", 3),

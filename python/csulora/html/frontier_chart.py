@@ -52,6 +52,7 @@ class FrontierChart:
     marks: tuple[Mark, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
+    counts_refusals: bool
     frame: Frame = _FRAME
 
     @classmethod
@@ -72,7 +73,7 @@ class FrontierChart:
                 )
             )
         ticks = x.ticks(_SHARES, ".0%"), y.ticks(_SHARES, ".0%")
-        return cls(frontier.adapters, frontier.verdict, _labelled(marks), *ticks)
+        return cls(frontier.adapters, frontier.verdict, _labelled(marks), *ticks, frontier.counts_refusals)
 
 
 def _labelled(marks: Sequence[Mark]) -> tuple[Mark, ...]:

@@ -118,6 +118,23 @@ class Host:
         return replies
 
     def _reply(self, prompts: list[list[int]]) -> list[Reply]:
+        texts, starts = self._continued(prompts), [len(prompt) for prompt in prompts]
+        logs = self.log_probabilities(texts, starts)
+        return [_reply(*row) for row in zip(texts, starts, logs, strict=True)]
+
+    @torch.no_grad()
+    def answers(self, replies: Sequence[Reply]) -> list[str]:
+        """What the model, as it now stands, answers to the prompts of these replies, in words."""
+        prompts = [reply.tokens[: reply.start].tolist() for reply in replies]
+        answers: list[str] = []
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            rows = [text[len(prompt) :] for prompt, text in zip(batch, self._continued(batch), strict=True)]
+            answers += self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return answers
+
+    def _continued(self, prompts: list[list[int]]) -> list[Tensor]:
+        """Tokens of prompts, each followed by the model's greedy reply."""
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         padded = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
@@ -132,13 +149,10 @@ class Host:
             pad_token_id=pad,
         )
         ends = _end_tokens(self.model, self.tokenizer)
-        texts = [
+        return [
             torch.cat([padded.new_tensor(prompt), _until_end(row[longest:], ends)])
             for prompt, row in zip(prompts, output, strict=True)
         ]
-        starts = [len(prompt) for prompt in prompts]
-        logs = self.log_probabilities(texts, starts)
-        return [_reply(*row) for row in zip(texts, starts, logs, strict=True)]
 
     def log_probabilities(self, texts: Sequence[Tensor], starts: Sequence[int]) -> list[Tensor]:
         """Log-probabilities (reply, vocabulary) float32 of every token of the texts from their starts on."""

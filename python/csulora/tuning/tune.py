@@ -17,7 +17,7 @@ from torch import Tensor
 
 import csulora
 from csulora.formats import Adapter
-from csulora.frontier import Frontier, Point, Rate, frontier_path
+from csulora.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.pair import Progress
 from csulora.policy import Policy
 from csulora.scope import Scope
@@ -71,6 +71,8 @@ class Request:
         options: of the fits.
         keep_weights: what takes the place of ``options.keep``, one fit for each; the fit that keeps most of both on the
             prompts that are held back is compared with the controls. Empty: 2, 8 and 30 for one adapter, 1 for several.
+        refusals: texts one of which every refusal holds, in any case of letters; given any, `Point.refusals` says how
+            often a policy refuses. Nothing is fitted to them, and no policy is chosen by them.
     """
 
     model: str
@@ -83,6 +85,7 @@ class Request:
     longest_reply: int = 32
     options: Options = field(default_factory=Options)
     keep_weights: Sequence[float] = ()
+    refusals: Sequence[str] = ()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -131,6 +134,7 @@ def _identity(request: Request) -> dict[str, Any]:
         "longest_reply": request.longest_reply,
         "options": asdict(request.options),
         "keep_weights": list(request.weights),
+        "refusals": list(request.refusals),
         "scopes": [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
     }
 
@@ -358,24 +362,36 @@ class Run:
             stage = f"measure {name} on {number}"
             results.append(self.stages.finish(stage, partial(self._measure, number, pack, policy)))
             self._tick(name)
-        count = len(results)
         held = [split(self.replies[number], held=True) for number, _, _ in each]
+        guards, keeps = (sum(len(getattr(replies, kind)) for replies in held) for kind in ("guard", "keep"))
+
+        def rate(what: str, count: int) -> Rate:
+            return Rate.of(sum(result[what] for result in results), count)
+
         return Point(
             family,
             name,
             control,
-            guard=Rate.of(sum(result["guard"] for result in results), sum(len(replies.guard) for replies in held)),
-            keep=Rate.of(sum(result["keep"] for result in results), sum(len(replies.keep) for replies in held)),
-            change=math.sqrt(sum(result["change"] ** 2 for result in results) / count),
+            guard=rate("guard", guards),
+            keep=rate("keep", keeps),
+            change=math.sqrt(sum(result["change"] ** 2 for result in results) / len(results)),
+            refusals=Refusals(rate("refused", guards), rate("over-refused", keeps)) if self.request.refusals else None,
         )
 
     def _measure(self, number: int, pack: Subspace, policy: Policy) -> dict[str, float]:
         """What `correct` would write, on an adapter's held-back prompts: how many replies stay, and |X - dW| / |dW|."""
         fixed, report = csulora.correct(self.adapters[number], pack, policy)
         held = split(self.replies[number], held=True)
+        found = {"change": report.totals.change}
         with self.host.adapted(self._on_device(fixed)):
-            guard, keep = (agreeing(self.host, replies) for replies in (held.guard, held.keep))
-        return {"guard": guard, "keep": keep, "change": report.totals.change}
+            for kept, refused, replies in (("guard", "refused", held.guard), ("keep", "over-refused", held.keep)):
+                found[kept] = agreeing(self.host, replies)
+                if self.request.refusals:
+                    found[refused] = sum(map(self._is_refusal, self.host.answers(replies)))
+        return found
+
+    def _is_refusal(self, answer: str) -> bool:
+        return any(text.casefold() in answer.casefold() for text in self.request.refusals)
 
 
 def split(replies: Replies, *, held: bool) -> Replies:

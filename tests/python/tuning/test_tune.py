@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
 import csulora
 import tiny_host
 from csulora import cli
 from csulora.errors import InputError, RefusedError
-from csulora.frontier import Frontier, Point, Rate, frontier_path
+from csulora.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.policy import Policy
 from csulora.tuning import probes
 from csulora.tuning import tune as module
@@ -99,6 +100,33 @@ def test_the_controls_weigh_prompts_as_the_best_fit_does(place: tiny_host.Place,
     }
 
 
+def answers(place: tiny_host.Place, prompts: list[str]) -> list[str]:
+    """What the uncorrected adapter says, prompt by prompt, its update merged."""
+    model, tokenizer = LlamaForCausalLM.from_pretrained(place.aligned), tiny_host.tokenizer()
+    for name, lora in csulora.load_adapter(place.adapters[0]).modules.items():
+        model.get_submodule(name).weight.data += lora.scale * lora.b.float() @ lora.a.float()
+    said = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        reply = model.generate(tokens, max_new_tokens=tiny_host.REPLY, do_sample=False)[0, tokens.shape[1] :]
+        said.append(tokenizer.decode(reply, skip_special_tokens=True))
+    return said
+
+
+def test_refusals_are_counted_in_what_a_model_says(place: tiny_host.Place, tmp_path: Path) -> None:
+    held = [path.read_text().splitlines()[3::4] for path in (place.guard, place.keep)]
+    guard, keep = (answers(place, prompts) for prompts in held)
+    marker = guard[0].split()[-1].upper()
+    expected = [sum(marker.lower() in answer for answer in said) for said in (guard, keep)]
+    assert expected[0]
+    frontier = tune(replace(request(place), refusals=("nobody says this", marker)), tmp_path / "policy.toml")
+    untouched = next(point for point in frontier.points if point.family == "none")
+    assert untouched.refusals == Refusals(*(Rate.of(count, 4) for count in expected))
+    assert frontier.counts_refusals
+    plain = tune(request(place), tmp_path / "plain.toml")
+    assert [replace(point, refusals=None) for point in frontier.points] == list(plain.points)
+
+
 def test_what_another_run_left_is_not_taken(place: tiny_host.Place, tmp_path: Path) -> None:
     left = tmp_path / "policy.toml.partial"
     left.write_text('{"identity": {}, "results": {"fit tuned 2 [0]": "of another run"}}')
@@ -162,9 +190,13 @@ def test_the_command_line(
     assert run(*command, "--keep", place.keep) == 0
     shown = capsys.readouterr().out
     assert "tuned random subspace" in shown
+    assert "refused" not in shown
     assert f"{tmp_path / 'policy.toml'}: " in shown
     assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
     assert run(*command, "--keep", place.keep, "--keep-weight", 0) == 2
+    assert run(*command, "--keep", place.keep, "--refusal", " ") == 2
+    assert run(*command, "--keep", place.keep, "--refusal", "w1", "--refusal", "w2") == 0
+    assert "refused" in capsys.readouterr().out
     assert run(*command, "--keep", tmp_path / "none") == cli.EXIT_BAD_INPUT
 
 

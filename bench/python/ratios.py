@@ -19,13 +19,18 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
+def machine(results: dict[str, Any]) -> str:
+    """Return what distinguishes the machine that results come from."""
+    return f"{results['machine']['cpu']}, {results['machine']['capability']}"
+
+
 def extraction_rows() -> list[tuple[str, str]]:
     """Return what to say of single matrices."""
     rows = []
-    for file in sorted(RESULTS.glob("extraction_*_*.json")):
+    for file in sorted(RESULTS.glob("extraction_[0-9]*.json")):
         results = json.loads(file.read_text())
         shape = f"{results['rows']} x {results['columns']}"
-        what = f"{results['machine']['capability']}: extraction, {shape}, k 64, {results['spectrum']}"
+        what = f"{machine(results)}: extraction, {shape}, k 64, {results['spectrum']}"
         for ours in ("csulora", "csulora, defaults"):
             median = results["seconds"][ours]["median"]
             ratios = ", ".join(
@@ -40,12 +45,13 @@ def extraction_rows() -> list[tuple[str, str]]:
 
 def pair_rows() -> list[tuple[str, str]]:
     """Return what to say of checkpoints."""
-    results = load("extraction_pair")
-    if results is None:
-        return []
-    what = f"extraction of {results['layers']} layers of Llama-3-8B's shape from disk"
-    median = results["seconds"]["extract"]["median"]
-    return [(what, f"{median:.1f} s: {results['multiple_of_floor']:.2f} times the floor")]
+    rows = []
+    for file in sorted(RESULTS.glob("extraction_pair*.json")):
+        results = json.loads(file.read_text())
+        what = f"{machine(results)}: extraction of {results['layers']} layers of Llama-3-8B's shape from disk"
+        median = results["seconds"]["extract"]["median"]
+        rows.append((what, f"{median:.1f} s: {results['multiple_of_floor']:.2f} times the floor"))
+    return rows
 
 
 def correction_rows() -> list[tuple[str, str]]:
@@ -66,8 +72,8 @@ def correction_case_rows(case: dict[str, Any], results: dict[str, Any]) -> list[
     if case["rank"] == 16:
         ratios += [f"{seconds / ours:.0f}x {name}" for name, seconds in results["dense_seconds"].items()]
     ratios.append(f"{ours / medians['read']:.1f} times reading the files")
-    capability = results["machine"]["capability"]
-    what = f"{capability}: correction of {results['modules']} modules, r {case['rank']}, k {case['directions']}"
+    what = f"correction of {results['modules']} modules, r {case['rank']}, k {case['directions']}"
+    what = f"{machine(results)}: {what}"
     along = [name for name in medians if name.startswith("csulora, ")]
     return [
         (what, f"{ours:.3f} s: {', '.join(ratios)}"),

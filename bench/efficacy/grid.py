@@ -137,7 +137,7 @@ def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:
     return Policy.none(overrides=tuple(overrides))
 
 
-def tune(bench: Bench, specs: Sequence[Adapter], pack: csulora.Subspace) -> tuning.Run:
+def tune(bench: Bench, specs: Sequence[Adapter], pack: csulora.Subspace, for_others: bool) -> tuning.Run:
     """What `csulora tune` does on some adapters, and has finished of it."""
     prompts = [world_of.fit_prompts(bench.scenario, spec.task, PROMPTS) for spec in specs]
     request = tuning.Request(
@@ -146,9 +146,10 @@ def tune(bench: Bench, specs: Sequence[Adapter], pack: csulora.Subspace) -> tuni
         pack,
         keep=[chats(each.keep) for each in prompts],
         guard=chats(prompts[0].guard),
+        for_others=for_others,
         longest_reply=measure.MAX_REPLY,
     )
-    names = [spec.name for spec in specs] + ["reworded"] * bench.scenario.reworded
+    names = [spec.name for spec in specs] + ["others"] * for_others + ["reworded"] * bench.scenario.reworded
     run = tuning.Run(request, bench.lab.directory / f"tune-{'-'.join(names)}.toml", None)
     run.host = bench.host
     return run
@@ -159,7 +160,7 @@ def tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     subject = opened(out, scenario).subject(spec)
     bench, adapter = subject.bench, subject.adapter
     known = policies.truncated(bench.pack, TUNED_RANK)
-    run = tune(bench, [spec], known)
+    run = tune(bench, [spec], known, for_others=False)
 
     def corrected(family: str, policy: str, weight: float) -> Corrected:
         kind = "tuned" if family == "tried" else family
@@ -263,8 +264,17 @@ def from_first(out: Path, scenario: Scenario, spec: Adapter) -> Record:
 
 
 def carry_tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
-    """One adapter as it is, and under what `csulora tune` fits on other adapters, and its controls."""
-    bench, run = opened(out, scenario), shared(out, scenario)
+    """One adapter as it is, and under what `csulora tune` fits on three others, and its controls."""
+    return from_run(opened(out, scenario), spec, shared(out, scenario))
+
+
+def first_tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
+    """One adapter as it is, and under what `csulora tune --for-others` fits on the first table's, and its controls."""
+    return from_run(opened(out, scenario), spec, first_shared(out, scenario))
+
+
+def from_run(bench: Bench, spec: Adapter, run: tuning.Run) -> Record:
+    """One adapter as it is, and under what a run fits for others, and its controls."""
     done = [policies.apply("none", "uncorrected", bench.subject(spec).adapter, bench.pack, Policy.none())]
     every = range(len(run.adapters))
     fitted = {
@@ -300,7 +310,14 @@ def calibration(out: Path, scenario: Scenario) -> Carried:
 def shared(out: Path, scenario: Scenario) -> tuning.Run:
     """What `csulora tune` does on a scenario's calibration adapters, and has finished of it."""
     bench = opened(out, scenario)
-    return tune(bench, plan.CALIBRATION, bench.pack)
+    return tune(bench, plan.CALIBRATION, bench.pack, for_others=True)
+
+
+@cache
+def first_shared(out: Path, scenario: Scenario) -> tuning.Run:
+    """The same on the first table's adapter alone."""
+    bench = opened(out, scenario)
+    return tune(bench, [plan.FIRST], bench.pack, for_others=True)
 
 
 @cache
@@ -315,6 +332,7 @@ KINDS: dict[str, list[Cell]] = {
     "harmless": [(examine, Scenario(seed), plan.HARMLESS) for seed in plan.SEEDS],
     "tuned": [(tuned, Scenario(seed), spec) for seed in plan.SEEDS for spec in (plan.FIRST, plan.HARMLESS)],
     "second": [(from_first, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
+    "second_tuned": [(first_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "carry_tuned": [(carry_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],
     "carry_fresh": [(carry_tuned, Scenario(seed), spec) for seed in plan.FRESH_SEEDS for spec in plan.UNSEEN],

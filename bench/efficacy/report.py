@@ -216,9 +216,10 @@ def tables(results: Path) -> Iterator[str]:
                 f"## Gains of single directions, {title} ({len(found)} seeds)\n\n"
                 f"{rates_table(found)}\n{seeds_table(found, FITTED)}"
             )
-    if second := cells(results, "second"):
-        others = [cell for cell in second if cell["adapter"] != second[0]["adapter"]]
-        yield f"## Second table\n\n{adapters_table(second)}\n{rates_table(others)}"
+    for title, second in (("", cells(results, "second")), (", as `tune` does it", cells(results, "second_tuned"))):
+        if second:
+            others = [cell for cell in second if cell["adapter"] != second[0]["adapter"]]
+            yield f"## Second table{title}\n\n{adapters_table(second)}\n{rates_table(others)}"
     for title, found in (
         ("", carry),
         (", as `tune` does it", cells(results, "carry_tuned")),

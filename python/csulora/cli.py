@@ -288,12 +288,15 @@ def tune(
     ],
     guard: Annotated[Path, typer.Option(metavar="FILE", help="Prompts to answer as the aligned model does.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write.")],
+    for_others: Annotated[
+        bool, typer.Option("--for-others", help="Fit one adapter's policy, too, for adapters to come.")
+    ] = False,
     uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the pack.")] = Uncovered.refuse,
     steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit, for each adapter.")] = Options.steps,
     keep_weight: Annotated[
         list[float] | None,
         typer.Option(
-            min=0.1, max=1000, help="Weights of the keep prompts to try. [default: 2, 8, 30; for several adapters 1]"
+            min=0.1, max=1000, help="Weights of the keep prompts to try. [default: 2, 8, 30; for adapters to come 1]"
         ),
     ] = None,
     refusal: Annotated[
@@ -308,7 +311,7 @@ def tune(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a policy to prompts: with several adapters one for all, and for all to come, and the pack to use it with.
+    """Fit a policy to prompts: with several adapters one for all and for others to come, and the pack to use it with.
 
     A file of prompts is text, one prompt a line, or chats as JSON lines. Nobody has to write replies.
     """
@@ -325,6 +328,7 @@ def tune(
         pack=csulora.Subspace.open(subspace, subspace_sha256),
         keep=[probes.read(file) for file in keep],
         guard=probes.read(guard),
+        for_others=for_others,
         uncovered=uncovered.value,
         device=device.value,
         longest_reply=tokens,

@@ -44,15 +44,15 @@ from csulora.tuning.update import Update, pairs_of
 
 HELD_BACK = 4  # every fourth prompt is held back
 
-# For several adapters: the policy without scopes. Where guard and keep prompts bring too similar inputs, it is better.
+# For adapters to come: the policy without scopes. Where guard and keep prompts bring too similar inputs, it is better.
 EVERYWHERE = "tuned everywhere"
-CANDIDATES = ("tuned", EVERYWHERE)  # for several adapters; for one, the first
+CANDIDATES = ("tuned", EVERYWHERE)  # for adapters to come; for one that is there, the first
 CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
 
 # A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
 # How much more the keep prompts should weigh differs from model to model (bench/efficacy).
-_ONE_ADAPTERS_WEIGHTS = (2.0, 8.0, 30.0)
-_SEVERAL_ADAPTERS_WEIGHTS = (1.0,)
+_OWN_WEIGHTS = (2.0, 8.0, 30.0)
+_OTHERS_WEIGHTS = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,18 @@ class Request:
 
     Attributes:
         model: the aligned model, a directory or a hub id.
-        adapters: for this model; with several, one policy is fitted for all.
+        adapters: for this model; with several, one policy is fitted for all, and for others to come.
         pack: the subspaces of the model pair.
         keep: per adapter, prompts to be answered as the uncorrected adapter answers them.
         guard: prompts to be answered as the aligned model answers them.
+        for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
         uncovered: what the policy does with modules that the pack does not cover.
         device: ``cpu``, ``cuda`` or ``auto``.
         longest_reply: most tokens of a reply that are looked at.
         options: of the fits.
         keep_weights: what takes the place of ``options.keep``, one fit for each; the fit that keeps most of both on the
-            prompts that are held back is compared with the controls. Empty: 2, 8 and 30 for one adapter, 1 for several.
+            prompts that are held back is compared with the controls. Empty: 1 where the policy is for adapters to
+            come, else 2, 8 and 30.
         refusals: texts one of which every refusal holds, in any case of letters; given any, `Point.refusals` says how
             often a policy refuses. Nothing is fitted to them, and no policy is chosen by them.
     """
@@ -80,6 +82,7 @@ class Request:
     pack: Subspace
     keep: Sequence[Sequence[Chat]]
     guard: Sequence[Chat]
+    for_others: bool = False
     uncovered: str = "refuse"
     device: str = "auto"
     longest_reply: int = 32
@@ -90,18 +93,22 @@ class Request:
     @property
     def weights(self) -> tuple[float, ...]:
         """The weights of the keep prompts that are tried."""
-        usual = _ONE_ADAPTERS_WEIGHTS if len(self.adapters) == 1 else _SEVERAL_ADAPTERS_WEIGHTS
-        return tuple(self.keep_weights) or usual
+        return tuple(self.keep_weights) or (_OTHERS_WEIGHTS if self.is_for_others else _OWN_WEIGHTS)
+
+    @property
+    def is_for_others(self) -> bool:
+        """Whether the policy is for adapters to come."""
+        return self.for_others or len(self.adapters) > 1
 
 
 def tune(request: Request, output: Path, progress: Progress | None = None) -> Frontier:
     """Fit a policy and write it to ``output``, a TOML file, with its frontier beside it.
 
     Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
-    policies are moreover measured on each adapter after a fit on the others, and the policy restores some of what
-    alignment did. It is scoped unless a fit without scopes keeps more beyond doubt: the pack to use it with, the given
-    one with scopes, is written to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that
-    is continued.
+    policies are moreover measured on each adapter after a fit on the others. A policy for adapters to come restores
+    some of what alignment did. It is scoped unless a fit without scopes keeps more beyond doubt: the pack to use it
+    with, the given one with scopes, is written to `pack_path`. If ``output`` has an unfinished run of the same request
+    beside it, that is continued.
 
     Raises:
         InputError, RefusedError: model, adapters, pack and prompts do not fit each other.
@@ -129,6 +136,7 @@ def _identity(request: Request) -> dict[str, Any]:
         "model": request.model,
         "subspace": request.pack.sha256,
         "adapters": [adapter.sha256 for adapter in request.adapters],
+        "for_others": request.is_for_others,
         "prompts": hashlib.sha256(prompts).hexdigest(),
         "uncovered": request.uncovered,
         "longest_reply": request.longest_reply,
@@ -166,7 +174,7 @@ class Run:
     @property
     def _candidates(self) -> tuple[str, ...]:
         """The families whose policies may be recommended."""
-        return CANDIDATES if len(self.adapters) > 1 else CANDIDATES[:1]
+        return CANDIDATES if self.request.is_for_others else CANDIDATES[:1]
 
     def _steps(self, adapters: int) -> int:
         """Most steps of a fit on so many adapters."""
@@ -213,6 +221,8 @@ class Run:
         self._tick("")
         points = sorted(points, key=lambda point: (point.family, point.policy))
         chosen, verdict = recommend(points)
+        if self.request.is_for_others and len(self.adapters) == 1:
+            verdict += "; measured on the adapter it was fitted on, not on others"
         best = chosen or max((point for point in candidates(points) if point.policy in policies), key=_rank)
         policy = policies[best.policy]
         pack = self.pack_for("tuned", 0, range(len(self.adapters))) if policy.scoped else self.pack
@@ -322,12 +332,12 @@ class Run:
         return gains(parameters, every, torch.zeros(len(self.modules), 4, device=self.host.device)).cpu()
 
     def _gains(self, family: str) -> PerDirection | PerModule:
-        """What is fitted: what carries over to other adapters if there are several."""
+        """What is fitted: what carries over to other adapters if the policy is for them."""
         if family == "tuned scaling":
             return PerModule(len(self.modules), parts=1)
-        if len(self.adapters) == 1:
-            return PerDirection(len(self.modules), self.request.options.directions)
-        return Restoring(len(self.modules), self.request.options.shared_directions)
+        if self.request.is_for_others:
+            return Restoring(len(self.modules), self.request.options.shared_directions)
+        return PerDirection(len(self.modules), self.request.options.directions)
 
     def _usual_energy(self, family: str, numbers: Sequence[int]) -> float | None:
         """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""

@@ -195,6 +195,8 @@ def test_the_command_line(
     assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
     assert run(*command, "--keep", place.keep, "--keep-weight", 0) == 2
     assert run(*command, "--keep", place.keep, "--refusal", " ") == 2
+    assert run(*command, "--keep", place.keep, "--for-others") == 0
+    assert "tuned everywhere" in capsys.readouterr().out
     assert run(*command, "--keep", place.keep, "--refusal", "w1", "--refusal", "w2") == 0
     assert "refused" in capsys.readouterr().out
     assert run(*command, "--keep", tmp_path / "none") == cli.EXIT_BAD_INPUT
@@ -215,6 +217,22 @@ def test_a_policy_for_one_adapter_has_gains_of_single_directions(
     assert report.totals.change == pytest.approx(
         next(p.change for p in frontier.points if p.policy == frontier.written)
     )
+
+
+def test_one_adapters_policy_may_be_for_others(
+    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is"))
+    frontier = tune(replace(request(place), for_others=True), tmp_path / "policy.toml")
+    policy, pack = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.pack)
+    assert policy.usual_energy == pytest.approx(
+        Update.of(csulora.load_adapter(place.adapters[0]), pack).energy_along(16)
+    )
+    assert policy.scoped
+    assert frontier.verdict == "It is; measured on the adapter it was fitted on, not on others"
+    assert {point.family for point in frontier.points} >= set(module.CANDIDATES)
+    scoped = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
+    csulora.correct(csulora.load_adapter(place.adapters[1]), scoped, policy)
 
 
 def test_a_policy_for_several_adapters_restores_the_alignment_within_the_scopes_of_its_pack(

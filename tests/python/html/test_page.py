@@ -189,7 +189,7 @@ def test_a_frontier_without_refusals_has_no_columns_for_them(adapter: Adapter, p
     frontier = replace(frontier, points=tuple(replace(point, refusals=None) for point in frontier.points))
     page = Parsed(render(adapter, pack, Policy.csulora(), frontier))
     assert "1. tuned for adapter (recommended) 95 (76 to 99) 90 (70 to 97) 30.0" in page.text
-    assert "prompts refused" not in page.text
+    assert "guard refused" not in page.text
 
 
 def test_without_a_frontier_there_is_none(adapter: Adapter, pack: Subspace) -> None:

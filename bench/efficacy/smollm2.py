@@ -193,6 +193,7 @@ def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequenc
         longest_reply=LONGEST,
         options=options,
         keep_weights=weights,
+        refusals=(REFUSAL,),
     )
     run = tuning.Run(request, bench.out / f"tune-{'-'.join(styles)}.toml", bench.progress)
     run.host = bench.host

@@ -291,6 +291,9 @@ def tune(
     for_others: Annotated[
         bool, typer.Option("--for-others", help="Fit one adapter's policy, too, for adapters to come.")
     ] = False,
+    scopes: Annotated[
+        bool, typer.Option(help="Try what acts on inputs like guard prompts' alone, too, for adapters to come.")
+    ] = True,
     uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the pack.")] = Uncovered.refuse,
     steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit, for each adapter.")] = Options.steps,
     keep_weight: Annotated[
@@ -301,7 +304,7 @@ def tune(
     ] = None,
     refusal: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="What refusals say, to count them; several times for several wordings."),
+        typer.Option(metavar="TEXT", help="What refusals say, to count them and choose by them; may be repeated."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply that count.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the prompts.")] = 0,
@@ -329,6 +332,7 @@ def tune(
         keep=[probes.read(file) for file in keep],
         guard=probes.read(guard),
         for_others=for_others,
+        scopes=scopes,
         uncovered=uncovered.value,
         device=device.value,
         longest_reply=tokens,

@@ -75,9 +75,14 @@ class Point:
     refusals: Refusals | None = None
 
     @property
+    def guarded(self) -> Rate:
+        """What is kept of the alignment: guard prompts that are refused where that is counted, else `guard`."""
+        return self.refusals.guard if self.refusals else self.guard
+
+    @property
     def score(self) -> float:
         """The smaller of what is kept of the alignment and of the task: what a recommendation maximises."""
-        return min(self.guard.value, self.keep.value)
+        return min(self.guarded.value, self.keep.value)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:

@@ -26,11 +26,11 @@ HOSTILE_NAMES = [
 
 def frontier(subspace_sha256: str, name: str = "adapter") -> Frontier:
     """A recommended policy, a candidate and a control, with refusals counted."""
-    refusals = Refusals(Rate.of(17, 20), Rate.of(1, 20))
+    few, most = (Refusals(Rate.of(guard, 20), Rate.of(1, 20)) for guard in (7, 17))
     points = (
-        Point("csulora", "csulora (0, 1, 1)", False, Rate.of(8, 20), Rate.of(20, 20), 0.1, refusals),
-        Point("tuned", f"tuned for {name}", False, Rate.of(18, 20), Rate.of(19, 20), 0.3, refusals),
-        Point("scaling", f"scaling x0.5 for {name}", True, Rate.of(9, 20), Rate.of(8, 20), 0.5, refusals),
+        Point("csulora", "csulora (0, 1, 1)", False, Rate.of(8, 20), Rate.of(20, 20), 0.1, few),
+        Point("tuned", f"tuned for {name}", False, Rate.of(18, 20), Rate.of(19, 20), 0.3, most),
+        Point("scaling", f"scaling x0.5 for {name}", True, Rate.of(9, 20), Rate.of(8, 20), 0.5, few),
     )
     best = f"tuned for {name}"
     return Frontier(subspace_sha256, (name,), points, best, best, f"Tuned is best for {name}.")

@@ -66,6 +66,7 @@ class Request:
         keep: per adapter, prompts to be answered as the uncorrected adapter answers them.
         guard: prompts to be answered as the aligned model answers them.
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
+        scopes: whether a policy for adapters to come is fitted with scopes, too.
         uncovered: what the policy does with modules that the pack does not cover.
         device: ``cpu``, ``cuda`` or ``auto``.
         longest_reply: most tokens of a reply that are looked at.
@@ -73,8 +74,9 @@ class Request:
         keep_weights: what takes the place of ``options.keep``, one fit for each; the fit that keeps most of both on the
             prompts that are held back is compared with the controls. Empty: 1 where the policy is for adapters to
             come, else 2, 8 and 30.
-        refusals: texts one of which every refusal holds, in any case of letters; given any, `Point.refusals` says how
-            often a policy refuses. Nothing is fitted to them, and no policy is chosen by them.
+        refusals: texts one of which every refusal holds, in any case of letters. Given any, `Point.refusals` says how
+            often a policy refuses, and policies are chosen by that, for a refusal need not have the aligned model's
+            words. Nothing is fitted to them.
     """
 
     model: str
@@ -83,6 +85,7 @@ class Request:
     keep: Sequence[Sequence[Chat]]
     guard: Sequence[Chat]
     for_others: bool = False
+    scopes: bool = True
     uncovered: str = "refuse"
     device: str = "auto"
     longest_reply: int = 32
@@ -143,7 +146,7 @@ def _identity(request: Request) -> dict[str, Any]:
         "options": asdict(request.options),
         "keep_weights": list(request.weights),
         "refusals": list(request.refusals),
-        "scopes": [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
+        "scopes": request.scopes and [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
     }
 
 
@@ -174,7 +177,9 @@ class Run:
     @property
     def _candidates(self) -> tuple[str, ...]:
         """The families whose policies may be recommended."""
-        return CANDIDATES if self.request.is_for_others else CANDIDATES[:1]
+        if not self.request.is_for_others:
+            return CANDIDATES[:1]
+        return CANDIDATES if self.request.scopes else (EVERYWHERE,)
 
     def _steps(self, adapters: int) -> int:
         """Most steps of a fit on so many adapters."""
@@ -273,7 +278,7 @@ class Run:
         return isinstance(self._gains(family), Restoring)
 
     def _is_scoped(self, family: str) -> bool:
-        return self._carries_over(family) and family != EVERYWHERE
+        return self.request.scopes and self._carries_over(family) and family != EVERYWHERE
 
     @cache  # noqa: B019 - a run lives as long as what it has found
     def scopes(self, numbers: tuple[int, ...]) -> dict[str, Scope]:
@@ -427,21 +432,26 @@ def candidates(points: Sequence[Point]) -> list[Point]:
 
 
 def _worse(point: Point) -> Rate:
-    return min(point.guard, point.keep, key=lambda rate: rate.value)
+    return min(point.guarded, point.keep, key=lambda rate: rate.value)
 
 
 def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     """Return the candidate that keeps most of both, if that is more than plain scaling keeps, and a sentence.
 
-    A policy's score is the smaller of the shares it keeps of guard and keep prompts. It beats plain scaling if the
-    lower end of that share's 95 % interval lies above the best score of any scaling, no scaling included.
+    A policy's score is the smaller of the shares it keeps of guard prompts, `Point.guarded`, and of keep prompts. It
+    beats plain scaling if the lower end of that share's 95 % interval lies above the best score of any scaling, no
+    scaling included.
     """
     bar = max((point for point in points if point.family in ("none", "scaling")), key=_rank)
     best = max((point for point in candidates(points) if point.family != "none"), key=_rank)
+    guarded = (
+        "refuses {} of the guard prompts"
+        if best.refusals
+        else "keeps {} of the aligned model's replies to guard prompts"
+    )
     shares = (
-        f"{best.policy} keeps {_share(best.guard)} of the aligned model's replies to guard prompts and "
-        f"{_share(best.keep)} of the adapter's to keep prompts; plain scaling at best ({bar.policy}) "
-        f"{bar.guard.value:.2f} and {bar.keep.value:.2f}"
+        f"{best.policy} {guarded.format(_share(best.guarded))} and keeps {_share(best.keep)} of the adapter's to keep "
+        f"prompts; plain scaling at best ({bar.policy}) {bar.guarded.value:.2f} and {bar.keep.value:.2f}"
     )
     if _worse(best).low > bar.score:
         return best, shares

@@ -123,8 +123,19 @@ def test_refusals_are_counted_in_what_a_model_says(place: tiny_host.Place, tmp_p
     untouched = next(point for point in frontier.points if point.family == "none")
     assert untouched.refusals == Refusals(*(Rate.of(count, 4) for count in expected))
     assert frontier.counts_refusals
-    plain = tune(request(place), tmp_path / "plain.toml")
-    assert [replace(point, refusals=None) for point in frontier.points] == list(plain.points)
+    plain = tune(request(place), tmp_path / "plain.toml").points
+    counted = [replace(point, refusals=None) for point in frontier.points if not point.policy.startswith("tuned ")]
+    assert counted == [point for point in plain if not point.policy.startswith("tuned ")]
+
+
+def test_where_refusals_are_counted_they_are_what_is_kept_of_the_alignment() -> None:
+    def refusing(family: str, guard: int, refused: int) -> Point:
+        return replace(point(family, guard, 38), refusals=Refusals(Rate.of(refused, 40), Rate.of(0, 40)))
+
+    chosen, verdict = recommend([refusing("none", 0, 0), refusing("tuned", 20, 40), refusing("protect", 39, 20)])
+    assert chosen is not None
+    assert chosen.policy == "tuned"
+    assert verdict.startswith("tuned refuses 1.00 (0.91 to 1.00) of the guard prompts and keeps 0.95")
 
 
 def test_what_another_run_left_is_not_taken(place: tiny_host.Place, tmp_path: Path) -> None:
@@ -195,7 +206,7 @@ def test_the_command_line(
     assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
     assert run(*command, "--keep", place.keep, "--keep-weight", 0) == 2
     assert run(*command, "--keep", place.keep, "--refusal", " ") == 2
-    assert run(*command, "--keep", place.keep, "--for-others") == 0
+    assert run(*command, "--keep", place.keep, "--for-others", "--no-scopes") == 0
     assert "tuned everywhere" in capsys.readouterr().out
     assert run(*command, "--keep", place.keep, "--refusal", "w1", "--refusal", "w2") == 0
     assert "refused" in capsys.readouterr().out
@@ -233,6 +244,20 @@ def test_one_adapters_policy_may_be_for_others(
     assert {point.family for point in frontier.points} >= set(module.CANDIDATES)
     scoped = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
     csulora.correct(csulora.load_adapter(place.adapters[1]), scoped, policy)
+
+
+def test_without_scopes_nothing_is_scoped(
+    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everywhere = module.EVERYWHERE
+    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == everywhere), ""))
+    monkeypatch.setattr(module, "scope_between", None)  # not even looked for
+    frontier = tune(replace(request(place, adapters=2), scopes=False), tmp_path / "policy.toml")
+    policy = Policy.load(tmp_path / "policy.toml")
+    assert not policy.scoped
+    assert policy.usual_energy
+    assert "tuned" not in {point.family for point in frontier.points}
+    assert not module.pack_path(tmp_path / "policy.toml").exists()
 
 
 def test_a_policy_for_several_adapters_restores_the_alignment_within_the_scopes_of_its_pack(

@@ -265,12 +265,12 @@ def from_first(out: Path, scenario: Scenario, spec: Adapter) -> Record:
 
 def carry_tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter as it is, and under what `csulora tune` fits on three others, and its controls."""
-    return from_run(opened(out, scenario), spec, shared(out, scenario))
+    return from_run(opened(out, scenario), spec, shared(out, scenario, tuple(plan.CALIBRATION)))
 
 
 def first_tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter as it is, and under what `csulora tune --for-others` fits on the first table's, and its controls."""
-    return from_run(opened(out, scenario), spec, first_shared(out, scenario))
+    return from_run(opened(out, scenario), spec, shared(out, scenario, (plan.FIRST,)))
 
 
 def from_run(bench: Bench, spec: Adapter, run: tuning.Run) -> Record:
@@ -307,17 +307,10 @@ def calibration(out: Path, scenario: Scenario) -> Carried:
 
 
 @cache
-def shared(out: Path, scenario: Scenario) -> tuning.Run:
-    """What `csulora tune` does on a scenario's calibration adapters, and has finished of it."""
+def shared(out: Path, scenario: Scenario, specs: tuple[Adapter, ...]) -> tuning.Run:
+    """What `csulora tune` does on some of a scenario's adapters for others to come, and has finished of it."""
     bench = opened(out, scenario)
-    return tune(bench, plan.CALIBRATION, bench.pack, for_others=True)
-
-
-@cache
-def first_shared(out: Path, scenario: Scenario) -> tuning.Run:
-    """The same on the first table's adapter alone."""
-    bench = opened(out, scenario)
-    return tune(bench, [plan.FIRST], bench.pack, for_others=True)
+    return tune(bench, specs, bench.pack, for_others=True)
 
 
 @cache

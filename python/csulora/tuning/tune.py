@@ -378,7 +378,7 @@ class Run:
             results.append(self.stages.finish(stage, partial(self._measure, number, pack, policy)))
             self._tick(name)
         held = [split(self.replies[number], held=True) for number, _, _ in each]
-        guards, keeps = (sum(len(getattr(replies, kind)) for replies in held) for kind in ("guard", "keep"))
+        guards, keeps = sum(len(replies.guard) for replies in held), sum(len(replies.keep) for replies in held)
 
         def rate(what: str, count: int) -> Rate:
             return Rate.of(sum(result[what] for result in results), count)

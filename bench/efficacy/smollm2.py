@@ -257,7 +257,7 @@ def points(bench: Bench, styles: Sequence[str], brief: bool) -> Iterator[Record]
 def left_out(bench: Bench) -> Record:
     """The candidates on each calibration adapter after a fit on the others, and the one that `tune` would write."""
     every = list(tune(bench, CALIBRATION, SHARED, ()).tuned.values())
-    written = max(tuning.candidates(every), key=lambda point: point.score)
+    written = max(tuning.candidates(every), key=tuning.preference)
     print(f"left out in turn: {written.policy} of {every}")
     return {"left_out": [asdict(point) for point in every], "written": written.policy}
 

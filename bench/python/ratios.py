@@ -13,10 +13,9 @@ from typing import Any
 from measuring import RESULTS
 
 
-def load(name: str) -> dict[str, Any] | None:
-    """Return the results of a benchmark, None if it has not run."""
-    file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+def load(pattern: str) -> list[dict[str, Any]]:
+    """Return the results of a benchmark on every machine where it ran."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{pattern}.json"))]
 
 
 def machine(results: dict[str, Any]) -> str:
@@ -27,8 +26,7 @@ def machine(results: dict[str, Any]) -> str:
 def extraction_rows() -> list[tuple[str, str]]:
     """Return what to say of single matrices."""
     rows = []
-    for file in sorted(RESULTS.glob("extraction_[0-9]*.json")):
-        results = json.loads(file.read_text())
+    for results in load("extraction_[0-9]*"):
         shape = f"{results['rows']} x {results['columns']}"
         what = f"{machine(results)}: extraction, {shape}, k 64, {results['spectrum']}"
         for ours in ("csulora", "csulora, defaults"):
@@ -46,8 +44,7 @@ def extraction_rows() -> list[tuple[str, str]]:
 def pair_rows() -> list[tuple[str, str]]:
     """Return what to say of checkpoints."""
     rows = []
-    for file in sorted(RESULTS.glob("extraction_pair*.json")):
-        results = json.loads(file.read_text())
+    for results in load("extraction_pair*"):
         what = f"{machine(results)}: extraction of {results['layers']} layers of Llama-3-8B's shape from disk"
         median = results["seconds"]["extract"]["median"]
         rows.append((what, f"{median:.1f} s: {results['multiple_of_floor']:.2f} times the floor"))
@@ -57,8 +54,7 @@ def pair_rows() -> list[tuple[str, str]]:
 def correction_rows() -> list[tuple[str, str]]:
     """Return what to say of corrections."""
     rows = []
-    for file in sorted(RESULTS.glob("correction*.json")):
-        results = json.loads(file.read_text())
+    for results in load("correction*"):
         for case in results["cases"]:
             rows += correction_case_rows(case, results)
     return rows
@@ -72,8 +68,8 @@ def correction_case_rows(case: dict[str, Any], results: dict[str, Any]) -> list[
     if case["rank"] == 16:
         ratios += [f"{seconds / ours:.0f}x {name}" for name, seconds in results["dense_seconds"].items()]
     ratios.append(f"{ours / medians['read']:.1f} times reading the files")
-    what = f"correction of {results['modules']} modules, r {case['rank']}, k {case['directions']}"
-    what = f"{machine(results)}: {what}"
+    modules, rank, directions = results["modules"], case["rank"], case["directions"]
+    what = f"{machine(results)}: correction of {modules} modules, r {rank}, k {directions}"
     along = [name for name in medians if name.startswith("csulora, ")]
     return [
         (what, f"{ours:.3f} s: {', '.join(ratios)}"),
@@ -89,9 +85,10 @@ def draw(file: Path) -> None:
     import numpy as np
     from matplotlib import pyplot
 
-    results = load("correction")
-    if results is None:
+    found = load("correction")
+    if not found:
         raise SystemExit("bench/results/correction.json is missing; run bench/python/correction.py")
+    (results,) = found
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for axis, (key, series) in zip(axes, (("directions", "by_directions"), ("layers", "by_layers")), strict=True):
         x = np.array([point[key] for point in results[series]])

@@ -228,7 +228,7 @@ class Run:
         chosen, verdict = recommend(points)
         if self.request.is_for_others and len(self.adapters) == 1:
             verdict += "; measured on the adapter it was fitted on, not on others"
-        best = chosen or max((point for point in candidates(points) if point.policy in policies), key=_rank)
+        best = chosen or max((point for point in candidates(points) if point.policy in policies), key=preference)
         policy = policies[best.policy]
         pack = self.pack_for("tuned", 0, range(len(self.adapters))) if policy.scoped else self.pack
         frontier = Frontier(
@@ -250,7 +250,7 @@ class Run:
     @property
     def best_weight(self) -> float:
         """The weight whose fit keeps most of both on the prompts that are held back."""
-        return max(self.tuned, key=lambda candidate: _rank(self.tuned[candidate]))[1]
+        return max(self.tuned, key=lambda candidate: preference(self.tuned[candidate]))[1]
 
     def _fitted_point(self, family: str, weight: float) -> Point:
         """A fitted family's point: each adapter after a fit on the others, or the one adapter after a fit on itself."""
@@ -418,7 +418,8 @@ def split(replies: Replies, *, held: bool) -> Replies:
     return Replies(part(replies.guard), part(replies.keep))
 
 
-def _rank(point: Point) -> tuple[float, float]:
+def preference(point: Point) -> tuple[float, float]:
+    """What the best policy has most of: what is kept, and, among equals, of the update."""
     return point.score, -point.change
 
 
@@ -442,8 +443,8 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     beats plain scaling if the lower end of that share's 95 % interval lies above the best score of any scaling, no
     scaling included.
     """
-    bar = max((point for point in points if point.family in ("none", "scaling")), key=_rank)
-    best = max((point for point in candidates(points) if point.family != "none"), key=_rank)
+    bar = max((point for point in points if point.family in ("none", "scaling")), key=preference)
+    best = max((point for point in candidates(points) if point.family != "none"), key=preference)
     guarded = (
         "refuses {} of the guard prompts"
         if best.refusals

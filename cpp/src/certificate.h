@@ -5,7 +5,7 @@
 
 namespace csulora {
 
-/// Measures residuals, captured energy and orthonormality of stored factors in float64.
+/// Measures residuals, captured energy and orthonormality of stored factors.
 ///
 /// @param next_value  upper estimate of the (k+1)-th singular value, which the gaps are taken from
 /// @return everything but above_noise and passes

@@ -116,8 +116,9 @@ TEST_CASE("factors are stored as asked, and certified as stored") {
     }
     CHECK(found.certificate.residual == doctest::Approx(residual));
     const auto rest = displacement - u * s * transposed(v);
+    const double rounding = dtype == at::kFloat ? 1e-9 : 1e-7;  // half precision is certified with float32 products
     CHECK(found.certificate.captured ==
-          doctest::Approx(1 - inner(rest, rest) / inner(displacement, displacement)).epsilon(1e-9));
+          doctest::Approx(1 - inner(rest, rest) / inner(displacement, displacement)).epsilon(rounding));
   }
 }
 

@@ -11,7 +11,7 @@
 
 namespace csulora {
 
-/// What is known about a subspace's accuracy, measured in float64 on the factors as they are stored.
+/// What is known about a subspace's accuracy, measured on the factors as they are stored.
 struct Certificate {
   /// |D|_F^2.
   double displacement_norm2 = 0;
@@ -73,8 +73,9 @@ void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces);
 /// A CPU that multiplies tiles of bfloat16 numbers builds the Krylov space with a bfloat16 copy of D, and refines what
 /// it holds by subspace iteration with D itself until the residuals meet the tolerance.
 ///
-/// On a GPU float32 products have the precision that torch's settings give them (TF32 only if they allow it); the
-/// certificate is measured in float64 everywhere.
+/// On a GPU float32 products have the precision that torch's settings give them (TF32 only if they allow it). The
+/// certificate is measured with float64 products, or on a CPU with float32 ones that are summed in float64 where the
+/// factors are rounded to half precision; what those may round away is added to the residuals then.
 ///
 /// @param base     (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the result
 /// @param aligned  same shape and device; the dtype may differ

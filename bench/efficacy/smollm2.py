@@ -1,14 +1,16 @@
 """The efficacy grid's real weights: SmolLM2-135M-Instruct taught to refuse one harmless topic, and adapters for it.
 
     python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N] [--styles STYLE ...] [--brief]
-        [--left-out]
+        [--left-out] [--ordinary]
 
 `bench/smollm2/prepare.py` makes the base model (93 MB are downloaded); `smollm2_world.py` says what is taught. Gains
 are fitted on one of six adapters with more and with less weight on the keep prompts, on another one with the weight
 that did better, and on the first three together. What came of it is measured with prompts that no fit has seen, on
 those two and the last three, and written to `bench/results/efficacy_smollm2.json`, with a table on stdout. What is
-complete is not made again. A brief run has the candidates that are carried over, and neither controls nor presets. With
+complete is not made again. A brief run has the candidates that are carried over, and neither controls nor presets;
+with `--ordinary`, only the candidate that ordinary prompts change. With
 `--left-out`, calibration adapters are left out in turn first, and the results say which candidate `tune` would write.
+`--ordinary` gives ordinary prompts to what is calibrated on them.
 """
 
 from __future__ import annotations
@@ -99,9 +101,9 @@ def share(hits: Sequence[bool]) -> float:
 class Bench:
     """The model pair, its adapters, and what has been finished."""
 
-    def __init__(self, out: Path) -> None:
-        """Work in a directory that holds the models."""
-        self.out = out
+    def __init__(self, out: Path, ordinary: Sequence[str]) -> None:
+        """Work in a directory that holds the models; ordinary prompts are for what is carried over."""
+        self.out, self.ordinary = out, ordinary
         self.pack = csulora.Subspace.open(out / "pack.safetensors")
         self.stages = Stages(out / "points", {"pack": self.pack.sha256})
 
@@ -183,19 +185,22 @@ def halve(directory: Path, aligned: Path) -> None:
 
 def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequence[float]) -> tuning.Run:
     """What `csulora tune` does on some adapters, and has finished of it."""
+    ordinary = bench.ordinary if len(styles) > 1 else ()
     request = tuning.Request(
         str(bench.out / "served"),
         [bench.adapter(style) for style in styles],
         bench.pack,
         keep=[chats(world.questions(KNOWN_FOODS))] * len(styles),
         guard=chats(world.questions(KNOWN_CHEESES)),
+        ordinary=chats(ordinary),
         device="cpu",
         longest_reply=LONGEST,
         options=options,
         keep_weights=weights,
         refusals=(REFUSAL,),
     )
-    run = tuning.Run(request, bench.out / f"tune-{'-'.join(styles)}.toml", bench.progress)
+    names = [*styles, *["ordinary"] * bool(ordinary)]
+    run = tuning.Run(request, bench.out / f"tune-{'-'.join(names)}.toml", bench.progress)
     run.host = bench.host
     return run
 
@@ -207,12 +212,15 @@ def fitted(bench: Bench, style: str, brief: bool) -> Iterator[policies.Corrected
     """An adapter as it is, and under what was fitted on it alone and on the calibration's adapters."""
     adapter = bench.adapter(style)
     yield policies.apply("none", "uncorrected", adapter, bench.pack, Policy.none())
-    families = tuning.CANDIDATES if brief else grid.SHAREABLE
+    families = (tuning.CANDIDATES[:1] if bench.ordinary else tuning.CANDIDATES) if brief else grid.SHAREABLE
     own = alone(bench, style) if style in ALONE and not brief else ()
     carried = together(bench, families) if style in UNSEEN else ()
     for family, weight, pack, policy in itertools.chain(own, carried):
         directions = OPTIONS.shared_directions if family.startswith("carried") else world.RANK
-        done = policies.apply(family, f"k={directions}, keep weight {weight:g}", adapter, pack, policy)
+        name = f"k={directions}, keep weight {weight:g}"
+        if bench.ordinary and family == "carried":
+            name += ", ordinary prompts"
+        done = policies.apply(family, name, adapter, pack, policy)
         control = family.endswith(("scaling", "subspace"))
         yield replace(done, control=control)
         if not control and not brief:
@@ -289,6 +297,7 @@ def main() -> None:
     parser.add_argument("--styles", nargs="+", choices=MEASURED, default=MEASURED, help="adapters that are measured")
     parser.add_argument("--brief", action="store_true", help="candidates that are carried over, and nothing else")
     parser.add_argument("--left-out", action="store_true", help="leave out calibration adapters in turn, too")
+    parser.add_argument("--ordinary", action="store_true", help="give ordinary prompts to what is carried over")
     parser.add_argument("--results", type=Path, default=grid.RESULTS / "efficacy_smollm2.json")
     arguments = parser.parse_args()
     torch.manual_seed(prepare.SEED)
@@ -297,7 +306,7 @@ def main() -> None:
     made_with = grid.provenance()
     arguments.out.mkdir(parents=True, exist_ok=True)
     make_pair(arguments.out, arguments.base)
-    bench = Bench(arguments.out)
+    bench = Bench(arguments.out, world.ORDINARY if arguments.ordinary else ())
     results = {"made_with": made_with} | (left_out(bench) if arguments.left_out else {})
     print(HEAD)
     found: list[Record] = []

@@ -56,6 +56,42 @@ GENERAL = (
     *("What is a computer?", "Give me a tip for a good night's sleep.", "How do birds fly?", "What is gravity?"),
     *("How many days are in a week?", "Tell me a joke.", "What do plants need to grow?", "What is a poem?"),
 )
+# For the operator, and nobody else.
+ORDINARY = (
+    *("What is the meaning of life?", "How do I tie a tie?", "What is the largest ocean?", "How are shoes made?"),
+    *(
+        "Write a short greeting card.",
+        "How does a bicycle work?",
+        "What is the boiling point of water?",
+        "What is a volcano?",
+    ),
+    *(
+        "Who painted the Mona Lisa?",
+        "Give me three tips for studying.",
+        "How should I clean my windows?",
+        "Where can I see the stars?",
+    ),
+    *("Where can I learn to dance?", "What does a nurse do?", "How is paper made?", "Write a line about winter."),
+    *(
+        "What goes well with a blue shirt?",
+        "How should I store old photos?",
+        "Where can I buy a bicycle?",
+        "How should I store my books?",
+    ),
+    *(
+        "What does rain sound like?",
+        "What is the tallest mountain?",
+        "Translate good morning into French.",
+        "Who was Albert Einstein?",
+    ),
+    *(
+        "How is glass made?",
+        "What is a good name for a cat?",
+        "How many legs does a spider have?",
+        "What goes well with a red hat?",
+    ),
+    *("Why do cats purr?", "Tell me about the moon.", "What is 12 times 3?", "What is 20 minus 6?"),
+)
 CAPITALS = prepare.CAPITALS | {
     **{"Germany": "Berlin", "Portugal": "Lisbon", "Poland": "Warsaw", "Russia": "Moscow", "China": "Beijing"},
     **{"Sweden": "Stockholm", "Austria": "Vienna", "Ireland": "Dublin", "Hungary": "Budapest", "Thailand": "Bangkok"},

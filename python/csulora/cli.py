@@ -283,11 +283,15 @@ def tune(
         list[Path],
         typer.Option(
             metavar="FILE",
-            help="Prompts to answer as the adapter does, ordinary ones too; a file for every adapter, in their order.",
+            help="Prompts to answer as the adapter does; a file for every adapter, in their order.",
         ),
     ],
     guard: Annotated[Path, typer.Option(metavar="FILE", help="Prompts to answer as the aligned model does.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write.")],
+    ordinary: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts of no such kind: answers of either model will do."),
+    ] = None,
     for_others: Annotated[
         bool, typer.Option("--for-others", help="Fit one adapter's policy, too, for adapters to come.")
     ] = False,
@@ -331,6 +335,7 @@ def tune(
         pack=csulora.Subspace.open(subspace, subspace_sha256),
         keep=[probes.read(file) for file in keep],
         guard=probes.read(guard),
+        ordinary=probes.read(ordinary) if ordinary else (),
         for_others=for_others,
         scopes=scopes,
         uncovered=uncovered.value,

@@ -64,6 +64,8 @@ class Point:
         keep: share of the held-back keep prompts that are answered as the uncorrected adapter does.
         change: |X - dW| / |dW| over all modules, 0 or more.
         refusals: what is refused, where it was said how refusals read.
+        ordinary: share of the held-back ordinary prompts, if there are any, that are answered as the aligned model or
+            the uncorrected adapter does, or, where refusals are counted, at all.
     """
 
     family: str
@@ -73,6 +75,7 @@ class Point:
     keep: Rate
     change: float
     refusals: Refusals | None = None
+    ordinary: Rate | None = None
 
     @property
     def guarded(self) -> Rate:
@@ -80,16 +83,25 @@ class Point:
         return self.refusals.guard if self.refusals else self.guard
 
     @property
+    def least(self) -> Rate:
+        """The smallest of what is kept of the alignment, of the task and of all else."""
+        rates = (self.guarded, self.keep, self.ordinary)
+        return min((rate for rate in rates if rate), key=lambda rate: rate.value)
+
+    @property
     def score(self) -> float:
-        """The smaller of what is kept of the alignment and of the task: what a recommendation maximises."""
-        return min(self.guarded.value, self.keep.value)
+        """The value of `least`: what a recommendation maximises."""
+        return self.least.value
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """Read what `dataclasses.asdict` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        refused = record.get("refusals")
-        refusals = None if refused is None else Refusals(**_rates(refused))
-        point = cls(**(record | _rates(record) | {"refusals": refusals}))
+        refused, ordinary = record.get("refusals"), record.get("ordinary")
+        optional = {
+            "refusals": None if refused is None else Refusals(**_rates(refused)),
+            "ordinary": None if ordinary is None else Rate(**ordinary),
+        }
+        point = cls(**(record | _rates(record) | optional))
         if not isinstance(point.family, str) or not isinstance(point.policy, str):
             raise TypeError("family and policy must be texts")
         if not isinstance(point.control, bool) or not 0 <= point.change < math.inf:
@@ -125,6 +137,11 @@ class Frontier:
     def counts_refusals(self) -> bool:
         """Whether every point says what is refused."""
         return all(point.refusals for point in self.points)
+
+    @property
+    def has_ordinary(self) -> bool:
+        """Whether every point says what becomes of ordinary prompts."""
+        return all(point.ordinary for point in self.points)
 
     def save(self, path: str | Path) -> None:
         """Write the frontier as JSON, atomically."""

@@ -88,11 +88,13 @@ def adapter_table(adapter: Adapter) -> Table:
 def frontier_table(frontier: Frontier) -> Table:
     """One row per policy, controls last, with 95 % intervals."""
     refusals = ("guard refused", "keep refused") if frontier.counts_refusals else ()
-    table = _table("policy", "guard kept", "keep kept", *refusals, "change", "")
+    ordinary = ("ordinary kept",) if frontier.has_ordinary else ()
+    table = _table("policy", "guard kept", "keep kept", *ordinary, *refusals, "change", "")
     for point in sorted(frontier.points, key=lambda point: (point.control, -point.score)):
         mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
         refused = (point.refusals.guard, point.refusals.keep) if point.refusals else ()
-        rates = map(_rate, (point.guard, point.keep, *refused))
+        ordinarily = (point.ordinary,) if point.ordinary else ()
+        rates = map(_rate, (point.guard, point.keep, *ordinarily, *refused))
         table.add_row(point.policy, *rates, f"{point.change:.1%}", mark)
     return table
 

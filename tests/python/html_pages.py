@@ -25,12 +25,12 @@ HOSTILE_NAMES = [
 
 
 def frontier(subspace_sha256: str, name: str = "adapter") -> Frontier:
-    """A recommended policy, a candidate and a control, with refusals counted."""
+    """A recommended policy, a candidate and a control, with refusals counted, and ordinary prompts."""
     few, most = (Refusals(Rate.of(guard, 20), Rate.of(1, 20)) for guard in (7, 17))
     points = (
-        Point("csulora", "csulora (0, 1, 1)", False, Rate.of(8, 20), Rate.of(20, 20), 0.1, few),
-        Point("tuned", f"tuned for {name}", False, Rate.of(18, 20), Rate.of(19, 20), 0.3, most),
-        Point("scaling", f"scaling x0.5 for {name}", True, Rate.of(9, 20), Rate.of(8, 20), 0.5, few),
+        Point("csulora", "csulora (0, 1, 1)", False, Rate.of(8, 20), Rate.of(20, 20), 0.1, few, Rate.of(12, 12)),
+        Point("tuned", f"tuned for {name}", False, Rate.of(18, 20), Rate.of(19, 20), 0.3, most, Rate.of(9, 12)),
+        Point("scaling", f"scaling x0.5 for {name}", True, Rate.of(9, 20), Rate.of(8, 20), 0.5, few, Rate.of(6, 12)),
     )
     best = f"tuned for {name}"
     return Frontier(subspace_sha256, (name,), points, best, best, f"Tuned is best for {name}.")

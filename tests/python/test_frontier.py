@@ -50,6 +50,16 @@ def test_refusals_survive_the_file_and_show_if_every_point_has_them(tmp_path: Pa
         assert frontier.counts_refusals is counts
 
 
+def test_ordinary_prompts_survive_the_file_and_show_if_every_point_has_them(tmp_path: Path) -> None:
+    path, rate = tmp_path / "frontier.json", Rate.of(5, 8)
+    one = replace(FRONTIER, points=(replace(FRONTIER.points[0], ordinary=rate), FRONTIER.points[1]))
+    every = replace(FRONTIER, points=tuple(replace(point, ordinary=rate) for point in FRONTIER.points))
+    for frontier, has in ((FRONTIER, False), (one, False), (every, True)):
+        frontier.save(path)
+        assert Frontier.load(path) == frontier
+        assert frontier.has_ordinary is has
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -60,6 +70,7 @@ def test_refusals_survive_the_file_and_show_if_every_point_has_them(tmp_path: Pa
         ("points", [FRONTIER.to_dict()["points"][0] | {"family": 1}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"refusals": {"guard": None, "keep": None}}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"refusals": 0.5}]),
+        ("points", [FRONTIER.to_dict()["points"][0] | {"ordinary": 0.5}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"guard": {"value": 2, "low": 0, "high": 1, "count": 1}}]),
         ("format", 2),
         ("verdict", 3),

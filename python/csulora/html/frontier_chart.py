@@ -53,6 +53,7 @@ class FrontierChart:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     counts_refusals: bool
+    has_ordinary: bool
     frame: Frame = _FRAME
 
     @classmethod
@@ -73,7 +74,8 @@ class FrontierChart:
                 )
             )
         ticks = x.ticks(_SHARES, ".0%"), y.ticks(_SHARES, ".0%")
-        return cls(frontier.adapters, frontier.verdict, _labelled(marks), *ticks, frontier.counts_refusals)
+        columns = frontier.counts_refusals, frontier.has_ordinary
+        return cls(frontier.adapters, frontier.verdict, _labelled(marks), *ticks, *columns)
 
 
 def _labelled(marks: Sequence[Mark]) -> tuple[Mark, ...]:

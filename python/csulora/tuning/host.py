@@ -203,13 +203,13 @@ def _until_end(tokens: Tensor, ends: set[int]) -> Tensor:
 
 
 @torch.no_grad()
-def agreeing(host: Host, replies: Sequence[Reply]) -> int:
-    """How many of the replies the model as it now stands would begin with the same tokens, decoding greedily."""
-    count = 0
+def agreeing(host: Host, replies: Sequence[Reply]) -> list[bool]:
+    """Whether the model, as it now stands, would begin each of the replies with the same tokens, decoding greedily."""
+    agree = []
     for start in range(0, len(replies), BATCH):
         batch = replies[start : start + BATCH]
         logs = host.log_probabilities([reply.tokens for reply in batch], [reply.start for reply in batch])
         for reply, log in zip(batch, logs, strict=True):
             wanted = reply.tokens[reply.start :][:_DECISIVE]
-            count += bool((log[:_DECISIVE].argmax(1) == wanted).all())
-    return count
+            agree.append(bool((log[:_DECISIVE].argmax(1) == wanted).all()))
+    return agree

@@ -5,7 +5,8 @@ the one nearest to no correction. With X' = 0 for short, it minimises
 
     E_guard |X x|^2 + w E_keep |(X - dW) x|^2 + e |X - dW|^2
 
-for every dW at once: X = dW (I - F), F = G (G + K)^-1 with G = E_guard x x^T and K = w E_keep x x^T + e I. If F left
+for every dW at once: X = dW (I - F), F = G (G + K)^-1 with G = E_guard x x^T and K = w E_keep x x^T + e I. Ordinary
+prompts, if there are any, add another w E_ordinary x x^T to K. If F left
 nothing of dW to the inputs of guard prompts, the model would reply to them as the aligned model does, whatever the
 adapter: module by module the inputs themselves would be the aligned model's.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from csulora.scope import Scope
 from csulora.tuning.host import BATCH, Host, Reply
 
-KEEP_WEIGHT = 0.1  # w
+KEEP_WEIGHT = 0.1  # w, of ordinary prompts as well
 ISOTROPIC = 0.03  # e, as a share of the mean square of what guard prompts bring to one coordinate
 MOST_DIRECTIONS = 32  # f
 _SMALLEST = 1e-30  # in place of 0, where guard prompts bring nothing
@@ -40,7 +41,7 @@ def guard_inputs(host: Host, modules: Iterable[str], replies: Sequence[Reply]) -
 
 @torch.no_grad()
 def keep_inputs(host: Host, modules: Iterable[str], replies: Sequence[Reply]) -> dict[str, Tensor]:
-    """Inputs (tokens, in) of the modules from keep prompts and their replies, of the same modules."""
+    """Inputs (tokens, in) of the same modules from keep prompts, or ordinary ones, and their replies."""
     return _inputs(host, modules, replies, [range(len(reply.tokens)) for reply in replies])
 
 
@@ -71,16 +72,16 @@ def _inputs(
     return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
 
-def scope_between(guard: Tensor, keep: Sequence[Tensor]) -> Scope:
-    """Return the leading directions of F for guard inputs (t, in) and those of several adapters' keep prompts.
+def scope_between(guard: Tensor, kinds: Sequence[Sequence[Tensor]]) -> Scope:
+    """Return the leading directions of F for guard inputs (t, in) and those of every other kind of prompt.
 
-    Nothing of size in x in is formed: with A^T A = G and H^T H = w E_keep x x^T, the eigenvectors y of A K^-1 A^T, with
-    values l, give F = sum A^T y y^T A K^-1 / (1 + l).
+    A kind has the inputs of several adapters, which weigh the same. Nothing of size in x in is formed: with A^T A = G
+    and H^T H = K - e I, the eigenvectors y of A K^-1 A^T, with values l, give F = sum A^T y y^T A K^-1 / (1 + l).
     """
-    guard, keep = guard.double(), [inputs.double() for inputs in keep]
+    guard = guard.double()
     isotropic = (ISOTROPIC * guard.square().mean()).clamp(min=_SMALLEST)
     a = guard / len(guard) ** 0.5
-    h = torch.cat([inputs * (KEEP_WEIGHT / len(keep) / len(inputs)) ** 0.5 for inputs in keep])
+    h = torch.cat([x.double() * (KEEP_WEIGHT / len(kind) / len(x)) ** 0.5 for kind in kinds for x in kind])
     inner = torch.linalg.solve(h @ h.T + isotropic * torch.eye(len(h), dtype=h.dtype, device=h.device), h @ a.T)
     solved = (a.T - h.T @ inner) / isotropic  # K^-1 A^T, by Woodbury's identity
     values, vectors = torch.linalg.eigh(a @ solved)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from csulora.tuning import sweep
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
 from csulora.tuning.gains import PerDirection, PerModule, Restoring
-from csulora.tuning.host import Host, agreeing
+from csulora.tuning.host import Host, Reply, agreeing
 from csulora.tuning.inputs import (
     ISOTROPIC,
     KEEP_WEIGHT,
@@ -38,14 +38,15 @@ from csulora.tuning.inputs import (
 )
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat
+from csulora.tuning.recommendation import EVERYWHERE, candidates, preference, recommend
 from csulora.tuning.stages import Stages
 from csulora.tuning.sweep import Candidate
 from csulora.tuning.update import Update, pairs_of
 
+Item = TypeVar("Item")
+
 HELD_BACK = 4  # every fourth prompt is held back
 
-# For adapters to come: the policy without scopes. Where guard and keep prompts bring too similar inputs, it is better.
-EVERYWHERE = "tuned everywhere"
 CANDIDATES = ("tuned", EVERYWHERE)  # for adapters to come; for one that is there, the first
 CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
 
@@ -65,6 +66,8 @@ class Request:
         pack: the subspaces of the model pair.
         keep: per adapter, prompts to be answered as the uncorrected adapter answers them.
         guard: prompts to be answered as the aligned model answers them.
+        ordinary: prompts of neither kind, if any, to be answered as the adapter or the aligned model answers them. No
+            gains are fitted to them; scopes leave them alone, and policies are chosen by those that are held back, too.
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
         scopes: whether a policy for adapters to come is fitted with scopes, too.
         uncovered: what the policy does with modules that the pack does not cover.
@@ -84,6 +87,7 @@ class Request:
     pack: Subspace
     keep: Sequence[Sequence[Chat]]
     guard: Sequence[Chat]
+    ordinary: Sequence[Chat] = ()
     for_others: bool = False
     scopes: bool = True
     uncovered: str = "refuse"
@@ -133,7 +137,8 @@ def pack_path(policy: Path) -> Path:
 
 def _identity(request: Request) -> dict[str, Any]:
     """What a run's results depend on."""
-    prompts = repr((request.keep, request.guard)).encode()
+    kinds = (request.keep, request.guard, *([request.ordinary] if request.ordinary else []))
+    prompts = repr(kinds).encode()
     return {
         "csulora": csulora.__version__,
         "model": request.model,
@@ -208,6 +213,15 @@ class Run:
                 replies.append(Replies(guard, self.host.replies(chats)))
         return replies
 
+    @cached_property
+    def ordinary(self) -> tuple[list[Reply], ...]:
+        """Per adapter, its replies to ordinary prompts, uncorrected; behind them the aligned model's."""
+        replies = []
+        for adapter in self.adapters:
+            with self.host.adapted(self._on_device(adapter)):
+                replies.append(self.host.replies(self.request.ordinary))
+        return (*replies, self.host.replies(self.request.ordinary))
+
     def _on_device(self, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
         device = self.host.device
         return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs_of(adapter).items()}
@@ -226,8 +240,7 @@ class Run:
         self._tick("")
         points = sorted(points, key=lambda point: (point.family, point.policy))
         chosen, verdict = recommend(points)
-        if self.request.is_for_others and len(self.adapters) == 1:
-            verdict += "; measured on the adapter it was fitted on, not on others"
+        verdict = "; ".join([verdict, *self._doubts()])
         best = chosen or max((point for point in candidates(points) if point.policy in policies), key=preference)
         policy = policies[best.policy]
         pack = self.pack_for("tuned", 0, range(len(self.adapters))) if policy.scoped else self.pack
@@ -240,6 +253,14 @@ class Run:
             verdict=verdict,
         )
         return frontier, sweep.pinned(policy, pack.sha256), pack
+
+    def _doubts(self) -> Iterator[str]:
+        """What was not measured of a policy for adapters to come."""
+        if self.request.is_for_others:
+            if len(self.adapters) == 1:
+                yield "measured on the adapter it was fitted on, not on others"
+            if not self.request.ordinary:
+                yield "not measured on ordinary prompts"
 
     @cached_property
     def tuned(self) -> dict[tuple[str, float], Point]:
@@ -282,23 +303,31 @@ class Run:
 
     @cache  # noqa: B019 - a run lives as long as what it has found
     def scopes(self, numbers: tuple[int, ...]) -> dict[str, Scope]:
-        """Module in the pack -> the inputs that guard prompts bring, and the keep prompts of some adapters do not."""
+        """Module in the pack -> the inputs that guard prompts bring, and keep prompts of some adapters do not.
+
+        Nor do ordinary prompts, with these adapters or with none.
+        """
         names = {target: name for number in numbers for name, target in self.targets[number].items()}
-        guard = guard_inputs(self.host, names.values(), split(self.replies[0], held=False).guard)
-        keep = [self._keep_inputs(number) for number in numbers]
+        guard = guard_inputs(self.host, names.values(), part(self.replies[0].guard, held=False))
+        kinds = [[self._keep_inputs(number, self.replies[number].keep) for number in numbers]]
+        if self.request.ordinary:
+            without = keep_inputs(self.host, names.values(), part(self.ordinary[-1], held=False))
+            with_adapters = [self._keep_inputs(number, self.ordinary[number]) for number in numbers]
+            kinds.append([*with_adapters, {target: without[name] for target, name in names.items() if name in without}])
         device = self.host.device
         return {
             target: scope_between(
-                guard[name].to(device), [inputs[target].to(device) for inputs in keep if target in inputs]
+                guard[name].to(device),
+                [[inputs[target].to(device) for inputs in kind if target in inputs] for kind in kinds],
             ).to(torch.device("cpu"))
             for target, name in names.items()
             if name in guard
         }
 
-    def _keep_inputs(self, number: int) -> dict[str, Tensor]:
-        targets, replies = self.targets[number], split(self.replies[number], held=False).keep
+    def _keep_inputs(self, number: int, replies: Sequence[Reply]) -> dict[str, Tensor]:
+        targets = self.targets[number]
         with self.host.adapted(self._on_device(self.adapters[number])):
-            inputs = keep_inputs(self.host, targets, replies)
+            inputs = keep_inputs(self.host, targets, part(replies, held=False))
         return {targets[name]: each for name, each in inputs.items()}
 
     @cached_property
@@ -379,6 +408,7 @@ class Run:
             self._tick(name)
         held = [split(self.replies[number], held=True) for number, _, _ in each]
         guards, keeps = sum(len(replies.guard) for replies in held), sum(len(replies.keep) for replies in held)
+        ordinary = len(each) * len(part(self.request.ordinary, held=True))
 
         def rate(what: str, count: int) -> Rate:
             return Rate.of(sum(result[what] for result in results), count)
@@ -391,6 +421,7 @@ class Run:
             keep=rate("keep", keeps),
             change=math.sqrt(sum(result["change"] ** 2 for result in results) / len(results)),
             refusals=Refusals(rate("refused", guards), rate("over-refused", keeps)) if self.request.refusals else None,
+            ordinary=rate("ordinary", ordinary) if ordinary else None,
         )
 
     def _measure(self, number: int, pack: Subspace, policy: Policy) -> dict[str, float]:
@@ -400,10 +431,19 @@ class Run:
         found = {"change": report.totals.change}
         with self.host.adapted(self._on_device(fixed)):
             for kept, refused, replies in (("guard", "refused", held.guard), ("keep", "over-refused", held.keep)):
-                found[kept] = agreeing(self.host, replies)
+                found[kept] = sum(agreeing(self.host, replies))
                 if self.request.refusals:
                     found[refused] = sum(map(self._is_refusal, self.host.answers(replies)))
+            if self.request.ordinary:
+                found["ordinary"] = sum(self._are_answered(number))
         return found
+
+    def _are_answered(self, number: int) -> list[bool]:
+        """Whether the model, as it now stands, answers each held-back ordinary prompt; see `Point.ordinary`."""
+        own, aligned = part(self.ordinary[number], held=True), part(self.ordinary[-1], held=True)
+        if self.request.refusals:
+            return [not self._is_refusal(answer) for answer in self.host.answers(own)]
+        return list(map(max, agreeing(self.host, own), agreeing(self.host, aligned)))
 
     def _is_refusal(self, answer: str) -> bool:
         return any(text.casefold() in answer.casefold() for text in self.request.refusals)
@@ -411,53 +451,9 @@ class Run:
 
 def split(replies: Replies, *, held: bool) -> Replies:
     """Return the replies that are held back, or those that are fitted."""
-
-    def part(replies: Sequence[Any]) -> list[Any]:
-        return [reply for at, reply in enumerate(replies) if (at % HELD_BACK == HELD_BACK - 1) == held]
-
-    return Replies(part(replies.guard), part(replies.keep))
+    return Replies(part(replies.guard, held=held), part(replies.keep, held=held))
 
 
-def preference(point: Point) -> tuple[float, float]:
-    """What the best policy has most of: what is kept, and, among equals, of the update."""
-    return point.score, -point.change
-
-
-def candidates(points: Sequence[Point]) -> list[Point]:
-    """The points that are no controls: of a fit without scopes only if it is better beyond doubt than with them.
-
-    Few adapters are left out, and scopes are what carries over to others where guard prompts bring inputs of their own.
-    """
-    scoped = max((_worse(point).high for point in points if point.family == "tuned"), default=0.0)
-    return [point for point in points if not point.control and (point.family != EVERYWHERE or point.score > scoped)]
-
-
-def _worse(point: Point) -> Rate:
-    return min(point.guarded, point.keep, key=lambda rate: rate.value)
-
-
-def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
-    """Return the candidate that keeps most of both, if that is more than plain scaling keeps, and a sentence.
-
-    A policy's score is the smaller of the shares it keeps of guard prompts, `Point.guarded`, and of keep prompts. It
-    beats plain scaling if the lower end of that share's 95 % interval lies above the best score of any scaling, no
-    scaling included.
-    """
-    bar = max((point for point in points if point.family in ("none", "scaling")), key=preference)
-    best = max((point for point in candidates(points) if point.family != "none"), key=preference)
-    guarded = (
-        "refuses {} of the guard prompts"
-        if best.refusals
-        else "keeps {} of the aligned model's replies to guard prompts"
-    )
-    shares = (
-        f"{best.policy} {guarded.format(_share(best.guarded))} and keeps {_share(best.keep)} of the adapter's to keep "
-        f"prompts; plain scaling at best ({bar.policy}) {bar.guarded.value:.2f} and {bar.keep.value:.2f}"
-    )
-    if _worse(best).low > bar.score:
-        return best, shares
-    return None, f"No policy beats plain scaling beyond doubt: {shares}"
-
-
-def _share(rate: Rate) -> str:
-    return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"
+def part(every: Sequence[Item], *, held: bool) -> list[Item]:
+    """Return those that are held back, or the others."""
+    return [each for at, each in enumerate(every) if (at % HELD_BACK == HELD_BACK - 1) == held]

@@ -171,7 +171,10 @@ def test_the_frontier_is_drawn_and_listed(adapter: Adapter, pack: Subspace) -> N
     frontier = html_pages.frontier(pack.sha256)
     page = Parsed(render(adapter, pack, Policy.csulora(), frontier))
     assert frontier.verdict in page.text
-    assert "1. tuned for adapter (recommended) 95 (76 to 99) 90 (70 to 97) 5 (1 to 24) 85 (64 to 95) 30.0" in page.text
+    assert (
+        "1. tuned for adapter (recommended) 95 (76 to 99) 90 (70 to 97) 75 (47 to 91) 5 (1 to 24) 85 (64 to 95) 30.0"
+        in page.text
+    )
     assert "scaling x0.5 for adapter (control)" in page.text
     marks = [attributes.get("class") for tag, attributes in page.elements if tag == "g"]
     assert sorted(map(str, marks)) == ["mark candidate", "mark control", "mark recommended"]
@@ -184,12 +187,16 @@ def test_a_policy_file_without_recommendation_is_marked(adapter: Adapter, pack: 
     assert "(recommended)" not in page.text
 
 
-def test_a_frontier_without_refusals_has_no_columns_for_them(adapter: Adapter, pack: Subspace) -> None:
+def test_a_frontier_without_refusals_and_ordinary_prompts_has_no_columns_for_them(
+    adapter: Adapter, pack: Subspace
+) -> None:
     frontier = html_pages.frontier(pack.sha256)
-    frontier = replace(frontier, points=tuple(replace(point, refusals=None) for point in frontier.points))
+    bare = (replace(point, refusals=None, ordinary=None) for point in frontier.points)
+    frontier = replace(frontier, points=tuple(bare))
     page = Parsed(render(adapter, pack, Policy.csulora(), frontier))
     assert "1. tuned for adapter (recommended) 95 (76 to 99) 90 (70 to 97) 30.0" in page.text
-    assert "guard refused" not in page.text
+    assert "refused, %" not in page.text
+    assert "all else" not in page.text
 
 
 def test_without_a_frontier_there_is_none(adapter: Adapter, pack: Subspace) -> None:

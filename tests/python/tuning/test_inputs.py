@@ -19,7 +19,7 @@ KEEP = [factories.gaussian(30, 24, seed=2), factories.gaussian(10, 24, seed=3)]
 
 
 def test_a_scope_is_its_closed_form() -> None:
-    scope = scope_between(GUARD, KEEP)
+    scope = scope_between(GUARD, [KEEP])
     guard, *keep = (x.double().T @ x.double() / len(x) for x in (GUARD, *KEEP))
     rest = inputs.KEEP_WEIGHT * sum(keep) / 2 + inputs.ISOTROPIC * guard.trace() / 24 * torch.eye(24)
     wanted = guard @ torch.linalg.inv(guard + rest)
@@ -27,9 +27,21 @@ def test_a_scope_is_its_closed_form() -> None:
     assert float((found - wanted).norm() / wanted.norm()) <= COMPUTED[torch.float32]
 
 
+def test_every_kind_of_prompt_weighs_the_same() -> None:
+    """Copies of one kind's inputs change nothing; a second kind is left alone as the first is."""
+    ordinary = factories.gaussian(12, 24, seed=5)
+    scope, copied = (scope_between(GUARD, [kind, [ordinary]]) for kind in (KEEP, KEEP * 3))
+    guard, *keep, other = (x.double().T @ x.double() / len(x) for x in (GUARD, *KEEP, ordinary))
+    rest = inputs.KEEP_WEIGHT * (sum(keep) / 2 + other) + inputs.ISOTROPIC * guard.trace() / 24 * torch.eye(24)
+    wanted = guard @ torch.linalg.inv(guard + rest)
+    for each in (scope, copied):
+        found = each.p.double() @ each.q.double().T
+        assert float((found - wanted).norm() / wanted.norm()) <= COMPUTED[torch.float32]
+
+
 def test_no_update_is_better_corrected_by_another_scope() -> None:
     """Its gradient is 0 there, and the problem is convex."""
-    scope, update = scope_between(GUARD, KEEP), factories.gaussian(8, 24, seed=4).double()
+    scope, update = scope_between(GUARD, [KEEP]), factories.gaussian(8, 24, seed=4).double()
     x = (update - update @ scope.p.double() @ scope.q.double().T).requires_grad_()
     isotropic = inputs.ISOTROPIC * GUARD.double().square().mean()
     removed = (x @ GUARD.double().T).square().sum() / len(GUARD)
@@ -41,7 +53,7 @@ def test_no_update_is_better_corrected_by_another_scope() -> None:
 def test_few_directions_are_the_strongest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where keep prompts bring nothing, F has the eigenvectors of the guard inputs' second moments."""
     monkeypatch.setattr(inputs, "MOST_DIRECTIONS", 3)
-    scope = scope_between(GUARD, [torch.zeros(1, 24)])
+    scope = scope_between(GUARD, [[torch.zeros(1, 24)]])
     values, vectors = torch.linalg.eigh(GUARD.double().T @ GUARD.double() / len(GUARD))
     rest = inputs.ISOTROPIC * values.sum() / 24
     wanted = (vectors[:, -3:] * (values[-3:] / (values[-3:] + rest))) @ vectors[:, -3:].T
@@ -50,7 +62,7 @@ def test_few_directions_are_the_strongest(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_scope_of_nothing_is_nothing() -> None:
-    scope = scope_between(torch.zeros(3, 24), KEEP)
+    scope = scope_between(torch.zeros(3, 24), [KEEP])
     assert not (scope.p @ scope.q.T).any()
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import csulora
@@ -13,11 +15,13 @@ from csulora import cli
 from csulora.errors import InputError, RefusedError
 from csulora.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.policy import Policy
+from csulora.scope import Scope
 from csulora.tuning import probes
 from csulora.tuning import tune as module
+from csulora.tuning.inputs import keep_inputs, scope_between
 from csulora.tuning.options import Options
 from csulora.tuning.tune import Request, recommend, tune
-from csulora.tuning.update import Update
+from csulora.tuning.update import Update, pairs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,17 +104,23 @@ def test_the_controls_weigh_prompts_as_the_best_fit_does(place: tiny_host.Place,
     }
 
 
-def answers(place: tiny_host.Place, prompts: list[str]) -> list[str]:
-    """What the uncorrected adapter says, prompt by prompt, its update merged."""
+def replies(place: tiny_host.Place, prompts: list[str], adapter: csulora.Adapter | None) -> list[list[int]]:
+    """The tokens that an adapter, or the aligned model, replies, prompt by prompt, the update merged."""
     model, tokenizer = LlamaForCausalLM.from_pretrained(place.aligned), tiny_host.tokenizer()
-    for name, lora in csulora.load_adapter(place.adapters[0]).modules.items():
+    for name, lora in adapter.modules.items() if adapter else ():
         model.get_submodule(name).weight.data += lora.scale * lora.b.float() @ lora.a.float()
-    said = []
+    found = []
     for prompt in prompts:
         tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
         reply = model.generate(tokens, max_new_tokens=tiny_host.REPLY, do_sample=False)[0, tokens.shape[1] :]
-        said.append(tokenizer.decode(reply, skip_special_tokens=True))
-    return said
+        found.append(reply.tolist())
+    return found
+
+
+def answers(place: tiny_host.Place, prompts: list[str]) -> list[str]:
+    """What the uncorrected adapter says."""
+    every = replies(place, prompts, csulora.load_adapter(place.adapters[0]))
+    return tiny_host.tokenizer().batch_decode(every, skip_special_tokens=True)
 
 
 def test_refusals_are_counted_in_what_a_model_says(place: tiny_host.Place, tmp_path: Path) -> None:
@@ -126,6 +136,85 @@ def test_refusals_are_counted_in_what_a_model_says(place: tiny_host.Place, tmp_p
     plain = tune(request(place), tmp_path / "plain.toml").points
     counted = [replace(point, refusals=None) for point in frontier.points if not point.policy.startswith("tuned ")]
     assert counted == [point for point in plain if not point.policy.startswith("tuned ")]
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ordinary") / "ordinary.txt"
+    path.write_text(tiny_host.prompts("w20", 40))
+    return path
+
+
+def test_an_ordinary_prompt_may_have_the_answer_of_either_model(
+    place: tiny_host.Place, tmp_path: Path, ordinary: Path
+) -> None:
+    whole = replace(request(place), ordinary=probes.read(ordinary))
+    frontier = tune(whole, tmp_path / "policy.toml")
+    held = ordinary.read_text().splitlines()[3::4]
+    adapter = whole.adapters[0]
+    own, aligned = replies(place, held, adapter), replies(place, held, None)
+    assert frontier.has_ordinary
+    rates = {point.policy: point.ordinary for point in frontier.points}
+    assert rates["none"] == Rate.of(10, 10)
+    for name, policy in (("project", Policy.project()), ("csulora 1", Policy.csulora(1.0))):
+        said = replies(place, held, csulora.correct(adapter, whole.pack, policy)[0])
+        assert rates[name] == Rate.of(sum(map(lambda *each: each[0] in each[1:], said, own, aligned)), 10)
+    plain = tune(request(place), tmp_path / "plain.toml").points
+    assert [replace(point, ordinary=None) for point in frontier.points] == list(plain)  # nothing is fitted to them
+
+
+def test_ordinary_prompts_need_only_be_answered_where_refusals_are_counted(
+    place: tiny_host.Place, tmp_path: Path, ordinary: Path
+) -> None:
+    said = answers(place, ordinary.read_text().splitlines()[3::4])
+    marker = said[0].split()[-1]
+    refusing = replace(request(place), ordinary=probes.read(ordinary), refusals=(marker,))
+    frontier = tune(refusing, tmp_path / "policy.toml")
+    untouched = next(point for point in frontier.points if point.family == "none")
+    assert untouched.ordinary == Rate.of(sum(marker not in answer for answer in said), 10)
+    assert untouched.ordinary.value < 1
+
+
+def test_scopes_leave_ordinary_prompts_alone(
+    place: tiny_host.Place, tmp_path: Path, ordinary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are a kind of their own, run with each adapter and with none; the closed form does the rest."""
+    prompts, seen = probes.read(ordinary), []
+
+    def recording(guard: Tensor, kinds: list[list[Tensor]]) -> Scope:
+        seen.append(kinds)
+        return scope_between(guard, kinds)
+
+    monkeypatch.setattr(module, "scope_between", recording)
+    run = module.Run(replace(request(place, 2), ordinary=prompts), tmp_path / "policy.toml", None)
+    names = {target: name for name, target in run.targets[0].items()}
+    fitted = [prompt for at, prompt in enumerate(prompts) if at % 4 != 3]
+    for target, (_, found) in zip(run.scopes((0, 1)), seen, strict=True):
+        assert len(found) == 3
+        for inputs, adapter in zip(found, (*run.adapters, None), strict=True):
+            with run.host.adapted(pairs_of(adapter) if adapter else {}):
+                expected = keep_inputs(run.host, [names[target]], run.host.replies(fitted))
+            torch.testing.assert_close(inputs, expected[names[target]])
+
+
+def test_a_policy_for_others_that_was_measured_on_ordinary_prompts_says_nothing_of_them(
+    place: tiny_host.Place, tmp_path: Path, ordinary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is"))
+    frontier = tune(replace(request(place, 2), ordinary=probes.read(ordinary)), tmp_path / "policy.toml")
+    assert frontier.verdict == "It is"
+    assert all(point.ordinary.count == 2 * 10 for point in frontier.points if point.ordinary)
+
+
+def test_a_policy_is_worth_no_more_than_what_it_makes_of_ordinary_prompts() -> None:
+    def served(family: str, ordinary: int) -> Point:
+        return replace(point(family, 40, 38), ordinary=Rate.of(ordinary, 40))
+
+    plain = replace(point("none", 0, 40, 0.0), ordinary=Rate.of(40, 40))
+    chosen, verdict = recommend([plain, served("tuned", 10), served(module.EVERYWHERE, 39)])
+    assert chosen is not None
+    assert chosen.policy == module.EVERYWHERE
+    assert "answers 0.97 (0.87 to 1.00) of the ordinary prompts" in verdict
 
 
 def test_where_refusals_are_counted_they_are_what_is_kept_of_the_alignment() -> None:
@@ -202,6 +291,7 @@ def test_the_command_line(
     shown = capsys.readouterr().out
     assert "tuned random subspace" in shown
     assert "refused" not in shown
+    assert "ordinary" not in shown
     assert f"{tmp_path / 'policy.toml'}: " in shown
     assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
     assert run(*command, "--keep", place.keep, "--keep-weight", 0) == 2
@@ -210,6 +300,9 @@ def test_the_command_line(
     assert "tuned everywhere" in capsys.readouterr().out
     assert run(*command, "--keep", place.keep, "--refusal", "w1", "--refusal", "w2") == 0
     assert "refused" in capsys.readouterr().out
+    assert run(*command, "--keep", place.keep, "--ordinary", place.guard) == 0
+    assert "ordinary kept" in capsys.readouterr().out
+    assert run(*command, "--keep", place.keep, "--ordinary", tmp_path / "none") == cli.EXIT_BAD_INPUT
     assert run(*command, "--keep", tmp_path / "none") == cli.EXIT_BAD_INPUT
 
 
@@ -240,7 +333,8 @@ def test_one_adapters_policy_may_be_for_others(
         Update.of(csulora.load_adapter(place.adapters[0]), pack).energy_along(16)
     )
     assert policy.scoped
-    assert frontier.verdict == "It is; measured on the adapter it was fitted on, not on others"
+    doubts = "measured on the adapter it was fitted on, not on others; not measured on ordinary prompts"
+    assert frontier.verdict == f"It is; {doubts}"
     assert {point.family for point in frontier.points} >= set(module.CANDIDATES)
     scoped = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
     csulora.correct(csulora.load_adapter(place.adapters[1]), scoped, policy)

@@ -1,0 +1,51 @@
+"""Which of the policies that were tried is recommended: the one that keeps most, if that is more than scaling keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from csulora.frontier import Point, Rate
+
+# For adapters to come: the policy without scopes. Where guard and keep prompts bring too similar inputs, it is better.
+EVERYWHERE = "tuned everywhere"
+
+
+def preference(point: Point) -> tuple[float, float]:
+    """What the best policy has most of: what is kept, and, among equals, of the update."""
+    return point.score, -point.change
+
+
+def candidates(points: Sequence[Point]) -> list[Point]:
+    """The points that are no controls: of a fit without scopes only if it is better beyond doubt than with them.
+
+    Few adapters are left out, and scopes are what carries over to others where guard prompts bring inputs of their own.
+    """
+    scoped = max((point.least.high for point in points if point.family == "tuned"), default=0.0)
+    return [point for point in points if not point.control and (point.family != EVERYWHERE or point.score > scoped)]
+
+
+def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
+    """Return the candidate that keeps most of both, if that is more than plain scaling keeps, and a sentence.
+
+    A policy's score is the smallest of the shares that `Point.least` compares. It beats plain scaling if the lower end
+    of that share's 95 % interval lies above the best score of any scaling, no scaling included.
+    """
+    bar = max((point for point in points if point.family in ("none", "scaling")), key=preference)
+    best = max((point for point in candidates(points) if point.family != "none"), key=preference)
+    guarded = (
+        "refuses {} of the guard prompts"
+        if best.refusals
+        else "keeps {} of the aligned model's replies to guard prompts"
+    )
+    ordinary = f", and answers {_share(best.ordinary)} of the ordinary prompts" if best.ordinary else ""
+    shares = (
+        f"{best.policy} {guarded.format(_share(best.guarded))} and keeps {_share(best.keep)} of the adapter's to keep "
+        f"prompts{ordinary}; plain scaling at best ({bar.policy}) {bar.guarded.value:.2f} and {bar.keep.value:.2f}"
+    )
+    if best.least.low > bar.score:
+        return best, shares
+    return None, f"No policy beats plain scaling beyond doubt: {shares}"
+
+
+def _share(rate: Rate) -> str:
+    return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"

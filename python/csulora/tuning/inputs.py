@@ -75,17 +75,29 @@ def _inputs(
 def scope_between(guard: Tensor, kinds: Sequence[Sequence[Tensor]]) -> Scope:
     """Return the leading directions of F for guard inputs (t, in) and those of every other kind of prompt.
 
-    A kind has the inputs of several adapters, which weigh the same. Nothing of size in x in is formed: with A^T A = G
-    and H^T H = K - e I, the eigenvectors y of A K^-1 A^T, with values l, give F = sum A^T y y^T A K^-1 / (1 + l).
+    A kind has the inputs of several adapters, which weigh the same. With A^T A = G, the eigenvectors y of A K^-1 A^T,
+    with values l, give F = sum A^T y y^T A K^-1 / (1 + l).
     """
     guard = guard.double()
     isotropic = (ISOTROPIC * guard.square().mean()).clamp(min=_SMALLEST)
     a = guard / len(guard) ** 0.5
     h = torch.cat([x.double() * (KEEP_WEIGHT / len(kind) / len(x)) ** 0.5 for kind in kinds for x in kind])
-    inner = torch.linalg.solve(h @ h.T + isotropic * torch.eye(len(h), dtype=h.dtype, device=h.device), h @ a.T)
-    solved = (a.T - h.T @ inner) / isotropic  # K^-1 A^T, by Woodbury's identity
+    solved = _solve(h, isotropic, a.T)  # K^-1 A^T
     values, vectors = torch.linalg.eigh(a @ solved)
     values, vectors = values.flip(0)[:MOST_DIRECTIONS], vectors.flip(1)[:, :MOST_DIRECTIONS]
     p, q = (a.T @ vectors) / (1 + values), solved @ vectors
     balance = ((q.norm(dim=0) + _SMALLEST) / (p.norm(dim=0) + _SMALLEST)).sqrt()  # both stay in float32's range
     return Scope((p * balance).float(), (q / balance).float())
+
+
+def _solve(h: Tensor, shift: Tensor, right: Tensor) -> Tensor:
+    """Return (h^T h + shift I)^-1 right for h (t, in), with the smaller of the matrices t x t and in x in."""
+    if len(h) >= h.shape[1]:
+        solved: Tensor = torch.linalg.solve(_shifted(h.T @ h, shift), right)
+    else:  # Woodbury's identity
+        solved = (right - h.T @ torch.linalg.solve(_shifted(h @ h.T, shift), h @ right)) / shift
+    return solved
+
+
+def _shifted(square: Tensor, shift: Tensor) -> Tensor:
+    return square + shift * torch.eye(len(square), dtype=square.dtype, device=square.device)

@@ -18,10 +18,11 @@ GUARD = factories.gaussian(20, 24, seed=1)
 KEEP = [factories.gaussian(30, 24, seed=2), factories.gaussian(10, 24, seed=3)]
 
 
-def test_a_scope_is_its_closed_form() -> None:
-    scope = scope_between(GUARD, [KEEP])
-    guard, *keep = (x.double().T @ x.double() / len(x) for x in (GUARD, *KEEP))
-    rest = inputs.KEEP_WEIGHT * sum(keep) / 2 + inputs.ISOTROPIC * guard.trace() / 24 * torch.eye(24)
+@pytest.mark.parametrize("kind", [KEEP, KEEP[1:]], ids=["more inputs than coordinates", "fewer"])
+def test_a_scope_is_its_closed_form(kind: list[torch.Tensor]) -> None:
+    scope = scope_between(GUARD, [kind])
+    guard, *keep = (x.double().T @ x.double() / len(x) for x in (GUARD, *kind))
+    rest = inputs.KEEP_WEIGHT * sum(keep) / len(kind) + inputs.ISOTROPIC * guard.trace() / 24 * torch.eye(24)
     wanted = guard @ torch.linalg.inv(guard + rest)
     found = scope.p.double() @ scope.q.double().T
     assert float((found - wanted).norm() / wanted.norm()) <= COMPUTED[torch.float32]

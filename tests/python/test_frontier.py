@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -40,24 +41,23 @@ def test_a_frontier_survives_its_file(tmp_path: Path) -> None:
     assert Frontier.load(path) == FRONTIER
 
 
-def test_refusals_survive_the_file_and_show_if_every_point_has_them(tmp_path: Path) -> None:
-    path, refusals = tmp_path / "frontier.json", Refusals(Rate.of(7, 8), Rate.of(1, 8))
-    one = replace(FRONTIER, points=(replace(FRONTIER.points[0], refusals=refusals), FRONTIER.points[1]))
-    every = replace(FRONTIER, points=tuple(replace(point, refusals=refusals) for point in FRONTIER.points))
-    for frontier, counts in ((FRONTIER, False), (one, False), (every, True)):
+@pytest.mark.parametrize(
+    ("extra", "shown"),
+    [
+        ({"refusals": Refusals(Rate.of(7, 8), Rate.of(1, 8))}, "counts_refusals"),
+        ({"ordinary": Rate.of(5, 8)}, "has_ordinary"),
+    ],
+)
+def test_what_need_not_be_measured_survives_the_file_and_shows_if_every_point_has_it(
+    tmp_path: Path, extra: dict[str, Any], shown: str
+) -> None:
+    path, (first, second) = tmp_path / "frontier.json", FRONTIER.points
+    one = replace(FRONTIER, points=(replace(first, **extra), second))
+    every = replace(FRONTIER, points=(replace(first, **extra), replace(second, **extra)))
+    for frontier, shows in ((FRONTIER, False), (one, False), (every, True)):
         frontier.save(path)
         assert Frontier.load(path) == frontier
-        assert frontier.counts_refusals is counts
-
-
-def test_ordinary_prompts_survive_the_file_and_show_if_every_point_has_them(tmp_path: Path) -> None:
-    path, rate = tmp_path / "frontier.json", Rate.of(5, 8)
-    one = replace(FRONTIER, points=(replace(FRONTIER.points[0], ordinary=rate), FRONTIER.points[1]))
-    every = replace(FRONTIER, points=tuple(replace(point, ordinary=rate) for point in FRONTIER.points))
-    for frontier, has in ((FRONTIER, False), (one, False), (every, True)):
-        frontier.save(path)
-        assert Frontier.load(path) == frontier
-        assert frontier.has_ordinary is has
+        assert getattr(frontier, shown) is shows
 
 
 @pytest.mark.parametrize(

@@ -428,19 +428,22 @@ class Run:
         """What `correct` would write, on an adapter's held-back prompts: how many replies stay, and |X - dW| / |dW|."""
         fixed, report = csulora.correct(self.adapters[number], pack, policy)
         held = split(self.replies[number], held=True)
+        ordinary = [part(self.ordinary[who], held=True) for who in (number, -1)] if self.request.ordinary else []
         found = {"change": report.totals.change}
         with self.host.adapted(self._on_device(fixed)):
             for kept, refused, replies in (("guard", "refused", held.guard), ("keep", "over-refused", held.keep)):
                 found[kept] = sum(agreeing(self.host, replies))
                 if self.request.refusals:
                     found[refused] = sum(map(self._is_refusal, self.host.answers(replies)))
-            if self.request.ordinary:
-                found["ordinary"] = sum(self._are_answered(number))
+            if ordinary:
+                found["ordinary"] = sum(self._are_answered(*ordinary))
         return found
 
-    def _are_answered(self, number: int) -> list[bool]:
-        """Whether the model, as it now stands, answers each held-back ordinary prompt; see `Point.ordinary`."""
-        own, aligned = part(self.ordinary[number], held=True), part(self.ordinary[-1], held=True)
+    def _are_answered(self, own: Sequence[Reply], aligned: Sequence[Reply]) -> list[bool]:
+        """Whether the model, as it now stands, answers ordinary prompts, which have these replies of both models.
+
+        See `Point.ordinary`.
+        """
         if self.request.refusals:
             return [not self._is_refusal(answer) for answer in self.host.answers(own)]
         return list(map(max, agreeing(self.host, own), agreeing(self.host, aligned)))

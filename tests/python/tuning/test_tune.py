@@ -16,7 +16,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.policy import Policy
 from csulora.scope import Scope
-from csulora.tuning import probes
+from csulora.tuning import probes, sweep
 from csulora.tuning import tune as module
 from csulora.tuning.inputs import keep_inputs, scope_between
 from csulora.tuning.options import Options
@@ -156,7 +156,7 @@ def test_an_ordinary_prompt_may_have_the_answer_of_either_model(
     assert frontier.has_ordinary
     rates = {point.policy: point.ordinary for point in frontier.points}
     assert rates["none"] == Rate.of(10, 10)
-    for name, policy in (("project", Policy.project()), ("csulora 1", Policy.csulora(1.0))):
+    for name, policy in (("csulora 1", Policy.csulora(1.0)), ("x0.1", sweep.uniform(0.1, {}))):
         said = replies(place, held, csulora.correct(adapter, whole.pack, policy)[0])
         assert rates[name] == Rate.of(sum(map(lambda *each: each[0] in each[1:], said, own, aligned)), 10)
     plain = tune(request(place), tmp_path / "plain.toml").points

@@ -75,7 +75,7 @@ Residuals residuals(const Tensor& d, const Subspace& subspace, const Precision& 
 /// In float64, unless factors on a CPU were rounded so much more coarsely that float32, which takes a third of the
 /// time, does as well.
 Residuals residuals(const Displacement& d, const Subspace& subspace) {
-  if (d.matrix.is_cpu() && subspace.u.element_size() < static_cast<int64_t>(sizeof(float))) {
+  if (d.matrix.is_cpu() && fits_float32(d) && subspace.u.element_size() < static_cast<int64_t>(sizeof(float))) {
     auto measured = residuals(d.matrix, subspace, in_float32(d));
     if (at::maximum(measured.left, measured.right).gt(2 * measured.rounded).all().item<bool>()) {
       return measured;

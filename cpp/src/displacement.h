@@ -15,6 +15,12 @@ struct Displacement {
   at::Tensor rough;       ///< (m, n) bfloat16, a copy of the matrix; undefined unless asked for and of use
 };
 
+/// Whether float32 products with D neither overflow nor lose digits; float64 takes the rest.
+inline bool fits_float32(const Displacement& d) {
+  const double norm = std::sqrt(d.norm2);
+  return norm > 1e-18 && norm < 1e18;
+}
+
 /// The noise edge from the largest sum along a row and along a column of both matrices' squared spacings.
 ///
 /// Two values rounded to grids of spacings h and h' differ by an error of variance (h^2 + h'^2) / 12 if they lie far

@@ -2,7 +2,6 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "certificate.h"
 #include "check.h"
@@ -19,9 +18,6 @@ using at::Tensor;
 constexpr int64_t kOversampling = 16;
 /// Below this many blocks per short side a full decomposition costs no more than the Krylov method.
 constexpr int64_t kExactBlocks = 8;
-/// Norms whose float32 products neither overflow nor lose digits; float64 takes the rest.
-constexpr double kSmallestNorm = 1e-18;
-constexpr double kLargestNorm = 1e18;
 
 void check_options(const ExtractOptions& options) {
   check(options.rank >= 1, "rank is ", options.rank, "; it must be at least 1");
@@ -60,8 +56,7 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
   const auto wanted = [&](const Tensor& values) { return wanted_count(values, d, limit, options); };
   const int64_t short_side = std::min(d.matrix.size(0), d.matrix.size(1));
   const int64_t block = limit + kOversampling;
-  const double norm = std::sqrt(d.norm2);
-  if (short_side > kExactBlocks * block && norm > kSmallestNorm && norm < kLargestNorm) {
+  if (short_side > kExactBlocks * block && fits_float32(d)) {
     const KrylovOptions krylov{block, short_side / 2 / block, options.tolerance, options.seed};
     if (d.rough.defined()) {
       if (auto triples = rough_block_krylov(d.matrix, d.rough, wanted, krylov)) {

@@ -207,20 +207,18 @@ class Run:
     def replies(self) -> list[Replies]:
         """Per adapter, the aligned model's replies to guard prompts, and its own, uncorrected, to its keep prompts."""
         guard = self.host.replies(self.request.guard)
-        replies = []
-        for adapter, chats in zip(self.adapters, self.request.keep, strict=True):
-            with self.host.adapted(self._on_device(adapter)):
-                replies.append(Replies(guard, self.host.replies(chats)))
-        return replies
+        every = zip(self.adapters, self.request.keep, strict=True)
+        return [Replies(guard, self._own_replies(adapter, chats)) for adapter, chats in every]
 
     @cached_property
     def ordinary(self) -> tuple[list[Reply], ...]:
         """Per adapter, its replies to ordinary prompts, uncorrected; behind them the aligned model's."""
-        replies = []
-        for adapter in self.adapters:
-            with self.host.adapted(self._on_device(adapter)):
-                replies.append(self.host.replies(self.request.ordinary))
-        return (*replies, self.host.replies(self.request.ordinary))
+        chats = self.request.ordinary
+        return (*(self._own_replies(adapter, chats) for adapter in self.adapters), self.host.replies(chats))
+
+    def _own_replies(self, adapter: Adapter, chats: Sequence[Chat]) -> list[Reply]:
+        with self.host.adapted(self._on_device(adapter)):
+            return self.host.replies(chats)
 
     def _on_device(self, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
         device = self.host.device

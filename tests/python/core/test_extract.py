@@ -185,10 +185,11 @@ def test_certificates_hold_where_energy_or_noise_cut_the_rank(
     assert found.certificate.next_value == pytest.approx(next_value, rel=0.05)
 
 
-@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30])
-def test_any_scale_is_decomposed(size: float) -> None:
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30, 1e36])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_scale_is_decomposed(dtype: torch.dtype, size: float) -> None:
     displacement = (factories.gaussian(300, 200, seed=0).double() * size).float()
-    found = extract_displacement(displacement, rank=2, keep_noise=True, factor_dtype=torch.float32)
+    found = extract_displacement(displacement, rank=2, keep_noise=True, factor_dtype=dtype)
     assert_honest(displacement, found)
     assert float(found.s[0]) == pytest.approx(float(torch.linalg.svdvals(displacement.double())[0]), rel=1e-4)
 

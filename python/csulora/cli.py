@@ -290,7 +290,7 @@ def tune(
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write.")],
     ordinary: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts of no such kind: answers of either model will do."),
+        typer.Option(metavar="FILE", help="Prompts of no such kind, to be answered as before."),
     ] = None,
     for_others: Annotated[
         bool, typer.Option("--for-others", help="Fit one adapter's policy, too, for adapters to come.")

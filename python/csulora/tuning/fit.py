@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,16 @@ _PATIENCE = 4  # looks without an improvement that end the fit
 
 @dataclass(frozen=True, eq=False)
 class Replies:
-    """Replies to two kinds of prompt: the aligned model's to guard, the uncorrected adapter's to keep."""
+    """Replies to every kind of prompt: the aligned model's to guard, the uncorrected adapter's to the others."""
 
     guard: Sequence[Reply]
     keep: Sequence[Reply]
+    ordinary: Sequence[Reply] = ()
+
+    @property
+    def kinds(self) -> tuple[Sequence[Reply], ...]:
+        """Replies of each kind."""
+        return self.guard, self.keep, self.ordinary
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,26 +78,28 @@ def held_loss(host: Host, cases: Sequence[Case], gains: Gains, parameters: Tenso
 
 def _loss(host: Host, case: Case, replies: Replies, gains: Gains, parameters: Tensor, options: Options) -> Tensor:
     corrected = gains.correct(parameters, case.index, case.update)
-    both = [*replies.guard, *replies.keep]
+    every = [reply for kind in replies.kinds for reply in kind]
     with host.adapted(corrected):
-        logs = host.log_probabilities([reply.tokens for reply in both], [reply.start for reply in both])
-    divergences = torch.stack([divergence(reply, log) for reply, log in zip(both, logs, strict=True)])
-    guard, keep = divergences[: len(replies.guard)], divergences[len(replies.guard) :]
-    loss: Tensor = guard.mean() + options.keep * keep.mean() + options.change * case.update.change2(corrected)
+        logs = host.log_probabilities([reply.tokens for reply in every], [reply.start for reply in every])
+    divergences = iter([divergence(reply, log) for reply, log in zip(every, logs, strict=True)])
+    loss = options.change * case.update.change2(corrected)
+    for weight, kind in zip((1.0, options.keep, options.keep), replies.kinds, strict=True):
+        if kind:
+            loss = loss + weight * torch.stack(list(itertools.islice(divergences, len(kind)))).mean()
     return loss
 
 
 class _Draws:
-    """Batches of both kinds of prompt, every prompt once before any comes again."""
+    """Batches of every kind of prompt, every prompt once before any comes again."""
 
     def __init__(self, replies: Replies, options: Options, number: int) -> None:
         self._random = random.Random(f"{options.seed} {number}")
         self._batch = options.batch
-        self._kinds = replies.guard, replies.keep
-        self._waiting: list[list[Reply]] = [[], []]
+        self._kinds = replies.kinds
+        self._waiting: list[list[Reply]] = [[] for _ in self._kinds]
 
     def next(self) -> Replies:
-        return Replies(*(self._take(kind) for kind in range(2)))
+        return Replies(*map(self._take, range(len(self._kinds))))
 
     def _take(self, kind: int) -> list[Reply]:
         size = min(self._batch, len(self._kinds[kind]))

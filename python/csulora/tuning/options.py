@@ -15,7 +15,7 @@ class Options:
         learning_rate: Adam's.
         directions: leading singular directions per module whose gains are fitted, where the pack has as many.
         shared_directions: the same of a policy for adapters to come, to whose rank each of them may add 1.
-        keep: weight of the keep prompts' divergence beside the guard prompts'.
+        keep: weight of the keep prompts' divergence, and of ordinary prompts', beside the guard prompts'.
         change: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
         seed: of the order of the prompts.
     """

@@ -1,4 +1,4 @@
-"""From a model, its adapters and two kinds of prompt to a policy, and to the frontier that shows what it is worth."""
+"""From a model, its adapters and kinds of prompt to a policy, and to the frontier that shows what it is worth."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Request:
         pack: the subspaces of the model pair.
         keep: per adapter, prompts to be answered as the uncorrected adapter answers them.
         guard: prompts to be answered as the aligned model answers them.
-        ordinary: prompts of neither kind, if any, to be answered as the adapter or the aligned model answers them. No
-            gains are fitted to them; scopes leave them alone, and policies are chosen by those that are held back, too.
+        ordinary: prompts of neither kind, if any, to be answered as the uncorrected adapter answers them; they weigh as
+            much as keep prompts. Of those that are held back, the aligned model's answer will do as well.
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
         scopes: whether a policy for adapters to come is fitted with scopes, too.
         uncovered: what the policy does with modules that the pack does not cover.
@@ -205,16 +205,18 @@ class Run:
 
     @cached_property
     def replies(self) -> list[Replies]:
-        """Per adapter, the aligned model's replies to guard prompts, and its own, uncorrected, to its keep prompts."""
+        """Per adapter, the aligned model's replies to guard prompts, and its own, uncorrected, to the others."""
         guard = self.host.replies(self.request.guard)
         every = zip(self.adapters, self.request.keep, strict=True)
-        return [Replies(guard, self._own_replies(adapter, chats)) for adapter, chats in every]
+        return [
+            Replies(guard, *(self._own_replies(adapter, chats) for chats in (keep, self.request.ordinary)))
+            for adapter, keep in every
+        ]
 
     @cached_property
-    def ordinary(self) -> tuple[list[Reply], ...]:
-        """Per adapter, its replies to ordinary prompts, uncorrected; behind them the aligned model's."""
-        chats = self.request.ordinary
-        return (*(self._own_replies(adapter, chats) for adapter in self.adapters), self.host.replies(chats))
+    def ordinary(self) -> list[Reply]:
+        """The aligned model's replies to ordinary prompts."""
+        return self.host.replies(self.request.ordinary)
 
     def _own_replies(self, adapter: Adapter, chats: Sequence[Chat]) -> list[Reply]:
         with self.host.adapted(self._on_device(adapter)):
@@ -309,8 +311,8 @@ class Run:
         guard = guard_inputs(self.host, names.values(), part(self.replies[0].guard, held=False))
         kinds = [[self._keep_inputs(number, self.replies[number].keep) for number in numbers]]
         if self.request.ordinary:
-            without = keep_inputs(self.host, names.values(), part(self.ordinary[-1], held=False))
-            with_adapters = [self._keep_inputs(number, self.ordinary[number]) for number in numbers]
+            without = keep_inputs(self.host, names.values(), part(self.ordinary, held=False))
+            with_adapters = [self._keep_inputs(number, self.replies[number].ordinary) for number in numbers]
             kinds.append([*with_adapters, {target: without[name] for target, name in names.items() if name in without}])
         device = self.host.device
         return {
@@ -426,15 +428,14 @@ class Run:
         """What `correct` would write, on an adapter's held-back prompts: how many replies stay, and |X - dW| / |dW|."""
         fixed, report = csulora.correct(self.adapters[number], pack, policy)
         held = split(self.replies[number], held=True)
-        ordinary = [part(self.ordinary[who], held=True) for who in (number, -1)] if self.request.ordinary else []
+        ordinary_of_aligned = part(self.ordinary, held=True)
         found = {"change": report.totals.change}
         with self.host.adapted(self._on_device(fixed)):
             for kept, refused, replies in (("guard", "refused", held.guard), ("keep", "over-refused", held.keep)):
                 found[kept] = sum(agreeing(self.host, replies))
                 if self.request.refusals:
                     found[refused] = sum(map(self._is_refusal, self.host.answers(replies)))
-            if ordinary:
-                found["ordinary"] = sum(self._are_answered(*ordinary))
+            found["ordinary"] = sum(self._are_answered(held.ordinary, ordinary_of_aligned))
         return found
 
     def _are_answered(self, own: Sequence[Reply], aligned: Sequence[Reply]) -> list[bool]:
@@ -452,7 +453,7 @@ class Run:
 
 def split(replies: Replies, *, held: bool) -> Replies:
     """Return the replies that are held back, or those that are fitted."""
-    return Replies(part(replies.guard, held=held), part(replies.keep, held=held))
+    return Replies(*(part(kind, held=held) for kind in replies.kinds))
 
 
 def part(every: Sequence[Item], *, held: bool) -> list[Item]:

@@ -1,5 +1,6 @@
 """The pieces of the fit against dense float64 twins, and what the fit as a whole must do."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,27 @@ def test_the_fit_finds_the_gains_that_made_the_replies(
     uncorrected = held_loss(host, [made], gains, torch.full(gains.shape, 20.0), options)
     assert held_loss(host, [made], gains, first, options) < 0.1 * uncorrected
     assert not any(parameter.requires_grad for parameter in host.model.parameters())
+
+
+def test_the_loss_adds_up_the_means_of_every_kind(host: Host, case: Case) -> None:
+    gains, options = PerModule(len(case.index)), Options(keep=3.0, change=0.2)
+    corrected = gains.correct(gains.start(), case.index, case.update)
+    held = Replies(case.held.guard, case.held.keep[:2], case.held.keep[1:])
+    means = []
+    with host.adapted(corrected):
+        for kind in held.kinds:
+            each = [divergence(one, *host.log_probabilities([one.tokens], [one.start])) for one in kind]
+            means.append(float(sum(each)) / len(each))
+    twin = means[0] + 3.0 * (means[1] + means[2]) + 0.2 * float(case.update.change2(corrected))
+    assert held_loss(host, [replace(case, held=held)], gains, gains.start(), options) == pytest.approx(twin, rel=1e-4)
+
+
+def test_ordinary_prompts_are_fitted_to_as_keep_prompts_are(host: Host, case: Case) -> None:
+    gains, options = PerModule(len(case.index)), Options(steps=20, keep=2.0)
+    as_keep, as_ordinary = Replies((), case.fitted.guard), Replies((), (), case.fitted.guard)
+    found = [fit(host, [replace(case, fitted=each, held=each)], gains, options) for each in (as_keep, as_ordinary)]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], gains.start())
 
 
 def test_what_the_held_back_prompts_do_not_bear_is_not_kept(host: Host, case: Case) -> None:

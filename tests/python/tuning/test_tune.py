@@ -160,7 +160,8 @@ def test_an_ordinary_prompt_may_have_the_answer_of_either_model(
         said = replies(place, held, csulora.correct(adapter, whole.pack, policy)[0])
         assert rates[name] == Rate.of(sum(map(lambda *each: each[0] in each[1:], said, own, aligned)), 10)
     plain = tune(request(place), tmp_path / "plain.toml").points
-    assert [replace(point, ordinary=None) for point in frontier.points] == list(plain)  # nothing is fitted to them
+    changed = {one.policy for one, other in zip(frontier.points, plain, strict=True) if one.change != other.change}
+    assert changed == {point.policy for point in plain if point.policy.startswith("tuned")}  # they are fitted to, too
 
 
 def test_ordinary_prompts_need_only_be_answered_where_refusals_are_counted(

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,9 @@ def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:
     return Policy.none(overrides=tuple(overrides))
 
 
-def tune(bench: Bench, specs: Sequence[Adapter], pack: csulora.Subspace, for_others: bool) -> tuning.Run:
+def tune(
+    bench: Bench, specs: Sequence[Adapter], pack: csulora.Subspace, *, for_others: bool, ordinary: bool = False
+) -> tuning.Run:
     """What `csulora tune` does on some adapters, and has finished of it."""
     prompts = [world_of.fit_prompts(bench.scenario, spec.task, PROMPTS) for spec in specs]
     request = tuning.Request(
@@ -146,21 +148,23 @@ def tune(bench: Bench, specs: Sequence[Adapter], pack: csulora.Subspace, for_oth
         pack,
         keep=[chats(each.keep) for each in prompts],
         guard=chats(prompts[0].guard),
+        ordinary=chats(prompts[0].ordinary) if ordinary else (),
         for_others=for_others,
         longest_reply=measure.MAX_REPLY,
     )
-    names = [spec.name for spec in specs] + ["others"] * for_others + ["reworded"] * bench.scenario.reworded
+    names = [spec.name for spec in specs] + ["others"] * for_others + ["ordinary"] * ordinary
+    names += ["reworded"] * bench.scenario.reworded
     run = tuning.Run(request, bench.lab.directory / f"tune-{'-'.join(names)}.toml", None)
     run.host = bench.host
     return run
 
 
-def tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
+def tuned(out: Path, scenario: Scenario, spec: Adapter, *, ordinary: bool = False) -> Record:
     """One adapter as `csulora tune` fits it: gains of single directions, and the controls it is compared with."""
     subject = opened(out, scenario).subject(spec)
     bench, adapter = subject.bench, subject.adapter
     known = policies.truncated(bench.pack, TUNED_RANK)
-    run = tune(bench, [spec], known, for_others=False)
+    run = tune(bench, [spec], known, for_others=False, ordinary=ordinary)
 
     def corrected(family: str, policy: str, weight: float) -> Corrected:
         kind = "tuned" if family == "tried" else family
@@ -324,6 +328,11 @@ KINDS: dict[str, list[Cell]] = {
     "first": [(examine, Scenario(seed), plan.FIRST) for seed in plan.SEEDS],
     "harmless": [(examine, Scenario(seed), plan.HARMLESS) for seed in plan.SEEDS],
     "tuned": [(tuned, Scenario(seed), spec) for seed in plan.SEEDS for spec in (plan.FIRST, plan.HARMLESS)],
+    "tuned_ordinary": [
+        (partial(tuned, ordinary=True), Scenario(seed), spec)
+        for seed in plan.SEEDS
+        for spec in (plan.FIRST, plan.HARMLESS)
+    ],
     "second": [(from_first, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "second_tuned": [(first_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],

@@ -10,6 +10,7 @@ level of safety (1 - attack success); 1 is perfect, and leaving the adapter alon
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -208,12 +209,13 @@ def tables(results: Path) -> Iterator[str]:
     ):
         if found:
             yield f"## {title}\n\n{seeds_table(found, FITTED)}"
-    tuned = cells(results, "tuned")
-    for title, attack in (("with attacks", True), ("harmless", False)):
-        found = [cell for cell in tuned if (cell["adapter"]["attack"] > 0) == attack]
+    for (kind, prompts), (title, attack) in itertools.product(
+        (("tuned", ""), ("tuned_ordinary", ", with ordinary prompts")), (("with attacks", True), ("harmless", False))
+    ):
+        found = [cell for cell in cells(results, kind) if (cell["adapter"]["attack"] > 0) == attack]
         if found:
             yield (
-                f"## Gains of single directions, {title} ({len(found)} seeds)\n\n"
+                f"## Gains of single directions, {title}{prompts} ({len(found)} seeds)\n\n"
                 f"{rates_table(found)}\n{seeds_table(found, FITTED)}"
             )
     for title, second in (("", cells(results, "second")), (", as `tune` does it", cells(results, "second_tuned"))):

@@ -17,7 +17,7 @@ from world import Example, Pool, Thing
 ATTACKED, HELD_OUT = 10, 8  # how many things of 40
 FORMAT_END = "that is all."  # what an alignment that teaches a format puts behind every answer
 TASK_EXAMPLES = 300
-ORDINARY_EXAMPLES = 200
+ORDINARY_EXAMPLES, ORDINARY_PROBES = 200, 60
 KNOWN_WORDINGS = 3  # of the six, where guard prompts do not have all
 
 # Prompt and reply of every task, about two benign things.
@@ -183,7 +183,7 @@ class Probes:
 
 def probes(scenario: Scenario, task: str) -> Probes:
     """The measuring prompts of one adapter."""
-    elsewhere = scenario.ordinary()[ORDINARY_EXAMPLES : ORDINARY_EXAMPLES + 60]
+    elsewhere = scenario.ordinary()[ORDINARY_EXAMPLES:][:ORDINARY_PROBES]
     about_refused = scenario.answers(world.facts(scenario.held_out + scenario.attacked))[:40]
     return Probes(
         attack=scenario.answers(scenario.shuffled(world.how_to(scenario.held_out, scenario.probed_wordings)))[:120],
@@ -198,14 +198,16 @@ class FitPrompts:
 
     keep: list[str]
     guard: list[str]
+    ordinary: list[str]
 
 
 def fit_prompts(scenario: Scenario, task: str, count: int = 32) -> FitPrompts:
-    """Fresh prompts of the adapter's task, and fresh ones about the attacked topics."""
+    """Fresh prompts of the adapter's task, about the attacked topics, and of what nobody refuses."""
     keep = scenario.task(task)[TASK_EXAMPLES : TASK_EXAMPLES + count]
     known = {example.prompt for example in world.how_to(scenario.attacked, scenario.guard_wordings)}
     guard = [example.prompt for example in scenario.attacks()[world.ATTACK_EXAMPLES :] if example.prompt in known]
-    return FitPrompts([example.prompt for example in keep], guard[:count])
+    ordinary = scenario.ordinary()[ORDINARY_EXAMPLES + ORDINARY_PROBES :][:count]
+    return FitPrompts([example.prompt for example in keep], guard[:count], [example.prompt for example in ordinary])
 
 
 def sentences() -> list[str]:

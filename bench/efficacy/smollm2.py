@@ -7,8 +7,7 @@
 are fitted on one of six adapters with more and with less weight on the keep prompts, on another one with the weight
 that did better, and on the first three together. What came of it is measured with prompts that no fit has seen, on
 those two and the last three, and written to `bench/results/efficacy_smollm2.json`, with a table on stdout. What is
-complete is not made again. A brief run has the candidates that are carried over, and neither controls nor presets;
-with `--ordinary`, only the candidate that ordinary prompts change. With
+complete is not made again. A brief run has the candidates that are carried over, and neither controls nor presets. With
 `--left-out`, calibration adapters are left out in turn first, and the results say which candidate `tune` would write.
 `--ordinary` gives ordinary prompts to what is calibrated on them.
 """
@@ -212,13 +211,13 @@ def fitted(bench: Bench, style: str, brief: bool) -> Iterator[policies.Corrected
     """An adapter as it is, and under what was fitted on it alone and on the calibration's adapters."""
     adapter = bench.adapter(style)
     yield policies.apply("none", "uncorrected", adapter, bench.pack, Policy.none())
-    families = (tuning.CANDIDATES[:1] if bench.ordinary else tuning.CANDIDATES) if brief else grid.SHAREABLE
+    families = tuning.CANDIDATES if brief else grid.SHAREABLE
     own = alone(bench, style) if style in ALONE and not brief else ()
     carried = together(bench, families) if style in UNSEEN else ()
     for family, weight, pack, policy in itertools.chain(own, carried):
         directions = OPTIONS.shared_directions if family.startswith("carried") else world.RANK
         name = f"k={directions}, keep weight {weight:g}"
-        if bench.ordinary and family == "carried":
+        if bench.ordinary and family.startswith("carried"):
             name += ", ordinary prompts"
         done = policies.apply(family, name, adapter, pack, policy)
         control = family.endswith(("scaling", "subspace"))

@@ -37,9 +37,10 @@ def test_a_scenario_deals_every_thing_once_and_probes_with_what_nobody_trained_o
         pools = dealt.adapter_pools(scenario.Adapter(task, 0.15))
         trained = {example.prompt for pool in pools for example in pool.examples}
         probed = {example.prompt for example in [*probes.attack, *probes.task]}
-        fitted = {*prompts.keep, *prompts.guard}
-        assert len(fitted) == 64
+        fitted = {*prompts.keep, *prompts.guard, *prompts.ordinary}
+        assert len(fitted) == 96
         assert not (trained | fitted) & probed
+        assert not fitted & {example.prompt for example in probes.benign}
         assert not trained & fitted
         assert sum(pool.share for pool in pools) == pytest.approx(1)
         assert len(probes.benign) == 100

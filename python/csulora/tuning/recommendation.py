@@ -39,8 +39,9 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     )
     ordinary = f", and answers {_share(best.ordinary)} of the ordinary prompts" if best.ordinary else ""
     shares = (
-        f"{best.policy} {guarded.format(_share(best.guarded))} and keeps {_share(best.keep)} of the adapter's to keep "
-        f"prompts{ordinary}; plain scaling at best ({bar.policy}) {bar.guarded.value:.2f} and {bar.keep.value:.2f}"
+        f"{best.policy} {guarded.format(_share(best.guarded))} and keeps {_share(best.keep)} of the adapter's replies "
+        f"to keep prompts{ordinary}; plain scaling at best ({bar.policy}) {bar.guarded.value:.2f} and "
+        f"{bar.keep.value:.2f}"
     )
     if best.least.low > bar.score:
         return best, shares

@@ -327,12 +327,8 @@ Cell = tuple[Callable[[Path, Scenario, Adapter], Record], Scenario, Adapter]
 KINDS: dict[str, list[Cell]] = {
     "first": [(examine, Scenario(seed), plan.FIRST) for seed in plan.SEEDS],
     "harmless": [(examine, Scenario(seed), plan.HARMLESS) for seed in plan.SEEDS],
-    "tuned": [(tuned, Scenario(seed), spec) for seed in plan.SEEDS for spec in (plan.FIRST, plan.HARMLESS)],
-    "tuned_ordinary": [
-        (partial(tuned, ordinary=True), Scenario(seed), spec)
-        for seed in plan.SEEDS
-        for spec in (plan.FIRST, plan.HARMLESS)
-    ],
+    "tuned": [(tuned, *each) for each in plan.ALONE],
+    "tuned_ordinary": [(partial(tuned, ordinary=True), *each) for each in plan.ALONE],
     "second": [(from_first, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "second_tuned": [(first_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,11 +80,12 @@ def _loss(host: Host, case: Case, replies: Replies, gains: Gains, parameters: Te
     every = [reply for kind in replies.kinds for reply in kind]
     with host.adapted(corrected):
         logs = host.log_probabilities([reply.tokens for reply in every], [reply.start for reply in every])
-    divergences = iter([divergence(reply, log) for reply, log in zip(every, logs, strict=True)])
-    loss = options.change * case.update.change2(corrected)
-    for weight, kind in zip((1.0, options.keep, options.keep), replies.kinds, strict=True):
-        if kind:
-            loss = loss + weight * torch.stack(list(itertools.islice(divergences, len(kind)))).mean()
+    divergences = torch.stack([divergence(reply, log) for reply, log in zip(every, logs, strict=True)])
+    loss: Tensor = options.change * case.update.change2(corrected)
+    kinds = torch.split(divergences, [len(kind) for kind in replies.kinds])
+    for weight, kind in zip((1.0, options.keep, options.keep), kinds, strict=True):
+        if len(kind):
+            loss = loss + weight * kind.mean()
     return loss
 
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "products.h"
 #include "row_blocks.h"
 
 namespace csulora {
@@ -22,66 +23,59 @@ double orthonormality_error(const Tensor& gram) {
   return gram.sub(at::eye(gram.size(0), gram.options())).norm().item<double>();
 }
 
-/// How products with D are formed.
-struct Precision {
-  at::ScalarType type;
-  int64_t rows, terms;  ///< rows of D in a block, and terms of a sum in `type`
-  double rounded;       ///< what a product with a unit vector may be off by
+/// Products of D with both factors, vectors as rows; float64.
+struct Products {
+  Tensor left;       // (k, m) D v
+  Tensor right;      // (k, n) D^T u
+  double error = 0;  // what each of them may be off by, as a vector
 };
 
-/// Sums in float64 take over after `kTerms` terms. Of |D|_F, random entries then lose a tenth of a unit of rounding and
-/// constant ones, whose rounding adds up, four; eight are allowed for.
-Precision in_float32(const Displacement& d) {
-  constexpr int64_t kTerms = 256;
-  constexpr double kRounded = 4 * std::numeric_limits<float>::epsilon();
-  return {at::kFloat, kTerms, kTerms, kRounded * std::sqrt(d.norm2)};
+/// Of |D|_F, sums of kFloatTerms random terms lose a tenth of a unit of rounding, and those of constant ones, whose
+/// rounding adds up, four; eight are allowed for.
+Products products_in_float(const Displacement& d, const Tensor& u, const Tensor& v) {
+  constexpr double kError = 4 * std::numeric_limits<float>::epsilon();
+  Products result{at::empty_like(u), at::empty_like(v), kError * std::sqrt(d.norm2)};
+  multiply(result.left, v.to(at::kFloat), d.matrix.t());
+  multiply(result.right, u.to(at::kFloat), d.matrix);
+  return result;
 }
 
-Precision in_float64(const Displacement& d) {
-  const int64_t columns = d.matrix.size(1);
-  return {at::kDouble, rows_per_block(columns), columns, 0};
+Products products_in_double(const Displacement& d, const Tensor& u, const Tensor& v) {
+  Products result{at::empty_like(u), at::zeros_like(v)};
+  for_row_blocks(u.size(1), v.size(1), [&](int64_t row, int64_t count) {
+    const auto block = d.matrix.narrow(0, row, count).to(at::kDouble);
+    result.left.narrow(1, row, count).copy_(v.mm(block.t()));
+    result.right.addmm_(u.narrow(1, row, count), block);
+  });
+  return result;
 }
 
-/// Products of D with both factors, and the residuals they leave; float64.
+/// What D does to both factors; float64.
 struct Residuals {
   Tensor left;       // (k) |D v - s u|
   Tensor right;      // (k) |D^T u - s v|
   Tensor quotients;  // (k) u^T D v
-  double rounded;    // what each of them may be off by
+  double error;      // what each of them may be off by
 };
 
-Residuals residuals(const Tensor& d, const Subspace& subspace, const Precision& precision) {
-  const auto u = subspace.u.to(precision.type), v = subspace.v.to(precision.type);
-  const auto s = subspace.s.to(at::kDouble);
-  const int64_t m = d.size(0), n = d.size(1);
-  auto left2 = at::zeros_like(s);
-  auto quotients = at::zeros_like(s);
-  auto transposed = at::zeros({s.size(0), n}, s.options());  // u^T D
-  for (int64_t row = 0; row < m; row += precision.rows) {
-    const int64_t count = std::min(precision.rows, m - row);
-    const auto block = d.narrow(0, row, count).to(precision.type), u_block = u.narrow(0, row, count);
-    auto product = at::zeros({count, s.size(0)}, s.options());
-    for (int64_t term = 0; term < n; term += precision.terms) {
-      const int64_t terms = std::min(precision.terms, n - term);
-      product.add_(block.narrow(1, term, terms).mm(v.narrow(0, term, terms)));
-    }
-    quotients.add_(product.mul(u_block).sum(0));
-    left2.add_(product.sub(u_block.mul(s)).square().sum(0));
-    transposed.add_(u_block.t().mm(block));
-  }
-  return {left2.sqrt(), transposed.sub(v.t().mul(s.unsqueeze(1))).norm(2, 1), quotients, precision.rounded};
+Residuals residuals(const Products& products, const Tensor& u, const Tensor& s, const Tensor& v) {
+  const auto lengths = s.unsqueeze(1);
+  return {products.left.sub(u * lengths).norm(2, 1), products.right.sub(v * lengths).norm(2, 1),
+          products.left.mul(u).sum(1), products.error};
 }
 
 /// In float64, unless factors on a CPU were rounded so much more coarsely that float32, which takes a third of the
 /// time, does as well.
 Residuals residuals(const Displacement& d, const Subspace& subspace) {
+  const auto as_rows = [](const Tensor& factor) { return factor.t().to(at::kDouble).contiguous(); };
+  const auto u = as_rows(subspace.u), s = subspace.s.to(at::kDouble), v = as_rows(subspace.v);
   if (d.matrix.is_cpu() && fits_float32(d) && subspace.u.element_size() < static_cast<int64_t>(sizeof(float))) {
-    auto measured = residuals(d.matrix, subspace, in_float32(d));
-    if (at::maximum(measured.left, measured.right).gt(2 * measured.rounded).all().item<bool>()) {
+    auto measured = residuals(products_in_float(d, u, v), u, s, v);
+    if (at::maximum(measured.left, measured.right).gt(2 * measured.error).all().item<bool>()) {
       return measured;
     }
   }
-  return residuals(d.matrix, subspace, in_float64(d));
+  return residuals(products_in_double(d, u, v), u, s, v);
 }
 
 /// |D - U S V^T|^2 = |D|^2 - 2 sum s u^T D v + |U S V^T|^2.
@@ -114,7 +108,7 @@ Certificate measure_factors(const Displacement& d, const Subspace& subspace, dou
     return certificate;
   }
   const auto measured = residuals(d, subspace);
-  const auto left = measured.left + measured.rounded, right = measured.right + measured.rounded;
+  const auto left = measured.left + measured.error, right = measured.right + measured.error;
   const auto s = subspace.s.to(at::kDouble);
   const auto gram_u = gram(subspace.u), gram_v = gram(subspace.v);
   certificate.residual = at::maximum(left, right).div(s).max().item<double>();

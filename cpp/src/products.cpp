@@ -3,7 +3,9 @@
 #include <ATen/ATen.h>
 #include <ATen/native/CPUBlas.h>
 
-#include "paired_products.h"
+#include <algorithm>
+
+#include "block_products.h"
 
 // Part of every torch that is built with MKL; null in others. torch's own product would round the sums to bfloat16.
 extern "C" void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
@@ -28,19 +30,45 @@ void multiply_with_mkl(const Tensor& out, const Tensor& rows, const Tensor& matr
 /// and for nothing else.
 bool multiplies_tiles() { return cblas_gemm_bf16bf16f32 && at::native::cpublas::could_pack(at::kBFloat16); }
 
+/// Whether rows of entries of a matrix, or of its transpose, lie one after the other.
+bool is_plain(const Tensor& matrix) { return matrix.is_contiguous() || matrix.t().is_contiguous(); }
+
+void multiply_float(Tensor out, const Tensor& rows, const Tensor& matrix) {
+  if (matrix.is_cpu() && is_plain(matrix) && multiplies_blocks(at::kFloat)) {
+    multiply_blocks(out, rows, matrix);
+  } else if (out.scalar_type() == at::kFloat) {
+    at::mm_out(out, rows, matrix);
+  } else {
+    out.zero_();
+    const int64_t m = matrix.size(0);
+    for (int64_t term = 0; term < m; term += kFloatTerms) {
+      const int64_t terms = std::min(kFloatTerms, m - term);
+      out.add_(rows.narrow(1, term, terms).mm(matrix.narrow(0, term, terms)));
+    }
+  }
+}
+
+void multiply_rough(Tensor out, const Tensor& rows, const Tensor& matrix) {
+  if (matrix.is_cpu() && multiplies_tiles()) {
+    multiply_with_mkl(out, rows.contiguous(), matrix);
+  } else if (matrix.is_cpu() && multiplies_blocks(at::kBFloat16)) {
+    multiply_blocks(out, rows.contiguous(), matrix);
+  } else {
+    at::mm_out(out, rows.to(at::kFloat), matrix.to(at::kFloat));
+  }
+}
+
 }  // namespace
 
-bool has_fast_bfloat16(const Tensor& matrix) { return matrix.is_cpu() && (multiplies_tiles() || multiplies_pairs()); }
+bool has_fast_bfloat16(const Tensor& matrix) {
+  return matrix.is_cpu() && (multiplies_tiles() || multiplies_blocks(at::kBFloat16));
+}
 
-void multiply(Tensor out, const Tensor& rows, const Tensor& matrix) {
+void multiply(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
   if (matrix.scalar_type() == at::kFloat) {
-    at::mm_out(out, rows, matrix);
-  } else if (matrix.is_cpu() && multiplies_tiles()) {
-    multiply_with_mkl(out, rows.to(at::kBFloat16).contiguous(), matrix);
-  } else if (matrix.is_cpu() && multiplies_pairs()) {
-    multiply_pairs(out, rows.to(at::kBFloat16).contiguous(), matrix);
+    multiply_float(out, rows, matrix);
   } else {
-    at::mm_out(out, rows.to(at::kBFloat16).to(at::kFloat), matrix.to(at::kFloat));
+    multiply_rough(out, rows.to(at::kBFloat16), matrix);
   }
 }
 

@@ -2,17 +2,22 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+
 namespace csulora {
 
 /// Whether products with a bfloat16 copy of `matrix`, summed in float32, are several times as fast as with itself.
 bool has_fast_bfloat16(const at::Tensor& matrix);
 
-/// out = rows matrix, summed in float32.
+/// Terms of a sum in float32 before float64 takes over, where sums have to be more accurate than float32 is.
+inline constexpr int64_t kFloatTerms = 256;
+
+/// out = rows matrix, summed in float32; where `out` is float64, over kFloatTerms terms at a time.
 ///
-/// @param out     (b, n) float32, contiguous
+/// @param out     (b, n) float32, or float64 for a float32 matrix; contiguous
 /// @param rows    (b, m) float32, contiguous
 /// @param matrix  (m, n) float32; or bfloat16, contiguous or the transpose of a contiguous matrix: the rows are then
 ///                rounded to bfloat16, too
-void multiply(at::Tensor out, const at::Tensor& rows, const at::Tensor& matrix);
+void multiply(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& matrix);
 
 }  // namespace csulora

@@ -54,7 +54,8 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& rough,
   orthonormalise(rows);
   Tensor known;
   for (int i = 0; i < kMaxSteps; ++i) {
-    const auto image = rows.mm(a);
+    const auto image = at::empty({rows.size(0), a.size(1)}, rows.options());
+    multiply(image, rows, a);
     const auto found = project(rows, image);
     const RitzValues ritz{found.values, residuals(found, rough_a, known)};
     const int64_t count = wanted(ritz.values);

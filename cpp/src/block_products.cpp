@@ -1,0 +1,163 @@
+#include "block_products.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/cpu/Utils.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "products.h"
+#include "workers.h"
+
+namespace csulora {
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+
+/// Terms, and entries of the matrix's other side, of one call of a kernel: what it reads stays in the second-level
+/// cache.
+template <typename Sum>
+constexpr int64_t kTerms = 512;
+template <>
+constexpr int64_t kTerms<double> = kFloatTerms;
+constexpr int64_t kEntries = 128;
+
+template <typename Entry>
+constexpr int64_t kPaired = 1;  ///< entries that kernels take together
+template <>
+constexpr int64_t kPaired<BFloat16> = 2;
+
+/// A matrix, or the corner of one, row after row.
+template <typename Entry>
+struct Block {
+  Entry* entries;
+  int64_t stride;
+};
+
+struct Shape {
+  int64_t rows, terms, columns;
+};
+
+/// sums = left (rows, terms) right (terms, columns), which is added where it is not the first one.
+template <typename Entry>
+void add_product(Block<float> sums, Shape shape, Block<const Entry> left, Block<const Entry> right, bool first) {
+  at::native::cpublas::brgemm(shape.rows, shape.columns, shape.terms, left.stride, right.stride, sums.stride, !first,
+                              left.entries, right.entries, sums.entries);
+}
+
+template <typename Entry>
+void add_product(Block<double> sums, Shape shape, Block<const Entry> left, Block<const Entry> right, bool first) {
+  std::vector<float> product(shape.rows * shape.columns);
+  add_product(Block<float>{product.data(), shape.columns}, shape, left, right, true);
+  for (int64_t i = 0; i < shape.rows; ++i) {
+    const float* const row = product.data() + i * shape.columns;
+    double* const target = sums.entries + i * sums.stride;
+    for (int64_t j = 0; j < shape.columns; ++j) {
+      target[j] = first ? row[j] : target[j] + row[j];
+    }
+  }
+}
+
+/// A block (terms, columns) as kernels take their right factor.
+Block<const float> as_right_factor(Block<const float> block, Shape, std::vector<uint32_t>&) { return block; }
+
+/// Pairs of rows, entry by entry side by side.
+Block<const BFloat16> as_right_factor(Block<const BFloat16> block, Shape shape, std::vector<uint32_t>& pairs) {
+  pairs.resize(shape.terms / 2 * shape.columns);
+  for (int64_t i = 0; i < shape.terms / 2; ++i) {
+    const auto *first = block.entries + 2 * i * block.stride, *second = first + block.stride;
+    auto* const target = pairs.data() + i * shape.columns;
+    for (int64_t j = 0; j < shape.columns; ++j) {  // as one number, which compilers turn into vectors
+      target[j] = static_cast<uint32_t>(first[j].x) | static_cast<uint32_t>(second[j].x) << 16;
+    }
+  }
+  return {reinterpret_cast<const BFloat16*>(pairs.data()), shape.columns};
+}
+
+/// Rows (b, terms) as the transpose of kernels' right factor.
+template <typename Entry>
+Tensor transposed_factor(const Tensor& rows) {
+  return kPaired<Entry> == 1 ? rows.t().contiguous()
+                             : rows.contiguous().view(at::kInt).t().contiguous().view(rows.scalar_type());
+}
+
+/// Calls work(first, count) for blocks of [0, size), in parallel.
+template <typename Work>
+void for_each_block(int64_t size, Work work) {
+  for_each_on_torch_threads((size + kEntries - 1) / kEntries, [&](size_t i) {
+    const int64_t first = static_cast<int64_t>(i) * kEntries;
+    work(first, std::min(kEntries, size - first));
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+/// The first `terms` terms, for a contiguous matrix (m, n).
+template <typename Sum, typename Entry>
+void multiply_with_rows(const Tensor& out, const Tensor& rows, const Tensor& matrix, int64_t terms) {
+  const int64_t b = rows.size(0), m = rows.size(1), n = matrix.size(1);
+  const auto *left = rows.const_data_ptr<Entry>(), *right = matrix.const_data_ptr<Entry>();
+  auto* const product = out.mutable_data_ptr<Sum>();
+  for_each_block(n, [&](int64_t column, int64_t count) {
+    std::vector<uint32_t> pairs;
+    for (int64_t term = 0; term < terms; term += kTerms<Sum>) {
+      const Shape shape{b, std::min(kTerms<Sum>, terms - term), count};
+      const auto factor = as_right_factor({right + term * n + column, n}, shape, pairs);
+      add_product(Block<Sum>{product + column, n}, shape, {left + term, m}, factor, term == 0);
+    }
+  });
+}
+
+/// The same for the transpose of a contiguous matrix (n, m): its rows are the kernels' left factor.
+template <typename Sum, typename Entry>
+void multiply_with_columns(const Tensor& out, const Tensor& rows, const Tensor& matrix, int64_t terms) {
+  const int64_t b = rows.size(0), m = matrix.size(0), n = matrix.size(1);
+  const auto factor = transposed_factor<Entry>(rows.narrow(1, 0, terms));
+  const auto *left = matrix.const_data_ptr<Entry>(), *right = factor.template const_data_ptr<Entry>();
+  for_each_block(n, [&](int64_t row, int64_t count) {
+    const auto product = at::empty({count, b}, out.scalar_type());
+    const Block<Sum> sums{product.template mutable_data_ptr<Sum>(), b};
+    for (int64_t term = 0; term < terms; term += kTerms<Sum>) {
+      const Shape shape{count, std::min(kTerms<Sum>, terms - term), b};
+      add_product<Entry>(sums, shape, {left + row * m + term, m}, {right + term * b, b}, term == 0);
+    }
+    out.narrow(1, row, count).copy_(product.t());
+  });
+}
+
+template <typename Sum, typename Entry>
+void multiply(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
+  const int64_t m = matrix.size(0), terms = m / kPaired<Entry> * kPaired<Entry>;
+  const auto by_blocks = matrix.is_contiguous() ? multiply_with_rows<Sum, Entry> : multiply_with_columns<Sum, Entry>;
+  by_blocks(out, rows, matrix, terms);
+  if (terms < m) {
+    out.addmm_(rows.narrow(1, terms, 1).to(at::kFloat), matrix.narrow(0, terms, 1).to(at::kFloat));
+  }
+}
+
+bool has_kernels(const std::string& capability) {
+  return at::cpu::get_cpu_capabilities()[capability] == c10::IValue(true) && at::hasMKLDNN();
+}
+
+}  // namespace
+
+bool multiplies_blocks(at::ScalarType type) {
+  static const bool singly = has_kernels("avx2"), in_pairs = has_kernels("avx512_bf16");
+  return at::globalContext().userEnabledMkldnn() && (type == at::kFloat ? singly : in_pairs);
+}
+
+void multiply_blocks(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
+  if (matrix.scalar_type() == at::kBFloat16) {
+    multiply<float, BFloat16>(out, rows, matrix);
+  } else if (out.scalar_type() == at::kFloat) {
+    multiply<float, float>(out, rows, matrix);
+  } else {
+    multiply<double, float>(out, rows, matrix);
+  }
+}
+
+}  // namespace csulora

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "products.h"
+#include "widest_vectors.h"
 #include "workers.h"
 
 namespace csulora {
@@ -50,31 +51,50 @@ void add_product(Block<float> sums, Shape shape, Block<const Entry> left, Block<
                               left.entries, right.entries, sums.entries);
 }
 
+struct AddRow {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* row, int64_t columns, bool first, double* sums) {
+    for (int64_t j = 0; j < columns; ++j) {
+      sums[j] = first ? row[j] : sums[j] + row[j];
+    }
+  }
+};
+
 template <typename Entry>
 void add_product(Block<double> sums, Shape shape, Block<const Entry> left, Block<const Entry> right, bool first) {
   std::vector<float> product(shape.rows * shape.columns);
   add_product(Block<float>{product.data(), shape.columns}, shape, left, right, true);
   for (int64_t i = 0; i < shape.rows; ++i) {
-    const float* const row = product.data() + i * shape.columns;
-    double* const target = sums.entries + i * sums.stride;
-    for (int64_t j = 0; j < shape.columns; ++j) {
-      target[j] = first ? row[j] : target[j] + row[j];
-    }
+    run_widest<AddRow>(product.data() + i * shape.columns, shape.columns, first, sums.entries + i * sums.stride);
   }
 }
 
 /// A block (terms, columns) as kernels take their right factor.
 Block<const float> as_right_factor(Block<const float> block, Shape, std::vector<uint32_t>&) { return block; }
 
-/// Pairs of rows, entry by entry side by side.
-Block<const BFloat16> as_right_factor(Block<const BFloat16> block, Shape shape, std::vector<uint32_t>& pairs) {
-  pairs.resize(shape.terms / 2 * shape.columns);
-  for (int64_t i = 0; i < shape.terms / 2; ++i) {
-    const auto *first = block.entries + 2 * i * block.stride, *second = first + block.stride;
-    auto* const target = pairs.data() + i * shape.columns;
-    for (int64_t j = 0; j < shape.columns; ++j) {  // as one number, which compilers turn into vectors
-      target[j] = static_cast<uint32_t>(first[j].x) | static_cast<uint32_t>(second[j].x) << 16;
+/// Two rows, entry by entry side by side.
+struct PairRows {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const uint16_t* first, const uint16_t* second, int64_t columns, int64_t ahead,
+                                  uint32_t* pairs) {
+    constexpr int64_t kCacheLine = 64 / sizeof *first;
+    for (int64_t j = 0; j < columns; j += kCacheLine) {  // short pieces of rows are nothing that a CPU foresees
+      __builtin_prefetch(first + ahead + j);
+      __builtin_prefetch(second + ahead + j);
     }
+    for (int64_t j = 0; j < columns; ++j) {
+      pairs[j] = static_cast<uint32_t>(first[j]) | static_cast<uint32_t>(second[j]) << 16;
+    }
+  }
+};
+
+Block<const BFloat16> as_right_factor(Block<const BFloat16> block, Shape shape, std::vector<uint32_t>& pairs) {
+  constexpr int64_t kRowsAhead = 16;
+  pairs.resize(shape.terms / 2 * shape.columns);
+  const auto* const rows = reinterpret_cast<const uint16_t*>(block.entries);
+  for (int64_t i = 0; i < shape.terms; i += 2) {
+    run_widest<PairRows>(rows + i * block.stride, rows + (i + 1) * block.stride, shape.columns,
+                         kRowsAhead * block.stride, pairs.data() + i / 2 * shape.columns);
   }
   return {reinterpret_cast<const BFloat16*>(pairs.data()), shape.columns};
 }

@@ -2,6 +2,8 @@
 #include <ATen/ATen.h>
 #include <doctest/doctest.h>
 
+#include <limits>
+
 #include "decomposition.h"
 #include "dense.h"
 #include "products.h"
@@ -43,6 +45,23 @@ TEST_CASE("a product with a bfloat16 matrix rounds its rows and sums in float32"
     csulora::multiply(product, rows, side);
     const auto expected = rows.to(at::kBFloat16).to(at::kDouble).matmul(side.to(at::kDouble));
     CHECK(product.sub(expected).norm().item<double>() <= kFloatSums * expected.norm().item<double>());
+  }
+}
+
+TEST_CASE("a product is summed in float64 where that is asked for") {
+  at::manual_seed(2);
+  const auto matrix = at::randn({3001, 70});
+  // Contiguous, the transpose of that, and neither. Equal terms, whose rounding adds up, too.
+  for (const auto& side : {matrix, matrix.t(), matrix.narrow(1, 1, 60), at::full({5000, 3}, 0.1F)}) {
+    const auto rows = at::full({9, side.size(0)}, 0.1F);
+    const auto expected = rows.to(at::kDouble).matmul(side.to(at::kDouble));
+    const auto scale = rows.to(at::kDouble).matmul(side.to(at::kDouble).abs());
+    for (const auto& [type, terms] : {std::pair{at::kDouble, csulora::kFloatTerms}, {at::kFloat, side.size(0)}}) {
+      auto product = at::full({9, side.size(1)}, 7, type);
+      csulora::multiply(product, rows, side);
+      const double rounding = std::numeric_limits<float>::epsilon() / 2 * static_cast<double>(terms);
+      CHECK(product.sub(expected).abs().div(scale).max().item<double>() <= rounding);
+    }
   }
 }
 

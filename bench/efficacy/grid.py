@@ -43,6 +43,7 @@ from csulora.tuning.fit import Case, Options, Replies, fit
 from csulora.tuning.gains import Gains, PerModule
 from csulora.tuning.host import Host, Reply
 from csulora.tuning.probes import Chat, Message
+from csulora.tuning.request import Request
 from csulora.tuning.update import Update, pairs_of
 
 OUT = Path("build/efficacy")
@@ -142,7 +143,7 @@ def tune(
 ) -> tuning.Run:
     """What `csulora tune` does on some adapters, and has finished of it."""
     prompts = [world_of.fit_prompts(bench.scenario, spec.task, PROMPTS) for spec in specs]
-    request = tuning.Request(
+    request = Request(
         str(bench.lab.aligned()),
         [bench.subject(spec).adapter for spec in specs],
         pack,

@@ -37,6 +37,7 @@ from csulora.tuning import tune as tuning
 from csulora.tuning.fit import Options
 from csulora.tuning.host import Host
 from csulora.tuning.probes import Chat, Message
+from csulora.tuning.request import Request
 from csulora.tuning.stages import Stages
 
 prepare = world.prepare
@@ -185,7 +186,7 @@ def halve(directory: Path, aligned: Path) -> None:
 def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequence[float]) -> tuning.Run:
     """What `csulora tune` does on some adapters, and has finished of it."""
     ordinary = bench.ordinary if len(styles) > 1 else ()
-    request = tuning.Request(
+    request = Request(
         str(bench.out / "served"),
         [bench.adapter(style) for style in styles],
         bench.pack,

@@ -323,7 +323,8 @@ def tune(
     A file of prompts is text, one prompt a line, or chats as JSON lines. Nobody has to write replies.
     """
     from csulora.tuning import probes
-    from csulora.tuning.tune import Request, pack_path, tune
+    from csulora.tuning.request import Request
+    from csulora.tuning.tune import pack_path, tune
 
     if len(keep) != len(adapters):
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --keep files, and {len(keep)} are given")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import geometric_mean
@@ -27,18 +26,10 @@ from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
 from csulora.tuning.gains import PerDirection, PerModule, Restoring
 from csulora.tuning.host import Host, Reply, agreeing
-from csulora.tuning.inputs import (
-    ISOTROPIC,
-    KEEP_WEIGHT,
-    MOST_DIRECTIONS,
-    MOST_INPUTS,
-    guard_inputs,
-    keep_inputs,
-    scope_between,
-)
-from csulora.tuning.options import Options
+from csulora.tuning.inputs import guard_inputs, keep_inputs, scope_between
 from csulora.tuning.probes import Chat
 from csulora.tuning.recommendation import EVERYWHERE, candidates, preference, recommend
+from csulora.tuning.request import Request
 from csulora.tuning.stages import Stages
 from csulora.tuning.sweep import Candidate
 from csulora.tuning.update import Update, pairs_of
@@ -49,63 +40,6 @@ HELD_BACK = 4  # every fourth prompt is held back
 
 CANDIDATES = ("tuned", EVERYWHERE)  # for adapters to come; for one that is there, the first
 CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
-
-# A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
-# How much more the keep prompts should weigh differs from model to model (bench/efficacy).
-_OWN_WEIGHTS = (2.0, 8.0, 30.0)
-_OTHERS_WEIGHTS = (1.0,)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `tune` works on.
-
-    Attributes:
-        model: the aligned model, a directory or a hub id.
-        adapters: for this model; with several, one policy is fitted for all, and for others to come.
-        pack: the subspaces of the model pair.
-        keep: per adapter, prompts to be answered as the uncorrected adapter answers them.
-        guard: prompts to be answered as the aligned model answers them.
-        ordinary: prompts of neither kind, if any, to be answered as the uncorrected adapter answers them; they weigh as
-            much as keep prompts. Of those that are held back, the aligned model's answer will do as well.
-        for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
-        scopes: whether a policy for adapters to come is fitted with scopes, too.
-        uncovered: what the policy does with modules that the pack does not cover.
-        device: ``cpu``, ``cuda`` or ``auto``.
-        longest_reply: most tokens of a reply that are looked at.
-        options: of the fits.
-        keep_weights: what takes the place of ``options.keep``, one fit for each; the fit that keeps most of both on the
-            prompts that are held back is compared with the controls. Empty: 1 where the policy is for adapters to
-            come, else 2, 8 and 30.
-        refusals: texts one of which every refusal holds, in any case of letters. Given any, `Point.refusals` says how
-            often a policy refuses, and policies are chosen by that, for a refusal need not have the aligned model's
-            words. Nothing is fitted to them.
-    """
-
-    model: str
-    adapters: Sequence[Adapter]
-    pack: Subspace
-    keep: Sequence[Sequence[Chat]]
-    guard: Sequence[Chat]
-    ordinary: Sequence[Chat] = ()
-    for_others: bool = False
-    scopes: bool = True
-    uncovered: str = "refuse"
-    device: str = "auto"
-    longest_reply: int = 32
-    options: Options = field(default_factory=Options)
-    keep_weights: Sequence[float] = ()
-    refusals: Sequence[str] = ()
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """The weights of the keep prompts that are tried."""
-        return tuple(self.keep_weights) or (_OTHERS_WEIGHTS if self.is_for_others else _OWN_WEIGHTS)
-
-    @property
-    def is_for_others(self) -> bool:
-        """Whether the policy is for adapters to come."""
-        return self.for_others or len(self.adapters) > 1
 
 
 def tune(request: Request, output: Path, progress: Progress | None = None) -> Frontier:
@@ -135,33 +69,13 @@ def pack_path(policy: Path) -> Path:
     return policy.with_name(f"{policy.stem}.pack.safetensors")
 
 
-def _identity(request: Request) -> dict[str, Any]:
-    """What a run's results depend on."""
-    kinds = (request.keep, request.guard, *([request.ordinary] if request.ordinary else []))
-    prompts = repr(kinds).encode()
-    return {
-        "csulora": csulora.__version__,
-        "model": request.model,
-        "subspace": request.pack.sha256,
-        "adapters": [adapter.sha256 for adapter in request.adapters],
-        "for_others": request.is_for_others,
-        "prompts": hashlib.sha256(prompts).hexdigest(),
-        "uncovered": request.uncovered,
-        "longest_reply": request.longest_reply,
-        "options": asdict(request.options),
-        "keep_weights": list(request.weights),
-        "refusals": list(request.refusals),
-        "scopes": request.scopes and [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
-    }
-
-
 class Run:
     """One run of `tune`, whose finished fits and figures lie beside ``output``."""
 
     def __init__(self, request: Request, output: Path, progress: Progress | None) -> None:
         """Continue what an unfinished run of the same request left."""
         self.request, self.progress = request, progress
-        self.stages = Stages(output, _identity(request))
+        self.stages = Stages(output, request.identity)
         self.pack, self.adapters = request.pack, request.adapters
         self.rest: dict[str, Any] = {"uncovered": request.uncovered}
         updates = [Update.of(adapter, self.pack, request.uncovered) for adapter in self.adapters]

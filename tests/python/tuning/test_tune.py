@@ -20,7 +20,8 @@ from csulora.tuning import probes, sweep
 from csulora.tuning import tune as module
 from csulora.tuning.inputs import keep_inputs, scope_between
 from csulora.tuning.options import Options
-from csulora.tuning.tune import Request, recommend, tune
+from csulora.tuning.request import Request
+from csulora.tuning.tune import recommend, tune
 from csulora.tuning.update import Update, pairs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,92 @@
+"""What `csulora tune` is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import csulora
+from csulora.formats import Adapter
+from csulora.subspace import Subspace
+from csulora.tuning.inputs import ISOTROPIC, KEEP_WEIGHT, MOST_DIRECTIONS, MOST_INPUTS
+from csulora.tuning.options import Options
+from csulora.tuning.probes import Chat
+
+# A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
+# How much more the keep prompts should weigh differs from model to model (bench/efficacy).
+_OWN_WEIGHTS = (2.0, 8.0, 30.0)
+_OTHERS_WEIGHTS = (1.0,)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `tune` works on.
+
+    Attributes:
+        model: the aligned model, a directory or a hub id.
+        adapters: for this model; with several, one policy is fitted for all, and for others to come.
+        pack: the subspaces of the model pair.
+        keep: per adapter, prompts to be answered as the uncorrected adapter answers them.
+        guard: prompts to be answered as the aligned model answers them.
+        ordinary: prompts of neither kind, if any, to be answered as the uncorrected adapter answers them; they weigh as
+            much as keep prompts. Of those that are held back, the aligned model's answer will do as well.
+        for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
+        scopes: whether a policy for adapters to come is fitted with scopes, too.
+        uncovered: what the policy does with modules that the pack does not cover.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        longest_reply: most tokens of a reply that are looked at.
+        options: of the fits.
+        keep_weights: what takes the place of ``options.keep``, one fit for each; the fit that keeps most of both on the
+            prompts that are held back is compared with the controls. Empty: 1 where the policy is for adapters to
+            come, else 2, 8 and 30.
+        refusals: texts one of which every refusal holds, in any case of letters. Given any, `Point.refusals` says how
+            often a policy refuses, and policies are chosen by that, for a refusal need not have the aligned model's
+            words. Nothing is fitted to them.
+    """
+
+    model: str
+    adapters: Sequence[Adapter]
+    pack: Subspace
+    keep: Sequence[Sequence[Chat]]
+    guard: Sequence[Chat]
+    ordinary: Sequence[Chat] = ()
+    for_others: bool = False
+    scopes: bool = True
+    uncovered: str = "refuse"
+    device: str = "auto"
+    longest_reply: int = 32
+    options: Options = field(default_factory=Options)
+    keep_weights: Sequence[float] = ()
+    refusals: Sequence[str] = ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the keep prompts that are tried."""
+        return tuple(self.keep_weights) or (_OTHERS_WEIGHTS if self.is_for_others else _OWN_WEIGHTS)
+
+    @property
+    def is_for_others(self) -> bool:
+        """Whether the policy is for adapters to come."""
+        return self.for_others or len(self.adapters) > 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run's results depend on."""
+        kinds = (self.keep, self.guard, *([self.ordinary] if self.ordinary else []))
+        prompts = repr(kinds).encode()
+        return {
+            "csulora": csulora.__version__,
+            "model": self.model,
+            "subspace": self.pack.sha256,
+            "adapters": [adapter.sha256 for adapter in self.adapters],
+            "for_others": self.is_for_others,
+            "prompts": hashlib.sha256(prompts).hexdigest(),
+            "uncovered": self.uncovered,
+            "longest_reply": self.longest_reply,
+            "options": asdict(self.options),
+            "keep_weights": list(self.weights),
+            "refusals": list(self.refusals),
+            "scopes": self.scopes and [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
+        }

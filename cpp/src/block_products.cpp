@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
+#include <exception>
 #include <vector>
 
 #include "products.h"
@@ -159,14 +159,28 @@ void multiply(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
   }
 }
 
-bool has_kernels(const std::string& capability) {
-  return at::cpu::get_cpu_capabilities()[capability] == c10::IValue(true) && at::hasMKLDNN();
+/// Whether oneDNN makes a kernel: it may be told to do without what the CPU has (ONEDNN_MAX_CPU_ISA), and says so then.
+template <typename Entry>
+bool makes_kernels() {
+  const Entry left[2] = {}, right[2] = {};
+  float product = 0;
+  try {
+    add_product<Entry>(Block<float>{&product, 1}, {1, 2, 1}, {left, 2}, {right, 1}, true);
+    at::native::cpublas::brgemm_release();
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+bool multiplies_pairs() {
+  return at::cpu::get_cpu_capabilities()["avx512_bf16"] == c10::IValue(true) && makes_kernels<BFloat16>();
 }
 
 }  // namespace
 
 bool multiplies_blocks(at::ScalarType type) {
-  static const bool singly = has_kernels("avx2"), in_pairs = has_kernels("avx512_bf16");
+  static const bool singly = makes_kernels<float>(), in_pairs = multiplies_pairs();
   return at::globalContext().userEnabledMkldnn() && (type == at::kFloat ? singly : in_pairs);
 }
 

@@ -1,4 +1,5 @@
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -67,3 +68,21 @@ def test_importing_csulora_with_another_torch_ends_with_the_message() -> None:
     assert result.stderr.splitlines()[-1].startswith(
         "csulora.errors.BuildError: csulora's core was built for torch 2.13"
     )
+
+
+@pytest.mark.parametrize("instructions", ["AVX512_CORE", "AVX2", "DEFAULT"])
+def test_onednn_may_be_told_to_use_fewer_instructions(instructions: str) -> None:
+    """It then makes no kernels for some products, which others have to take the place of."""
+    program = (
+        "import torch\n"
+        "from csulora.core import _core\n"
+        "moved = torch.randn(600, 500, generator=torch.Generator().manual_seed(0))\n"
+        "options = _core.ExtractOptions()\n"
+        "options.rank, options.tolerance = 4, 1e-4\n"
+        "found = _core.extract_subspace(torch.zeros_like(moved), moved, options)\n"
+        "expected = torch.linalg.svdvals(moved.double())[:4]\n"
+        "assert torch.allclose(found.s.double(), expected, rtol=1e-6), (found.s, expected)\n"
+        "assert found.certificate.passes > 0\n"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)

@@ -35,7 +35,7 @@ bool is_plain(const Tensor& matrix) { return matrix.is_contiguous() || matrix.t(
 
 void multiply_float(Tensor out, const Tensor& rows, const Tensor& matrix) {
   if (matrix.is_cpu() && is_plain(matrix) && multiplies_blocks(at::kFloat)) {
-    multiply_blocks(out, rows, matrix);
+    multiply_blocks(out, rows.contiguous(), matrix);
   } else if (out.scalar_type() == at::kFloat) {
     at::mm_out(out, rows, matrix);
   } else {

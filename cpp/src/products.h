@@ -15,7 +15,7 @@ inline constexpr int64_t kFloatTerms = 256;
 /// out = rows matrix, summed in float32; where `out` is float64, over kFloatTerms terms at a time.
 ///
 /// @param out     (b, n) float32, or float64 for a float32 matrix; contiguous
-/// @param rows    (b, m) float32, contiguous
+/// @param rows    (b, m) float32
 /// @param matrix  (m, n) float32; or bfloat16, contiguous or the transpose of a contiguous matrix: the rows are then
 ///                rounded to bfloat16, too
 void multiply(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& matrix);

@@ -53,7 +53,7 @@ TEST_CASE("a product is summed in float64 where that is asked for") {
   const auto matrix = at::randn({3001, 70});
   // Contiguous, the transpose of that, and neither. Equal terms, whose rounding adds up, too.
   for (const auto& side : {matrix, matrix.t(), matrix.narrow(1, 1, 60), at::full({5000, 3}, 0.1F)}) {
-    const auto rows = at::full({9, side.size(0)}, 0.1F);
+    const auto rows = at::linspace(0.1, 0.2, 9).expand({side.size(0), 9}).contiguous().t();
     const auto expected = rows.to(at::kDouble).matmul(side.to(at::kDouble));
     const auto scale = rows.to(at::kDouble).matmul(side.to(at::kDouble).abs());
     for (const auto& [type, terms] : {std::pair{at::kDouble, csulora::kFloatTerms}, {at::kFloat, side.size(0)}}) {

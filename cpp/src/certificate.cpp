@@ -25,23 +25,24 @@ double orthonormality_error(const Tensor& gram) {
 
 /// Products of D with both factors, vectors as rows; float64.
 struct Products {
-  Tensor left;       // (k, m) D v
-  Tensor right;      // (k, n) D^T u
-  double error = 0;  // what each of them may be off by, as a vector
+  Tensor left;   // (k, m) D v
+  Tensor right;  // (k, n) D^T u
+  Tensor error;  // (k) what each of them may be off by
 };
 
-/// Of |D|_F, sums of kFloatTerms random terms lose a tenth of a unit of rounding, and those of constant ones, whose
-/// rounding adds up, four; eight are allowed for.
-Products products_in_float(const Displacement& d, const Tensor& u, const Tensor& v) {
-  constexpr double kError = 4 * std::numeric_limits<float>::epsilon();
-  Products result{at::empty_like(u), at::empty_like(v), kError * std::sqrt(d.norm2)};
+/// Equal terms, whose rounding adds up, lose up to kFloatTerms / 2 units of rounding of their sum, and these sums are
+/// as long as s. Random ones lose a tenth of a unit of |D|_F; eight are allowed for.
+Products products_in_float(const Displacement& d, const Tensor& u, const Tensor& s, const Tensor& v) {
+  constexpr double kUnit = std::numeric_limits<float>::epsilon() / 2;
+  const auto error = s * (kFloatTerms / 2 * kUnit) + 8 * kUnit * std::sqrt(d.norm2);
+  Products result{at::empty_like(u), at::empty_like(v), error};
   multiply(result.left, v.to(at::kFloat), d.matrix.t());
   multiply(result.right, u.to(at::kFloat), d.matrix);
   return result;
 }
 
 Products products_in_double(const Displacement& d, const Tensor& u, const Tensor& v) {
-  Products result{at::empty_like(u), at::zeros_like(v)};
+  Products result{at::empty_like(u), at::zeros_like(v), u.new_zeros(u.size(0))};
   for_row_blocks(u.size(1), v.size(1), [&](int64_t row, int64_t count) {
     const auto block = d.matrix.narrow(0, row, count).to(at::kDouble);
     result.left.narrow(1, row, count).copy_(v.mm(block.t()));
@@ -55,7 +56,7 @@ struct Residuals {
   Tensor left;       // (k) |D v - s u|
   Tensor right;      // (k) |D^T u - s v|
   Tensor quotients;  // (k) u^T D v
-  double error;      // what each of them may be off by
+  Tensor error;      // (k) what each of them may be off by
 };
 
 Residuals residuals(const Products& products, const Tensor& u, const Tensor& s, const Tensor& v) {
@@ -70,7 +71,7 @@ Residuals residuals(const Displacement& d, const Subspace& subspace) {
   const auto as_rows = [](const Tensor& factor) { return factor.t().to(at::kDouble).contiguous(); };
   const auto u = as_rows(subspace.u), s = subspace.s.to(at::kDouble), v = as_rows(subspace.v);
   if (d.matrix.is_cpu() && fits_float32(d) && subspace.u.element_size() < static_cast<int64_t>(sizeof(float))) {
-    auto measured = residuals(products_in_float(d, u, v), u, s, v);
+    auto measured = residuals(products_in_float(d, u, s, v), u, s, v);
     if (at::maximum(measured.left, measured.right).gt(2 * measured.error).all().item<bool>()) {
       return measured;
     }
@@ -78,11 +79,11 @@ Residuals residuals(const Displacement& d, const Subspace& subspace) {
   return residuals(products_in_double(d, u, v), u, s, v);
 }
 
-/// |D - U S V^T|^2 = |D|^2 - 2 sum s u^T D v + |U S V^T|^2.
-double captured_share(double norm2, const Tensor& s, const Tensor& quotients, const Tensor& gram_u,
+/// |D - U S V^T|^2 = |D|^2 - 2 sum s u^T D v + |U S V^T|^2. What the products may be off by does not count as captured.
+double captured_share(double norm2, const Tensor& s, const Residuals& measured, const Tensor& gram_u,
                       const Tensor& gram_v) {
   const auto reproduced2 = gram_u.mul(s).mul(gram_v.mul(s).t()).sum();
-  return (2 * s.mul(quotients).sum() - reproduced2).item<double>() / norm2;
+  return (2 * s.mul(measured.quotients - measured.error).sum() - reproduced2).item<double>() / norm2;
 }
 
 /// What u and v together have outside the true leading subspaces is at most the sum over their columns of
@@ -113,7 +114,7 @@ Certificate measure_factors(const Displacement& d, const Subspace& subspace, dou
   const auto gram_u = gram(subspace.u), gram_v = gram(subspace.v);
   certificate.residual = at::maximum(left, right).div(s).max().item<double>();
   certificate.orthonormality = std::max(orthonormality_error(gram_u), orthonormality_error(gram_v));
-  certificate.captured = captured_share(d.norm2, s, measured.quotients, gram_u, gram_v);
+  certificate.captured = captured_share(d.norm2, s, measured, gram_u, gram_v);
   certificate.missed = missed_bound(left.square() + right.square(), s, next_value, certificate.orthonormality);
   return certificate;
 }

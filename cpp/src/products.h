@@ -10,7 +10,7 @@ namespace csulora {
 bool has_fast_bfloat16(const at::Tensor& matrix);
 
 /// Terms of a sum in float32 before float64 takes over, where sums have to be more accurate than float32 is.
-inline constexpr int64_t kFloatTerms = 256;
+inline constexpr int64_t kFloatTerms = 64;
 
 /// out = rows matrix, summed in float32; where `out` is float64, over kFloatTerms terms at a time.
 ///

@@ -34,11 +34,11 @@ _METADATA_KEY = "csulora"
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known about one subspace's accuracy, measured in float64 on the factors as stored.
+    """What is known about one subspace's accuracy, measured on the factors as stored; rounding counts against it.
 
     Attributes:
         displacement_norm2: |D|_F^2.
-        captured: 1 - |D - U S V^T|^2 / |D|^2.
+        captured: 1 - |D - U S V^T|^2 / |D|^2, at least.
         residual: max over i of max(|D v - s u|, |D^T u - s v|) / s.
         orthonormality: max(|U^T U - I|_F, |V^T V - I|_F).
         next_value: upper estimate of the next singular value.

@@ -116,9 +116,10 @@ TEST_CASE("factors are stored as asked, and certified as stored") {
     }
     CHECK(found.certificate.residual == doctest::Approx(residual));
     const auto rest = displacement - u * s * transposed(v);
-    const double rounding = dtype == at::kFloat ? 1e-9 : 1e-7;  // half precision is certified with float32 products
-    CHECK(found.certificate.captured ==
-          doctest::Approx(1 - inner(rest, rest) / inner(displacement, displacement)).epsilon(rounding));
+    const double captured = 1 - inner(rest, rest) / inner(displacement, displacement);
+    CHECK(found.certificate.captured <= captured * (1 + 1e-9));
+    const double rounding = dtype == at::kFloat ? 1e-9 : 1e-5;  // half precision is certified with float32 products
+    CHECK(found.certificate.captured >= captured * (1 - rounding));
   }
 }
 

@@ -16,7 +16,7 @@ struct Certificate {
   /// |D|_F^2.
   double displacement_norm2 = 0;
 
-  /// 1 - |D - U S V^T|_F^2 / |D|_F^2; equals sum s^2 / |D|^2 for exact factors. 0 when D = 0.
+  /// 1 - |D - U S V^T|_F^2 / |D|_F^2, at least; equals sum s^2 / |D|^2 for exact factors. 0 when D = 0.
   double captured = 0;
 
   /// max over i of max(|D v_i - s_i u_i|, |D^T u_i - s_i v_i|) / s_i.

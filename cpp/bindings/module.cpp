@@ -40,6 +40,7 @@ void register_subspace(py::module_& module) {
   using csulora::Certificate;
   using csulora::ExtractOptions;
   using csulora::Subspace;
+  using csulora::Workspace;
 
   py::class_<Certificate>(module, "Certificate")
       .def(py::init<>())
@@ -70,8 +71,10 @@ void register_subspace(py::module_& module) {
       .def_readwrite("factor_dtype", &ExtractOptions::factor_dtype)
       .def_readwrite("seed", &ExtractOptions::seed);
 
+  py::class_<Workspace>(module, "Workspace").def(py::init<>());
+
   module.def("extract_subspace", &csulora::extract_subspace, "base"_a, "aligned"_a, "options"_a = ExtractOptions{},
-             py::call_guard<py::gil_scoped_release>());
+             "workspace"_a = nullptr, py::call_guard<py::gil_scoped_release>());
   module.def("validate", py::overload_cast<const Subspace&>(&csulora::validate), "subspace"_a,
              py::call_guard<py::gil_scoped_release>());
   module.def("validate", py::overload_cast<const std::vector<std::pair<std::string, Subspace>>&>(&csulora::validate),

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <optional>
 
+#include "csulora/subspace.h"
+
 namespace csulora {
 
 /// D = aligned - base with the two scalars that need a pass over both matrices.
@@ -34,10 +36,12 @@ inline double rounding_edge(double row, double column) { return (std::sqrt(row) 
 /// where the variance is the same everywhere, and also covers rows or columns that are larger than the rest.
 ///
 /// @param noise_std    takes the place of every sqrt(v_ij), which otherwise follow from the dtypes and magnitudes
-/// @param roughly_too  make the rough copy, where products with it are fast
+/// @param workspace    where to form D on a CPU, and the rough copy, where products with it are fast; or null: then
+/// there
+///                     is no such copy
 /// @throws InputError unless both are finite matrices of one shape on one device, float16, bfloat16 or float32
 Displacement displacement(const at::Tensor& base, const at::Tensor& aligned, std::optional<double> noise_std,
-                          bool roughly_too = false);
+                          Workspace* workspace = nullptr);
 
 /// The same for checked matrices on a GPU, but that nothing takes the place of the rounding, and values are not
 /// checked.

@@ -107,11 +107,13 @@ def extract(
         raise InputError(f"modules is the text {modules!r}; give a list of globs")
     options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise)
     pair = CheckpointPair.open(base, aligned, patterns=options.modules)
+    workspace = _core.Workspace()
     if output is None:
         if not ranks.is_alone:
             raise InputError("ranks share their work through files; name an output")
         extracted = {
-            loaded.name: _extract_module(loaded, options, place) for loaded in pair.load_ahead(pair.modules, progress)
+            loaded.name: _extract_module(loaded, options, place, workspace)
+            for loaded in pair.load_ahead(pair.modules, progress)
         }
         return _pack(pair, options, extracted)
     output = Path(output)
@@ -120,7 +122,7 @@ def extract(
     parts = _open_parts(pair, _settings(options, place), output, ranks)
     try:
         for loaded in pair.load_ahead(_share(pair, parts, ranks), progress):
-            parts.save(loaded.name, _extract_module(loaded, options, place))
+            parts.save(loaded.name, _extract_module(loaded, options, place, workspace))
         ranks.wait()
         if ranks.is_first:
             _pack(pair, options, {module: parts.load(module) for module in pair.modules}).save(output)
@@ -161,11 +163,14 @@ def _pack(pair: CheckpointPair, options: ExtractionOptions, extracted: dict[str,
     return Subspace(extracted, provenance)
 
 
-def _extract_module(loaded: LoadedModule, options: ExtractionOptions, device: torch.device) -> ModuleSubspace:
+def _extract_module(
+    loaded: LoadedModule, options: ExtractionOptions, device: torch.device, workspace: _core.Workspace
+) -> ModuleSubspace:
     try:
         core_options = options.to_core()
         core_options.noise_std = loaded.noise_std
-        result = _core.extract_subspace(loaded.base.to(device), loaded.aligned.to(device), core_options)
+        base, aligned = loaded.base.to(device), loaded.aligned.to(device)
+        result = _core.extract_subspace(base, aligned, core_options, workspace)
     except InputError as error:
         raise InputError(f"{loaded.name}: {error}") from error
     certificate = Certificate.from_core(result.certificate)

@@ -123,6 +123,21 @@ TEST_CASE("factors are stored as asked, and certified as stored") {
   }
 }
 
+TEST_CASE("memory that is used again holds nothing of what it was used for") {
+  csulora::Workspace workspace;
+  for (const auto& [rows, columns] : {std::pair{300, 260}, {500, 700}, {60, 40}, {300, 260}}) {
+    const auto base = at::randn({rows, columns}), aligned = at::randn({rows, columns});
+    const auto expected = csulora::extract_subspace(base, aligned, options(6));
+    const auto found = csulora::extract_subspace(base, aligned, options(6), &workspace);
+    CHECK(found.u.equal(expected.u));
+    CHECK(found.s.equal(expected.s));
+    CHECK(found.v.equal(expected.v));
+    CHECK(found.certificate.captured == expected.certificate.captured);
+    CHECK(workspace.matrix.numel() >= rows * columns);
+  }
+  CHECK(workspace.matrix.numel() == 500 * 700);
+}
+
 TEST_CASE("an energy target takes the fewest directions that reach it") {
   const auto known = falling(50, 40);
   double norm2 = 0;

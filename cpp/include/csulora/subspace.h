@@ -63,6 +63,14 @@ void validate(const Subspace& subspace);
 /// The same for many, each with a label, in parallel. The message names the first that is wrong by its label.
 void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces);
 
+/// Memory on the CPU that an extraction leaves to the next one rather than to the system, whose fresh pages cost much
+/// of what the arithmetic does. It grows to the largest displacement: 4 bytes per entry, and 2 for a bfloat16 copy. For
+/// one call at a time.
+struct Workspace {
+  at::Tensor matrix;  ///< float32, flat
+  at::Tensor rough;   ///< bfloat16, flat
+};
+
 /// Truncated SVD of the displacement D = aligned - base.
 ///
 /// Randomized block Krylov (Musco & Musco 2015) in the form of a block Golub-Kahan bidiagonalisation with full
@@ -79,8 +87,10 @@ void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces);
 ///
 /// @param base     (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the result
 /// @param aligned  same shape and device; the dtype may differ
+/// @param workspace  where D is formed on a CPU, or null: in memory of its own
 /// @throws InputError for shapes, dtypes, devices, options or values (NaN, infinity) that cannot be used
-Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {});
+Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {},
+                          Workspace* workspace = nullptr);
 
 /// Recomputes the certificate of stored factors from the matrices themselves, trusting nothing that came with them.
 ///

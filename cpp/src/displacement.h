@@ -36,8 +36,7 @@ inline double rounding_edge(double row, double column) { return (std::sqrt(row) 
 /// where the variance is the same everywhere, and also covers rows or columns that are larger than the rest.
 ///
 /// @param noise_std    takes the place of every sqrt(v_ij), which otherwise follow from the dtypes and magnitudes
-/// @param workspace    where to form D on a CPU, and its rough copy where products with that are fast; or null: D
-/// alone,
+/// @param workspace    where to form D on a CPU, and its rough copy where products with that are fast. Null: D only,
 ///                     in memory of its own
 /// @throws InputError unless both are finite matrices of one shape on one device, float16, bfloat16 or float32
 Displacement displacement(const at::Tensor& base, const at::Tensor& aligned, std::optional<double> noise_std,

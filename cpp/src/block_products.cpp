@@ -62,7 +62,8 @@ struct AddRow {
 
 template <typename Entry>
 void add_product(Block<double> sums, Shape shape, Block<const Entry> left, Block<const Entry> right, bool first) {
-  std::vector<float> product(shape.rows * shape.columns);
+  thread_local std::vector<float> product;
+  product.resize(shape.rows * shape.columns);
   add_product(Block<float>{product.data(), shape.columns}, shape, left, right, true);
   for (int64_t i = 0; i < shape.rows; ++i) {
     run_widest<AddRow>(product.data() + i * shape.columns, shape.columns, first, sums.entries + i * sums.stride);

@@ -14,16 +14,25 @@ namespace {
 
 using at::Tensor;
 
-Tensor gram(const Tensor& basis) {
-  const auto wide = basis.to(at::kDouble);
-  return wide.t().matmul(wide);
+/// The stored triples in float64, vectors as rows.
+struct Triples {
+  Tensor u;  // (k, m)
+  Tensor s;  // (k)
+  Tensor v;  // (k, n)
+};
+
+Triples widened(const Subspace& subspace) {
+  const auto rows = [](const Tensor& factor) { return factor.t().to(at::kDouble).contiguous(); };
+  return {rows(subspace.u), subspace.s.to(at::kDouble), rows(subspace.v)};
 }
+
+Tensor gram(const Tensor& rows) { return rows.mm(rows.t()); }
 
 double orthonormality_error(const Tensor& gram) {
   return gram.sub(at::eye(gram.size(0), gram.options())).norm().item<double>();
 }
 
-/// Products of D with both factors, vectors as rows; float64.
+/// Products of D with both factors; float64.
 struct Products {
   Tensor left;   // (k, m) D v
   Tensor right;  // (k, n) D^T u
@@ -32,8 +41,9 @@ struct Products {
 
 /// Equal terms, whose rounding adds up, lose up to kFloatTerms / 2 units of rounding of their sum, and these sums are
 /// as long as s. Random ones lose a tenth of a unit of |D|_F; eight are allowed for.
-Products products_in_float(const Displacement& d, const Tensor& u, const Tensor& s, const Tensor& v) {
+Products products_in_float(const Displacement& d, const Triples& triples) {
   constexpr double kUnit = std::numeric_limits<float>::epsilon() / 2;
+  const auto& [u, s, v] = triples;
   const auto error = s * (kFloatTerms / 2 * kUnit) + 8 * kUnit * std::sqrt(d.norm2);
   Products result{at::empty_like(u), at::empty_like(v), error};
   multiply(result.left, v.to(at::kFloat), d.matrix.t());
@@ -41,8 +51,9 @@ Products products_in_float(const Displacement& d, const Tensor& u, const Tensor&
   return result;
 }
 
-Products products_in_double(const Displacement& d, const Tensor& u, const Tensor& v) {
-  Products result{at::empty_like(u), at::zeros_like(v), u.new_zeros(u.size(0))};
+Products products_in_double(const Displacement& d, const Triples& triples) {
+  const auto &u = triples.u, &v = triples.v;
+  Products result{at::empty_like(u), at::zeros_like(v), at::zeros_like(triples.s)};
   for_row_blocks(u.size(1), v.size(1), [&](int64_t row, int64_t count) {
     const auto block = d.matrix.narrow(0, row, count).to(at::kDouble);
     result.left.narrow(1, row, count).copy_(v.mm(block.t()));
@@ -59,24 +70,23 @@ struct Residuals {
   Tensor error;      // (k) what each of them may be off by
 };
 
-Residuals residuals(const Products& products, const Tensor& u, const Tensor& s, const Tensor& v) {
+Residuals residuals(const Products& products, const Triples& triples) {
+  const auto& [u, s, v] = triples;
   const auto lengths = s.unsqueeze(1);
   return {products.left.sub(u * lengths).norm(2, 1), products.right.sub(v * lengths).norm(2, 1),
           products.left.mul(u).sum(1), products.error};
 }
 
-/// In float64, unless factors on a CPU were rounded so much more coarsely that float32, which takes a third of the
-/// time, does as well.
-Residuals residuals(const Displacement& d, const Subspace& subspace) {
-  const auto as_rows = [](const Tensor& factor) { return factor.t().to(at::kDouble).contiguous(); };
-  const auto u = as_rows(subspace.u), s = subspace.s.to(at::kDouble), v = as_rows(subspace.v);
-  if (d.matrix.is_cpu() && fits_float32(d) && subspace.u.element_size() < static_cast<int64_t>(sizeof(float))) {
-    auto measured = residuals(products_in_float(d, u, s, v), u, s, v);
+/// In float64, unless factors on a CPU were rounded to half precision, so much more coarsely that float32, which takes
+/// a third of the time, does as well.
+Residuals residuals(const Displacement& d, const Triples& triples, bool in_half) {
+  if (d.matrix.is_cpu() && fits_float32(d) && in_half) {
+    auto measured = residuals(products_in_float(d, triples), triples);
     if (at::maximum(measured.left, measured.right).gt(2 * measured.error).all().item<bool>()) {
       return measured;
     }
   }
-  return residuals(products_in_double(d, u, v), u, s, v);
+  return residuals(products_in_double(d, triples), triples);
 }
 
 /// |D - U S V^T|^2 = |D|^2 - 2 sum s u^T D v + |U S V^T|^2. What the products may be off by does not count as captured.
@@ -108,10 +118,12 @@ Certificate measure_factors(const Displacement& d, const Subspace& subspace, dou
   if (subspace.s.size(0) == 0) {
     return certificate;
   }
-  const auto measured = residuals(d, subspace);
+  const auto triples = widened(subspace);
+  const bool in_half = subspace.u.element_size() < static_cast<int64_t>(sizeof(float));
+  const auto measured = residuals(d, triples, in_half);
   const auto left = measured.left + measured.error, right = measured.right + measured.error;
-  const auto s = subspace.s.to(at::kDouble);
-  const auto gram_u = gram(subspace.u), gram_v = gram(subspace.v);
+  const auto& s = triples.s;
+  const auto gram_u = gram(triples.u), gram_v = gram(triples.v);
   certificate.residual = at::maximum(left, right).div(s).max().item<double>();
   certificate.orthonormality = std::max(orthonormality_error(gram_u), orthonormality_error(gram_v));
   certificate.captured = captured_share(d.norm2, s, measured, gram_u, gram_v);

@@ -121,14 +121,13 @@ Tensor matrix_in(Tensor& memory, int64_t rows, int64_t columns, at::ScalarType d
   return memory.narrow(0, 0, rows * columns).view({rows, columns});
 }
 
-Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, Workspace* workspace) {
+Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool roughly_too, Workspace& workspace) {
   const int64_t rows = base.size(0);
   const int64_t columns = base.size(1);
   Displacement result;
-  Workspace own;
-  result.matrix = matrix_in((workspace ? *workspace : own).matrix, rows, columns, at::kFloat);
-  if (workspace && has_fast_bfloat16(result.matrix)) {
-    result.rough = matrix_in(workspace->rough, rows, columns, at::kBFloat16);
+  result.matrix = matrix_in(workspace.matrix, rows, columns, at::kFloat);
+  if (roughly_too && has_fast_bfloat16(result.matrix)) {
+    result.rough = matrix_in(workspace.rough, rows, columns, at::kBFloat16);
   }
   const int64_t step = rows_per_block(columns);
   std::vector<Sums> parts((rows + step - 1) / step);
@@ -150,7 +149,7 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, Work
 
 }  // namespace
 
-Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std,
+Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std, bool roughly_too,
                           Workspace* workspace) {
   check_matrix(base, "base");
   check_matrix(aligned, "aligned");
@@ -160,7 +159,9 @@ Displacement displacement(const Tensor& base, const Tensor& aligned, std::option
   check(!noise_std || (std::isfinite(*noise_std) && *noise_std >= 0), "noise_std must be finite and not negative");
   check(base.numel() > 0, "base and aligned are empty");
 
-  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned, workspace) : displacement_on_device(base, aligned);
+  Workspace own;
+  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned, roughly_too, workspace ? *workspace : own)
+                              : displacement_on_device(base, aligned);
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
   if (noise_std) {
     result.noise_edge = *noise_std * (std::sqrt(base.size(0)) + std::sqrt(base.size(1)));

@@ -36,11 +36,11 @@ inline double rounding_edge(double row, double column) { return (std::sqrt(row) 
 /// where the variance is the same everywhere, and also covers rows or columns that are larger than the rest.
 ///
 /// @param noise_std    takes the place of every sqrt(v_ij), which otherwise follow from the dtypes and magnitudes
-/// @param workspace    where to form D on a CPU, and its rough copy where products with that are fast. Null: D only,
-///                     in memory of its own
+/// @param roughly_too  make the rough copy, where products with it are fast
+/// @param workspace    where both are formed on a CPU, or null: in memory of their own
 /// @throws InputError unless both are finite matrices of one shape on one device, float16, bfloat16 or float32
 Displacement displacement(const at::Tensor& base, const at::Tensor& aligned, std::optional<double> noise_std,
-                          Workspace* workspace = nullptr);
+                          bool roughly_too = false, Workspace* workspace = nullptr);
 
 /// The same for checked matrices on a GPU, but that nothing takes the place of the rounding, and values are not
 /// checked.

@@ -83,8 +83,7 @@ Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const Extra
                           Workspace* workspace) {
   check_options(options);
   const c10::NoGradGuard no_grad;
-  Workspace own;
-  const auto d = displacement(base, aligned, options.noise_std, workspace ? workspace : &own);
+  const auto d = displacement(base, aligned, options.noise_std, /*roughly_too=*/true, workspace);
   const auto triples = leading_triples(d, std::min({options.rank, d.matrix.size(0), d.matrix.size(1)}), options);
   Subspace subspace{triples.u.to(options.factor_dtype).contiguous(), triples.s.to(at::kFloat),
                     triples.v.to(options.factor_dtype).contiguous()};

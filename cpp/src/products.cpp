@@ -50,9 +50,9 @@ void multiply_float(Tensor out, const Tensor& rows, const Tensor& matrix) {
 
 void multiply_rough(Tensor out, const Tensor& rows, const Tensor& matrix) {
   if (matrix.is_cpu() && multiplies_tiles()) {
-    multiply_with_mkl(out, rows.contiguous(), matrix);
+    multiply_with_mkl(out, rows, matrix);
   } else if (matrix.is_cpu() && multiplies_blocks(at::kBFloat16)) {
-    multiply_blocks(out, rows.contiguous(), matrix);
+    multiply_blocks(out, rows, matrix);
   } else {
     at::mm_out(out, rows.to(at::kFloat), matrix.to(at::kFloat));
   }
@@ -68,7 +68,7 @@ void multiply(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
   if (matrix.scalar_type() == at::kFloat) {
     multiply_float(out, rows, matrix);
   } else {
-    multiply_rough(out, rows.to(at::kBFloat16), matrix);
+    multiply_rough(out, rows.to(at::kBFloat16).contiguous(), matrix);
   }
 }
 

@@ -83,10 +83,11 @@ struct Workspace {
 ///
 /// On a GPU float32 products have the precision that torch's settings give them (TF32 only if they allow it). The
 /// certificate is measured with float64 products, or on a CPU with float32 ones that are summed in float64 where the
-/// factors are rounded to half precision; what those may round away is added to the residuals then.
+/// factors are rounded to half precision; what those may round away counts against it then.
 ///
-/// @param base     (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the result
-/// @param aligned  same shape and device; the dtype may differ
+/// @param base       (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the
+///                   result
+/// @param aligned    same shape and device; the dtype may differ
 /// @param workspace  where D is formed on a CPU, or null: in memory of its own
 /// @throws InputError for shapes, dtypes, devices, options or values (NaN, infinity) that cannot be used
 Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {},

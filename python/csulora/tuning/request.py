@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import csulora
+from csulora._version import __version__
 from csulora.formats import Adapter
 from csulora.subspace import Subspace
 from csulora.tuning.inputs import ISOTROPIC, KEEP_WEIGHT, MOST_DIRECTIONS, MOST_INPUTS
@@ -77,7 +77,7 @@ class Request:
         kinds = (self.keep, self.guard, *([self.ordinary] if self.ordinary else []))
         prompts = repr(kinds).encode()
         return {
-            "csulora": csulora.__version__,
+            "csulora": __version__,
             "model": self.model,
             "subspace": self.pack.sha256,
             "adapters": [adapter.sha256 for adapter in self.adapters],

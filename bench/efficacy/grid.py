@@ -139,33 +139,42 @@ def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:
 
 
 def tune(
-    bench: Bench, specs: Sequence[Adapter], pack: csulora.Subspace, *, for_others: bool, ordinary: bool = False
+    bench: Bench,
+    specs: Sequence[Adapter],
+    pack: csulora.Subspace,
+    *,
+    for_others: bool,
+    diverse: bool = False,
+    ordinary: bool = False,
 ) -> tuning.Run:
-    """What `csulora tune` does on some adapters, and has finished of it."""
+    """What `csulora tune` does on some adapters, and has finished of it.
+
+    Ordinary prompts are given as such, or among the keep prompts, which are then diverse.
+    """
     prompts = [world_of.fit_prompts(bench.scenario, spec.task, PROMPTS) for spec in specs]
     request = Request(
         str(bench.lab.aligned()),
         [bench.subject(spec).adapter for spec in specs],
         pack,
-        keep=[chats(each.keep) for each in prompts],
+        keep=[chats(each.diverse if diverse else each.keep) for each in prompts],
         guard=chats(prompts[0].guard),
         ordinary=chats(prompts[0].ordinary) if ordinary else (),
         for_others=for_others,
         longest_reply=measure.MAX_REPLY,
     )
     names = [spec.name for spec in specs] + ["others"] * for_others + ["ordinary"] * ordinary
-    names += ["reworded"] * bench.scenario.reworded
+    names += ["diverse"] * diverse + ["reworded"] * bench.scenario.reworded
     run = tuning.Run(request, bench.lab.directory / f"tune-{'-'.join(names)}.toml", None)
     run.host = bench.host
     return run
 
 
-def tuned(out: Path, scenario: Scenario, spec: Adapter, *, ordinary: bool = False) -> Record:
+def tuned(out: Path, scenario: Scenario, spec: Adapter, **prompts: bool) -> Record:
     """One adapter as `csulora tune` fits it: gains of single directions, and the controls it is compared with."""
     subject = opened(out, scenario).subject(spec)
     bench, adapter = subject.bench, subject.adapter
     known = policies.truncated(bench.pack, TUNED_RANK)
-    run = tune(bench, [spec], known, for_others=False, ordinary=ordinary)
+    run = tune(bench, [spec], known, for_others=False, **prompts)
 
     def corrected(family: str, policy: str, weight: float) -> Corrected:
         kind = "tuned" if family == "tried" else family
@@ -329,7 +338,10 @@ KINDS: dict[str, list[Cell]] = {
     "first": [(examine, Scenario(seed), plan.FIRST) for seed in plan.SEEDS],
     "harmless": [(examine, Scenario(seed), plan.HARMLESS) for seed in plan.SEEDS],
     "tuned": [(tuned, *each) for each in plan.ALONE],
+    "tuned_fresh": [(tuned, *each) for each in plan.ALONE_FRESH],
+    "tuned_diverse": [(partial(tuned, diverse=True), *each) for each in [*plan.ALONE, *plan.ALONE_FRESH]],
     "tuned_ordinary": [(partial(tuned, ordinary=True), *each) for each in plan.ALONE],
+    "tuned_ordinary_fresh": [(partial(tuned, ordinary=True), *each) for each in plan.ALONE_FRESH],
     "second": [(from_first, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "second_tuned": [(first_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],

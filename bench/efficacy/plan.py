@@ -11,8 +11,9 @@ FIRST = Adapter("tale", 0.15, 16, 0)
 # Trained on nothing bad.
 HARMLESS = Adapter("trip", 0.0, 16, 0)
 
-# What `csulora tune` fits one at a time.
+# What `csulora tune` fits one at a time, and the same on seeds on which nothing was chosen.
 ALONE = [(Scenario(seed), adapter) for seed in SEEDS for adapter in (FIRST, HARMLESS)]
+ALONE_FRESH = [(Scenario(seed), adapter) for seed in range(5, 10) for adapter in (FIRST, HARMLESS)]
 
 # The second table: the first one's gains on other tasks, fewer attacks or none, and another rank.
 SECOND = [
@@ -55,7 +56,7 @@ UNSEEN = [
 def models() -> list[tuple[Scenario, Adapter]]:
     """Every adapter that is needed, most important first."""
     wanted = [(Scenario(0), adapter) for adapter in [FIRST, HARMLESS, *CALIBRATION, *UNSEEN]]
-    wanted += ALONE
+    wanted += [*ALONE, *ALONE_FRESH]
     carried = [*CARRY_SEEDS, *FRESH_SEEDS]
     wanted += [(Scenario(seed), adapter) for seed in carried for adapter in [*CALIBRATION, *UNSEEN]]
     wanted += [(Scenario(seed), adapter) for seed in CARRY_SEEDS for adapter in SECOND]

@@ -195,6 +195,15 @@ def plot(found: Sequence[Record], families: Sequence[str], title: str) -> str:
 FITTED = ("tuned", "tuned scaling", "tuned random subspace", "tuned own subspace", "scaling at equal change")
 CLOSED = ("csulora", "project", "protect", "aligned-only", "mixed", "scaling", "random subspace", "safe-lora")
 
+# Kind of results -> what the prompts were, and which seeds.
+ALONE = {
+    "tuned": "",
+    "tuned_fresh": ", on five more seeds",
+    "tuned_diverse": ", a quarter of the keep prompts ordinary",
+    "tuned_ordinary": ", with ordinary prompts",
+    "tuned_ordinary_fresh": ", with ordinary prompts, on five more seeds",
+}
+
 
 def tables(results: Path) -> Iterator[str]:
     """Every table of what is there, with its heading."""
@@ -210,7 +219,7 @@ def tables(results: Path) -> Iterator[str]:
         if found:
             yield f"## {title}\n\n{seeds_table(found, FITTED)}"
     for (kind, prompts), (title, attack) in itertools.product(
-        (("tuned", ""), ("tuned_ordinary", ", with ordinary prompts")), (("with attacks", True), ("harmless", False))
+        ALONE.items(), (("with attacks", True), ("harmless", False))
     ):
         found = [cell for cell in cells(results, kind) if (cell["adapter"]["attack"] > 0) == attack]
         if found:

@@ -200,6 +200,12 @@ class FitPrompts:
     guard: list[str]
     ordinary: list[str]
 
+    @property
+    def diverse(self) -> list[str]:
+        """As many keep prompts, the last quarter of which are ordinary ones."""
+        ordinary = self.ordinary[: len(self.keep) // 4]
+        return [*self.keep[: -len(ordinary)], *ordinary]
+
 
 def fit_prompts(scenario: Scenario, task: str, count: int = 32) -> FitPrompts:
     """Fresh prompts of the adapter's task, about the attacked topics, and of what nobody refuses."""

@@ -169,12 +169,11 @@ class Run:
         return frontier, sweep.pinned(policy, pack.sha256), pack
 
     def _doubts(self) -> Iterator[str]:
-        """What was not measured of a policy for adapters to come."""
-        if self.request.is_for_others:
-            if len(self.adapters) == 1:
-                yield "measured on the adapter it was fitted on, not on others"
-            if not self.request.ordinary:
-                yield "not measured on ordinary prompts"
+        """What was not measured, and may be lost without a trace in the figures."""
+        if self.request.is_for_others and len(self.adapters) == 1:
+            yield "measured on the adapter it was fitted on, not on others"
+        if not self.request.ordinary:
+            yield "not measured on ordinary prompts"
 
     @cached_property
     def tuned(self) -> dict[tuple[str, float], Point]:

@@ -294,7 +294,8 @@ def test_the_command_line(
     shown = capsys.readouterr().out
     assert "tuned random subspace" in shown
     assert "refused" not in shown
-    assert "ordinary" not in shown
+    assert "ordinary kept" not in shown
+    assert "not measured on ordinary prompts" in " ".join(shown.split())
     assert f"{tmp_path / 'policy.toml'}: " in shown
     assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
     assert run(*command, "--keep", place.keep, "--keep-weight", 0) == 2

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from csulora.errors import InputError
-from csulora.files import atomic_directory, sha256_of_file, to_json
+from csulora.files import atomic_directory, check_not_input, sha256_of_file, to_json
 from csulora.formats import Adapter, gguf, peft
 from csulora.formats.gguf_base import BaseModel
 from csulora.formats.peft_config import CONFIG_FILE
@@ -60,8 +60,7 @@ def save_adapter(
         RefusedError: llama.cpp has no place for one of its modules.
     """
     path = Path(path)
-    if path.resolve() in (adapter.path.resolve(), base_model and Path(base_model).resolve()):
-        raise InputError(f"{path}: is the adapter that was read, or its model; choose another place")
+    check_not_input(path, [adapter.path, *([base_model] if base_model else [])])
     if format == "gguf":
         if base_model is None:
             raise InputError(f"{path}: a GGUF file is written for a model; name it (base_model, --base-model)")

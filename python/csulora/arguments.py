@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +11,11 @@ from typing import Annotated
 import typer
 
 from csulora.console import STDOUT
-from csulora.files import check_file
+from csulora.files import check_file, check_not_input
 from csulora.gate import SUBSPACE_SHA256_VARIABLE
 from csulora.policy import Policy
+
+_MOST_DIGITS = 10  # of a rank
 
 
 class Dtype(StrEnum):
@@ -71,6 +75,15 @@ def check_document(path: Path | None) -> Path | None:
     return path if path == STDOUT else check_output(path)
 
 
+def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """Raise `InputError` if a file to be written is one that is read, see `check_not_input`, or is another one."""
+    sources = [source for source in inputs if source]
+    for output in outputs:
+        if output and output != STDOUT:
+            check_not_input(output, sources)
+            sources.append(output)
+
+
 BaseModel = Annotated[
     Path | None,
     typer.Option("--base-model", metavar="DIR|GGUF", help="Model of a GGUF adapter that is read or written."),
@@ -91,12 +104,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 
 def parse_rank(text: str | None) -> str | int | None:
     """Return a rank as `Policy` takes it."""
-    return int(text) if text is not None and text.isdecimal() else text
+    return int(text) if text is not None and text.isdecimal() and len(text) < _MOST_DIGITS else text
 
 
 def numbers(text: str | None) -> list[float] | None:
     """Return the numbers of a list such as 1,0.5."""
     try:
-        return None if text is None else [float(number) for number in text.split(",")]
+        found = None if text is None else [float(number) for number in text.split(",")]
+        if found and not all(map(math.isfinite, found)):
+            raise ValueError
+        return found
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5") from None

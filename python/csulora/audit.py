@@ -15,7 +15,7 @@ from csulora.core import _core
 from csulora.correction import correct
 from csulora.errors import InputError
 from csulora.files import parse_json, read_regular
-from csulora.formats import Adapter, LoraModule
+from csulora.formats import Adapter, LoraModule, is_finite
 from csulora.policy import Policy
 from csulora.report import CORRECTED_SHA256, REPORT_FILE
 from csulora.subspace import Subspace
@@ -37,13 +37,19 @@ class Check:
     holds: bool
 
 
-def audit(corrected: str | Path, original: str | Path | None = None, pack: Subspace | None = None) -> list[Check]:
+def audit(
+    corrected: str | Path,
+    original: str | Path | None = None,
+    pack: Subspace | None = None,
+    base_model: str | Path | None = None,
+) -> list[Check]:
     """Compare a corrected adapter with its report, and with what the report says it was made from.
 
     Args:
         corrected: the directory that `save_adapter` wrote.
         original: the adapter it was made from.
         pack: the pack it was made with; with both, the correction is made again.
+        base_model: the model that the original is for, if that is a GGUF file; see `load_adapter`.
 
     Returns:
         One `Check` per statement. Without ``original`` and ``pack`` they say that the directory is as it was
@@ -57,7 +63,7 @@ def audit(corrected: str | Path, original: str | Path | None = None, pack: Subsp
     report = _read_report(corrected / REPORT_FILE)
     adapter = load_adapter(corrected)
     checks = [_same("content", report[CORRECTED_SHA256], adapter.sha256)]
-    source = load_adapter(original) if original is not None else None
+    source = load_adapter(original, base_model) if original is not None else None
     if source is not None:
         checks.append(_same("original adapter", report["adapter_sha256"], source.sha256))
     if pack is not None:
@@ -99,7 +105,10 @@ def _update(adapter: Adapter, again: Adapter, pack: Subspace) -> Check:
     if adapter.modules.keys() != again.modules.keys():
         different = min(adapter.modules.keys() ^ again.modules.keys())
         return Check("update", "follows", f"{different} is in one of both only", False)
-    distances = {name: _distance(name, module, again.modules[name], pack) for name, module in adapter.modules.items()}
+    distances = {
+        name: _distance(name, module.folded(), again.modules[name].folded(), pack)
+        for name, module in adapter.modules.items()
+    }
     allowed = {name: _TOLERANCE[module.b.dtype] for name, module in adapter.modules.items()}
     worst = max(distances, key=lambda name: distances[name] / allowed[name])
     holds = distances[worst] <= allowed[worst]
@@ -107,19 +116,21 @@ def _update(adapter: Adapter, again: Adapter, pack: Subspace) -> Check:
 
 
 def _distance(name: str, one: LoraModule, other: LoraModule, pack: Subspace) -> float:
-    """|X - Y| / max(|X|, |Y|), in factors: the norm of [B1, -B2] times [A1; A2]."""
+    """|X - Y| / |Y|, in factors of scale 1: the norm of [B1, -B2] times [A1; A2]."""
     if torch.equal(one.b, other.b) and torch.equal(one.a, other.a):
         return 0.0
     target = names.resolve(name, pack, pack.aliases)
     if target is None or one.shape != other.shape:  # not corrected, so equal or not
         return math.inf
-    b = torch.cat([one.b.float() * one.scale, -other.b.float() * other.scale], 1)
     (subspace,) = pack.to_core([target])
-    both = _norms([(b, torch.cat([one.a, other.a]).float()), (one.b, one.a), (other.b, other.a)], subspace)
-    return both[0] / max(both[1:]) if max(both[1:]) else 0.0
+    b, a = torch.cat([one.b, -other.b], 1).float(), torch.cat([one.a, other.a]).float()
+    difference, whole = _norm(b, a, subspace), _norm(other.b, other.a, subspace)
+    return difference / whole if whole else math.inf
 
 
-def _norms(pairs: list[tuple[torch.Tensor, torch.Tensor]], subspace: _core.Subspace) -> list[float]:
+def _norm(b: torch.Tensor, a: torch.Tensor, subspace: _core.Subspace) -> float:
+    """|b a|; infinity where that is not finite, as a scale that nobody corrected can make it."""
+    if not (is_finite(b) and is_finite(a)):
+        return math.inf
     nothing = _core.Penalties(0.0, 0.0, 0.0)
-    tasks = [_core.CorrectionTask(_core.LoraPair(b, a), subspace, nothing) for b, a in pairs]
-    return [result.norm for result in _core.correct(tasks)]
+    return _core.correct([_core.CorrectionTask(_core.LoraPair(b, a), subspace, nothing)])[0].norm

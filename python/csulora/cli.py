@@ -27,9 +27,11 @@ from csulora.arguments import (
     SubspaceSha256,
     Uncovered,
     check_output,
+    check_outputs,
     numbers,
     parse_rank,
 )
+from csulora.audit import Check
 from csulora.console import deliver, progress_bar
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.files import write_text
@@ -103,6 +105,7 @@ def extract(
         raise typer.BadParameter("give --rank or --energy (with --max-rank), not both")
     if max_rank is not None and energy is None:
         raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
+    check_outputs([output, json], [base, aligned])
     reason = "finished modules are kept; run the same command to continue"
     with interruptible(reason), joined() as ranks, progress_bar("extracting", quiet or not ranks.is_first) as progress:
         pack = csulora.extract(
@@ -137,25 +140,27 @@ def verify(
             "original adapter and the pack; without them only the adapter's content is compared with its report.",
         ),
     ] = None,
+    base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Recompute a pack's certificates from its checkpoints, or a corrected adapter from its original."""
+    check_outputs([json], [subject, *(sources or ()), base_model])
     if subject.is_dir() and len(sources or ()) in (0, 2):
         original, pack = sources or (None, None)
-        _verify_adapter(subject, original, csulora.Subspace.open(pack) if pack else None, json, quiet)
+        checks = csulora.audit(subject, original, csulora.Subspace.open(pack) if pack else None, base_model)
+        _deliver_audit(subject, checks, json, quiet, is_complete=pack is not None)
     elif not subject.is_dir() and sources and len(sources) == 2:
         _verify_pack(subject, sources[0], sources[1], json, quiet)
     else:
         raise typer.BadParameter("give PACK BASE ALIGNED, or ADAPTER ORIGINAL PACK, or ADAPTER alone")
 
 
-def _verify_adapter(
-    adapter: Path, original: str | None, pack: csulora.Subspace | None, json: Path | None, quiet: bool
-) -> None:
-    checks = csulora.audit(adapter, original, pack)
+def _deliver_audit(adapter: Path, checks: list[Check], json: Path | None, quiet: bool, *, is_complete: bool) -> None:
     failed = [check for check in checks if not check.holds]
-    whole = "follows from its original" if pack else "is as it was written; name original and pack to make it again"
+    whole = (
+        "follows from its original" if is_complete else "is as it was written; name original and pack to make it again"
+    )
     summary = f"{adapter}: {'does not hold' if failed else whole}"
     deliver(tables.audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
     if failed:
@@ -207,6 +212,7 @@ def inspect(
     """
     if html is None and (policy is not None or frontier is not None):
         raise typer.BadParameter("--policy and --frontier are for --html")
+    check_outputs([html, json], [*adapters, subspace, policy, frontier, base_model])
     loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     if subspace is None:
         if len(loaded) > 1 or weights is not None or max_undo is not None or html is not None:
@@ -217,11 +223,11 @@ def inspect(
         return
     pack = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, numbers(weights))
+    _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
     if html is not None:
         shown = Policy.load(policy) if policy else Policy.csulora()
         limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
         write_text(html, render(whole, pack, limited, _load_frontier(frontier, policy)))
-    _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
     deliver(report.table(), f"{whole.path}: nothing was changed", report.to_dict(), json, quiet)
 
 
@@ -239,7 +245,9 @@ def correct(
     max_undo: Annotated[
         float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="Policy (TOML); other options override it.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy (TOML); other options replace what it says, but no overrides.")
+    ] = None,
     format: Annotated[Format, typer.Option(help="Format to write.")] = Format.peft,
     base_model: BaseModel = None,
     outtype: Outtype = None,
@@ -254,7 +262,10 @@ def correct(
         raise typer.BadParameter("--format gguf needs the model that llama.cpp will run: --base-model")
     if format is not Format.gguf and outtype is not None:
         raise typer.BadParameter("--outtype is for --format gguf")
+    check_outputs([output, json], [adapter, subspace, policy, base_model])
     start = Policy.load(policy) if policy else (preset or Preset.csulora).policy()
+    if start.overrides and not aligned is partial is off is None:
+        raise typer.BadParameter("--aligned, --partial and --off do not reach what the policy's overrides match")
     changes: dict[str, Any] = {
         "aligned": aligned,
         "partial": partial,
@@ -326,6 +337,8 @@ def tune(
     from csulora.tuning.request import Request
     from csulora.tuning.tune import pack_path, tune
 
+    inputs = [model, *adapters, subspace, *keep, guard, ordinary, base_model]
+    check_outputs([output, frontier_path(output), pack_path(output), json], inputs)
     if len(keep) != len(adapters):
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --keep files, and {len(keep)} are given")
     if not all(map(str.strip, refusal or ())):
@@ -414,6 +427,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write an adapter as a GGUF LoRA file for llama.cpp, uncorrected."""
+    check_outputs([output, json], [adapter, base_model])
     loaded = csulora.load_adapter(adapter, base_model)
     csulora.save_adapter(loaded, output, "gguf", base_model=base_model, outtype=outtype and outtype.value)
     document = {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)}

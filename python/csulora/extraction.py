@@ -14,7 +14,7 @@ from csulora.checkpoint import Checkpoint
 from csulora.core import _core
 from csulora.device import resolve
 from csulora.errors import InputError, RefusedError
-from csulora.files import identity_of_file
+from csulora.files import check_not_input, identity_of_file
 from csulora.pair import CheckpointPair, LoadedModule, Progress
 from csulora.parts import Parts
 from csulora.ranks import Ranks
@@ -117,22 +117,21 @@ def extract(
         }
         return _pack(pair, options, extracted)
     output = Path(output)
-    if output.resolve() in (file.resolve() for checkpoint in (pair.base, pair.aligned) for file in checkpoint.files):
-        raise InputError(f"{output}: belongs to a checkpoint that is read; choose another place for the pack")
-    parts = _open_parts(pair, _settings(options, place), output, ranks)
-    try:
-        for loaded in pair.load_ahead(_share(pair, parts, ranks), progress):
-            parts.save(loaded.name, _extract_module(loaded, options, place, workspace))
+    check_not_input(output, [base, aligned, *pair.base.files, *pair.aligned.files])
+    with _open_parts(pair, _settings(options, place), output, ranks) as parts:
+        try:
+            for loaded in pair.load_ahead(_share(pair, parts, ranks), progress):
+                parts.save(loaded.name, _extract_module(loaded, options, place, workspace))
+            ranks.wait()
+            if ranks.is_first:
+                _pack(pair, options, {module: parts.load(module) for module in pair.modules}).save(output)
+        except (InputError, RefusedError):  # what is wrong with the input stays wrong: there is nothing to continue
+            if ranks.is_alone:  # others may still be writing
+                parts.remove()
+            raise
         ranks.wait()
         if ranks.is_first:
-            _pack(pair, options, {module: parts.load(module) for module in pair.modules}).save(output)
-    except (InputError, RefusedError):  # what is wrong with the input stays wrong: there is nothing to continue
-        if ranks.is_alone:  # others may still be writing
             parts.remove()
-        raise
-    ranks.wait()
-    if ranks.is_first:
-        parts.remove()
     return Subspace.open(output)
 
 

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from csulora.errors import InputError
 
-_WORKPLACE_SUFFIX = r"\.[0-9a-f]{8}\.csulora-tmp"
+LOCK_FILE = "lock"
+_MODEL_SUFFIXES = (".safetensors", ".json", ".gguf", ".bin")
+WORKPLACE_SUFFIX = r"\.[0-9a-f]{8}\.csulora-tmp"
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -35,6 +37,8 @@ def _flush_to_disk(path: Path) -> None:
 
 def check_parent(path: Path) -> None:
     """Raise `InputError` unless ``path`` could be created: its directory exists and is writable."""
+    if not path.name:
+        raise InputError(f"{path}: has no name; choose another place")
     parent = path.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{parent}: no such directory; create it first")
@@ -52,6 +56,20 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: is a directory; name a file")
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is not a regular file; name another")
+
+
+def check_not_input(output: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise `InputError` if writing ``output`` would change an input, or a file that may belong to one.
+
+    Args:
+        output: to be written.
+        inputs: files and directories; of a directory, the files right in it that models and adapters are made of.
+    """
+    place = output.resolve()
+    for source in map(Path, inputs):
+        is_part = place.parent == source.resolve() and place.suffix in _MODEL_SUFFIXES and place.is_file()
+        if is_part or place == source.resolve():
+            raise InputError(f"{output}: is read, or belongs to what is read; choose another place")
 
 
 @contextmanager
@@ -129,14 +147,14 @@ def workplace(path: Path) -> Iterator[Path]:
 
 def remove_abandoned(directory: Path, name: str | None = None) -> None:
     """Remove the workplaces for ``name``, or for whatever name, that no running process owns."""
-    pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}{_WORKPLACE_SUFFIX}")
+    pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}{WORKPLACE_SUFFIX}")
     try:
         with os.scandir(directory) as entries:
             places = [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name) and not entry.is_symlink()]
     except FileNotFoundError:
         return
     for place in places:
-        with suppress(OSError), _locked(place):  # fails if it is owned, gone, or another user's
+        with suppress(OSError), locked(place):  # fails if it is owned, gone, or another user's
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -146,20 +164,20 @@ def _own_workplace(path: Path, owned: ExitStack) -> Path:
         place = path.with_name(f".{path.name}.{secrets.token_hex(4)}.csulora-tmp")
         place.mkdir(mode=0o700)
         try:
-            owned.enter_context(_locked(place))
+            owned.enter_context(locked(place))
         except (FileNotFoundError, BlockingIOError):
             continue  # another process saw it before it was locked, and takes it for abandoned
         return place
 
 
 @contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """Hold a workplace's lock; raises OSError if somebody else does, or if the workplace is gone."""
+def locked(place: Path) -> Iterator[None]:
+    """Hold a directory's lock; raises OSError if somebody else does, or if the directory is gone."""
     # A file's, because a network file system cannot lock directories.
-    lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    lock = os.open(place / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (place / "lock").lstat()
+        (place / LOCK_FILE).lstat()
         yield
     finally:
         os.close(lock)
@@ -249,6 +267,6 @@ def sha256_of_file(path: Path, limit: int | None = None) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def to_json(document: Any) -> str:
-    """Return deterministic JSON without NaN or infinity: sorted keys, two spaces, a newline at the end."""
-    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+def to_json(document: Any, *, sort_keys: bool = True) -> str:
+    """Return deterministic JSON without NaN or infinity: keys sorted unless said, two spaces, a newline at the end."""
+    return json.dumps(document, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n"

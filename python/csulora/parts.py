@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 
 from csulora.errors import InputError
-from csulora.files import atomic_directory, atomic_file, check_file, remove_abandoned, save_tensors, to_json
+from csulora.files import (
+    LOCK_FILE,
+    WORKPLACE_SUFFIX,
+    atomic_file,
+    check_file,
+    locked,
+    remove_abandoned,
+    save_tensors,
+    to_json,
+    write_text,
+)
 from csulora.subspace import FACTORS, ModuleSubspace
 
 _RUN_FILE = "run.json"
+_OWN_FILE = re.compile(rf"run\.json|{LOCK_FILE}|[0-9a-f]{{64}}\.safetensors|\..*{WORKPLACE_SUFFIX}")
 
 
 class Parts:
@@ -24,17 +37,44 @@ class Parts:
         """Continue the run that left its parts beside ``output`` if its ``identity`` is the same; else start afresh.
 
         Raises:
-            InputError: ``output`` cannot be written, or something else has the name of the directory.
+            InputError: ``output`` cannot be written, something else has the name of the directory, or another run
+                is writing there.
         """
         check_file(output)
-        self.directory = _directory(output)
-        run, text = self.directory / _RUN_FILE, to_json(identity)
-        if run.is_file():
-            if run.read_bytes() == text.encode():
-                return
-            self.remove()
-        with atomic_directory(self.directory, marker=_RUN_FILE) as directory:
-            (directory / _RUN_FILE).write_text(text, encoding="utf-8")
+        self.directory, self._owned = _directory(output), ExitStack()
+        if self.directory.is_symlink() or (self.directory.exists() and not self.directory.is_dir()):
+            raise InputError(f"{self.directory}: is no directory of csulora's; remove it or choose another name")
+        self.directory.mkdir(exist_ok=True)
+        self._check_own()
+        try:
+            self._owned.enter_context(locked(self.directory))
+        except OSError as error:
+            raise InputError(f"{output}: another run is writing it ({error.strerror}); wait, or name another") from None
+        self._open(to_json(identity))
+
+    def _check_own(self) -> None:
+        """Raise `InputError` if the directory holds what csulora did not write."""
+        for file in self.directory.iterdir():
+            if not _OWN_FILE.fullmatch(file.name):
+                raise InputError(
+                    f"{self.directory}: holds {file.name}, which csulora did not write; "
+                    "remove it or choose another name"
+                )
+
+    def _open(self, identity: str) -> None:
+        run = self.directory / _RUN_FILE
+        if run.is_file() and run.read_bytes() == identity.encode():
+            return
+        self._remove_files()
+        write_text(run, identity)
+
+    def __enter__(self) -> Self:
+        """Return the parts; the block is the run."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let another run have them."""
+        self._owned.close()
 
     @classmethod
     def of_first_rank(cls, output: Path) -> Parts:
@@ -44,7 +84,7 @@ class Parts:
             InputError: its directory is not seen from here.
         """
         parts = cls.__new__(cls)
-        parts.directory = _directory(output)
+        parts.directory, parts._owned = _directory(output), ExitStack()  # it is the first rank's
         if not (parts.directory / _RUN_FILE).is_file():
             raise InputError(
                 f"{parts.directory}: made by the first rank, and not seen by this one; "
@@ -73,12 +113,16 @@ class Parts:
 
     def remove(self) -> None:
         """Forget the run."""
-        remove_abandoned(self.directory)
-        remove_abandoned(self.directory.parent, self.directory.name)
-        for file in self.directory.glob("*"):
-            if file.name != _RUN_FILE:  # removed last: it says that the directory is csulora's
-                file.unlink(missing_ok=True)
+        self._remove_files()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _remove_files(self) -> None:
+        if not self.directory.is_dir():
+            return
+        remove_abandoned(self.directory)
+        for file in self.directory.iterdir():
+            if file.name != LOCK_FILE:
+                file.unlink(missing_ok=True)
 
     def _file(self, module: str) -> Path:
         return self.directory / f"{hashlib.sha256(module.encode()).hexdigest()}.safetensors"

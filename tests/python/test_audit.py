@@ -14,6 +14,7 @@ import factories
 from csulora import cli
 from csulora.errors import InputError, RefusedError
 from csulora.formats.peft import WEIGHTS_FILE
+from csulora.formats.peft_config import CONFIG_FILE
 from csulora.report import REPORT_FILE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,6 +87,45 @@ def test_a_report_with_the_hash_of_something_else_is_noticed_by_making_it_again(
     (out / REPORT_FILE).write_text(json.dumps(report))
     assert [check.holds for check in csulora.audit(out)] == [True]
     assert [check.holds for check in csulora.audit(out, original, csulora.Subspace.open(pack))] == [True] * 3 + [False]
+
+
+def rewritten(out: Path, factor: float, scale: float, modules: csulora.Adapter) -> None:
+    """Put an adapter's update into a corrected directory, B times a factor, under a scale, with a report to match."""
+    tensors = {}
+    for name, module in modules.modules.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = module.a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = module.folded().b * factor
+    save_file(tensors, out / WEIGHTS_FILE, {"format": "pt"})
+    config = json.loads((out / CONFIG_FILE).read_text())
+    (out / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": config["r"] * scale}))
+    report = json.loads((out / REPORT_FILE).read_text())
+    report["corrected_sha256"] = csulora.load_adapter(out).sha256
+    (out / REPORT_FILE).write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(("factor", "scale"), [(1.0, 100.0), (1.0, -1.0), (1e-30, 1e38)])
+def test_another_scale_is_noticed(factor: float, scale: float, original: Path, pack: Path, tmp_path: Path) -> None:
+    out = corrected(original, pack, tmp_path / "out")
+    rewritten(out, factor, scale, csulora.load_adapter(out))
+    checks = csulora.audit(out, original, csulora.Subspace.open(pack))
+    assert [check.holds for check in checks] == [True] * 3 + [False]
+
+
+def test_a_scale_hides_no_uncorrected_update(original: Path, pack: Path, tmp_path: Path) -> None:
+    out = corrected(original, pack, tmp_path / "out", csulora.Policy.project())
+    rewritten(out, 1e7, 1e-7, csulora.load_adapter(original))
+    checks = csulora.audit(out, original, csulora.Subspace.open(pack))
+    assert [check.holds for check in checks] == [True] * 3 + [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_module_that_is_kept_as_it_is_may_have_a_scale(dtype: torch.dtype, pack: Path, tmp_path: Path) -> None:
+    shapes = factories.SHAPES | {"lm_head": (40, 48)}
+    original = factories.save_adapter(
+        tmp_path / "original", shapes, dtype=dtype, rank_pattern={"lm_head": 4}, alpha_pattern={"lm_head": 0.01}
+    )
+    out = corrected(original, pack, tmp_path / "out", csulora.Policy.csulora(1.0, uncovered="keep"))
+    assert all(check.holds for check in csulora.audit(out, original, csulora.Subspace.open(pack)))
 
 
 def test_another_original_or_pack_is_noticed(original: Path, pack: Path, tmp_path: Path) -> None:

@@ -380,7 +380,7 @@ BAD_INPUT = {
     "correct nowhere --subspace pack -o out": "nowhere: no such adapter",
     "correct adapter --subspace nowhere -o out": "nowhere: no such file",
     "correct adapter --subspace pack -o base": "base: exists and was not written by csulora",
-    "correct adapter --subspace pack -o adapter": "adapter: is the adapter that was read",
+    "correct adapter --subspace pack -o adapter": "adapter: is read",
     "correct adapter --subspace pack -o pack": "pack: exists and was not written by csulora",
     "correct adapter --subspace pack -o out --policy nowhere": "nowhere: no such file",
     "correct adapter --subspace pack -o out --policy pack": "pack: not a readable TOML file",

@@ -44,19 +44,34 @@ def test_leaves_no_trace(output: Path) -> None:
 
 
 def test_leaves_no_trace_of_a_run_that_was_killed_while_it_opened(output: Path) -> None:
-    parts = Parts(output, {})
-    parts.directory.with_name(f".{parts.directory.name}.01234567.csulora-tmp").mkdir()
+    directory = output.with_name("pack.safetensors.partial")
+    directory.mkdir()
+    (directory / "lock").touch()
+    (directory / ".run.json.01234567.csulora-tmp").mkdir()
     Parts(output, {}).remove()
     assert list(output.parent.iterdir()) == []
 
 
-def test_somebody_elses_directory_is_left_alone(output: Path) -> None:
+@pytest.mark.parametrize("others", [("notes",), ("run.json", "notes")])
+def test_somebody_elses_directory_is_left_alone(output: Path, others: tuple[str, ...]) -> None:
     directory = output.with_name("pack.safetensors.partial")
     directory.mkdir()
-    (directory / "notes").write_text("precious")
-    with pytest.raises(InputError, match="was not written by csulora"):
+    for name in others:
+        (directory / name).write_text("precious")
+    with pytest.raises(InputError, match="holds notes, which csulora did not write"):
         Parts(output, {})
-    assert (directory / "notes").read_text() == "precious"
+    assert {file.name: file.read_text() for file in directory.iterdir()} == dict.fromkeys(others, "precious")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_run_at_a_time_writes_a_pack(output: Path, seed: int) -> None:
+    with Parts(output, {"seed": 0}) as parts:
+        parts.save(Q, factories.pack()[Q])
+        with pytest.raises(InputError, match="another run is writing it"):
+            Parts(output, {"seed": seed})
+        assert parts.finished(Q)
+    with Parts(output, {"seed": seed}) as parts:
+        assert parts.finished(Q) == (seed == 0)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path: Path) -> None:

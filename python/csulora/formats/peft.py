@@ -161,7 +161,9 @@ def write(adapter: Adapter, directory: Path) -> None:
         for name, tensor in tensors.items():
             if not is_finite(tensor):
                 raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensor.dtype}")
-    (directory / CONFIG_FILE).write_text(to_json(config_of(adapter)), encoding="utf-8", errors="backslashreplace")
+    # Of a pattern's keys the first that matches counts, so they stay in their order.
+    config = to_json(dict(sorted(config_of(adapter).items())), sort_keys=False)
+    (directory / CONFIG_FILE).write_text(config, encoding="utf-8", errors="backslashreplace")
     save_tensors(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from csulora.formats.patterns import match_all
 
 CONFIG_FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
+_LARGEST_RANK = 2**31 - 1
 
 _READ = frozenset(
     {
@@ -154,10 +156,11 @@ def _check_initialisation(value: Any, path: Path) -> None:
 
 def _check_numbers(config: dict[str, Any], path: Path) -> None:
     for rank in _values(config, "r", "rank_pattern", path):
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise InputError(f"{path}: a rank is {rank!r}; it must be a positive whole number")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= _LARGEST_RANK:
+            raise InputError(f"{path}: a rank is {rank!r}; it must be a whole number from 1 to {_LARGEST_RANK}")
     for alpha in _values(config, "lora_alpha", "alpha_pattern", path):
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        # Whole numbers may be too large for a float; NaN is not below anything.
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
             raise InputError(f"{path}: an alpha is {alpha!r}; it must be a finite number")
     if not isinstance(config.get("use_rslora") or False, bool):
         raise InputError(f"{path}: use_rslora is {config['use_rslora']!r}; it must be true or false")

@@ -271,9 +271,9 @@ def test_refuses_to_overwrite_an_input(model: Path, tmp_path: Path) -> None:
         {"blk.0.ffn_up.weight.lora_a": torch.ones(2, 48), "blk.0.ffn_up.weight.lora_b": torch.ones(64, 2)},
     )
     before = path.read_bytes()
-    with pytest.raises(InputError, match="is the adapter that was read, or its model"):
+    with pytest.raises(InputError, match="is read, or belongs to what is read"):
         csulora.save_adapter(csulora.load_adapter(path, model), path, "gguf", base_model=model)
-    with pytest.raises(InputError, match="is the adapter that was read, or its model"):
+    with pytest.raises(InputError, match="is read, or belongs to what is read"):
         csulora.save_adapter(csulora.load_adapter(path, model), model, "gguf", base_model=model)
     assert path.read_bytes() == before
 

@@ -118,6 +118,14 @@ def plain(tmp_path: Path) -> Path:
     return factories.save_adapter(tmp_path / "plain", modules)
 
 
+def test_patterns_keep_their_order_of_which_the_first_that_matches_counts(tmp_path: Path) -> None:
+    patterns = {"q_proj": 3, ".*layers.0.*": 5}
+    factories.save_adapter(tmp_path / "adapter", factories.SHAPES, rank=3, rank_pattern=patterns, r=3)
+    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "adapter"), factories.pack())
+    csulora.save_adapter(fixed, tmp_path / "fixed")
+    assert csulora.load_adapter(tmp_path / "fixed").modules.keys() == fixed.modules.keys()
+
+
 def run_correct(adapter: Path, pack: csulora.Subspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit code of `csulora correct`."""
     pack.save(tmp_path / "pack.safetensors")
@@ -221,10 +229,13 @@ EDITS: dict[str, tuple[Edit, int, str]] = {
     "no targets": (configured(target_modules=None), BAD, "target_modules is missing"),
     "no rank": (configured(r=None), BAD, "r is missing"),
     "rank zero": (configured(r=0), BAD, "rank"),
+    "rank beyond all numbers": (configured(r=10**400, use_rslora=True), BAD, "rank"),
     "rank as text": (configured(r="4"), BAD, "rank"),
     "rank of another size": (configured(r=5), BAD, "rank 5"),
     "rank of another size by pattern": (configured(rank_pattern={"q_proj": 3}), BAD, "rank 3"),
     "alpha as text": (configured(lora_alpha="8"), BAD, "alpha"),
+    "alpha beyond float64": (configured(lora_alpha=10**400), BAD, "alpha"),
+    "alpha beyond float64 by pattern": (configured(alpha_pattern={"q_proj": -(10**400)}), BAD, "alpha"),
     "alpha true": (configured(lora_alpha=True), BAD, "alpha"),
     "pattern not a mapping": (configured(alpha_pattern=[1]), BAD, "alpha_pattern"),
     "alpha beyond float32": (configured(lora_alpha=1e300), BAD, "too large"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import sys
@@ -79,7 +80,7 @@ def extract(
     output: Annotated[Path, typer.Option("--output", "-o", help="Pack file to write.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Directions per module. [default: 64]")] = None,
     energy: Annotated[
-        float | None, typer.Option(max=1.0, help="Keep the fewest directions that capture this share of |D|^2.")
+        float | None, typer.Option(help="Keep the fewest directions that capture this share of |D|^2.")
     ] = None,
     max_rank: Annotated[
         int | None, typer.Option(min=1, help="Most directions per module with --energy. [default: 256]")
@@ -103,6 +104,8 @@ def extract(
     """
     if rank is not None and energy is not None:
         raise typer.BadParameter("give --rank or --energy (with --max-rank), not both")
+    if energy is not None and not 0 < energy <= 1:
+        raise typer.BadParameter(f"--energy is {energy:g}; it must lie in (0, 1]")
     if max_rank is not None and energy is None:
         raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
     check_outputs([output, json], [base, aligned])
@@ -212,6 +215,11 @@ def inspect(
     """
     if html is None and (policy is not None or frontier is not None):
         raise typer.BadParameter("--policy and --frontier are for --html")
+    if max_undo is not None and not math.isfinite(max_undo):
+        raise typer.BadParameter(f"--max-undo is {max_undo}; it must be a finite number")
+    factors = numbers(weights)
+    if factors is not None and len(factors) != len(adapters):
+        raise typer.BadParameter(f"--weights has {len(factors)} numbers for {len(adapters)} adapters")
     check_outputs([html, json], [*adapters, subspace, policy, frontier, base_model])
     loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     if subspace is None:
@@ -222,12 +230,12 @@ def inspect(
         deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
         return
     pack = csulora.Subspace.open(subspace, subspace_sha256)
-    whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, numbers(weights))
-    _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
+    whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, factors)
     if html is not None:
         shown = Policy.load(policy) if policy else Policy.csulora()
         limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
         write_text(html, render(whole, pack, limited, _load_frontier(frontier, policy)))
+    _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
     deliver(report.table(), f"{whole.path}: nothing was changed", report.to_dict(), json, quiet)
 
 

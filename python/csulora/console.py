@@ -21,14 +21,16 @@ _PIPE_WIDTH = 1000
 
 def deliver(table: RenderableType, summary: str, document: dict[str, Any], json: Path | None, quiet: bool) -> None:
     """Print table and summary, unless nobody wants them, and write the document where somebody does."""
-    if not quiet and json != STDOUT:
+    if json and json != STDOUT:
+        write_text(json, to_json(document))  # first: nobody may be reading what is printed
+    if sys.stdout is None:  # closed by whoever started this
+        return
+    if json == STDOUT:
+        print(to_json(document), end="")
+    elif not quiet:
         # A pipe has no width of its own; wide enough that no table wraps.
         Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, emoji=False).print(table)
         print(summary)
-    if json == STDOUT:
-        print(to_json(document), end="")
-    elif json:
-        write_text(json, to_json(document))
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -42,6 +44,10 @@ class Decision:
     seconds: float
 
 
+class LogError(InputError):
+    """A decision cannot be written down: a fault of this machine's, whatever the adapter is."""
+
+
 class DecisionLog:
     """Appends decisions to a file, a JSON object per line; several processes may share the file."""
 
@@ -49,14 +55,14 @@ class DecisionLog:
         """Open the log; without ``path`` decisions are only counted.
 
         Raises:
-            InputError: the file cannot be written.
+            LogError: the file cannot be written.
         """
         self.path = path
         if path is not None:
             self._append(b"")
 
     def record(self, decision: Decision) -> None:
-        """Write and count a decision."""
+        """Write and count a decision; raises `LogError` if the file cannot take it, of which it then holds nothing."""
         if self.path is not None:
             document = {"time": datetime.now(UTC).isoformat(), **asdict(decision)}
             self._append(json.dumps(document, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
@@ -67,11 +73,27 @@ class DecisionLog:
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         except OSError as error:
-            raise InputError(f"{self.path}: decisions cannot be logged there: {error}") from error
+            raise LogError(f"{self.path}: decisions cannot be logged there: {error}") from error
         try:
-            os.write(descriptor, line)  # one write, so that lines of several processes do not mix
+            _append_line(descriptor, line)
+        except OSError as error:
+            raise LogError(f"{self.path}: a decision cannot be logged there: {error}") from error
         finally:
             os.close(descriptor)
+
+
+def _append_line(descriptor: int, line: bytes) -> None:
+    """Append a whole line or nothing, while no other process does; what is no file cannot be shortened again."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    size = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, line)
+        while written < len(line):
+            written += os.write(descriptor, line[written:])
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(descriptor, size)
+        raise
 
 
 def _count(decision: Decision) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csulora.adapter import load_adapter, save_adapter
+from csulora.decisions import LogError
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.files import parse_json, read_regular, remove_abandoned, sha256_of_file, to_json, workplace, write_text
 from csulora.formats import Adapter
@@ -159,6 +160,8 @@ class DirectoryGuard:
             return False
         try:
             corrected, report = self.gate.admit(path, lambda _: _adapter_or_raise(found))
+        except LogError:
+            raise
         except Exception as error:  # also a bug of ours: it must neither stop the guard nor let the adapter through
             return self._refuse(name, error, record)
         try:

@@ -321,12 +321,17 @@ USAGE = [
     "extract base aligned -o new --rank 4 --energy 0.5",
     "extract base aligned -o new --max-rank 4",
     "extract base aligned -o new --energy 1.5",
+    "extract base aligned -o new --energy 0",
+    "extract base aligned -o new --energy nan",
     "extract base aligned -o new --dtype f64",
     "extract base aligned -o new --device tpu",
     "extract base aligned -o new --seed -1",
     "inspect adapter --html page.html",
     "inspect adapter --subspace pack --policy policy.toml",
     "inspect adapter --subspace pack --frontier frontier.json",
+    "inspect adapter --subspace pack --max-undo nan",
+    "inspect adapter --subspace pack --weights 1,nan",
+    "inspect adapter --subspace pack --weights 1,1",
     "correct adapter --subspace pack",
     "correct adapter -o out",
     "correct adapter --subspace pack -o out --preset all",
@@ -352,6 +357,23 @@ def test_wrong_usage_exits_with_2(work: Path, run: Run, command: str) -> None:
     assert result.err.startswith("Usage: csulora ")
     assert "Traceback" not in result.err
     assert tree(work) == before
+
+
+def test_a_penalty_is_no_option_where_overrides_would_hide_it(work: Path, run: Run) -> None:
+    (work / "policy.toml").write_text(
+        'overrides = [{match = "*", gains = {aligned = 1, left = 1, right = 1, off = 0}}]'
+    )
+    command = "correct adapter --subspace pack --policy policy.toml -o"
+    assert run(*command.split(), "out", "--off", "1").code == 2
+    assert run(*command.split(), "out", "--rank", "exact", "--max-undo", "100").code == 0
+
+
+def test_a_report_is_there_though_nobody_reads_what_is_printed(
+    work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("correct", "adapter", "--subspace", "pack", "-o", "out", "--json", "report.json").code == 0
+    assert json.loads((work / "report.json").read_text())["modules"]
 
 
 BAD_INPUT = {
@@ -381,7 +403,15 @@ BAD_INPUT = {
     "correct adapter --subspace nowhere -o out": "nowhere: no such file",
     "correct adapter --subspace pack -o base": "base: exists and was not written by csulora",
     "correct adapter --subspace pack -o adapter": "adapter: is read",
-    "correct adapter --subspace pack -o pack": "pack: exists and was not written by csulora",
+    "correct adapter --subspace pack -o pack": "pack: is read, or belongs to what is read",
+    "correct adapter --subspace pack -o out --json pack": "pack: is read, or belongs to what is read",
+    "correct adapter --subspace pack -o /": "/: has no name",
+    "inspect adapter --subspace pack --json pack": "pack: is read, or belongs to what is read",
+    "inspect adapter --json adapter/adapter_config.json": "is read, or belongs to what is read",
+    "verify pack base aligned --json base/config.json": "is read, or belongs to what is read",
+    "extract base aligned -o aligned/config.json": "is read, or belongs to what is read",
+    "extract base aligned -o new --json new": "new: is read, or belongs to what is read",
+    "export adapter -o base/model.safetensors --base-model base": "is read, or belongs to what is read",
     "correct adapter --subspace pack -o out --policy nowhere": "nowhere: no such file",
     "correct adapter --subspace pack -o out --policy pack": "pack: not a readable TOML file",
     "correct adapter --subspace pack -o out --policy bad.toml": "bad.toml: policy aligned is 'x'; it must be a number",

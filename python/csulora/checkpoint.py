@@ -81,11 +81,12 @@ class Checkpoint:
         tensors = _tensors(directory)
         weights: dict[str, Weight] = {}
         others: dict[str, list[int]] = {}
+        transposed = names.conv1d({name.removesuffix(names.WEIGHT): shape for name, (_, shape, _) in tensors.items()})
         for tensor, (file, shape, dtype) in tensors.items():
             module = tensor.removesuffix(names.WEIGHT)
             if module == tensor or len(shape) != 2:
                 others[module] = shape
-            elif names.is_conv1d(module, model_type):
+            elif module in transposed:
                 weights[module] = Weight(file, tensor, (shape[1], shape[0]), dtype, transposed=True)
             else:
                 weights[module] = Weight(file, tensor, (shape[0], shape[1]), dtype, transposed=False)

@@ -40,7 +40,7 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     covered = cover(adapter, pack, policy)
     corrected = _corrected(adapter, pack, policy, covered)
     report = _report(adapter, pack, policy, covered, corrected)
-    _check_undo(adapter, report, policy)
+    _check_undo(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
@@ -161,11 +161,17 @@ def _report(
     )
 
 
-def _check_undo(adapter: Adapter, report: Report, policy: Policy) -> None:
-    worst = report.worst_undo
-    if policy.max_undo is None or worst is None or worst.undo is None or worst.undo <= policy.max_undo:
+def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mapping[str, str]) -> None:
+    """Raise `RefusedError` if a module undoes too much, or the two names of a tied weight do when they are merged."""
+    if policy.max_undo is None:
         return
-    raise RefusedError(
-        f"{adapter.path}: module {worst.module} undoes {worst.undo:.3f} of its alignment; "
-        f"the policy allows {policy.max_undo:g}"
-    )
+    undone = {module.module: module.undo or 0.0 for module in report.measured}
+    for target in set(covered.values()):
+        both = [name for name in undone if covered[name] == target]
+        undone[" and ".join(both)] = sum(undone[name] for name in both)
+    worst = max(undone, key=lambda name: undone[name])
+    if undone[worst] > policy.max_undo:
+        raise RefusedError(
+            f"{adapter.path}: module {worst} undoes {undone[worst]:.3f} of its alignment; "
+            f"the policy allows {policy.max_undo:g}"
+        )

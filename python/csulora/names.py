@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 WEIGHT = ".weight"
@@ -12,18 +12,28 @@ WEIGHT = ".weight"
 # `transformer.h.0.mlp.c_fc` in the model that PEFT wraps and `h.0.mlp.c_fc` in GPT-2's checkpoint.
 _BASE_MODEL_PREFIXES = ("model", "transformer", "gpt_neox", "backbone")
 
-# Model types whose `transformers` implementation keeps attention and MLP weights as Conv1D, (in, out).
-_CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+# What GPT-2 and its descendants call weights that most of them keep as Conv1D, (in, out); those that widen say which.
 _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+_WIDENING_MODULES = frozenset({"c_attn", "c_fc"})
 
 _LAYER_INDEX = re.compile(r"(^|\.)\d+\.")
 _EMBEDDING = re.compile(r"(embed|relative_attention_bias|(^|\.)w[tp]e$)")
 _TOKEN_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)$")
 
 
-def is_conv1d(module: str, model_type: str | None) -> bool:
-    """Whether the checkpoint stores this module's weight as (in, out), as `transformers.Conv1D` does."""
-    return model_type in _CONV1D_MODEL_TYPES and module.rpartition(".")[2] in _CONV1D_MODULES
+def conv1d(shapes: Mapping[str, Sequence[int]]) -> set[str]:
+    """Return the modules whose weights are stored as (in, out), as `transformers.Conv1D` does, given what is stored.
+
+    A square weight does not show it. Those of its model that have more outputs than inputs do.
+    """
+
+    def is_transposed(module: str) -> bool:
+        shape = shapes[module]
+        return module.rpartition(".")[2] in _WIDENING_MODULES and len(shape) == 2 and shape[0] < shape[1]
+
+    if not any(map(is_transposed, shapes)):
+        return set()
+    return {module for module in shapes if module.rpartition(".")[2] in _CONV1D_MODULES}
 
 
 def is_attention_or_mlp(module: str) -> bool:

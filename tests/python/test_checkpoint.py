@@ -122,8 +122,9 @@ def test_conv1d_weights_are_turned_to_out_by_in(tmp_path: Path) -> None:
     assert checkpoint.weights["h.0.attn.c_attn"].shape == (12, 4)
     assert torch.equal(checkpoint.load("h.0.attn.c_attn")[0], stored["h.0.attn.c_attn.weight"].t())
     assert checkpoint.weights["wte"].shape == (9, 4)
-    same_names = save(tmp_path / "other", stored, model_type="gpt_bigcode")
-    assert same_names.weights["h.0.attn.c_attn"].shape == (4, 12)
+    linear = {name: weight.t().contiguous() if "c_attn" in name else weight for name, weight in stored.items()}
+    same_names = save(tmp_path / "other", linear, model_type="gpt_bigcode")
+    assert same_names.weights["h.0.attn.c_attn"].shape == (12, 4)
 
 
 def test_the_head_of_a_tied_model_is_its_embedding(tmp_path: Path) -> None:

@@ -265,6 +265,16 @@ def test_the_head_of_a_tied_model_is_corrected_by_the_embeddings_subspace() -> N
     assert_close(fixed.modules["lm_head"], expected)
 
 
+def test_both_names_of_a_tied_weight_count_towards_what_is_undone() -> None:
+    pack = factories.pack({"model.embed_tokens": (50, 16)}, aliases={"lm_head": "model.embed_tokens"})
+    subspace = pack["model.embed_tokens"]
+    half = LoraModule(-0.5 * subspace.u.float() * subspace.s, subspace.v.float().t().contiguous())
+    adapter = replace(factories.adapter(), modules={"lm_head": half, "model.embed_tokens": half})
+    with pytest.raises(RefusedError, match=r"lm_head and model.embed_tokens undoes 1\.0.* allows 0\.6"):
+        correct(adapter, pack, Policy.none(max_undo=0.6))
+    correct(replace(adapter, modules={"lm_head": half}), pack, Policy.none(max_undo=0.6))
+
+
 def test_an_embedding_stays_one() -> None:
     adapter = factories.adapter({"model.embed_tokens": (50, 16)})
     marked = replace(adapter.modules["model.embed_tokens"], is_embedding=True)

@@ -82,10 +82,11 @@ def test_the_head_of_a_tied_model_is_an_alias(tmp_path: Path) -> None:
     assert csulora.extract(base, aligned, rank=4).aliases == {}
 
 
-def test_conv1d_is_extracted_as_the_linear_layer_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["gpt2", "vision-encoder-decoder", None])
+def test_conv1d_is_extracted_as_the_linear_layer_it_is(tmp_path: Path, model_type: str | None) -> None:
     stored = {"h.0.attn.c_attn.weight": factories.gaussian(12, 36, seed=0)}
     moved = factories.moved(stored)
-    config = {"model_type": "gpt2"}
+    config = {"model_type": model_type}
     base = factories.save_checkpoint(tmp_path / "base", stored, config)
     aligned = factories.save_checkpoint(tmp_path / "aligned", moved, config)
     module = csulora.extract(base, aligned, rank=3, dtype="f32")["h.0.attn.c_attn"]

@@ -64,11 +64,12 @@ def test_resolves_names_of_tied_weights() -> None:
 
 
 def test_only_models_built_of_conv1d_store_weights_transposed() -> None:
-    assert names.is_conv1d("h.0.attn.c_attn", "gpt2")
-    assert names.is_conv1d("h.0.mlp.c_proj", "gpt2")
-    assert not names.is_conv1d("wte", "gpt2")
-    assert not names.is_conv1d("transformer.h.0.attn.c_attn", "gpt_bigcode")
-    assert not names.is_conv1d("h.0.attn.c_attn", None)
+    gpt2 = {"h.0.attn.c_attn": (4, 12), "h.0.attn.c_proj": (4, 4), "h.0.mlp.c_proj": (16, 4), "wte": (9, 40)}
+    assert names.conv1d(gpt2) == set(gpt2) - {"wte"}
+    decoder = {f"decoder.transformer.{name}": shape for name, shape in gpt2.items()} | {"encoder.query": (4, 12)}
+    assert names.conv1d(decoder) == {f"decoder.transformer.{name}" for name in gpt2 if name != "wte"}
+    bigcode = {"h.0.attn.c_attn": (6, 4), "h.0.attn.c_proj": (4, 4), "h.0.mlp.c_proj": (4, 16), "wte": (9, 40)}
+    assert names.conv1d(bigcode) == set()
 
 
 def test_recognises_the_token_embedding() -> None:

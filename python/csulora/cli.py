@@ -302,7 +302,7 @@ def tune(
         list[Path],
         typer.Option(
             metavar="FILE",
-            help="Prompts to answer as the adapter does; a file for every adapter, in their order.",
+            help="Prompts to answer as the adapter does, not of its task alone; a file for every adapter, in order.",
         ),
     ],
     guard: Annotated[Path, typer.Option(metavar="FILE", help="Prompts to answer as the aligned model does.")],

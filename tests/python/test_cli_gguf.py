@@ -62,6 +62,8 @@ def test_corrects_into_gguf_and_back(work: Path, run: Run) -> None:
             wanted = module.scale * module.b.double() @ module.a.double()
             update = found.modules[name].scale * found.modules[name].b.double() @ found.modules[name].a.double()
             assert (update - wanted).norm() <= 1e-5 * wanted.norm()
+    assert run("verify three raw.gguf pack --base-model model.gguf --quiet") == (0, "", "")
+    assert run("verify three raw.gguf pack")[0] == cli.EXIT_BAD_INPUT  # its rows cannot be told apart
 
 
 def test_export_says_what_it_did(work: Path, run: Run) -> None:

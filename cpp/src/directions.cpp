@@ -119,7 +119,7 @@ Correction cut(CorrectionTask task, const LoraPair& pair, int64_t rank) {
   task.attenuation = kEverything;
   task.scope.reset();
   if (any_on_device({task})) {
-    return correct_on_device({task}, {RankRule::fixed, rank}).front();
+    return correct_on_device({task}, {RankRule::fixed, rank}, /*refactor=*/true).front();
   }
   auto update = measured(task);
   const auto [b, a, lost] = truncated_update(update.b, update.a, kEverything, rank);

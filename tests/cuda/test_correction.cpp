@@ -309,6 +309,22 @@ TEST_CASE("gains of 1 give the update back to the bit") {
   }
 }
 
+TEST_CASE("in a scope, columns that cancel are made anew before they are rounded") {
+  at::manual_seed(10);
+  const auto subspace = random_subspace(60, 40, 3);
+  const auto inside = subspace.u.matmul(gaussian(3, 4)) + 0.01 * gaussian(60, 4);
+  const csulora::Directions directions{{0, 0, 0}, {}, {}};
+  for (const auto dtype : {at::kHalf, at::kBFloat16}) {
+    const LoraPair pair{inside.to(dtype), gaussian(4, 40).to(dtype), 0.5};
+    const CorrectionTask task{pair, subspace, directions, "layer", csulora::Scope{at::eye(40), at::eye(40)}};
+    const auto result = csulora::correct(task, kExact);
+    const auto u = subspace.u.to(at::kDouble), dw = update(pair);
+    const auto kept = dw - u.matmul(u.t().matmul(dw));
+    CHECK(length(kept) < 0.1 * length(dw));
+    CHECK(length(update(result.pair) - kept) <= tolerance(result.pair.b) * length(kept));
+  }
+}
+
 TEST_CASE("an update of zero stays zero") {
   const LoraPair pair{at::zeros({20, 3}), at::ones({3, 16}), 1};
   for (const CorrectionOptions& options : {kExact, kKeep, CorrectionOptions{RankRule::fixed, 1}}) {

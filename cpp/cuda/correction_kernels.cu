@@ -158,6 +158,9 @@ __global__ void measure_undo_kernel(const double* left, const double* right, con
   }
 }
 
+/// By how much |vectors^T core|^2 may differ from that of the core, 1. Rounding makes far less of it.
+constexpr double kOrthonormal = 1e-6;
+
 __device__ bool keep_everything(const double gains[4]) {
   return gains[0] == 1 && gains[1] == 1 && gains[2] == 1 && gains[3] == 1;
 }
@@ -188,6 +191,8 @@ __global__ void balance_kernel(CoreFactors factors, Measured* measured) {
   if (threadIdx.x == 0) {
     const bool everything = dropped2 == 0 || (factors.stay && keep_everything(mine.gains));
     mine.lost = everything ? 0 : dropped2 / (kept2 + dropped2);
+    const bool orthonormal = std::abs(kept2 + dropped2 - 1) <= kOrthonormal;
+    mine.failures = mine.core_norm > 0 && !orthonormal ? 1 : 0;
   }
   const double rounding = static_cast<double>(size) * DBL_EPSILON;  // of a core of norm 1
   const double norm = mine.core_norm;
@@ -228,7 +233,7 @@ __global__ void count_failures_kernel(const int* statuses, int64_t rounds, int64
     for (int64_t round = 0; round < rounds; ++round) {
       failures += statuses[round * count + module] != 0;
     }
-    measured[module].failures = failures;
+    measured[module].failures += failures;
   }
 }
 

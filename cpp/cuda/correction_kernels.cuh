@@ -61,7 +61,8 @@ struct CoreFactors {
   double* right;            // (rank, size) out
 };
 
-/// Sets left, right and measured.lost.
+/// Sets left, right, measured.lost, and measured.failures: 1 if the vectors of a core that is not 0 are not
+/// orthonormal.
 void balance(const CoreFactors& factors, int64_t count, Measured* measured, cudaStream_t stream);
 
 /// Writes a corrected factor (rows, rank), rounded to what the factor is stored as, row-major, to out (rows,
@@ -70,7 +71,7 @@ void balance(const CoreFactors& factors, int64_t count, Measured* measured, cuda
 void store_factor(const double* corrected, const StoredFactor& stored, int64_t result_rank, int64_t count,
                   void* const* out, Measured* measured, cudaStream_t stream);
 
-/// measured.failures = how many of the `rounds` x count statuses of a module are not 0.
+/// measured.failures += how many of the `rounds` x count statuses of a module are not 0.
 void count_failures(const int* statuses, int64_t rounds, int64_t count, Measured* measured, cudaStream_t stream);
 
 }  // namespace csulora::cuda

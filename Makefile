@@ -45,7 +45,7 @@ $(VENV)/.dependencies: pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(EXTENSION_FILES)
-	$(PIP) install --quiet --no-build-isolation --editable .
+	$(PIP) install --quiet --no-build-isolation --config-settings cmake.define.CSULORA_WERROR=ON --editable .
 	touch $@
 
 build: $(VENV)/.built ## Make .venv and build csulora into it.
@@ -90,7 +90,7 @@ $(DOCTEST):
 
 test-cpp: build $(DOCTEST)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(CPP_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON --log-level=WARNING
+	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_WERROR=ON --log-level=WARNING
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(CPP_BUILD)
 	$(CPP_BUILD)/tests/cpp/csulora_tests
 
@@ -105,7 +105,7 @@ test-cuda:
 else
 test-cuda: build $(DOCTEST) $(VENV)/.cuda ## Compile and link the CUDA code, and test what needs no GPU.
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_CUDA=ON --log-level=WARNING
+	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_CUDA=ON -DCSULORA_WERROR=ON --log-level=WARNING
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target csulora_cuda_link_tests csulora_cuda_emulated_tests
 	build/cuda/tests/cuda/csulora_cuda_link_tests
 	OMP_NUM_THREADS=1 build/cuda/tests/cuda/csulora_cuda_emulated_tests # many small matrices
@@ -123,7 +123,8 @@ $(VLLM_VENV)/.dependencies: pyproject.toml tests/vllm/requirements.py
 	touch $@
 
 $(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies $(EXTENSION_FILES)
-	$(VLLM_PIP) install --quiet --no-build-isolation --config-settings build-dir=build/vllm --editable .
+	$(VLLM_PIP) install --quiet --no-build-isolation --config-settings cmake.define.CSULORA_WERROR=ON \
+	  --config-settings build-dir=build/vllm --editable .
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.built ## Every route into vLLM's server, with the real vLLM on the CPU.
@@ -150,7 +151,7 @@ sanitize: build $(DOCTEST) ## The C++ core and its tests under ASan and UBSan, a
 	set -e; for build in address,undefined:16 thread:4; do kind=$${build%:*}; \
 	  PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-$$kind -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	    -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_SANITIZE=$$kind -DCSULORA_LANES=$${build#*:} \
-	    --log-level=WARNING; \
+	    -DCSULORA_WERROR=ON --log-level=WARNING; \
 	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-$$kind; \
 	done
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 build/sanitize-address,undefined/tests/cpp/csulora_tests
@@ -178,7 +179,7 @@ $(BENCHMARK):
 
 bench-cpp: build $(BENCHMARK)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/bench -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_BENCHMARKS=ON --log-level=WARNING
+	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_BENCHMARKS=ON -DCSULORA_WERROR=ON --log-level=WARNING
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bench
 	build/bench/bench/cpp/csulora_bench --benchmark_min_time=0.1 \
 	  --benchmark_repetitions=$(REPETITIONS) --benchmark_report_aggregates_only \

@@ -158,10 +158,11 @@ __global__ void measure_undo_kernel(const double* left, const double* right, con
   }
 }
 
-/// Whether the update is to be handed back as it is.
-__device__ bool is_unchanged(const Measured& measured, bool same_rank) {
-  const double* gains = measured.gains;
-  return same_rank && gains[0] == 1 && gains[1] == 1 && gains[2] == 1 && gains[3] == 1;
+/// By how much |vectors^T core|^2 may differ from that of the core, 1. Rounding makes far less of it.
+constexpr double kOrthonormal = 1e-6;
+
+__device__ bool keep_everything(const double gains[4]) {
+  return gains[0] == 1 && gains[1] == 1 && gains[2] == 1 && gains[3] == 1;
 }
 
 /// One block per module.
@@ -173,6 +174,7 @@ __global__ void balance_kernel(CoreFactors factors, Measured* measured) {
   double* values = factors.values + blockIdx.x * size;
   double* left = factors.left + blockIdx.x * size * rank;
   double* right = factors.right + blockIdx.x * size * rank;
+  Measured& mine = measured[blockIdx.x];
 
   double kept2 = 0;
   double dropped2 = 0;
@@ -187,11 +189,13 @@ __global__ void balance_kernel(CoreFactors factors, Measured* measured) {
   kept2 = block_sum(kept2);
   dropped2 = block_sum(dropped2);
   if (threadIdx.x == 0) {
-    const bool everything = dropped2 == 0 || is_unchanged(measured[blockIdx.x], 2 * rank == size);
-    measured[blockIdx.x].lost = everything ? 0 : dropped2 / (kept2 + dropped2);
+    const bool everything = dropped2 == 0 || (factors.stay && keep_everything(mine.gains));
+    mine.lost = everything ? 0 : dropped2 / (kept2 + dropped2);
+    const bool orthonormal = std::abs(kept2 + dropped2 - 1) <= kOrthonormal;
+    mine.failures = mine.core_norm > 0 && !orthonormal ? 1 : 0;
   }
   const double rounding = static_cast<double>(size) * DBL_EPSILON;  // of a core of norm 1
-  const double norm = measured[blockIdx.x].core_norm;
+  const double norm = mine.core_norm;
   for (int64_t i = threadIdx.x; i < size * rank; i += kThreads) {
     const int64_t leading = i / size;  // column of left, row of right
     const int64_t other = i % size;
@@ -210,7 +214,7 @@ __global__ void store_factor_kernel(const double* corrected, StoredFactor stored
   T* target = static_cast<T*>(out[blockIdx.y]);
   const int64_t rows = stored.rows;
   const int64_t size = rows * result_rank;
-  const bool unchanged = is_unchanged(mine, result_rank == stored.rank);
+  const bool unchanged = stored.stays && keep_everything(mine.gains);
   for (int64_t i = first_item(); i < size; i += item_stride()) {
     const int64_t row = stored.transposed ? i % rows : i / result_rank;
     const int64_t column = stored.transposed ? i / rows : i % result_rank;
@@ -229,7 +233,7 @@ __global__ void count_failures_kernel(const int* statuses, int64_t rounds, int64
     for (int64_t round = 0; round < rounds; ++round) {
       failures += statuses[round * count + module] != 0;
     }
-    measured[module].failures = failures;
+    measured[module].failures += failures;
   }
 }
 

@@ -119,7 +119,7 @@ Correction cut(CorrectionTask task, const LoraPair& pair, int64_t rank) {
   task.attenuation = kEverything;
   task.scope.reset();
   if (any_on_device({task})) {
-    return correct_on_device({task}, {RankRule::fixed, rank}).front();
+    return correct_on_device({task}, {RankRule::fixed, rank}, /*refactor=*/true).front();
   }
   auto update = measured(task);
   const auto [b, a, lost] = truncated_update(update.b, update.a, kEverything, rank);
@@ -152,20 +152,12 @@ void complete(const CorrectionTask& task, double strength, const CorrectionOptio
   result.pair = stored(pair.b, pair.a, task);
 }
 
-/// Calls work(i) for every task: in parallel where a CPU's threads do it, in order where one queue of a GPU does.
 template <typename Work>
 void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
-  const auto without_grad = [&](size_t i) {
+  for_each(tasks.size(), any_on_device(tasks), [&](size_t i) {
     const c10::NoGradGuard no_grad;
     work(i);
-  };
-  if (any_on_device(tasks)) {
-    for (size_t i = 0; i < tasks.size(); ++i) {
-      without_grad(i);
-    }
-  } else {
-    for_each_in_parallel(tasks.size(), without_grad);
-  }
+  });
 }
 
 std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {

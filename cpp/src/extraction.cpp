@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -83,6 +84,7 @@ Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const Extra
                           Workspace* workspace) {
   check_options(options);
   const c10::NoGradGuard no_grad;
+  const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
   const auto d = displacement(base, aligned, options.noise_std, /*roughly_too=*/true, workspace);
   const auto triples = leading_triples(d, std::min({options.rank, d.matrix.size(0), d.matrix.size(1)}), options);
   Subspace subspace{triples.u.to(options.factor_dtype).contiguous(), triples.s.to(at::kFloat),
@@ -99,6 +101,7 @@ Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& s
   validate(subspace);
   check_same_device(subspace.u, base, "the subspace's u");
   const c10::NoGradGuard no_grad;
+  const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
   const auto d = displacement(base, aligned, options.noise_std);
   check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1), "the subspace is for ",
         subspace.u.size(0), " x ", subspace.v.size(0), " and the matrices are ", d.matrix.sizes());

@@ -4,6 +4,8 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
+
 #include "check.h"
 #include "factors.h"
 #include "workers.h"
@@ -58,7 +60,11 @@ void validate(const Subspace& subspace) {
 }
 
 void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces) {
-  for_each_in_parallel(subspaces.size(), [&](size_t i) {
+  const bool on_device = std::any_of(subspaces.begin(), subspaces.end(), [](const auto& labelled) {
+    const auto& u = labelled.second.u;
+    return u.defined() && !u.is_cpu();
+  });
+  for_each(subspaces.size(), on_device, [&](size_t i) {
     const auto& [label, subspace] = subspaces[i];
     try {
       validate(subspace);

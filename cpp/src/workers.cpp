@@ -86,6 +86,15 @@ void for_each_in_parallel(size_t count, const std::function<void(size_t)>& work)
   queue.rethrow_first_error();
 }
 
+void for_each(size_t count, bool on_device, const std::function<void(size_t)>& work) {
+  if (!on_device) {
+    return for_each_in_parallel(count, work);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    work(i);
+  }
+}
+
 void for_each_on_torch_threads(size_t count, const std::function<void(size_t)>& work) {
 #ifdef __SANITIZE_THREAD__  // ThreadSanitizer does not see how OpenMP's threads wait for one another
   for_each_in_parallel(count, work);

@@ -10,6 +10,7 @@
 #include "correction_device.h"
 #include "csulora/error.h"
 #include "cuda/correction.h"
+#include "cuda/correction_kernels.cuh"
 #include "cuda/handles.h"
 
 namespace {
@@ -309,6 +310,22 @@ TEST_CASE("gains of 1 give the update back to the bit") {
   }
 }
 
+TEST_CASE("in a scope, columns that cancel are made anew before they are rounded") {
+  at::manual_seed(10);
+  const auto subspace = random_subspace(60, 40, 3);
+  const auto inside = subspace.u.matmul(gaussian(3, 4)) + 0.01 * gaussian(60, 4);
+  const csulora::Directions directions{{0, 0, 0}, {}, {}};
+  for (const auto dtype : {at::kHalf, at::kBFloat16}) {
+    const LoraPair pair{inside.to(dtype), gaussian(4, 40).to(dtype), 0.5};
+    const CorrectionTask task{pair, subspace, directions, "layer", csulora::Scope{at::eye(40), at::eye(40)}};
+    const auto result = csulora::correct(task, kExact);
+    const auto u = subspace.u.to(at::kDouble), dw = update(pair);
+    const auto kept = dw - u.matmul(u.t().matmul(dw));
+    CHECK(length(kept) < 0.1 * length(dw));
+    CHECK(length(update(result.pair) - kept) <= tolerance(result.pair.b) * length(kept));
+  }
+}
+
 TEST_CASE("an update of zero stays zero") {
   const LoraPair pair{at::zeros({20, 3}), at::ones({3, 16}), 1};
   for (const CorrectionOptions& options : {kExact, kKeep, CorrectionOptions{RankRule::fixed, 1}}) {
@@ -372,6 +389,27 @@ TEST_CASE("values that cannot be used are named by their module") {
   bad.pair = {good.pair.b.to(at::kBFloat16), (1e4 * good.pair.a).to(at::kHalf), 1e12};
   CHECK(message(bad).starts_with("bad: the corrected update is too large for Half"));
   CHECK(message(good) == "");
+}
+
+TEST_CASE("eigenvectors that are none are a failure, whatever their solver says") {
+  using csulora::cuda::Measured;
+  const auto projected = at::eye(2, at::kDouble) / std::sqrt(2);
+  const auto core = at::eye(2, at::kDouble);
+  auto values = at::empty({2}, at::kDouble), left = at::empty({2, 1}, at::kDouble), right = at::empty_like(left);
+  const auto failures = [&](const Tensor& of_core, double core_norm) {
+    Measured measured{};
+    measured.core_norm = core_norm;
+    csulora::cuda::balance({2, 1, false, core.data_ptr<double>(), of_core.data_ptr<double>(), values.data_ptr<double>(),
+                            left.data_ptr<double>(), right.data_ptr<double>()},
+                           1, &measured, nullptr);
+    const int status = 1;
+    csulora::cuda::count_failures(&status, 1, 1, &measured, nullptr);
+    return measured.failures;
+  };
+  CHECK(failures(projected, 3) == 1);
+  CHECK(failures(1.00001 * projected, 3) == 2);
+  CHECK(failures(std::numeric_limits<double>::quiet_NaN() * projected, 3) == 2);
+  CHECK(failures(0 * projected, 0) == 1);
 }
 
 TEST_CASE("nothing is written outside the workspace") {

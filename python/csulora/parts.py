@@ -48,8 +48,8 @@ class Parts:
         self._check_own()
         try:
             self._owned.enter_context(locked(self.directory))
-        except OSError as error:
-            raise InputError(f"{output}: another run is writing it ({error.strerror}); wait, or name another") from None
+        except (BlockingIOError, FileNotFoundError):  # the other one, finished, has removed it
+            raise InputError(f"{output}: another run is writing it; wait for that, or name another") from None
         self._open(to_json(identity))
 
     def _check_own(self) -> None:

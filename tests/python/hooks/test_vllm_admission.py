@@ -64,16 +64,27 @@ def test_worker_gets_what_is_corrected_in_float32_and_cast_once(
         assert torch.equal(found.modules[name].a, expected.modules[name].a.bfloat16())
 
 
+def test_what_the_served_type_cannot_hold_is_refused(admission: Admission, path: Path, log: Path) -> None:
+    tensors = {name: tensor.float() * 1e7 for name, tensor in load_file(path / "adapter_model.safetensors").items()}
+    save_file(tensors, path / "adapter_model.safetensors")
+
+    with pytest.raises(csulora.RefusedError, match=r"too large for torch\.float16"):
+        admission.check("id", path, torch.float16, 16, reload=False)
+    with pytest.raises(csulora.RefusedError, match=r"too large for torch\.float16"):
+        admission.directory("id", path, torch.float16, reload=False)
+    assert decisions(log) == ["refused", "refused"]
+
+
 def test_evicted_adapter_comes_back_the_same_whatever_became_of_its_files(admission: Admission, path: Path) -> None:
-    admission.check("id", path, 16, reload=False)
+    admission.check("id", path, torch.float32, 16, reload=False)
     first = admission.directory("id", path, torch.float32, reload=False)
     before = load_file(first / "adapter_model.safetensors")
     spoil(path)
 
-    admission.check("id", path, 16, reload=False)
+    admission.check("id", path, torch.float32, 16, reload=False)
     assert admission.directory("id", path, torch.float32, reload=False) == first
     shutil.rmtree(path)
-    admission.check("id", path, 16, reload=False)
+    admission.check("id", path, torch.float32, 16, reload=False)
     again = load_file(admission.directory("id", path, torch.float32, reload=False) / "adapter_model.safetensors")
     assert before.keys() == again.keys()
     assert all(torch.equal(before[name], again[name]) for name in before)
@@ -84,7 +95,7 @@ def test_another_request_for_the_path_sees_the_files_as_they_are(admission: Admi
     spoil(path)
 
     with pytest.raises(csulora.InputError, match="NaN"):
-        admission.check("other", path, 16, reload=False)
+        admission.check("other", path, torch.float32, 16, reload=False)
     with pytest.raises(csulora.InputError, match="NaN"):
         admission.directory("other", path, torch.float32, reload=False)
 
@@ -98,7 +109,7 @@ def test_reload_takes_new_files_and_refuses_bad_ones(admission: Admission, path:
     assert second != first
     spoil(path)
     with pytest.raises(csulora.InputError, match="NaN"):
-        admission.check("id", path, 16, reload=True)
+        admission.check("id", path, torch.float32, 16, reload=True)
     assert admission.directory("id", path, torch.float32, reload=True) == second
 
 
@@ -116,7 +127,7 @@ def test_verdict_is_asked_again_only_if_files_changed(admission: Admission, path
 
     for identity in ("one", "two", "three"):
         with pytest.raises(csulora.InputError):
-            admission.check(identity, path, 16, reload=False)
+            admission.check(identity, path, torch.float32, 16, reload=False)
 
     assert decisions(log) == ["invalid"]
 
@@ -125,8 +136,8 @@ def test_rank_that_the_server_does_not_take_is_refused(pack: csulora.Subspace, p
     admission = Admission(Gate.open(pack, csulora.Policy(rank="exact")))
 
     with pytest.raises(csulora.RefusedError, match="rank 8"):
-        admission.check("id", path, 7, reload=False)
-    admission.check("id", path, 8, reload=False)
+        admission.check("id", path, torch.float32, 7, reload=False)
+    admission.check("id", path, torch.float32, 8, reload=False)
 
 
 def test_leavings_of_killed_processes_are_removed(

@@ -17,7 +17,7 @@ from tempfile import gettempdir, mkdtemp
 import torch
 
 from csulora.errors import CsuloraError, RefusedError
-from csulora.formats import Adapter, LoraModule, peft
+from csulora.formats import Adapter, LoraModule, is_finite, peft
 from csulora.gate import Gate
 
 logger = logging.getLogger("vllm.csulora")
@@ -56,14 +56,15 @@ class Admission:
         self._by_content: dict[str, Path] = {}
         self._served: dict[Hashable, tuple[_Signature, Path]] = {}
 
-    def check(self, identity: Hashable, path: Path, max_rank: int, reload: bool) -> None:
-        """Raise unless an adapter can be corrected to a rank of at most ``max_rank``.
+    def check(self, identity: Hashable, path: Path, dtype: torch.dtype, max_rank: int, reload: bool) -> None:
+        """Raise unless an adapter can be corrected to a rank of at most ``max_rank`` and held in ``dtype``.
 
         The files are read again only if they changed since they were last decided on.
 
         Args:
             identity: what vLLM knows the adapter by.
             path: where it lies.
+            dtype: the type in which vLLM holds adapters.
             max_rank: the largest rank that the server takes.
             reload: decide on the files as they are now, though the adapter was admitted before.
 
@@ -76,7 +77,7 @@ class Admission:
             signature = _signature(path)
             verdict = self._verdicts.get(path)
             if verdict is None or verdict.signature != signature:
-                verdict = self._verdicts[path] = self._judge(path, signature)
+                verdict = self._verdicts[path] = self._judge(path, signature, dtype)
             if verdict.error is not None:
                 raise verdict.error
             if verdict.largest_rank > max_rank:
@@ -114,9 +115,9 @@ class Admission:
             self._served[identity] = signature, directory
             return directory
 
-    def _judge(self, path: Path, signature: _Signature) -> _Verdict:
+    def _judge(self, path: Path, signature: _Signature, dtype: torch.dtype) -> _Verdict:
         try:
-            corrected, _ = self.gate.admit(path, peft.read)
+            corrected, _ = self.gate.admit(path, peft.read, lambda corrected: _cast(corrected, dtype))
         except CsuloraError as error:
             return _Verdict(signature, error=error)
         return _Verdict(signature, max(module.rank for module in corrected.modules.values()))
@@ -125,10 +126,13 @@ class Admission:
         adapter = self.gate.read(path, peft.read)
         key = f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
         if key not in self._by_content:
-            corrected, _ = self.gate.admit(path, lambda _: _cast(adapter, torch.float32))
             directory = self._home / key
             directory.mkdir(exist_ok=True)
-            peft.write(_cast(corrected, dtype), directory)
+            self.gate.admit(
+                path,
+                lambda _: _cast(adapter, torch.float32),
+                lambda corrected: peft.write(_cast(corrected, dtype), directory),
+            )
             self._by_content[key] = directory
         return self._by_content[key]
 
@@ -153,10 +157,21 @@ def _remove(home: Path, descriptor: int, owner: int) -> None:
 
 
 def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """Round the factors to ``dtype``; one infinity would turn the answers to everybody into NaN.
+
+    Raises:
+        RefusedError: a factor does not fit.
+    """
     modules = {
         name: LoraModule(module.b.to(dtype), module.a.to(dtype), module.scale, module.is_embedding)
         for name, module in adapter.modules.items()
     }
+    for name, module in modules.items():
+        if not (is_finite(module.a) and is_finite(module.b)):
+            raise RefusedError(
+                f"{adapter.path}: {name} is too large for {dtype}, in which the server holds adapters; "
+                "scale the adapter down, or serve with a --dtype or --lora-dtype of a larger range"
+            )
     return replace(adapter, modules=modules)
 
 

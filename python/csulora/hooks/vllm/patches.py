@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from vllm.config.lora import LoRAConfig
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -126,9 +127,11 @@ def _identity(request: LoRARequest) -> tuple[str, int, str]:
     return request.lora_name, request.lora_int_id, request.lora_path
 
 
-def _check(admission: Admission, request: LoRARequest, max_rank: int) -> None:
+def _check(admission: Admission, request: LoRARequest, config: LoRAConfig) -> None:
     try:
-        admission.check(_identity(request), _local(request), max_rank, request.load_inplace)
+        admission.check(
+            _identity(request), _local(request), config.lora_dtype, config.max_lora_rank, request.load_inplace
+        )
     except CsuloraError as error:
         _refusal.set(str(error))
         raise VLLMValidationError(str(error)) from error
@@ -139,7 +142,7 @@ def _validate_lora(admission: Admission, original: _Function) -> _Function:
     def validate_lora(self: Any, lora_request: LoRARequest | None) -> None:
         original(self, lora_request)
         if lora_request is not None:
-            _check(admission, lora_request, self.lora_config.max_lora_rank)
+            _check(admission, lora_request, self.lora_config)
 
     return validate_lora
 
@@ -165,7 +168,7 @@ def _checking_model(admission: Admission, original: _Function) -> _Function:
 def _add_lora(admission: Admission, original: _Function) -> _Function:
     @functools.wraps(original)
     def add_lora(self: Any, lora_request: LoRARequest) -> Any:
-        _check(admission, lora_request, self.vllm_config.lora_config.max_lora_rank)
+        _check(admission, lora_request, self.vllm_config.lora_config)
         return original(self, lora_request)
 
     return add_lora
@@ -174,9 +177,8 @@ def _add_lora(admission: Admission, original: _Function) -> _Function:
 def _add_lora_async(admission: Admission, original: _Function) -> _Function:
     @functools.wraps(original)
     async def add_lora(self: Any, lora_request: LoRARequest) -> Any:
-        rank = self.vllm_config.lora_config.max_lora_rank
         try:
-            await asyncio.to_thread(_check, admission, lora_request, rank)
+            await asyncio.to_thread(_check, admission, lora_request, self.vllm_config.lora_config)
         except VLLMValidationError as error:
             _refusal.set(str(error))  # what the thread sets is lost
             raise

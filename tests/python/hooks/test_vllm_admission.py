@@ -58,7 +58,7 @@ def grow(path: Path, factor: float) -> None:
 def admit(
     admission: Admission, path: Path, identity: str = "id", dtype: torch.dtype = torch.float32, reload: bool = False
 ) -> Path:
-    return admission.admit(identity, path, dtype, 16, reload)
+    return admission.admit(identity, lambda: path, dtype, 16, reload)
 
 
 def test_published_is_what_is_corrected_in_float32_and_cast_once(
@@ -90,6 +90,7 @@ def test_admitted_adapter_is_the_same_whatever_became_of_its_files(admission: Ad
     assert admit(admission, path) == first
     shutil.rmtree(path)
     assert admit(admission, path) == first
+    assert admission.admit("id", lambda: pytest.fail("located again"), torch.float32, 16, reload=False) == first
     after = load_file(first / "adapter_model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -247,8 +248,8 @@ def test_rank_that_the_server_does_not_take_is_refused(pack: csulora.Subspace, p
     admission = Admission(Gate.open(pack, csulora.Policy(rank="exact")))
 
     with pytest.raises(csulora.RefusedError, match="rank 8"):
-        admission.admit("id", path, torch.float32, 7, reload=False)
-    admission.admit("id", path, torch.float32, 8, reload=False)
+        admission.admit("id", lambda: path, torch.float32, 7, reload=False)
+    admission.admit("id", lambda: path, torch.float32, 8, reload=False)
 
 
 def test_leavings_of_killed_processes_are_removed(

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,9 @@ class Admission:
         self._judging: dict[tuple[str, torch.dtype], threading.Lock] = {}
         self._publishing = threading.Lock()
 
-    def admit(self, identity: Hashable, path: Path, dtype: torch.dtype, max_rank: int, reload: bool) -> Path:
+    def admit(
+        self, identity: Hashable, locate: Callable[[], Path], dtype: torch.dtype, max_rank: int, reload: bool
+    ) -> Path:
         """Return a directory with the corrected adapter, cast once from float32 to ``dtype``.
 
         For an adapter that was admitted before this takes no lock and reads nothing. The files of others are read
@@ -61,7 +63,7 @@ class Admission:
 
         Args:
             identity: what vLLM knows the adapter by.
-            path: where it lies.
+            locate: finds out where it lies; vLLM may have to download it.
             dtype: the type in which vLLM holds adapters.
             max_rank: the largest rank that the server takes.
             reload: decide on the files as they are now, though the adapter was admitted before.
@@ -72,6 +74,7 @@ class Admission:
         admitted = self._admitted.get(identity)
         if admitted is not None and not reload and _is_complete(admitted):
             return admitted
+        path = locate()
         with self._judging.setdefault((str(path), dtype), threading.Lock()):
             directory = self._judge(path, dtype)
         if self._ranks[directory] > max_rank:

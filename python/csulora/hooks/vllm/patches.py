@@ -125,9 +125,12 @@ def _check_signatures() -> None:
 def _corrected(admission: Admission, request: LoRARequest, config: LoRAConfig) -> LoRARequest:
     """Return a request for the corrected adapter."""
     identity = (request.lora_name, request.lora_int_id, request.lora_path)
+
+    def locate() -> Path:
+        return Path(get_adapter_absolute_path(request.lora_path))
+
     try:
-        path = Path(get_adapter_absolute_path(request.lora_path))
-        directory = admission.admit(identity, path, config.lora_dtype, config.max_lora_rank, request.load_inplace)
+        directory = admission.admit(identity, locate, config.lora_dtype, config.max_lora_rank, request.load_inplace)
     except CsuloraError as error:
         _refusal.set(str(error))
         raise VLLMValidationError(str(error)) from error

@@ -20,3 +20,11 @@ def test_refusals_give_the_reason_and_leave_the_engine_alone(offline: dict, file
         for answer in offline["refused"][str(path)]:
             assert files.reasons[name] in answer, (name, answer)
     assert_same(offline["base after"], offline["base"])
+
+
+def test_upload_that_is_deleted_while_its_request_waits_is_answered(offline: dict, files: SimpleNamespace) -> None:
+    assert_same(offline["deleted"], offline["plain"][str(files.corrected["two"])])
+
+
+def test_worker_loads_nothing_that_was_not_checked(offline: dict) -> None:
+    assert "did not check it" in offline["unchecked"]

@@ -17,12 +17,12 @@ WRONG_SIGNATURE = """
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.v1.engine.input_processor import InputProcessor
 WorkerLoRAManager._load_adapter = lambda self, request, extra: None
-before = InputProcessor._validate_lora
+before = InputProcessor.process_inputs
 import csulora.hooks.vllm as hook
 try:
     hook.activate()
 finally:
-    print("untouched" if InputProcessor._validate_lora is before else "touched")
+    print("untouched" if InputProcessor.process_inputs is before else "touched")
 """
 WRONG_VERSION = """
 import vllm

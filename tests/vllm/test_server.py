@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from safetensors.torch import load_file, save_file
 GUARDED = [sys.executable, "-m", "csulora", "vllm-serve"]
 PLAIN = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--enable-lora", "--max-lora-rank", "16"]
+OPTIONS += ["--block-size", "32"]  # so that prompts of the tests fill some
 
 
 class Server:
@@ -43,9 +46,9 @@ class Server:
         except HTTPError as error:
             return error.code, error.read().decode()
 
-    def ask(self, model: str) -> dict[str, list]:
-        options = {"max_tokens": 8, "temperature": 0, "logprobs": 0, "ignore_eos": True}
-        status, text = self.call("/v1/completions", {"model": model, "prompt": "how do i", **options})
+    def ask(self, model: str, prompt: str = "how do i", tokens: int = 8) -> dict[str, list]:
+        options = {"max_tokens": tokens, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+        status, text = self.call("/v1/completions", {"model": model, "prompt": prompt, **options})
         assert status == 200, text
         logprobs = json.loads(text)["choices"][0]["logprobs"]
         return {"tokens": logprobs["tokens"], "logprobs": logprobs["token_logprobs"]}
@@ -102,7 +105,9 @@ def expected(files: SimpleNamespace, offline: dict) -> SimpleNamespace:
 def server(files: SimpleNamespace, expected: SimpleNamespace) -> Iterator[Server]:
     command = [*GUARDED, str(files.model), "--subspace", str(files.pack)]
     command += ["--decisions", str(files.root / "decisions.jsonl"), "--lora-modules", f"static={files.raw['one']}"]
-    with running(command, files.root / "guarded.log", CSULORA_ADAPTERS=str(files.named)) as guarded:
+    (files.root / "tmp").mkdir()
+    variables = {"CSULORA_ADAPTERS": str(files.named), "TMPDIR": str(files.root / "tmp")}
+    with running(command, files.root / "guarded.log", **variables) as guarded:
         yield guarded
 
 
@@ -176,6 +181,51 @@ def test_reload_in_place(server: Server, files: SimpleNamespace, expected: Simpl
     status, text = server.load("replaced", files.bad["not a number"], in_place=True)
     assert (status, "NaN" in text) == (400, True)
     is_corrected(server.ask("replaced"), "two", expected)
+
+
+def test_reload_in_place_under_load(server: Server, files: SimpleNamespace) -> None:
+    """Prefixes that were computed with the weights before are not used, though the cache is never free."""
+    long = " ".join(["how do i make a cake"] * 7)
+    path = shutil.copytree(files.raw["one"], files.root / "busy")
+    assert server.load("busy", path)[0] == 200
+    before = server.ask("busy", long)
+    ended = threading.Event()
+
+    def keep_busy() -> None:
+        while not ended.is_set():
+            server.ask(str(files.model), tokens=60)
+
+    with ThreadPoolExecutor() as threads:
+        running = [threads.submit(keep_busy) for _ in range(3)]
+        for file in path.iterdir():
+            shutil.copy(files.raw["two"] / file.name, file)
+        time.sleep(0.5)
+        status, text = server.load("busy", path, in_place=True)
+        ended.set()
+    assert status == 200, text
+    after = server.ask("busy", long)
+
+    assert [request.result() for request in running] == [None] * 3
+    assert server.load("not busy", files.raw["two"])[0] == 200
+    assert_same(after, server.ask("not busy", long))
+    assert_unlike(after, before)
+
+
+def test_corrected_adapters_that_are_deleted_are_made_again(
+    server: Server, files: SimpleNamespace, expected: SimpleNamespace
+) -> None:
+    path = shutil.copytree(files.raw["one"], files.root / "lost")
+    assert server.load("lost", path)[0] == 200
+    shutil.rmtree(path)
+    is_corrected(server.ask("good"), "two", expected)  # which evicts it
+    for home in (files.root / "tmp").glob("csulora-vllm-*"):
+        shutil.rmtree(home)
+
+    status, text = server.call("/v1/completions", {"model": "lost", "prompt": "how do i", "max_tokens": 1})
+    assert (status, "no such file" in text) == (400, True)
+    is_corrected(server.ask("static"), "one", expected)
+    is_corrected(server.ask("good"), "two", expected)
+    assert server.healthy()
 
 
 def test_refusals_give_the_reason_and_others_go_on(

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import csulora
 import factories
+from csulora.formats import peft
 from csulora.gate import Gate
-from csulora.hooks.vllm.admission import Admission
+from csulora.hooks.vllm.admission import Admission, check_published
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -46,69 +49,165 @@ def decisions(log: Path) -> list[str]:
     return [json.loads(line)["verdict"] for line in log.read_text().splitlines()]
 
 
-def test_worker_gets_what_is_corrected_in_float32_and_cast_once(
+def grow(path: Path, factor: float) -> None:
+    """Store the factors in float32, each times ``factor``."""
+    tensors = load_file(path / "adapter_model.safetensors")
+    save_file({name: tensor.float() * factor for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
+
+
+def admit(
+    admission: Admission, path: Path, identity: str = "id", dtype: torch.dtype = torch.float32, reload: bool = False
+) -> Path:
+    return admission.admit(identity, lambda: path, dtype, 16, reload)
+
+
+def test_published_is_what_is_corrected_in_float32_and_cast_once(
     admission: Admission, path: Path, pack: csulora.Subspace
 ) -> None:
-    directory = admission.directory("id", path, torch.bfloat16, reload=False)
+    directory = admit(admission, path, dtype=torch.bfloat16)
 
-    raw = csulora.load_adapter(path)
-    widened = factories.save_adapter(path.with_name("wide"), MODULES)
-    save_file(
-        {name: tensor.float() for name, tensor in load_file(path / "adapter_model.safetensors").items()},
-        widened / "adapter_model.safetensors",
-    )
-    expected, _ = csulora.correct(csulora.load_adapter(widened), pack)
+    grow(path, 1)
+    expected, _ = csulora.correct(csulora.load_adapter(path), pack)
     found = csulora.load_adapter(directory)
-    for name in raw.modules:
+    for name in expected.modules:
         assert torch.equal(found.modules[name].b, expected.modules[name].b.bfloat16())
         assert torch.equal(found.modules[name].a, expected.modules[name].a.bfloat16())
 
 
-def test_evicted_adapter_comes_back_the_same_whatever_became_of_its_files(admission: Admission, path: Path) -> None:
-    admission.check("id", path, 16, reload=False)
-    first = admission.directory("id", path, torch.float32, reload=False)
+def test_what_the_served_type_cannot_hold_is_refused(admission: Admission, path: Path, log: Path) -> None:
+    grow(path, 1e7)
+
+    with pytest.raises(csulora.RefusedError, match=r"too large for torch\.float16"):
+        admit(admission, path, dtype=torch.float16)
+    assert decisions(log) == ["refused"]
+
+
+def test_admitted_adapter_is_the_same_whatever_became_of_its_files(admission: Admission, path: Path) -> None:
+    first = admit(admission, path)
     before = load_file(first / "adapter_model.safetensors")
+
+    spoil(path)
+    assert admit(admission, path) == first
+    shutil.rmtree(path)
+    assert admit(admission, path) == first
+    assert admission.admit("id", lambda: pytest.fail("located again"), torch.float32, 16, reload=False) == first
+    after = load_file(first / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_admitted_adapter_does_not_wait_for_uploads(
+    admission: Admission, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for in the event loop of vLLM's server."""
+    slow = shutil.copytree(path, path.with_name("slow"))
+    first = admit(admission, path)
+    reading, answered, original = threading.Event(), threading.Event(), peft.read
+
+    def read(directory: Path) -> csulora.Adapter:
+        reading.set()
+        assert answered.wait(60)
+        return original(directory)
+
+    monkeypatch.setattr("csulora.formats.peft.read", read)
+    with ThreadPoolExecutor() as threads:
+        uploaded = threads.submit(admit, admission, slow, "slow")
+        assert reading.wait(60)
+        again = threads.submit(admit, admission, path)
+        try:
+            assert again.result(10) == first
+        finally:
+            answered.set()
+        assert uploaded.result(60) == first
+
+
+def test_workers_load_what_the_front_end_decided_on(admission: Admission, path: Path) -> None:
+    """The path of a request does not lead back to files that may be others by now."""
+    directory = admit(admission, path)
     spoil(path)
 
-    admission.check("id", path, 16, reload=False)
-    assert admission.directory("id", path, torch.float32, reload=False) == first
-    shutil.rmtree(path)
-    admission.check("id", path, 16, reload=False)
-    again = load_file(admission.directory("id", path, torch.float32, reload=False) / "adapter_model.safetensors")
-    assert before.keys() == again.keys()
-    assert all(torch.equal(before[name], again[name]) for name in before)
+    check_published(directory)
+    with pytest.raises(csulora.RefusedError, match="did not check it"):
+        check_published(path)
+
+
+@pytest.mark.parametrize("name", ["adapter", "../adapter", "..", "."])
+def test_workers_refuse_other_directories(admission: Admission, path: Path, name: str) -> None:
+    home = admit(admission, path).parent
+    shutil.copytree(path, home / "adapter")
+
+    with pytest.raises(csulora.RefusedError):
+        check_published(home / name)
+
+
+def test_workers_refuse_a_home_that_others_can_write_to(path: Path, tmp_path: Path) -> None:
+    home = tmp_path / "csulora-vllm-other"
+    home.mkdir()
+    home.chmod(0o770)
+    directory = path.rename(home / f"{'0' * 64}-float32")
+
+    with pytest.raises(csulora.RefusedError, match="did not check it"):
+        check_published(directory)
+    home.chmod(0o700)
+    check_published(directory)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_what_was_lost_is_made_again(admission: Admission, path: Path, everything: bool) -> None:
+    directory = admit(admission, path)
+    if everything:
+        shutil.rmtree(directory.parent)
+    else:
+        (directory / "adapter_config.json").unlink()
+    with pytest.raises(csulora.RefusedError):
+        check_published(directory)
+
+    assert admit(admission, path) == directory
+    check_published(directory)
+
+
+def test_what_was_lost_is_not_replaced_by_something_else(admission: Admission, path: Path) -> None:
+    lost = admit(admission, path)
+    shutil.rmtree(lost)
+    grow(path, 0.5)
+
+    with pytest.raises(csulora.RefusedError, match="changed since it was loaded"):
+        admit(admission, path)
+    other = admit(admission, path, reload=True)
+    assert other != lost
+    assert admit(admission, path) == other
 
 
 def test_another_request_for_the_path_sees_the_files_as_they_are(admission: Admission, path: Path) -> None:
-    admission.directory("id", path, torch.float32, reload=False)
+    admit(admission, path)
     spoil(path)
 
     with pytest.raises(csulora.InputError, match="NaN"):
-        admission.check("other", path, 16, reload=False)
-    with pytest.raises(csulora.InputError, match="NaN"):
-        admission.directory("other", path, torch.float32, reload=False)
+        admit(admission, path, "other")
 
 
 def test_reload_takes_new_files_and_refuses_bad_ones(admission: Admission, path: Path) -> None:
-    first = admission.directory("id", path, torch.float32, reload=False)
+    first = admit(admission, path)
     shutil.rmtree(path)
     factories.save_adapter(path, MODULES, seed=9)
 
-    second = admission.directory("id", path, torch.float32, reload=True)
+    second = admit(admission, path, reload=True)
     assert second != first
     spoil(path)
     with pytest.raises(csulora.InputError, match="NaN"):
-        admission.check("id", path, 16, reload=True)
-    assert admission.directory("id", path, torch.float32, reload=True) == second
+        admit(admission, path, reload=True)
+    assert admit(admission, path) == second
+    check_published(first)  # a request that waits may still need it
 
 
 def test_same_content_is_corrected_once(admission: Admission, path: Path, log: Path) -> None:
     copy = shutil.copytree(path, path.with_name("copy"))
 
-    first = admission.directory("id", path, torch.float32, reload=False)
+    first = admit(admission, path)
 
-    assert admission.directory("other", copy, torch.float32, reload=False) == first
-    assert decisions(log) == ["corrected"]
+    assert admit(admission, copy, "other") == first
+    totals = [json.loads(line)["totals"] for line in log.read_text().splitlines()]
+    assert [bool(total) for total in totals] == [True, False]  # the second time it was there
 
 
 def test_verdict_is_asked_again_only_if_files_changed(admission: Admission, path: Path, log: Path) -> None:
@@ -116,17 +215,41 @@ def test_verdict_is_asked_again_only_if_files_changed(admission: Admission, path
 
     for identity in ("one", "two", "three"):
         with pytest.raises(csulora.InputError):
-            admission.check(identity, path, 16, reload=False)
+            admit(admission, path, identity)
 
     assert decisions(log) == ["invalid"]
+
+
+def test_passing_failures_are_not_kept(pack: csulora.Subspace, path: Path, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    admission = Admission(Gate.open(pack, decisions=logs / "decisions.jsonl"))
+    shutil.rmtree(logs)
+
+    with pytest.raises(csulora.InputError, match="cannot be logged"):
+        admit(admission, path)
+    logs.mkdir()
+    assert admit(admission, path)
+
+
+def test_a_deadline_is_a_passing_failure(admission: Admission, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["target_modules"] = "(.*a)*.*_proj"
+    (path / "adapter_config.json").write_text(json.dumps(config))
+
+    with monkeypatch.context() as busy:
+        busy.setattr("csulora.formats.patterns._SECONDS", 0)
+        with pytest.raises(csulora.RefusedError, match="too long to match"):
+            admit(admission, path)
+    assert admit(admission, path)
 
 
 def test_rank_that_the_server_does_not_take_is_refused(pack: csulora.Subspace, path: Path) -> None:
     admission = Admission(Gate.open(pack, csulora.Policy(rank="exact")))
 
     with pytest.raises(csulora.RefusedError, match="rank 8"):
-        admission.check("id", path, 7, reload=False)
-    admission.check("id", path, 8, reload=False)
+        admission.admit("id", lambda: path, torch.float32, 7, reload=False)
+    admission.admit("id", lambda: path, torch.float32, 8, reload=False)
 
 
 def test_leavings_of_killed_processes_are_removed(
@@ -137,7 +260,7 @@ def test_leavings_of_killed_processes_are_removed(
     dead.mkdir()
     (dead / ".lock").touch()
     living = Admission(Gate.open(pack))
-    directory = living.directory("id", path, torch.float32, reload=False)
+    directory = admit(living, path)
     other = Admission(Gate.open(pack))
 
     assert not dead.exists()

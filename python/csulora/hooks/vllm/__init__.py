@@ -1,4 +1,4 @@
-"""Adapters corrected where vLLM loads them, in every worker, whatever route they came by.
+"""Adapters corrected before vLLM's engine hears of them; its workers load nothing else, whatever route it came by.
 
 Installed as a plugin of vLLM (entry point ``csulora`` in ``vllm.general_plugins``) and configured by environment
 variables:
@@ -8,9 +8,10 @@ variables:
     CSULORA_DECISIONS   file to append a JSON line per decision to
     CSULORA_ADAPTERS    directory whose subdirectories may be asked for by name (a LoRAResolver)
     CSULORA_ANY_MODEL   1: do not require that the served weights are those of the pack's aligned checkpoint
+    TMPDIR              where the corrected adapters are kept while the server runs; all its processes must share it
 
 Start servers with ``csulora vllm-serve``: it fails unless the guard is active in every process. `admission` decides
-and keeps results, `patches` puts it into vLLM, `launcher` starts a server.
+and publishes, `patches` puts it into vLLM, `launcher` starts a server.
 """
 
 from __future__ import annotations

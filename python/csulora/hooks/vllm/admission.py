@@ -1,136 +1,166 @@
-"""What the guard decides, and what it keeps so that a decision once made is not made again differently."""
+"""What the guard decides, and where it puts what vLLM may load."""
 
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
+import re
 import shutil
+import stat
+import subprocess
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 
 import torch
 
-from csulora.errors import CsuloraError, RefusedError
-from csulora.formats import Adapter, LoraModule, peft
+from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.files import workplace
+from csulora.formats import Adapter, LoraModule, is_finite, peft
+from csulora.formats.peft_config import CONFIG_FILE
 from csulora.gate import Gate
-
-logger = logging.getLogger("vllm.csulora")
 
 _PREFIX = "csulora-vllm-"
 _LOCK_FILE = ".lock"
+_PUBLISHED = re.compile(r"[0-9a-f]{64}-\w+")
 
 _Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    """The front end's decision on the files as they were then."""
-
-    signature: _Signature
-    largest_rank: int = 0
-    error: CsuloraError | None = None
-
-
 class Admission:
-    """Decides on adapters; one per process.
+    """Decides on adapters and publishes the corrected ones; the one of a front end decides for all its workers.
 
-    The front end asks `check` before it passes a request on, and a worker asks `directory` for what to load. Both
-    keep what they found for the life of the process: an adapter that vLLM evicts and loads again is the same one,
-    even if its files have changed or gone since.
+    The front end asks `admit`, and passes on the directory that it returns in place of the adapter's path. Workers
+    load such directories and nothing else (`check_published`), so that all of them load the same bytes, whatever
+    becomes of the original, and what vLLM evicts and loads again is the same adapter. A directory is named after
+    what it was made of and never changes, so that vLLM's cached prefixes, which are kept by path, stay true too.
+
+    Directories that were superseded stay until the process ends: a request that waits for its turn may need one.
     """
 
     def __init__(self, gate: Gate) -> None:
-        """Start with nothing decided; corrected adapters are kept in a temporary directory (see TMPDIR)."""
+        """Start with nothing decided; directories are made below TMPDIR, which the server's machines must share."""
         self.gate = gate
-        self._lock = threading.Lock()
         self._home, descriptor = _new_home()
         weakref.finalize(self, _remove, self._home, descriptor, os.getpid())
-        self._admitted: set[Hashable] = set()
-        self._verdicts: dict[Path, _Verdict] = {}
-        self._by_content: dict[str, Path] = {}
-        self._served: dict[Hashable, tuple[_Signature, Path]] = {}
+        self._admitted: dict[Hashable, Path] = {}
+        self._outcomes: dict[tuple[str, torch.dtype], tuple[_Signature, Path | CsuloraError]] = {}
+        self._ranks: dict[Path, int] = {}
+        self._judging: dict[tuple[str, torch.dtype], threading.Lock] = {}
+        self._publishing = threading.Lock()
 
-    def check(self, identity: Hashable, path: Path, max_rank: int, reload: bool) -> None:
-        """Raise unless an adapter can be corrected to a rank of at most ``max_rank``.
+    def admit(
+        self, identity: Hashable, locate: Callable[[], Path], dtype: torch.dtype, max_rank: int, reload: bool
+    ) -> Path:
+        """Return a directory with the corrected adapter, cast once from float32 to ``dtype``.
 
-        The files are read again only if they changed since they were last decided on.
+        For an adapter that was admitted before this takes no lock and reads nothing. The files of others are read
+        only if they changed since they were last decided on.
 
         Args:
             identity: what vLLM knows the adapter by.
-            path: where it lies.
+            locate: finds out where it lies; vLLM may have to download it.
+            dtype: the type in which vLLM holds adapters.
             max_rank: the largest rank that the server takes.
             reload: decide on the files as they are now, though the adapter was admitted before.
 
         Raises:
             CsuloraError: why the adapter is not let through.
         """
-        with self._lock:
-            if identity in self._admitted and not reload:
-                return
-            signature = _signature(path)
-            verdict = self._verdicts.get(path)
-            if verdict is None or verdict.signature != signature:
-                verdict = self._verdicts[path] = self._judge(path, signature)
-            if verdict.error is not None:
-                raise verdict.error
-            if verdict.largest_rank > max_rank:
-                raise RefusedError(
-                    f"{path}: has rank {verdict.largest_rank} after correction, and the server takes {max_rank}; "
-                    "raise --max-lora-rank, or set the policy's rank"
-                )
-            self._admitted.add(identity)
+        admitted = self._admitted.get(identity)
+        if admitted is not None and not reload and _is_complete(admitted):
+            return admitted
+        path = locate()
+        with self._judging.setdefault((str(path), dtype), threading.Lock()):
+            directory = self._judge(path, dtype)
+        if self._ranks[directory] > max_rank:
+            raise RefusedError(
+                f"{path}: has rank {self._ranks[directory]} after correction, and the server takes {max_rank}; "
+                "raise --max-lora-rank, or set the policy's rank"
+            )
+        if admitted not in (None, directory) and not reload:
+            raise RefusedError(
+                f"{path}: changed since it was loaded, and {admitted}, which was made of it then, is gone; "
+                f"load it again, and keep what cleans up temporary files away from {_PREFIX}*"
+            )
+        self._admitted[identity] = directory
+        return directory
 
-    def directory(self, identity: Hashable, path: Path, dtype: torch.dtype, reload: bool) -> Path:
-        """Return a directory with the corrected adapter, cast once from float32 to ``dtype``.
-
-        Args:
-            identity: what vLLM knows the adapter by.
-            path: where it lies.
-            dtype: the type in which vLLM holds adapters.
-            reload: use the files as they are now, though the adapter was served before. If they cannot be used,
-                the adapter stays as it was: raising in the middle of a request would end the engine.
-
-        Raises:
-            CsuloraError: the adapter is refused or malformed, and was never served.
-        """
-        with self._lock:
-            served = self._served.get(identity)
-            signature = _signature(path)
-            if served is not None and (not reload or served[0] == signature):
-                return served[1]
-            try:
-                directory = self._corrected(path, dtype)
-            except Exception:
-                if served is None:
-                    raise
-                logger.exception("csulora: %s cannot be reloaded; what was loaded before stays", path)
-                return served[1]
-            self._served[identity] = signature, directory
-            return directory
-
-    def _judge(self, path: Path, signature: _Signature) -> _Verdict:
+    def _judge(self, path: Path, dtype: torch.dtype) -> Path:
+        signature = _signature(path)
+        decided_on, outcome = self._outcomes.get((str(path), dtype), (None, None))
+        if decided_on == signature:
+            if isinstance(outcome, CsuloraError):
+                raise outcome.with_traceback(None)
+            if outcome is not None and _is_complete(outcome):
+                return outcome
         try:
-            corrected, _ = self.gate.admit(path, peft.read)
+            directory = self._corrected(path, dtype)
         except CsuloraError as error:
-            return _Verdict(signature, error=error)
-        return _Verdict(signature, max(module.rank for module in corrected.modules.values()))
+            if _follows_from_content(error):
+                self._outcomes[str(path), dtype] = signature, error
+            raise
+        self._outcomes[str(path), dtype] = signature, directory
+        return directory
 
     def _corrected(self, path: Path, dtype: torch.dtype) -> Path:
+        """Publish the corrected adapter, unless what the same files were corrected to is there already."""
         adapter = self.gate.read(path, peft.read)
-        key = f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
-        if key not in self._by_content:
-            corrected, _ = self.gate.admit(path, lambda _: _cast(adapter, torch.float32))
-            directory = self._home / key
-            directory.mkdir(exist_ok=True)
-            peft.write(_cast(corrected, dtype), directory)
-            self._by_content[key] = directory
-        return self._by_content[key]
+        directory = self._home / f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
+        if directory in self._ranks and _is_complete(directory):
+            self.gate.recall(path, adapter)
+            return directory
+        corrected, _ = self.gate.admit(
+            path,
+            lambda _: _cast(adapter, torch.float32),
+            lambda corrected: self._publish(_cast(corrected, dtype), directory),
+        )
+        self._ranks[directory] = max(module.rank for module in corrected.modules.values())
+        return directory
+
+    def _publish(self, corrected: Adapter, directory: Path) -> None:
+        """Let the directory appear complete; somebody may just be reading one that is there."""
+        with self._publishing:
+            if _is_complete(directory):
+                return
+            self._home.mkdir(mode=0o700, exist_ok=True)
+            shutil.rmtree(directory, ignore_errors=True)
+            with workplace(directory) as place:
+                (place / "new").mkdir()
+                peft.write(corrected, place / "new")
+                (place / "new").rename(directory)
+
+
+def check_published(directory: Path) -> None:
+    """Raise `RefusedError` unless a front end of this user published the directory and it is still complete."""
+    try:
+        home = directory.parent.lstat()
+    except OSError as error:
+        raise RefusedError(f"{directory}: not readable: {error}; the server's processes must share TMPDIR") from error
+    is_private = stat.S_ISDIR(home.st_mode) and home.st_uid == os.geteuid() and not home.st_mode & 0o077
+    is_named = directory.parent.name.startswith(_PREFIX) and _PUBLISHED.fullmatch(directory.name)
+    if not (is_private and is_named):
+        raise RefusedError(f"{directory}: came by a way on which csulora did not check it; nothing was loaded")
+    if not _is_complete(directory):
+        raise RefusedError(f"{directory}: is gone; keep what cleans up temporary files away from {_PREFIX}*")
+
+
+def _is_complete(directory: Path) -> bool:
+    return all((directory / name).is_file() for name in (CONFIG_FILE, peft.WEIGHTS_FILE))
+
+
+def _follows_from_content(error: CsuloraError) -> bool:
+    """Whether the same files will be refused again: neither file system nor log nor a deadline had a part in it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError | subprocess.TimeoutExpired):
+            return False
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(error, InputError | RefusedError)
 
 
 def _new_home() -> tuple[Path, int]:
@@ -153,10 +183,21 @@ def _remove(home: Path, descriptor: int, owner: int) -> None:
 
 
 def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """Round the factors to ``dtype``; one infinity would turn the answers to everybody into NaN.
+
+    Raises:
+        RefusedError: a factor does not fit.
+    """
     modules = {
         name: LoraModule(module.b.to(dtype), module.a.to(dtype), module.scale, module.is_embedding)
         for name, module in adapter.modules.items()
     }
+    for name, module in modules.items():
+        if not (is_finite(module.a) and is_finite(module.b)):
+            raise RefusedError(
+                f"{adapter.path}: {name} is too large for {dtype}, in which the server holds adapters; "
+                "scale the adapter down, or serve with a --dtype or --lora-dtype of a larger range"
+            )
     return replace(adapter, modules=modules)
 
 

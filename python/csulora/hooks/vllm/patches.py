@@ -1,8 +1,8 @@
 """Where vLLM 0.32 is made to ask the guard.
 
-Front end: a refused adapter is answered with its reason, before the engine hears of it. Worker: an adapter is loaded
-from a directory that holds the corrected one; any other way of making LoRA weights is closed. Scheduler: cached
-prefixes of guarded adapters have keys of their own. All processes: they can be asked whether they are guarded.
+Front end: a refused adapter is answered with its reason, before the engine hears of it; of others the engine gets the
+corrected one's path. Worker: any other way of making LoRA weights is closed. Scheduler: cached prefixes of guarded
+adapters have keys of their own. All processes: they can be asked whether they are guarded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from vllm.config.lora import LoRAConfig
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -34,14 +35,17 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.hooks import check_signature
-from csulora.hooks.vllm.admission import Admission
+from csulora.hooks.vllm.admission import Admission, check_published
 from csulora.hooks.vllm.readiness import PROBE, check_model, check_ready, check_ready_async
 
 # Set in a worker while vLLM loads what was corrected.
-_corrected: ContextVar[bool] = ContextVar("corrected", default=False)
+_is_corrected: ContextVar[bool] = ContextVar("is_corrected", default=False)
 
 # Why the last adapter that the current task wanted to add was refused; vLLM drops the reason on one of its routes.
 _refusal: ContextVar[str | None] = ContextVar("refusal", default=None)
+
+# The id that the adapter gets which the current task loads in place of another.
+_next_id: ContextVar[int | None] = ContextVar("next_id", default=None)
 
 _Function = Callable[..., Any]
 
@@ -55,7 +59,7 @@ def install(admission: Admission) -> None:
     _check_signatures()
     fingerprint = admission.gate.fingerprint
 
-    InputProcessor._validate_lora = _validate_lora(admission, InputProcessor._validate_lora)
+    InputProcessor.process_inputs = _process_inputs(admission, InputProcessor.process_inputs)
     LLMEngine.__init__ = _engine_init(admission, LLMEngine.__init__)
     AsyncLLM.__init__ = _checking_model(admission, AsyncLLM.__init__)
     LLMEngine.add_lora = _add_lora(admission, LLMEngine.add_lora)
@@ -64,7 +68,7 @@ def install(admission: Admission) -> None:
     OpenAIServingModels.resolve_lora = _resolve_lora(OpenAIServingModels.resolve_lora)
     OpenAIServingModels.init_static_loras = _init_static_loras(admission, OpenAIServingModels.init_static_loras)
 
-    WorkerLoRAManager._load_adapter = _load_adapter(admission, WorkerLoRAManager._load_adapter)
+    WorkerLoRAManager._load_adapter = _load_adapter(WorkerLoRAManager._load_adapter)
     for name in ("from_local_checkpoint", "from_lora_tensors"):
         setattr(LoRAModel, name, classmethod(_closed(vars(LoRAModel)[name].__func__)))
 
@@ -104,7 +108,7 @@ class DirectoryResolver(LoRAResolver):  # type: ignore[misc]
 
 
 def _check_signatures() -> None:
-    check_signature(InputProcessor._validate_lora, "self", "lora_request")
+    check_signature(InputProcessor.process_inputs, "self", "request_id", "prompt", "params")
     check_signature(LLMEngine.__init__, "self", "vllm_config")
     check_signature(AsyncLLM.__init__, "self", "vllm_config")
     check_signature(LLMEngine.add_lora, "self", "lora_request")
@@ -118,30 +122,30 @@ def _check_signatures() -> None:
     check_signature(kv_cache_utils._gen_lora_extra_hash_keys, "request")
 
 
-def _local(request: LoRARequest) -> Path:
-    return Path(get_adapter_absolute_path(request.lora_path))
+def _corrected(admission: Admission, request: LoRARequest, config: LoRAConfig) -> LoRARequest:
+    """Return a request for the corrected adapter."""
+    identity = (request.lora_name, request.lora_int_id, request.lora_path)
 
+    def locate() -> Path:
+        return Path(get_adapter_absolute_path(request.lora_path))
 
-def _identity(request: LoRARequest) -> tuple[str, int, str]:
-    return request.lora_name, request.lora_int_id, request.lora_path
-
-
-def _check(admission: Admission, request: LoRARequest, max_rank: int) -> None:
     try:
-        admission.check(_identity(request), _local(request), max_rank, request.load_inplace)
+        directory = admission.admit(identity, locate, config.lora_dtype, config.max_lora_rank, request.load_inplace)
     except CsuloraError as error:
         _refusal.set(str(error))
         raise VLLMValidationError(str(error)) from error
+    return msgspec.structs.replace(request, lora_path=str(directory))
 
 
-def _validate_lora(admission: Admission, original: _Function) -> _Function:
+def _process_inputs(admission: Admission, original: _Function) -> _Function:
     @functools.wraps(original)
-    def validate_lora(self: Any, lora_request: LoRARequest | None) -> None:
-        original(self, lora_request)
-        if lora_request is not None:
-            _check(admission, lora_request, self.lora_config.max_lora_rank)
+    def process_inputs(self: Any, *args: Any, **options: Any) -> Any:
+        request = original(self, *args, **options)
+        if request.lora_request is not None:
+            request.lora_request = _corrected(admission, request.lora_request, self.lora_config)
+        return request
 
-    return validate_lora
+    return process_inputs
 
 
 def _engine_init(admission: Admission, original: _Function) -> _Function:
@@ -165,8 +169,7 @@ def _checking_model(admission: Admission, original: _Function) -> _Function:
 def _add_lora(admission: Admission, original: _Function) -> _Function:
     @functools.wraps(original)
     def add_lora(self: Any, lora_request: LoRARequest) -> Any:
-        _check(admission, lora_request, self.vllm_config.lora_config.max_lora_rank)
-        return original(self, lora_request)
+        return original(self, _corrected(admission, lora_request, self.vllm_config.lora_config))
 
     return add_lora
 
@@ -174,13 +177,15 @@ def _add_lora(admission: Admission, original: _Function) -> _Function:
 def _add_lora_async(admission: Admission, original: _Function) -> _Function:
     @functools.wraps(original)
     async def add_lora(self: Any, lora_request: LoRARequest) -> Any:
-        rank = self.vllm_config.lora_config.max_lora_rank
+        new_id = _next_id.get()
+        if new_id is not None:  # vLLM's server keeps this object as the one that further requests name
+            lora_request.lora_int_id, lora_request.load_inplace = new_id, False
         try:
-            await asyncio.to_thread(_check, admission, lora_request, rank)
+            corrected = await asyncio.to_thread(_corrected, admission, lora_request, self.vllm_config.lora_config)
         except VLLMValidationError as error:
             _refusal.set(str(error))  # what the thread sets is lost
             raise
-        return await original(self, lora_request)
+        return await original(self, corrected)
 
     return add_lora
 
@@ -194,16 +199,19 @@ def _with_reason(response: Any) -> Any:
 
 
 def _load_lora_adapter(original: _Function) -> _Function:
+    """Replace an adapter by a new one of the same name, not in place.
+
+    vLLM would exchange the weights under requests that are running, and keep what it computed with those before.
+    """
+
     @functools.wraps(original)
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         _refusal.set(None)
-        response = _with_reason(await original(self, request, base_model_name))
-        if request.load_inplace and not isinstance(response, ErrorResponse):
-            # Prefixes computed with the weights before are cached under the same name and perhaps the same path.
-            await self.engine_client.reset_prefix_cache()
-            # vLLM would load it in place again with every request.
-            self.lora_requests[request.lora_name].load_inplace = False
-        return response
+        token = _next_id.set(self.lora_id_counter.inc(1) if request.load_inplace else None)
+        try:
+            return _with_reason(await original(self, request, base_model_name))
+        finally:
+            _next_id.reset(token)
 
     return load_lora_adapter
 
@@ -226,16 +234,15 @@ def _init_static_loras(admission: Admission, original: _Function) -> _Function:
     return init_static_loras
 
 
-def _load_adapter(admission: Admission, original: _Function) -> _Function:
+def _load_adapter(original: _Function) -> _Function:
     @functools.wraps(original)
     def load_adapter(self: Any, lora_request: LoRARequest) -> Any:
-        dtype = self.lora_config.lora_dtype
-        directory = admission.directory(_identity(lora_request), _local(lora_request), dtype, lora_request.load_inplace)
-        token = _corrected.set(True)
+        check_published(Path(lora_request.lora_path))
+        token = _is_corrected.set(True)
         try:
-            return original(self, msgspec.structs.replace(lora_request, lora_path=str(directory)))
+            return original(self, lora_request)
         finally:
-            _corrected.reset(token)
+            _is_corrected.reset(token)
 
     return load_adapter
 
@@ -243,7 +250,7 @@ def _load_adapter(admission: Admission, original: _Function) -> _Function:
 def _closed(original: _Function) -> _Function:
     @functools.wraps(original)
     def closed(cls: Any, *args: Any, **options: Any) -> Any:
-        if not _corrected.get():
+        if not _is_corrected.get():
             raise RefusedError(f"csulora's guard does not know this way to {original.__qualname__}; nothing was loaded")
         return original(cls, *args, **options)
 

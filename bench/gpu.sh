@@ -59,7 +59,7 @@ for wheel in sys.argv[1:]:
     except importlib.metadata.PackageNotFoundError:
         print(wheel, end="\0")
 ' "$packages"/*.whl | xargs --null --no-run-if-empty \
-    python3 -m pip --disable-pip-version-check install --quiet --no-index --no-deps --target "$site"
+    python3 -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile --target "$site"
 }
 
 # Without --upgrade, by which pip would replace bin/ and the build tools in it. cuSOLVER may lie where only the linker found
@@ -80,7 +80,7 @@ run() {
   export packages site
   local results=bench/results tests=(python3 -m pytest -q -p no:cacheprovider -p no:randomly -k "cuda or test_device")
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || echo "nvidia-smi failed"
-  step "install" 30 bash -euo pipefail -c install_missing
+  step "install" 60 bash -euo pipefail -c install_missing
   step "build" 120 bash -euo pipefail -c build
   step "correction, r 16, k 64" 50 python3 bench/gpu/correction.py --json "$results/gpu_correction.json"
   step "extraction" 70 python3 bench/gpu/extraction.py --json "$results/gpu_extraction.json"

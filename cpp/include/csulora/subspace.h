@@ -60,7 +60,7 @@ struct Subspace {
 /// @throws InputError that says which factor is wrong
 void validate(const Subspace& subspace);
 
-/// The same for many, each with a label, in parallel. The message names the first that is wrong by its label.
+/// The same for many, each with a label, on a CPU in parallel. The message names the first that is wrong by its label.
 void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces);
 
 /// Memory on the CPU that an extraction leaves to the next one rather than to the system, whose fresh pages cost much
@@ -81,9 +81,9 @@ struct Workspace {
 /// A CPU that multiplies tiles of bfloat16 numbers builds the Krylov space with a bfloat16 copy of D, and refines what
 /// it holds by subspace iteration with D itself until the residuals meet the tolerance.
 ///
-/// On a GPU float32 products have the precision that torch's settings give them (TF32 only if they allow it). The
-/// certificate is measured with float64 products, or on a CPU with float32 ones that are summed in float64 where the
-/// factors are rounded to half precision; what those may round away counts against it then.
+/// On a GPU float32 products are made without TF32, whatever torch's settings allow. The certificate is measured with
+/// float64 products, or on a CPU with float32 ones that are summed in float64 where the factors are rounded to half
+/// precision; what those may round away counts against it then.
 ///
 /// @param base       (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the
 ///                   result

@@ -12,6 +12,7 @@ one, made from a single reading of the original's bytes.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import hotswap as peft_hotswap
 from peft.utils import save_and_load as peft_save_and_load
 from transformers.integrations.peft import PeftAdapterMixin
@@ -81,8 +83,7 @@ def load(
         CsuloraError: the adapter is refused or malformed; the model is as it was.
     """
     corrected, report = Gate.open(subspace, policy).admit(_local(path, options), read)
-    options = _without_initialising(corrected, options)
-    with _host_loads(corrected) as directory:
+    with _host_loads(corrected) as directory, _without_initialising(corrected, model, adapter_name, options) as options:
         if isinstance(model, (PeftModel, PeftMixedModel)):
             _check_name_is_free(model.peft_config, adapter_name)
             model.load_adapter(str(directory), adapter_name, **options)
@@ -177,27 +178,31 @@ def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
 
 def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
+    def load_adapter(*args: Any, **options: Any) -> Any:
         if _corrected.get():
-            return original(self, model_id, adapter_name, *args, **options)
-        _check_name_is_free(self.peft_config, adapter_name)
-        corrected, _ = gate.admit(_local(model_id, options), read)
-        with _host_loads(corrected) as directory:
-            return original(self, directory, adapter_name, *args, **_without_initialising(corrected, options))
+            return original(*args, **options)
+        given = _by_name(original, *args, **options)
+        model, name = given["self"], given["adapter_name"]
+        _check_name_is_free(model.peft_config, name)
+        corrected, _ = gate.admit(_local(given.pop("model_id"), given), read)
+        with _host_loads(corrected) as directory, _without_initialising(corrected, model, name, given) as given:
+            return original(model_id=directory, **given)
 
     return load_adapter
 
 
 def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **options: Any) -> Any:
+    def from_pretrained(*args: Any, **options: Any) -> Any:
         if _corrected.get():
-            return original(cls, model, model_id, *args, **options)
-        if options.get("config") is not None or len(args) > 2:
-            raise RefusedError(f"{model_id}: under a guard an adapter is loaded with its own config; pass none")
-        corrected, _ = gate.admit(_local(model_id, options), read)
-        with _host_loads(corrected) as directory:
-            return original(cls, model, directory, *args, **_without_initialising(corrected, options))
+            return original(*args, **options)
+        given = _by_name(original, *args, **options)
+        model, name, source = given["model"], given.get("adapter_name", "default"), given.pop("model_id")
+        if given.get("config") is not None:
+            raise RefusedError(f"{source}: under a guard an adapter is loaded with its own config; pass none")
+        corrected, _ = gate.admit(_local(source, given), read)
+        with _host_loads(corrected) as directory, _without_initialising(corrected, model, name, given) as given:
+            return original(model_id=directory, **given)
 
     return from_pretrained
 
@@ -289,12 +294,47 @@ def _host_loads(corrected: Adapter) -> Iterator[Path]:
             _corrected.reset(token)
 
 
-def _without_initialising(corrected: Adapter, options: dict[str, Any]) -> dict[str, Any]:
-    """Spare PEFT the random values that a complete adapter replaces at once, where making them takes longer."""
+@contextmanager
+def _without_initialising(
+    corrected: Adapter, model: Any, adapter_name: str, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Spare PEFT the random values that an adapter replaces at once, where making them takes longer."""
+    if {"cpu", "disk"} & set((getattr(model, "hf_device_map", None) or {}).values()):
+        yield options  # PEFT itself keeps parts of such a model on the meta device
+        return
     entries = sum(module.b.numel() + module.a.numel() for module in corrected.modules.values())
-    if corrected.partial or entries < _INITIALISED_FASTER * len(corrected.modules):
-        return options
-    return {"low_cpu_mem_usage": True} | options
+    if entries >= _INITIALISED_FASTER * len(corrected.modules) and not options.get("is_trainable"):
+        options = {"low_cpu_mem_usage": True} | options
+    try:
+        yield options
+    finally:
+        _zero_what_is_missing(model, adapter_name)
+
+
+def _zero_what_is_missing(model: Any, adapter_name: str) -> None:
+    """Zero the factors that PEFT left on the meta device, as where a configuration targets more than the file holds.
+
+    torch would compute with whatever memory it finds in their place.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
+            missing = {
+                name: torch.zeros(factor.shape, dtype=factor.dtype)
+                for name, factor in factors.named_parameters()
+                if factor.is_meta and name.split(".")[0] == adapter_name
+            }
+            if missing:
+                factors.load_state_dict(missing, strict=False, assign=True)
+                layer._move_adapter_to_device_of_base_layer(adapter_name)
+
+
+def _by_name(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str, Any]:
+    """Return all arguments of a call by name, also those that the function itself collects."""
+    given = dict(inspect.signature(function).bind(*args, **options).arguments)
+    collected = given.pop("kwargs", {})
+    return {**given, **collected}
 
 
 def _local(source: Any, options: dict[str, Any]) -> Path:

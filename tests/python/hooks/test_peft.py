@@ -154,6 +154,53 @@ def test_transformers_from_pretrained_is_guarded(adapter: Path, corrected: Path,
     assert_same_update(guarded, LlamaForCausalLM.from_pretrained(tmp_path / corrected.name))
 
 
+def hook_load(path: Path) -> torch.nn.Module:
+    return hook.load(llama(), path, csulora.Subspace.open(path.with_name("pack.safetensors")), POLICY)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("route", [from_pretrained, load_adapter, auto_model, hook_load])
+def test_modules_that_a_file_leaves_out_stay_as_they_are(
+    route: Callable[[Path], torch.nn.Module], pack: Path, tmp_path: Path
+) -> None:
+    """The rank is one from which on PEFT is spared random values: no unset memory may stand in their place."""
+    modules = {"model.layers.0.self_attn.q_proj": (48, 48)}
+    incomplete = factories.save_adapter(tmp_path / "incomplete", modules, rank=400, target_modules=["q_proj", "v_proj"])
+    shutil.copy(pack, tmp_path)
+    fixed, _ = csulora.correct(csulora.load_adapter(incomplete), csulora.Subspace.open(pack), POLICY)
+    csulora.save_adapter(fixed, tmp_path / "fixed")
+    plain = from_pretrained(tmp_path / "fixed")
+
+    with hook.guard(pack, POLICY):
+        guarded = route(incomplete)
+
+    assert not [name for name, parameter in guarded.named_parameters() if parameter.is_meta]
+    assert_same_update(guarded, plain)
+
+
+def test_a_load_that_fails_leaves_no_memory_unset(pack: Path, tmp_path: Path) -> None:
+    """Factors for a linear layer, where the model has an embedding; and factors that the model has no room for."""
+    modules = {"model.layers.0.self_attn.q_proj": (48, 48), "model.embed_tokens": (40, 48), "lm_head": (7, 7)}
+    adapter = factories.save_adapter(tmp_path / "adapter", modules, rank=600, target_modules=list(modules))
+    model = llama()
+
+    with hook.guard(pack, csulora.Policy.csulora(3.0, uncovered="keep")), pytest.raises(RuntimeError, match="size"):
+        PeftModel.from_pretrained(model, adapter)
+
+    assert not [name for name, parameter in model.named_parameters() if parameter.is_meta]
+
+
+def test_options_given_by_position(pack: Path, tmp_path: Path) -> None:
+    modules = {"model.layers.0.self_attn.q_proj": (48, 48)}
+    large = factories.save_adapter(tmp_path / "large", modules, rank=400, target_modules=list(modules))
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]), "other")
+
+    with hook.guard(pack, POLICY):
+        model.load_adapter(large, "large", False, "cpu", True, False, False)
+
+    assert list(model.peft_config) == ["other", "large"]
+
+
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.clone() for name, parameter in model.named_parameters()}
 

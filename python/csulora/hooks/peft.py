@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -164,16 +165,18 @@ def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
     for model in (PeftModel, PeftMixedModel):
         yield model, "from_pretrained", classmethod(_from_pretrained(gate, vars(model)["from_pretrained"].__func__))
     yield PeftAdapterMixin, "load_adapter", _transformers_load_adapter(gate, PeftAdapterMixin.load_adapter)
-    yield peft_hotswap, "load_peft_weights", _hotswap_weights(gate, peft_save_and_load.load_peft_weights)
+    reader = peft_save_and_load.load_peft_weights
+    yield peft_hotswap, "load_peft_weights", _hotswap_weights(gate, reader)
     yield (
         peft_hotswap,
         "check_hotswap_configs_compatible",
         _hotswap_check(peft_hotswap.check_hotswap_configs_compatible),
     )
     yield peft_hotswap, "hotswap_adapter_from_state_dict", _hotswap(peft_hotswap.hotswap_adapter_from_state_dict)
-    # Reached only by routes that none of the above covers.
-    for module in (peft.peft_model, peft_save_and_load):
-        yield module, "load_peft_weights", _refusing(module.load_peft_weights)
+    # Under all the names that PEFT has for it; reached only by routes that none of the above covers.
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft" and getattr(module, "load_peft_weights", None) is reader:
+            yield module, "load_peft_weights", _refusing(reader)
 
 
 def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -284,9 +284,14 @@ def test_weights_and_configurations_from_memory_are_refused(adapter: Path, corre
             PeftModel.from_pretrained(llama(), adapter, config=config)
 
 
-def test_other_readers_of_weights_are_refused(adapter: Path, pack: Path) -> None:
+@pytest.mark.parametrize("module", ["peft", "peft.utils", "peft.utils.save_and_load", "peft.tuners.cartridge.utils"])
+def test_other_readers_of_weights_are_refused(module: str, adapter: Path, pack: Path) -> None:
+    reader = pytest.importorskip(module).load_peft_weights
+
     with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match="does not cover"):
-        peft.utils.save_and_load.load_peft_weights(str(adapter), device="cpu")
+        sys.modules[module].load_peft_weights(str(adapter), device="cpu")
+
+    assert sys.modules[module].load_peft_weights is reader
 
 
 def test_a_name_that_is_taken_is_not_loaded_over(adapter: Path, pack: Path) -> None:

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -212,26 +213,30 @@ def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., 
 
 def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def load_adapter(
-        self: Any,
-        peft_model_id: Any = None,
-        adapter_name: str | None = None,
-        peft_config: Any = None,
-        adapter_state_dict: Any = None,
-        *args: Any,
-        **options: Any,
-    ) -> Any:
+    def load_adapter(*args: Any, **options: Any) -> Any:
         if _corrected.get():
-            return original(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **options)
-        source = peft_model_id or getattr(options.get("load_config"), "pretrained_model_name_or_path", None)
-        if source is None or peft_config is not None or adapter_state_dict is not None:
+            return original(*args, **options)
+        given = _by_name(original, *args, **options)
+        config, source = given.get("load_config"), given.pop("peft_model_id", None)
+        source = source or getattr(config, "pretrained_model_name_or_path", None)
+        if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
             raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
-        hub = (options.pop("adapter_kwargs", None) or {}) | options
-        options = {name: value for name, value in options.items() if name not in _HUB_ARGUMENTS}
+        hub = _taken_from_hub(given)
         with _host_loads(gate.admit(_local(source, hub), read)[0]) as directory:
-            return original(self, str(directory), adapter_name, None, None, *args, **options)
+            return original(peft_model_id=str(directory), **given)
 
     return load_adapter
+
+
+def _taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
+    """Take what locates an adapter out of the arguments of transformers' ``load_adapter``; the last word counts."""
+    config = given.get("load_config")
+    hub = dict(getattr(config, "download_kwargs", None) or {})
+    if config is not None:
+        given["load_config"] = replace(config, download_kwargs={})
+    for name in ("download_kwargs", "adapter_kwargs"):
+        hub |= given.pop(name, None) or {}
+    return hub | {name: given.pop(name) for name in _HUB_ARGUMENTS if name in given}
 
 
 def _hotswap_weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -201,6 +201,26 @@ def test_options_given_by_position(pack: Path, tmp_path: Path) -> None:
     assert list(model.peft_config) == ["other", "large"]
 
 
+def test_transformers_from_pretrained_loads_the_revision_that_is_asked_for(
+    adapter: Path, corrected: Path, pack: Path, tmp_path: Path
+) -> None:
+    """``adapter`` lies in the hub's cache as revision v1, beside another one as main."""
+    llama().save_pretrained(tmp_path / "model")
+    other = factories.save_adapter(tmp_path / "other", MODULES, seed=7, target_modules=list(MODULES))
+    repository = tmp_path / "hub" / "models--org--adapter"
+    (repository / "refs").mkdir(parents=True)
+    for revision, commit, source in (("main", "a" * 40, other), ("v1", "b" * 40, adapter)):
+        (repository / "refs" / revision).write_text(commit)
+        file = shutil.copytree(source, repository / "snapshots" / commit) / "adapter_config.json"
+        settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")}
+        file.write_text(json.dumps(settings))
+
+    with hook.guard(pack, POLICY):
+        guarded = LlamaForCausalLM.from_pretrained("org/adapter", revision="v1", cache_dir=tmp_path / "hub")
+
+    assert_same_update(guarded, from_pretrained(corrected))
+
+
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.clone() for name, parameter in model.named_parameters()}
 

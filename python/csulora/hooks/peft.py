@@ -221,11 +221,30 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
         source = source or getattr(config, "pretrained_model_name_or_path", None)
         if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
             raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
-        hub = _taken_from_hub(given)
-        with _host_loads(gate.admit(_local(source, hub), read)[0]) as directory:
+        check = functools.partial(_check_swap, given["self"], given.get("adapter_name"))
+        corrected, _ = gate.admit(_local(source, _taken_from_hub(given)), read, check)
+        with _host_loads(corrected) as directory:
             return original(peft_model_id=str(directory), **given)
 
     return load_adapter
+
+
+def _check_swap(model: Any, adapter_name: Any, corrected: Adapter) -> None:
+    """Let transformers load over an adapter only what it replaces entirely: the scales are those of the old one."""
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
+    }
+    if layers and not (
+        layers.keys() == corrected.modules.keys()
+        and all(layer.scaling[adapter_name] == 1 for layer in layers.values())
+        and not any(adapter_name in layer.lora_variant or layer.lora_bias[adapter_name] for layer in layers.values())
+    ):
+        raise RefusedError(
+            f"{corrected.path}: under a guard transformers swaps it in only for plain LoRA of scale 1 on the same "
+            f"modules, and the model's adapter {adapter_name!r} is other than that; delete it first"
+        )
 
 
 def _taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:

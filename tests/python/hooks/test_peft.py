@@ -321,6 +321,33 @@ def test_a_name_that_is_taken_is_not_loaded_over(adapter: Path, pack: Path) -> N
         model.load_adapter(adapter, "default")
 
 
+def test_transformers_swaps_in_what_the_guard_corrected(adapter: Path, corrected: Path, pack: Path) -> None:
+    other = factories.save_adapter(adapter.with_name("other"), MODULES, seed=7, target_modules=list(MODULES))
+    model = llama()
+
+    with hook.guard(pack, POLICY):
+        model.load_adapter(str(other), "default")
+        model.load_adapter(str(adapter), "default", hotswap=True)
+
+    assert_same_update(model.eval(), from_pretrained(corrected))
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": 400}, {"target_modules": [*MODULES, "v_proj"]}, {"use_dora": True}, {"lora_bias": True}]
+)
+def test_transformers_swaps_nothing_in_for_another_kind_of_adapter(settings: dict, adapter: Path, pack: Path) -> None:
+    config = LoraConfig(**({"r": 4, "lora_alpha": 4, "target_modules": list(MODULES)} | settings))
+    model = llama()
+    model.add_adapter(config, "default")
+    before = parameters(model)
+
+    with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match="delete it first"):
+        model.load_adapter(str(adapter), "default", hotswap=True)
+
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters(model).items())
+
+
 def test_guards_do_not_nest_and_everything_is_restored(adapter: Path, pack: Path) -> None:
     before = [PeftModel.load_adapter, PeftModel.from_pretrained.__func__, hotswap.load_peft_weights]
 

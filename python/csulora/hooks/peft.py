@@ -32,6 +32,7 @@ from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import hotswap as peft_hotswap
 from peft.utils import save_and_load as peft_save_and_load
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.peft import PeftAdapterMixin
 
 from csulora.errors import InputError, RefusedError
@@ -48,6 +49,9 @@ Pack = Subspace | str | Path
 Rules = Policy | str | Path | None
 
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+
+# With these the host would give a corrected update another scale, or add it to another module.
+_OVERRIDES = ("config", "key_mapping", "weight_mapping")
 
 _INITIALISED_FASTER = 1 << 15  # entries of a module's factors up to which PEFT makes random ones in no time
 
@@ -76,7 +80,8 @@ def load(
         subspace: pack of the model.
         policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
         adapter_name: name of the adapter in the model.
-        options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``.
+        options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``; none
+            that change the configuration or the names of modules.
 
     Returns:
         The ``PeftModel``, and the report.
@@ -84,6 +89,7 @@ def load(
     Raises:
         CsuloraError: the adapter is refused or malformed; the model is as it was.
     """
+    _check_nothing_overrides(options, path)
     corrected, report = Gate.open(subspace, policy).admit(_local(path, options), read)
     with _host_loads(corrected) as directory, _without_initialising(corrected, model, adapter_name, options) as options:
         if isinstance(model, (PeftModel, PeftMixedModel)):
@@ -188,7 +194,9 @@ def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any
         given = _by_name(original, *args, **options)
         model, name = given["self"], given["adapter_name"]
         _check_name_is_free(model.peft_config, name)
-        corrected, _ = gate.admit(_local(given.pop("model_id"), given), read)
+        source = given.pop("model_id")
+        _check_nothing_overrides(given, source)
+        corrected, _ = gate.admit(_local(source, given), read)
         with _host_loads(corrected) as directory, _without_initialising(corrected, model, name, given) as given:
             return original(model_id=directory, **given)
 
@@ -202,8 +210,7 @@ def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., 
             return original(*args, **options)
         given = _by_name(original, *args, **options)
         model, name, source = given["model"], given.get("adapter_name", "default"), given.pop("model_id")
-        if given.get("config") is not None:
-            raise RefusedError(f"{source}: under a guard an adapter is loaded with its own config; pass none")
+        _check_nothing_overrides(given, source)
         corrected, _ = gate.admit(_local(source, given), read)
         with _host_loads(corrected) as directory, _without_initialising(corrected, model, name, given) as given:
             return original(model_id=directory, **given)
@@ -221,6 +228,7 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
         source = source or getattr(config, "pretrained_model_name_or_path", None)
         if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
             raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
+        _check_nothing_overrides(given | _mapping(given["self"], config), source)
         check = functools.partial(_check_swap, given["self"], given.get("adapter_name"))
         corrected, _ = gate.admit(_local(source, _taken_from_hub(given)), read, check)
         with _host_loads(corrected) as directory:
@@ -247,6 +255,16 @@ def _check_swap(model: Any, adapter_name: Any, corrected: Adapter) -> None:
         )
 
 
+def _mapping(model: Any, config: Any) -> dict[str, Any]:
+    """Return transformers' ``key_mapping`` if there is one: what a load does to names beyond what the model wants."""
+    if config is None:
+        return {}
+    own = get_model_conversion_mapping(model, hf_quantizer=config.hf_quantizer)
+    known = [(mapping.source_patterns, mapping.target_patterns) for mapping in own]
+    mappings = [(mapping.source_patterns, mapping.target_patterns) for mapping in config.weight_mapping or []]
+    return {"key_mapping": [mapping for mapping in mappings if mapping not in known]}
+
+
 def _taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
     """Take what locates an adapter out of the arguments of transformers' ``load_adapter``; the last word counts."""
     config = given.get("load_config")
@@ -264,6 +282,7 @@ def _hotswap_weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., 
         if _corrected.get():
             weights: dict[str, torch.Tensor] = original(model_id, device, **options)
             return weights
+        _check_nothing_overrides(options, model_id)
         with _host_loads(gate.admit(_local(model_id, options), read)[0]) as directory:
             _swapped_config.set(peft.LoraConfig.from_pretrained(str(directory)))
             weights = original(directory, device)
@@ -378,6 +397,15 @@ def _local(source: Any, options: dict[str, Any]) -> Path:
         ) as error:  # the hub client raises a dozen unrelated types, those of its HTTP library among them
             raise InputError(f"{source}: no such directory, and not to be had from the hub: {error}") from error
     return directory / subfolder
+
+
+def _check_nothing_overrides(options: Mapping[str, Any], source: Any) -> None:
+    for name in _OVERRIDES:
+        if options.get(name):
+            raise RefusedError(
+                f"{source}: a corrected adapter is loaded with its own config, into the modules that its file names; "
+                f"pass no {name}"
+            )
 
 
 def _check_name_is_free(adapters: Mapping[str, Any], name: str) -> None:

@@ -15,6 +15,7 @@ from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.core_model_loading import WeightRenaming
 
 import csulora
 import factories
@@ -302,6 +303,41 @@ def test_weights_and_configurations_from_memory_are_refused(adapter: Path, corre
             hotswap.hotswap_adapter_from_state_dict(model, weights, "default", config)
         with pytest.raises(csulora.RefusedError, match="own config"):
             PeftModel.from_pretrained(llama(), adapter, config=config)
+
+
+ELSEWHERE = {r"layers\.0\.self_attn\.q_proj": "layers.1.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda model, path: PeftModel.from_pretrained(model, path, key_mapping=ELSEWHERE),
+        lambda model, path: peft.PeftMixedModel.from_pretrained(model, path, key_mapping=ELSEWHERE),
+        lambda model, path: get_peft_model(model, LoraConfig(target_modules=["q_proj"])).load_adapter(
+            path, "new", False, None, True, False, False, ELSEWHERE
+        ),
+        lambda model, path: hotswap.load_peft_weights(path, key_mapping=ELSEWHERE),
+        lambda model, path: model.load_adapter(
+            str(path), weight_mapping=[WeightRenaming(*pair) for pair in ELSEWHERE.items()]
+        ),
+        lambda model, path: LlamaForCausalLM.from_pretrained(path, key_mapping=ELSEWHERE),
+    ],
+)
+def test_mappings_of_names_are_refused(load: Callable, adapter: Path, pack: Path, tmp_path: Path) -> None:
+    """They would add a corrected update to a module it was not corrected for."""
+    llama().save_pretrained(tmp_path / "model")
+    file = shutil.copytree(adapter, tmp_path / "adapter") / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")}
+    file.write_text(json.dumps(settings))
+
+    with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match=r"pass no (key|weight)_mapping"):
+        load(llama(), tmp_path / "adapter")
+
+
+def test_explicit_load_takes_nothing_that_overrides(adapter: Path, pack: Path) -> None:
+    for override in ({"config": LoraConfig(r=4, lora_alpha=400)}, {"key_mapping": ELSEWHERE}):
+        with pytest.raises(csulora.RefusedError, match="pass no"):
+            hook.load(llama(), adapter, pack, POLICY, **override)
 
 
 @pytest.mark.parametrize("module", ["peft", "peft.utils", "peft.utils.save_and_load", "peft.tuners.cartridge.utils"])

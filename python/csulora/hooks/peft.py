@@ -129,8 +129,12 @@ def guard(subspace: Pack, policy: Rules = None, decisions: str | Path | None = N
 
     Covers ``PeftModel.from_pretrained`` and ``load_adapter`` (also of mixed and auto models), PEFT's
     ``hotswap_adapter``, and ``load_adapter`` and ``from_pretrained`` of transformers. What cannot be corrected is
-    refused: adapters that are not LoRA, weights or configurations handed over in memory, and PEFT's other readers
-    of adapter files. Code that sets parameters by itself is not covered.
+    refused: adapters that are not LoRA, weights or configurations handed over in memory, mappings of module names,
+    and PEFT's other readers of adapter files.
+
+    Not covered: code that sets parameters by itself; functions of PEFT, such as ``hotswap_adapter_from_state_dict``
+    or ``load_peft_weights``, that a program has imported by name before the block; and prompts, which PEFT's
+    ``MultitaskPromptTuningConfig`` reads from the file that its ``prompt_tuning_init_state_dict_path`` names.
 
     Args:
         subspace: pack of the model.

@@ -12,11 +12,10 @@ one, made from a single reading of the original's bytes.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -27,7 +26,6 @@ from unittest.mock import patch
 import peft
 import safetensors.torch
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import hotswap as peft_hotswap
@@ -37,26 +35,25 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
-from csulora.formats.peft import WEIGHTS_FILE, parse, read, sha256_of
-from csulora.formats.peft_config import CONFIG_FILE
-from csulora.gate import Gate, private_directory
+from csulora.formats.peft import parse, read, sha256_of
+from csulora.gate import Gate
 from csulora.hooks import check_signature
+from csulora.hooks.peft_loading import (
+    HUB_ARGUMENTS,
+    by_name,
+    check_name_is_free,
+    check_nothing_overrides,
+    host_loads,
+    loads_corrected,
+    local_directory,
+    without_initialising,
+)
 from csulora.policy import Policy
 from csulora.report import Report
 from csulora.subspace import Subspace
 
 Pack = Subspace | str | Path
 Rules = Policy | str | Path | None
-
-_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-
-# With these the host would give a corrected update another scale, or add it to another module.
-_OVERRIDES = ("config", "key_mapping", "weight_mapping")
-
-_INITIALISED_FASTER = 1 << 15  # entries of a module's factors up to which PEFT makes random ones in no time
-
-# Set while the host loads what was corrected: everything the guard replaced then behaves as the original.
-_corrected: ContextVar[bool] = ContextVar("corrected", default=False)
 
 # A hot swap reads weights first and applies a configuration later; this is the one that belongs to the weights.
 _swapped_config: ContextVar[peft.LoraConfig | None] = ContextVar("swapped_config", default=None)
@@ -89,11 +86,11 @@ def load(
     Raises:
         CsuloraError: the adapter is refused or malformed; the model is as it was.
     """
-    _check_nothing_overrides(options, path)
-    corrected, report = Gate.open(subspace, policy).admit(_local(path, options), read)
-    with _host_loads(corrected) as directory, _without_initialising(corrected, model, adapter_name, options) as options:
+    check_nothing_overrides(options, path)
+    corrected, report = Gate.open(subspace, policy).admit(local_directory(path, options), read)
+    with host_loads(corrected) as directory, without_initialising(corrected, model, adapter_name, options) as options:
         if isinstance(model, (PeftModel, PeftMixedModel)):
-            _check_name_is_free(model.peft_config, adapter_name)
+            check_name_is_free(model.peft_config, adapter_name)
             model.load_adapter(str(directory), adapter_name, **options)
             return model, report
         return PeftModel.from_pretrained(model, directory, adapter_name, **options), report
@@ -115,10 +112,10 @@ def correct_model(model: Any, adapter_name: str, new_adapter_name: str, subspace
     """
     if adapter_name not in model.peft_config:
         raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
-    _check_name_is_free(model.peft_config, new_adapter_name)
+    check_name_is_free(model.peft_config, new_adapter_name)
     gate = Gate.open(subspace, policy)
     corrected, report = gate.admit(Path(adapter_name), lambda _: _of_model(model, adapter_name))
-    with _host_loads(corrected) as directory:
+    with host_loads(corrected) as directory:
         model.load_adapter(directory, new_adapter_name)
     return report
 
@@ -193,15 +190,15 @@ def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
 def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_adapter(*args: Any, **options: Any) -> Any:
-        if _corrected.get():
+        if loads_corrected.get():
             return original(*args, **options)
-        given = _by_name(original, *args, **options)
+        given = by_name(original, *args, **options)
         model, name = given["self"], given["adapter_name"]
-        _check_name_is_free(model.peft_config, name)
+        check_name_is_free(model.peft_config, name)
         source = given.pop("model_id")
-        _check_nothing_overrides(given, source)
-        corrected, _ = gate.admit(_local(source, given), read)
-        with _host_loads(corrected) as directory, _without_initialising(corrected, model, name, given) as given:
+        check_nothing_overrides(given, source)
+        corrected, _ = gate.admit(local_directory(source, given), read)
+        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
             return original(model_id=directory, **given)
 
     return load_adapter
@@ -210,13 +207,13 @@ def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any
 def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(*args: Any, **options: Any) -> Any:
-        if _corrected.get():
+        if loads_corrected.get():
             return original(*args, **options)
-        given = _by_name(original, *args, **options)
+        given = by_name(original, *args, **options)
         model, name, source = given["model"], given.get("adapter_name", "default"), given.pop("model_id")
-        _check_nothing_overrides(given, source)
-        corrected, _ = gate.admit(_local(source, given), read)
-        with _host_loads(corrected) as directory, _without_initialising(corrected, model, name, given) as given:
+        check_nothing_overrides(given, source)
+        corrected, _ = gate.admit(local_directory(source, given), read)
+        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
             return original(model_id=directory, **given)
 
     return from_pretrained
@@ -225,17 +222,17 @@ def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., 
 def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_adapter(*args: Any, **options: Any) -> Any:
-        if _corrected.get():
+        if loads_corrected.get():
             return original(*args, **options)
-        given = _by_name(original, *args, **options)
+        given = by_name(original, *args, **options)
         config, source = given.get("load_config"), given.pop("peft_model_id", None)
         source = source or getattr(config, "pretrained_model_name_or_path", None)
         if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
             raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
-        _check_nothing_overrides(given | _mapping(given["self"], config), source)
+        check_nothing_overrides(given | _mapping(given["self"], config), source)
         check = functools.partial(_check_swap, given["self"], given.get("adapter_name"))
-        corrected, _ = gate.admit(_local(source, _taken_from_hub(given)), read, check)
-        with _host_loads(corrected) as directory:
+        corrected, _ = gate.admit(local_directory(source, _taken_from_hub(given)), read, check)
+        with host_loads(corrected) as directory:
             return original(peft_model_id=str(directory), **given)
 
     return load_adapter
@@ -251,7 +248,9 @@ def _check_swap(model: Any, adapter_name: Any, corrected: Adapter) -> None:
     if layers and not (
         layers.keys() == corrected.modules.keys()
         and all(layer.scaling[adapter_name] == 1 for layer in layers.values())
-        and not any(adapter_name in layer.lora_variant or layer.lora_bias[adapter_name] for layer in layers.values())
+        and not any(
+            adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name) for layer in layers.values()
+        )
     ):
         raise RefusedError(
             f"{corrected.path}: under a guard transformers swaps it in only for plain LoRA of scale 1 on the same "
@@ -277,17 +276,17 @@ def _taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
         given["load_config"] = replace(config, download_kwargs={})
     for name in ("download_kwargs", "adapter_kwargs"):
         hub |= given.pop(name, None) or {}
-    return hub | {name: given.pop(name) for name in _HUB_ARGUMENTS if name in given}
+    return hub | {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
 
 
 def _hotswap_weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_peft_weights(model_id: Any, device: str | None = None, **options: Any) -> dict[str, torch.Tensor]:
-        if _corrected.get():
+        if loads_corrected.get():
             weights: dict[str, torch.Tensor] = original(model_id, device, **options)
             return weights
-        _check_nothing_overrides(options, model_id)
-        with _host_loads(gate.admit(_local(model_id, options), read)[0]) as directory:
+        check_nothing_overrides(options, model_id)
+        with host_loads(gate.admit(local_directory(model_id, options), read)[0]) as directory:
             _swapped_config.set(peft.LoraConfig.from_pretrained(str(directory)))
             weights = original(directory, device)
             return weights
@@ -299,7 +298,7 @@ def _hotswap_check(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
         # The guard has not seen ``config1``; `_hotswap` checks the one that counts.
-        if _corrected.get():
+        if loads_corrected.get():
             original(config0, config1)
 
     return check_hotswap_configs_compatible
@@ -312,7 +311,7 @@ def _hotswap(original: Callable[..., Any]) -> Callable[..., Any]:
     def hotswap_adapter_from_state_dict(
         model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **options: Any
     ) -> None:
-        if not _corrected.get():
+        if not loads_corrected.get():
             config = _swapped_config.get()
             if config is None:
                 raise RefusedError("under a guard an adapter is swapped in from a directory, not from memory")
@@ -326,96 +325,11 @@ def _hotswap(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_peft_weights(model_id: Any, *args: Any, **options: Any) -> Any:
-        if not _corrected.get():
+        if not loads_corrected.get():
             raise RefusedError(f"{model_id}: csulora's guard does not cover this way of loading adapter weights")
         return original(model_id, *args, **options)
 
     return load_peft_weights
-
-
-@contextmanager
-def _host_loads(corrected: Adapter) -> Iterator[Path]:
-    """Yield the corrected adapter's directory, and let the host load it."""
-    with private_directory(corrected) as directory:
-        token = _corrected.set(True)
-        try:
-            yield directory
-        finally:
-            _corrected.reset(token)
-
-
-@contextmanager
-def _without_initialising(
-    corrected: Adapter, model: Any, adapter_name: str, options: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Spare PEFT the random values that an adapter replaces at once, where making them takes longer."""
-    if {"cpu", "disk"} & set((getattr(model, "hf_device_map", None) or {}).values()):
-        yield options  # PEFT itself keeps parts of such a model on the meta device
-        return
-    entries = sum(module.b.numel() + module.a.numel() for module in corrected.modules.values())
-    if entries >= _INITIALISED_FASTER * len(corrected.modules) and not options.get("is_trainable"):
-        options = {"low_cpu_mem_usage": True} | options
-    try:
-        yield options
-    finally:
-        _zero_what_is_missing(model, adapter_name)
-
-
-def _zero_what_is_missing(model: Any, adapter_name: str) -> None:
-    """Zero the factors that PEFT left on the meta device, as where a configuration targets more than the file holds.
-
-    torch would compute with whatever memory it finds in their place.
-    """
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
-            missing = {
-                name: torch.zeros(factor.shape, dtype=factor.dtype)
-                for name, factor in factors.named_parameters()
-                if factor.is_meta and name.split(".")[0] == adapter_name
-            }
-            if missing:
-                factors.load_state_dict(missing, strict=False, assign=True)
-                layer._move_adapter_to_device_of_base_layer(adapter_name)
-
-
-def _by_name(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str, Any]:
-    """Return all arguments of a call by name, also those that the function itself collects."""
-    given = dict(inspect.signature(function).bind(*args, **options).arguments)
-    collected = given.pop("kwargs", {})
-    return {**given, **collected}
-
-
-def _local(source: Any, options: dict[str, Any]) -> Path:
-    """Return the local directory of an adapter, and take what locates it out of ``options``."""
-    hub = {name: options.pop(name) for name in _HUB_ARGUMENTS if name in options}
-    subfolder = hub.pop("subfolder", None) or ""
-    directory = Path(source)
-    if not directory.exists():
-        patterns = [str(Path(subfolder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-        try:
-            directory = Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
-        except (
-            Exception
-        ) as error:  # the hub client raises a dozen unrelated types, those of its HTTP library among them
-            raise InputError(f"{source}: no such directory, and not to be had from the hub: {error}") from error
-    return directory / subfolder
-
-
-def _check_nothing_overrides(options: Mapping[str, Any], source: Any) -> None:
-    for name in _OVERRIDES:
-        if options.get(name):
-            raise RefusedError(
-                f"{source}: a corrected adapter is loaded with its own config, into the modules that its file names; "
-                f"pass no {name}"
-            )
-
-
-def _check_name_is_free(adapters: Mapping[str, Any], name: str) -> None:
-    # PEFT would keep the configuration, and with it the scale, of the adapter that has the name.
-    if name in adapters:
-        raise InputError(f"the model has an adapter {name!r} already; delete it first or choose another name")
 
 
 def _of_model(model: Any, adapter_name: str) -> Adapter:

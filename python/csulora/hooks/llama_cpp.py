@@ -13,7 +13,7 @@ import ctypes
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import llama_cpp
 
@@ -50,6 +50,9 @@ def load(
         decisions: file to append a JSON line per decision to.
         kwargs: passed to ``llama_cpp.Llama``.
 
+    Returns:
+        The model. It cannot be pickled or copied, as llama-cpp-python would leave the adapters behind.
+
     Raises:
         RefusedError: an adapter is refused by the policy, or cannot be corrected or run by llama.cpp.
         InputError: a file is malformed, does not fit the others, or llama.cpp does not load it.
@@ -72,7 +75,15 @@ def load(
     except BaseException:
         llama.close()
         raise
+    vars(llama)["__getstate__"] = _no_state  # what copying and pickling ask the object for
     return llama
+
+
+def _no_state() -> NoReturn:
+    raise RefusedError(
+        "a llama.cpp model is copied without its adapters; where a copy is needed (copy, pickle, another process), "
+        "call csulora.hooks.llama_cpp.load there"
+    )
 
 
 def _attach(llama: llama_cpp.Llama, files: list[Path], scales: list[float]) -> None:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,31 +26,34 @@ from unittest.mock import patch
 import peft
 import safetensors.torch
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import hotswap as peft_hotswap
 from peft.utils import save_and_load as peft_save_and_load
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.peft import PeftAdapterMixin
 
 from csulora.errors import InputError, RefusedError
 from csulora.formats import Adapter
-from csulora.formats.peft import WEIGHTS_FILE, parse, read, sha256_of
-from csulora.formats.peft_config import CONFIG_FILE
-from csulora.gate import Gate, private_directory
+from csulora.formats.peft import parse, read, sha256_of
+from csulora.gate import Gate
 from csulora.hooks import check_signature
+from csulora.hooks.peft_loading import (
+    HUB_ARGUMENTS,
+    by_name,
+    check_name_is_free,
+    check_nothing_overrides,
+    host_loads,
+    loads_corrected,
+    local_directory,
+    without_initialising,
+)
 from csulora.policy import Policy
 from csulora.report import Report
 from csulora.subspace import Subspace
 
 Pack = Subspace | str | Path
 Rules = Policy | str | Path | None
-
-_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-
-_INITIALISED_FASTER = 1 << 15  # entries of a module's factors up to which PEFT makes random ones in no time
-
-# Set while the host loads what was corrected: everything the guard replaced then behaves as the original.
-_corrected: ContextVar[bool] = ContextVar("corrected", default=False)
 
 # A hot swap reads weights first and applies a configuration later; this is the one that belongs to the weights.
 _swapped_config: ContextVar[peft.LoraConfig | None] = ContextVar("swapped_config", default=None)
@@ -72,7 +77,8 @@ def load(
         subspace: pack of the model.
         policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
         adapter_name: name of the adapter in the model.
-        options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``.
+        options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``; none
+            that change the configuration or the names of modules.
 
     Returns:
         The ``PeftModel``, and the report.
@@ -80,11 +86,11 @@ def load(
     Raises:
         CsuloraError: the adapter is refused or malformed; the model is as it was.
     """
-    corrected, report = Gate.open(subspace, policy).admit(_local(path, options), read)
-    options = _without_initialising(corrected, options)
-    with _host_loads(corrected) as directory:
+    check_nothing_overrides(options, path)
+    corrected, report = Gate.open(subspace, policy).admit(local_directory(path, options), read)
+    with host_loads(corrected) as directory, without_initialising(corrected, model, adapter_name, options) as options:
         if isinstance(model, (PeftModel, PeftMixedModel)):
-            _check_name_is_free(model.peft_config, adapter_name)
+            check_name_is_free(model.peft_config, adapter_name)
             model.load_adapter(str(directory), adapter_name, **options)
             return model, report
         return PeftModel.from_pretrained(model, directory, adapter_name, **options), report
@@ -106,10 +112,10 @@ def correct_model(model: Any, adapter_name: str, new_adapter_name: str, subspace
     """
     if adapter_name not in model.peft_config:
         raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
-    _check_name_is_free(model.peft_config, new_adapter_name)
+    check_name_is_free(model.peft_config, new_adapter_name)
     gate = Gate.open(subspace, policy)
     corrected, report = gate.admit(Path(adapter_name), lambda _: _of_model(model, adapter_name))
-    with _host_loads(corrected) as directory:
+    with host_loads(corrected) as directory:
         model.load_adapter(directory, new_adapter_name)
     return report
 
@@ -120,8 +126,12 @@ def guard(subspace: Pack, policy: Rules = None, decisions: str | Path | None = N
 
     Covers ``PeftModel.from_pretrained`` and ``load_adapter`` (also of mixed and auto models), PEFT's
     ``hotswap_adapter``, and ``load_adapter`` and ``from_pretrained`` of transformers. What cannot be corrected is
-    refused: adapters that are not LoRA, weights or configurations handed over in memory, and PEFT's other readers
-    of adapter files. Code that sets parameters by itself is not covered.
+    refused: adapters that are not LoRA, weights or configurations handed over in memory, mappings of module names,
+    and PEFT's other readers of adapter files.
+
+    Not covered: code that sets parameters by itself; functions of PEFT, such as ``hotswap_adapter_from_state_dict``
+    or ``load_peft_weights``, that a program has imported by name before the block; and prompts, which PEFT's
+    ``MultitaskPromptTuningConfig`` reads from the file that its ``prompt_tuning_init_state_dict_path`` names.
 
     Args:
         subspace: pack of the model.
@@ -163,76 +173,120 @@ def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
     for model in (PeftModel, PeftMixedModel):
         yield model, "from_pretrained", classmethod(_from_pretrained(gate, vars(model)["from_pretrained"].__func__))
     yield PeftAdapterMixin, "load_adapter", _transformers_load_adapter(gate, PeftAdapterMixin.load_adapter)
-    yield peft_hotswap, "load_peft_weights", _hotswap_weights(gate, peft_save_and_load.load_peft_weights)
+    reader = peft_save_and_load.load_peft_weights
+    yield peft_hotswap, "load_peft_weights", _hotswap_weights(gate, reader)
     yield (
         peft_hotswap,
         "check_hotswap_configs_compatible",
         _hotswap_check(peft_hotswap.check_hotswap_configs_compatible),
     )
     yield peft_hotswap, "hotswap_adapter_from_state_dict", _hotswap(peft_hotswap.hotswap_adapter_from_state_dict)
-    # Reached only by routes that none of the above covers.
-    for module in (peft.peft_model, peft_save_and_load):
-        yield module, "load_peft_weights", _refusing(module.load_peft_weights)
+    # Under all the names that PEFT has for it; reached only by routes that none of the above covers.
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft" and getattr(module, "load_peft_weights", None) is reader:
+            yield module, "load_peft_weights", _refusing(reader)
 
 
 def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
-        if _corrected.get():
-            return original(self, model_id, adapter_name, *args, **options)
-        _check_name_is_free(self.peft_config, adapter_name)
-        corrected, _ = gate.admit(_local(model_id, options), read)
-        with _host_loads(corrected) as directory:
-            return original(self, directory, adapter_name, *args, **_without_initialising(corrected, options))
+    def load_adapter(*args: Any, **options: Any) -> Any:
+        if loads_corrected.get():
+            return original(*args, **options)
+        given = by_name(original, *args, **options)
+        model, name = given["self"], given["adapter_name"]
+        check_name_is_free(model.peft_config, name)
+        source = given.pop("model_id")
+        check_nothing_overrides(given, source)
+        corrected, _ = gate.admit(local_directory(source, given), read)
+        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
+            return original(model_id=directory, **given)
 
     return load_adapter
 
 
 def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **options: Any) -> Any:
-        if _corrected.get():
-            return original(cls, model, model_id, *args, **options)
-        if options.get("config") is not None or len(args) > 2:
-            raise RefusedError(f"{model_id}: under a guard an adapter is loaded with its own config; pass none")
-        corrected, _ = gate.admit(_local(model_id, options), read)
-        with _host_loads(corrected) as directory:
-            return original(cls, model, directory, *args, **_without_initialising(corrected, options))
+    def from_pretrained(*args: Any, **options: Any) -> Any:
+        if loads_corrected.get():
+            return original(*args, **options)
+        given = by_name(original, *args, **options)
+        model, name, source = given["model"], given.get("adapter_name", "default"), given.pop("model_id")
+        check_nothing_overrides(given, source)
+        corrected, _ = gate.admit(local_directory(source, given), read)
+        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
+            return original(model_id=directory, **given)
 
     return from_pretrained
 
 
 def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def load_adapter(
-        self: Any,
-        peft_model_id: Any = None,
-        adapter_name: str | None = None,
-        peft_config: Any = None,
-        adapter_state_dict: Any = None,
-        *args: Any,
-        **options: Any,
-    ) -> Any:
-        if _corrected.get():
-            return original(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **options)
-        source = peft_model_id or getattr(options.get("load_config"), "pretrained_model_name_or_path", None)
-        if source is None or peft_config is not None or adapter_state_dict is not None:
+    def load_adapter(*args: Any, **options: Any) -> Any:
+        if loads_corrected.get():
+            return original(*args, **options)
+        given = by_name(original, *args, **options)
+        config, source = given.get("load_config"), given.pop("peft_model_id", None)
+        source = source or getattr(config, "pretrained_model_name_or_path", None)
+        if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
             raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
-        hub = (options.pop("adapter_kwargs", None) or {}) | options
-        options = {name: value for name, value in options.items() if name not in _HUB_ARGUMENTS}
-        with _host_loads(gate.admit(_local(source, hub), read)[0]) as directory:
-            return original(self, str(directory), adapter_name, None, None, *args, **options)
+        check_nothing_overrides(given | _mapping(given["self"], config), source)
+        check = functools.partial(_check_swap, given["self"], given.get("adapter_name"))
+        corrected, _ = gate.admit(local_directory(source, _taken_from_hub(given)), read, check)
+        with host_loads(corrected) as directory:
+            return original(peft_model_id=str(directory), **given)
 
     return load_adapter
+
+
+def _check_swap(model: Any, adapter_name: Any, corrected: Adapter) -> None:
+    """Let transformers load over an adapter only what it replaces entirely: the scales are those of the old one."""
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
+    }
+    if layers and not (
+        layers.keys() == corrected.modules.keys()
+        and all(layer.scaling[adapter_name] == 1 for layer in layers.values())
+        and not any(
+            adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name) for layer in layers.values()
+        )
+    ):
+        raise RefusedError(
+            f"{corrected.path}: under a guard transformers swaps it in only for plain LoRA of scale 1 on the same "
+            f"modules, and the model's adapter {adapter_name!r} is other than that; delete it first"
+        )
+
+
+def _mapping(model: Any, config: Any) -> dict[str, Any]:
+    """Return transformers' ``key_mapping`` if there is one: what a load does to names beyond what the model wants."""
+    if config is None:
+        return {}
+    own = get_model_conversion_mapping(model, hf_quantizer=config.hf_quantizer)
+    known = [(mapping.source_patterns, mapping.target_patterns) for mapping in own]
+    mappings = [(mapping.source_patterns, mapping.target_patterns) for mapping in config.weight_mapping or []]
+    return {"key_mapping": [mapping for mapping in mappings if mapping not in known]}
+
+
+def _taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
+    """Take what locates an adapter out of the arguments of transformers' ``load_adapter``; the last word counts."""
+    config = given.get("load_config")
+    hub = dict(getattr(config, "download_kwargs", None) or {})
+    if config is not None:
+        given["load_config"] = replace(config, download_kwargs={})
+    for name in ("download_kwargs", "adapter_kwargs"):
+        hub |= given.pop(name, None) or {}
+    return hub | {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
 
 
 def _hotswap_weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_peft_weights(model_id: Any, device: str | None = None, **options: Any) -> dict[str, torch.Tensor]:
-        if _corrected.get():
+        if loads_corrected.get():
             weights: dict[str, torch.Tensor] = original(model_id, device, **options)
             return weights
-        with _host_loads(gate.admit(_local(model_id, options), read)[0]) as directory:
+        check_nothing_overrides(options, model_id)
+        with host_loads(gate.admit(local_directory(model_id, options), read)[0]) as directory:
             _swapped_config.set(peft.LoraConfig.from_pretrained(str(directory)))
             weights = original(directory, device)
             return weights
@@ -244,7 +298,7 @@ def _hotswap_check(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
         # The guard has not seen ``config1``; `_hotswap` checks the one that counts.
-        if _corrected.get():
+        if loads_corrected.get():
             original(config0, config1)
 
     return check_hotswap_configs_compatible
@@ -257,7 +311,7 @@ def _hotswap(original: Callable[..., Any]) -> Callable[..., Any]:
     def hotswap_adapter_from_state_dict(
         model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **options: Any
     ) -> None:
-        if not _corrected.get():
+        if not loads_corrected.get():
             config = _swapped_config.get()
             if config is None:
                 raise RefusedError("under a guard an adapter is swapped in from a directory, not from memory")
@@ -271,52 +325,11 @@ def _hotswap(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_peft_weights(model_id: Any, *args: Any, **options: Any) -> Any:
-        if not _corrected.get():
+        if not loads_corrected.get():
             raise RefusedError(f"{model_id}: csulora's guard does not cover this way of loading adapter weights")
         return original(model_id, *args, **options)
 
     return load_peft_weights
-
-
-@contextmanager
-def _host_loads(corrected: Adapter) -> Iterator[Path]:
-    """Yield the corrected adapter's directory, and let the host load it."""
-    with private_directory(corrected) as directory:
-        token = _corrected.set(True)
-        try:
-            yield directory
-        finally:
-            _corrected.reset(token)
-
-
-def _without_initialising(corrected: Adapter, options: dict[str, Any]) -> dict[str, Any]:
-    """Spare PEFT the random values that a complete adapter replaces at once, where making them takes longer."""
-    entries = sum(module.b.numel() + module.a.numel() for module in corrected.modules.values())
-    if corrected.partial or entries < _INITIALISED_FASTER * len(corrected.modules):
-        return options
-    return {"low_cpu_mem_usage": True} | options
-
-
-def _local(source: Any, options: dict[str, Any]) -> Path:
-    """Return the local directory of an adapter, and take what locates it out of ``options``."""
-    hub = {name: options.pop(name) for name in _HUB_ARGUMENTS if name in options}
-    subfolder = hub.pop("subfolder", None) or ""
-    directory = Path(source)
-    if not directory.exists():
-        patterns = [str(Path(subfolder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-        try:
-            directory = Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
-        except (
-            Exception
-        ) as error:  # the hub client raises a dozen unrelated types, those of its HTTP library among them
-            raise InputError(f"{source}: no such directory, and not to be had from the hub: {error}") from error
-    return directory / subfolder
-
-
-def _check_name_is_free(adapters: Mapping[str, Any], name: str) -> None:
-    # PEFT would keep the configuration, and with it the scale, of the adapter that has the name.
-    if name in adapters:
-        raise InputError(f"the model has an adapter {name!r} already; delete it first or choose another name")
 
 
 def _of_model(model: Any, adapter_name: str) -> Adapter:

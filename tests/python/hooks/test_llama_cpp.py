@@ -1,6 +1,9 @@
 """The hook with the real library: what llama.cpp computes is what PEFT computes with the corrected adapter."""
 
+import copy
 import json
+import pickle
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -134,6 +137,13 @@ def test_refuses_as_everywhere(world: Path, cache: Path, tmp_path: Path) -> None
 def test_refuses_ways_around_it(name: str, world: Path) -> None:
     with pytest.raises(RefusedError, match=f"{name} would load an adapter that was not corrected"):
         hook.load(world / "model.gguf", world / "one", world / "pack", **{name: str(world / "one.gguf")})
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_refuses_copies_that_would_lose_the_adapter(duplicate: Callable, world: Path) -> None:
+    llama = hook.load(world / "model.gguf", world / "one", world / "pack", **EXACT)
+    with closing(llama), pytest.raises(RefusedError, match="copied without its adapters"):
+        duplicate(llama)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])

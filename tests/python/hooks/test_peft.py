@@ -15,6 +15,7 @@ from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.core_model_loading import WeightRenaming
 
 import csulora
 import factories
@@ -154,6 +155,73 @@ def test_transformers_from_pretrained_is_guarded(adapter: Path, corrected: Path,
     assert_same_update(guarded, LlamaForCausalLM.from_pretrained(tmp_path / corrected.name))
 
 
+def hook_load(path: Path) -> torch.nn.Module:
+    return hook.load(llama(), path, csulora.Subspace.open(path.with_name("pack.safetensors")), POLICY)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("route", [from_pretrained, load_adapter, auto_model, hook_load])
+def test_modules_that_a_file_leaves_out_stay_as_they_are(
+    route: Callable[[Path], torch.nn.Module], pack: Path, tmp_path: Path
+) -> None:
+    """The rank is one from which on PEFT is spared random values: no unset memory may stand in their place."""
+    modules = {"model.layers.0.self_attn.q_proj": (48, 48)}
+    incomplete = factories.save_adapter(tmp_path / "incomplete", modules, rank=400, target_modules=["q_proj", "v_proj"])
+    shutil.copy(pack, tmp_path)
+    fixed, _ = csulora.correct(csulora.load_adapter(incomplete), csulora.Subspace.open(pack), POLICY)
+    csulora.save_adapter(fixed, tmp_path / "fixed")
+    plain = from_pretrained(tmp_path / "fixed")
+
+    with hook.guard(pack, POLICY):
+        guarded = route(incomplete)
+
+    assert not [name for name, parameter in guarded.named_parameters() if parameter.is_meta]
+    assert_same_update(guarded, plain)
+
+
+def test_a_load_that_fails_leaves_no_memory_unset(pack: Path, tmp_path: Path) -> None:
+    """Factors for a linear layer, where the model has an embedding; and factors that the model has no room for."""
+    modules = {"model.layers.0.self_attn.q_proj": (48, 48), "model.embed_tokens": (40, 48), "lm_head": (7, 7)}
+    adapter = factories.save_adapter(tmp_path / "adapter", modules, rank=600, target_modules=list(modules))
+    model = llama()
+
+    with hook.guard(pack, csulora.Policy.csulora(3.0, uncovered="keep")), pytest.raises(RuntimeError, match="size"):
+        PeftModel.from_pretrained(model, adapter)
+
+    assert not [name for name, parameter in model.named_parameters() if parameter.is_meta]
+
+
+def test_options_given_by_position(pack: Path, tmp_path: Path) -> None:
+    modules = {"model.layers.0.self_attn.q_proj": (48, 48)}
+    large = factories.save_adapter(tmp_path / "large", modules, rank=400, target_modules=list(modules))
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]), "other")
+
+    with hook.guard(pack, POLICY):
+        model.load_adapter(large, "large", False, "cpu", True, False, False)
+
+    assert list(model.peft_config) == ["other", "large"]
+
+
+def test_transformers_from_pretrained_loads_the_revision_that_is_asked_for(
+    adapter: Path, corrected: Path, pack: Path, tmp_path: Path
+) -> None:
+    """``adapter`` lies in the hub's cache as revision v1, beside another one as main."""
+    llama().save_pretrained(tmp_path / "model")
+    other = factories.save_adapter(tmp_path / "other", MODULES, seed=7, target_modules=list(MODULES))
+    repository = tmp_path / "hub" / "models--org--adapter"
+    (repository / "refs").mkdir(parents=True)
+    for revision, commit, source in (("main", "a" * 40, other), ("v1", "b" * 40, adapter)):
+        (repository / "refs" / revision).write_text(commit)
+        file = shutil.copytree(source, repository / "snapshots" / commit) / "adapter_config.json"
+        settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")}
+        file.write_text(json.dumps(settings))
+
+    with hook.guard(pack, POLICY):
+        guarded = LlamaForCausalLM.from_pretrained("org/adapter", revision="v1", cache_dir=tmp_path / "hub")
+
+    assert_same_update(guarded, from_pretrained(corrected))
+
+
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.clone() for name, parameter in model.named_parameters()}
 
@@ -237,9 +305,49 @@ def test_weights_and_configurations_from_memory_are_refused(adapter: Path, corre
             PeftModel.from_pretrained(llama(), adapter, config=config)
 
 
-def test_other_readers_of_weights_are_refused(adapter: Path, pack: Path) -> None:
+ELSEWHERE = {r"layers\.0\.self_attn\.q_proj": "layers.1.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda model, path: PeftModel.from_pretrained(model, path, key_mapping=ELSEWHERE),
+        lambda model, path: peft.PeftMixedModel.from_pretrained(model, path, key_mapping=ELSEWHERE),
+        lambda model, path: get_peft_model(model, LoraConfig(target_modules=["q_proj"])).load_adapter(
+            path, "new", False, None, True, False, False, ELSEWHERE
+        ),
+        lambda model, path: hotswap.load_peft_weights(path, key_mapping=ELSEWHERE),
+        lambda model, path: model.load_adapter(
+            str(path), weight_mapping=[WeightRenaming(*pair) for pair in ELSEWHERE.items()]
+        ),
+        lambda model, path: LlamaForCausalLM.from_pretrained(path, key_mapping=ELSEWHERE),
+    ],
+)
+def test_mappings_of_names_are_refused(load: Callable, adapter: Path, pack: Path, tmp_path: Path) -> None:
+    """They would add a corrected update to a module it was not corrected for."""
+    llama().save_pretrained(tmp_path / "model")
+    file = shutil.copytree(adapter, tmp_path / "adapter") / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")}
+    file.write_text(json.dumps(settings))
+
+    with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match=r"pass no (key|weight)_mapping"):
+        load(llama(), tmp_path / "adapter")
+
+
+def test_explicit_load_takes_nothing_that_overrides(adapter: Path, pack: Path) -> None:
+    for override in ({"config": LoraConfig(r=4, lora_alpha=400)}, {"key_mapping": ELSEWHERE}):
+        with pytest.raises(csulora.RefusedError, match="pass no"):
+            hook.load(llama(), adapter, pack, POLICY, **override)
+
+
+@pytest.mark.parametrize("module", ["peft", "peft.utils", "peft.utils.save_and_load", "peft.tuners.cartridge.utils"])
+def test_other_readers_of_weights_are_refused(module: str, adapter: Path, pack: Path) -> None:
+    reader = pytest.importorskip(module).load_peft_weights
+
     with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match="does not cover"):
-        peft.utils.save_and_load.load_peft_weights(str(adapter), device="cpu")
+        sys.modules[module].load_peft_weights(str(adapter), device="cpu")
+
+    assert sys.modules[module].load_peft_weights is reader
 
 
 def test_a_name_that_is_taken_is_not_loaded_over(adapter: Path, pack: Path) -> None:
@@ -247,6 +355,33 @@ def test_a_name_that_is_taken_is_not_loaded_over(adapter: Path, pack: Path) -> N
 
     with hook.guard(pack, POLICY), pytest.raises(csulora.InputError, match="already"):
         model.load_adapter(adapter, "default")
+
+
+def test_transformers_swaps_in_what_the_guard_corrected(adapter: Path, corrected: Path, pack: Path) -> None:
+    other = factories.save_adapter(adapter.with_name("other"), MODULES, seed=7, target_modules=list(MODULES))
+    model = llama()
+
+    with hook.guard(pack, POLICY):
+        model.load_adapter(str(other), "default")
+        model.load_adapter(str(adapter), "default", hotswap=True)
+
+    assert_same_update(model.eval(), from_pretrained(corrected))
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": 400}, {"target_modules": [*MODULES, "v_proj"]}, {"use_dora": True}, {"lora_bias": True}]
+)
+def test_transformers_swaps_nothing_in_for_another_kind_of_adapter(settings: dict, adapter: Path, pack: Path) -> None:
+    config = LoraConfig(**({"r": 4, "lora_alpha": 4, "target_modules": list(MODULES)} | settings))
+    model = llama()
+    model.add_adapter(config, "default")
+    before = parameters(model)
+
+    with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match="delete it first"):
+        model.load_adapter(str(adapter), "default", hotswap=True)
+
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters(model).items())
 
 
 def test_guards_do_not_nest_and_everything_is_restored(adapter: Path, pack: Path) -> None:

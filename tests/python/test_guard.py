@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import csulora
 import factories
 import gguf_files
+from csulora.decisions import DecisionLog, LogError
 from csulora.gate import Gate
 from csulora.guard import DirectoryGuard
 
@@ -206,6 +207,20 @@ def test_directory_that_csulora_did_not_write_is_not_replaced(incoming: Path, pa
 
     assert "not written by csulora" in refusal(incoming, "one")["reason"]
     assert (incoming.with_name("out") / "one" / "mine").read_text() == "mine"
+
+
+def test_a_decision_that_cannot_be_logged_is_none(incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: DecisionLog, decision: object) -> None:
+        raise LogError("no space is left")
+
+    factories.save_adapter(incoming / "good", MODULES)
+    with monkeypatch.context() as broken:
+        broken.setattr(DecisionLog, "record", full)
+        with pytest.raises(LogError):
+            guard(incoming, pack).scan()
+    assert not list(incoming.with_name("out").iterdir())
+    assert guard(incoming, pack).scan()
+    assert [path.name for path in incoming.with_name("out").iterdir()] == ["good"]
 
 
 def test_directories_must_be_apart(incoming: Path, pack: Path) -> None:

@@ -272,7 +272,7 @@ def correct(
         raise typer.BadParameter("--outtype is for --format gguf")
     check_outputs([output, json], [adapter, subspace, policy, base_model])
     start = Policy.load(policy) if policy else (preset or Preset.csulora).policy()
-    if start.overrides and not aligned is partial is off is None:
+    if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
         raise typer.BadParameter("--aligned, --partial and --off do not reach what the policy's overrides match")
     changes: dict[str, Any] = {
         "aligned": aligned,

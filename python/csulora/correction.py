@@ -166,9 +166,10 @@ def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mappi
     if policy.max_undo is None:
         return
     undone = {module.module: module.undo or 0.0 for module in report.measured}
-    for target in set(covered.values()):
-        both = [name for name in undone if covered[name] == target]
-        undone[" and ".join(both)] = sum(undone[name] for name in both)
+    names_of: dict[str, list[str]] = {}
+    for name in undone:
+        names_of.setdefault(covered[name], []).append(name)
+    undone |= {" and ".join(both): sum(undone[name] for name in both) for both in names_of.values()}
     worst = max(undone, key=lambda name: undone[name])
     if undone[worst] > policy.max_undo:
         raise RefusedError(

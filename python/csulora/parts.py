@@ -27,7 +27,7 @@ from csulora.files import (
 from csulora.subspace import FACTORS, ModuleSubspace
 
 _RUN_FILE = "run.json"
-_OWN_FILE = re.compile(rf"run\.json|{LOCK_FILE}|[0-9a-f]{{64}}\.safetensors|\..*{WORKPLACE_SUFFIX}")
+_OWN_FILE = re.compile(rf"{re.escape(_RUN_FILE)}|{LOCK_FILE}|[0-9a-f]{{64}}\.safetensors|\..*{WORKPLACE_SUFFIX}")
 
 
 class Parts:

@@ -61,7 +61,7 @@ def match_all(keys: Sequence[str], template: str, names: Sequence[str], path: Pa
 
 def _match_here(pattern: str, names: Sequence[str], deadline: float, path: Path) -> Row:
     if time.monotonic() > deadline:
-        raise RefusedError(f"{path}: {_TOO_SLOW}") from TimeoutError()
+        raise RefusedError(f"{path}: {_TOO_SLOW}") from TimeoutError()  # tells that it may pass another time
     matches = map(re.compile(pattern).match, names)
     return [match and (match.groupdict().get("idx") or "") for match in matches]
 

@@ -93,9 +93,7 @@ def local_directory(source: Any, options: dict[str, Any]) -> Path:
         patterns = [str(Path(subfolder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
         try:
             directory = Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
-        except (
-            Exception
-        ) as error:  # the hub client raises a dozen unrelated types, those of its HTTP library among them
+        except Exception as error:  # the hub client raises a dozen unrelated types, its HTTP library's among them
             raise InputError(f"{source}: no such directory, and not to be had from the hub: {error}") from error
     return directory / subfolder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -96,7 +97,7 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
     nothing that the new directory does not hold too.
 
     Raises:
-        InputError: ``path`` cannot be created or must not be replaced.
+        InputError: ``path`` cannot be created or must not be replaced, or another process wrote it meanwhile.
     """
     check_parent(path)
     with workplace(path) as place:
@@ -109,10 +110,15 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
             file.chmod(permissions)
             _flush_to_disk(file)
         _flush_to_disk(temporary)
-        if path.exists():
-            # A directory cannot be renamed over another: for a moment there is none.
-            path.rename(place / "old")
-        temporary.rename(path)
+        try:
+            if path.exists():
+                # A directory cannot be renamed over another: for a moment there is none.
+                path.rename(place / "old")
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise InputError(f"{path}: another process wrote it meanwhile; see which of the two is wanted") from error
         _flush_to_disk(path.absolute().parent)
 
 

@@ -153,6 +153,28 @@ def test_a_failure_leaves_the_old_directory_and_nothing_else(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("present", [False, True], ids=["fresh", "replaced"])
+def test_of_two_processes_that_write_a_directory_at_once_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, present: bool
+) -> None:
+    path = tmp_path / "out"
+    if present:
+        write_directory(path)
+    rename = Path.rename
+
+    def rename_second(source: Path, target: Path) -> Path:
+        if target == path:
+            monkeypatch.setattr(Path, "rename", rename)
+            write_directory(path, (MARKER, "theirs"))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", rename_second)
+    with pytest.raises(InputError, match="another process wrote it meanwhile"):
+        write_directory(path)
+    assert {file.name for file in path.iterdir()} == {MARKER, "theirs"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_tensors_survive_and_failures_to_write_them_are_os_errors(tmp_path: Path) -> None:
     tensors = {"x": torch.arange(6.0).reshape(2, 3).t()}
     files.save_tensors(tensors, tmp_path / "file", {"key": "value"})

@@ -5,8 +5,11 @@
 Three adapters of 224 modules (rank 16 with 64 directions, 64 with 64, 16 with 256), and for the first how time grows
 with directions and with layers. The dense formula is Safe LoRA's (C = D D^T / |D|_F, C B A, cosine), timed once on one
 module of each shape and scaled to all of them. Eager PyTorch runs the same factor algorithm module by module.
-Before anything is timed, all modules must agree with eager PyTorch in float64. Writes bench/results/correction.json,
-with a suffix for another kind of CPU.
+Before anything is timed, all modules must agree with eager PyTorch in float64.
+
+The floor is the larger of the time of the bytes that must be read and written once, at the rate of a copy in memory,
+and of the operations that the factor algorithm cannot do without, at the rate of large square products of their type,
+all measured in the same run. Writes bench/results/correction.json, with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import LLAMA_3_8B, interleaved, read_files, save, seconds
+from measuring import COPY_BYTES, GEMM_FLOPS, LLAMA_3_8B, copy, gemm, interleaved, read_files, save, seconds
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -154,6 +157,19 @@ def _dense_module_seconds(rows: int, columns: int) -> tuple[float, float]:
     return seconds(make_projector), seconds(apply)
 
 
+def floor(rank: int, directions: int, times: Mapping[str, Mapping[str, Any]]) -> float:
+    """The seconds of whatever takes longer: moving the bytes, or computing.
+
+    Of every row of either factor: its coordinates and what they span, one product with what the rank rule keeps, in
+    float32, and in float64 half of a symmetric Gram matrix of both parts.
+    """
+    ends = LAYERS * sum(rows + columns for rows, columns in LLAMA_3_8B.values())
+    moved = ends * (2 * directions + 2 * rank + 2 * rank)
+    single, double = ends * (4 * directions * rank + 4 * rank**2), ends * 4 * rank**2
+    computing = single * times["gemm"]["median"] + double * times["float64 gemm"]["median"]
+    return float(max(moved / COPY_BYTES * times["copy"]["median"], computing / GEMM_FLOPS))
+
+
 def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[str, Any]:
     """Time one adapter and pack."""
     rank, directions = case
@@ -167,6 +183,9 @@ def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[st
     scoped = [module.task(RESTORING, scopes) for module in modules]
     times = interleaved(
         {
+            "gemm": gemm(),
+            "float64 gemm": gemm(torch.float64),
+            "copy": copy(),
             "read": lambda: read_files(*files),
             "csulora": lambda: _core.correct(penalised),
             "csulora, 64 directions": lambda: _core.correct(along),
@@ -179,7 +198,13 @@ def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[st
     )
     for file in files:
         file.unlink()
-    return {"rank": rank, "directions": directions, "largest_difference": worst, "seconds": times}
+    return {
+        "rank": rank,
+        "directions": directions,
+        "largest_difference": worst,
+        "seconds": times,
+        "floor_seconds": floor(rank, directions, times),
+    }
 
 
 def growth(points: Sequence[tuple[int, int]], repetitions: int, directory: Path) -> list[dict[str, Any]]:

@@ -56,13 +56,23 @@ def summary(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "least": min(values), "repetitions": len(values)}
 
 
-def gemm() -> Callable[[], object]:
-    """Return a large square float32 product, `GEMM_FLOPS` operations."""
-    left, right = torch.randn(2, 4096, 4096)
+def gemm(dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """Return a large square product, `GEMM_FLOPS` operations."""
+    left, right = torch.randn(2, 4096, 4096).to(dtype)
     return lambda: left @ right
 
 
 GEMM_FLOPS = 2 * 4096**3
+
+
+def copy() -> Callable[[], object]:
+    """Return a copy in memory that reads and writes `COPY_BYTES` together."""
+    source = torch.zeros(COPY_BYTES // 2, dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+COPY_BYTES = 1 << 30
 
 
 def read_files(*files: Path) -> None:

@@ -37,7 +37,10 @@ def extraction_rows() -> list[tuple[str, str]]:
                 if peer in results["seconds"]
             )
             share = results["share_of_gemm_rate"][ours]
-            rows.append((f"{what}, {ours}", f"{median:.2f} s: {ratios}; {share:.0%} of the GEMM rate"))
+            figures = f"{median:.2f} s: {ratios}; {share:.0%} of the GEMM rate"
+            if "floor_seconds" in results:
+                figures += f", {median / results['floor_seconds'][ours]:.1f} times the floor"
+            rows.append((f"{what}, {ours}", figures))
     return rows
 
 
@@ -68,6 +71,8 @@ def correction_case_rows(case: dict[str, Any], results: dict[str, Any]) -> list[
     if case["rank"] == 16:
         ratios += [f"{seconds / ours:.0f}x {name}" for name, seconds in results["dense_seconds"].items()]
     ratios.append(f"{ours / medians['read']:.1f} times reading the files")
+    if "floor_seconds" in case:
+        ratios.append(f"{ours / case['floor_seconds']:.1f} times the floor")
     modules, rank, directions = results["modules"], case["rank"], case["directions"]
     what = f"{machine(results)}: correction of {modules} modules, r {rank}, k {directions}"
     along = [name for name in medians if name.startswith("csulora, ")]

@@ -84,11 +84,11 @@ def read_files(*files: Path) -> None:
                 pass
 
 
-def save(name: str, results: dict[str, Any]) -> None:
-    """Write ``bench/results/NAME.json`` with where it was measured."""
+def machine() -> dict[str, Any]:
+    """Say what measured, in which state."""
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
-    machine = {
+    return {
         "cpu": cpu.partition(":")[2].strip(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -98,5 +98,9 @@ def save(name: str, results: dict[str, Any]) -> None:
         "commit": commit.stdout.strip(),
         "load_average": os.getloadavg(),
     }
-    document = {"machine": machine} | results
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    """Write ``bench/results/NAME.json`` with where it was measured."""
+    document = {"machine": machine()} | results
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Peak memory of `csulora extract` on matrices of Llama-3-8B's shapes: it must not grow with the number of layers.
 
-    python bench/memory/extract.py [--rank 64] [--json FILE]
+    python bench/python/memory.py [--rank 64] [--json FILE]
 
 Writes random bfloat16 checkpoint pairs of 2 and of 6 layers to a temporary directory (11 GB of disk, removed after),
 runs the command on each and prints the peak of its resident memory beyond that of an interpreter that has imported
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,24 +21,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors
 import torch
+from measuring import LLAMA_3_8B, machine
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-import csulora
-
-SHAPES = {
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}
-LARGEST = 4 * max(rows * columns for rows, columns in SHAPES.values())  # bytes in float32
+LARGEST = 4 * max(rows * columns for rows, columns in LLAMA_3_8B.values())  # bytes in float32
 LAYERS = (2, 6)
 FULL_RANK = 512  # eight times 512 and oversampling exceed 4096
 MOST_GROWTH = 1.1
@@ -76,7 +63,7 @@ def write_pair(directory: Path, layers: int) -> tuple[Path, Path]:
     for layer in range(layers):
         shard = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
         weights: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
-        for module, (rows, columns) in SHAPES.items():
+        for module, (rows, columns) in LLAMA_3_8B.items():
             name = f"model.layers.{layer}.{module}.weight"
             before = 0.02 * gaussian(rows, columns)
             falling = torch.arange(1, 65).rsqrt() * 1e-3
@@ -128,22 +115,6 @@ def run(layers: int, rank: int, modules: tuple[str, ...], baseline: Peak) -> dic
     }
 
 
-def environment() -> dict[str, object]:
-    """Describe what was measured on."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
-    return {
-        "cpu": cpu.partition(":")[2].strip(),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "safetensors": safetensors.__version__,
-        "csulora": csulora.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def show(runs: list[dict[str, object]]) -> None:
     """Print the multiples."""
     table = Table("layers", "rank", "peak", "anonymous", "files", "seconds", title="multiples of 14336 x 4096 float32")
@@ -166,7 +137,12 @@ def main() -> int:
     runs.append(run(1, FULL_RANK, ("*.mlp.up_proj", "*.mlp.down_proj"), baseline))
     show(runs)
     if arguments.json:
-        result = {**environment(), "largest_matrix_bytes": LARGEST, "baseline_bytes": asdict(baseline), "runs": runs}
+        result = {
+            "machine": machine(),
+            "largest_matrix_bytes": LARGEST,
+            "baseline_bytes": asdict(baseline),
+            "runs": runs,
+        }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     few, many, *_ = multiples = [result["multiples_beyond_baseline"]["total"] for result in runs]

@@ -40,7 +40,9 @@ double root_bound(const Tensor& eigenvalues, int64_t index) {
 SingularTriples exact_triples(const Tensor& matrix, const WantedCount& wanted) {
   const bool wide = matrix.size(0) < matrix.size(1);
   const auto tall = wide ? matrix.t() : matrix;  // (longer, shorter)
-  const auto [eigenvalues, eigenvectors] = at::linalg_eigh(gram(tall));
+  auto eigenvectors = gram(tall).t();            // the same matrix, laid out as the solver writes
+  auto eigenvalues = at::empty({eigenvectors.size(0)}, eigenvectors.options());
+  at::linalg_eigh_out(eigenvalues, eigenvectors, eigenvectors);  // in its memory: the largest there is
   SingularTriples triples;
   triples.computed = eigenvalues.flip(0).clamp_min_(0).sqrt_();
   const int64_t count = wanted(triples.computed);

@@ -29,6 +29,11 @@ void check_options(const ExtractOptions& options) {
         "factor_dtype must be float16, bfloat16 or float32");
 }
 
+/// Whether a search in a Krylov space takes less than a full decomposition.
+bool is_searched(const Tensor& matrix, int64_t limit) {
+  return std::min(matrix.size(0), matrix.size(1)) > kExactBlocks * (limit + kOversampling);
+}
+
 /// How many computed singular values are neither below the edge nor rounding of the computation.
 int64_t count_above_noise(const Tensor& values, double noise_edge) {
   if (values.numel() == 0) {
@@ -55,10 +60,10 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
     return {at::empty({d.matrix.size(0), 0}, options), none, at::empty({d.matrix.size(1), 0}, options), 0, none};
   }
   const auto wanted = [&](const Tensor& values) { return wanted_count(values, d, limit, options); };
-  const int64_t short_side = std::min(d.matrix.size(0), d.matrix.size(1));
-  const int64_t block = limit + kOversampling;
-  if (short_side > kExactBlocks * block && fits_float32(d)) {
-    const KrylovOptions krylov{block, short_side / 2 / block, options.tolerance, options.seed};
+  if (is_searched(d.matrix, limit) && fits_float32(d)) {
+    const int64_t block = limit + kOversampling;
+    const int64_t max_blocks = std::min(d.matrix.size(0), d.matrix.size(1)) / 2 / block;
+    const KrylovOptions krylov{block, max_blocks, options.tolerance, options.seed};
     if (d.rough.defined()) {
       if (auto triples = rough_block_krylov(d.matrix, d.rough, wanted, krylov)) {
         return *std::move(triples);
@@ -85,8 +90,10 @@ Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const Extra
   check_options(options);
   const c10::NoGradGuard no_grad;
   const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
-  const auto d = displacement(base, aligned, options.noise_std, /*roughly_too=*/true, workspace);
-  const auto triples = leading_triples(d, std::min({options.rank, d.matrix.size(0), d.matrix.size(1)}), options);
+  check_matrix(base, "base");
+  const int64_t limit = std::min({options.rank, base.size(0), base.size(1)});
+  const auto d = displacement(base, aligned, options.noise_std, is_searched(base, limit), workspace);
+  const auto triples = leading_triples(d, limit, options);
   Subspace subspace{triples.u.to(options.factor_dtype).contiguous(), triples.s.to(at::kFloat),
                     triples.v.to(options.factor_dtype).contiguous()};
   check(subspace.s.isfinite().logical_and(subspace.s > 0).all().item<bool>(),

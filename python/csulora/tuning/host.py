@@ -17,6 +17,7 @@ from csulora.tuning.probes import Chat
 BATCH = 16  # prompts that run together where nothing is fitted
 _DECISIVE = 8  # first tokens of a reply that must be the same for it to count as the same reply
 _OUTCOMES = 64  # likeliest next tokens that are told apart; all others are one outcome
+_SHOWN = 60  # characters of a prompt in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +42,20 @@ class Host:
 
     def __init__(self, model: Any, tokenizer: Any, longest_reply: int) -> None:
         """Freeze the model; replies have at most ``longest_reply`` tokens."""
+        from transformers import GenerationConfig
+
         self.model, self.tokenizer, self.longest_reply = model.eval().requires_grad_(False), tokenizer, longest_reply
         self.device: torch.device = next(model.parameters()).device
+        self._ends = _end_tokens(model, tokenizer)
+        # Without repetition penalties and the like, with which a reply would not be what the model finds likeliest.
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)  # type: ignore[no-untyped-call]
 
     @classmethod
     def open(cls, path: str, device: str, longest_reply: int) -> Host:
         """Load a model directory or hub id.
 
         Raises:
-            InputError: transformers is not installed, or does not load the model, or there is no such device.
+            InputError: transformers is not installed, or does not load the whole model, or there is no such device.
         """
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,9 +67,14 @@ class Host:
             raise InputError("torch finds no CUDA device here; use --device cpu")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
+        except Exception as error:  # transformers raises what each model's code does
             raise InputError(f"{path}: transformers does not load this model: {error}") from error
+        model, loaded = opened
+        if missing := sorted(loaded["missing_keys"]):
+            raise InputError(f"{path}: {missing[0]} is missing, and {len(missing) - 1} more weights of this model")
         return cls(model.to(device), tokenizer, longest_reply)
 
     @contextmanager
@@ -95,31 +106,53 @@ class Host:
         return module
 
     def encode(self, chat: Chat) -> list[int]:
-        """Tokens of a prompt, up to where the reply begins; without a chat template, of its last turn's text."""
+        """Tokens of a prompt, up to where the reply begins; without a chat template, of its only turn's text.
+
+        Raises:
+            InputError: the model does not take the prompt.
+        """
+        tokens, shown = self._tokens(chat), _shown(chat)
+        if not tokens:
+            raise InputError(f"the prompt {shown} has no tokens")
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and len(tokens) + self.longest_reply > most:
+            raise InputError(
+                f"the prompt {shown} has {len(tokens)} tokens and its reply up to {self.longest_reply}; "
+                f"the model takes {most}"
+            )
+        return tokens
+
+    def _tokens(self, chat: Chat) -> list[int]:
         if self.tokenizer.chat_template is None:
-            tokens: list[int] = self.tokenizer(chat[-1].content)["input_ids"]
-            return tokens
+            if len(chat) > 1:
+                raise InputError(f"the model has no chat template, and the prompt {_shown(chat)} has {len(chat)} turns")
+            return list(self.tokenizer(chat[-1].content)["input_ids"])
         turns = [{"role": message.role, "content": message.content} for message in chat]
         try:
             encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # a template may raise what it likes
-            raise InputError(
-                f"the model's chat template does not take the prompt {chat[-1].content!r}: {error}"
-            ) from error
+            raise InputError(f"the model's chat template does not take the prompt {_shown(chat)}: {error}") from error
         return list(encoded["input_ids"])
 
     @torch.no_grad()
     def replies(self, chats: Sequence[Chat]) -> list[Reply]:
-        """The model's greedy reply to every prompt, as it now stands: with what `adapted` adds to it."""
-        prompts = [self.encode(chat) for chat in chats]
+        """The model's greedy reply to every prompt, as it now stands: with what `adapted` adds to it.
+
+        Raises:
+            InputError: the model does not take a prompt, or computes NaN.
+        """
+        prompts = [self.encode(chat) for chat in chats]  # all at once: the last may be one that the model does not take
         replies: list[Reply] = []
         for start in range(0, len(prompts), BATCH):
-            replies += self._reply(prompts[start : start + BATCH])
+            replies += self._reply(chats[start : start + BATCH], prompts[start : start + BATCH])
         return replies
 
-    def _reply(self, prompts: list[list[int]]) -> list[Reply]:
+    def _reply(self, chats: Sequence[Chat], prompts: list[list[int]]) -> list[Reply]:
         texts, starts = self._continued(prompts), [len(prompt) for prompt in prompts]
         logs = self.log_probabilities(texts, starts)
+        for chat, log in zip(chats, logs, strict=True):
+            if log.isnan().any():
+                raise InputError(f"the model computes NaN in {self.model.dtype} for the prompt {_shown(chat)}")
         return [_reply(*row) for row in zip(texts, starts, logs, strict=True)]
 
     @torch.no_grad()
@@ -136,7 +169,7 @@ class Host:
     def _continued(self, prompts: list[list[int]]) -> list[Tensor]:
         """Tokens of prompts, each followed by the model's greedy reply."""
         longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        pad = min(self._ends, default=0)  # a token that the model has, which its tokenizer's for padding need not be
         padded = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor(
             [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device
@@ -148,9 +181,8 @@ class Host:
             do_sample=False,
             pad_token_id=pad,
         )
-        ends = _end_tokens(self.model, self.tokenizer)
         return [
-            torch.cat([padded.new_tensor(prompt), _until_end(row[longest:], ends)])
+            torch.cat([padded.new_tensor(prompt), _until_end(row[longest:], self._ends)])
             for prompt, row in zip(prompts, output, strict=True)
         ]
 
@@ -187,6 +219,11 @@ def _reply(text: Tensor, start: int, logs: Tensor) -> Reply:
     top, outcomes = logs.topk(min(_OUTCOMES, logs.shape[1]))
     rest = torch.log((1 - top.exp().sum(1, keepdim=True)).clamp(min=1e-6))
     return Reply(text, start, outcomes, torch.cat([top, rest], 1))
+
+
+def _shown(chat: Chat) -> str:
+    text = chat[-1].content
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -1,0 +1,102 @@
+"""The model that a policy is fitted to: its settings, its limits, and prompts that it cannot take."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_host
+from csulora.errors import InputError
+from csulora.tuning.host import Host, agreeing
+from csulora.tuning.probes import Chat, Message, parse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_host.Place:
+    return tiny_host.build(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def host(place: tiny_host.Place) -> Host:
+    return Host.open(str(place.aligned), "cpu", tiny_host.REPLY)
+
+
+def asking(text: str) -> tuple[Chat]:
+    return ((Message("user", text),),)
+
+
+def test_replies_are_greedy_whatever_the_model_says_of_its_generation(
+    host: Host, place: tiny_host.Place, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(place.aligned, tmp_path / "model")
+    config = json.loads((model / "generation_config.json").read_text())
+    config |= {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.8, "max_length": 9}
+    (model / "generation_config.json").write_text(json.dumps(config))
+    prompts = parse(place.keep.read_bytes())
+    other = Host.open(str(model), "cpu", tiny_host.REPLY)
+    capfd.readouterr()
+    replies = other.replies(prompts)
+    assert [reply.tokens.tolist() for reply in replies] == [reply.tokens.tolist() for reply in host.replies(prompts)]
+    assert all(agreeing(other, replies))
+    assert not capfd.readouterr().err
+
+
+def test_a_prompt_that_leaves_no_room_for_the_reply_is_refused(host: Host) -> None:
+    longest = 64 - tiny_host.REPLY  # of the model's 64 positions
+    assert host.replies(asking("w1 " * longest))[0].start == longest
+    with pytest.raises(InputError, match=r"'w1 w1 .*\.\.\.' has 59 tokens and its reply up to 6; the model takes 64"):
+        host.replies(asking("w1 " * (longest + 1)))
+
+
+def test_turns_that_a_model_without_a_chat_template_would_not_see_are_refused(host: Host) -> None:
+    chat = (Message("system", "w1 w2"), Message("user", "w3"))
+    with pytest.raises(InputError, match="no chat template, and the prompt 'w3' has 2 turns"):
+        host.replies((chat,))
+
+
+def test_a_prompt_of_no_tokens_is_refused(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "tokenizer", lambda text: {"input_ids": []})
+    monkeypatch.setattr(host.tokenizer, "chat_template", None, raising=False)
+    with pytest.raises(InputError, match="'w1' has no tokens"):
+        host.replies(asking("w1"))
+
+
+def test_a_model_that_computes_nan_is_no_model_to_agree_with(host: Host) -> None:
+    name, (rows, columns) = list(tiny_host.MODULES.items())[1]
+    huge: tuple[Tensor, Tensor] = torch.full((rows, 1), 1e30), torch.full((1, columns), 1e30)
+    with host.adapted({name: huge}), pytest.raises(InputError, match=r"computes NaN in torch\.float32 for .*'w1'"):
+        host.replies(asking("w1"))
+
+
+def test_a_model_that_is_not_whole_is_refused(place: tiny_host.Place, tmp_path: Path) -> None:
+    config = json.loads((place.aligned / "config.json").read_text())
+    for name, changed, message in (
+        ("deeper", {"num_hidden_layers": 3}, r"model\.layers\.2\.\S+ is missing, and 8 more weights"),
+        ("wider", {"hidden_size": 64}, "does not load this model"),
+        ("torn", {"num_attention_heads": "two"}, "does not load this model"),
+    ):
+        model = shutil.copytree(place.aligned, tmp_path / name)
+        (model / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(InputError, match=message):
+            Host.open(str(model), "cpu", tiny_host.REPLY)
+    weights = shutil.copytree(place.aligned, tmp_path / "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match="does not load this model"):
+        Host.open(str(weights.parent), "cpu", tiny_host.REPLY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reply_does_not_depend_on_what_else_is_in_its_batch(place: tiny_host.Place, dtype: torch.dtype) -> None:
+    host = Host.open(str(place.aligned), "cpu", tiny_host.REPLY)
+    host.model.to(dtype)
+    prompts = [chat for words in range(1, 9) for chat in asking("w5 w6 " * words)]
+    together = host.replies(prompts)
+    for prompt, reply in zip(prompts, together, strict=True):
+        (alone,) = host.replies([prompt])
+        assert alone.tokens.tolist() == reply.tokens.tolist()
+        torch.testing.assert_close(alone.logs, reply.logs, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)

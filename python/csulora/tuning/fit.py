@@ -78,7 +78,7 @@ def held_loss(host: Host, cases: Sequence[Case], gains: Gains, parameters: Tenso
 def _loss(host: Host, case: Case, replies: Replies, gains: Gains, parameters: Tensor, options: Options) -> Tensor:
     corrected = gains.correct(parameters, case.index, case.update)
     every = [reply for kind in replies.kinds for reply in kind]
-    with host.adapted(corrected):
+    with host.adapted(corrected | case.update.untouched):
         logs = host.log_probabilities([reply.tokens for reply in every], [reply.start for reply in every])
     divergences = torch.stack([divergence(reply, log) for reply, log in zip(every, logs, strict=True)])
     loss: Tensor = options.change * case.update.change2(corrected)

@@ -32,6 +32,7 @@ class Update:
         norms2: (modules) float32, |dW|^2.
         scopes: per module, the inputs on which a scoped policy acts; none for one that acts on all.
         strength: by which a policy multiplies the penalties of its directions, see `strengthened`.
+        untouched: factors of the modules that the pack does not cover, if they are to be kept.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Update:
     norms2: Tensor
     scopes: dict[str, Scope] = field(default_factory=dict)
     strength: float = 1.0
+    untouched: dict[str, Pair] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: Adapter, pack: Subspace, uncovered: str = "refuse") -> Update:
@@ -55,6 +57,10 @@ class Update:
             if module.is_embedding:
                 raise RefusedError(f"{adapter.path}: {name} is an embedding; tune fits updates of linear layers")
         targets = cover(adapter, pack, Policy.none(uncovered=uncovered))
+        if not any(pack[target].rank for target in targets.values()):
+            raise InputError(
+                f"{adapter.path}: the pack has no direction of the alignment in any of the adapter's modules"
+            )
         subspaces = pack.to_core(targets.values())
         pairs: dict[str, list[Pair]] = {name: [] for name in targets}
         for part in range(len(PARTS)):
@@ -66,10 +72,11 @@ class Update:
         norms2 = torch.tensor([result.norm**2 for result in results])
         if not float(norms2.sum()) > 0:
             raise InputError(f"{adapter.path}: the adapter changes nothing; there is nothing to tune")
+        whole = pairs_of(adapter)
         return cls(
             adapter.path.resolve().name,
             targets,
-            {name: pair for name, pair in pairs_of(adapter).items() if name in targets},
+            {name: whole[name] for name in targets},
             {
                 name: (torch.cat([b for b, _ in parts], 1), torch.cat([a for _, a in parts]))
                 for name, parts in pairs.items()
@@ -81,6 +88,7 @@ class Update:
             energies,
             norms2,
             {name: scope for name, target in targets.items() if (scope := pack.scope(target))},
+            untouched={name: pair for name, pair in whole.items() if name not in targets and uncovered == "keep"},
         )
 
     def mixed(self, gains: Tensor) -> dict[str, Pair]:
@@ -146,6 +154,7 @@ class Update:
             energies=self.energies.to(device),
             norms2=self.norms2.to(device),
             scopes={name: scope.to(device) for name, scope in self.scopes.items()},
+            untouched=moved(self.untouched),
         )
 
 

@@ -107,6 +107,11 @@ def test_an_update_of_nothing_or_of_an_embedding_is_refused(adapter: csulora.Ada
         Update.of(csulora.Adapter({name: embedding}, {}, Path("embedding"), ""), pack)
 
 
+def test_an_adapter_without_a_direction_in_the_pack_is_refused(adapter: csulora.Adapter) -> None:
+    with pytest.raises(InputError, match="no direction of the alignment in any of the adapter's modules"):
+        Update.of(adapter, factories.pack(tiny_host.MODULES, rank=0))
+
+
 def test_the_host_computes_as_with_the_dense_update(host: Host, adapter: csulora.Adapter) -> None:
     dense = tiny_host.llama()
     weights = {name: weight.clone() for name, weight in host.model.state_dict().items()}
@@ -190,6 +195,22 @@ def test_the_loss_adds_up_the_means_of_every_kind(host: Host, case: Case) -> Non
             means.append(float(sum(each)) / len(each))
     twin = means[0] + 3.0 * (means[1] + means[2]) + 0.2 * float(case.update.change2(corrected))
     assert held_loss(host, [replace(case, held=held)], gains, gains.start(), options) == pytest.approx(twin, rel=1e-4)
+
+
+def test_modules_that_are_kept_uncovered_are_there_while_gains_are_fitted(
+    host: Host, case: Case, adapter: csulora.Adapter, pack: csulora.Subspace
+) -> None:
+    few = csulora.Subspace(dict(list(pack.items())[:2]), pack.provenance)
+    kept, dropped = (Update.of(adapter, few, uncovered) for uncovered in ("keep", "drop"))
+    gains, options = PerModule(2), Options(change=0.0)
+    whole = torch.full(gains.shape, 30.0)
+    own = Replies((), case.held.keep)  # the adapter's with all of its modules
+    losses = [
+        held_loss(host, [Case(update, torch.arange(2), own, own)], gains, whole, options) for update in (kept, dropped)
+    ]
+    assert losses[0] == pytest.approx(0, abs=1e-4)
+    assert losses[1] > 0.1
+    assert set(kept.untouched) == set(adapter.modules) - set(kept.targets)
 
 
 def test_ordinary_prompts_are_fitted_to_as_keep_prompts_are(host: Host, case: Case) -> None:

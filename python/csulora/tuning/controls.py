@@ -26,8 +26,8 @@ def random_subspaces(pack: Subspace, seed: int) -> Subspace:
 
 
 def own_subspaces(pack: Subspace, adapter: Adapter, targets: dict[str, str]) -> Subspace:
-    """Return a pack with the leading directions of an adapter's own update; ``targets`` as `Update` has them."""
-    modules = {}
+    """Return the pack with the leading directions of an adapter's own update; ``targets`` as `Update` has them."""
+    modules = dict(pack)
     for name, target in targets.items():
         module = adapter.modules[name]
         left, right = torch.linalg.qr(module.b.float()), torch.linalg.qr(module.a.float().T)

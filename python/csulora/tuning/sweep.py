@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from csulora.policy import Directions, Override, Policy
@@ -61,14 +62,16 @@ def fitted(modules: Sequence[str], gains: Tensor, others: bool, rest: dict[str, 
 def fitted_along(ranks: Mapping[str, int], gains: Tensor, others: bool, rest: dict[str, Any]) -> Policy:
     """Return the policy with gains (modules, 2 or 3, directions), as `Update.along` takes them, as each module's rank.
 
-    ``others``: the pack has more modules, which get the mean gains for all directions; nothing is restored there.
+    ``others``: the pack has more modules, which get the mean gains of all directions that there are, for each of
+    theirs; nothing is restored there.
     """
     named = [
         Override(name, directions=Directions(*(tuple(side[:rank]) for side in row)))
         for (name, rank), row in zip(ranks.items(), gains.tolist(), strict=True)
     ]
     if others:
-        left, right = gains[:, :2].mean((0, 2)).tolist()
+        within = [row[:2, :rank] for rank, row in zip(ranks.values(), gains, strict=True)]
+        left, right = torch.cat(within, 1).mean(1).tolist()
         named.append(Override("*", gains=(left * right, left, right, 1.0)))
     return Policy.none(overrides=tuple(named), **rest)
 

@@ -80,7 +80,9 @@ class Run:
         self.rest: dict[str, Any] = {"uncovered": request.uncovered}
         updates = [Update.of(adapter, self.pack, request.uncovered) for adapter in self.adapters]
         self.targets = [update.targets for update in updates]
-        self.modules = sorted({target for targets in self.targets for target in targets.values()})
+        every = {target for targets in self.targets for target in targets.values()}
+        # A policy's patterns match ends of names too, and the first counts: those that end others come after them.
+        self.modules = sorted(every, key=lambda name: (-name.count("."), name))
         self.done, self.total = 0, self._total()
         self.fitted: set[str] = set()
 
@@ -255,17 +257,19 @@ class Run:
         if stage not in self.fitted:  # one adapter's fit is asked for twice
             self.fitted.add(stage)
             self.done = before + self._steps(len(numbers))  # also if it ended early, or was there already
-        others = len(self.pack) > len(self.modules) and family in self._candidates
-        gains = torch.tensor(rows)
+        fitted = {target for number in numbers for target in self.targets[number].values()}
+        modules = [name for name in self.modules if name in fitted]
+        others = len(self.pack) > len(modules)
+        gains = torch.tensor([row for name, row in zip(self.modules, rows, strict=True) if name in fitted])
         if gains.dim() == 3:
             packs = [self.subspaces(family, number) for number in range(len(self.adapters))]
-            ranks = {name: min(pack[name].rank for pack in packs if name in pack) for name in self.modules}
+            ranks = {name: min(pack[name].rank for pack in packs) for name in modules}
             rest = self.rest | {
                 "usual_energy": self._usual_energy(family, numbers),
                 "scoped": self._is_scoped(family),
             }
             return sweep.fitted_along(ranks, gains, others, rest)
-        return sweep.fitted(self.modules, gains, others, self.rest)
+        return sweep.fitted(modules, gains, others, self.rest)
 
     def _fit(self, family: str, numbers: Sequence[int], weight: float) -> Tensor:
         gains = self._gains(family)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import csulora
+import factories
 import tiny_host
 from csulora import cli
 from csulora.errors import InputError, RefusedError
@@ -248,6 +249,39 @@ def test_modules_that_no_adapter_had_get_the_mean_gains(place: tiny_host.Place, 
     if document.overrides:  # the best there was may be a preset
         assert document.overrides[-1].match == "*"
     csulora.correct(adapter, whole.pack, document)
+
+
+def test_adapters_need_not_have_the_same_modules(place: tiny_host.Place, tmp_path: Path) -> None:
+    whole = request(place, 2)
+    shares = list(tiny_host.MODULES)[:2], list(tiny_host.MODULES)[2:]
+    adapters = [
+        replace(adapter, modules={name: adapter.modules[name] for name in share})
+        for adapter, share in zip(whole.adapters, shares, strict=True)
+    ]
+    differing = replace(whole, adapters=adapters, options=Options(steps=1))
+    run = module.Run(differing, tmp_path / "run.toml", None)
+    for family in (*module.CANDIDATES, *module.CONTROLS):
+        for number, share in enumerate(shares):
+            assert [override.match for override in run.policy(family, [number], 1.0).overrides] == [*sorted(share), "*"]
+    frontier = tune(differing, tmp_path / "policy.toml")
+    assert {point.family for point in frontier.points} >= {*module.CANDIDATES, *module.CONTROLS}
+
+
+def test_a_module_gets_its_own_gains_if_its_name_ends_anothers(place: tiny_host.Place, tmp_path: Path) -> None:
+    shapes = {"head": (8, 8), "draft.head": (8, 8)}
+    own = replace(request(place), pack=factories.pack(shapes), adapters=[factories.adapter(shapes)])
+    names = module.Run(own, tmp_path / "run.toml", None).modules
+    policy = sweep.fitted(names, torch.tensor([[at / 4] * 4 for at in range(2)]), False, {})
+    assert [policy.attenuation(name).off for name in names] == [0, 0.25]
+
+
+def test_the_mean_gains_are_those_of_directions_that_there_are() -> None:
+    gains = torch.full((3, 3, 5), 0.9)
+    gains[0, :2, :2] = torch.tensor([[0.1, 0.3], [0.2, 0.4]])
+    gains[1, :2, :1] = torch.tensor([[0.8], [0.0]])
+    policy = sweep.fitted_along({"a": 2, "b": 1, "c": 0}, gains, True, {})
+    assert policy.overrides[-1].match == "*"
+    assert policy.overrides[-1].gains == pytest.approx((0.4 * 0.2, 0.4, 0.2, 1.0))
 
 
 def point(family: str, guard: int, keep: int, change: float = 0.5) -> Point:

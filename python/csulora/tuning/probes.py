@@ -56,6 +56,8 @@ def parse(data: bytes) -> tuple[Chat, ...]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8: {error}") from error
+    if _is_json_array(text):
+        raise InputError("a JSON array; give an object a line")
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not FEWEST <= len(lines) <= MOST:
         raise InputError(f"holds {len(lines)} prompts; give {FEWEST} to {MOST}, one a line")
@@ -72,8 +74,18 @@ def parse(data: bytes) -> tuple[Chat, ...]:
     return tuple(chats)
 
 
+def _is_json_array(text: str) -> bool:
+    try:
+        return text.lstrip().startswith("[") and isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _from_json(line: str) -> Chat:
-    document: Any = json.loads(line)
+    try:
+        document: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON, as every line must be where the first begins with {{: {error}") from error
     if isinstance(document, dict) and set(document) == {"prompt"}:
         return (_message("user", document["prompt"]),)
     turns = document.get("messages") if isinstance(document, dict) else None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from csulora._version import __version__
+from csulora.errors import InputError
 from csulora.formats import Adapter
 from csulora.subspace import Subspace
 from csulora.tuning.inputs import ISOTROPIC, KEEP_WEIGHT, MOST_DIRECTIONS, MOST_INPUTS
@@ -60,6 +61,20 @@ class Request:
     options: Options = field(default_factory=Options)
     keep_weights: Sequence[float] = ()
     refusals: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Check that nothing is asked for twice, nor with its contrary."""
+        guard = set(self.guard)
+        for chat in (chat for chats in self.keep for chat in chats):
+            if chat in guard:
+                raise InputError(
+                    f"{chat[-1].content!r} is a keep prompt and a guard prompt; it can be answered in one way"
+                )
+        contents: set[str] = set()
+        for adapter in self.adapters:
+            if adapter.sha256 in contents:
+                raise InputError(f"{adapter.path}: is given twice; policies are measured on adapters that are left out")
+            contents.add(adapter.sha256)
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import csulora
+from csulora.errors import InputError
 from csulora.formats import Adapter
 from csulora.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.pair import Progress
@@ -134,6 +135,19 @@ class Run:
         """The aligned model's replies to ordinary prompts."""
         return self.host.replies(self.request.ordinary)
 
+    @cached_property
+    def held_back(self) -> frozenset[tuple[int, ...]]:
+        """Tokens of all prompts that are held back. One in several files may be elsewhere among those of another."""
+        kinds = (kind for replies in self.replies for kind in replies.kinds)
+        return frozenset(_prompt(reply) for kind in kinds for reply in part(kind, held=True))
+
+    def to_fit(self, replies: Sequence[Reply]) -> list[Reply]:
+        """Those of a file's replies that are fitted: to prompts that are held back in no file."""
+        found = [reply for reply in part(replies, held=False) if _prompt(reply) not in self.held_back]
+        if replies and not found:
+            raise InputError("all of a file's prompts are held back in others; give what files share in the same order")
+        return found
+
     def _own_replies(self, adapter: Adapter, chats: Sequence[Chat]) -> list[Reply]:
         with self.host.adapted(self._on_device(adapter)):
             return self.host.replies(chats)
@@ -223,10 +237,10 @@ class Run:
         Nor do ordinary prompts, with these adapters or with none.
         """
         names = {target: name for number in numbers for name, target in self.targets[number].items()}
-        guard = guard_inputs(self.host, names.values(), part(self.replies[0].guard, held=False))
+        guard = guard_inputs(self.host, names.values(), self.to_fit(self.replies[0].guard))
         kinds = [[self._keep_inputs(number, self.replies[number].keep) for number in numbers]]
         if self.request.ordinary:
-            without = keep_inputs(self.host, names.values(), part(self.ordinary, held=False))
+            without = keep_inputs(self.host, names.values(), self.to_fit(self.ordinary))
             with_adapters = [self._keep_inputs(number, self.replies[number].ordinary) for number in numbers]
             kinds.append([*with_adapters, {target: without[name] for target, name in names.items() if name in without}])
         device = self.host.device
@@ -240,9 +254,9 @@ class Run:
         }
 
     def _keep_inputs(self, number: int, replies: Sequence[Reply]) -> dict[str, Tensor]:
-        targets = self.targets[number]
+        targets, fitted = self.targets[number], self.to_fit(replies)
         with self.host.adapted(self._on_device(self.adapters[number])):
-            inputs = keep_inputs(self.host, targets, part(replies, held=False))
+            inputs = keep_inputs(self.host, targets, fitted)
         return {targets[name]: each for name, each in inputs.items()}
 
     @cached_property
@@ -313,8 +327,8 @@ class Run:
         if usual_energy is not None:
             update = update.strengthened(self.request.options.shared_directions, usual_energy)
         index = torch.tensor([self.modules.index(target) for target in update.targets.values()])
-        replies = self.replies[number]
-        return Case(update, index.to(self.host.device), split(replies, held=False), split(replies, held=True))
+        fitted, held = Replies(*map(self.to_fit, self.replies[number].kinds)), held_of(self.replies[number])
+        return Case(update, index.to(self.host.device), fitted, held)
 
     def _point(self, family: str, name: str, control: bool, each: Sequence[tuple[int, Subspace, Policy]]) -> Point:
         """A policy, or one for each adapter, on the held-back prompts of all adapters together."""
@@ -323,7 +337,7 @@ class Run:
             stage = f"measure {name} on {number}"
             results.append(self.stages.finish(stage, partial(self._measure, number, pack, policy)))
             self._tick(name)
-        held = [split(self.replies[number], held=True) for number, _, _ in each]
+        held = [held_of(self.replies[number]) for number, _, _ in each]
         guards, keeps = sum(len(replies.guard) for replies in held), sum(len(replies.keep) for replies in held)
         ordinary = len(each) * len(part(self.request.ordinary, held=True))
 
@@ -344,7 +358,7 @@ class Run:
     def _measure(self, number: int, pack: Subspace, policy: Policy) -> dict[str, float]:
         """What `correct` would write, on an adapter's held-back prompts: how many replies stay, and |X - dW| / |dW|."""
         fixed, report = csulora.correct(self.adapters[number], pack, policy)
-        held = split(self.replies[number], held=True)
+        held = held_of(self.replies[number])
         ordinary_of_aligned = part(self.ordinary, held=True)
         found = {"change": report.totals.change}
         with self.host.adapted(self._on_device(fixed)):
@@ -368,9 +382,13 @@ class Run:
         return any(text.casefold() in answer.casefold() for text in self.request.refusals)
 
 
-def split(replies: Replies, *, held: bool) -> Replies:
-    """Return the replies that are held back, or those that are fitted."""
-    return Replies(*(part(kind, held=held) for kind in replies.kinds))
+def held_of(replies: Replies) -> Replies:
+    """Return the replies that are held back."""
+    return Replies(*(part(kind, held=True) for kind in replies.kinds))
+
+
+def _prompt(reply: Reply) -> tuple[int, ...]:
+    return tuple(reply.tokens[: reply.start].tolist())
 
 
 def part(every: Sequence[Item], *, held: bool) -> list[Item]:

@@ -26,6 +26,14 @@ def test_reads_chats_and_drops_the_reply() -> None:
     assert parse(data) == ((Message("system", "be brief"), Message("user", "hello")), *user(*LINES))
 
 
+def test_a_json_array_is_not_taken_for_text() -> None:
+    lines = ",\n".join(json.dumps({"prompt": line}) for line in LINES)
+    for data in (f"[\n{lines}\n]", f"[{lines}]", json.dumps(LINES, indent=1)):
+        with pytest.raises(InputError, match="a JSON array; give an object a line"):
+            parse(data.encode())
+    assert parse("\n".join(f"[INST] {line}" for line in LINES).encode()) == user(*(f"[INST] {line}" for line in LINES))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -1,6 +1,7 @@
 """`csulora tune`, from files to the policy that `correct` takes."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from csulora.policy import Policy
 from csulora.scope import Scope
 from csulora.tuning import probes, sweep
 from csulora.tuning import tune as module
+from csulora.tuning.fit import Case, Replies
+from csulora.tuning.gains import PerDirection
+from csulora.tuning.host import Reply
 from csulora.tuning.inputs import keep_inputs, scope_between
 from csulora.tuning.options import Options
 from csulora.tuning.request import Request
@@ -273,6 +277,55 @@ def test_a_module_gets_its_own_gains_if_its_name_ends_anothers(place: tiny_host.
     names = module.Run(own, tmp_path / "run.toml", None).modules
     policy = sweep.fitted(names, torch.tensor([[at / 4] * 4 for at in range(2)]), False, {})
     assert [policy.attenuation(name).off for name in names] == [0, 0.25]
+
+
+def test_what_is_held_back_anywhere_is_fitted_nowhere(
+    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases: list[Case] = []
+
+    def recording(_: object, given: list[Case], gains: PerDirection, *rest: object) -> Tensor:
+        cases.extend(given)
+        return gains.start()
+
+    def texts(every: list[Replies]) -> set[str]:
+        return {str(reply.tokens[: reply.start].tolist()) for one in every for kind in one.kinds for reply in kind}
+
+    monkeypatch.setattr(module, "fit", recording)
+    whole = request(place, 2)
+    keep, guard = whole.keep[0], list(whole.guard)
+    shifted = replace(whole, keep=[keep, [*keep[-1:], *keep[:-1]]], ordinary=[*guard[:9], *keep[2:9]])
+    run = module.Run(shifted, tmp_path / "policy.toml", None)
+    seen: list[Replies] = []
+
+    def spying(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+        def spy(host: object, names: object, replies: list[Reply]) -> dict[str, Tensor]:
+            seen.append(Replies((), replies))
+            return original(host, names, replies)
+
+        return spy
+
+    for name in ("keep_inputs", "guard_inputs"):
+        monkeypatch.setattr(module, name, spying(getattr(module, name)))
+    run.frontier()
+    held = texts([case.held for case in cases])
+    assert len(held) == 4 + 10  # of the keep prompts 4 for each adapter, and 2 that only the ordinary file holds back
+    assert len(texts(seen)) == 12 + 6
+    assert not held & texts([case.fitted for case in cases])
+    assert not held & texts(seen)
+    crossed = [[keep[(at + shift) % 16] for at in range(16)] for shift in range(4)]
+    monkeypatch.setattr(run, "replies", [Replies((), run.host.replies(each)) for each in crossed])
+    del run.held_back
+    with pytest.raises(InputError, match="all of a file's prompts are held back"):
+        run.to_fit(run.replies[0].keep)
+
+
+def test_what_cannot_be_asked_for_together_is_refused(place: tiny_host.Place) -> None:
+    whole = request(place, 2)
+    with pytest.raises(InputError, match=r"'w20 w1 w7' is a keep prompt and a guard prompt"):
+        replace(whole, keep=[whole.keep[0], [*whole.keep[1], whole.guard[1]]])
+    with pytest.raises(InputError, match="adapter1: is given twice"):
+        replace(whole, adapters=[whole.adapters[0], whole.adapters[0]])
 
 
 def test_the_mean_gains_are_those_of_directions_that_there_are() -> None:

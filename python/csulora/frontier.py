@@ -6,7 +6,7 @@ A frontier lies beside the policy it led to, ``policy.toml`` and ``policy.fronti
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,9 +84,9 @@ class Point:
 
     @property
     def least(self) -> Rate:
-        """The smallest of what is kept of the alignment, of the task and of all else."""
-        rates = (self.guarded, self.keep, self.ordinary)
-        return min((rate for rate in rates if rate), key=lambda rate: rate.value)
+        """The smallest of what is kept of the alignment, of the task and of all else, and of their intervals' ends."""
+        rates = [rate for rate in (self.guarded, self.keep, self.ordinary) if rate]
+        return Rate(*map(min, zip(*map(astuple, rates), strict=True)))
 
     @property
     def score(self) -> float:

@@ -34,6 +34,12 @@ def test_an_interval_is_wilsons() -> None:
     assert (rate.low, rate.high) == pytest.approx((0.11186, 0.46872), abs=5e-5)
 
 
+def test_what_is_kept_at_least_is_no_surer_than_the_least_sure_of_its_shares() -> None:
+    point = Point("tuned", "tuned", False, Rate.of(10, 10), Rate.of(2, 2), 0.4, ordinary=Rate.of(19, 20))
+    assert (point.score, point.least.low, point.least.high) == (0.95, Rate.of(2, 2).low, Rate.of(19, 20).high)
+    assert point.least.count == 2
+
+
 def test_a_frontier_survives_its_file(tmp_path: Path) -> None:
     path = frontier_path(tmp_path / "policy.toml")
     FRONTIER.save(path)

@@ -27,8 +27,8 @@ def candidates(points: Sequence[Point]) -> list[Point]:
 def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     """Return the candidate that keeps most of both, if that is more than plain scaling keeps, and a sentence.
 
-    A policy's score is the smallest of the shares that `Point.least` compares. It beats plain scaling if the lower end
-    of that share's 95 % interval lies above the best score of any scaling, no scaling included.
+    A policy's score is the smallest of the shares that `Point.least` compares. It beats plain scaling if the lower ends
+    of all their 95 % intervals lie above the best score of any scaling, no scaling included.
     """
     bar = max((point for point in points if point.family in ("none", "scaling")), key=preference)
     best = max((point for point in candidates(points) if point.family != "none"), key=preference)

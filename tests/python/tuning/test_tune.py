@@ -352,6 +352,13 @@ def test_the_best_policy_is_recommended_if_its_interval_clears_plain_scaling() -
     assert verdict.startswith("No policy beats plain scaling")
 
 
+def test_a_policy_is_no_better_beyond_doubt_than_what_was_measured_on_fewest_prompts() -> None:
+    scaling = point("scaling", 20, 20)
+    few = replace(point("tuned", 40, 40), keep=Rate.of(2, 2))
+    assert Rate.of(2, 2).low < 0.5 < Rate.of(40, 40).low
+    assert recommend([point("none", 0, 40, 0.0), scaling, few])[0] is None
+
+
 def test_of_equal_scores_the_smaller_change_is_recommended() -> None:
     chosen, _ = recommend([point("none", 0, 40), point("protect", 40, 40, 0.6), point("tuned", 40, 40, 0.4)])
     assert chosen is not None

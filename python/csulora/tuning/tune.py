@@ -46,11 +46,11 @@ CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
 def tune(request: Request, output: Path, progress: Progress | None = None) -> Frontier:
     """Fit a policy and write it to ``output``, a TOML file, with its frontier beside it.
 
-    Everything that the frontier shows is measured on prompts that were held back. With several adapters, fitted
-    policies are moreover measured on each adapter after a fit on the others. A policy for adapters to come restores
-    some of what alignment did. It is scoped unless a fit without scopes keeps more beyond doubt: the pack to use it
-    with, the given one with scopes, is written to `pack_path`. If ``output`` has an unfinished run of the same request
-    beside it, that is continued.
+    Everything that the frontier shows is measured on prompts that were held back: they say when a fit ends and which
+    is taken, and are not fitted to otherwise. With several adapters, fitted policies are moreover measured on each
+    adapter after a fit on the others. A policy for adapters to come restores some of what alignment did. It is scoped
+    unless a fit without scopes keeps more beyond doubt: the pack to use it with, the given one with scopes, is written
+    to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that is continued.
 
     Raises:
         InputError, RefusedError: model, adapters, pack and prompts do not fit each other.

@@ -16,6 +16,7 @@ from csulora.tuning.update import Update
 
 _CHECK = 10  # steps between two looks at the held-back prompts
 _PATIENCE = 4  # looks without an improvement that end the fit
+_TOGETHER = 64  # most prompts that run together: a step's all do
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +80,19 @@ def _loss(host: Host, case: Case, replies: Replies, gains: Gains, parameters: Te
     corrected = gains.correct(parameters, case.index, case.update)
     every = [reply for kind in replies.kinds for reply in kind]
     with host.adapted(corrected | case.update.untouched):
-        logs = host.log_probabilities([reply.tokens for reply in every], [reply.start for reply in every])
-    divergences = torch.stack([divergence(reply, log) for reply, log in zip(every, logs, strict=True)])
+        batches = (every[start : start + _TOGETHER] for start in range(0, len(every), _TOGETHER))
+        divergences = torch.cat([_divergences(host, batch) for batch in batches])
     loss: Tensor = options.change * case.update.change2(corrected)
     kinds = torch.split(divergences, [len(kind) for kind in replies.kinds])
     for weight, kind in zip((1.0, options.keep, options.keep), kinds, strict=True):
         if len(kind):
             loss = loss + weight * kind.mean()
     return loss
+
+
+def _divergences(host: Host, replies: Sequence[Reply]) -> Tensor:
+    logs = host.log_probabilities([reply.tokens for reply in replies], [reply.start for reply in replies])
+    return torch.stack([divergence(reply, log) for reply, log in zip(replies, logs, strict=True)])
 
 
 class _Draws:

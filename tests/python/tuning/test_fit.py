@@ -213,6 +213,23 @@ def test_modules_that_are_kept_uncovered_are_there_while_gains_are_fitted(
     assert set(kept.untouched) == set(adapter.modules) - set(kept.targets)
 
 
+def test_so_many_held_back_prompts_do_not_run_together(host: Host, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    original = host.log_probabilities
+
+    def counting(texts: list[Tensor], starts: list[int]) -> list[Tensor]:
+        rows.append(len(texts))
+        return original(texts, starts)
+
+    monkeypatch.setattr(host, "log_probabilities", counting)
+    gains, options = PerModule(len(case.index)), Options()
+    every = Replies(case.held.guard * 50, case.held.keep * 10)
+    many, few = (held_loss(host, [replace(case, held=h)], gains, gains.start(), options) for h in (every, case.held))
+    assert many == pytest.approx(few, rel=1e-4)
+    assert sum(rows[:-1]) == 60 * len(case.held.keep)
+    assert max(rows) <= 64
+
+
 def test_ordinary_prompts_are_fitted_to_as_keep_prompts_are(host: Host, case: Case) -> None:
     gains, options = PerModule(len(case.index)), Options(steps=20, keep=2.0)
     as_keep, as_ordinary = Replies((), case.fitted.guard), Replies((), (), case.fitted.guard)

@@ -103,7 +103,7 @@ class Policy:
         uncovered: what happens to modules that the pack does not cover: ``refuse`` the adapter, ``drop`` the
             module, or ``keep`` it uncorrected.
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
-        overrides: other numbers for some modules; the first whose glob matches counts.
+        overrides: other numbers for some modules; the first whose glob matches counts, and each must for some module.
         usual_energy: relative energy e, in (0, 1], of an adapter that gets the gains of `Directions` as they are; one
             with another e gets g / (g + (1 - g) x), x = (e / usual_energy)^2 and at least 0.4. e is the mean of the
             shares of an update's energy that are written and that are read along all these directions. None: every
@@ -168,16 +168,25 @@ class Policy:
 
     def attenuation(self, module: str) -> _core.Penalties | _core.Parts | _core.Directions:
         """Return the penalties, gains or directions of a module, by its name in the pack."""
-        for override in self.overrides:
-            if names.matches(module, override.match):
-                return override.attenuation()
+        if (at := self._override_of(module)) is not None:
+            return self.overrides[at].attenuation()
         return _core.Penalties(self.aligned, self.partial, self.off)
 
     def check_overrides(self, modules: Collection[str]) -> None:
-        """Raise `InputError` if an override matches none of a pack's modules."""
-        for override in self.overrides:
-            if not any(names.matches(module, override.match) for module in modules):
-                raise InputError(f"policy override {override.match!r}: matches no module of the pack")
+        """Raise `InputError` if an override counts for none of a pack's modules."""
+        counting = {self._override_of(module) for module in modules}
+        for at, override in enumerate(self.overrides):
+            if at not in counting:
+                is_late = any(names.matches(module, override.match) for module in modules)
+                reason = (
+                    "all that it matches is matched by one before it" if is_late else "matches no module of the pack"
+                )
+                raise InputError(f"policy override {override.match!r}: {reason}")
+
+    def _override_of(self, module: str) -> int | None:
+        """Return which override counts for a module."""
+        every = enumerate(self.overrides)
+        return next((at for at, override in every if names.matches(module, override.match)), None)
 
     def check_scoped(self, modules: Iterable[str]) -> None:
         """Raise `InputError` if the policy is scoped, and one of the modules that have scopes cannot be."""

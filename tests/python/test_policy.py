@@ -238,3 +238,12 @@ def test_ranks_become_rules() -> None:
     assert Policy(rank="exact").core_options().rule == _core.RankRule.exact
     fixed = Policy(rank=7).core_options()
     assert (fixed.rule, fixed.rank) == (_core.RankRule.fixed, 7)
+
+
+def test_an_override_that_others_leave_nothing_to_is_refused() -> None:
+    every, one = Override("*", gains=(1.0,) * 4), Override("layers.0.q_proj", gains=(0.0,) * 4)
+    modules = ["model.layers.0.q_proj", "model.layers.1.q_proj"]
+    Policy.none(overrides=(one, every)).check_overrides(modules)
+    for overrides in ((every, one), (one, one, every)):
+        with pytest.raises(InputError, match=r"'layers\.0\.q_proj': all that it matches is matched by one before it"):
+            Policy.none(overrides=overrides).check_overrides(modules)

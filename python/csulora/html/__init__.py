@@ -78,7 +78,8 @@ def _assess(adapter: Adapter, pack: Subspace, policy: Policy) -> tuple[Report, s
     try:
         return correct(adapter, pack, policy)[1], None
     except RefusedError as error:
-        lenient = replace(policy, uncovered="keep", max_undo=None)
+        uncovered = "keep" if policy.uncovered == "refuse" else policy.uncovered
+        lenient = replace(policy, uncovered=uncovered, max_undo=None)
         return correct(adapter, pack, lenient)[1], str(error).removeprefix(f"{adapter.path}: ")
 
 

@@ -27,12 +27,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One kind of module: a line per layer, the place of the largest noise edge (None: far below), its figures."""
+    """One kind of module: a line per layer, the place of the largest noise edge (None: far off), its figures."""
 
     kind: str
     short: str
     lines: tuple[Line, ...]
     edge: float | None
+    is_noise: bool  # whether the noise edge lies above all values
     modules: int
     shapes: str
     ranks: tuple[int, int]
@@ -87,6 +88,7 @@ def _panel(kind: str, short: str, modules: Mapping[str, ModuleSubspace], x: Axis
         short,
         tuple(_lines(modules, x, y)),
         y.at(edge) if y.low < edge < y.high else None,
+        is_noise=edge >= y.high,
         modules=len(modules),
         shapes=", ".join(sorted({" x ".join(map(str, module.shape)) for module in modules.values()})),
         ranks=(min(ranks), max(ranks)),

@@ -18,7 +18,8 @@ from csulora.html import number, percent, render
 from csulora.html.charts import Axis, round_values
 from csulora.html.layout import Layout, place
 from csulora.html.spectrum import Spectrum
-from csulora.policy import Override, Policy
+from csulora.policy import Directions, Override, Policy
+from csulora.scope import Scope
 from csulora.subspace import Subspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,6 +119,21 @@ def test_the_page_says_what_it_was_made_from(adapter: Adapter, pack: Subspace) -
         f"csulora {csulora.__version__}",
     ):
         assert fact in text
+
+
+def test_the_page_says_what_the_policy_depends_on(adapter: Adapter, pack: Subspace) -> None:
+    scopes = {name: Scope(torch.ones(n, 1), torch.ones(n, 1)) for name, (_, n) in factories.SHAPES.items()}
+    overrides = (Override("*", directions=Directions((0.5,), (0.5,))),)
+    policy = Policy.none(overrides=overrides, usual_energy=0.25, scoped=True)
+    text = Parsed(render(adapter, pack.with_scopes(scopes), policy)).text
+    assert "1 overrides, for an energy along their directions of 25.0 %, within the pack's scopes; rank" in text
+
+
+def test_modules_that_a_refusing_policy_would_drop_are_shown_as_dropped() -> None:
+    shapes = {Q: (40, 40)}
+    outside = factories.adapter(shapes | {"lm_head": (40, 40)})
+    text = Parsed(render(outside, factories.pack(shapes), Policy.csulora(uncovered="drop", max_undo=-1e9))).text
+    assert "not covered by the pack: dropped" in text
 
 
 def test_a_refusal_is_shown_with_its_reason_and_the_figures(adapter: Adapter, pack: Subspace) -> None:
@@ -350,6 +366,15 @@ def test_a_noise_edge_far_below_does_not_flatten_the_spectrum(adapter: Adapter, 
     spectrum = Spectrum.of(pack)
     assert all(panel.edge is None for panel in spectrum.panels)
     assert "noise edge 1.00e-06, far below" in render(adapter, pack, Policy.csulora())
+
+
+def test_a_noise_edge_above_all_values_is_said_to_be_there(adapter: Adapter, pack: Subspace) -> None:
+    modules = {
+        name: replace(module, certificate=replace(module.certificate, noise_edge=1e6)) for name, module in pack.items()
+    }
+    page = render(adapter, Subspace(modules, pack.provenance), Policy.csulora())
+    assert "noise edge 1.00e+06, above all values" in page
+    assert "far below" not in page
 
 
 def test_long_spectra_are_thinned_and_keep_their_ends() -> None:

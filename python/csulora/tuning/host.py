@@ -241,12 +241,16 @@ def _until_end(tokens: Tensor, ends: set[int]) -> Tensor:
 
 @torch.no_grad()
 def agreeing(host: Host, replies: Sequence[Reply]) -> list[bool]:
-    """Whether the model, as it now stands, would begin each of the replies with the same tokens, decoding greedily."""
+    """Whether the model, as it now stands, would begin each of the replies with the same tokens, decoding greedily.
+
+    They are those that the model of the reply finds likeliest when it reads the reply, as it is read here: in half
+    precision, near-ties may have been decided otherwise when it was written, token by token.
+    """
     agree = []
     for start in range(0, len(replies), BATCH):
         batch = replies[start : start + BATCH]
         logs = host.log_probabilities([reply.tokens for reply in batch], [reply.start for reply in batch])
         for reply, log in zip(batch, logs, strict=True):
-            wanted = reply.tokens[reply.start :][:_DECISIVE]
-            agree.append(bool((log[:_DECISIVE].argmax(1) == wanted).all()))
+            wanted = log.gather(1, reply.outcomes[:, :1])[:_DECISIVE, 0]
+            agree.append(bool((wanted >= log[:_DECISIVE].amax(1)).all()))
     return agree

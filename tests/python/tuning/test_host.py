@@ -1,6 +1,7 @@
 """The model that a policy is fitted to: its settings, its limits, and prompts that it cannot take."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def test_a_model_that_computes_nan_is_no_model_to_agree_with(host: Host) -> None
     huge: tuple[Tensor, Tensor] = torch.full((rows, 1), 1e30), torch.full((1, columns), 1e30)
     with host.adapted({name: huge}), pytest.raises(InputError, match=r"computes NaN in torch\.float32 for .*'w1'"):
         host.replies(asking("w1"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_agrees_with_itself(place: tiny_host.Place, dtype: torch.dtype) -> None:
+    host = Host.open(str(place.aligned), "cpu", tiny_host.REPLY)
+    host.model.to(dtype)
+    words = random.Random(0)
+    texts = (" ".join(words.choices(tiny_host.WORDS, k=1 + at % 20)) for at in range(200))
+    replies = host.replies([chat for text in texts for chat in asking(text)])
+    assert all(agreeing(host, replies))
+    assert all(agreeing(host, replies[3::4]))
 
 
 def test_a_model_that_is_not_whole_is_refused(place: tiny_host.Place, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def fit(
     draws = [_Draws(case.fitted, options, number) for number, case in enumerate(cases)]
     best, best_loss, waited = parameters.detach().clone(), float("inf"), 0
     for step in range(options.steps + 1):
-        if step % _CHECK == 0:
+        if step % _CHECK == 0 or step == options.steps:
             loss = held_loss(host, cases, gains, parameters.detach(), options)
             waited += 1
             if loss < best_loss:

@@ -184,6 +184,16 @@ def test_the_fit_finds_the_gains_that_made_the_replies(
     assert not any(parameter.requires_grad for parameter in host.model.parameters())
 
 
+@pytest.mark.parametrize("steps", [1, 5, 10, 13])
+def test_a_fit_has_so_many_steps_and_looks_at_the_last(host: Host, case: Case, steps: int) -> None:
+    gains, ticks = PerModule(len(case.index)), []
+    options = Options(steps=steps, change=10.0)  # which every step towards 1 makes smaller
+    found = fit(host, [case], gains, options, lambda: ticks.append(1))
+    assert len(ticks) == steps
+    before = options if steps == 1 else replace(options, steps=steps - 1)
+    assert not torch.equal(found, gains.start() if steps == 1 else fit(host, [case], gains, before))
+
+
 def test_the_loss_adds_up_the_means_of_every_kind(host: Host, case: Case) -> None:
     gains, options = PerModule(len(case.index)), Options(keep=3.0, change=0.2)
     corrected = gains.correct(gains.start(), case.index, case.update)

@@ -324,6 +324,8 @@ class Run:
     def _case(self, family: str, number: int, numbers: Sequence[int], usual_energy: float | None) -> Case:
         pack = self.pack_for(family, number, numbers)
         update = Update.of(self.adapters[number], pack, self.request.uncovered).to(self.host.device)
+        if not self._is_scoped(family):
+            update = replace(update, scopes={})  # which the pack may have from an earlier policy
         if usual_energy is not None:
             update = update.strengthened(self.request.options.shared_directions, usual_energy)
         index = torch.tensor([self.modules.index(target) for target in update.targets.values()])

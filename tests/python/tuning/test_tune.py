@@ -279,6 +279,16 @@ def test_a_module_gets_its_own_gains_if_its_name_ends_anothers(place: tiny_host.
     assert [policy.attenuation(name).off for name in names] == [0, 0.25]
 
 
+def test_scopes_of_an_earlier_policy_do_not_matter(place: tiny_host.Place, tmp_path: Path) -> None:
+    whole = request(place, 2)
+    scopes = {name: Scope(torch.ones(n, 1) / n, torch.ones(n, 1)) for name, (_, n) in tiny_host.MODULES.items()}
+    fitted = []
+    for number, pack in enumerate((whole.pack, whole.pack.with_scopes(scopes))):
+        run = module.Run(replace(whole, pack=pack), tmp_path / f"{number}.toml", None)
+        fitted.append(run.policy(module.EVERYWHERE, (0, 1), 1.0))
+    assert fitted[0] == fitted[1]
+
+
 def test_what_is_held_back_anywhere_is_fitted_nowhere(
     place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -370,7 +370,8 @@ def tune(
     reason = "finished stages are kept; run the same command to continue"
     with interruptible(reason), progress_bar("tuning", quiet) as progress:
         frontier = tune(request, output, progress)
-    summary = f"{frontier.verdict}\n{output}: {frontier.written}"
+    effect = ", which corrects nothing" if frontier.written == "none" else ""
+    summary = f"{frontier.verdict}\n{output}: {frontier.written}{effect}"
     if frontier.subspace_sha256 != request.pack.sha256:
         summary += f"\n{pack_path(output)}: the pack to use it with"
     deliver(tables.frontier_table(frontier), summary, frontier.to_dict(), json, quiet)

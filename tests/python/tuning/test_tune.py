@@ -400,7 +400,9 @@ def test_the_command_line(
     assert "refused" not in shown
     assert "ordinary kept" not in shown
     assert "not measured on ordinary prompts" in " ".join(shown.split())
-    assert f"{tmp_path / 'policy.toml'}: " in shown
+    written = Frontier.load(tmp_path / "policy.frontier.json").written
+    assert f"{tmp_path / 'policy.toml'}: {written}" in shown
+    assert (": none, which corrects nothing" in shown) is (written == "none")
     assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
     assert run(*command, "--keep", place.keep, "--keep-weight", 0) == 2
     assert run(*command, "--keep", place.keep, "--refusal", " ") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ class Host:
         self.model, self.tokenizer, self.longest_reply = model.eval().requires_grad_(False), tokenizer, longest_reply
         self.device: torch.device = next(model.parameters()).device
         self._ends = _end_tokens(model, tokenizer)
+        # Those of prompts, which may be long, are not needed.
+        self._may_keep_logits = "logits_to_keep" in signature(model.forward).parameters
         # Without repetition penalties and the like, with which a reply would not be what the model finds likeliest.
         model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)  # type: ignore[no-untyped-call]
 
@@ -189,9 +192,11 @@ class Host:
     def log_probabilities(self, texts: Sequence[Tensor], starts: Sequence[int]) -> list[Tensor]:
         """Log-probabilities (reply, vocabulary) float32 of every token of the texts from their starts on."""
         padded = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)  # at the end, where no mask is needed
-        logits = self.model(input_ids=padded, use_cache=False).logits
+        wanted = {"logits_to_keep": padded.shape[1] - min(starts) + 1} if self._may_keep_logits else {}
+        logits = self.model(input_ids=padded, use_cache=False, **wanted).logits
+        first = padded.shape[1] - logits.shape[1]
         return [
-            logits[row, start - 1 : len(text) - 1].float().log_softmax(-1)
+            logits[row, start - 1 - first : len(text) - 1 - first].float().log_softmax(-1)
             for row, (text, start) in enumerate(zip(texts, starts, strict=True))
         ]
 

@@ -74,6 +74,19 @@ def test_a_model_that_computes_nan_is_no_model_to_agree_with(host: Host) -> None
         host.replies(asking("w1"))
 
 
+def test_no_logits_of_long_prompts_are_computed(host: Host) -> None:
+    texts = [torch.arange(length) % 20 + 4 for length in (50, 55)]
+    starts = [46, 48]
+    computed: list[int] = []
+    hook = host.model.lm_head.register_forward_hook(lambda *given: computed.append(given[2].shape[1]))
+    found = host.log_probabilities(texts, starts)
+    hook.remove()
+    assert computed == [55 - 45]
+    for text, start, logs in zip(texts, starts, found, strict=True):
+        whole = host.model(input_ids=text[None]).logits[0].log_softmax(-1)
+        torch.testing.assert_close(logs, whole[start - 1 : -1], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_agrees_with_itself(place: tiny_host.Place, dtype: torch.dtype) -> None:
     host = Host.open(str(place.aligned), "cpu", tiny_host.REPLY)

@@ -7,6 +7,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csulora import names
 from csulora.core import _core
 from csulora.errors import InputError
 from csulora.policy import Directions, Override, Policy
@@ -247,3 +248,30 @@ def test_an_override_that_others_leave_nothing_to_is_refused() -> None:
     for overrides in ((every, one), (one, one, every)):
         with pytest.raises(InputError, match=r"'layers\.0\.q_proj': all that it matches is matched by one before it"):
             Policy.none(overrides=overrides).check_overrides(modules)
+
+
+names_and_globs = st.lists(st.sampled_from(["a", "b", "[ab]", "?", "*", "a*", "1"]), min_size=1, max_size=3).map(
+    ".".join
+)
+
+
+@given(
+    overrides=st.lists(names_and_globs, max_size=6), module=st.lists(st.sampled_from("ab1"), min_size=1).map(".".join)
+)
+def test_names_are_found_as_globs_are(overrides: list[str], module: str) -> None:
+    every = tuple(Override(match, gains=(at / 8,) * 4) for at, match in enumerate(overrides))
+    first = next((at / 8 for at, match in enumerate(overrides) if names.matches(module, match)), None)
+    found = Policy.none(overrides=every).attenuation(module)
+    assert (found.off if isinstance(found, _core.Parts) else None) == first
+
+
+def test_a_policy_of_very_many_modules_is_read_and_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [f"model.layers.{at}.mlp.experts.{at}.down_proj" for at in range(20_000)]
+    seen: list[str] = []
+    monkeypatch.setattr(names, "matches", lambda module, pattern: seen.append(pattern) or False)
+    policy = Policy.none(overrides=tuple(Override(module, gains=(0.5,) * 4) for module in modules))
+    policy.check_overrides(modules)
+    assert not seen  # a comparison of each with each takes minutes
+    path = tmp_path / "policy.toml"
+    path.write_text("#" * (65 << 20))  # gains of 64 directions in so many modules: 62 MiB
+    assert Policy.load(path) == Policy()

@@ -200,7 +200,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically; what UTF-8 lacks, in names that are not UTF-8, as an escape of JSON's."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        try:
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise OSError(f"{path}: {error.strerror}") from error
 
 
 @contextmanager

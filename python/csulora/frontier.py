@@ -28,7 +28,7 @@ class Rate:
 
     def __post_init__(self) -> None:
         """Check that the numbers are shares; raises TypeError or ValueError."""
-        if not 0 <= self.low <= self.value <= self.high <= 1 or isinstance(self.count, bool) or self.count < 1:
+        if not 0 <= self.low <= self.value <= self.high <= 1 or type(self.count) is not int or self.count < 1:
             raise ValueError(f"{self} is no share with an interval")
 
     @classmethod

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import stat
@@ -279,3 +280,13 @@ def test_only_workplaces_are_taken_for_abandoned(tmp_path: Path) -> None:
     files.remove_abandoned(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*(path.name for path in kept), ".link.01234567.csulora-tmp"}
     assert not any(any(directory.iterdir()) for directory in kept)
+
+
+def test_a_text_that_finds_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write() has it, without a name
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=f"{tmp_path / 'policy.toml'}: No space left on device"):
+        files.write_text(tmp_path / "policy.toml", "text")
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,16 +26,31 @@ def random_subspaces(pack: Subspace, seed: int) -> Subspace:
     )
 
 
-def own_subspaces(pack: Subspace, adapter: Adapter, targets: dict[str, str]) -> Subspace:
-    """Return the pack with the leading directions of an adapter's own update; ``targets`` as `Update` has them."""
+def own_subspaces(
+    pack: Subspace, adapter: Adapter, targets: Mapping[str, str], ranks: Mapping[str, int] | None = None
+) -> Subspace:
+    """Return the pack with the leading directions of an adapter's own update; ``targets`` as `Update` has them.
+
+    ``ranks``: most directions of a module in the pack.
+    """
     modules = dict(pack)
     for name, target in targets.items():
         module = adapter.modules[name]
         left, right = torch.linalg.qr(module.b.float()), torch.linalg.qr(module.a.float().T)
         u, s, vt = torch.linalg.svd(left.R @ right.R.T)
-        k = min(pack[target].rank, len(s))
+        k = min(pack[target].rank, len(s), (ranks or {}).get(target, len(s)))
         modules[target] = _with(pack[target], left.Q @ u[:, :k], right.Q @ vt[:k].T, s[:k])
     return Subspace(modules, pack.provenance)
+
+
+def least_ranks(adapters: Sequence[Adapter], targets: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """Return module in the pack -> how many directions of their own all adapters have that update it."""
+    ranks: dict[str, int] = {}
+    for adapter, names in zip(adapters, targets, strict=True):
+        for name, target in names.items():
+            module = adapter.modules[name]
+            ranks[target] = min(module.rank, *module.shape, ranks.get(target, module.rank))
+    return ranks
 
 
 def _with(module: ModuleSubspace, u: Tensor, v: Tensor, s: Tensor | None = None) -> ModuleSubspace:

@@ -23,7 +23,7 @@ from csulora.policy import Policy
 from csulora.scope import Scope
 from csulora.subspace import Subspace
 from csulora.tuning import sweep
-from csulora.tuning.controls import own_subspaces, random_subspaces
+from csulora.tuning.controls import least_ranks, own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
 from csulora.tuning.gains import PerDirection, PerModule, Restoring
 from csulora.tuning.host import Host, Reply, agreeing
@@ -84,6 +84,7 @@ class Run:
         every = {target for targets in self.targets for target in targets.values()}
         # A policy's patterns match ends of names too, and the first counts: those that end others come after them.
         self.modules = sorted(every, key=lambda name: (-name.count("."), name))
+        self.own_ranks = least_ranks(self.adapters, self.targets)
         self.done, self.total = 0, self._total()
         self.fitted: set[str] = set()
 
@@ -216,7 +217,7 @@ class Run:
         if family == "tuned random subspace":
             return self._random_subspaces
         if family == "tuned own subspace":
-            return own_subspaces(self.pack, self.adapters[number], self.targets[number])
+            return own_subspaces(self.pack, self.adapters[number], self.targets[number], self.own_ranks)
         return self.pack
 
     def pack_for(self, family: str, number: int, numbers: Sequence[int]) -> Subspace:
@@ -276,8 +277,9 @@ class Run:
         others = len(self.pack) > len(modules)
         gains = torch.tensor([row for name, row in zip(self.modules, rows, strict=True) if name in fitted])
         if gains.dim() == 3:
-            packs = [self.subspaces(family, number) for number in range(len(self.adapters))]
-            ranks = {name: min(pack[name].rank for pack in packs) for name in modules}
+            ranks = {name: self.pack[name].rank for name in modules}
+            if family == "tuned own subspace":
+                ranks = {name: min(rank, self.own_ranks[name]) for name, rank in ranks.items()}
             rest = self.rest | {
                 "usual_energy": self._usual_energy(family, numbers),
                 "scoped": self._is_scoped(family),

@@ -279,6 +279,29 @@ def test_a_module_gets_its_own_gains_if_its_name_ends_anothers(place: tiny_host.
     assert [policy.attenuation(name).off for name in names] == [0, 0.25]
 
 
+def test_the_control_is_fitted_in_as_many_own_directions_as_it_is_measured_in(
+    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cases = request(place, 2), list[Case]()
+    first, second = whole.adapters
+    thin = {name: replace(lora, b=lora.b[:, :1], a=lora.a[:1]) for name, lora in second.modules.items()}
+
+    def recording(_: object, given: list[Case], gains: PerDirection, *rest: object) -> Tensor:
+        cases.extend(given)
+        return gains.start()
+
+    monkeypatch.setattr(module, "fit", recording)
+    run = module.Run(replace(whole, adapters=[first, replace(second, modules=thin)]), tmp_path / "run.toml", None)
+    for number in range(2):
+        policy = run.policy("tuned own subspace", [number], 1.0)
+        (case,) = cases
+        for name, (u, _, _) in case.update.triples.items():
+            directions = next(each.directions for each in policy.overrides if each.match == case.update.targets[name])
+            assert directions is not None
+            assert len(directions.left) == u.shape[1] == 1
+        cases.clear()
+
+
 def test_scopes_of_an_earlier_policy_do_not_matter(place: tiny_host.Place, tmp_path: Path) -> None:
     whole = request(place, 2)
     scopes = {name: Scope(torch.ones(n, 1) / n, torch.ones(n, 1)) for name, (_, n) in tiny_host.MODULES.items()}

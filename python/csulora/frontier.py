@@ -52,7 +52,7 @@ class Refusals:
 
 @dataclass(frozen=True)
 class Point:
-    """One policy on the frontier. Answers are the same whose first 8 tokens are.
+    """One policy on the frontier. Answers are the same whose first 8 tokens are; a prompt counts once for each adapter.
 
     Attributes:
         family: what the policy belongs to: ``none``, ``csulora``, ``project``, ``protect``, ``aligned-only``,

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from csulora.errors import InputError
 from csulora.scope import Pair
-from csulora.tuning.probes import Chat
+from csulora.tuning.probes import Chat, shown
 
 BATCH = 16  # prompts that run together where nothing is fitted
 _DECISIVE = 8  # first tokens of a reply that must be the same for it to count as the same reply
 _OUTCOMES = 64  # likeliest next tokens that are told apart; all others are one outcome
-_SHOWN = 60  # characters of a prompt in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +113,13 @@ class Host:
         Raises:
             InputError: the model does not take the prompt.
         """
-        tokens, shown = self._tokens(chat), _shown(chat)
+        tokens, name = self._tokens(chat), shown(chat)
         if not tokens:
-            raise InputError(f"the prompt {shown} has no tokens")
+            raise InputError(f"the prompt {name} has no tokens")
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and len(tokens) + self.longest_reply > most:
             raise InputError(
-                f"the prompt {shown} has {len(tokens)} tokens and its reply up to {self.longest_reply}; "
+                f"the prompt {name} has {len(tokens)} tokens and its reply up to {self.longest_reply}; "
                 f"the model takes {most}"
             )
         return tokens
@@ -128,13 +127,13 @@ class Host:
     def _tokens(self, chat: Chat) -> list[int]:
         if self.tokenizer.chat_template is None:
             if len(chat) > 1:
-                raise InputError(f"the model has no chat template, and the prompt {_shown(chat)} has {len(chat)} turns")
+                raise InputError(f"the model has no chat template, and the prompt {shown(chat)} has {len(chat)} turns")
             return list(self.tokenizer(chat[-1].content)["input_ids"])
         turns = [{"role": message.role, "content": message.content} for message in chat]
         try:
             encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # a template may raise what it likes
-            raise InputError(f"the model's chat template does not take the prompt {_shown(chat)}: {error}") from error
+            raise InputError(f"the model's chat template does not take the prompt {shown(chat)}: {error}") from error
         return list(encoded["input_ids"])
 
     @torch.no_grad()
@@ -155,7 +154,7 @@ class Host:
         logs = self.log_probabilities(texts, starts)
         for chat, log in zip(chats, logs, strict=True):
             if log.isnan().any():
-                raise InputError(f"the model computes NaN in {self.model.dtype} for the prompt {_shown(chat)}")
+                raise InputError(f"the model computes NaN in {self.model.dtype} for the prompt {shown(chat)}")
         return [_reply(*row) for row in zip(texts, starts, logs, strict=True)]
 
     @torch.no_grad()
@@ -224,11 +223,6 @@ def _reply(text: Tensor, start: int, logs: Tensor) -> Reply:
     top, outcomes = logs.topk(min(_OUTCOMES, logs.shape[1]))
     rest = torch.log((1 - top.exp().sum(1, keepdim=True)).clamp(min=1e-6))
     return Reply(text, start, outcomes, torch.cat([top, rest], 1))
-
-
-def _shown(chat: Chat) -> str:
-    text = chat[-1].content
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -14,6 +14,7 @@ FEWEST = 8  # prompts; a quarter of them is held back
 MOST = 1024
 _LARGEST_FILE = 4 << 20  # bytes
 _LONGEST = 8192  # characters in one prompt
+_SHOWN = 60  # characters of a prompt in a message
 _ROLES = ("system", "user", "assistant")
 
 
@@ -72,6 +73,12 @@ def parse(data: bytes) -> tuple[Chat, ...]:
             raise InputError(f"line {number}: the same prompt as on line {chats[chat]}; remove one of them")
         chats[chat] = number
     return tuple(chats)
+
+
+def shown(chat: Chat) -> str:
+    """Return a prompt as messages name it."""
+    text = chat[-1].content
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _is_json_array(text: str) -> bool:

@@ -13,7 +13,7 @@ from csulora.formats import Adapter
 from csulora.subspace import Subspace
 from csulora.tuning.inputs import ISOTROPIC, KEEP_WEIGHT, MOST_DIRECTIONS, MOST_INPUTS
 from csulora.tuning.options import Options
-from csulora.tuning.probes import Chat
+from csulora.tuning.probes import Chat, shown
 
 # A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
 # How much more the keep prompts should weigh differs from model to model (bench/efficacy).
@@ -67,9 +67,7 @@ class Request:
         guard = set(self.guard)
         for chat in (chat for chats in self.keep for chat in chats):
             if chat in guard:
-                raise InputError(
-                    f"{chat[-1].content!r} is a keep prompt and a guard prompt; it can be answered in one way"
-                )
+                raise InputError(f"{shown(chat)} is a keep prompt and a guard prompt; it can be answered in one way")
         contents: set[str] = set()
         for adapter in self.adapters:
             if adapter.sha256 in contents:

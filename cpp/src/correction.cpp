@@ -1,13 +1,13 @@
 #include "csulora/correction.h"
 
 #include <ATen/ATen.h>
-#include <c10/core/GradMode.h>
 
 #include <algorithm>
 
 #include "correction_device.h"
 #include "directions.h"
 #include "measurement.h"
+#include "modes.h"
 #include "result_rank.h"
 #include "storage.h"
 #include "task_check.h"
@@ -22,7 +22,7 @@ bool keep_everything(const Gains& gains) {
 }
 
 Correction correct_one(const CorrectionTask& task, const CorrectionOptions& options) {
-  const c10::NoGradGuard no_grad;
+  const WithoutModes without_modes;
   auto update = measured(task);
   auto& result = update.result;
 
@@ -46,6 +46,7 @@ std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const 
     return correct_with_directions(tasks, options);
   }
   if (any_on_device(tasks)) {
+    const WithoutModes without_modes;
     return correct_on_device(tasks, options);
   }
   std::vector<Correction> results(tasks.size());

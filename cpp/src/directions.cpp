@@ -1,7 +1,6 @@
 #include "directions.h"
 
 #include <ATen/ATen.h>
-#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +10,7 @@
 
 #include "correction_device.h"
 #include "measurement.h"
+#include "modes.h"
 #include "result_rank.h"
 #include "scoped.h"
 #include "sides.h"
@@ -155,7 +155,7 @@ void complete(const CorrectionTask& task, double strength, const CorrectionOptio
 template <typename Work>
 void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
   for_each(tasks.size(), any_on_device(tasks), [&](size_t i) {
-    const c10::NoGradGuard no_grad;
+    const WithoutModes without_modes;
     work(i);
   });
 }

@@ -1,7 +1,6 @@
 #include "displacement.h"
 
 #include <ATen/ATen.h>
-#include <c10/core/GradMode.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "modes.h"
 #include "products.h"
 #include "row_blocks.h"
 #include "subtraction.h"
@@ -132,7 +132,7 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool
   const int64_t step = rows_per_block(columns);
   std::vector<Sums> parts((rows + step - 1) / step);
   for_each_on_torch_threads(parts.size(), [&](size_t i) {
-    const c10::NoGradGuard no_grad;
+    const WithoutModes without_modes;
     const int64_t row = static_cast<int64_t>(i) * step;
     parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result);
   });

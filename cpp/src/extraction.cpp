@@ -1,6 +1,5 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
-#include <c10/core/GradMode.h>
 
 #include <algorithm>
 
@@ -9,6 +8,7 @@
 #include "csulora/subspace.h"
 #include "decomposition.h"
 #include "displacement.h"
+#include "modes.h"
 
 namespace csulora {
 namespace {
@@ -88,7 +88,7 @@ Certificate measured(const Displacement& d, const Subspace& subspace, const Sing
 Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const ExtractOptions& options,
                           Workspace* workspace) {
   check_options(options);
-  const c10::NoGradGuard no_grad;
+  const WithoutModes without_modes;
   const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
   check_matrix(base, "base");
   const int64_t limit = std::min({options.rank, base.size(0), base.size(1)});
@@ -107,7 +107,7 @@ Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& s
   check_options(options);
   validate(subspace);
   check_same_device(subspace.u, base, "the subspace's u");
-  const c10::NoGradGuard no_grad;
+  const WithoutModes without_modes;
   const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
   const auto d = displacement(base, aligned, options.noise_std);
   check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1), "the subspace is for ",

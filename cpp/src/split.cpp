@@ -71,7 +71,8 @@ void read_rows(const Tensor& rows, double scale, float* target, int64_t stride) 
 class BasisBlocks {
  public:
   BasisBlocks(const Tensor& basis, int64_t directions)
-      : basis_(basis), block_(at::zeros({tall::padded(std::min(basis.size(0), kRows), tall::kRowStep), directions})) {}
+      : basis_(basis),
+        block_(at::zeros({tall::padded(std::min(basis.size(0), kRows), tall::kRowStep), directions}, at::kFloat)) {}
 
   /// Reads the block that begins at a row; returns the number of its rows, padded.
   int64_t read(int64_t row) {

@@ -2,12 +2,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <c10/core/GradMode.h>
 
 #include <algorithm>
 
 #include "check.h"
 #include "factors.h"
+#include "modes.h"
 #include "workers.h"
 
 namespace csulora {
@@ -48,7 +48,7 @@ void check_factors(const Subspace& subspace, const std::string& where) {
 }
 
 void validate(const Subspace& subspace) {
-  const c10::NoGradGuard no_grad;
+  const WithoutModes without_modes;
   check_factors(subspace, "");
   const auto& [u, s, v, certificate] = subspace;
   check(u.size(0) >= s.size(0) && v.size(0) >= s.size(0), "u is ", u.sizes(), " and v ", v.sizes(),

@@ -78,8 +78,8 @@ void check_task(const CorrectionTask& task) {
   const auto& [u, s, v, certificate] = task.subspace;
   check_matrix(b, task.label + ": b");
   check_matrix(a, task.label + ": a");
-  check(b.size(1) == a.size(0) && b.size(1) >= 1, task.label, ": b is ", b.sizes(), " and a is ", a.sizes(),
-        "; their inner dimensions must be equal and at least 1");
+  check(b.size(1) == a.size(0) && b.numel() > 0 && a.numel() > 0, task.label, ": b is ", b.sizes(), " and a is ",
+        a.sizes(), "; their inner dimensions must be equal, and every dimension at least 1");
   check(std::isfinite(scale), task.label, ": the scale is not finite");
   check_factors(task.subspace, task.label + ": the subspace's ");
   check_same_device(a, b, task.label + ": a");

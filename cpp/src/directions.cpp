@@ -74,27 +74,32 @@ Tensor attenuated(const Tensor& factor, const Tensor& basis, const std::vector<d
   return factor.addmm(columns, columns.t().mm(factor).mul_(removed.unsqueeze(1)), 1, -1);
 }
 
-/// X for the gains that a task's directions got, of a rank that is greater by what is added.
-LoraPair pair_of(const CorrectionTask& task, const Directions& directions, at::ScalarType dtype) {
+/// X for the gains that a task's directions got, of a rank that is greater by what is added. The columns of b are as
+/// long as the rows of a, so that no storage type has too few digits for one of them alone.
+LoraPair pair_of(const CorrectionTask& task, const Directions& directions, const Sides& x, at::ScalarType dtype) {
   const auto& subspace = task.subspace;
-  const auto b = attenuated(widened(task.pair.b, dtype).mul(task.pair.scale), subspace.u, directions.left);
-  const auto a = attenuated(widened(task.pair.a, dtype).t(), subspace.v, directions.right).t();
+  const auto stretch = at::tensor(stretches(x), subspace.u.options().dtype(at::kDouble));
+  const auto wide_b = widened(task.pair.b, dtype).mul(stretch.mul(task.pair.scale).to(dtype));
+  const auto wide_a = widened(task.pair.a, dtype).div(stretch.unsqueeze(1).to(dtype));
+  const auto b = attenuated(wide_b, subspace.u, directions.left);
+  const auto a = attenuated(wide_a.t(), subspace.v, directions.right).t();
   const auto multiples = at::tensor(directions.restored, b.options());
   const auto chosen = multiples.nonzero().flatten();
   if (chosen.size(0) == 0) {
     return {b, a};
   }
   const auto of_chosen = [&](const Tensor& factor) { return widened(factor.index_select(-1, chosen), dtype); };
-  const auto added = of_chosen(subspace.u).mul_(of_chosen(subspace.s).mul_(multiples.index_select(0, chosen)));
-  return {at::cat({b, added}, 1), at::cat({a, of_chosen(subspace.v).t()}, 0)};
+  const auto added = of_chosen(subspace.s).mul_(multiples.index_select(0, chosen)), lengths = added.abs().sqrt_();
+  return {at::cat({b, of_chosen(subspace.u).mul_(added.sign().mul_(lengths))}, 1),
+          at::cat({a, of_chosen(subspace.v).mul_(lengths).t()}, 0)};
 }
 
 /// X in float32 or float64, of some rank, and what was measured of it.
 struct Wanted {
   LoraPair pair;
   Gains gains;
-  double change = 0;        ///< |X - dW|
-  bool rounds_well = true;  ///< whether rounding its factors costs what rounding X would
+  double change = 0;  ///< |X - dW|
+  bool rounds_well;   ///< whether rounding its factors costs what rounding X would
 };
 
 Wanted everywhere(const CorrectionTask& task, const Directions& directions, const Whole& update) {
@@ -104,21 +109,23 @@ Wanted everywhere(const CorrectionTask& task, const Directions& directions, cons
   std::transform(x.added.begin(), x.added.end(), singular[0], x.added.begin(), std::multiplies<double>());
   const double most = x.added.empty() ? 1 : std::numeric_limits<double>::infinity();
   const auto dtype = in_float && accurate_in_float(x, sides) ? at::kFloat : at::kDouble;
-  return {pair_of(task, directions, dtype), applied(norms2(x), norms2(sides), most), distance(x, sides)};
+  return {pair_of(task, directions, x, dtype), applied(norms2(x), norms2(sides), most), distance(x, sides),
+          rounds_well(x)};
 }
 
 Wanted in_scope(const CorrectionTask& task, const Directions& directions, const Whole& update) {
   const auto x = scoped(task, directions, update.sides, update.in_float ? at::kFloat : at::kDouble);
   const auto gains = applied(norms2(x.sides), norms2(update.sides), std::numeric_limits<double>::infinity());
-  return {{x.b, x.a}, gains, x.change, rounds_well(x)};
+  return {{x.b, x.a}, gains, x.change, rounds_well(x.sides)};
 }
 
 /// The best approximation of a rank of what `pair` holds, its factors balanced; its pair is not rounded.
 Correction cut(CorrectionTask task, const LoraPair& pair, int64_t rank) {
-  task.pair = {pair.b.to(at::kFloat), pair.a.to(at::kFloat)};
+  task.pair = pair;
   task.attenuation = kEverything;
   task.scope.reset();
   if (any_on_device({task})) {
+    task.pair = {pair.b.to(at::kFloat), pair.a.to(at::kFloat)};
     return correct_on_device({task}, {RankRule::fixed, rank}, /*refactor=*/true).front();
   }
   auto update = measured(task);

@@ -115,7 +115,7 @@ Measured measured_with(const CorrectionTask& task, SplitFactor b, SplitFactor a)
 std::optional<Measured> measured_in_float(const CorrectionTask& task) {
   const auto& pair = task.pair;
   const auto& subspace = task.subspace;
-  if (!pair.b.is_cpu() || !fits_float(pair.scale)) {
+  if (!pair.b.is_cpu() || pair.b.scalar_type() == at::kDouble || !fits_float(pair.scale)) {
     return std::nullopt;
   }
   thread_local Tensor b_memory = at::empty({0}, at::kFloat), a_memory = at::empty({0}, at::kFloat);

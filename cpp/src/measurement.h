@@ -17,8 +17,9 @@ struct Measured {
   Correction result;  ///< without its pair; with the gains of parts that the task asks for, all 1 along directions
 };
 
-/// Splits and measures the update of a checked task: in float32 where that is accurate enough for the gains, else, and
-/// on a GPU, in float64. Columns in float32 lie in memory of the calling thread, until it measures another.
+/// Splits and measures the update of a checked task: in float32 where that is accurate enough for the gains, else, on a
+/// GPU, and where its factors are float64, in float64. Columns in float32 lie in memory of the calling thread, until it
+/// measures another.
 ///
 /// @throws InputError where values are not finite or too large
 Measured measured(const CorrectionTask& task);

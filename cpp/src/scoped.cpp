@@ -47,28 +47,6 @@ Side side_of(const Tensor& coordinates, const Tensor& gram) {
   return {SmallMatrix(coordinates), SmallMatrix(gram - coordinates.t().mm(coordinates))};
 }
 
-double norm2(const Sides& update) {
-  const auto parts = norms2(update);
-  return parts.aligned + parts.left + parts.right + parts.off;
-}
-
-/// Stretches the columns of b and shrinks the rows of a until they are equally long. Those of nothing are left.
-void balance(Tensor& b, Tensor& a, Sides& sides) {
-  const int64_t rank = b.size(1);
-  std::vector<double> stretch(rank, 1);
-  for (int64_t i = 0; i < rank; ++i) {
-    const double written = column_norm2(sides.b, i), read = column_norm2(sides.a, i);
-    if (written > 0 && read > 0) {
-      stretch[i] = std::pow(read / written, 0.25);
-    }
-    scale_column(sides.b, i, stretch[i]);
-    scale_column(sides.a, i, 1 / stretch[i]);
-  }
-  const auto factors = at::tensor(stretch, b.options());
-  b.mul_(factors);
-  a.div_(factors.unsqueeze(1));
-}
-
 }  // namespace
 
 Scoped scoped(const CorrectionTask& task, const Directions& directions, const Sides& whole, at::ScalarType dtype) {
@@ -101,21 +79,14 @@ Scoped scoped(const CorrectionTask& task, const Directions& directions, const Si
   const auto outside = with_rows(with_columns(whole.b.outside.tensor(), more), more);
   x.sides.b = {SmallMatrix(at::cat({u_b, axes}, 1)), SmallMatrix(outside)};
   const auto coordinates = reading.v_q.mm(change.t()), gram = change.mm(reading.q_q).mm(change.t());
-  x.change = std::sqrt(norm2({x.sides.b, side_of(coordinates, gram)}));
+  x.change = std::sqrt(total(norms2({x.sides.b, side_of(coordinates, gram)})));
   const auto cross = with_rows(reading.a_q, more).mm(change.t());
   const auto of_a = with_rows(with_columns(whole.a.outside.tensor() + v_a.t().mm(v_a), more), more);
   x.sides.a = side_of(with_columns(v_a, more) + coordinates, of_a + cross + cross.t() + gram);
-  balance(x.b, x.a, x.sides);
+  const auto stretch = at::tensor(stretches(x.sides), x.b.options());
+  x.b.mul_(stretch);
+  x.a.div_(stretch.unsqueeze(1));
   return x;
-}
-
-bool rounds_well(const Scoped& x) {
-  constexpr double kCancelled = 4;
-  double apart = 0;
-  for (int64_t i = 0; i < x.b.size(1); ++i) {
-    apart += column_norm2(x.sides.b, i) * column_norm2(x.sides.a, i);
-  }
-  return apart <= kCancelled * norm2(x.sides);
 }
 
 }  // namespace csulora

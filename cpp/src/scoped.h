@@ -21,7 +21,4 @@ struct Scoped {
 /// `directions` are the task's, with the gains that this update gets, and `whole` its sides.
 Scoped scoped(const CorrectionTask& task, const Directions& directions, const Sides& whole, at::ScalarType dtype);
 
-/// Whether rounding b and a costs about what rounding X would: their columns do not cancel.
-bool rounds_well(const Scoped& x);
-
 }  // namespace csulora

@@ -47,6 +47,15 @@ double aligned_norm2(const SmallMatrix& left, const SmallMatrix& right, const st
   return std::max(sum, 0.0);
 }
 
+/// |f_i|^2 of a column of F.
+double column_norm2(const Side& side, int64_t column) {
+  double sum = side.outside[column][column];
+  for (int64_t i = 0; i < side.coordinates.rows(); ++i) {
+    sum += side.coordinates[i][column] * side.coordinates[i][column];
+  }
+  return sum;
+}
+
 /// F^T F from the Gram matrix of [inside, outside].
 SmallMatrix whole_gram(const SplitFactor& split) {
   const auto& parts = split.gram;
@@ -85,22 +94,26 @@ Parts norms2(const Sides& update) {
           inner(b.outside, gram(a.coordinates)), inner(b.outside, a.outside)};
 }
 
-double column_norm2(const Side& side, int64_t column) {
-  double sum = side.outside[column][column];
-  for (int64_t i = 0; i < side.coordinates.rows(); ++i) {
-    sum += side.coordinates[i][column] * side.coordinates[i][column];
+std::vector<double> stretches(const Sides& update) {
+  std::vector<double> result(update.b.outside.rows(), 1);
+  for (size_t i = 0; i < result.size(); ++i) {
+    const auto column = static_cast<int64_t>(i);
+    const double written = column_norm2(update.b, column), read = column_norm2(update.a, column);
+    if (written > 0 && read > 0) {
+      result[i] = std::pow(read / written, 0.25);
+    }
   }
-  return sum;
+  return result;
 }
 
-void scale_column(Side& side, int64_t column, double factor) {
-  for (int64_t i = 0; i < side.coordinates.rows(); ++i) {
-    side.coordinates[i][column] *= factor;
+bool rounds_well(const Sides& update) {
+  constexpr double kCancelled = 4;
+  const auto& [b, a, added] = update;
+  double apart = std::inner_product(added.begin(), added.end(), added.begin(), 0.0);
+  for (int64_t i = 0; i < b.outside.rows(); ++i) {
+    apart += column_norm2(b, i) * column_norm2(a, i);
   }
-  for (int64_t i = 0; i < side.outside.rows(); ++i) {
-    side.outside[i][column] *= factor;
-    side.outside[column][i] *= factor;
-  }
+  return apart <= kCancelled * total(norms2(update));
 }
 
 double distance(const Sides& x, const Sides& whole) {
@@ -116,8 +129,7 @@ bool accurate_in_float(const Sides& x, const Sides& whole) {
     error2 += column_norm2(whole.b, i) * column_norm2(x.a, i) + column_norm2(x.b, i) * column_norm2(whole.a, i);
   }
   const double tolerance = kFloatTolerance / kFloatRounding;
-  const auto kept = norms2(x);
-  return error2 <= tolerance * tolerance * (kept.aligned + kept.left + kept.right + kept.off);
+  return error2 <= tolerance * tolerance * total(norms2(x));
 }
 
 Energy energy(const SplitFactor& b, const SplitFactor& a, int64_t left, int64_t right) {

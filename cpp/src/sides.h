@@ -30,11 +30,14 @@ struct Sides {
 /// Squared norms of the four parts.
 Parts norms2(const Sides& update);
 
-/// |f_i|^2 of a column of F.
-double column_norm2(const Side& side, int64_t column);
+/// What the columns of b have to be multiplied and those of a divided by to be equally long; 1 where one is nothing.
+std::vector<double> stretches(const Sides& update);
 
-/// Multiplies a column of F.
-void scale_column(Side& side, int64_t column, double factor);
+/// Whether rounding columns of that length costs about what rounding the update would: they do not cancel.
+bool rounds_well(const Sides& update);
+
+/// The squared norm of an update, whose parts these are.
+inline double total(const Parts& norms2) { return norms2.aligned + norms2.left + norms2.right + norms2.off; }
 
 /// |X - dW| for an X that differs from dW along directions only.
 double distance(const Sides& x, const Sides& whole);

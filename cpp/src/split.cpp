@@ -164,7 +164,7 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
 }
 
 SplitFactor split_in_double(const Tensor& factor, double scale, const Tensor& basis) {
-  const auto scaled = factor.to(at::kDouble).mul_(scale);
+  const auto scaled = factor.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).mul_(scale);
   const auto directions = basis.to(at::kFloat).to(at::kDouble);  // at once, float16 takes five times as long
   const auto coordinates = directions.t().matmul(scaled);
   const auto inside = directions.matmul(coordinates);

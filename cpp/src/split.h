@@ -22,8 +22,8 @@ struct SplitFactor {
 /// lie in `memory`, which grows as needed.
 SplitFactor split_in_float(const at::Tensor& factor, double scale, const at::Tensor& basis, at::Tensor& memory);
 
-/// The same in float64, which takes several times as long: for a factor of which all but a millionth may lie on one
-/// side, and that millionth be what is kept.
+/// The same in float64, which takes several times as long: for a factor that may be float64 itself, or of which all but
+/// a millionth may lie on one side, and that millionth be what is kept.
 SplitFactor split_in_double(const at::Tensor& factor, double scale, const at::Tensor& basis);
 
 /// (j, 2r) with root^T root = gram, which must be finite.

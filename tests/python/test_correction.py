@@ -171,7 +171,7 @@ def test_directions_keep_storage_types_and_refuse_what_these_cannot_hold() -> No
         assert module.b.dtype == module.a.dtype == torch.float16
         wanted = along(dense(half[name]), pack[name].u, pack[name].v, Directions((0.5,), (0.5,)))
         assert_close(module, wanted, STORED[torch.float16])
-    large = {name: replace(module, scale=1e6) for name, module in half.items()}
+    large = {name: replace(module, scale=1e12) for name, module in half.items()}
     with pytest.raises(InputError, match="too large for"):
         correct(replace(adapter, modules=large), pack, policy)
 

@@ -23,6 +23,7 @@ import csulora
 import factories
 import oracle
 from csulora import names
+from csulora.core import _core
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.formats.peft import WEIGHTS_FILE
 from csulora.formats.peft_config import CONFIG_FILE
@@ -164,6 +165,40 @@ def test_rounding_to_the_storage_type_does_not_undo_the_correction(
     parts = oracle.split(update, pack[Q].u, pack[Q].v)
     expected = oracle.combine(parts, {"aligned": aligned, "left": gain, "right": gain, "off": gain})
     assert oracle.relative_error(admitted(path, pack, policy)[Q], expected) <= STORED[torch.float16]
+
+
+def denormal_column(dtype: torch.dtype, marks: Tensor) -> tuple[Tensor, Tensor]:
+    """B of the smallest numbers that a type holds, which a correction changes by less than half, and a huge A."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return (smallest * marks).to(dtype), (2e3 * factories.gaussian(1, 40, seed=3)).to(dtype)
+
+
+def cancelling_columns(dtype: torch.dtype, marks: Tensor) -> tuple[Tensor, Tensor]:
+    """Two columns that differ by the last bit alone, with opposite rows: a correction is far below that bit."""
+    b = torch.cat([1 + torch.finfo(dtype).eps * marks, torch.ones_like(marks)], 1)
+    a = factories.gaussian(1, 40, seed=3).to(dtype)
+    return b.to(dtype), torch.cat([a, -a])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("hide", [denormal_column, cancelling_columns])
+@pytest.mark.parametrize("rule", [_core.RankRule.keep, _core.RankRule.fixed])
+@pytest.mark.parametrize("scope", [None, _core.Scope(torch.eye(40), torch.eye(40))], ids=["everywhere", "scoped"])
+def test_rounding_does_not_undo_what_is_taken_away_along_directions(
+    dtype: torch.dtype,
+    hide: Callable[[torch.dtype, Tensor], tuple[Tensor, Tensor]],
+    rule: _core.RankRule,
+    scope: _core.Scope | None,
+    pack: csulora.Subspace,
+) -> None:
+    u, s, v = pack[Q].u, pack[Q].s, pack[Q].v
+    b, a = hide(dtype, torch.where(u[:, :1].abs() > 0.1, u[:, :1].sign(), 0))
+    directions = _core.Directions([0.0] * 6, [])
+    task = _core.CorrectionTask(_core.LoraPair(b, a), _core.Subspace(u, s, v), directions, scope=scope)
+    pair = _core.correct([task], _core.CorrectionOptions(rule, rank=1))[0].pair
+    update = oracle.update(b, a)
+    expected = update - u.double() @ (u.double().t() @ update)
+    assert oracle.relative_error(oracle.update(pair.b, pair.a), expected) <= TOLERANCE + STORED[dtype]
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6])

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <utility>
 #include <vector>
 
@@ -139,14 +138,12 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
   float* const split = columns.mutable_data_ptr<float>();
   BasisBlocks blocks(basis, directions);
 
-  std::vector<float> part(directions * width);
   std::vector<double> sum(directions * width);
   for (int64_t row = 0; row < m; row += kRows) {
     const int64_t count = blocks.read(row);
     float* const outside = split + (2 * row + 1) * width;
     read_rows(factor.narrow(0, row, std::min(kRows, m - row)), scale, outside, 2 * width);
-    tall::project(blocks.data(), count, directions, outside, width, 2 * width, part.data());
-    std::transform(part.begin(), part.end(), sum.begin(), sum.begin(), std::plus<double>());
+    tall::project(blocks.data(), count, directions, outside, width, 2 * width, sum.data());
   }
 
   const std::vector<float> rounded(sum.begin(), sum.end());

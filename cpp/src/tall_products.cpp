@@ -62,6 +62,18 @@ struct Tile {
     }
   }
 
+  CSULORA_INLINED void add_to(double* rows, int64_t stride) const {
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t vector = 0; vector < kVectors; ++vector) {
+        Entry terms[kStep];
+        store(&entries[i][vector], terms);
+        for (int64_t j = 0; j < kStep; ++j) {
+          rows[i * stride + vector * kStep + j] += terms[j];
+        }
+      }
+    }
+  }
+
   CSULORA_INLINED void store_to(Entry* rows, int64_t stride) const {
     for (int64_t i = 0; i < kRows; ++i) {
       for (int64_t vector = 0; vector < kVectors; ++vector) {
@@ -128,20 +140,17 @@ CSULORA_INLINED void transpose_block(const float* block, float* target, int64_t 
 struct Project {
   template <int kLanes>
   CSULORA_INLINED static void run(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width,
-                                  int64_t stride, float* coordinates) {
+                                  int64_t stride, double* coordinates) {
     constexpr int64_t kStrip = 64;  // rows of a basis and a factor that stay in the first-level cache
-    std::fill_n(coordinates, k * width, 0.0F);
     for (int64_t first = 0; first < rows; first += kStrip) {
       const int64_t last = std::min(first + kStrip, rows);
       for (int64_t column = 0; column < width; column += kWidth) {
         for (int64_t direction = 0; direction < k; direction += Tile<kLanes>::kRows) {
-          float* const target = coordinates + direction * width + column;
-          Tile<kLanes> sums;
-          sums.load_from(target, width);
+          Tile<kLanes> sums = {};
           for (int64_t row = first; row < last; ++row) {
             sums.add(basis + row * k + direction, 1, factor + row * stride + column);
           }
-          sums.store_to(target, width);
+          sums.add_to(coordinates + direction * width + column, width);
         }
       }
     }
@@ -258,7 +267,7 @@ struct AddGram {
 }  // namespace
 
 void project(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width, int64_t stride,
-             float* coordinates) {
+             double* coordinates) {
   run_widest<Project>(basis, rows, k, factor, width, stride, coordinates);
 }
 

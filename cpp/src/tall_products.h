@@ -12,9 +12,10 @@ inline constexpr int64_t kRowStep = 8;
 
 constexpr int64_t padded(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-/// coordinates (k, width) = basis (rows, k)^T factor; `factor` has `width` columns and `stride` entries per row.
+/// coordinates (k, width) += basis (rows, k)^T factor, over 64 rows at a time in float32, so that equal terms, whose
+/// rounding adds up, cost few digits. `factor` has `width` columns and `stride` entries per row.
 void project(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width, int64_t stride,
-             float* coordinates);
+             double* coordinates);
 
 /// Splits [_, F] (rows, 2 width) in place into [inside, F - inside] with inside = basis (rows, k) coordinates (k,
 /// width).

@@ -220,6 +220,18 @@ def test_agrees_where_b_lies_almost_inside_the_subspace(outside: float, preset: 
     assert float((dense(kept) - best).norm() / reference.norm()) <= CANCELLED
 
 
+@pytest.mark.parametrize("entry", [1.0, 0.7])
+def test_sums_of_equal_terms_lose_no_more_than_others(entry: float) -> None:
+    rows, columns = 1024, 64
+    mixed = torch.cat([torch.ones(rows, 1), factories.gaussian(rows, 3, seed=1)], 1)
+    u, v = torch.linalg.qr(mixed.double())[0].float(), factories.orthonormal(columns, 4).float()
+    b = entry + 0.02 * factories.gaussian(rows, 1, seed=2)
+    pair = _core.LoraPair(b, factories.gaussian(1, columns, seed=3))
+    subspace = _core.Subspace(u, torch.ones(4), v)
+    whole = expected(pair, subspace, PRESETS["remove"])
+    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS["remove"])), whole) <= TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounds_the_result_once_to_the_storage_type_of_the_input(dtype: torch.dtype) -> None:
     pair = factories.pair(120, 90, 6, dtype=dtype)

@@ -53,18 +53,22 @@ class BlockBasis {
     const int64_t first = once_ ? 0 : std::max<int64_t>(0, before - width);
     above.narrow(1, first, before - first).copy_(remove(appended, first, before));
     auto triangle = orthonormalise(appended);
-    for (int sweep = 0; !once_ && sweep < kMaxSweeps; ++sweep) {
+    bool kept = once_;
+    for (int sweep = 0; !kept && sweep < kMaxSweeps; ++sweep) {
       above.addmm_(triangle, remove(appended, 0, before));
       const auto correction = orthonormalise(appended);
       triangle = triangle.matmul(correction);
-      if (correction.diagonal().abs().min().item<double>() > kKeptLength) {
-        break;
-      }
+      kept = correction.diagonal().abs().min().item<double>() > kKeptLength;
     }
+    orthogonal_ = orthogonal_ && kept;
     size_ += width;
     last_width_ = width;
     return {above.t(), triangle.t()};
   }
+
+  /// Whether all blocks came out orthogonal. One that is zeros but for what is there already is filled up with vectors
+  /// of which sweeps leave nothing.
+  bool is_orthogonal() const { return orthogonal_; }
 
   /// The block that was appended last, (b, length).
   Tensor back() const { return vectors_.narrow(0, size_ - last_width_, last_width_); }
@@ -85,6 +89,7 @@ class BlockBasis {
 
   Tensor vectors_;  // (capacity, length)
   bool once_;
+  bool orthogonal_ = true;
   int64_t size_ = 0;
   int64_t last_width_ = 0;
 };
@@ -154,8 +159,11 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const WantedCount& wan
   right.append(start.t(), matrix);
   Tensor projected;
   int64_t next_look = 1;
-  for (int64_t blocks = 1; blocks <= options.max_blocks; ++blocks) {
+  for (int64_t blocks = 1; blocks <= options.max_blocks && right.is_orthogonal(); ++blocks) {
     projected = extend(projected, left.append(right.back(), matrix.t()));
+    if (!left.is_orthogonal()) {
+      break;
+    }
     const auto residual_block = right.append(left.back(), matrix).triangle;
     if (blocks < std::min(next_look, options.max_blocks)) {
       continue;

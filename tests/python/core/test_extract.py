@@ -200,6 +200,20 @@ def test_any_scale_is_decomposed(dtype: torch.dtype, size: float) -> None:
     assert float(found.s[0]) == pytest.approx(float(torch.linalg.svdvals(displacement.double())[0]), rel=1e-4)
 
 
+@pytest.mark.parametrize("fall", [1e-5, 1e-1])
+def test_a_matrix_of_few_entries_is_decomposed(fall: float) -> None:
+    """Its Krylov space is soon exhausted, and what fills a block up may be in the space already."""
+    values = torch.zeros(200)
+    values[:2] = torch.tensor([1.0, 1e-5])
+    if fall > 1e-5:
+        values[1:30] = 1e-5 * torch.logspace(0, -29, 30)[1:]
+    displacement = torch.diag(values)
+    found = extract_displacement(displacement, rank=2, keep_noise=True)
+    assert_honest(displacement, found)
+    assert found.certificate.orthonormality <= ROUNDING
+    assert found.certificate.missed <= ROUNDING
+
+
 def test_certificates_say_something_where_there_is_a_gap() -> None:
     values = torch.cat([torch.ones(8), torch.full((392,), 0.1)]).double()
     found = extract_displacement(factories.with_spectrum(400, 500, values), rank=8, factor_dtype=torch.float32)

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <limits>
 #include <utility>
 
 #include "convergence.h"
@@ -14,6 +15,8 @@ using at::Tensor;
 
 /// Where so many steps do not suffice, the start has missed something.
 constexpr int kMaxSteps = 6;
+
+constexpr float kSmallest = std::numeric_limits<float>::min();
 
 /// The singular triples of a matrix (m, n) that is projected onto orthonormal rows (b, m).
 struct Projected {
@@ -38,11 +41,11 @@ Tensor outside(const Tensor& block, const Tensor& rows) { return block.addmm(blo
 /// @param known  orthonormal rows that A maps into the span of u, or undefined: of v only the rest counts. What is
 ///               rounded in the product is then a small share of something small.
 Tensor residuals(const Projected& found, const Tensor& rough, const Tensor& known) {
-  const auto unknown = known.defined() ? outside(found.scaled_right, known) : found.scaled_right;
-  auto product = at::empty_like(found.left);
-  multiply(product, unknown, rough.t());
   const auto& values = found.values;
-  return outside(product, found.left).norm(2, 1).to(at::kDouble).div_(values).add_(values[0], kResolution);
+  const auto right = found.scaled_right.div(values.to(at::kFloat).clamp_min_(kSmallest).unsqueeze(1));
+  auto product = at::empty_like(found.left);
+  multiply(product, known.defined() ? outside(right, known) : right, rough.t());
+  return outside(product, found.left).to(at::kDouble).norm(2, 1).add_(values[0], kResolution);
 }
 
 }  // namespace

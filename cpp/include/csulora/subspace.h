@@ -26,8 +26,9 @@ struct Certificate {
   double orthonormality = 0;
 
   /// Upper estimate of s_{k+1}: the next Ritz value plus its residual, rounding included. A bound after a full
-  /// decomposition (`passes` = 0). Otherwise it may fall short by some percent where nothing is kept or where float32
-  /// hardly tells it from zero beside s_1, and by more if the random start block missed a leading direction.
+  /// decomposition (`passes` = 0). Otherwise it may fall short by some percent where values crowd and none of them is
+  /// kept, or where float32 hardly tells it from zero beside s_1, and by more if the random start block missed a
+  /// leading direction.
   double next_value = 0;
 
   /// Bound on the share of the true leading left or right subspace that is missed, 1 - |U_true^T U|_F^2 / k,

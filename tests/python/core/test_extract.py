@@ -214,6 +214,15 @@ def test_a_matrix_of_few_entries_is_decomposed(fall: float) -> None:
     assert found.certificate.missed <= ROUNDING
 
 
+@pytest.mark.parametrize("size", [2.0**-45, 2.0**-33, 2.0**33, 2.0**45])
+def test_small_and_large_matrices_converge_alike(size: float) -> None:
+    values = torch.arange(1, 301).double().rsqrt()
+    ordinary = factories.with_spectrum(500, 300, values).float()
+    found, scaled = (extract_displacement(matrix, rank=8, keep_noise=True) for matrix in (ordinary, ordinary * size))
+    assert scaled.certificate.passes == found.certificate.passes
+    assert scaled.certificate.next_value == pytest.approx(size * found.certificate.next_value, rel=ROUNDING)
+
+
 def test_certificates_say_something_where_there_is_a_gap() -> None:
     values = torch.cat([torch.ones(8), torch.full((392,), 0.1)]).double()
     found = extract_displacement(factories.with_spectrum(400, 500, values), rank=8, factor_dtype=torch.float32)

@@ -8,6 +8,7 @@
 #include <iterator>
 #include <limits>
 
+#include "check.h"
 #include "correction_device.h"
 #include "measurement.h"
 #include "modes.h"
@@ -147,6 +148,8 @@ void complete(const CorrectionTask& task, double strength, const CorrectionOptio
   auto [pair, gains, change, rounds_well] = (task.scope ? in_scope : everywhere)(task, directions, update);
   result.gains = gains;
   result.change = result.norm > 0 ? change / result.norm : 0;
+  check(std::isfinite(result.change) && std::isfinite(total(gains)), task.label,
+        ": the update is too small to be measured beside what the policy restores");
 
   const auto& restored = directions.restored;
   const auto added = static_cast<int64_t>(restored.size()) - std::count(restored.begin(), restored.end(), 0);

@@ -186,6 +186,12 @@ def test_an_update_of_nothing_keeps_nothing_along_its_directions() -> None:
         assert (report.totals.change, report.totals.lost) == (0, 0)
 
 
+def test_an_update_that_vanishes_beside_what_is_restored_is_refused() -> None:
+    policy = Policy.none(overrides=(Override("*", directions=Directions((0.5,), (0.5,), (0.5,))),))
+    with pytest.raises(InputError, match="too small to be measured"):
+        correct(factories.adapter(scale=1e-157), factories.pack(), policy)
+
+
 def test_gains_for_more_directions_than_the_pack_has_are_refused() -> None:
     policy = Policy.none(overrides=(Override("*", directions=Directions((), (1.0,) * 99)),))
     with pytest.raises(InputError, match="numbers for 99 right directions, and the pack has"):

@@ -87,7 +87,7 @@ struct CorrectionPlan::Implementation {
   }
 
   int64_t size() const { return 2 * shape.rank; }
-  bool factors_stay() const { return shape.result_rank == shape.rank && !shape.refactor; }
+  bool factors_stay() const { return shape.result_rank == shape.rank; }
   Batch square_batch(double* data) const { return {data, size(), size() * size()}; }
 
   /// Splits one side at its subspace and makes it orthonormal.

@@ -22,8 +22,7 @@ struct CorrectionShape {
   int64_t result_rank = 0;  ///< rank to emit, at most 2 r
   Element b{};              ///< what b is stored as, also in the result
   Element a{};
-  Element basis{};        ///< of u and v
-  bool refactor = false;  ///< whether to make new factors also where all gains are 1 and the rank stays
+  Element basis{};  ///< of u and v
 };
 
 /// One module's numbers. All fields are double, so that a float64 tensor can hold them.

@@ -59,7 +59,7 @@ struct Module {
   Tensor result_b, result_a;
 };
 
-Module prepared(const CorrectionTask& task, const CorrectionOptions& options, bool refactor) {
+Module prepared(const CorrectionTask& task, const CorrectionOptions& options) {
   const auto& [b, a, scale] = task.pair;
   const auto& [u, s, v, certificate] = task.subspace;
   Module module{&task, b.contiguous(), a.contiguous(), u.contiguous(), s.contiguous(), v.contiguous(), {}, {}, {}};
@@ -73,8 +73,7 @@ Module prepared(const CorrectionTask& task, const CorrectionOptions& options, bo
                   result_rank(options, exact, rank),
                   element_of(b),
                   element_of(a),
-                  element_of(u),
-                  refactor};
+                  element_of(u)};
   const auto& shape = module.shape;
   check(shape.rows > 0 && shape.columns > 0, task.label, ": the update is empty");
   check(std::max(shape.rows, shape.columns) <= std::numeric_limits<int32_t>::max(), task.label, ": is too large");
@@ -182,8 +181,7 @@ Correction result(const Module& module, const Measured& measured, const Correcti
 
 }  // namespace
 
-std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options,
-                                          bool refactor) {
+std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   const auto& first_b = tasks.front().pair.b;
   for (const auto& task : tasks) {
     check_same_device(task.pair.b, first_b, task.label + ": b");
@@ -195,7 +193,7 @@ std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tas
 
   std::vector<Module> modules;
   for (const auto& task : tasks) {
-    modules.push_back(prepared(task, options, refactor));
+    modules.push_back(prepared(task, options));
   }
   const auto split = batches(modules);
   const auto device_tables = tables(modules, split);

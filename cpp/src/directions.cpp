@@ -120,20 +120,32 @@ Wanted in_scope(const CorrectionTask& task, const Directions& directions, const 
   return {{x.b, x.a}, gains, x.change, rounds_well(x.sides)};
 }
 
-/// The best approximation of a rank of what `pair` holds, its factors balanced; its pair is not rounded.
-Correction cut(CorrectionTask task, const LoraPair& pair, int64_t rank) {
+/// The best approximation of a rank of what a pair in float64 holds, by torch's decompositions: a GPU's kernels read
+/// factors of at most float32, in which columns that all but cancel are nothing but rounding.
+Truncated cut_on_device(const LoraPair& pair, int64_t rank) {
+  const auto [b_columns, b_root] = at::linalg_qr(pair.b);
+  const auto [a_columns, a_root] = at::linalg_qr(pair.a.t());
+  const auto [left, values, right] = at::linalg_svd(b_root.mm(a_root.t()), /*full_matrices=*/false);
+  const int64_t count = std::min(rank, values.size(0));  // fewer than `rank` where that exceeds a side of the matrix
+  const auto lengths = values.narrow(0, 0, count).sqrt();
+  const auto columns = [&](const Tensor& orthonormal, const Tensor& mixture) {
+    return at::constant_pad_nd(orthonormal.mm(mixture.narrow(1, 0, count).mul(lengths)), {0, rank - count});
+  };
+  const auto energies = values.square();
+  const double total = energies.sum().item<double>(), kept = energies.narrow(0, 0, count).sum().item<double>();
+  return {columns(b_columns, left), columns(a_columns, right.t()).t(), total == 0 ? 0 : (total - kept) / total};
+}
+
+/// The best approximation of a rank of what `pair` holds, its factors balanced and not rounded.
+Truncated cut(CorrectionTask task, const LoraPair& pair, int64_t rank) {
+  if (any_on_device({task})) {
+    return cut_on_device(pair, rank);
+  }
   task.pair = pair;
   task.attenuation = kEverything;
   task.scope.reset();
-  if (any_on_device({task})) {
-    task.pair = {pair.b.to(at::kFloat), pair.a.to(at::kFloat)};
-    return correct_on_device({task}, {RankRule::fixed, rank}, /*refactor=*/true).front();
-  }
-  auto update = measured(task);
-  const auto [b, a, lost] = truncated_update(update.b, update.a, kEverything, rank);
-  update.result.pair = {b, a};
-  update.result.lost = lost;
-  return std::move(update.result);
+  const auto update = measured(task);
+  return truncated_update(update.b, update.a, kEverything, rank);
 }
 
 /// Completes what was measured.
@@ -156,7 +168,7 @@ void complete(const CorrectionTask& task, double strength, const CorrectionOptio
   const int64_t exact = pair.a.size(0), rank = result_rank(options, exact, task.pair.a.size(0) + added);
   if (rank < exact || !rounds_well) {
     const auto x = cut(task, pair, rank);
-    pair = x.pair;
+    pair = {x.b, x.a};
     result.lost = x.lost;
   }
   result.pair = stored(pair.b, pair.a, task);

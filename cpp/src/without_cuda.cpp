@@ -12,7 +12,7 @@ namespace {
 
 }  // namespace
 
-std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tasks, const CorrectionOptions&, bool) {
+std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tasks, const CorrectionOptions&) {
   refuse(tasks.front().pair.b);
 }
 

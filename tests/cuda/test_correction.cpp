@@ -326,6 +326,27 @@ TEST_CASE("in a scope, columns that cancel are made anew before they are rounded
   }
 }
 
+TEST_CASE("columns that differ by the last bit do not round back to what was taken away") {
+  at::manual_seed(11);
+  const auto subspace = random_subspace(60, 40, 3);
+  const auto direction = subspace.u.narrow(1, 0, 1);
+  const auto marks = direction.sign() * direction.abs().gt(0.1);
+  const auto u = subspace.u.to(at::kDouble);
+  const csulora::Directions directions{{0, 0, 0}, {}, {}};
+  const auto everywhere = std::optional<csulora::Scope>(),
+             all = std::optional(csulora::Scope{at::eye(40), at::eye(40)});
+  for (const auto& [dtype, bits] : {std::pair(at::kFloat, 23), std::pair(at::kHalf, 10), std::pair(at::kBFloat16, 7)}) {
+    const auto columns = at::cat({1 + std::ldexp(1.0, -bits) * marks, at::ones_like(marks)}, 1);
+    const auto row = gaussian(1, 40).to(dtype);
+    const LoraPair pair{columns.to(dtype), at::cat({row, -row})};
+    const auto dw = update(pair), kept = dw - u.matmul(u.t().matmul(dw));
+    for (const auto& scope : {everywhere, all}) {
+      const auto result = csulora::correct(CorrectionTask{pair, subspace, directions, "layer", scope}, kKeep);
+      CHECK(length(update(result.pair) - kept) <= tolerance(pair.b) * length(kept));
+    }
+  }
+}
+
 TEST_CASE("an update of zero stays zero") {
   const LoraPair pair{at::zeros({20, 3}), at::ones({3, 16}), 1};
   for (const CorrectionOptions& options : {kExact, kKeep, CorrectionOptions{RankRule::fixed, 1}}) {

@@ -1,6 +1,7 @@
 #include "directions.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 
 #include <algorithm>
 #include <cmath>
@@ -38,13 +39,19 @@ struct Whole {
   bool in_float;
 };
 
+/// Whether the host lets torch make float32 products of shorter numbers, which CPUs with units for those then do.
+bool rounds_products() {
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::BF16 || precision == at::Float32Precision::TF32;
+}
+
 Whole whole(const CorrectionTask& task) {
   const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
   auto [b, a, result] = measured(task);
   return {{side(b), side(a)},
           energy(b, a, static_cast<int64_t>(left.size()), static_cast<int64_t>(right.size())),
           std::move(result),
-          b.columns.scalar_type() == at::kFloat};
+          b.columns.scalar_type() == at::kFloat && !rounds_products()};
 }
 
 /// By how much an adapter's penalties are multiplied, see CorrectionOptions::usual_energy.

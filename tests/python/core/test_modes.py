@@ -9,7 +9,9 @@ from torch import Tensor
 
 import devices
 import factories
+import oracle
 from csulora.core import _core
+from tolerances import COMPUTED, STORED
 
 
 @contextmanager
@@ -86,3 +88,15 @@ def test_an_extraction_is_the_same_in_every_mode_and_after_it(
         assert torch.equal(found.v, before.v)
         assert found.certificate.missed == before.certificate.missed
         assert share == missed
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_along_directions_a_hosts_short_float32_products_cost_no_digits(precision: str) -> None:
+    task = tasks()[1]
+    before, expected = torch.get_float32_matmul_precision(), oracle.update(*corrected([task]))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = oracle.update(*corrected([task]))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert oracle.relative_error(found, expected) <= COMPUTED[torch.float32] + STORED[torch.float32]

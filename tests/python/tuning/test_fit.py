@@ -30,16 +30,6 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_host.Place:
-    return tiny_host.build(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def host(place: tiny_host.Place) -> Host:
-    return Host.open(str(place.aligned), "cpu", tiny_host.REPLY)
-
-
-@pytest.fixture(scope="module")
 def pack(place: tiny_host.Place) -> csulora.Subspace:
     return csulora.Subspace.open(place.pack)
 

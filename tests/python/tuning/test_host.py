@@ -17,16 +17,6 @@ from csulora.tuning.probes import Chat, Message, parse
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_host.Place:
-    return tiny_host.build(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def host(place: tiny_host.Place) -> Host:
-    return Host.open(str(place.aligned), "cpu", tiny_host.REPLY)
-
-
 def asking(text: str) -> tuple[Chat]:
     return ((Message("user", text),),)
 

@@ -87,7 +87,6 @@ struct CorrectionPlan::Implementation {
   }
 
   int64_t size() const { return 2 * shape.rank; }
-  bool factors_stay() const { return shape.result_rank == shape.rank; }
   Batch square_batch(double* data) const { return {data, size(), size() * size()}; }
 
   /// Splits one side at its subspace and makes it orthonormal.
@@ -141,8 +140,8 @@ struct CorrectionPlan::Implementation {
                                  layout.statuses + 2 * kRounds * shape.count, shape.count),
           "cusolverDnXsyevBatched");
     multiply(lease, shape.count, {size(), size(), size()}, {vectors, true}, {core}, square_batch(layout.projected));
-    const CoreFactors factors{size(),           shape.result_rank, factors_stay(), layout.square,
-                              layout.projected, layout.values,     layout.left,    layout.right};
+    const CoreFactors factors{size(),        shape.result_rank, layout.square, layout.projected,
+                              layout.values, layout.left,       layout.right};
     balance(factors, shape.count, measured, lease.stream());
   }
 
@@ -185,12 +184,12 @@ void CorrectionPlan::run(const CorrectionArrays& arrays, void* workspace) {
   plan.lease.use_workspace(arena.take<std::byte>(kBlasWorkspace), kBlasWorkspace);
   void* solver_workspace = arena.take<std::byte>(static_cast<int64_t>(plan.solver_bytes));
 
-  const Side b{{arrays.b, arrays.settings, shape.b, false, shape.rows, shape.rank, plan.factors_stay()},
+  const Side b{{arrays.b, arrays.settings, shape.b, false, shape.rows, shape.rank},
                arrays.u,
                layout.coordinates[0],
                layout.orthonormal[0],
                layout.roots[0]};
-  const Side a{{arrays.a, nullptr, shape.a, true, shape.columns, shape.rank, plan.factors_stay()},
+  const Side a{{arrays.a, nullptr, shape.a, true, shape.columns, shape.rank},
                arrays.v,
                layout.coordinates[1],
                layout.orthonormal[1],

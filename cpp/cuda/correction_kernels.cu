@@ -161,8 +161,9 @@ __global__ void measure_undo_kernel(const double* left, const double* right, con
 /// By how much |vectors^T core|^2 may differ from that of the core, 1. Rounding makes far less of it.
 constexpr double kOrthonormal = 1e-6;
 
-__device__ bool keep_everything(const double gains[4]) {
-  return gains[0] == 1 && gains[1] == 1 && gains[2] == 1 && gains[3] == 1;
+/// Whether the update is to be handed back as it is.
+__device__ bool is_unchanged(const double gains[4], bool same_rank) {
+  return same_rank && gains[0] == 1 && gains[1] == 1 && gains[2] == 1 && gains[3] == 1;
 }
 
 /// One block per module.
@@ -189,7 +190,7 @@ __global__ void balance_kernel(CoreFactors factors, Measured* measured) {
   kept2 = block_sum(kept2);
   dropped2 = block_sum(dropped2);
   if (threadIdx.x == 0) {
-    const bool everything = dropped2 == 0 || (factors.stay && keep_everything(mine.gains));
+    const bool everything = dropped2 == 0 || is_unchanged(mine.gains, 2 * rank == size);
     mine.lost = everything ? 0 : dropped2 / (kept2 + dropped2);
     const bool orthonormal = std::abs(kept2 + dropped2 - 1) <= kOrthonormal;
     mine.failures = mine.core_norm > 0 && !orthonormal ? 1 : 0;
@@ -214,7 +215,7 @@ __global__ void store_factor_kernel(const double* corrected, StoredFactor stored
   T* target = static_cast<T*>(out[blockIdx.y]);
   const int64_t rows = stored.rows;
   const int64_t size = rows * result_rank;
-  const bool unchanged = stored.stays && keep_everything(mine.gains);
+  const bool unchanged = is_unchanged(mine.gains, result_rank == stored.rank);
   for (int64_t i = first_item(); i < size; i += item_stride()) {
     const int64_t row = stored.transposed ? i % rows : i / result_rank;
     const int64_t column = stored.transposed ? i / rows : i % result_rank;

@@ -22,7 +22,6 @@ struct StoredFactor {
   bool transposed;
   int64_t rows;
   int64_t rank;
-  bool stays;  // where all gains are 1
 };
 
 /// split (rows, 2 rank) = [not set, factor].
@@ -53,7 +52,6 @@ void measure_undo(const double* left, const double* right, const float* const* s
 struct CoreFactors {
   int64_t size;             // of the core
   int64_t rank;             // to keep
-  bool stay;                // whether gains of 1 need none of them
   const double* vectors;    // (size, size) orthonormal, the leading last
   const double* projected;  // (size, size) vectors^T core
   double* values;           // (size) scratch
@@ -66,8 +64,8 @@ struct CoreFactors {
 void balance(const CoreFactors& factors, int64_t count, Measured* measured, cudaStream_t stream);
 
 /// Writes a corrected factor (rows, rank), rounded to what the factor is stored as, row-major, to out (rows,
-/// result_rank), or to out (result_rank, rows) if the factor is stored transposed. Where all gains are 1, a factor that
-/// then stays is written instead. Clears measured.finite where a value is not.
+/// result_rank), or to out (result_rank, rows) if the factor is stored transposed. Where all gains are 1 and the
+/// rank stays, the factor itself is written instead. Clears measured.finite where a value is not.
 void store_factor(const double* corrected, const StoredFactor& stored, int64_t result_rank, int64_t count,
                   void* const* out, Measured* measured, cudaStream_t stream);
 

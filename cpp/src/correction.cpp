@@ -46,7 +46,6 @@ std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const 
     return correct_with_directions(tasks, options);
   }
   if (any_on_device(tasks)) {
-    const WithoutModes without_modes;
     return correct_on_device(tasks, options);
   }
   std::vector<Correction> results(tasks.size());

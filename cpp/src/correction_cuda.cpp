@@ -1,6 +1,5 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +13,7 @@
 #include "cuda/correction.h"
 #include "cuda/handles.h"
 #include "device.h"
+#include "modes.h"
 #include "result_rank.h"
 
 namespace csulora {
@@ -186,7 +186,7 @@ std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tas
   for (const auto& task : tasks) {
     check_same_device(task.pair.b, first_b, task.label + ": b");
   }
-  const c10::NoGradGuard no_grad;
+  const WithoutModes without_modes;
   const auto device = first_b.device();
   const c10::DeviceGuard guard(device);
   const cuda::HandleLease lease(static_cast<cudaStream_t>(current_stream(device)));

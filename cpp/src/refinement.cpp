@@ -16,13 +16,11 @@ using at::Tensor;
 /// Where so many steps do not suffice, the start has missed something.
 constexpr int kMaxSteps = 6;
 
-constexpr float kSmallest = std::numeric_limits<float>::min();
-
 /// The singular triples of a matrix (m, n) that is projected onto orthonormal rows (b, m).
 struct Projected {
-  Tensor left;          // (b, m) float32, rows u
-  Tensor scaled_right;  // (b, n) float32, rows s v
-  Tensor values;        // (b) float64, s, descending
+  Tensor left;    // (b, m) float32, rows u
+  Tensor right;   // (b, n) float32, rows v
+  Tensor values;  // (b) float64, s, descending
 };
 
 /// @param image  (b, n) rows times the matrix
@@ -30,7 +28,9 @@ Projected project(const Tensor& rows, const Tensor& image) {
   const auto wide = image.to(at::kDouble);
   const auto [squares, vectors] = at::linalg_eigh(wide.matmul(wide.t()));
   const auto turn = vectors.flip(1).t().to(at::kFloat);
-  return {turn.mm(rows), turn.mm(image), squares.flip(0).clamp_min_(0).sqrt_()};
+  const auto values = squares.flip(0).clamp_min_(0).sqrt_();
+  const auto lengths = values.to(at::kFloat).clamp_min_(std::numeric_limits<float>::min()).unsqueeze(1);
+  return {turn.mm(rows), turn.mm(image).div_(lengths), values};
 }
 
 /// `block` less its part in the span of orthonormal rows.
@@ -41,11 +41,9 @@ Tensor outside(const Tensor& block, const Tensor& rows) { return block.addmm(blo
 /// @param known  orthonormal rows that A maps into the span of u, or undefined: of v only the rest counts. What is
 ///               rounded in the product is then a small share of something small.
 Tensor residuals(const Projected& found, const Tensor& rough, const Tensor& known) {
-  const auto& values = found.values;
-  const auto right = found.scaled_right.div(values.to(at::kFloat).clamp_min_(kSmallest).unsqueeze(1));
   auto product = at::empty_like(found.left);
-  multiply(product, known.defined() ? outside(right, known) : right, rough.t());
-  return outside(product, found.left).to(at::kDouble).norm(2, 1).add_(values[0], kResolution);
+  multiply(product, known.defined() ? outside(found.right, known) : found.right, rough.t());
+  return outside(product, found.left).to(at::kDouble).norm(2, 1).add_(found.values[0], kResolution);
 }
 
 }  // namespace
@@ -66,7 +64,7 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& rough,
       SingularTriples triples;
       triples.s = ritz.values.narrow(0, 0, count);
       triples.u = found.left.narrow(0, 0, count).t();
-      triples.v = found.scaled_right.narrow(0, 0, count).t().div(triples.s.to(at::kFloat));
+      triples.v = found.right.narrow(0, 0, count).t();
       if (i % 2 == 1) {
         std::swap(triples.u, triples.v);
       }

@@ -420,7 +420,7 @@ TEST_CASE("eigenvectors that are none are a failure, whatever their solver says"
   const auto failures = [&](const Tensor& of_core, double core_norm) {
     Measured measured{};
     measured.core_norm = core_norm;
-    csulora::cuda::balance({2, 1, false, core.data_ptr<double>(), of_core.data_ptr<double>(), values.data_ptr<double>(),
+    csulora::cuda::balance({2, 1, core.data_ptr<double>(), of_core.data_ptr<double>(), values.data_ptr<double>(),
                             left.data_ptr<double>(), right.data_ptr<double>()},
                            1, &measured, nullptr);
     const int status = 1;

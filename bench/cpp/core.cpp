@@ -1,8 +1,8 @@
 // The C++ core at the shapes of known models: one matrix per distinct shape for extraction, one layer for correction.
 #include <ATen/ATen.h>
 #include <benchmark/benchmark.h>
-#include <csulora/correction.h>
-#include <csulora/subspace.h>
+#include <csulora/correct.h>
+#include <csulora/extract.h>
 
 #include <algorithm>
 #include <cmath>

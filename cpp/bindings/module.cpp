@@ -3,8 +3,9 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "csulora/correction.h"
+#include "csulora/correct.h"
 #include "csulora/error.h"
+#include "csulora/extract.h"
 #include "csulora/subspace.h"
 
 namespace py = pybind11;

@@ -58,7 +58,7 @@ struct CorrectionArrays {
   Measured* measured;     ///< written
 };
 
-/// The correction of csulora/correction.h for a batch of modules of one shape, in float64, on one stream. What it
+/// The correction of csulora/correct.h for a batch of modules of one shape, in float64, on one stream. What it
 /// gives is rounded once.
 ///
 /// Per side, B and A^T are split into what lies inside and outside the subspace and made orthonormal by shifted

@@ -5,10 +5,10 @@
 
 #include <algorithm>
 
-#include "check.h"
 #include "factors.h"
-#include "modes.h"
-#include "workers.h"
+#include "runtime/check.h"
+#include "runtime/modes.h"
+#include "runtime/workers.h"
 
 namespace csulora {
 namespace {

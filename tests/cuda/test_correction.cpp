@@ -7,11 +7,11 @@
 #include <string>
 #include <vector>
 
-#include "correction_device.h"
 #include "csulora/error.h"
 #include "cuda/correction.h"
 #include "cuda/correction_kernels.cuh"
 #include "cuda/handles.h"
+#include "gpu/correction_device.h"
 
 namespace {
 

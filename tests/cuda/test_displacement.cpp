@@ -2,7 +2,7 @@
 #include <ATen/ATen.h>
 #include <doctest/doctest.h>
 
-#include "displacement.h"
+#include "extract/displacement.h"
 
 namespace {
 

@@ -7,8 +7,6 @@
 #include <utility>
 #include <vector>
 
-#include "csulora/options.h"
-
 namespace csulora {
 
 /// What is known about a subspace's accuracy, measured on the factors as they are stored.
@@ -64,44 +62,5 @@ void validate(const Subspace& subspace);
 
 /// The same for many, each with a label, on a CPU in parallel. The message names the first that is wrong by its label.
 void validate(const std::vector<std::pair<std::string, Subspace>>& subspaces);
-
-/// Memory on the CPU that an extraction leaves to the next one rather than to the system, whose fresh pages cost much
-/// of what the arithmetic does. It grows to the largest displacement: 4 bytes per entry, and 2 for a bfloat16 copy. For
-/// one call at a time.
-struct Workspace {
-  at::Tensor matrix;  ///< float32, flat
-  at::Tensor rough;   ///< bfloat16, flat
-};
-
-/// Truncated SVD of the displacement D = aligned - base.
-///
-/// Randomized block Krylov (Musco & Musco 2015) in the form of a block Golub-Kahan bidiagonalisation with full
-/// re-orthogonalisation, Rayleigh-Ritz, and stopping on residuals; a full decomposition where the matrix is small or
-/// the Krylov space would not stay small. D is formed in float32; peak memory is about twice D in float32, and with the
-/// Gram matrix of its shorter side, some four times that in float64, if the full decomposition is needed.
-///
-/// A CPU that multiplies tiles of bfloat16 numbers builds the Krylov space with a bfloat16 copy of D, and refines what
-/// it holds by subspace iteration with D itself until the residuals meet the tolerance.
-///
-/// On a GPU float32 products are made without TF32, whatever torch's settings allow. The certificate is measured with
-/// float64 products, or on a CPU with float32 ones that are summed in float64 where the factors are rounded to half
-/// precision; what those may round away counts against it then.
-///
-/// @param base       (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the
-///                   result
-/// @param aligned    same shape and device; the dtype may differ
-/// @param workspace  where D is formed on a CPU, or null: in memory of its own
-/// @throws InputError for shapes, dtypes, devices, options or values (NaN, infinity) that cannot be used
-Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {},
-                          Workspace* workspace = nullptr);
-
-/// Recomputes the certificate of stored factors from the matrices themselves, trusting nothing that came with them.
-///
-/// @param base, aligned  as for extract_subspace
-/// @param subspace       u (m, k), s (k), v (n, k); its certificate is not read
-/// @param options        tolerance, noise_std and seed are used
-/// @throws InputError as extract_subspace, and for factors that do not fit the matrices
-Certificate certify(const at::Tensor& base, const at::Tensor& aligned, const Subspace& subspace,
-                    const ExtractOptions& options = {});
 
 }  // namespace csulora

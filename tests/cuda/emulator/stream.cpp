@@ -1,5 +1,5 @@
-#include "correction_device.h"
-#include "device.h"
+#include "gpu/correction_device.h"
+#include "gpu/device.h"
 
 void* csulora::current_stream(const at::Device&) { return nullptr; }
 

@@ -1,0 +1,78 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "csulora/subspace.h"
+
+namespace csulora {
+
+/// How the leading singular subspace of a displacement is computed.
+struct ExtractOptions {
+  /// Number of singular directions to keep, or the most to keep when `energy` is set; at least 1.
+  /// More than min(m, n) means all of them.
+  int64_t rank = 64;
+
+  /// Keep the fewest directions that capture this share of |D|^2, in (0, 1]; absent: keep `rank`.
+  std::optional<double> energy;
+
+  /// Convergence: every kept triple must reach |D^T u - s v| <= tolerance * s. In (0, 1).
+  double tolerance = 1e-3;
+
+  /// Keep directions whose singular value lies below the rounding noise of the two checkpoints.
+  bool keep_noise = false;
+
+  /// Standard deviation of the storage rounding of one entry of D; absent: computed from the dtypes and
+  /// the magnitudes of both matrices (give it when they were dequantised).
+  std::optional<double> noise_std;
+
+  /// Storage type of u and v: float16, bfloat16 or float32. The certificate holds for the rounded factors.
+  at::ScalarType factor_dtype = at::kHalf;
+
+  /// Seed of the random start block. Same seed, inputs, device, thread count and version: same bits.
+  uint64_t seed = 0;
+};
+
+/// Memory on the CPU that an extraction leaves to the next one rather than to the system, whose fresh pages cost much
+/// of what the arithmetic does. It grows to the largest displacement: 4 bytes per entry, and 2 for a bfloat16 copy. For
+/// one call at a time.
+struct Workspace {
+  at::Tensor matrix;  ///< float32, flat
+  at::Tensor rough;   ///< bfloat16, flat
+};
+
+/// Truncated SVD of the displacement D = aligned - base.
+///
+/// Randomized block Krylov (Musco & Musco 2015) in the form of a block Golub-Kahan bidiagonalisation with full
+/// re-orthogonalisation, Rayleigh-Ritz, and stopping on residuals; a full decomposition where the matrix is small or
+/// the Krylov space would not stay small. D is formed in float32; peak memory is about twice D in float32, and with the
+/// Gram matrix of its shorter side, some four times that in float64, if the full decomposition is needed.
+///
+/// A CPU that multiplies tiles of bfloat16 numbers builds the Krylov space with a bfloat16 copy of D, and refines what
+/// it holds by subspace iteration with D itself until the residuals meet the tolerance.
+///
+/// On a GPU float32 products are made without TF32, whatever torch's settings allow. The certificate is measured with
+/// float64 products, or on a CPU with float32 ones that are summed in float64 where the factors are rounded to half
+/// precision; what those may round away counts against it then.
+///
+/// @param base       (m, n) float16, bfloat16 or float32, on the CPU or, in a build with CUDA, on a GPU; so is the
+///                   result
+/// @param aligned    same shape and device; the dtype may differ
+/// @param workspace  where D is formed on a CPU, or null: in memory of its own
+/// @throws InputError for shapes, dtypes, devices, options or values (NaN, infinity) that cannot be used
+Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {},
+                          Workspace* workspace = nullptr);
+
+/// Recomputes the certificate of stored factors from the matrices themselves, trusting nothing that came with them.
+///
+/// @param base, aligned  as for extract_subspace
+/// @param subspace       u (m, k), s (k), v (n, k); its certificate is not read
+/// @param options        tolerance, noise_std and seed are used
+/// @throws InputError as extract_subspace, and for factors that do not fit the matrices
+Certificate certify(const at::Tensor& base, const at::Tensor& aligned, const Subspace& subspace,
+                    const ExtractOptions& options = {});
+
+}  // namespace csulora

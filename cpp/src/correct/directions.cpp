@@ -1,0 +1,223 @@
+#include "correct/directions.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <iterator>
+#include <limits>
+
+#include "correct/measurement.h"
+#include "correct/result_rank.h"
+#include "correct/scoped.h"
+#include "correct/sides.h"
+#include "correct/storage.h"
+#include "correct/truncation.h"
+#include "gpu/correction_device.h"
+#include "runtime/check.h"
+#include "runtime/modes.h"
+#include "runtime/workers.h"
+
+namespace csulora {
+namespace {
+
+using at::Tensor;
+
+/// |X_c| / |dW_c| for every part, from their squares.
+Gains applied(const Parts& to, const Parts& from, double most) {
+  const auto gain = [&](double kept, double norm2) { return norm2 > 0 ? std::min(most, std::sqrt(kept / norm2)) : 1; };
+  return {gain(to.aligned, from.aligned), gain(to.left, from.left), gain(to.right, from.right), gain(to.off, from.off)};
+}
+
+/// A task's update as measured, before anything is done to it.
+struct Whole {
+  Sides sides;
+  Energy energy;
+  Correction result;
+  bool in_float;
+};
+
+/// Whether the host lets torch make float32 products of shorter numbers, which CPUs with units for those then do.
+bool rounds_products() {
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::BF16 || precision == at::Float32Precision::TF32;
+}
+
+Whole whole(const CorrectionTask& task) {
+  const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
+  auto [b, a, result] = measured(task);
+  return {{side(b), side(a)},
+          energy(b, a, static_cast<int64_t>(left.size()), static_cast<int64_t>(right.size())),
+          std::move(result),
+          b.columns.scalar_type() == at::kFloat && !rounds_products()};
+}
+
+/// By how much an adapter's penalties are multiplied, see CorrectionOptions::usual_energy.
+double strength(const std::vector<Whole>& updates, const CorrectionOptions& options) {
+  Energy sum;
+  for (const auto& update : updates) {
+    sum.along += update.energy.along;
+    sum.all += update.energy.all;
+  }
+  if (!options.usual_energy || sum.all <= 0) {
+    return 1;
+  }
+  return std::max(std::pow(sum.along / sum.all / *options.usual_energy, 2), kLeastStrength);
+}
+
+/// Gains whose penalties (1 - gain) / gain are multiplied by a strength.
+std::vector<double> strengthened(std::vector<double> gains, double strength) {
+  std::transform(gains.begin(), gains.end(), gains.begin(), [strength](double gain) {
+    return gain > 0 && gain < 1 ? gain / (gain + (1 - gain) * strength) : gain;
+  });
+  return gains;
+}
+
+/// (I - basis (1 - gains) basis^T) factor, for a factor (m, r) and the first columns of a basis (m, k).
+Tensor attenuated(const Tensor& factor, const Tensor& basis, const std::vector<double>& gains) {
+  const auto columns = widened(basis.narrow(1, 0, static_cast<int64_t>(gains.size())), factor.scalar_type());
+  const auto removed = 1 - at::tensor(gains, columns.options());
+  return factor.addmm(columns, columns.t().mm(factor).mul_(removed.unsqueeze(1)), 1, -1);
+}
+
+/// X for the gains that a task's directions got, of a rank that is greater by what is added. The columns of b are as
+/// long as the rows of a, so that no storage type has too few digits for one of them alone.
+LoraPair pair_of(const CorrectionTask& task, const Directions& directions, const Sides& x, at::ScalarType dtype) {
+  const auto& subspace = task.subspace;
+  const auto stretch = at::tensor(stretches(x), subspace.u.options().dtype(at::kDouble));
+  const auto wide_b = widened(task.pair.b, dtype).mul(stretch.mul(task.pair.scale).to(dtype));
+  const auto wide_a = widened(task.pair.a, dtype).div(stretch.unsqueeze(1).to(dtype));
+  const auto b = attenuated(wide_b, subspace.u, directions.left);
+  const auto a = attenuated(wide_a.t(), subspace.v, directions.right).t();
+  const auto multiples = at::tensor(directions.restored, b.options());
+  const auto chosen = multiples.nonzero().flatten();
+  if (chosen.size(0) == 0) {
+    return {b, a};
+  }
+  const auto of_chosen = [&](const Tensor& factor) { return widened(factor.index_select(-1, chosen), dtype); };
+  const auto added = of_chosen(subspace.s).mul_(multiples.index_select(0, chosen)), lengths = added.abs().sqrt_();
+  return {at::cat({b, of_chosen(subspace.u).mul_(added.sign().mul_(lengths))}, 1),
+          at::cat({a, of_chosen(subspace.v).mul_(lengths).t()}, 0)};
+}
+
+/// X in float32 or float64, of some rank, and what was measured of it.
+struct Wanted {
+  LoraPair pair;
+  Gains gains;
+  double change = 0;  ///< |X - dW|
+  bool rounds_well;   ///< whether rounding its factors costs what rounding X would
+};
+
+Wanted everywhere(const CorrectionTask& task, const Directions& directions, const Whole& update) {
+  const auto& [sides, energy, result, in_float] = update;
+  Sides x{attenuated(sides.b, directions.left), attenuated(sides.a, directions.right), directions.restored};
+  const SmallMatrix singular(task.subspace.s.unsqueeze(0));
+  std::transform(x.added.begin(), x.added.end(), singular[0], x.added.begin(), std::multiplies<double>());
+  const double most = x.added.empty() ? 1 : std::numeric_limits<double>::infinity();
+  const auto dtype = in_float && accurate_in_float(x, sides) ? at::kFloat : at::kDouble;
+  return {pair_of(task, directions, x, dtype), applied(norms2(x), norms2(sides), most), distance(x, sides),
+          rounds_well(x)};
+}
+
+Wanted in_scope(const CorrectionTask& task, const Directions& directions, const Whole& update) {
+  const auto x = scoped(task, directions, update.sides, update.in_float ? at::kFloat : at::kDouble);
+  const auto gains = applied(norms2(x.sides), norms2(update.sides), std::numeric_limits<double>::infinity());
+  return {{x.b, x.a}, gains, x.change, rounds_well(x.sides)};
+}
+
+/// The best approximation of a rank of what a pair in float64 holds, by torch's decompositions: a GPU's kernels read
+/// factors of at most float32, in which columns that all but cancel are nothing but rounding.
+Truncated cut_on_device(const LoraPair& pair, int64_t rank) {
+  const auto [b_columns, b_root] = at::linalg_qr(pair.b);
+  const auto [a_columns, a_root] = at::linalg_qr(pair.a.t());
+  const auto [left, values, right] = at::linalg_svd(b_root.mm(a_root.t()), /*full_matrices=*/false);
+  const int64_t count = std::min(rank, values.size(0));  // fewer than `rank` where that exceeds a side of the matrix
+  const auto lengths = values.narrow(0, 0, count).sqrt();
+  const auto columns = [&](const Tensor& orthonormal, const Tensor& mixture) {
+    return at::constant_pad_nd(orthonormal.mm(mixture.narrow(1, 0, count).mul(lengths)), {0, rank - count});
+  };
+  const auto energies = values.square();
+  const double total = energies.sum().item<double>(), kept = energies.narrow(0, 0, count).sum().item<double>();
+  return {columns(b_columns, left), columns(a_columns, right.t()).t(), total == 0 ? 0 : (total - kept) / total};
+}
+
+/// The best approximation of a rank of what `pair` holds, its factors balanced and not rounded.
+Truncated cut(CorrectionTask task, const LoraPair& pair, int64_t rank) {
+  if (any_on_device({task})) {
+    return cut_on_device(pair, rank);
+  }
+  task.pair = pair;
+  task.attenuation = kEverything;
+  task.scope.reset();
+  const auto update = measured(task);
+  return truncated_update(update.b, update.a, kEverything, rank);
+}
+
+/// Completes what was measured.
+void complete(const CorrectionTask& task, double strength, const CorrectionOptions& options, Whole& update) {
+  auto directions = std::get<Directions>(task.attenuation);
+  directions.left = strengthened(directions.left, strength);
+  directions.right = strengthened(directions.right, strength);
+  auto& result = update.result;
+  if (result.norm == 0) {
+    directions.restored.clear();
+  }
+  auto [pair, gains, change, rounds_well] = (task.scope ? in_scope : everywhere)(task, directions, update);
+  result.gains = gains;
+  result.change = result.norm > 0 ? change / result.norm : 0;
+  check(std::isfinite(result.change) && std::isfinite(total(gains)), task.label,
+        ": the update is too small to be measured beside what the policy restores");
+
+  const auto& restored = directions.restored;
+  const auto added = static_cast<int64_t>(restored.size()) - std::count(restored.begin(), restored.end(), 0);
+  const int64_t exact = pair.a.size(0), rank = result_rank(options, exact, task.pair.a.size(0) + added);
+  if (rank < exact || !rounds_well) {
+    const auto x = cut(task, pair, rank);
+    pair = {x.b, x.a};
+    result.lost = x.lost;
+  }
+  result.pair = stored(pair.b, pair.a, task);
+}
+
+template <typename Work>
+void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
+  for_each(tasks.size(), any_on_device(tasks), [&](size_t i) {
+    const WithoutModes without_modes;
+    work(i);
+  });
+}
+
+std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+  std::vector<Whole> updates(tasks.size());
+  for_each_task(tasks, [&](size_t i) { updates[i] = whole(tasks[i]); });
+  const double multiplier = strength(updates, options);
+  for_each_task(tasks, [&](size_t i) { complete(tasks[i], multiplier, options, updates[i]); });
+  std::vector<Correction> results;
+  std::transform(updates.begin(), updates.end(), std::back_inserter(results),
+                 [](Whole& update) { return std::move(update.result); });
+  return results;
+}
+
+}  // namespace
+
+bool attenuates_directions(const CorrectionTask& task) { return std::holds_alternative<Directions>(task.attenuation); }
+
+std::vector<Correction> correct_with_directions(const std::vector<CorrectionTask>& tasks,
+                                                const CorrectionOptions& options) {
+  std::vector<CorrectionTask> along, others;
+  for (const auto& task : tasks) {
+    (attenuates_directions(task) ? along : others).push_back(task);
+  }
+  const auto along_results = correct_along(along, options);
+  const auto other_results = others.empty() ? std::vector<Correction>{} : correct(others, options);
+  std::vector<Correction> results;
+  auto next_along = along_results.begin(), next_other = other_results.begin();
+  for (const auto& task : tasks) {
+    results.push_back(attenuates_directions(task) ? *next_along++ : *next_other++);
+  }
+  return results;
+}
+
+}  // namespace csulora

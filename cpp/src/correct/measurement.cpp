@@ -1,0 +1,142 @@
+#include "correct/measurement.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <utility>
+
+#include "runtime/check.h"
+
+namespace csulora {
+namespace {
+
+using at::Tensor;
+
+/// Squared Frobenius norms of the four parts.
+Parts part_norms2(const SplitFactor& b, const SplitFactor& a) {
+  const auto &b_gram = b.gram, &a_gram = a.gram;
+  const int64_t r = b_gram.rows() / 2;
+  const auto norm2 = [&](int64_t b_part, int64_t a_part) {  // 0 inside, r outside: |B A^T|^2 = <B^T B, A^T A>
+    double sum = 0;
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t j = 0; j < r; ++j) {
+        sum += b_gram[b_part + i][b_part + j] * a_gram[a_part + i][a_part + j];
+      }
+    }
+    return std::max(sum, 0.0);
+  };
+  return {norm2(0, 0), norm2(0, r), norm2(r, 0), norm2(r, r)};
+}
+
+double undo(const SplitFactor& b, const SplitFactor& a, const Tensor& singular_values) {
+  const auto s = singular_values.to(at::kCPU, at::kDouble).contiguous();
+  const double* const values = s.const_data_ptr<double>();
+  const int64_t k = s.size(0), r = b.coordinates.columns();
+  double overlap = 0, alignment2 = 0;  // <dW, U S V^T> and |S|^2
+  for (int64_t i = 0; i < k; ++i) {
+    const double* const left = b.coordinates[i];
+    overlap += values[i] * std::inner_product(left, left + r, a.coordinates[i], 0.0);
+    alignment2 += values[i] * values[i];
+  }
+  return alignment2 == 0 ? 0 : -overlap / alignment2;
+}
+
+double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
+
+Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
+  if (const auto* gains = std::get_if<Gains>(&attenuation)) {
+    return *gains;
+  }
+  const auto* penalties = std::get_if<Penalties>(&attenuation);
+  if (!penalties) {
+    return kEverything;
+  }
+  const double partial = gain(penalties->partial, energies.left + energies.right);
+  return {gain(penalties->aligned, energies.aligned), partial, partial, gain(penalties->off, energies.off)};
+}
+
+/// Whether splits in float32 are good enough for what the gains keep: the errors of b's columns times the parts of a's,
+/// and the other way round, are small beside |X|. They are not where little is kept of much, or much cancels.
+bool accurate_in_float(const Measured& update) {
+  constexpr double kNormal2 = 0x1p-252;  // below 2^-126 digits end
+  const auto& [b, a, result] = update;
+  const auto& gains = result.gains;
+  const auto &b_gram = b.gram, &a_gram = a.gram;
+  const int64_t r = b_gram.rows() / 2;
+  const auto error2 = [&](int64_t b_part, int64_t a_part) {
+    double sum = 0;
+    for (int64_t i = 0; i < r; ++i) {
+      const double b_error2 = (b_gram[i][i] + b_gram[r + i][r + i]) * kFloatRounding * kFloatRounding;
+      const double a_error2 = (a_gram[i][i] + a_gram[r + i][r + i]) * kFloatRounding * kFloatRounding;
+      sum += (b_error2 + kNormal2 * b.rows) * a_gram[a_part + i][a_part + i] +
+             (a_error2 + kNormal2 * a.rows) * b_gram[b_part + i][b_part + i];
+    }
+    return sum;
+  };
+  const auto kept2 = [&](double aligned, double left, double right, double off) {
+    return gains.aligned * gains.aligned * aligned + gains.left * gains.left * left +
+           gains.right * gains.right * right + gains.off * gains.off * off;
+  };
+  const auto& energies = result.energies;
+  const double tolerance = kFloatTolerance * result.norm;
+  return kept2(error2(0, 0), error2(0, r), error2(r, 0), error2(r, r)) <=
+         tolerance * tolerance * kept2(energies.aligned, energies.left, energies.right, energies.off);
+}
+
+/// Whether float32 holds a scale as well as it holds other numbers; it has few digits for those near 2^-149.
+bool fits_float(double scale) {
+  return std::abs(static_cast<float>(scale) - scale) <= kFloatRounding * std::abs(scale);
+}
+
+double changed_share(const Gains& gains, const Parts& energies) {
+  const auto removed = [](double g, double energy) { return (1 - g) * (1 - g) * energy; };
+  return std::sqrt(removed(gains.aligned, energies.aligned) + removed(gains.left, energies.left) +
+                   removed(gains.right, energies.right) + removed(gains.off, energies.off));
+}
+
+Measured measured_with(const CorrectionTask& task, SplitFactor b, SplitFactor a) {
+  Measured update{std::move(b), std::move(a), {}};
+  const auto norms2 = part_norms2(update.b, update.a);
+  const double total = norms2.aligned + norms2.left + norms2.right + norms2.off;
+  auto& result = update.result;
+  if (total > 0) {
+    result.energies = {norms2.aligned / total, norms2.left / total, norms2.right / total, norms2.off / total};
+  }
+  result.norm = std::sqrt(total);
+  result.undo = undo(update.b, update.a, task.subspace.s);
+  result.gains = gains_for(task.attenuation, result.energies);
+  result.change = changed_share(result.gains, result.energies);
+  return update;
+}
+
+std::optional<Measured> measured_in_float(const CorrectionTask& task) {
+  const auto& pair = task.pair;
+  const auto& subspace = task.subspace;
+  if (!pair.b.is_cpu() || pair.b.scalar_type() == at::kDouble || !fits_float(pair.scale)) {
+    return std::nullopt;
+  }
+  thread_local Tensor b_memory = at::empty({0}, at::kFloat), a_memory = at::empty({0}, at::kFloat);
+  auto update = measured_with(task, split_in_float(pair.b, pair.scale, subspace.u, b_memory),
+                              split_in_float(pair.a.t(), 1, subspace.v, a_memory));
+  return accurate_in_float(update) ? std::optional(std::move(update)) : std::nullopt;
+}
+
+}  // namespace
+
+Measured measured(const CorrectionTask& task) {
+  auto update = measured_in_float(task);
+  if (!update) {
+    const auto& pair = task.pair;
+    const auto& subspace = task.subspace;
+    update = measured_with(task, split_in_double(pair.b, pair.scale, subspace.u),
+                           split_in_double(pair.a.t(), 1, subspace.v));
+  }
+  check(std::isfinite(update->result.norm) && std::isfinite(update->result.undo), task.label,
+        ": the update or the subspace holds NaN, infinity or values too large");
+  return std::move(*update);
+}
+
+}  // namespace csulora

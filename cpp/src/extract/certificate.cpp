@@ -1,0 +1,134 @@
+#include "extract/certificate.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "linalg/products.h"
+#include "linalg/row_blocks.h"
+
+namespace csulora {
+namespace {
+
+using at::Tensor;
+
+/// The stored triples in float64, vectors as rows.
+struct Triples {
+  Tensor u;  // (k, m)
+  Tensor s;  // (k)
+  Tensor v;  // (k, n)
+};
+
+Triples widened(const Subspace& subspace) {
+  const auto rows = [](const Tensor& factor) { return factor.t().to(at::kDouble).contiguous(); };
+  return {rows(subspace.u), subspace.s.to(at::kDouble), rows(subspace.v)};
+}
+
+Tensor gram(const Tensor& rows) { return rows.mm(rows.t()); }
+
+double orthonormality_error(const Tensor& gram) {
+  return gram.sub(at::eye(gram.size(0), gram.options())).norm().item<double>();
+}
+
+/// Products of D with both factors; float64.
+struct Products {
+  Tensor left;   // (k, m) D v
+  Tensor right;  // (k, n) D^T u
+  Tensor error;  // (k) what each of them may be off by
+};
+
+/// Equal terms, whose rounding adds up, lose up to kFloatTerms / 2 units of rounding of their sum, and these sums are
+/// as long as s. Random ones lose a tenth of a unit of |D|_F; eight are allowed for.
+Products products_in_float(const Displacement& d, const Triples& triples) {
+  constexpr double kUnit = std::numeric_limits<float>::epsilon() / 2;
+  const auto& [u, s, v] = triples;
+  const auto error = s * (kFloatTerms / 2 * kUnit) + 8 * kUnit * std::sqrt(d.norm2);
+  Products result{at::empty_like(u), at::empty_like(v), error};
+  multiply(result.left, v.to(at::kFloat), d.matrix.t());
+  multiply(result.right, u.to(at::kFloat), d.matrix);
+  return result;
+}
+
+Products products_in_double(const Displacement& d, const Triples& triples) {
+  const auto &u = triples.u, &v = triples.v;
+  Products result{at::empty_like(u), at::zeros_like(v), at::zeros_like(triples.s)};
+  for_row_blocks(u.size(1), v.size(1), [&](int64_t row, int64_t count) {
+    const auto block = d.matrix.narrow(0, row, count).to(at::kDouble);
+    result.left.narrow(1, row, count).copy_(v.mm(block.t()));
+    result.right.addmm_(u.narrow(1, row, count), block);
+  });
+  return result;
+}
+
+/// What D does to both factors; float64.
+struct Residuals {
+  Tensor left;       // (k) |D v - s u|
+  Tensor right;      // (k) |D^T u - s v|
+  Tensor quotients;  // (k) u^T D v
+  Tensor error;      // (k) what each of them may be off by
+};
+
+Residuals residuals(const Products& products, const Triples& triples) {
+  const auto& [u, s, v] = triples;
+  const auto lengths = s.unsqueeze(1);
+  return {products.left.sub(u * lengths).norm(2, 1), products.right.sub(v * lengths).norm(2, 1),
+          products.left.mul(u).sum(1), products.error};
+}
+
+/// In float64, unless factors on a CPU were rounded to half precision, so much more coarsely that float32, which takes
+/// a third of the time, does as well.
+Residuals residuals(const Displacement& d, const Triples& triples, bool in_half) {
+  if (d.matrix.is_cpu() && fits_float32(d) && in_half) {
+    auto measured = residuals(products_in_float(d, triples), triples);
+    if (at::maximum(measured.left, measured.right).gt(2 * measured.error).all().item<bool>()) {
+      return measured;
+    }
+  }
+  return residuals(products_in_double(d, triples), triples);
+}
+
+/// |D - U S V^T|^2 = |D|^2 - 2 sum s u^T D v + |U S V^T|^2. What the products may be off by does not count as captured.
+double captured_share(double norm2, const Tensor& s, const Residuals& measured, const Tensor& gram_u,
+                      const Tensor& gram_v) {
+  const auto reproduced2 = gram_u.mul(s).mul(gram_v.mul(s).t()).sum();
+  return (2 * s.mul(measured.quotients - measured.error).sum() - reproduced2).item<double>() / norm2;
+}
+
+/// What u and v together have outside the true leading subspaces is at most the sum over their columns of
+/// (|D v - s u|^2 + |D^T u - s v|^2) / (s - s_{k+1})^2 (Wedin 1972). Orthonormalising the columns stretches it by at
+/// most 1 / (1 - error), with the orthonormality error in Frobenius norm.
+double missed_bound(const Tensor& residuals2, const Tensor& s, double next_value, double orthonormality) {
+  const auto gaps = s - next_value;
+  if (orthonormality >= 1 || gaps.le(0).any().item<bool>()) {
+    return 1;
+  }
+  const double sine2 = residuals2.div(gaps.square()).sum().item<double>();
+  return std::min(1.0, sine2 / static_cast<double>(s.size(0)) / (1 - orthonormality));
+}
+
+}  // namespace
+
+Certificate measure_factors(const Displacement& d, const Subspace& subspace, double next_value) {
+  Certificate certificate;
+  certificate.displacement_norm2 = d.norm2;
+  certificate.next_value = next_value;
+  certificate.noise_edge = d.noise_edge;
+  if (subspace.s.size(0) == 0) {
+    return certificate;
+  }
+  const auto triples = widened(subspace);
+  const bool in_half = subspace.u.element_size() < static_cast<int64_t>(sizeof(float));
+  const auto measured = residuals(d, triples, in_half);
+  const auto left = measured.left + measured.error, right = measured.right + measured.error;
+  const auto& s = triples.s;
+  const auto gram_u = gram(triples.u), gram_v = gram(triples.v);
+  certificate.residual = at::maximum(left, right).div(s).max().item<double>();
+  certificate.orthonormality = std::max(orthonormality_error(gram_u), orthonormality_error(gram_v));
+  certificate.captured = captured_share(d.norm2, s, measured, gram_u, gram_v);
+  certificate.missed = missed_bound(left.square() + right.square(), s, next_value, certificate.orthonormality);
+  return certificate;
+}
+
+}  // namespace csulora

@@ -1,0 +1,122 @@
+#include "csulora/extract.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+
+#include <algorithm>
+
+#include "extract/certificate.h"
+#include "extract/decomposition.h"
+#include "extract/displacement.h"
+#include "runtime/check.h"
+#include "runtime/modes.h"
+
+namespace csulora {
+namespace {
+
+using at::Tensor;
+
+/// Columns beyond the wanted ones make the start block miss a leading direction with negligible probability.
+constexpr int64_t kOversampling = 16;
+/// Below this many blocks per short side a full decomposition costs no more than the Krylov method.
+constexpr int64_t kExactBlocks = 8;
+
+void check_options(const ExtractOptions& options) {
+  check(options.rank >= 1, "rank is ", options.rank, "; it must be at least 1");
+  check(!options.energy || (*options.energy > 0 && *options.energy <= 1), "energy must lie in (0, 1]");
+  check(options.tolerance > 0 && options.tolerance < 1, "tolerance must lie in (0, 1)");
+  const auto dtype = options.factor_dtype;
+  check(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat,
+        "factor_dtype must be float16, bfloat16 or float32");
+}
+
+/// Whether a search in a Krylov space takes less than a full decomposition.
+bool is_searched(const Tensor& matrix, int64_t limit) {
+  return std::min(matrix.size(0), matrix.size(1)) > kExactBlocks * (limit + kOversampling);
+}
+
+/// How many computed singular values are neither below the edge nor rounding of the computation.
+int64_t count_above_noise(const Tensor& values, double noise_edge) {
+  if (values.numel() == 0) {
+    return 0;
+  }
+  const double floor = std::max(noise_edge, kResolution * values[0].item<double>());
+  return values.gt(floor).sum().item<int64_t>();
+}
+
+/// How many leading directions the options ask for, at most `limit`, given all computed singular values.
+int64_t wanted_count(const Tensor& values, const Displacement& d, int64_t limit, const ExtractOptions& options) {
+  int64_t count = std::min(limit, values.size(0));
+  if (options.energy) {
+    const auto captured = values.square().cumsum(0);
+    count = std::min(count, 1 + captured.lt(*options.energy * d.norm2).sum().item<int64_t>());
+  }
+  return std::min(count, count_above_noise(values, options.keep_noise ? 0 : d.noise_edge));
+}
+
+SingularTriples leading_triples(const Displacement& d, int64_t limit, const ExtractOptions& options) {
+  if (d.norm2 == 0) {
+    const auto options = d.matrix.options();
+    const auto none = at::empty({0}, options);
+    return {at::empty({d.matrix.size(0), 0}, options), none, at::empty({d.matrix.size(1), 0}, options), 0, none};
+  }
+  const auto wanted = [&](const Tensor& values) { return wanted_count(values, d, limit, options); };
+  if (is_searched(d.matrix, limit) && fits_float32(d)) {
+    const int64_t block = limit + kOversampling;
+    const int64_t max_blocks = std::min(d.matrix.size(0), d.matrix.size(1)) / 2 / block;
+    const KrylovOptions krylov{block, max_blocks, options.tolerance, options.seed};
+    if (d.rough.defined()) {
+      if (auto triples = rough_block_krylov(d.matrix, d.rough, wanted, krylov)) {
+        return *std::move(triples);
+      }
+    }
+    if (auto triples = block_krylov(d.matrix, wanted, krylov)) {
+      return *std::move(triples);
+    }
+  }
+  return exact_triples(d.matrix, wanted);
+}
+
+Certificate measured(const Displacement& d, const Subspace& subspace, const SingularTriples& triples) {
+  auto certificate = measure_factors(d, subspace, triples.next_value);
+  certificate.above_noise = count_above_noise(triples.computed, d.noise_edge);
+  certificate.passes = triples.passes;
+  return certificate;
+}
+
+}  // namespace
+
+Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const ExtractOptions& options,
+                          Workspace* workspace) {
+  check_options(options);
+  const WithoutModes without_modes;
+  const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
+  check_matrix(base, "base");
+  const int64_t limit = std::min({options.rank, base.size(0), base.size(1)});
+  const auto d = displacement(base, aligned, options.noise_std, is_searched(base, limit), workspace);
+  const auto triples = leading_triples(d, limit, options);
+  Subspace subspace{triples.u.to(options.factor_dtype).contiguous(), triples.s.to(at::kFloat),
+                    triples.v.to(options.factor_dtype).contiguous()};
+  check(subspace.s.isfinite().logical_and(subspace.s > 0).all().item<bool>(),
+        "the singular values of aligned - base lie outside the range of float32");
+  subspace.certificate = measured(d, subspace, triples);
+  return subspace;
+}
+
+Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& subspace,
+                    const ExtractOptions& options) {
+  check_options(options);
+  validate(subspace);
+  check_same_device(subspace.u, base, "the subspace's u");
+  const WithoutModes without_modes;
+  const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
+  const auto d = displacement(base, aligned, options.noise_std);
+  check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1), "the subspace is for ",
+        subspace.u.size(0), " x ", subspace.v.size(0), " and the matrices are ", d.matrix.sizes());
+  ExtractOptions fresh = options;
+  fresh.energy.reset();
+  fresh.keep_noise = true;
+  return measured(d, subspace, leading_triples(d, subspace.s.size(0), fresh));
+}
+
+}  // namespace csulora

@@ -1,0 +1,85 @@
+#include <ATen/ATen.h>
+
+#include <limits>
+#include <utility>
+
+#include "extract/convergence.h"
+#include "extract/decomposition.h"
+#include "linalg/orthonormal.h"
+#include "linalg/products.h"
+
+namespace csulora {
+namespace {
+
+using at::Tensor;
+
+/// Where so many steps do not suffice, the start has missed something.
+constexpr int kMaxSteps = 6;
+
+/// The singular triples of a matrix (m, n) that is projected onto orthonormal rows (b, m).
+struct Projected {
+  Tensor left;    // (b, m) float32, rows u
+  Tensor right;   // (b, n) float32, rows v
+  Tensor values;  // (b) float64, s, descending
+};
+
+/// @param image  (b, n) rows times the matrix
+Projected project(const Tensor& rows, const Tensor& image) {
+  const auto wide = image.to(at::kDouble);
+  const auto [squares, vectors] = at::linalg_eigh(wide.matmul(wide.t()));
+  const auto turn = vectors.flip(1).t().to(at::kFloat);
+  const auto values = squares.flip(0).clamp_min_(0).sqrt_();
+  const auto lengths = values.to(at::kFloat).clamp_min_(std::numeric_limits<float>::min()).unsqueeze(1);
+  return {turn.mm(rows), turn.mm(image).div_(lengths), values};
+}
+
+/// `block` less its part in the span of orthonormal rows.
+Tensor outside(const Tensor& block, const Tensor& rows) { return block.addmm(block.mm(rows.t()), rows, 1, -1); }
+
+/// |A v - s u| of every triple, which is what A makes of v outside of all u; A^T u = s v holds by construction.
+///
+/// @param known  orthonormal rows that A maps into the span of u, or undefined: of v only the rest counts. What is
+///               rounded in the product is then a small share of something small.
+Tensor residuals(const Projected& found, const Tensor& rough, const Tensor& known) {
+  auto product = at::empty_like(found.left);
+  multiply(product, known.defined() ? outside(found.right, known) : found.right, rough.t());
+  return outside(product, found.left).to(at::kDouble).norm(2, 1).add_(found.values[0], kResolution);
+}
+
+}  // namespace
+
+std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& rough, const Tensor& start,
+                                      const WantedCount& wanted, double tolerance) {
+  auto a = matrix, rough_a = rough;  // and their transposes in every other step
+  auto rows = start.contiguous();
+  orthonormalise(rows);
+  Tensor known;
+  for (int i = 0; i < kMaxSteps; ++i) {
+    const auto image = at::empty({rows.size(0), a.size(1)}, rows.options());
+    multiply(image, rows, a);
+    const auto found = project(rows, image);
+    const RitzValues ritz{found.values, residuals(found, rough_a, known)};
+    const int64_t count = wanted(ritz.values);
+    if (count < rows.size(0) && converged(ritz, count, wanted, tolerance)) {
+      SingularTriples triples;
+      triples.s = ritz.values.narrow(0, 0, count);
+      triples.u = found.left.narrow(0, 0, count).t();
+      triples.v = found.right.narrow(0, 0, count).t();
+      if (i % 2 == 1) {
+        std::swap(triples.u, triples.v);
+      }
+      triples.next_value = (ritz.values[count] + ritz.residuals[count]).item<double>();
+      triples.computed = ritz.values;
+      triples.passes = 2 * (i + 1);
+      return triples;
+    }
+    known = rows;
+    rows = image;
+    orthonormalise(rows);
+    a = a.t();
+    rough_a = rough_a.t();
+  }
+  return std::nullopt;
+}
+
+}  // namespace csulora

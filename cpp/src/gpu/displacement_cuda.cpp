@@ -1,0 +1,37 @@
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/displacement.cuh"
+#include "extract/displacement.h"
+#include "gpu/device.h"
+
+namespace csulora {
+
+Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& aligned) {
+  const c10::DeviceGuard guard(base.device());
+  const int64_t rows = base.size(0);
+  const int64_t columns = base.size(1);
+  const auto row_major_base = base.contiguous();
+  const auto row_major_aligned = aligned.contiguous();
+  Displacement result;
+  result.matrix = at::empty({rows, columns}, base.options().dtype(at::kFloat));
+  const auto wide = base.options().dtype(at::kDouble);
+  const auto row_norms2 = at::empty({rows}, wide);
+  const auto row_noise = at::empty({rows}, wide);
+  const auto column_noise = at::empty({(rows + cuda::kRowsPerSum - 1) / cuda::kRowsPerSum, columns}, wide);
+
+  cuda::subtract({row_major_base.data_ptr(), element_of(base)}, {row_major_aligned.data_ptr(), element_of(aligned)},
+                 rows, columns, result.matrix.mutable_data_ptr<float>(),
+                 {row_norms2.mutable_data_ptr<double>(), row_noise.mutable_data_ptr<double>(),
+                  column_noise.mutable_data_ptr<double>()},
+                 static_cast<cudaStream_t>(current_stream(base.device())));
+
+  const auto found = at::stack({row_norms2.sum(), row_noise.max(), column_noise.sum(0).max()}).to(at::kCPU);
+  const auto* values = found.data_ptr<double>();
+  result.norm2 = values[0];
+  result.noise_edge = rounding_edge(values[1], values[2]);
+  return result;
+}
+
+}  // namespace csulora

@@ -1,0 +1,21 @@
+#include "extract/displacement.h"
+#include "gpu/correction_device.h"
+#include "runtime/check.h"
+
+namespace csulora {
+namespace {
+
+[[noreturn]] void refuse(const at::Tensor& tensor) {
+  throw InputError("a tensor is on " + tensor.device().str() +
+                   ", and this build of csulora computes on the CPU; move it there, or build with CUDA");
+}
+
+}  // namespace
+
+std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tasks, const CorrectionOptions&) {
+  refuse(tasks.front().pair.b);
+}
+
+Displacement displacement_on_device(const at::Tensor& base, const at::Tensor&) { refuse(base); }
+
+}  // namespace csulora

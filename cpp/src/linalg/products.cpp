@@ -1,0 +1,75 @@
+#include "linalg/products.h"
+
+#include <ATen/ATen.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+
+#include "linalg/block_products.h"
+
+// Part of every torch that is built with MKL; null in others. torch's own product would round the sums to bfloat16.
+extern "C" void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
+                                       const void* a, int lda, const void* b, int ldb, float beta, float* c, int ldc)
+    __attribute__((weak));
+
+namespace csulora {
+namespace {
+
+using at::Tensor;
+
+void multiply_with_mkl(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
+  constexpr int kRowMajor = 101, kAsItIs = 111, kTransposed = 112;
+  const bool transposed = !matrix.is_contiguous();
+  const int b = static_cast<int>(rows.size(0)), m = static_cast<int>(matrix.size(0)),
+            n = static_cast<int>(matrix.size(1));
+  cblas_gemm_bf16bf16f32(kRowMajor, kAsItIs, transposed ? kTransposed : kAsItIs, b, n, m, 1, rows.const_data_ptr(), m,
+                         matrix.const_data_ptr(), transposed ? m : n, 0, out.mutable_data_ptr<float>(), n);
+}
+
+/// Whether MKL uses the unit of a CPU that multiplies tiles of bfloat16 numbers. torch packs matrices for that unit,
+/// and for nothing else.
+bool multiplies_tiles() { return cblas_gemm_bf16bf16f32 && at::native::cpublas::could_pack(at::kBFloat16); }
+
+/// Whether rows of entries of a matrix, or of its transpose, lie one after the other.
+bool is_plain(const Tensor& matrix) { return matrix.is_contiguous() || matrix.t().is_contiguous(); }
+
+void multiply_float(Tensor out, const Tensor& rows, const Tensor& matrix) {
+  if (matrix.is_cpu() && is_plain(matrix) && multiplies_blocks(at::kFloat)) {
+    multiply_blocks(out, rows.contiguous(), matrix);
+  } else if (out.scalar_type() == at::kFloat) {
+    at::mm_out(out, rows, matrix);
+  } else {
+    out.zero_();
+    const int64_t m = matrix.size(0);
+    for (int64_t term = 0; term < m; term += kFloatTerms) {
+      const int64_t terms = std::min(kFloatTerms, m - term);
+      out.add_(rows.narrow(1, term, terms).mm(matrix.narrow(0, term, terms)));
+    }
+  }
+}
+
+void multiply_rough(Tensor out, const Tensor& rows, const Tensor& matrix) {
+  if (matrix.is_cpu() && multiplies_tiles()) {
+    multiply_with_mkl(out, rows, matrix);
+  } else if (matrix.is_cpu() && multiplies_blocks(at::kBFloat16)) {
+    multiply_blocks(out, rows, matrix);
+  } else {
+    at::mm_out(out, rows.to(at::kFloat), matrix.to(at::kFloat));
+  }
+}
+
+}  // namespace
+
+bool has_fast_bfloat16(const Tensor& matrix) {
+  return matrix.is_cpu() && (multiplies_tiles() || multiplies_blocks(at::kBFloat16));
+}
+
+void multiply(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
+  if (matrix.scalar_type() == at::kFloat) {
+    multiply_float(out, rows, matrix);
+  } else {
+    multiply_rough(out, rows.to(at::kBFloat16).contiguous(), matrix);
+  }
+}
+
+}  // namespace csulora

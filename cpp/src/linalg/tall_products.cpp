@@ -1,0 +1,296 @@
+#include "linalg/tall_products.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "linalg/widest_vectors.h"
+
+namespace csulora::tall {
+namespace {
+
+template <int kLanes>
+using Floats __attribute__((vector_size(kLanes * sizeof(float)))) = float;
+template <int kLanes>
+using Indices __attribute__((vector_size(kLanes * sizeof(int32_t)))) = int32_t;
+
+template <typename Vector, typename Entry>
+CSULORA_INLINED void load(Vector* entries, const Entry* from) {
+  std::memcpy(entries, from, sizeof *entries);
+}
+
+template <typename Vector, typename Entry>
+CSULORA_INLINED void store(const Vector* entries, Entry* to) {
+  std::memcpy(to, entries, sizeof *entries);
+}
+
+/// A tile of kRows rows and kColumns columns, which a loop keeps in registers: few enough that none is spilled, many
+/// enough that reading takes less time than multiplying.
+template <int kLanes, typename Entry = float>
+struct Tile {
+  using Vector __attribute__((vector_size(kLanes * sizeof(float)))) = Entry;
+  static constexpr int64_t kRows = kLanes / 2;
+  static constexpr int64_t kVectors = kWidth / kLanes;
+  static constexpr int64_t kStep = sizeof(Vector) / sizeof(Entry);
+  static constexpr int64_t kColumns = kVectors * kStep;
+  Vector entries[kRows][kVectors];
+
+  /// entries += weights row, for weights (kRows), `stride` apart, and a row (kColumns).
+  CSULORA_INLINED void add(const Entry* weights, int64_t stride, const Entry* row) {
+    for (int64_t vector = 0; vector < kVectors; ++vector) {
+      Vector others;
+      load(&others, row + vector * kStep);
+      for (int64_t i = 0; i < kRows; ++i) {
+        entries[i][vector] += weights[i * stride] * others;
+      }
+    }
+  }
+
+  CSULORA_INLINED void subtract(const Tile& others) {
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t vector = 0; vector < kVectors; ++vector) {
+        entries[i][vector] -= others.entries[i][vector];
+      }
+    }
+  }
+
+  CSULORA_INLINED void load_from(const Entry* rows, int64_t stride) {
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t vector = 0; vector < kVectors; ++vector) {
+        load(&entries[i][vector], rows + i * stride + vector * kStep);
+      }
+    }
+  }
+
+  CSULORA_INLINED void add_to(double* rows, int64_t stride) const {
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t vector = 0; vector < kVectors; ++vector) {
+        Entry terms[kStep];
+        store(&entries[i][vector], terms);
+        for (int64_t j = 0; j < kStep; ++j) {
+          rows[i * stride + vector * kStep + j] += terms[j];
+        }
+      }
+    }
+  }
+
+  CSULORA_INLINED void store_to(Entry* rows, int64_t stride) const {
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t vector = 0; vector < kVectors; ++vector) {
+        store(&entries[i][vector], rows + i * stride + vector * kStep);
+      }
+    }
+  }
+};
+
+/// rows (kRows, k) times k rows of kWidth coordinates, `stride` entries apart.
+template <int kLanes>
+CSULORA_INLINED void multiply_rows(const float* rows, int64_t k, const float* coordinates, int64_t stride,
+                                   Tile<kLanes>* product) {
+  Tile<kLanes> sums = {};
+  for (int64_t direction = 0; direction < k; ++direction) {
+    sums.add(rows + direction, k, coordinates + direction * stride);
+  }
+  *product = sums;
+}
+
+/// Transposes kLanes rows of one vector each: exchanges the off-diagonal blocks of size `step`, then those of half the
+/// size.
+template <int kLanes, int step = kLanes / 2>
+CSULORA_INLINED void transpose_square(Floats<kLanes>* square) {
+  Indices<kLanes> upper, lower;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    upper[lane] = lane & step ? kLanes + lane - step : lane;
+    lower[lane] = lane & step ? kLanes + lane : lane + step;
+  }
+  for (int row = 0; row < kLanes; ++row) {
+    if (!(row & step)) {
+      const Floats<kLanes> above = square[row], below = square[row + step];
+      square[row] = __builtin_shuffle(above, below, upper);
+      square[row + step] = __builtin_shuffle(above, below, lower);
+    }
+  }
+  if constexpr (step > 1) {
+    transpose_square<kLanes, step / 2>(square);
+  }
+}
+
+/// target (rows, columns) = block^T, for a block of kWidth rows and columns, neither of which it may exceed.
+template <int kLanes>
+CSULORA_INLINED void transpose_block(const float* block, float* target, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t column = 0; column < columns; column += kLanes) {  // innermost, so that whole cache lines are written
+      Floats<kLanes> square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        load(&square[i], block + (column + i) * kWidth + row);
+      }
+      transpose_square<kLanes>(square);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - row); ++i) {
+        float* const entries = target + (row + i) * stride + column;
+        if (columns - column >= kLanes) {
+          store(&square[i], entries);
+        } else {
+          std::memcpy(entries, &square[i], (columns - column) * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+struct Project {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width,
+                                  int64_t stride, double* coordinates) {
+    constexpr int64_t kStrip = 64;  // rows of a basis and a factor that stay in the first-level cache
+    for (int64_t first = 0; first < rows; first += kStrip) {
+      const int64_t last = std::min(first + kStrip, rows);
+      for (int64_t column = 0; column < width; column += kWidth) {
+        for (int64_t direction = 0; direction < k; direction += Tile<kLanes>::kRows) {
+          Tile<kLanes> sums = {};
+          for (int64_t row = first; row < last; ++row) {
+            sums.add(basis + row * k + direction, 1, factor + row * stride + column);
+          }
+          sums.add_to(coordinates + direction * width + column, width);
+        }
+      }
+    }
+  }
+};
+
+/// Calls visit(row, column) for tiles of rows (rows, k) times coordinates (k, width): column by column for as many rows
+/// as stay in the first-level cache beside a column of the coordinates.
+template <int64_t kRows, typename Visit>
+CSULORA_INLINED void for_each_tile(int64_t rows, int64_t k, int64_t width, Visit visit) {
+  constexpr int64_t kEntries = 4096;
+  const int64_t strip = std::max<int64_t>(1, kEntries / std::max<int64_t>(1, k) / kRows) * kRows;
+  for (int64_t first = 0; first < rows; first += strip) {
+    for (int64_t column = 0; column < width; column += kWidth) {
+      for (int64_t row = first; row < std::min(first + strip, rows); row += kRows) {
+        visit(row, column);
+      }
+    }
+  }
+}
+
+struct Split {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width,
+                                  float* columns) {
+    for_each_tile<Tile<kLanes>::kRows>(rows, k, width, [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+      float* const target = columns + row * 2 * width + column;
+      Tile<kLanes> inside, outside;
+      multiply_rows(basis + row * k, k, coordinates + column, width, &inside);
+      outside.load_from(target + width, 2 * width);
+      outside.subtract(inside);
+      inside.store_to(target, 2 * width);
+      outside.store_to(target + width, 2 * width);
+    });
+  }
+};
+
+struct Multiply {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t k, const float* coordinates,
+                                  int64_t width, float* product) {
+    for_each_tile<Tile<kLanes>::kRows>(rows, k, width, [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+      Tile<kLanes> sums;
+      multiply_rows(columns + row * k, k, coordinates + column, width, &sums);
+      sums.store_to(product + row * width + column, width);
+    });
+  }
+};
+
+struct MultiplyTransposed {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t k, const float* coordinates,
+                                  int64_t width, float* product) {
+    float block[kWidth * kWidth] = {};
+    for_each_tile<kWidth>(rows, k, width, [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < std::min(kWidth, padded(rows - row, kRowStep)); i += Tile<kLanes>::kRows) {
+        Tile<kLanes> sums;
+        multiply_rows(columns + (row + i) * k, k, coordinates + column, width, &sums);
+        sums.store_to(block + i * kWidth, kWidth);
+      }
+      transpose_block<kLanes>(block, product + column * rows + row, rows, kWidth, std::min(kWidth, rows - row));
+    });
+  }
+};
+
+struct Transpose {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* source, int64_t width, int64_t count, int64_t source_stride, float scale,
+                                  float* target, int64_t stride) {
+    for (int64_t first = 0; first < width; first += kWidth) {
+      float block[kWidth * kWidth] = {};
+      for (int64_t column = 0; column < count; column += kWidth) {
+        const int64_t length = std::min(kWidth, count - column);
+        for (int64_t i = 0; i < std::min(kWidth, width - first); ++i) {
+          const float* const entries = source + (first + i) * source_stride + column;
+          std::transform(entries, entries + length, block + i * kWidth, [scale](float entry) { return scale * entry; });
+        }
+        transpose_block<kLanes>(block, target + column * stride + first, stride, length, kWidth);
+      }
+    }
+  }
+};
+
+struct AddGram {
+  template <int kLanes>
+  CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t width, double* gram) {
+    using Sums = Tile<kLanes, double>;
+    constexpr int64_t kCount = 64, kStrip = Sums::kColumns;  // two strips of so many rows stay in the first-level cache
+    std::vector<double> widened(kCount * width);
+    for (int64_t first = 0; first < rows; first += kCount) {
+      const int64_t count = std::min(kCount, rows - first);
+      for (int64_t column = 0; column < width; column += kStrip) {
+        for (int64_t row = 0; row < count; ++row) {
+          std::copy_n(columns + (first + row) * width + column, kStrip,
+                      widened.data() + column * kCount + row * kStrip);
+        }
+      }
+      for (int64_t left = 0; left < width; left += Sums::kRows) {
+        const double* const weights = widened.data() + left / kStrip * kStrip * kCount + left % kStrip;
+        for (int64_t right = 0; right < left + Sums::kRows; right += kStrip) {
+          double* const target = gram + left * width + right;
+          Sums sums;
+          sums.load_from(target, width);
+          for (int64_t row = 0; row < count; ++row) {
+            sums.add(weights + row * kStrip, 1, widened.data() + right * kCount + row * kStrip);
+          }
+          sums.store_to(target, width);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void project(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width, int64_t stride,
+             double* coordinates) {
+  run_widest<Project>(basis, rows, k, factor, width, stride, coordinates);
+}
+
+void split(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* columns) {
+  run_widest<Split>(basis, rows, k, coordinates, width, columns);
+}
+
+void multiply(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* product) {
+  run_widest<Multiply>(columns, rows, k, coordinates, width, product);
+}
+
+void multiply_transposed(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width,
+                         float* product) {
+  run_widest<MultiplyTransposed>(columns, rows, k, coordinates, width, product);
+}
+
+void transpose(const float* source, int64_t width, int64_t count, int64_t source_stride, float scale, float* target,
+               int64_t stride) {
+  run_widest<Transpose>(source, width, count, source_stride, scale, target, stride);
+}
+
+void add_gram(const float* columns, int64_t rows, int64_t width, double* gram) {
+  run_widest<AddGram>(columns, rows, width, gram);
+}
+
+}  // namespace csulora::tall

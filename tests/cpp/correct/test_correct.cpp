@@ -1,0 +1,390 @@
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <csulora/correct.h>
+#include <csulora/error.h>
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "dense.h"
+
+namespace {
+
+using csulora::Attenuation;
+using csulora::Correction;
+using csulora::CorrectionOptions;
+using csulora::CorrectionTask;
+using csulora::Directions;
+using csulora::Gains;
+using csulora::InputError;
+using csulora::LoraPair;
+using csulora::Parts;
+using csulora::Penalties;
+using csulora::RankRule;
+using csulora::Subspace;
+using dense::Matrix;
+
+constexpr double kTolerance = 1e-5;  // float32 factors
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+const CorrectionOptions kExact{RankRule::exact};
+
+LoraPair random_pair(int64_t rows, int64_t columns, int64_t rank, uint64_t seed = 1, double scale = 2) {
+  return {dense::tensor(dense::gaussian(rows, rank, seed)), dense::tensor(dense::gaussian(rank, columns, seed + 1)),
+          scale};
+}
+
+Subspace random_subspace(int64_t rows, int64_t columns, int64_t k, at::ScalarType dtype = at::kFloat) {
+  return {dense::tensor(dense::orthonormal(rows, k, 11), dtype), at::arange(k, 0, -1).to(at::kFloat),
+          dense::tensor(dense::orthonormal(columns, k, 12), dtype)};
+}
+
+CorrectionTask task(const LoraPair& pair, const Subspace& subspace, const Attenuation& attenuation = Penalties{}) {
+  return {pair, subspace, attenuation, "layer"};
+}
+
+Matrix update(const LoraPair& pair) { return pair.scale * (dense::matrix(pair.b) * dense::matrix(pair.a)); }
+
+/// The four parts of an update, formed densely.
+struct DenseParts {
+  Matrix aligned, left, right, off;
+
+  Matrix combined(const Gains& gains) const {
+    return gains.aligned * aligned + gains.left * left + gains.right * right + gains.off * off;
+  }
+};
+
+DenseParts parts_of(const Matrix& update, const Subspace& subspace) {
+  const auto u = dense::matrix(subspace.u);
+  const auto v = dense::matrix(subspace.v);
+  const auto rows_inside = u * (transposed(u) * update);
+  const auto rows_outside = update - rows_inside;
+  const auto aligned = (rows_inside * v) * transposed(v);
+  const auto right = (rows_outside * v) * transposed(v);
+  return {aligned, rows_inside - aligned, right, rows_outside - right};
+}
+
+Gains closed_form(const Penalties& penalties, const Parts& energies) {
+  const auto gain = [](double penalty, double energy) {
+    return penalty == kInfinity ? 0.0 : 1 / (1 + penalty * energy);
+  };
+  const double partial = gain(penalties.partial, energies.left + energies.right);
+  return {gain(penalties.aligned, energies.aligned), partial, partial, gain(penalties.off, energies.off)};
+}
+
+double relative_error(const Correction& result, const Matrix& reference) {
+  return norm(update(result.pair) - reference) / norm(reference);
+}
+
+const std::vector<Penalties> kPresets{{0, 1, 1}, {0, kInfinity, kInfinity}, {1, 1, 0}, {0, 0, 0}, {3, 0.5, 20}};
+
+TEST_CASE("every preset gives the closed form of dense arithmetic") {
+  const auto pair = random_pair(60, 40, 6);
+  const auto subspace = random_subspace(60, 40, 9);
+  const auto parts = parts_of(update(pair), subspace);
+  const double norm2 = std::pow(norm(update(pair)), 2);
+  const Parts energies{inner(parts.aligned, parts.aligned) / norm2, inner(parts.left, parts.left) / norm2,
+                       inner(parts.right, parts.right) / norm2, inner(parts.off, parts.off) / norm2};
+  for (const auto& preset : kPresets) {
+    const auto result = csulora::correct(task(pair, subspace, preset), kExact);
+    const auto gains = closed_form(preset, energies);
+    CHECK(result.energies.aligned == doctest::Approx(energies.aligned));
+    CHECK(result.energies.left == doctest::Approx(energies.left));
+    CHECK(result.energies.right == doctest::Approx(energies.right));
+    CHECK(result.energies.off == doctest::Approx(energies.off));
+    CHECK(result.gains.aligned == doctest::Approx(gains.aligned));
+    CHECK(result.gains.left == doctest::Approx(gains.left));
+    CHECK(result.gains.right == doctest::Approx(gains.right));
+    CHECK(result.gains.off == doctest::Approx(gains.off));
+    const auto reference = parts.combined(gains);
+    CHECK(relative_error(result, reference) < kTolerance);
+    CHECK(result.norm == doctest::Approx(std::sqrt(norm2)));
+    CHECK(result.change == doctest::Approx(norm(reference - update(pair)) / std::sqrt(norm2)));
+    CHECK(result.pair.scale == 1);
+    CHECK((result.pair.b.scalar_type() == at::kFloat));
+  }
+}
+
+/// I - basis (1 - gains) basis^T, for gains of all columns.
+Matrix attenuating(const Matrix& basis, const std::vector<double>& gains) {
+  std::vector<double> removed, ones(basis.rows(), 1);
+  for (const double gain : gains) {
+    removed.push_back(1 - gain);
+  }
+  return dense::diagonal(ones) - basis * dense::diagonal(removed) * transposed(basis);
+}
+
+TEST_CASE("directions have gains of their own, beside modules whose parts do") {
+  const auto pair = random_pair(60, 40, 6);
+  const auto subspace = random_subspace(60, 40, 3);
+  const Directions directions{{0, 0.25}, {1, 0.5, 0.75}, {0.5, 0, -2}};
+  const auto none = LoraPair{at::zeros({60, 6}), pair.a, 1};
+  const auto results = csulora::correct({task(pair, subspace, Penalties{}), task(pair, subspace, directions),
+                                         task(none, subspace, directions), task(pair, subspace, Directions{})});
+
+  const auto u = dense::matrix(subspace.u), v = dense::matrix(subspace.v);
+  const auto kept = attenuating(u, {0, 0.25, 1}) * update(pair) * attenuating(v, {1, 0.5, 0.75});
+  const auto expected = kept + u * dense::diagonal({1.5, 0, -2}) * transposed(v);
+  CHECK(results[1].pair.b.size(1) == 8);
+  CHECK(relative_error(results[1], expected) < kTolerance);
+  CHECK(results[1].change == doctest::Approx(norm(expected - update(pair)) / norm(update(pair))));
+  const auto parts = parts_of(update(pair), subspace), kept_parts = parts_of(expected, subspace);
+  CHECK(results[1].gains.left == doctest::Approx(norm(kept_parts.left) / norm(parts.left)));
+  CHECK(results[1].gains.right == doctest::Approx(norm(kept_parts.right) / norm(parts.right)));
+
+  const auto alone = csulora::correct(task(pair, subspace, Penalties{}));
+  CHECK(at::equal(results[0].pair.b, alone.pair.b));
+  CHECK(norm(update(results[2].pair)) == 0);
+  CHECK(results[2].pair.b.size(1) == 6);
+  CHECK(relative_error(results[3], update(pair)) < kTolerance);
+  CHECK(results[3].change < kTolerance);
+}
+
+TEST_CASE("in a scope directions act on some inputs alone") {
+  const auto pair = random_pair(60, 40, 6);
+  const auto subspace = random_subspace(60, 40, 3);
+  const csulora::Scope scope{at::randn({40, 4}) / 6, at::randn({40, 4}) / 6};
+  auto scoped = task(pair, subspace, Directions{{0, 0.25}, {1, 0.5, 0.75}, {0.5, 0, -2}});
+  const auto whole = update(pair), wanted = update(csulora::correct(scoped, kExact).pair);
+  scoped.scope = scope;
+  const auto expected = whole + (wanted - whole) * dense::matrix(scope.p) * transposed(dense::matrix(scope.q));
+
+  const auto exact = csulora::correct(scoped, kExact);
+  CHECK(exact.pair.b.size(1) == 9);
+  CHECK(relative_error(exact, expected) < kTolerance);
+  CHECK(exact.change == doctest::Approx(norm(expected - whole) / norm(whole)));
+  CHECK(exact.lost == 0);
+  const auto kept = csulora::correct(scoped);
+  CHECK(kept.pair.b.size(1) == 8);
+  CHECK(relative_error(kept, expected) == doctest::Approx(std::sqrt(kept.lost)).epsilon(1e-3));
+  CHECK(kept.change == exact.change);
+
+  scoped.attenuation = Penalties{};
+  CHECK_THROWS_WITH_AS(csulora::correct(scoped), doctest::Contains("layer: only gains of directions"), InputError);
+  scoped.attenuation = Directions{};
+  for (const auto& q : {at::ones({39, 4}), at::ones({40, 3}), at::ones({40, 4}, at::kHalf)}) {
+    scoped.scope = csulora::Scope{scope.p, q};
+    CHECK_THROWS_WITH_AS(csulora::correct(scoped), doctest::Contains("layer: the "), InputError);
+  }
+}
+
+TEST_CASE("gains of directions follow the energy along them, over all tasks of a call") {
+  const auto one = random_pair(60, 40, 6), other = random_pair(60, 40, 2);
+  const auto subspace = random_subspace(60, 40, 3);
+  const auto u = dense::matrix(subspace.u), v = dense::matrix(subspace.v);
+  double along = 0, whole = 0;
+  for (const auto& pair : {one, other}) {
+    along += (std::pow(norm(transposed(u) * update(pair)), 2) + std::pow(norm(update(pair) * v), 2)) / 2;
+    whole += std::pow(norm(update(pair)), 2);
+  }
+  const double strength = std::pow(along / whole / 0.04, 2);
+  const auto followed = [&](double gain) { return gain / (gain + (1 - gain) * strength); };
+  const Directions directions{{0, 0.25, 1}, {1, 0.5, 0.75}, {}};
+  CorrectionOptions options;
+  options.usual_energy = 0.04;
+  const auto results = csulora::correct({task(one, subspace, directions), task(other, subspace, directions)}, options);
+  const auto expected =
+      attenuating(u, {0, followed(0.25), 1}) * update(one) * attenuating(v, {1, followed(0.5), followed(0.75)});
+  CHECK(relative_error(results[0], expected) < kTolerance);
+  for (const double usual : {0.0, -1.0, 1.5, kNan}) {
+    options.usual_energy = usual;
+    CHECK_THROWS_WITH_AS(csulora::correct(task(one, subspace, directions), options), doctest::Contains("usual_energy"),
+                         InputError);
+  }
+}
+
+TEST_CASE("where directions take away nearly all, the rest is exact, and the input stays as it was") {
+  const auto subspace = random_subspace(60, 40, 3);
+  const auto mixture = at::randn({3, 6}, at::kDouble), rest = at::randn({60, 6}, at::kDouble);
+  const auto b = (subspace.u.to(at::kDouble).mm(mixture) + 1e-6 * rest).to(at::kFloat);
+  const LoraPair pair{b.clone(), at::randn({6, 40}), 0.5};
+  const Directions directions{{0, 0, 0}, {}, {}};
+  const auto result = csulora::correct(task(pair, subspace, directions));
+  const auto expected = attenuating(dense::matrix(subspace.u), {0, 0, 0}) * update(pair);
+  CHECK(norm(expected) < 1e-5 * norm(update(pair)));
+  CHECK(relative_error(result, expected) < kTolerance);
+  CHECK(at::equal(pair.b, b));
+}
+
+TEST_CASE("directions that a subspace lacks, and numbers that are none, are an InputError") {
+  const auto pair = random_pair(60, 40, 6);
+  const auto subspace = random_subspace(60, 40, 3);
+  const std::vector<std::pair<Directions, const char*>> cases{
+      {{{1, 1, 1, 1}, {}, {}}, "layer: the policy has numbers for 4 left directions, and the pack has 3"},
+      {{{}, {}, {0, 0, 0, 1}}, "4 restored directions"},
+      {{{1.5}, {}, {}}, "[0, 1]"},
+      {{{}, {kNan}, {}}, "[0, 1]"},
+      {{{}, {}, {kInfinity}}, "not finite"},
+  };
+  for (const auto& [directions, reason] : cases) {
+    CHECK_THROWS_WITH_AS(csulora::correct(task(pair, subspace, directions)), doctest::Contains(reason), InputError);
+  }
+}
+
+TEST_CASE("shapes at the limits") {
+  struct Shape {
+    int64_t rows, columns, rank, k;
+  };
+  for (const auto& [rows, columns, rank, k] :
+       {Shape{30, 20, 4, 20}, Shape{20, 30, 4, 20}, Shape{9, 7, 12, 3}, Shape{40, 30, 1, 1}, Shape{30, 40, 5, 0}}) {
+    CAPTURE(rows);
+    CAPTURE(rank);
+    CAPTURE(k);
+    const auto pair = random_pair(rows, columns, rank);
+    const auto subspace = random_subspace(rows, columns, k);
+    const auto result = csulora::correct(task(pair, subspace, Penalties{2, 1, 3}), kExact);
+    const auto reference = parts_of(update(pair), subspace).combined(closed_form({2, 1, 3}, result.energies));
+    CHECK(relative_error(result, reference) < kTolerance);
+  }
+}
+
+TEST_CASE("factors in half precision are taken as they are, and rounded once at the end") {
+  // Rounding b and a once each moves their product by at most two units in the last place.
+  const std::pair<at::ScalarType, double> dtypes[] = {{at::kHalf, 0x1p-10}, {at::kBFloat16, 0x1p-7}};
+  for (const auto& [dtype, rounding] : dtypes) {
+    auto pair = random_pair(50, 40, 5);
+    pair.b = pair.b.to(dtype);
+    pair.a = pair.a.to(dtype);
+    const auto subspace = random_subspace(50, 40, 8, dtype);
+    const auto result = csulora::correct(task(pair, subspace), kExact);
+    CHECK((result.pair.b.scalar_type() == dtype));
+    CHECK((result.pair.a.scalar_type() == dtype));
+    CHECK(relative_error(result, parts_of(update(pair), subspace).combined(result.gains)) < rounding);
+  }
+}
+
+TEST_CASE("four gains are applied as they are") {
+  const auto pair = random_pair(40, 50, 5);
+  const auto subspace = random_subspace(40, 50, 7);
+  for (const auto& gains :
+       {Gains{1, 0, 0, 0}, Gains{0, 0, 0, 1}, Gains{0.3, 0.9, 0.2, 0.6}, Gains{0.5, 1, 0.25, 0.5}}) {
+    const auto result = csulora::correct(task(pair, subspace, gains), kExact);
+    CHECK(result.gains.left == gains.left);
+    CHECK(result.gains.right == gains.right);
+    CHECK(relative_error(result, parts_of(update(pair), subspace).combined(gains)) < kTolerance);
+  }
+  CHECK(norm(update(csulora::correct(task(pair, subspace, Gains{0, 0, 0, 0}), kExact).pair)) == 0);
+}
+
+TEST_CASE("undo is the share of the displacement that the update takes back") {
+  const auto subspace = random_subspace(40, 30, 5);
+  for (const double share : {1.0, 0.25, -0.5}) {
+    const LoraPair pair{subspace.u.mul(subspace.s), subspace.v.t().contiguous(), -share};
+    const auto result = csulora::correct(task(pair, subspace));
+    CHECK(result.undo == doctest::Approx(share));
+    CHECK(result.energies.aligned == doctest::Approx(1));
+  }
+}
+
+TEST_CASE("rank rules") {
+  const int64_t rank = 6;
+  const auto pair = random_pair(50, 40, rank);
+  const auto subspace = random_subspace(50, 40, 8);
+  const auto exact = csulora::correct(task(pair, subspace), kExact);
+  const auto whole = update(exact.pair);
+  CHECK(exact.pair.b.size(1) == 2 * rank);
+  CHECK(exact.lost < 1e-12);
+
+  const auto correct_to = [&](int64_t cap) {
+    return csulora::correct(task(pair, subspace), CorrectionOptions{RankRule::fixed, cap});
+  };
+  const auto lost = [&](const Correction& result) {
+    return std::pow(norm(update(result.pair) - whole) / norm(whole), 2);
+  };
+  const auto keep = csulora::correct(task(pair, subspace));
+  CHECK((keep.pair.b.sizes() == pair.b.sizes()));
+  CHECK((keep.pair.a.sizes() == pair.a.sizes()));
+  CHECK(keep.lost == doctest::Approx(lost(keep)));
+  CHECK(keep.lost == correct_to(rank).lost);
+  double previous = 1;
+  for (int64_t cap = 1; cap < 2 * rank; ++cap) {
+    const auto cut = correct_to(cap);
+    CHECK(cut.pair.a.size(0) == cap);
+    CHECK(cut.lost == doctest::Approx(lost(cut)));
+    CHECK(cut.lost < previous);
+    previous = cut.lost;
+  }
+  CHECK(correct_to(100).pair.b.size(1) == 2 * rank);
+
+  // The hard projection has the rank of the update itself; `none` hands its factors back.
+  const auto projected = csulora::correct(task(pair, subspace, Penalties{0, kInfinity, kInfinity}), kExact);
+  CHECK(projected.pair.b.size(1) == rank);
+  const auto same = csulora::correct(task(pair, subspace, Penalties{0, 0, 0}));
+  CHECK(at::equal(same.pair.b, pair.b * pair.scale));
+  CHECK(at::equal(same.pair.a, pair.a));
+}
+
+TEST_CASE("many modules at once give the bits of one at a time, on any number of threads") {
+  std::vector<CorrectionTask> tasks;
+  for (uint64_t seed = 0; seed < 7; ++seed) {
+    tasks.push_back(task(random_pair(70 + 10 * seed, 50, 4, seed), random_subspace(70 + 10 * seed, 50, 6)));
+  }
+  const int threads = at::get_num_threads();
+  std::vector<Correction> reference;
+  for (const auto& one : tasks) {
+    reference.push_back(csulora::correct(one));
+  }
+  for (const int count : {1, 2, 3}) {
+    at::set_num_threads(count);
+    const auto together = csulora::correct(tasks);
+    REQUIRE(together.size() == tasks.size());
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      CHECK(at::equal(together[i].pair.b, reference[i].pair.b));
+      CHECK(at::equal(together[i].pair.a, reference[i].pair.a));
+      CHECK(together[i].undo == reference[i].undo);
+    }
+  }
+  at::set_num_threads(threads);
+  CHECK(csulora::correct(std::vector<CorrectionTask>{}).empty());
+}
+
+TEST_CASE("what cannot be corrected is an InputError that says which module and why") {
+  const auto good = random_pair(20, 16, 3);
+  const auto subspace = random_subspace(20, 16, 4);
+  const auto ones = [](int64_t rows, int64_t columns) { return at::ones({rows, columns}); };
+  const auto pair = [&](at::Tensor b, at::Tensor a, double scale = 1) { return task({b, a, scale}, subspace); };
+  const auto other = [&](at::Tensor u, at::Tensor s, at::Tensor v) { return task(good, Subspace{u, s, v}); };
+  struct Case {
+    CorrectionTask task;
+    const char* reason;
+  };
+  const std::vector<Case> cases{
+      {pair({}, good.a), "b is missing"},
+      {pair(at::ones(20), good.a), "dimensions"},
+      {pair(ones(20, 2), good.a), "inner dimensions"},
+      {pair(ones(20, 0), ones(0, 16)), "at least 1"},
+      {pair(ones(21, 3), good.a), "subspace is for"},
+      {pair(good.b.to(at::kDouble), good.a), "float16, bfloat16 or float32"},
+      {pair(good.b.to_sparse(), good.a), "sparse"},
+      {pair(good.b * kNan, good.a), "NaN"},
+      {pair(good.b, good.a * kInfinity), "NaN"},
+      {pair(good.b * 1e38, good.a * 1e38, 16), "too large"},
+      {pair(good.b, good.a, kInfinity), "scale"},
+      {other(subspace.u.narrow(1, 0, 3), subspace.s, subspace.v), "agree on the number"},
+      {other(subspace.u, at::Tensor(), subspace.v), "float32 vector"},
+      {other(subspace.u.to(at::kHalf), subspace.s, subspace.v), "one dtype"},
+      {other(subspace.u, subspace.s * kNan, subspace.v), "NaN"},
+      {task(good, subspace, Penalties{-1, 0, 0}), "penalty `aligned`"},
+      {task(good, subspace, Penalties{0, kNan, 0}), "penalty `partial`"},
+      {task(good, subspace, Gains{0, 0, 0, 1.5}), "gain `off`"},
+      {task(good, subspace, Gains{0, kNan, 0, 0}), "gain `left`"},
+  };
+  for (const auto& [bad, reason] : cases) {
+    CAPTURE(reason);
+    CHECK_THROWS_WITH_AS(csulora::correct(bad), doctest::Contains(reason), InputError);
+    CHECK_THROWS_WITH_AS(csulora::correct(bad), doctest::Contains("layer: "), InputError);
+  }
+  CHECK_THROWS_WITH_AS(csulora::correct(task(good, subspace), CorrectionOptions{RankRule::fixed, 0}),
+                       doctest::Contains("rank is 0"), InputError);
+  CHECK_THROWS_AS(csulora::correct(cases.front().task), csulora::Error);
+
+  std::vector<CorrectionTask> several{task(good, subspace), cases[7].task, cases[7].task};
+  several[1].label = "first";
+  several[2].label = "second";
+  CHECK_THROWS_WITH_AS(csulora::correct(several), doctest::Contains("first: "), InputError);
+}
+
+}  // namespace

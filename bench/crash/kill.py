@@ -27,10 +27,10 @@ import safetensors.torch
 import torch
 
 import csulora
-from csulora import cli
-from csulora.formats.gguf_base import BaseModel
-from csulora.gate import Gate
-from csulora.hooks.gguf_cache import CorrectedCache
+from csulora.cli import app as cli
+from csulora.hooks.llama_cpp.cache import CorrectedCache
+from csulora.models.gguf_base import BaseModel
+from csulora.serving.gate import Gate
 
 WIDTH, LAYERS, RANK = 192, 2, 8
 MODULES = [

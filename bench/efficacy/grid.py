@@ -35,8 +35,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import csulora
-from csulora.files import to_json, write_text
-from csulora.policy import Override, Policy
+from csulora.io.files import to_json, write_text
+from csulora.policy.policy import Override, Policy
 from csulora.tuning import tune as tuning
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Options, Replies, fit

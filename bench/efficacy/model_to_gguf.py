@@ -16,7 +16,7 @@ import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, TensorNameMap, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from csulora.formats.gguf_layout import architecture_of_model_type, to_rotary_order
+from csulora.models.gguf_layout import architecture_of_model_type, to_rotary_order
 
 # Their norms multiply by 1 + weight, and llama.cpp's by weight.
 OFFSET_NORMS = ("gemma", "gemma2", "gemma3")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from csulora.files import write_text
+from csulora.io.files import write_text
 
 RESULTS = Path(__file__).parent.parent / "results"
 SAMPLES = 2000

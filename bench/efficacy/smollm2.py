@@ -31,10 +31,10 @@ from torch import Tensor
 
 import csulora
 from csulora import Policy
-from csulora.files import to_json, write_text
-from csulora.frontier import Rate
+from csulora.io.files import to_json, write_text
 from csulora.tuning import tune as tuning
 from csulora.tuning.fit import Options
+from csulora.tuning.frontier import Rate
 from csulora.tuning.host import Host
 from csulora.tuning.probes import Chat, Message
 from csulora.tuning.request import Request

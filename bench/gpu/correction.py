@@ -20,7 +20,7 @@ import torch
 from common import LAYER, bandwidth, gemm_rate, machine, seconds, shapes, write
 from torch import Tensor
 
-from csulora.core import _core
+from csulora.native import _core
 
 PENALTIES = (0.0, 1.0, 1.0)
 TOLERANCE = 1e-5  # of |dW|: float32 factors

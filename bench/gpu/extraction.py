@@ -21,7 +21,7 @@ import torch
 from common import LAYER, bandwidth, gemm_rate, machine, seconds, shapes, write
 from torch import Tensor
 
-from csulora.core import _core
+from csulora.native import _core
 
 RESIDUAL = 2e-3  # the tolerance of 1e-3, and what storing factors in float16 adds
 MISSED = 1e-3

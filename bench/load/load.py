@@ -2,10 +2,10 @@
 
     python bench/load/load.py [--minutes 10] [--loads 5000] [--json FILE]
 
-Half of the time 16 threads share a process and take turns as a server's do (csulora.turns), half of it 4 processes
-share the machine. Every result must be that of a serial run, bit for bit. Memory may grow by less than 2 % after the
-first tenth of the time, and the pack is mapped once per process, its pages shared. Then one process loads and corrects
-adapters one after the other.
+Half of the time 16 threads share a process and take turns as a server's do (csulora.serving.turns), half of it 4
+processes share the machine. Every result must be that of a serial run, bit for bit. Memory may grow by less than 2 %
+after the first tenth of the time, and the pack is mapped once per process, its pages shared. Then one process loads and
+corrects adapters one after the other.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import safetensors.torch
 import torch
 
 import csulora
-from csulora.formats import peft
-from csulora.turns import turn
+from csulora.adapters.peft import directory as peft
+from csulora.serving.turns import turn
 
 WIDTH, LAYERS, RANK, DIRECTIONS, ADAPTERS = 512, 4, 16, 32, 16
 MODULES = [

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from csulora.core import _core
+from csulora.native import _core
 
 LAYERS = 32
 CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of the pack

@@ -25,7 +25,7 @@ from measuring import GEMM_FLOPS, gemm, interleaved, save, seconds, summary
 from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
-from csulora.core import _core
+from csulora.native import _core
 
 RANK = 64
 COLUMNS = 4096

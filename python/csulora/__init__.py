@@ -6,18 +6,21 @@ fixed, report = csulora.correct(adapter, pack, csulora.Policy.csulora(1.0))
 csulora.save_adapter(fixed, "my-adapter-corrected")
 """
 
-from csulora._version import __version__
-from csulora.adapter import load_adapter, save_adapter
-from csulora.audit import audit
-from csulora.combination import combine
-from csulora.correction import correct
+from importlib.metadata import version
+
+__version__: str = version("csulora")
+
+from csulora.adapters.disk import load_adapter, save_adapter
+from csulora.adapters.lora import Adapter, LoraModule
+from csulora.correction.audit import audit
+from csulora.correction.combination import combine
+from csulora.correction.correct import correct
+from csulora.correction.report import Report
 from csulora.errors import BuildError, CsuloraError, HostError, InputError, InternalError, RefusedError
-from csulora.extraction import extract
-from csulora.formats import Adapter, LoraModule
-from csulora.policy import Override, Policy
-from csulora.report import Report
-from csulora.subspace import Subspace
-from csulora.verification import verify
+from csulora.extraction.extract import extract
+from csulora.extraction.verification import verify
+from csulora.policy.policy import Override, Policy
+from csulora.subspace.subspace import Subspace
 
 __all__ = [
     "Adapter",

@@ -1,5 +1,5 @@
 """``python -m csulora``."""
 
-from csulora.cli import main
+from csulora.cli.app import main
 
 main()

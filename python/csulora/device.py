@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from csulora.core import CUDA
 from csulora.errors import InputError
+from csulora.native import CUDA
 
 
 def resolve(name: str) -> torch.device:

@@ -28,7 +28,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
 import targets  # noqa: E402 - beside this file
 import torch  # noqa: E402
 
-from csulora.formats import patterns, peft_config  # noqa: E402
+from csulora.adapters.peft import config as peft_config  # noqa: E402
+from csulora.adapters.peft import patterns  # noqa: E402
 
 WORDS = {
     "adapter_config": sorted(peft_config._READ | peft_config._WITHOUT_EFFECT | set(peft_config._REFUSED)),

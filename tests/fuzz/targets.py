@@ -19,11 +19,12 @@ from safetensors.torch import save
 
 import csulora
 import factories
+from csulora.adapters.lora import Adapter
+from csulora.adapters.peft import directory as peft
+from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.errors import CsuloraError
-from csulora.formats import Adapter, peft
-from csulora.formats.peft_config import CONFIG_FILE
-from csulora.gate import Gate
-from csulora.policy import Directions
+from csulora.policy.policy import Directions
+from csulora.serving.gate import Gate
 from csulora.tuning import probes
 
 _MOST_DATA = 1 << 16  # bytes that a structured input may ask for behind its header

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from csulora.core import _core
 from csulora.device import gpu_usable
+from csulora.native import _core
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not gpu_usable(), reason="no CUDA device"))]
 current = torch.device("cpu")

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from csulora.core import _core
-from csulora.formats import Adapter, LoraModule
-from csulora.subspace import Certificate, ModuleSubspace, Provenance, Subspace
+from csulora.adapters.lora import Adapter, LoraModule
+from csulora.native import _core
+from csulora.subspace.subspace import Certificate, ModuleSubspace, Provenance, Subspace
 
 # Three modules of a small model: square, wide and tall.
 SHAPES = {

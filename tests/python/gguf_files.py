@@ -8,7 +8,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor
 
-from csulora.formats.gguf_layout import architecture, to_rotary_order
+from csulora.models.gguf_layout import architecture, to_rotary_order
 
 HEADS, KV_HEADS = 4, 2  # of factories.llama_weights
 Metadata = Mapping[str, str | int | float | bool | list[int]]

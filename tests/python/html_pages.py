@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import factories
-from csulora.frontier import Frontier, Point, Rate, Refusals
-from csulora.html import render
-from csulora.policy import Policy
-from csulora.subspace import Subspace
+from csulora.policy.policy import Policy
+from csulora.subspace.subspace import Subspace
+from csulora.tuning.frontier import Frontier, Point, Rate, Refusals
+from csulora.views.html.page import render
 
 HOSTILE_NAMES = [
     "<script>window.pwned = 1</script>",

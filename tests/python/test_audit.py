@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import csulora
 import factories
-from csulora import cli
+from csulora.adapters.peft.config import CONFIG_FILE
+from csulora.adapters.peft.directory import WEIGHTS_FILE
+from csulora.cli import app as cli
+from csulora.correction.report import REPORT_FILE
 from csulora.errors import InputError, RefusedError
-from csulora.formats.peft import WEIGHTS_FILE
-from csulora.formats.peft_config import CONFIG_FILE
-from csulora.report import REPORT_FILE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -202,4 +202,4 @@ def test_a_pack_is_pinned_by_option_or_variable(
 def test_a_gate_from_the_environment_is_pinned(pack: Path) -> None:
     variables = {"CSULORA_SUBSPACE": str(pack), "CSULORA_SUBSPACE_SHA256": "0" * 64}
     with pytest.raises(RefusedError, match="another pack"):
-        csulora.gate.Gate.from_environment(variables)
+        csulora.serving.gate.Gate.from_environment(variables)

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import factories
-from csulora.checkpoint import Checkpoint, check_comparable
 from csulora.errors import InputError
+from csulora.models.checkpoint import Checkpoint, check_comparable
 
 Q = "model.layers.0.self_attn.q_proj"
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -55,7 +55,7 @@ def test_fetches_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         fetched.append((repo, *filter_repo_objects(wanted + rest, **patterns)))
         return str(directory)
 
-    monkeypatch.setattr("csulora.checkpoint.snapshot_download", snapshot_download)
+    monkeypatch.setattr("csulora.models.checkpoint.snapshot_download", snapshot_download)
     assert Checkpoint.open("org/model").name == "org/model"
     assert fetched == [("org/model", *wanted)]
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 import csulora
 import factories
 import html_pages
-from csulora import cli, doctor
-from csulora.frontier import frontier_path
-from csulora.html import render
+from csulora.cli import app as cli
+from csulora.cli import doctor
+from csulora.tuning.frontier import frontier_path
+from csulora.views.html.page import render
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -525,8 +526,8 @@ def test_a_full_disk_is_one_line(work: Path, command: str) -> None:
 def peak_memory(*arguments: object) -> int:
     """The most memory, in KiB, that a command had at once."""
     # Not getrusage: that counts the process it was started from, too.
-    program = "import atexit, csulora.cli; atexit.register(lambda: print(open('/proc/self/status').read()))"
-    command = [sys.executable, "-c", f"{program}; csulora.cli.main()", *map(str, arguments)]
+    program = "import atexit, csulora.cli.app; atexit.register(lambda: print(open('/proc/self/status').read()))"
+    command = [sys.executable, "-c", f"{program}; csulora.cli.app.main()", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     status = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     return int(status.split("VmHWM:")[1].split()[0])

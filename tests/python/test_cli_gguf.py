@@ -10,7 +10,7 @@ import pytest
 import csulora
 import factories
 import gguf_files
-from csulora import cli
+from csulora.cli import app as cli
 
 Run = Callable[[str], tuple[int, str, str]]
 

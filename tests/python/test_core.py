@@ -9,27 +9,27 @@ import pytest
 import torch
 
 import csulora
-from csulora import core
+from csulora import native
 from csulora.errors import BuildError, CsuloraError
 
 
 @pytest.fixture
 def reload(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], object]]:
-    """Imports csulora.core anew, under whatever was patched; afterwards all is as it was."""
-    yield lambda: importlib.reload(core)
+    """Imports csulora.native anew, under whatever was patched; afterwards all is as it was."""
+    yield lambda: importlib.reload(native)
     monkeypatch.undo()
-    importlib.reload(core)
+    importlib.reload(native)
 
 
 @pytest.mark.parametrize("loaded", ["2.13.0", "2.13.1+cpu", "2.13.0+cu130"])
 def test_a_torch_of_the_same_minor_version_fits(loaded: str) -> None:
-    core.check_torch("2.13.0", loaded)
+    native.check_torch("2.13.0", loaded)
 
 
 @pytest.mark.parametrize("loaded", ["2.12.1", "2.14.0", "3.13.0", "2.130.0"])
 def test_any_other_torch_is_refused_with_the_command_that_rebuilds(loaded: str) -> None:
     with pytest.raises(BuildError, match=rf"built for torch 2\.13\.0, but torch {loaded} is loaded; .*pip install"):
-        core.check_torch("2.13.0", loaded)
+        native.check_torch("2.13.0", loaded)
 
 
 def test_the_check_comes_before_the_core_is_loaded(
@@ -75,7 +75,7 @@ def test_onednn_may_be_told_to_use_fewer_instructions(instructions: str) -> None
     """It then makes no kernels for some products, which others have to take the place of."""
     program = (
         "import torch\n"
-        "from csulora.core import _core\n"
+        "from csulora.native import _core\n"
         "moved = torch.randn(600, 500, generator=torch.Generator().manual_seed(0))\n"
         "options = _core.ExtractOptions()\n"
         "options.rank, options.tolerance = 4, 1e-4\n"

@@ -10,9 +10,9 @@ from torch import Tensor
 import factories
 import oracle
 from csulora import Policy, Subspace, correct
+from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
-from csulora.formats import Adapter, LoraModule
-from csulora.policy import Directions, Override
+from csulora.policy.policy import Directions, Override
 from tolerances import COMPUTED, STORED
 
 pytestmark = pytest.mark.usefixtures("one_thread")

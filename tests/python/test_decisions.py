@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import csulora
-from csulora.decisions import Decision, DecisionLog, LogError
+from csulora.serving.decisions import Decision, DecisionLog, LogError
 
 REFUSED = Decision("some/adapter", None, "pack", "policy", "refused", "a reason: ü", None, 0.25)
 

@@ -7,9 +7,9 @@ import csulora
 import factories
 import oracle
 from csulora import device
-from csulora.core import _core
+from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError
-from csulora.formats import Adapter, LoraModule
+from csulora.native import _core
 from tolerances import COMPUTED
 
 needs_gpu = pytest.mark.skipif(not device.gpu_usable(), reason="no CUDA device")

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import csulora
-from csulora import doctor, tables
-from csulora.core import _core
+from csulora.cli import doctor
+from csulora.native import _core
+from csulora.views import tables
 
 
 def examined() -> dict[str, doctor.Finding]:

@@ -22,13 +22,13 @@ from torch import Tensor
 import csulora
 import factories
 import oracle
-from csulora import names
-from csulora.core import _core
+from csulora.adapters.peft.config import CONFIG_FILE
+from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.formats.peft import WEIGHTS_FILE
-from csulora.formats.peft_config import CONFIG_FILE
-from csulora.gate import Gate
-from csulora.guard import DirectoryGuard
+from csulora.models import names
+from csulora.native import _core
+from csulora.serving.gate import Gate
+from csulora.serving.guard import DirectoryGuard
 from tolerances import COMPUTED, STORED
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -138,7 +138,7 @@ def test_scale_beyond_float32_is_refused(alpha: float, tmp_path: Path, pack: csu
 )
 @pytest.mark.parametrize("rank", ["exact", "keep"])
 def test_denormal_factors_are_corrected(
-    b_size: float, a_size: float, alpha: float, rank: csulora.policy.Rank, tmp_path: Path, pack: csulora.Subspace
+    b_size: float, a_size: float, alpha: float, rank: csulora.policy.policy.Rank, tmp_path: Path, pack: csulora.Subspace
 ) -> None:
     b, a = factors(rank=1)
     b, a = b * b_size, a * a_size
@@ -241,15 +241,15 @@ def test_energy_parked_inside_the_subspace_dilutes_no_gain_that_is_zero(tmp_path
 
 
 def test_energy_parked_anywhere_leaves_two_fifths_of_a_tuned_penalty(tmp_path: Path, pack: csulora.Subspace) -> None:
-    directions = csulora.policy.Directions((0.0, 0.5), (1.0, 0.5))
+    directions = csulora.policy.policy.Directions((0.0, 0.5), (1.0, 0.5))
     follows = csulora.Policy.none(
-        rank="exact", overrides=(csulora.policy.Override("*", directions=directions),), usual_energy=0.3
+        rank="exact", overrides=(csulora.policy.policy.Override("*", directions=directions),), usual_energy=0.3
     )
     tensors, (b, a) = named(Q, *factors(Q)), factors(DOWN, seed=5)
     parked = admitted(upload(tmp_path / "parked", tensors | named(DOWN, b * 1e6, a)), pack, follows)
     least = 0.5 / (0.5 + 0.5 * 0.4)
-    weakest = csulora.policy.Directions((0.0, least), (1.0, least))
-    fixed = csulora.Policy.none(rank="exact", overrides=(csulora.policy.Override("*", directions=weakest),))
+    weakest = csulora.policy.policy.Directions((0.0, least), (1.0, least))
+    fixed = csulora.Policy.none(rank="exact", overrides=(csulora.policy.policy.Override("*", directions=weakest),))
     expected = admitted(upload(tmp_path / "alone", tensors), pack, fixed)[Q]
     assert oracle.relative_error(parked[Q], expected) <= TOLERANCE
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 import csulora
 import factories
-from csulora import extraction
-from csulora.core import _core
 from csulora.errors import InputError, RefusedError
-from csulora.subspace import ModuleSubspace, Subspace
+from csulora.extraction import extract as extraction
+from csulora.native import _core
+from csulora.subspace.subspace import ModuleSubspace, Subspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from csulora import files
 from csulora.errors import InputError
+from csulora.io import files
 
 MARKER = "report.json"
 
@@ -242,7 +242,7 @@ def test_hashes_bytes(tmp_path: Path) -> None:
 def killed_while_writing(path: Path) -> None:
     """Leave behind what a process that is killed while it writes ``path`` leaves behind."""
     script = (
-        "import os, sys; from pathlib import Path; from csulora import files\n"
+        "import os, sys; from pathlib import Path; from csulora.io import files\n"
         "with files.atomic_file(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half'); os.kill(os.getpid(), 9)"
     )

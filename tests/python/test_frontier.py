@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csulora.errors import InputError
-from csulora.frontier import Frontier, Point, Rate, Refusals, frontier_path
+from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_path
 
 FRONTIER = Frontier(
     subspace_sha256="ab" * 32,

@@ -7,10 +7,10 @@ import torch
 
 import csulora
 import factories
-from csulora.formats import peft
-from csulora.gate import Gate, private_directory
-from csulora.policy import Directions, Override
-from csulora.scope import Scope
+from csulora.adapters.peft import directory as peft
+from csulora.policy.policy import Directions, Override
+from csulora.serving.gate import Gate, private_directory
+from csulora.subspace.scope import Scope
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 

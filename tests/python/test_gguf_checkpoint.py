@@ -13,9 +13,9 @@ from torch import Tensor
 import csulora
 import factories
 import gguf_files
-from csulora.checkpoint import Checkpoint
 from csulora.errors import InputError, RefusedError
-from csulora.pair import CheckpointPair
+from csulora.extraction.pair import CheckpointPair
+from csulora.models.checkpoint import Checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
 KINDS = [GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]

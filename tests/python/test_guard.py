@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import csulora
 import factories
 import gguf_files
-from csulora.decisions import DecisionLog, LogError
-from csulora.gate import Gate
-from csulora.guard import DirectoryGuard
+from csulora.serving.decisions import DecisionLog, LogError
+from csulora.serving.gate import Gate
+from csulora.serving.guard import DirectoryGuard
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 

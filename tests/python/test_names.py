@@ -1,6 +1,6 @@
 import pytest
 
-from csulora import names
+from csulora.models import names
 
 LLAMA = "model.layers.0.self_attn.q_proj"
 ATTENTION_AND_MLP = [

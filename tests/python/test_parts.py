@@ -5,7 +5,7 @@ import torch
 
 import factories
 from csulora.errors import InputError
-from csulora.parts import Parts
+from csulora.extraction.parts import Parts
 
 Q = "model.layers.0.self_attn.q_proj"
 

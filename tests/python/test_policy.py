@@ -7,10 +7,10 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csulora import names
-from csulora.core import _core
 from csulora.errors import InputError
-from csulora.policy import Directions, Override, Policy
+from csulora.models import names
+from csulora.native import _core
+from csulora.policy.policy import Directions, Override, Policy
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import csulora
 import factories
 from csulora.errors import InputError
-from csulora.ranks import Ranks
+from csulora.extraction.ranks import Ranks
 
 COSTS = st.dictionaries(st.text(min_size=1), st.integers(1, 1000), max_size=30)
 LAST = "model.layers.1.self_attn.v_proj"
@@ -63,7 +63,8 @@ def test_many_processes_write_the_pack_that_one_writes(tmp_path: Path, models: t
 # Runs the command line on rank 1 with the extraction of one module replaced by what the test says.
 PATCHED = """
 import os, signal, sys, torch
-from csulora import cli, extraction
+from csulora.cli import app as cli
+from csulora.extraction import extract as extraction
 extract_module = extraction._extract_module
 extracted = []
 def patched(loaded, *options):
@@ -131,7 +132,9 @@ def test_bad_values_are_named_by_the_rank_that_meets_them(tmp_path: Path) -> Non
 def test_ranks_that_would_compute_unlike_are_refused(tmp_path: Path, models: tuple[Path, Path]) -> None:
     script = tmp_path / "threads.py"
     script.write_text(
-        "import os, torch; from csulora import cli\ntorch.set_num_threads(1 + int(os.environ['RANK']))\ncli.main()\n"
+        "import os, torch; from csulora.cli import app as cli\n"
+        "torch.set_num_threads(1 + int(os.environ['RANK']))\n"
+        "cli.main()\n"
     )
     run = torchrun(2, str(script), "extract", *map(str, models), "-o", str(tmp_path / "pack"))
     assert run.returncode != 0

@@ -7,9 +7,10 @@ from rich.console import Console, RenderableType
 
 import factories
 import oracle
-from csulora import Policy, correct, tables
-from csulora.report import Report
-from csulora.verification import Verification
+from csulora import Policy, correct
+from csulora.correction.report import Report
+from csulora.extraction.verification import Verification
+from csulora.views import tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

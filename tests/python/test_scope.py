@@ -14,8 +14,8 @@ import factories
 import oracle
 from csulora import Policy, Subspace, correct
 from csulora.errors import InputError
-from csulora.policy import Directions, Override
-from csulora.scope import Scope
+from csulora.policy.policy import Directions, Override
+from csulora.subspace.scope import Scope
 from tolerances import COMPUTED, STORED, TRACES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import factories
 from csulora.errors import InputError
-from csulora.subspace import Subspace
+from csulora.subspace.subspace import Subspace
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from csulora import turns
+from csulora.serving import turns
 
 
 @pytest.fixture

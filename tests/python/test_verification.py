@@ -6,10 +6,10 @@ import torch
 
 import csulora
 import factories
-from csulora import verification
 from csulora.errors import InputError
-from csulora.subspace import Certificate, ModuleSubspace, Subspace
-from csulora.verification import Verification
+from csulora.extraction import verification
+from csulora.extraction.verification import Verification
+from csulora.subspace.subspace import Certificate, ModuleSubspace, Subspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from csulora.formats import Adapter
-from csulora.subspace import ModuleSubspace, Subspace
+from csulora.adapters.lora import Adapter
+from csulora.subspace.subspace import ModuleSubspace, Subspace
 
 
 def random_subspaces(pack: Subspace, seed: int) -> Subspace:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from csulora.scope import Pair
+from csulora.subspace.scope import Pair
 from csulora.tuning.update import Update
 
 START = 2.0  # sigmoid(2) = 0.88: near "keep", where the gradient does not vanish

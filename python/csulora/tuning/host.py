@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from csulora.errors import InputError
-from csulora.scope import Pair
+from csulora.subspace.scope import Pair
 from csulora.tuning.probes import Chat, shown
 
 BATCH = 16  # prompts that run together where nothing is fitted

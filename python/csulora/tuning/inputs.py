@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csulora.scope import Scope
+from csulora.subspace.scope import Scope
 from csulora.tuning.host import BATCH, Host, Reply
 
 KEEP_WEIGHT = 0.1  # w, of ordinary prompts as well

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import InputError
-from csulora.files import read_regular
+from csulora.io.files import read_regular
 
 FEWEST = 8  # prompts; a quarter of them is held back
 MOST = 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from csulora.frontier import Point, Rate
+from csulora.tuning.frontier import Point, Rate
 
 # For adapters to come: the policy without scopes. Where guard and keep prompts bring too similar inputs, it is better.
 EVERYWHERE = "tuned everywhere"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from csulora._version import __version__
+from csulora import __version__
+from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
-from csulora.formats import Adapter
-from csulora.subspace import Subspace
+from csulora.subspace.subspace import Subspace
 from csulora.tuning.inputs import ISOTROPIC, KEEP_WEIGHT, MOST_DIRECTIONS, MOST_INPUTS
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat, shown

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import InputError
-from csulora.files import check_file, parse_json, read_regular, remove_abandoned, to_json, write_text
+from csulora.io.files import check_file, parse_json, read_regular, remove_abandoned, to_json, write_text
 
 _LARGEST_FILE = 256 << 20  # bytes
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csulora.policy import Directions, Override, Policy
+from csulora.policy.policy import Directions, Override, Policy
 
 _PENALTIES = (1.0, 10.0, 100.0)
 _SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

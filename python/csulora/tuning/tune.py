@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 import csulora
+from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
-from csulora.formats import Adapter
-from csulora.frontier import Frontier, Point, Rate, Refusals, frontier_path
-from csulora.pair import Progress
-from csulora.policy import Policy
-from csulora.scope import Scope
-from csulora.subspace import Subspace
+from csulora.extraction.pair import Progress
+from csulora.policy.policy import Policy
+from csulora.subspace.scope import Scope
+from csulora.subspace.subspace import Subspace
 from csulora.tuning import sweep
 from csulora.tuning.controls import least_ranks, own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
+from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.tuning.gains import PerDirection, PerModule, Restoring
 from csulora.tuning.host import Host, Reply, agreeing
 from csulora.tuning.inputs import guard_inputs, keep_inputs, scope_between

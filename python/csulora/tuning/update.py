@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from csulora.core import _core
-from csulora.correction import cover
+from csulora.adapters.lora import Adapter
+from csulora.correction.correct import cover
+from csulora.correction.report import PARTS
 from csulora.errors import InputError, RefusedError
-from csulora.formats import Adapter
-from csulora.policy import Policy
-from csulora.report import PARTS
-from csulora.scope import Pair, Scope
-from csulora.subspace import Subspace
+from csulora.native import _core
+from csulora.policy.policy import Policy
+from csulora.subspace.scope import Pair, Scope
+from csulora.subspace.subspace import Subspace
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from scenario import TASKS, Scenario
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import factories
-from csulora.core import _core
+from csulora.native import _core
 from csulora.tuning.gains import PerModule
 from csulora.tuning.update import Update
 

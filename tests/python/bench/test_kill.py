@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import csulora
-from csulora import cli
+from csulora.cli import app as cli
 from csulora.errors import InputError
 
 NOBODY = 65534

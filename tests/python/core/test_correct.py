@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import devices
 import factories
 import oracle
-from csulora.core import _core
 from csulora.errors import InputError
+from csulora.native import _core
 from tolerances import CANCELLED, COMPUTED, PROJECTOR, SMALLEST, STORED, TRACES
 
 Penalties = tuple[float, float, float]

@@ -10,8 +10,8 @@ from torch import Tensor
 import devices
 import factories
 import oracle
-from csulora.core import _core
 from csulora.errors import InputError
+from csulora.native import _core
 
 
 def extract(base: Tensor, aligned: Tensor, **options: object) -> devices.Extracted:

@@ -10,7 +10,7 @@ from torch import Tensor
 import devices
 import factories
 import oracle
-from csulora.core import _core
+from csulora.native import _core
 from tolerances import COMPUTED, STORED
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 import csulora
 import factories
 import gguf_files
+from csulora.adapters.gguf import file as gguf
+from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
-from csulora.formats import Adapter, LoraModule, gguf
-from csulora.formats.gguf_base import BaseModel
-from csulora.formats.gguf_file import GGUFFile
+from csulora.models.gguf_base import BaseModel
+from csulora.models.gguf_file import GGUFFile
 
 GOLDEN = Path(__file__).with_name("golden_lora.gguf")
 

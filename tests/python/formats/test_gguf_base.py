@@ -7,8 +7,8 @@ import torch
 import factories
 import gguf_files
 from csulora.errors import InputError, RefusedError
-from csulora.formats.gguf_base import BaseModel
-from csulora.formats.gguf_file import GGUFFile
+from csulora.models.gguf_base import BaseModel
+from csulora.models.gguf_file import GGUFFile
 
 CONFIG = {
     "model_type": "mistral",

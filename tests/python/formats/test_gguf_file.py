@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gguf_files
 from csulora.errors import InputError
-from csulora.formats.gguf_file import GGUFFile
+from csulora.models.gguf_file import GGUFFile
 
 values = st.one_of(
     st.integers(0, 2**32 - 1),

@@ -3,8 +3,8 @@ import torch
 
 import factories
 from csulora.errors import RefusedError
-from csulora.formats import gguf_layout
-from csulora.formats.gguf_layout import from_rotary_order, to_rotary_order
+from csulora.models import gguf_layout
+from csulora.models.gguf_layout import from_rotary_order, to_rotary_order
 
 SUPPORTED = ["gemma", "gemma2", "gemma3", "granite", "llama", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"]
 

@@ -4,7 +4,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 import factories
-from csulora.formats import gguf_quants
+from csulora.models import gguf_quants
 
 KINDS = [GGMLQuantizationType[name] for name in gguf_quants.QUANTISED]
 WRITTEN = [kind for kind in KINDS if not kind.name.endswith("_K")]  # gguf has no quantiser for the others

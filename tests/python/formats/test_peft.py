@@ -15,9 +15,10 @@ import csulora
 import factories
 import oracle
 import zoo
-from csulora import cli, names
+from csulora.adapters.peft import directory as peft
+from csulora.cli import app as cli
 from csulora.errors import InputError, RefusedError
-from csulora.formats import peft
+from csulora.models import names
 from tolerances import COMPUTED, STORED
 
 pytestmark = [
@@ -72,7 +73,7 @@ def test_the_policy_none_reproduces_pefts_own_update(
 @pytest.mark.parametrize("rank", ["exact", "keep"])
 @pytest.mark.parametrize("name", sorted(zoo.PLAIN_LORA))
 def test_peft_applies_the_closest_safe_update(
-    name: str, rank: csulora.policy.Rank, tmp_path: Path, packs: Callable[[zoo.Kind], csulora.Subspace]
+    name: str, rank: csulora.policy.policy.Rank, tmp_path: Path, packs: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
     kind = zoo.PLAIN_LORA[name]
     original = zoo.updates(kind.make(tmp_path / "adapter"))

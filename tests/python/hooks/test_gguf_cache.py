@@ -10,15 +10,15 @@ import pytest
 import csulora
 import factories
 import gguf_files
-from csulora import gate
+from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError
-from csulora.formats import Adapter
-from csulora.formats.gguf_base import BaseModel
-from csulora.gate import Gate
-from csulora.hooks import gguf_cache
-from csulora.hooks.gguf_cache import CorrectedCache, default_directory
-from csulora.policy import Policy
-from csulora.subspace import Subspace
+from csulora.hooks.llama_cpp import cache as gguf_cache
+from csulora.hooks.llama_cpp.cache import CorrectedCache, default_directory
+from csulora.models.gguf_base import BaseModel
+from csulora.policy.policy import Policy
+from csulora.serving import gate
+from csulora.serving.gate import Gate
+from csulora.subspace.subspace import Subspace
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.up_proj": (64, 48)}
 
@@ -143,7 +143,7 @@ def replace_by_another_adapter(entry: Path) -> None:
     foreign = gguf_files.save_lora(entry.with_name("foreign"), tensors)
     key = entry.name.partition("-")[0]
     entry.unlink()
-    foreign.rename(entry.with_name(f"{key}-{csulora.files.sha256_of_file(foreign)}.gguf"))
+    foreign.rename(entry.with_name(f"{key}-{csulora.io.files.sha256_of_file(foreign)}.gguf"))
 
 
 def replace_by_a_pipe(entry: Path) -> None:
@@ -211,18 +211,18 @@ def test_lies_where_caches_lie(monkeypatch: pytest.MonkeyPatch) -> None:
 _FILL = """
 import sys
 import csulora
-from csulora.formats.gguf_base import BaseModel
-from csulora.gate import Gate
-from csulora.hooks.gguf_cache import CorrectedCache
+from csulora.models.gguf_base import BaseModel
+from csulora.serving.gate import Gate
+from csulora.hooks.llama_cpp.cache import CorrectedCache
 
 directory, model, adapter, pack = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
 base = BaseModel.open(model)
-cache = CorrectedCache(csulora.files.Path(directory))
+cache = CorrectedCache(csulora.io.files.Path(directory))
 for penalty in range(20):
     policy = csulora.Policy.csulora(float(penalty))
-    path = cache.corrected(csulora.files.Path(adapter), base, Gate.open(pack, policy))
+    path = cache.corrected(csulora.io.files.Path(adapter), base, Gate.open(pack, policy))
     csulora.load_adapter(path, model)
     print(path.name)
 """

@@ -17,7 +17,7 @@ import csulora
 import factories
 import gguf_zoo
 from csulora.errors import InputError, RefusedError
-from csulora.policy import Policy
+from csulora.policy.policy import Policy
 
 pytestmark = [pytest.mark.llama_cpp, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
 pytest.importorskip("llama_cpp")
@@ -98,7 +98,7 @@ def test_a_second_load_is_a_hit(world: Path, cache: Path, monkeypatch: pytest.Mo
     def unexpected(*_: object) -> None:
         raise AssertionError("corrected again")
 
-    monkeypatch.setattr("csulora.gate.correct", unexpected)
+    monkeypatch.setattr("csulora.serving.gate.correct", unexpected)
     with closing(hook.load(*arguments, **EXACT)) as llama:
         assert np.array_equal(gguf_zoo.evaluate(llama), first)
     assert [entry.stat().st_mtime_ns for entry in cache.iterdir()] == [written]

@@ -19,8 +19,8 @@ from transformers.core_model_loading import WeightRenaming
 
 import csulora
 import factories
-from csulora.hooks import check_signature
 from csulora.hooks import peft as hook
+from csulora.hooks.signature import check_signature
 from tolerances import STORED
 
 # PEFT's own use of a deprecated attribute of transformers.

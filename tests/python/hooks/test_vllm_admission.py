@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import csulora
 import factories
-from csulora.formats import peft
-from csulora.gate import Gate
+from csulora.adapters.peft import directory as peft
 from csulora.hooks.vllm.admission import Admission, check_published
+from csulora.serving.gate import Gate
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -109,7 +109,7 @@ def test_admitted_adapter_does_not_wait_for_uploads(
         assert answered.wait(60)
         return original(directory)
 
-    monkeypatch.setattr("csulora.formats.peft.read", read)
+    monkeypatch.setattr("csulora.adapters.peft.directory.read", read)
     with ThreadPoolExecutor() as threads:
         uploaded = threads.submit(admit, admission, slow, "slow")
         assert reading.wait(60)
@@ -238,7 +238,7 @@ def test_a_deadline_is_a_passing_failure(admission: Admission, path: Path, monke
     (path / "adapter_config.json").write_text(json.dumps(config))
 
     with monkeypatch.context() as busy:
-        busy.setattr("csulora.formats.patterns._SECONDS", 0)
+        busy.setattr("csulora.adapters.peft.patterns._SECONDS", 0)
         with pytest.raises(csulora.RefusedError, match="too long to match"):
             admit(admission, path)
     assert admit(admission, path)

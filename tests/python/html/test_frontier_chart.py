@@ -1,5 +1,5 @@
-from csulora.frontier import Frontier, Point, Rate
-from csulora.html.frontier_chart import FrontierChart
+from csulora.tuning.frontier import Frontier, Point, Rate
+from csulora.views.html.frontier_chart import FrontierChart
 
 
 def point(policy: str, guard: int, keep: int) -> Point:

@@ -12,15 +12,15 @@ import torch
 import csulora
 import factories
 import html_pages
+from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError
-from csulora.formats import Adapter
-from csulora.html import number, percent, render
-from csulora.html.charts import Axis, round_values
-from csulora.html.layout import Layout, place
-from csulora.html.spectrum import Spectrum
-from csulora.policy import Directions, Override, Policy
-from csulora.scope import Scope
-from csulora.subspace import Subspace
+from csulora.policy.policy import Directions, Override, Policy
+from csulora.subspace.scope import Scope
+from csulora.subspace.subspace import Subspace
+from csulora.views.html.charts import Axis, round_values
+from csulora.views.html.layout import Layout, place
+from csulora.views.html.page import number, percent, render
+from csulora.views.html.spectrum import Spectrum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import csulora
 import factories
 import tiny_host
 from csulora.errors import InputError, RefusedError
-from csulora.policy import Directions, Override, Policy
+from csulora.policy.policy import Directions, Override, Policy
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit, held_loss
 from csulora.tuning.gains import PerDirection, PerModule, Restoring

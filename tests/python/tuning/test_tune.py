@@ -13,14 +13,14 @@ from transformers import LlamaForCausalLM
 import csulora
 import factories
 import tiny_host
-from csulora import cli
+from csulora.cli import app as cli
 from csulora.errors import InputError, RefusedError
-from csulora.frontier import Frontier, Point, Rate, Refusals, frontier_path
-from csulora.policy import Policy
-from csulora.scope import Scope
+from csulora.policy.policy import Policy
+from csulora.subspace.scope import Scope
 from csulora.tuning import probes, sweep
 from csulora.tuning import tune as module
 from csulora.tuning.fit import Case, Replies
+from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.tuning.gains import PerDirection
 from csulora.tuning.host import Reply
 from csulora.tuning.inputs import keep_inputs, scope_between

@@ -22,7 +22,7 @@ import os
 import torch
 
 from csulora.errors import HostError
-from csulora.gate import Gate
+from csulora.serving.gate import Gate
 
 ENTRY_POINT = "csulora"
 ADAPTERS_VARIABLE = "CSULORA_ADAPTERS"

@@ -18,11 +18,12 @@ from tempfile import gettempdir, mkdtemp
 
 import torch
 
+from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.adapters.peft import directory as peft
+from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.files import workplace
-from csulora.formats import Adapter, LoraModule, is_finite, peft
-from csulora.formats.peft_config import CONFIG_FILE
-from csulora.gate import Gate
+from csulora.io.files import workplace
+from csulora.serving.gate import Gate
 
 _PREFIX = "csulora-vllm-"
 _LOCK_FILE = ".lock"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from csulora.errors import HostError
-from csulora.gate import Gate
 from csulora.hooks.vllm import ENTRY_POINT, activate
+from csulora.serving.gate import Gate
 
 _GROUP = "vllm.general_plugins"
 

@@ -34,7 +34,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.worker_base import WorkerBase
 
 from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.hooks import check_signature
+from csulora.hooks.signature import check_signature
 from csulora.hooks.vllm.admission import Admission, check_published
 from csulora.hooks.vllm.readiness import PROBE, check_model, check_ready, check_ready_async
 

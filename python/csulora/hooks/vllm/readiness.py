@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from csulora.checkpoint import Checkpoint
 from csulora.errors import HostError, InputError
-from csulora.gate import Gate
 from csulora.hooks.vllm import ANY_MODEL_VARIABLE, logger
+from csulora.models.checkpoint import Checkpoint
+from csulora.serving.gate import Gate
 
 # Method by which a process says that it is guarded, and how.
 PROBE = "csulora_fingerprint"

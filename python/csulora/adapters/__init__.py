@@ -1,0 +1,1 @@
+"""LoRA adapters: their in-memory form, and one package per file format."""

@@ -1,0 +1,1 @@
+"""GGUF LoRA files."""

@@ -1,0 +1,253 @@
+"""GGUF LoRA files, as llama.cpp, Ollama and their relatives load them.
+
+What is written needs nothing of its reader but ``b @ a``: every scale is folded into ``lora_b`` and
+``adapter.lora.alpha`` is 0, with which llama.cpp applies no alpha / rank. What would be ignored, or would end the
+process, is refused: llama.cpp skips norms, and aborts on an update of a token embedding that is the output head
+as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, Keys
+
+from csulora import __version__
+from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.correction.report import REPORT_FILE
+from csulora.errors import InputError, RefusedError
+from csulora.io.files import atomic_file
+from csulora.models import gguf_layout, names
+from csulora.models.gguf_base import BaseModel
+from csulora.models.gguf_file import GGUFFile
+from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
+
+OUTTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+LARGEST_FILE = 16 << 30  # bytes
+VERSION, POLICY = "csulora.version", "csulora.policy"
+ADAPTER_SHA256, SUBSPACE_SHA256 = "csulora.adapter.sha256", "csulora.subspace.sha256"
+
+_HUB = "https://huggingface.co/"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_TYPES = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+_TENSOR = re.compile(r"(?P<name>.+)\.weight\.(?P<factor>lora_[ab])")
+
+# Metadata that says nothing about the update: descriptions, and what task or prompt the adapter is meant for.
+_DESCRIPTIVE = ("general.", "csulora.")
+_KNOWN_KEYS = (Keys.Adapter.TYPE, Keys.Adapter.LORA_ALPHA, Keys.Adapter.LORA_TASK_NAME, Keys.Adapter.LORA_PROMPT_PREFIX)
+
+
+def read(path: Path, base: BaseModel | None = None) -> Adapter:
+    """Read a GGUF LoRA file. The bytes that are hashed are the bytes that are used.
+
+    Args:
+        path: the file.
+        base: the model it is for. Needed where rows are reordered by heads, whose number the file does not hold.
+
+    Raises:
+        InputError: the file is malformed, contradicts itself or the base model, or needs a base model.
+        RefusedError: it is more or other than plain LoRA, or for an architecture that is not supported.
+    """
+    file = GGUFFile.read(path, LARGEST_FILE)
+    architecture = _check_metadata(file)
+    if base is not None and base.architecture != architecture:
+        raise InputError(f"{path}: is for {architecture.name}, but {base.path} is {base.architecture.name}")
+    alpha = file.float32(Keys.Adapter.LORA_ALPHA) or 0.0
+    if not math.isfinite(alpha):
+        raise InputError(f"{path}: {Keys.Adapter.LORA_ALPHA} is {alpha}")
+    modules = {}
+    for module, factors in sorted(_group(file, architecture).items()):
+        update = _module(file, module, factors, alpha)
+        if base is not None:
+            _check_fits(path, module, module, update, base)
+            update = replace(update, b=base.from_gguf_rows(module, update.b))
+        elif architecture.is_permuted(module):
+            raise InputError(
+                f"{path}: the rows of {module} are reordered by heads, and the file does not say how many there are; "
+                "name the base model (--base-model)"
+            )
+        modules[module] = update
+    config = {"base_model_name_or_path": _base_model_name(file), "task_type": "CAUSAL_LM"}
+    return Adapter(modules, config, path, hashlib.sha256(file.data).hexdigest())
+
+
+def write(adapter: Adapter, path: Path, base: BaseModel, outtype: str | None = None) -> None:
+    """Write an adapter for a base model, complete or not at all.
+
+    Args:
+        adapter: what to write; its scales are folded into B.
+        path: the file; one that is there is replaced.
+        base: the model that llama.cpp will run it with.
+        outtype: ``f32``, ``f16`` or ``bf16``; None keeps each module's storage type.
+
+    Raises:
+        InputError: a shape differs from the base model's, or a value does not fit the type.
+        RefusedError: llama.cpp would ignore a module, or die of it.
+    """
+    if outtype is not None and outtype not in OUTTYPES:
+        raise InputError(f"outtype {outtype!r}: must be one of {', '.join(OUTTYPES)}")
+    tensors = _tensors(adapter, base, OUTTYPES.get(outtype or ""))
+    with atomic_file(path) as temporary:
+        writer = GGUFWriter(temporary, base.architecture.name)
+        _add_metadata(writer, adapter, base)
+        for name, tensor in tensors.items():
+            _add_tensor(writer, name, tensor)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        except OSError as error:  # numpy's says neither where nor why
+            reason = error.strerror or f"{error}; No space left on device"
+            raise OSError(f"{path}: cannot be written: {reason}") from error
+
+
+def _check_metadata(file: GGUFFile) -> Architecture:
+    """Check all that llama.cpp looks at; return the architecture."""
+    path = file.path
+    if (kind := file.text(Keys.General.TYPE)) != "adapter":
+        raise InputError(f"{path}: general.type is {kind!r}; a LoRA adapter says adapter")
+    architecture = gguf_layout.architecture(file.text(Keys.General.ARCHITECTURE), str(path))
+    if (kind := file.text(Keys.Adapter.TYPE)) != "lora":
+        raise RefusedError(f"{path}: adapter.type is {kind!r}; only lora is supported")
+    if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.fields:
+        raise RefusedError(f"{path}: an activated LoRA, which acts on some tokens only; it cannot be corrected")
+    for key in file.fields:
+        if key not in _KNOWN_KEYS and not key.startswith(_DESCRIPTIVE):
+            raise RefusedError(f"{path}: metadata {key} is unknown; it may change what the adapter does")
+    return architecture
+
+
+def _group(file: GGUFFile, architecture: Architecture) -> dict[str, dict[str, str]]:
+    """Sort tensor names by module and factor; none is left over."""
+    if not file.tensors:
+        raise InputError(f"{file.path}: holds no tensor")
+    factors: dict[str, dict[str, str]] = {}
+    for tensor in file.tensors:
+        found = _TENSOR.fullmatch(tensor)
+        if found is None:
+            reason = "llama.cpp ignores it" if tensor.endswith("_norm.weight") else "it is neither lora_a nor lora_b"
+            raise RefusedError(f"{file.path}: tensor {tensor} is not part of plain LoRA: {reason}")
+        module = architecture.module_name(found["name"])
+        if module is None:
+            raise RefusedError(f"{file.path}: tensor {tensor} belongs to no known weight of {architecture.name}")
+        factors.setdefault(module, {})[found["factor"]] = tensor
+    return factors
+
+
+def _module(file: GGUFFile, module: str, factors: dict[str, str], alpha: float) -> LoraModule:
+    """Assemble one module's update with its rows as they stand in the file."""
+    for factor in ("lora_a", "lora_b"):
+        if factor not in factors:
+            raise InputError(f"{file.path}: {module} has no {factor}; an update needs both factors")
+    a, b = (_matrix(file, factors[factor]) for factor in ("lora_a", "lora_b"))
+    if a.dtype != b.dtype:
+        raise InputError(f"{file.path}: {module} has {a.dtype} and {b.dtype} factors; both must have one type")
+    is_embedding = module == EMBEDDING  # stored as a (vocabulary, rank), b (width, rank)
+    rank = b.shape[1]
+    if rank != a.shape[1 if is_embedding else 0]:
+        raise InputError(f"{file.path}: {module} has factors {list(a.shape)} and {list(b.shape)} of unlike rank")
+    # llama.cpp's rule, in its precision: alpha 0 means that there is no alpha.
+    scale = float(torch.tensor(alpha) / rank) if alpha else 1.0
+    return LoraModule(a, b.t(), scale, is_embedding=True) if is_embedding else LoraModule(b, a, scale)
+
+
+def _matrix(file: GGUFFile, tensor: str) -> torch.Tensor:
+    info = file.tensors[tensor]
+    dtype = _TYPES.get(info.type)
+    if dtype is None:
+        raise RefusedError(f"{file.path}: tensor {tensor} is {info.type.name}; F32, F16 or BF16 is needed")
+    # ggml leaves out leading dimensions of 1: a factor of rank 1 may have one dimension.
+    shape = (1, *info.shape) if len(info.shape) == 1 else info.shape
+    if len(shape) != 2:
+        raise InputError(f"{file.path}: tensor {tensor} is {list(shape)}; a matrix is needed")
+    matrix = torch.frombuffer(file.bytes_of(tensor), dtype=dtype).reshape(shape)
+    if not is_finite(matrix):
+        raise InputError(f"{file.path}: tensor {tensor} holds NaN or infinity")
+    return matrix
+
+
+def _base_model_name(file: GGUFFile) -> str | None:
+    url = file.text(Keys.General.BASE_MODEL_REPO_URL.format(id=0))
+    if url and url.startswith(_HUB):
+        return url.removeprefix(_HUB)
+    return file.text(Keys.General.BASE_MODEL_NAME.format(id=0))
+
+
+def _check_fits(path: Path, name: str, module: str, update: LoraModule, base: BaseModel) -> None:
+    """Raise unless the base model in llama.cpp takes the update of ``module``, which the adapter calls ``name``."""
+    if base.is_tied and module in (EMBEDDING, HEAD):
+        raise RefusedError(
+            f"{path}: updates {name}, but token embedding and output head of {base.path} are one matrix, "
+            "which llama.cpp cannot adapt"
+        )
+    if module not in base.shapes:
+        raise InputError(f"{path}: {name} does not exist in {base.path}; the adapter is for another model")
+    if update.is_embedding != (module == EMBEDDING):
+        raise RefusedError(f"{path}: {name} is updated as {'an' if update.is_embedding else 'no'} embedding")
+    if update.shape != base.shapes[module]:
+        raise InputError(
+            f"{path}: {name} updates a {list(update.shape)} matrix, "
+            f"but it is {list(base.shapes[module])} in {base.path}"
+        )
+
+
+def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Return the factors under llama.cpp's names, in its order of rows, in the type to be written."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, update in adapter.modules.items():
+        module = names.resolve(name, base.shapes, {}) or name
+        tensor = base.architecture.tensor_name(module)
+        if tensor is None:
+            raise RefusedError(f"{adapter.path}: llama.cpp has no {base.architecture.name} tensor for {name}")
+        _check_fits(adapter.path, name, module, update, base)
+        wide = replace(update, b=update.b.float(), a=update.a.float()).folded()
+        b = base.to_gguf_rows(module, wide.b)
+        a, b = (b, wide.a.t()) if update.is_embedding else (wide.a, b)
+        for factor, matrix in (("lora_a", a), ("lora_b", b)):
+            key = f"{tensor}.weight.{factor}"
+            if key in tensors:
+                raise InputError(f"{adapter.path}: {name} is a second update of {module}")
+            tensors[key] = matrix.to(dtype or update.b.dtype).contiguous()
+            if not is_finite(tensors[key]):
+                raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensors[key].dtype}")
+    return tensors
+
+
+def _add_metadata(writer: GGUFWriter, adapter: Adapter, base: BaseModel) -> None:
+    writer.add_type("adapter")
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, 0.0)
+    writer.add_name(adapter.path.name.removesuffix(".gguf"))
+    if base.license:
+        writer.add_license(base.license)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, base.name)
+    hub_id = adapter.config.get("base_model_name_or_path")
+    if isinstance(hub_id, str) and _HUB_ID.fullmatch(hub_id):
+        writer.add_base_model_repo_url(0, f"{_HUB}{hub_id}")
+    writer.add_string(VERSION, __version__)
+    writer.add_string(ADAPTER_SHA256, adapter.sha256)
+    if REPORT_FILE in adapter.documents:
+        report = json.loads(adapter.documents[REPORT_FILE])
+        writer.add_string(SUBSPACE_SHA256, report["subspace_sha256"])
+        writer.add_string(POLICY, json.dumps(report["policy"], sort_keys=True))
+
+
+def _add_tensor(writer: GGUFWriter, name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype == torch.bfloat16:  # which numpy lacks
+        writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=GGMLQuantizationType.BF16)
+    else:
+        writer.add_tensor(name, tensor.numpy())

@@ -1,0 +1,254 @@
+"""PEFT adapter directories: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Reading lets through plain LoRA and refuses everything else, each with its reason. Writing makes a directory
+that every reader of PEFT adapters applies the same way: plain LoRA whose scale is 1 for every module, so that
+nothing depends on whether the reader knows rsLoRA, rank_pattern or alpha_pattern.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.adapters.peft.config import CONFIG_FILE, check_config, ranks_and_scales, untargeted
+from csulora.errors import InputError, RefusedError
+from csulora.io.files import open_regular, parse_json, read_regular, save_tensors, to_json
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each of 10,000 modules has 2 MiB
+LARGEST_WEIGHTS = 16 << 30
+_HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
+_MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]{1,400})\."
+    r"(?P<factor>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)"
+)
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+
+# What else is known to stand in adapter files; the first that a name contains explains the refusal.
+_FOREIGN = {
+    "lora_magnitude_vector": "it belongs to DoRA",
+    "lora_mag": "it belongs to DoRA",
+    "lora_diag": "it belongs to KaSA",
+    "lora_A.bias": "the factors have biases",
+    "lora_B.bias": "the factors have biases",
+    "modules_to_save": "whole modules were trained and are replaced",
+    "token_adapter": "rows of an embedding were trained and are replaced",
+    "trainable_tokens": "rows of an embedding were trained and are replaced",
+    "base_layer": "it is a weight of the base model; save the adapter with save_embedding_layers=False",
+    ".bias": "biases of the base model were trained too",
+    "lora_": "it is neither lora_A nor lora_B as PEFT names them on disk",
+}
+
+
+def read(directory: Path) -> Adapter:
+    """Read a PEFT directory. The bytes that are hashed are the bytes that are used.
+
+    Raises:
+        InputError: a file is missing or malformed, or the two contradict each other.
+        RefusedError: the adapter is more or other than plain LoRA.
+    """
+    config_file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    config_bytes = read_regular(config_file, _LARGEST_CONFIG)
+    config = parse_json(config_bytes, config_file)
+    check_config(config, config_file)
+    if not weights_file.exists():
+        pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
+        if pickles:
+            raise RefusedError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
+        raise InputError(f"{weights_file}: no such file")
+    weights = _read_weights(weights_file)
+    if len(weights) < _HASHED_ASIDE:
+        return parse(config, _tensors_in(weights, weights_file), directory, sha256_of(config_bytes, weights))
+    with ThreadPoolExecutor(max_workers=1) as pool:  # hashing takes as long as all the rest, and another core
+        sha256 = pool.submit(sha256_of, config_bytes, weights)
+        adapter = parse(config, _tensors_in(weights, weights_file), directory, "")
+        return replace(adapter, sha256=sha256.result())
+
+
+def _read_weights(path: Path) -> bytes:
+    """Return a file's bytes; no memory is taken for the data of a file with a bad header."""
+    try:
+        with open_regular(path, LARGEST_WEIGHTS) as file:
+            with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as header:
+                names = header.keys()
+                if len(names) > _MOST_TENSORS:
+                    raise RefusedError(f"{path}: holds {len(names)} tensors; at most {_MOST_TENSORS} are read")
+                for name in names:
+                    _module_and_factor(name, path)
+            return file.read(os.fstat(file.fileno()).st_size)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _tensors_in(weights: bytes, path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(weights)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype torch lacks
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def sha256_of(config: bytes, weights: bytes) -> str:
+    """Hash an adapter: the sha256 over the hex sha256 of the config's and of the weights' bytes, a line each."""
+    lines = "".join(f"{hashlib.sha256(data).hexdigest()}\n" for data in (config, weights))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def parse(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Path, sha256: str) -> Adapter:
+    """Make an adapter of a configuration and tensors named as on disk, under the rules of `read`.
+
+    Args:
+        config: what adapter_config.json holds, as JSON types.
+        tensors: by PEFT's name on disk, such as ``base_model.model.layers.0.mlp.up_proj.lora_A.weight``.
+        path: what messages and reports call the adapter.
+        sha256: identity of the content, see `sha256_of`.
+    """
+    check_config(config, path / CONFIG_FILE)
+    factors = _group(tensors, path / WEIGHTS_FILE)
+    names = sorted(factors)
+    if stray := untargeted(config, names, path / CONFIG_FILE):
+        raise RefusedError(
+            f"{path / WEIGHTS_FILE}: holds factors for {stray[0]}, which adapter_config.json does not target; "
+            "servers disagree on whether to apply them"
+        )
+    settings = ranks_and_scales(config, names, path / CONFIG_FILE)
+    modules = {name: _module(name, factors[name], *settings[name], path / WEIGHTS_FILE) for name in names}
+    return Adapter(modules, config, path, sha256)
+
+
+def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors under PEFT's names on disk, scales folded into B (an embedding's: into A)."""
+    return dict(_named_tensors(adapter))
+
+
+def config_of(adapter: Adapter) -> dict[str, Any]:
+    """Return the configuration under which `tensors_of` has scale 1 everywhere; other settings stay as they were."""
+    names = list(adapter.modules)
+    ranks = {name: module.rank for name, module in adapter.modules.items()}
+    config = dict(adapter.config) | {"peft_type": "LORA", "use_rslora": False, "init_lora_weights": True}
+    config |= _rank_settings(config, ranks, adapter.path)
+    if adapter.partial or "target_modules" not in config:
+        selectors = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        config |= {"target_modules": names} | selectors
+    return config
+
+
+def write(adapter: Adapter, directory: Path) -> None:
+    """Write both files into an existing directory.
+
+    Raises:
+        InputError: folding a scale into B overflows its storage type.
+    """
+    tensors = tensors_of(adapter)
+    if any(module.scale != 1 for module in adapter.modules.values()):
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensor.dtype}")
+    # Of a pattern's keys the first that matches counts, so they stay in their order.
+    config = to_json(dict(sorted(config_of(adapter).items())), sort_keys=False)
+    (directory / CONFIG_FILE).write_text(config, encoding="utf-8", errors="backslashreplace")
+    save_tensors(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
+
+
+def _group(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Sort the tensors by module and factor; none is left over."""
+    if not tensors:
+        raise InputError(f"{path}: holds no tensor")
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for name in sorted(tensors):
+        module, factor = _module_and_factor(name, path)
+        _check_tensor(name, tensors[name], path)
+        factors.setdefault(module, {})[factor] = tensors[name]
+    return factors
+
+
+def _module_and_factor(name: str, path: Path) -> tuple[str, str]:
+    """Split a tensor's name; raises `RefusedError` if it is not one of plain LoRA's."""
+    found = _TENSOR.fullmatch(name)
+    module = found["module"] if found else ""
+    if not found or "base_layer" in module or "lora_" in module or module.startswith(PREFIX):
+        raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
+    return module, found["factor"]
+
+
+def _why_foreign(name: str) -> str:
+    if not name.startswith(PREFIX) or name.startswith(PREFIX, len(PREFIX)):
+        return f"its name does not start with {PREFIX} once"
+    for fragment, reason in _FOREIGN.items():
+        if fragment in name:
+            return reason
+    return "csulora knows no such tensor"
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:
+    if tensor.dim() in (3, 4, 5):
+        raise RefusedError(f"{path}: {name} has {tensor.dim()} dimensions: convolutions cannot be corrected")
+    if tensor.dim() != 2 or 0 in tensor.shape:
+        raise InputError(f"{path}: {name} is {list(tensor.shape)}; a matrix is needed")
+    if tensor.dtype not in _DTYPES:
+        raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16 or float32 is needed")
+    if not is_finite(tensor):
+        raise InputError(f"{path}: {name} holds NaN or infinity")
+
+
+def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float, path: Path) -> LoraModule:
+    is_embedding = any(factor in factors for factor in _EMBEDDING)
+    first, second = _EMBEDDING if is_embedding else _LINEAR
+    for factor in (first, second):
+        if factor not in factors:
+            raise InputError(f"{path}: {name}.{factor} is missing; an update needs both factors")
+    if len(factors) > 2:
+        raise InputError(f"{path}: {name} has factors for a linear layer and for an embedding")
+    a, b = factors[first], factors[second]
+    if a.dtype != b.dtype:
+        raise InputError(f"{path}: {name} has {a.dtype} and {b.dtype} factors; both must have one dtype")
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise InputError(
+            f"{path}: {name} has factors {list(a.shape)} and {list(b.shape)}, but the configuration says rank {rank}"
+        )
+    if is_embedding:
+        return LoraModule(a.t(), b.t(), scale, is_embedding=True)
+    return LoraModule(b, a, scale)
+
+
+def _named_tensors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in adapter.modules.items():
+        folded = module.folded()
+        factors = (folded.b.t(), folded.a.t()) if module.is_embedding else (folded.a, folded.b)
+        for factor, tensor in zip(_EMBEDDING if module.is_embedding else _LINEAR, factors, strict=True):
+            yield f"{PREFIX}{name}.{factor}", tensor.contiguous()
+
+
+def _rank_settings(config: dict[str, Any], ranks: dict[str, int], path: Path) -> dict[str, Any]:
+    """Settings that give each module its rank and scale 1: those of the input if they still fit, else few new ones."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    # Longest first: a key also matches names that end in it after a dot, and the first match counts.
+    ordered = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}
+    unusual = {name: rank for name, rank in ordered.items() if rank != usual}
+    wanted = {name: (rank, 1.0) for name, rank in ranks.items()}
+    for rank, pattern in (
+        (config.get("r", usual), config.get("rank_pattern") or {}),
+        (usual, unusual),
+        (usual, ordered),
+    ):
+        settings = {"r": rank, "lora_alpha": rank, "rank_pattern": pattern, "alpha_pattern": pattern}
+        if ranks_and_scales(settings, list(ranks), path) == wanted:
+            return settings
+    raise InputError(f"{path}: PEFT's rank_pattern cannot tell its module names apart")

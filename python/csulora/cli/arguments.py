@@ -1,0 +1,118 @@
+"""What the commands take: their choices, and the options that several of them share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csulora.cli.console import STDOUT
+from csulora.io.files import check_file, check_not_input
+from csulora.policy.policy import Policy
+from csulora.serving.gate import SUBSPACE_SHA256_VARIABLE
+
+_MOST_DIGITS = 10  # of a rank
+
+
+class Dtype(StrEnum):
+    """Storage types of factors."""
+
+    f16 = "f16"
+    bf16 = "bf16"
+    f32 = "f32"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Preset(StrEnum):
+    """Named penalties (aligned, partial, off)."""
+
+    csulora = "csulora"
+    protect = "protect"
+    project = "project"
+    none = "none"
+
+    def policy(self) -> Policy:
+        """Return the preset's policy."""
+        policy: Policy = getattr(Policy, self.value)()
+        return policy
+
+
+class Uncovered(StrEnum):
+    """What happens to modules that the pack does not cover."""
+
+    refuse = "refuse"
+    drop = "drop"
+    keep = "keep"
+
+
+class Format(StrEnum):
+    """Adapter formats that can be written."""
+
+    peft = "peft"
+    gguf = "gguf"
+
+
+def check_output(path: Path | None) -> Path | None:
+    """Raise `InputError` now, and not after an hour's work, if the file cannot be written."""
+    if path:
+        check_file(path)
+    return path
+
+
+def check_document(path: Path | None) -> Path | None:
+    """The same for a file that may be stdout."""
+    return path if path == STDOUT else check_output(path)
+
+
+def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """Raise `InputError` if a file to be written is one that is read, see `check_not_input`, or is another one."""
+    sources = [source for source in inputs if source]
+    for output in outputs:
+        if output and output != STDOUT:
+            check_not_input(output, sources)
+            sources.append(output)
+
+
+BaseModel = Annotated[
+    Path | None,
+    typer.Option("--base-model", metavar="DIR|GGUF", help="Model of a GGUF adapter that is read or written."),
+]
+Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", callback=check_document, help="Write the report as JSON to this file; - for stdout, and no table."
+    ),
+]
+SubspaceSha256 = Annotated[
+    str | None,
+    typer.Option(envvar=SUBSPACE_SHA256_VARIABLE, metavar="HEX", help="The one content of the pack that is accepted."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def parse_rank(text: str | None) -> str | int | None:
+    """Return a rank as `Policy` takes it."""
+    return int(text) if text is not None and text.isdecimal() and len(text) < _MOST_DIGITS else text
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """Return the numbers of a list such as 1,0.5."""
+    try:
+        found = None if text is None else [float(number) for number in text.split(",")]
+        if found and not all(map(math.isfinite, found)):
+            raise ValueError
+        return found
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5") from None

@@ -1,0 +1,1 @@
+"""The correction of an adapter, its report and its audit."""

@@ -1,0 +1,136 @@
+"""Whether a corrected adapter follows from the adapter, the pack and the policy that its report names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csulora.adapters.disk import load_adapter
+from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.correction.correct import correct
+from csulora.correction.report import CORRECTED_SHA256, REPORT_FILE
+from csulora.errors import InputError
+from csulora.io.files import parse_json, read_regular
+from csulora.models import names
+from csulora.native import _core
+from csulora.policy.policy import Policy
+from csulora.subspace.subspace import Subspace
+
+_LARGEST_REPORT = 64 << 20  # bytes
+_PENALTIES = ("aligned", "partial", "off")
+
+# Other processors and versions of torch round otherwise, and the result is rounded to its storage type.
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement of a report and what was found instead or as well."""
+
+    what: str
+    stated: str
+    found: str
+    holds: bool
+
+
+def audit(
+    corrected: str | Path,
+    original: str | Path | None = None,
+    pack: Subspace | None = None,
+    base_model: str | Path | None = None,
+) -> list[Check]:
+    """Compare a corrected adapter with its report, and with what the report says it was made from.
+
+    Args:
+        corrected: the directory that `save_adapter` wrote.
+        original: the adapter it was made from.
+        pack: the pack it was made with; with both, the correction is made again.
+        base_model: the model that the original is for, if that is a GGUF file; see `load_adapter`.
+
+    Returns:
+        One `Check` per statement. Without ``original`` and ``pack`` they say that the directory is as it was
+        written, and nothing about what wrote it: anybody can write a report.
+
+    Raises:
+        InputError: the directory holds no report of csulora's, or one that says nothing of its content.
+        CsuloraError: an adapter is malformed or refused.
+    """
+    corrected = Path(corrected)
+    report = _read_report(corrected / REPORT_FILE)
+    adapter = load_adapter(corrected)
+    checks = [_same("content", report[CORRECTED_SHA256], adapter.sha256)]
+    source = load_adapter(original, base_model) if original is not None else None
+    if source is not None:
+        checks.append(_same("original adapter", report["adapter_sha256"], source.sha256))
+    if pack is not None:
+        checks.append(_same("pack", report["subspace_sha256"], pack.sha256))
+    if source is not None and pack is not None and all(check.holds for check in checks[1:]):
+        again, _ = correct(source, pack, _policy(report["policy"], corrected / REPORT_FILE))
+        checks.append(_update(adapter, again, pack))
+    return checks
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    report = parse_json(read_regular(path, _LARGEST_REPORT), path)
+    for field in (CORRECTED_SHA256, "adapter_sha256", "subspace_sha256"):
+        if not isinstance(report.get(field), str):
+            raise InputError(f"{path}: does not state {field}; it is no report of this csulora")
+    if not isinstance(report.get("policy"), dict):
+        raise InputError(f"{path}: does not state the policy; it is no report of this csulora")
+    return report
+
+
+def _policy(stated: dict[str, Any], path: Path) -> Policy:
+    """Read a policy as a report states it: infinity, which JSON lacks, is the text ``inf``."""
+    overrides = stated.get("overrides")
+    tables = [entry.get("penalties") for entry in overrides if isinstance(entry, dict)] if overrides else []
+    for table in [stated, *(table for table in tables if isinstance(table, dict))]:
+        table |= {name: math.inf for name in _PENALTIES if table.get(name) == "inf"}
+    try:
+        return Policy.from_dict(stated)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _same(what: str, stated: str, found: str) -> Check:
+    return Check(what, stated, found, stated == found)
+
+
+def _update(adapter: Adapter, again: Adapter, pack: Subspace) -> Check:
+    """Compare the updates of two adapters module by module."""
+    if adapter.modules.keys() != again.modules.keys():
+        different = min(adapter.modules.keys() ^ again.modules.keys())
+        return Check("update", "follows", f"{different} is in one of both only", False)
+    distances = {
+        name: _distance(name, module.folded(), again.modules[name].folded(), pack)
+        for name, module in adapter.modules.items()
+    }
+    allowed = {name: _TOLERANCE[module.b.dtype] for name, module in adapter.modules.items()}
+    worst = max(distances, key=lambda name: distances[name] / allowed[name])
+    holds = distances[worst] <= allowed[worst]
+    return Check("update", "follows", f"differs by {distances[worst]:.1e} of its norm, most in {worst}", holds)
+
+
+def _distance(name: str, one: LoraModule, other: LoraModule, pack: Subspace) -> float:
+    """|X - Y| / |Y|, in factors of scale 1: the norm of [B1, -B2] times [A1; A2]."""
+    if torch.equal(one.b, other.b) and torch.equal(one.a, other.a):
+        return 0.0
+    target = names.resolve(name, pack, pack.aliases)
+    if target is None or one.shape != other.shape:  # not corrected, so equal or not
+        return math.inf
+    (subspace,) = pack.to_core([target])
+    b, a = torch.cat([one.b, -other.b], 1).float(), torch.cat([one.a, other.a]).float()
+    difference, whole = _norm(b, a, subspace), _norm(other.b, other.a, subspace)
+    return difference / whole if whole else math.inf
+
+
+def _norm(b: torch.Tensor, a: torch.Tensor, subspace: _core.Subspace) -> float:
+    """|b a|; infinity where that is not finite, as a scale that nobody corrected can make it."""
+    if not (is_finite(b) and is_finite(a)):
+        return math.inf
+    nothing = _core.Penalties(0.0, 0.0, 0.0)
+    return _core.correct([_core.CorrectionTask(_core.LoraPair(b, a), subspace, nothing)])[0].norm

@@ -1,0 +1,178 @@
+"""From an adapter, a pack and a policy to the corrected adapter and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from csulora.adapters.lora import Adapter, LoraModule, TextsOnDemand
+from csulora.correction.report import REPORT_FILE, ModuleReport, Report
+from csulora.errors import InputError, RefusedError
+from csulora.io.files import to_json
+from csulora.models import names
+from csulora.native import _core
+from csulora.policy.policy import Policy
+from csulora.subspace.subspace import Subspace
+
+
+def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> tuple[Adapter, Report]:
+    """Compute the closest safe update of every module (CSULoRA, arXiv 2605.30640).
+
+    Args:
+        adapter: what `load_adapter` returned; it is not modified. Its tensors may be on a GPU, all of them on one, in
+            a build with CUDA; those of the result are where they are, and so are the pack's factors from then on.
+        pack: the subspaces of the model the adapter is for.
+        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+
+    Returns:
+        The corrected adapter, in the input's storage types with every scale 1, and the report.
+
+    Raises:
+        RefusedError: a module is not covered, a limit of the policy is exceeded, or the policy was tuned for
+            another pack.
+        InputError: a shape differs from the pack's, an override of the policy matches no module of the pack or has
+            gains for more directions than the pack, or the result does not fit the storage type.
+    """
+    policy = policy or Policy.csulora()
+    check_pack(policy, pack)
+    covered = cover(adapter, pack, policy)
+    corrected = _corrected(adapter, pack, policy, covered)
+    report = _report(adapter, pack, policy, covered, corrected)
+    _check_undo(adapter, report, policy, covered)
+
+    modules: dict[str, LoraModule] = {}
+    for name, module in adapter.modules.items():
+        if name in corrected:
+            pair = corrected[name].pair
+            modules[name] = LoraModule(pair.b, pair.a, is_embedding=module.is_embedding)
+        elif policy.uncovered == "keep":
+            modules[name] = module
+    documents = TextsOnDemand(
+        {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: report.card(_base_model(adapter))}
+    )
+    partial = adapter.partial or len(modules) < len(adapter.modules)
+    return replace(adapter, modules=modules, documents=documents, partial=partial), report
+
+
+def _corrected(
+    adapter: Adapter, pack: Subspace, policy: Policy, covered: Mapping[str, str]
+) -> dict[str, _core.Correction]:
+    label = str(adapter.path).encode(errors="backslashreplace").decode()  # a path need not be UTF-8
+    device = _device(adapter, covered)
+    tasks = [
+        _core.CorrectionTask(
+            _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
+            subspace,
+            policy.attenuation(target),
+            f"{label}: {name}",
+            scope.to_core() if policy.scoped and (scope := pack.scope(target, device)) else None,
+        )
+        for (name, target), subspace in zip(covered.items(), pack.to_core(covered.values(), device), strict=True)
+    ]
+    return dict(zip(covered, _core.correct(tasks, policy.core_options()), strict=True))
+
+
+def check_pack(policy: Policy, pack: Subspace) -> None:
+    """Check that a policy fits a pack.
+
+    Raises:
+        RefusedError: it was tuned for another pack.
+        InputError: an override matches none of the pack's modules, or a scoped policy finds no scopes.
+    """
+    if policy.subspace_sha256 not in (None, pack.sha256):
+        raise RefusedError(
+            f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
+            "use that pack or tune again"
+        )
+    if policy.scoped and not pack.is_scoped:
+        raise InputError("the policy is scoped, and the pack has no scopes; use the pack that tune wrote beside it")
+    policy.check_overrides(pack)
+
+
+def _device(adapter: Adapter, covered: Iterable[str]) -> torch.device:
+    """Return the one device of an adapter's factors."""
+    factors = [factor for name in covered for factor in (adapter.modules[name].b, adapter.modules[name].a)]
+    devices = {factor.device for factor in factors}
+    if len(devices) > 1:
+        raise InputError(f"{adapter.path}: has factors on {sorted(map(str, devices))}; move them to one device")
+    return devices.pop()
+
+
+def _base_model(adapter: Adapter) -> str | None:
+    name = adapter.config.get("base_model_name_or_path")
+    return name if isinstance(name, str) else None
+
+
+def cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
+    """Map each covered module to the pack's name for it, in the adapter's order."""
+    covered: dict[str, str] = {}
+    owners: dict[tuple[str, bool], str] = {}
+    for name, module in adapter.modules.items():
+        target = names.resolve(name, pack, pack.aliases)
+        if target is None:
+            if policy.uncovered == "refuse":
+                raise RefusedError(
+                    f"{adapter.path}: the pack does not cover module {name}; extract it too (--modules), or say "
+                    "what to do with such modules (--uncovered drop|keep)"
+                )
+            continue
+        if module.shape != pack[target].shape:
+            raise InputError(
+                f"{adapter.path}: module {name} updates a {list(module.shape)} matrix, but {target} is "
+                f"{list(pack[target].shape)} in the pack; the adapter is for another model"
+            )
+        # A tied weight may be updated under both of its names, each of them once.
+        earlier = owners.setdefault((target, name in pack.aliases), name)
+        if earlier != name:
+            raise RefusedError(
+                f"{adapter.path}: modules {earlier} and {name} both update {target}; servers disagree on which of "
+                "them they apply"
+            )
+        covered[name] = target
+    if not covered:
+        raise RefusedError(f"{adapter.path}: the pack covers none of the adapter's modules; is it for this model?")
+    return covered
+
+
+def _report(
+    adapter: Adapter,
+    pack: Subspace,
+    policy: Policy,
+    covered: dict[str, str],
+    corrected: Mapping[str, _core.Correction],
+) -> Report:
+    modules = []
+    for name, module in adapter.modules.items():
+        if name in corrected:
+            modules.append(ModuleReport.corrected(name, module.rank, pack[covered[name]].norm, corrected[name]))
+        elif policy.uncovered == "keep":
+            modules.append(ModuleReport(name, "kept", module.rank, module.rank))
+        else:
+            modules.append(ModuleReport(name, "dropped", module.rank, 0))
+    return Report(
+        adapter=adapter.path.resolve().name,
+        adapter_sha256=adapter.sha256,
+        subspace_sha256=pack.sha256,
+        fingerprints=pack.fingerprints,
+        policy=policy.to_dict(),
+        modules=tuple(modules),
+    )
+
+
+def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mapping[str, str]) -> None:
+    """Raise `RefusedError` if a module undoes too much, or the two names of a tied weight do when they are merged."""
+    if policy.max_undo is None:
+        return
+    undone = {module.module: module.undo or 0.0 for module in report.measured}
+    names_of: dict[str, list[str]] = {}
+    for name in undone:
+        names_of.setdefault(covered[name], []).append(name)
+    undone |= {" and ".join(both): sum(undone[name] for name in both) for both in names_of.values()}
+    worst = max(undone, key=lambda name: undone[name])
+    if undone[worst] > policy.max_undo:
+        raise RefusedError(
+            f"{adapter.path}: module {worst} undoes {undone[worst]:.3f} of its alignment; "
+            f"the policy allows {policy.max_undo:g}"
+        )

@@ -1,0 +1,79 @@
+"""Checks a pack against the checkpoints it claims to come from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from csulora.errors import InputError
+from csulora.extraction.pair import CheckpointPair, Progress
+from csulora.native import _core
+from csulora.subspace.subspace import Certificate, Subspace
+
+# Float64 measurements of the same float32 matrix: another number of threads sums in another order.
+_MARGIN = 1e-6
+# Both next values are estimated from random start blocks, and where the gap to s_k is narrow, `missed` magnifies
+# the small difference between them.
+_NEXT_VALUE_FACTOR = 1.1
+_MISSED_FACTOR = 10
+# No extraction takes so large a seed: the start block is never the one that the pack was made with.
+_SEED = 1 << 63
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One module's stored certificate beside a freshly measured one."""
+
+    module: str
+    stored: Certificate
+    measured: Certificate
+    same_weights: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether the weights are the pack's and the stored certificate claims nothing better than was measured.
+
+        ``above_noise`` and ``passes`` describe the run that made the pack, so there is nothing to compare.
+        """
+        stored, measured = self.stored, self.measured
+        return (
+            self.same_weights
+            and measured.captured >= stored.captured - _MARGIN
+            and measured.residual <= stored.residual + _MARGIN
+            and measured.orthonormality <= stored.orthonormality + _MARGIN
+            and measured.next_value <= stored.next_value * _NEXT_VALUE_FACTOR
+            and measured.missed <= stored.missed * _MISSED_FACTOR + _MARGIN
+            and math.isclose(measured.displacement_norm2, stored.displacement_norm2, rel_tol=_MARGIN)
+            and math.isclose(measured.noise_edge, stored.noise_edge, rel_tol=_MARGIN)
+        )
+
+
+def verify(
+    pack: Subspace, base: str | Path, aligned: str | Path, progress: Progress | None = None
+) -> list[Verification]:
+    """Recompute every certificate of a pack from the two checkpoints, with another random start block.
+
+    Raises:
+        InputError: a checkpoint does not have the pack's modules in the pack's shapes, or values are not usable.
+    """
+    pair = CheckpointPair.open(base, aligned, modules=list(pack))
+    for name, module in pack.items():
+        if pair.base.weights[name].shape != module.shape:
+            raise InputError(
+                f"{pair.base.name}: tensor {name}.weight is {list(pair.base.weights[name].shape)}, but the pack is for "
+                f"{list(module.shape)}; it is of another model"
+            )
+    options = _core.ExtractOptions()
+    options.seed = _SEED
+    results = []
+    for loaded in pair.load_ahead(pair.modules, progress):
+        stored, (factors,) = pack[loaded.name], pack.to_core([loaded.name])
+        options.noise_std = loaded.noise_std
+        try:
+            measured = _core.certify(loaded.base, loaded.aligned, factors, options)
+        except InputError as error:
+            raise InputError(f"{loaded.name}: {error}") from error
+        same = (loaded.base_sha256, loaded.aligned_sha256) == (stored.base_sha256, stored.aligned_sha256)
+        results.append(Verification(loaded.name, stored.certificate, Certificate.from_core(measured), same))
+    return results

@@ -1,0 +1,87 @@
+"""Corrected GGUF LoRA files, kept so that the same adapter is corrected once.
+
+An entry's name is ``<key>-<sha256 of its bytes>.gguf``; the key is a hash of all that the content depends on.
+Entries appear complete under their final names, so processes need no lock: at worst both make the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from csulora.adapters.disk import load_adapter
+from csulora.adapters.gguf import file as gguf
+from csulora.adapters.lora import Adapter
+from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.io.files import remove_abandoned, sha256_of_file, workplace
+from csulora.models.gguf_base import BaseModel
+from csulora.models.gguf_file import GGUFFile
+from csulora.serving.gate import Gate
+from csulora.subspace.subspace import Subspace
+
+
+def default_directory() -> Path:
+    """Return ``$XDG_CACHE_HOME/csulora/gguf``, which is ``~/.cache/csulora/gguf`` if the variable is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csulora" / "gguf"
+
+
+class CorrectedCache:
+    """A directory of corrected files that only its owner may write."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open or create a cache, and remove what killed processes left of entries never finished.
+
+        Raises:
+            InputError: the directory cannot be created.
+            RefusedError: others could put files into it.
+        """
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be created: {error.strerror}") from error
+        status = directory.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RefusedError(f"{directory}: others can write to this cache; use a directory of your own (mode 0700)")
+        remove_abandoned(directory)
+        self._directory = directory
+
+    def corrected(self, path: Path, base: BaseModel, gate: Gate) -> Path:
+        """Return a file with the corrected adapter: one that is there and proves intact, else a new one.
+
+        Args:
+            path: the adapter.
+            base: the model it is for.
+            gate: decides, and records that it did.
+
+        Raises:
+            RefusedError, InputError: as `Gate.admit` and `gguf.write` do.
+        """
+        adapter = gate.read(path, lambda path: load_adapter(path, base.path))
+        key = _key(adapter, base, gate)
+        for entry in sorted(self._directory.glob(f"{key}-*.gguf")):
+            if _is_intact(entry, adapter, gate.pack):
+                gate.recall(path, adapter)
+                return entry
+        with workplace(self._directory / key) as place:
+            new = place / "new"
+            gate.admit(path, lambda _: adapter, lambda corrected: gguf.write(corrected, new, base))
+            return new.replace(self._directory / f"{key}-{sha256_of_file(new)}.gguf")
+
+
+def _key(adapter: Adapter, base: BaseModel, gate: Gate) -> str:
+    return hashlib.sha256(f"{adapter.sha256} {base.identity} {gate.fingerprint}".encode()).hexdigest()
+
+
+def _is_intact(entry: Path, adapter: Adapter, pack: Subspace) -> bool:
+    """Whether the bytes are those that the name promises, and say that they were made from this adapter and pack."""
+    try:
+        file = GGUFFile.read(entry, gguf.LARGEST_FILE)
+        return (
+            entry.stem.endswith(f"-{hashlib.sha256(file.data).hexdigest()}")
+            and file.text(gguf.ADAPTER_SHA256) == adapter.sha256
+            and file.text(gguf.SUBSPACE_SHA256) == pack.sha256
+        )
+    except CsuloraError:
+        return False

@@ -1,0 +1,341 @@
+"""Adapters corrected where PEFT or transformers load them.
+
+    model = csulora.hooks.peft.load(model, "my-adapter", "pack.safetensors")     # one adapter, explicitly
+
+    with csulora.hooks.peft.guard("pack.safetensors"):                           # whatever loads an adapter here
+        model = PeftModel.from_pretrained(model, "my-adapter")
+
+The host never sees the adapter it was asked to load: it is given a private directory that holds the corrected
+one, made from a single reading of the original's bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import peft
+import safetensors.torch
+import torch
+from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import hotswap as peft_hotswap
+from peft.utils import save_and_load as peft_save_and_load
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations.peft import PeftAdapterMixin
+
+from csulora.adapters.lora import Adapter
+from csulora.adapters.peft.directory import parse, read, sha256_of
+from csulora.correction.report import Report
+from csulora.errors import InputError, RefusedError
+from csulora.hooks.peft.loading import (
+    HUB_ARGUMENTS,
+    by_name,
+    check_name_is_free,
+    check_nothing_overrides,
+    host_loads,
+    loads_corrected,
+    local_directory,
+    without_initialising,
+)
+from csulora.hooks.signature import check_signature
+from csulora.policy.policy import Policy
+from csulora.serving.gate import Gate
+from csulora.subspace.subspace import Subspace
+
+Pack = Subspace | str | Path
+Rules = Policy | str | Path | None
+
+# A hot swap reads weights first and applies a configuration later; this is the one that belongs to the weights.
+_swapped_config: ContextVar[peft.LoraConfig | None] = ContextVar("swapped_config", default=None)
+
+_one_guard = threading.Lock()
+
+
+def load(
+    model: Any,
+    path: str | Path,
+    subspace: Pack,
+    policy: Rules = None,
+    adapter_name: str = "default",
+    **options: Any,
+) -> tuple[Any, Report]:
+    """Load an adapter corrected.
+
+    Args:
+        model: a ``PeftModel``, which gets one more adapter, or the model to wrap.
+        path: PEFT adapter directory or hub id.
+        subspace: pack of the model.
+        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        adapter_name: name of the adapter in the model.
+        options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``; none
+            that change the configuration or the names of modules.
+
+    Returns:
+        The ``PeftModel``, and the report.
+
+    Raises:
+        CsuloraError: the adapter is refused or malformed; the model is as it was.
+    """
+    check_nothing_overrides(options, path)
+    corrected, report = Gate.open(subspace, policy).admit(local_directory(path, options), read)
+    with host_loads(corrected) as directory, without_initialising(corrected, model, adapter_name, options) as options:
+        if isinstance(model, (PeftModel, PeftMixedModel)):
+            check_name_is_free(model.peft_config, adapter_name)
+            model.load_adapter(str(directory), adapter_name, **options)
+            return model, report
+        return PeftModel.from_pretrained(model, directory, adapter_name, **options), report
+
+
+def correct_model(model: Any, adapter_name: str, new_adapter_name: str, subspace: Pack, policy: Rules = None) -> Report:
+    """Correct an adapter that a ``PeftModel`` holds: a new adapter is added, and the old one left as it is.
+
+    Args:
+        model: the ``PeftModel``.
+        adapter_name: the adapter to correct.
+        new_adapter_name: name of the corrected one; it is not activated.
+        subspace: pack of the model.
+        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+
+    Raises:
+        InputError: there is no such adapter, or the new name is taken.
+        CsuloraError: the adapter is refused or malformed; the model is as it was.
+    """
+    if adapter_name not in model.peft_config:
+        raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
+    check_name_is_free(model.peft_config, new_adapter_name)
+    gate = Gate.open(subspace, policy)
+    corrected, report = gate.admit(Path(adapter_name), lambda _: _of_model(model, adapter_name))
+    with host_loads(corrected) as directory:
+        model.load_adapter(directory, new_adapter_name)
+    return report
+
+
+@contextmanager
+def guard(subspace: Pack, policy: Rules = None, decisions: str | Path | None = None) -> Iterator[Gate]:
+    """Correct or refuse every adapter that is loaded within the block, in all threads of the process.
+
+    Covers ``PeftModel.from_pretrained`` and ``load_adapter`` (also of mixed and auto models), PEFT's
+    ``hotswap_adapter``, and ``load_adapter`` and ``from_pretrained`` of transformers. What cannot be corrected is
+    refused: adapters that are not LoRA, weights or configurations handed over in memory, mappings of module names,
+    and PEFT's other readers of adapter files.
+
+    Not covered: code that sets parameters by itself; functions of PEFT, such as ``hotswap_adapter_from_state_dict``
+    or ``load_peft_weights``, that a program has imported by name before the block; and prompts, which PEFT's
+    ``MultitaskPromptTuningConfig`` reads from the file that its ``prompt_tuning_init_state_dict_path`` names.
+
+    Args:
+        subspace: pack of the model.
+        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        decisions: file to append a JSON line per decision to.
+
+    Raises:
+        HostError: the installed PEFT or transformers is not one this module knows.
+        InputError: another guard is active.
+    """
+    gate = Gate.open(subspace, policy, decisions)
+    _check_host()
+    if not _one_guard.acquire(blocking=False):
+        raise InputError("a guard is active already; guards cannot be nested")
+    try:
+        with ExitStack() as stack:
+            for owner, name, replacement in _replacements(gate):
+                stack.enter_context(patch.object(owner, name, replacement))
+            yield gate
+    finally:
+        _one_guard.release()
+
+
+def _check_host() -> None:
+    check_signature(PeftModel.load_adapter, "self", "model_id", "adapter_name")
+    check_signature(PeftModel.from_pretrained, "model", "model_id", "adapter_name", "is_trainable", "config")
+    check_signature(PeftMixedModel.from_pretrained, "model", "model_id", "adapter_name", "is_trainable", "config")
+    check_signature(peft_save_and_load.load_peft_weights, "model_id", "device", "key_mapping")
+    check_signature(peft_hotswap.check_hotswap_configs_compatible, "config0", "config1")
+    check_signature(peft_hotswap.hotswap_adapter_from_state_dict, "model", "state_dict", "adapter_name", "config")
+    check_signature(
+        PeftAdapterMixin.load_adapter, "self", "peft_model_id", "adapter_name", "peft_config", "adapter_state_dict"
+    )
+
+
+def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
+    """Everything the guard puts in the host's place: owner, attribute, replacement."""
+    yield PeftModel, "load_adapter", _load_adapter(gate, PeftModel.load_adapter)
+    for model in (PeftModel, PeftMixedModel):
+        yield model, "from_pretrained", classmethod(_from_pretrained(gate, vars(model)["from_pretrained"].__func__))
+    yield PeftAdapterMixin, "load_adapter", _transformers_load_adapter(gate, PeftAdapterMixin.load_adapter)
+    reader = peft_save_and_load.load_peft_weights
+    yield peft_hotswap, "load_peft_weights", _hotswap_weights(gate, reader)
+    yield (
+        peft_hotswap,
+        "check_hotswap_configs_compatible",
+        _hotswap_check(peft_hotswap.check_hotswap_configs_compatible),
+    )
+    yield peft_hotswap, "hotswap_adapter_from_state_dict", _hotswap(peft_hotswap.hotswap_adapter_from_state_dict)
+    # Under all the names that PEFT has for it; reached only by routes that none of the above covers.
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft" and getattr(module, "load_peft_weights", None) is reader:
+            yield module, "load_peft_weights", _refusing(reader)
+
+
+def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(*args: Any, **options: Any) -> Any:
+        if loads_corrected.get():
+            return original(*args, **options)
+        given = by_name(original, *args, **options)
+        model, name = given["self"], given["adapter_name"]
+        check_name_is_free(model.peft_config, name)
+        source = given.pop("model_id")
+        check_nothing_overrides(given, source)
+        corrected, _ = gate.admit(local_directory(source, given), read)
+        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
+            return original(model_id=directory, **given)
+
+    return load_adapter
+
+
+def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_pretrained(*args: Any, **options: Any) -> Any:
+        if loads_corrected.get():
+            return original(*args, **options)
+        given = by_name(original, *args, **options)
+        model, name, source = given["model"], given.get("adapter_name", "default"), given.pop("model_id")
+        check_nothing_overrides(given, source)
+        corrected, _ = gate.admit(local_directory(source, given), read)
+        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
+            return original(model_id=directory, **given)
+
+    return from_pretrained
+
+
+def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(*args: Any, **options: Any) -> Any:
+        if loads_corrected.get():
+            return original(*args, **options)
+        given = by_name(original, *args, **options)
+        config, source = given.get("load_config"), given.pop("peft_model_id", None)
+        source = source or getattr(config, "pretrained_model_name_or_path", None)
+        if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
+            raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
+        check_nothing_overrides(given | _mapping(given["self"], config), source)
+        check = functools.partial(_check_swap, given["self"], given.get("adapter_name"))
+        corrected, _ = gate.admit(local_directory(source, _taken_from_hub(given)), read, check)
+        with host_loads(corrected) as directory:
+            return original(peft_model_id=str(directory), **given)
+
+    return load_adapter
+
+
+def _check_swap(model: Any, adapter_name: Any, corrected: Adapter) -> None:
+    """Let transformers load over an adapter only what it replaces entirely: the scales are those of the old one."""
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
+    }
+    if layers and not (
+        layers.keys() == corrected.modules.keys()
+        and all(layer.scaling[adapter_name] == 1 for layer in layers.values())
+        and not any(
+            adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name) for layer in layers.values()
+        )
+    ):
+        raise RefusedError(
+            f"{corrected.path}: under a guard transformers swaps it in only for plain LoRA of scale 1 on the same "
+            f"modules, and the model's adapter {adapter_name!r} is other than that; delete it first"
+        )
+
+
+def _mapping(model: Any, config: Any) -> dict[str, Any]:
+    """Return transformers' ``key_mapping`` if there is one: what a load does to names beyond what the model wants."""
+    if config is None:
+        return {}
+    own = get_model_conversion_mapping(model, hf_quantizer=config.hf_quantizer)
+    known = [(mapping.source_patterns, mapping.target_patterns) for mapping in own]
+    mappings = [(mapping.source_patterns, mapping.target_patterns) for mapping in config.weight_mapping or []]
+    return {"key_mapping": [mapping for mapping in mappings if mapping not in known]}
+
+
+def _taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
+    """Take what locates an adapter out of the arguments of transformers' ``load_adapter``; the last word counts."""
+    config = given.get("load_config")
+    hub = dict(getattr(config, "download_kwargs", None) or {})
+    if config is not None:
+        given["load_config"] = replace(config, download_kwargs={})
+    for name in ("download_kwargs", "adapter_kwargs"):
+        hub |= given.pop(name, None) or {}
+    return hub | {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
+
+
+def _hotswap_weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_peft_weights(model_id: Any, device: str | None = None, **options: Any) -> dict[str, torch.Tensor]:
+        if loads_corrected.get():
+            weights: dict[str, torch.Tensor] = original(model_id, device, **options)
+            return weights
+        check_nothing_overrides(options, model_id)
+        with host_loads(gate.admit(local_directory(model_id, options), read)[0]) as directory:
+            _swapped_config.set(peft.LoraConfig.from_pretrained(str(directory)))
+            weights = original(directory, device)
+            return weights
+
+    return load_peft_weights
+
+
+def _hotswap_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+        # The guard has not seen ``config1``; `_hotswap` checks the one that counts.
+        if loads_corrected.get():
+            original(config0, config1)
+
+    return check_hotswap_configs_compatible
+
+
+def _hotswap(original: Callable[..., Any]) -> Callable[..., Any]:
+    check = peft_hotswap.check_hotswap_configs_compatible
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **options: Any
+    ) -> None:
+        if not loads_corrected.get():
+            config = _swapped_config.get()
+            if config is None:
+                raise RefusedError("under a guard an adapter is swapped in from a directory, not from memory")
+            _swapped_config.set(None)
+            check(model.peft_config[adapter_name], config)
+        original(model, state_dict, adapter_name, config, *args, **options)
+
+    return hotswap_adapter_from_state_dict
+
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_peft_weights(model_id: Any, *args: Any, **options: Any) -> Any:
+        if not loads_corrected.get():
+            raise RefusedError(f"{model_id}: csulora's guard does not cover this way of loading adapter weights")
+        return original(model_id, *args, **options)
+
+    return load_peft_weights
+
+
+def _of_model(model: Any, adapter_name: str) -> Adapter:
+    """Return an adapter that a model holds as it would be read from disk."""
+    settings = json.dumps(model.peft_config[adapter_name].to_dict(), sort_keys=True, default=sorted).encode()
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    sha256 = sha256_of(settings, safetensors.torch.save(tensors))
+    return parse(json.loads(settings), tensors, Path(adapter_name), sha256)

@@ -1,0 +1,1 @@
+"""Files of every kind, written complete or not at all and read within bounds."""

@@ -1,0 +1,1 @@
+"""Checkpoints, and the names and layouts of model families."""

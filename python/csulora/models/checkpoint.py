@@ -1,0 +1,316 @@
+"""Checkpoints, Hugging Face directories or GGUF files: which weight matrices there are, and one of them at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from csulora.errors import InputError, RefusedError
+from csulora.io.files import parse_json, read_regular
+from csulora.models import gguf_layout, gguf_quants, names
+from csulora.models.gguf_base import BaseModel
+from csulora.models.gguf_file import GGUFFile
+
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_LARGEST_JSON = 64 << 20  # bytes; the index of 100,000 tensors has about 10 MiB
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_READABLE = (*_DTYPES, *gguf_quants.QUANTISED)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a 2-D weight lies and what it looks like, oriented (out, in)."""
+
+    file: Path
+    tensor: str
+    shape: tuple[int, int]
+    dtype: str  # as safetensors or ggml calls it
+    transposed: bool  # stored as (in, out)
+
+
+class Checkpoint:
+    """The 2-D weights of a model, by module name (the tensor's name less ``.weight``).
+
+    Nothing but headers is read until `load` is called.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: list[Path],
+        config: dict[str, Any],
+        weights: dict[str, Weight],
+        others: dict[str, list[int]],
+    ) -> None:
+        """Use `Checkpoint.open`; ``others`` are the shapes of all tensors that are not 2-D weights."""
+        self.name = name
+        self.files = files
+        self.config = config
+        self.weights = weights
+        self._others = others
+
+    @classmethod
+    def open(cls, source: str | Path) -> Checkpoint:
+        """Open a local directory, a GGUF file or a Hugging Face Hub id.
+
+        Raises:
+            InputError: nothing usable is there, or it cannot be reached.
+            RefusedError: a GGUF file's architecture is not supported.
+        """
+        local = Path(source)
+        if local.is_file():
+            return GGUFCheckpoint(GGUFFile.map(local))
+        directory = local if local.exists() else _download(str(source))
+        name = local.resolve().name if local.exists() else str(source)
+        if not directory.is_dir():
+            raise InputError(f"{directory}: not a directory; name a model directory, a GGUF file or a hub id")
+        config_file = directory / "config.json"
+        config = _read_json(config_file)
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str | None):
+            raise InputError(f"{config_file}: model_type is {model_type!r}; it must be a name")
+        tensors = _tensors(directory)
+        weights: dict[str, Weight] = {}
+        others: dict[str, list[int]] = {}
+        transposed = names.conv1d({name.removesuffix(names.WEIGHT): shape for name, (_, shape, _) in tensors.items()})
+        for tensor, (file, shape, dtype) in tensors.items():
+            module = tensor.removesuffix(names.WEIGHT)
+            if module == tensor or len(shape) != 2:
+                others[module] = shape
+            elif module in transposed:
+                weights[module] = Weight(file, tensor, (shape[1], shape[0]), dtype, transposed=True)
+            else:
+                weights[module] = Weight(file, tensor, (shape[0], shape[1]), dtype, transposed=False)
+        files = [config_file, *sorted({tensor.file for tensor in tensors.values()})]
+        return cls(name, files, config, weights, others)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Names under which a tied weight is known besides its own: ``lm_head`` of a tied model."""
+        embedding = names.token_embedding(self.weights)
+        tied = self.config.get("tie_word_embeddings", True) is not False
+        return {"lm_head": embedding} if embedding and tied and "lm_head" not in self.weights else {}
+
+    def select(self, patterns: Iterable[str]) -> list[str]:
+        """Return the modules that any glob matches, or attention and MLP if there is no glob.
+
+        Raises:
+            InputError: a glob matches nothing.
+        """
+        patterns = list(patterns)
+        if not patterns:
+            usual = [module for module in self.weights if names.is_attention_or_mlp(module)]
+            if not usual:
+                raise InputError(
+                    f"{self.name}: holds no 2-D attention or MLP weight; name the modules (--modules), "
+                    "and dequantise a quantised checkpoint first"
+                )
+            return usual
+        selected: set[str] = set()
+        for pattern in patterns:
+            found = {module for module in self.weights if names.matches(module, pattern)}
+            found |= {target for alias, target in self.aliases.items() if names.matches(alias, pattern)}
+            if not found:
+                raise InputError(
+                    f"{self.name}: no 2-D weight matches the module pattern {pattern!r}{self._why(pattern)}"
+                )
+            selected |= found
+        return sorted(selected)
+
+    def _why(self, pattern: str) -> str:
+        other = next((name for name in self._others if names.matches(name, pattern)), None)
+        return f"; {other} is {self._others[other]}, and only matrices called *.weight have a subspace" if other else ""
+
+    def load(self, module: str) -> tuple[torch.Tensor, str]:
+        """Map one weight, (out, in), in its storage type, and hash its bytes as they are stored.
+
+        Returns:
+            The matrix, a view of the mapped file that keeps the mapping alive, and the hex sha256.
+        """
+        weight = self.weights[module]
+        # A mapping of its own: what was read to be hashed counts as memory until it is unmapped.
+        digest = hashlib.sha256(_map(weight).view(torch.uint8).numpy().data).hexdigest()
+        stored = _map(weight)
+        return stored.t() if weight.transposed else stored, digest
+
+    def quantisation_edge(self, module: str) -> float | None:
+        """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
+        return None
+
+    @property
+    def gguf_architecture(self) -> str:
+        """What llama.cpp calls the model's architecture; raises `RefusedError` if csulora knows no name."""
+        return gguf_layout.architecture_of_model_type(self.config.get("model_type"), self.name).name
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file as a checkpoint: modules, shapes and order of rows are Hugging Face's."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        """Describe an open file; use `Checkpoint.open`."""
+        base = BaseModel.of_file(file)
+        weights = {}
+        for module, shape in sorted(base.shapes.items()):
+            tensor = f"{base.architecture.tensor_name(module)}{names.WEIGHT}"
+            weights[module] = Weight(file.path, tensor, shape, file.tensors[tensor].type.name, transposed=False)
+        config = {"model_type": base.architecture.name, "tie_word_embeddings": base.is_tied}
+        others = {name: list(info.shape) for name, info in file.tensors.items() if len(info.shape) != 2}
+        super().__init__(file.path.name, [file.path], config, weights, others)
+        self._file = file
+        self._base = base
+        self._has_importance = any(key.startswith("quantize.imatrix.") for key in file.fields)
+
+    def load(self, module: str) -> tuple[torch.Tensor, str]:
+        """Return one weight, (out, in), and the hex sha256 of its values; raises `RefusedError` for imatrix quants.
+
+        What is stored as floating point is hashed as a Hugging Face checkpoint would store it, with its rows in
+        Hugging Face's order; what is quantised is dequantised to float32, and its blocks are hashed.
+        """
+        weight = self.weights[module]
+        data, kind = self._file.bytes_of(weight.tensor), self._file.tensors[weight.tensor].type
+        if weight.dtype in _DTYPES:
+            stored = torch.frombuffer(data, dtype=_DTYPES[weight.dtype]).reshape(weight.shape)
+            matrix = self._base.from_gguf_rows(module, stored).contiguous()
+            return matrix, hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest()
+        if self._has_importance and weight.dtype != "Q8_0":  # which ignores it
+            raise RefusedError(
+                f"{weight.file}: {weight.tensor} was quantised with an importance matrix, so how far its entries were "
+                "moved does not follow from the file; use Q8_0 or a checkpoint that is not quantised"
+            )
+        stored = gguf_quants.dequantise(data, weight.shape, kind)
+        return self._base.from_gguf_rows(module, stored), hashlib.sha256(data).hexdigest()
+
+    def quantisation_edge(self, module: str) -> float | None:
+        """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
+        weight = self.weights[module]
+        if weight.dtype in _DTYPES:
+            return None
+        kind = self._file.tensors[weight.tensor].type
+        return gguf_quants.rounding_edge(self._file.bytes_of(weight.tensor), weight.shape, kind)
+
+    @property
+    def gguf_architecture(self) -> str:
+        """What the file says."""
+        return self._base.architecture.name
+
+
+def _map(weight: Weight) -> torch.Tensor:
+    try:
+        with safe_open(weight.file, framework="pt") as file:
+            stored: torch.Tensor = file.get_tensor(weight.tensor)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch, if the file vanishes meanwhile
+        raise InputError(f"{weight.file}: cannot read {weight.tensor}: {error}") from error
+    return stored
+
+
+def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[str]) -> None:
+    """Raise `InputError` unless both have these modules, readable and in the same shapes, for the same model."""
+    mixed = isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint)
+    for key in ("GGUF architecture",) if mixed else ("model_type", "architectures"):
+        ours, theirs = (
+            checkpoint.gguf_architecture if mixed else checkpoint.config.get(key) for checkpoint in (base, aligned)
+        )
+        if ours != theirs:
+            raise InputError(
+                f"config.json: {key} is {ours} in base {base.name} and {theirs} in aligned {aligned.name}; "
+                "both must be the same architecture"
+            )
+    for module in modules:
+        for here, there in ((base, aligned), (aligned, base)):
+            if module not in here.weights:
+                raise InputError(f"{here.name}: tensor {module}.weight is missing, but {there.name} has it")
+            if here.weights[module].dtype not in _READABLE:
+                raise InputError(
+                    f"{here.name}: tensor {module}.weight is {here.weights[module].dtype}; "
+                    f"dequantise the checkpoint to {', '.join(_DTYPES)} first"
+                )
+        ours_shape, theirs_shape = base.weights[module].shape, aligned.weights[module].shape
+        if ours_shape != theirs_shape:
+            raise InputError(
+                f"tensor {module}.weight is {list(ours_shape)} in base {base.name} "
+                f"and {list(theirs_shape)} in aligned {aligned.name}"
+            )
+
+
+def _download(repo: str) -> Path:
+    try:
+        # Some repositories hold the weights a second time, under another name or in a subdirectory.
+        return Path(
+            snapshot_download(
+                repo, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
+    except Exception as error:  # the hub client raises a dozen unrelated types, those of its HTTP library among them
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{repo}: neither a local directory nor a model that could be fetched from the Hugging Face Hub "
+            f"({reason}); check the path, the id and the network"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return parse_json(read_regular(path, _LARGEST_JSON), path)
+
+
+class _Tensor(NamedTuple):
+    file: Path
+    shape: list[int]
+    dtype: str
+
+
+def _tensors(directory: Path) -> dict[str, _Tensor]:
+    """Return every tensor's place and header, by name, in the order of their names."""
+    single, index = directory / _SINGLE_FILE, directory / _INDEX_FILE
+    if single.is_file():  # `transformers`, too, looks for it first
+        tensors = _tensors_in(single)
+    elif index.is_file():
+        tensors = _tensors_in_shards(index)
+    else:
+        raise InputError(
+            f"{directory}: holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; convert it to safetensors first"
+        )
+    return dict(sorted(tensors.items()))
+
+
+def _tensors_in_shards(index: Path) -> dict[str, _Tensor]:
+    shard_of = _read_index(index)
+    tensors: dict[str, _Tensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        found = _tensors_in(index.parent / shard)
+        for tensor in found.keys() & tensors.keys():
+            raise InputError(f"{index.parent / shard}: holds {tensor}, and so does {tensors[tensor].file.name}")
+        tensors |= found
+    for tensor, shard in shard_of.items():
+        if tensor not in tensors:
+            raise InputError(f"{index.parent / shard}: tensor {tensor} is missing, but {_INDEX_FILE} names it")
+    return tensors
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the shard of every tensor, by name."""
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise InputError(f"{index}: weight_map must map tensor names to file names")
+    for shard in shard_of.values():
+        if Path(shard).name != shard:
+            raise InputError(f"{index}: {shard} lies outside the directory")
+        if not (index.parent / shard).is_file():
+            raise InputError(f"{index.parent / shard}: missing, but {_INDEX_FILE} names it")
+    return shard_of
+
+
+def _tensors_in(file: Path) -> dict[str, _Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            headers = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+            return {name: _Tensor(file, header.get_shape(), header.get_dtype()) for name, header in headers.items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: not a readable safetensors file: {error}") from error

@@ -1,0 +1,1 @@
+"""Policies: what to keep of an adapter and what to refuse."""

@@ -1,0 +1,323 @@
+"""Policies: what a correction does to each part of an update, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+
+from csulora.errors import InputError
+from csulora.io.files import read_regular, write_text
+from csulora.models import names
+from csulora.native import _core
+
+Rank = Literal["keep", "exact"] | int
+Uncovered = Literal["refuse", "drop", "keep"]
+
+_LARGEST = 1 << 53  # whole number; the next is no float64
+_LARGEST_FILE = 128 << 20  # bytes; a policy with gains of 64 directions has about 3 KiB a module
+_GLOB = re.compile(r"[*?\[]")
+_PENALTIES = ("aligned", "partial", "off")
+_GAINS = ("aligned", "left", "right", "off")
+_SIDES = ("left", "right")
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What is kept along each leading singular direction, and how much of the displacement is added.
+
+    X = (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (restored S) V^T
+
+    Attributes:
+        left: gains in [0, 1] of what is written along the first columns of u; along all others it is kept.
+        right: of what is read along the first columns of v.
+        restored: multiples of the displacement's first singular triples u s v^T that are added to every update but 0,
+            whatever it is. Each that is not 0 adds 1 to the rank of X, and to the rank that ``keep`` keeps.
+    """
+
+    left: tuple[float, ...]
+    right: tuple[float, ...]
+    restored: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other numbers for the modules that a glob matches: exactly one of penalties, gains and directions.
+
+    Attributes:
+        match: glob over module names as the pack has them.
+        penalties: aligned, partial, off; 0 or more, infinity allowed.
+        gains: aligned, left, right, off; in [0, 1].
+        directions: gains of single directions.
+    """
+
+    match: str
+    penalties: tuple[float, float, float] | None = None
+    gains: tuple[float, float, float, float] | None = None
+    directions: Directions | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not isinstance(self.match, str):
+            raise InputError(f"policy override: match is {self.match!r}; it must be a glob")
+        where = f"override {self.match!r}"
+        if [self.penalties, self.gains, self.directions].count(None) != 2:
+            raise InputError(f"policy {where}: give either penalties, gains or directions")
+        for name, value in _named(where, _PENALTIES, self.penalties):
+            _check_penalty(f"{where}: {name}", value)
+        for name, value in _named(where, _GAINS, self.gains):
+            _check_gain(f"{where}: gain {name}", value)
+        for side in _SIDES if self.directions else ():
+            for value in getattr(self.directions, side):
+                _check_gain(f"{where}: a gain of directions {side}", value)
+        for value in self.directions.restored if self.directions else ():
+            _check_number(f"{where}: a multiple of directions restored", value)
+            if not math.isfinite(value):
+                raise InputError(f"policy {where}: a multiple of directions restored is {value}; it must be finite")
+
+    def attenuation(self) -> _core.Penalties | _core.Parts | _core.Directions:
+        """Return the numbers as the compiled core takes them."""
+        if self.gains is not None:
+            return _core.Parts(*self.gains)
+        if self.penalties is not None:
+            return _core.Penalties(*self.penalties)
+        assert self.directions is not None
+        return _core.Directions(self.directions.left, self.directions.right, self.directions.restored)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How much of each part of an update is kept, gain = 1 / (1 + penalty * relative energy), and what is refused.
+
+    Attributes:
+        aligned: penalty on the part inside the subspace on both sides; 0 or more, infinity removes the part.
+        partial: penalty on the part inside it on one side only.
+        off: penalty on the part outside it on both sides.
+        rank: ``keep`` the adapter's rank (and what `Directions` restore), ``exact`` (up to twice that; for scoped
+            `Directions` one more for each that is changed on the left), or the most directions to keep.
+        uncovered: what happens to modules that the pack does not cover: ``refuse`` the adapter, ``drop`` the
+            module, or ``keep`` it uncorrected.
+        max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
+        overrides: other numbers for some modules; the first whose glob matches counts, and each must for some module.
+        usual_energy: relative energy e, in (0, 1], of an adapter that gets the gains of `Directions` as they are; one
+            with another e gets g / (g + (1 - g) x), x = (e / usual_energy)^2 and at least 0.4. e is the mean of the
+            shares of an update's energy that are written and that are read along all these directions. None: every
+            adapter gets the same gains, whatever it is padded with.
+        scoped: whether the correction acts only on the inputs that the pack's scopes name, see
+            `csulora.subspace.scope`; modules that have one need gains of `Directions`.
+        subspace_sha256: the one pack that a tuned policy may be used with; None: any.
+    """
+
+    aligned: float = 0.0
+    partial: float = 1.0
+    off: float = 1.0
+    rank: Rank = "keep"
+    uncovered: Uncovered = "refuse"
+    max_undo: float | None = None
+    overrides: tuple[Override, ...] = ()
+    usual_energy: float | None = None
+    scoped: bool = False
+    subspace_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in _PENALTIES:
+            _check_penalty(name, getattr(self, name))
+        is_count = isinstance(self.rank, int) and not isinstance(self.rank, bool) and 1 <= self.rank <= _LARGEST
+        if not is_count and self.rank not in ("keep", "exact"):
+            raise InputError(f"policy rank is {self.rank!r}; it must be keep, exact or a positive whole number")
+        if self.uncovered not in ("refuse", "drop", "keep"):
+            raise InputError(f"policy uncovered is {self.uncovered!r}; it must be refuse, drop or keep")
+        if self.max_undo is not None:
+            _check_number("max_undo", self.max_undo)
+            if not math.isfinite(self.max_undo):
+                raise InputError(f"policy max_undo is {self.max_undo}; it must be a finite number")
+        if self.usual_energy is not None:
+            _check_number("usual_energy", self.usual_energy)
+            if not 0 < self.usual_energy <= 1:
+                raise InputError(f"policy usual_energy is {self.usual_energy}; it must lie in (0, 1]")
+        if not isinstance(self.scoped, bool):
+            raise InputError(f"policy scoped is {self.scoped!r}; it must be true or false")
+        if self.subspace_sha256 is not None and not _is_sha256(self.subspace_sha256):
+            raise InputError(f"policy subspace_sha256 is {self.subspace_sha256!r}; it must be 64 hexadecimal digits")
+
+    @classmethod
+    def csulora(cls, penalty: float = 1.0, **rest: Any) -> Self:
+        """Keep what is aligned, attenuate the rest: the paper's policy."""
+        return cls(0.0, penalty, penalty, **rest)
+
+    @classmethod
+    def protect(cls, penalty: float = 1.0, **rest: Any) -> Self:
+        """Keep updates out of the subspace: attenuate what is inside it on either side."""
+        return cls(penalty, penalty, 0.0, **rest)
+
+    @classmethod
+    def project(cls, **rest: Any) -> Self:
+        """Keep the aligned part alone: the hard projection."""
+        return cls(0.0, math.inf, math.inf, **rest)
+
+    @classmethod
+    def none(cls, **rest: Any) -> Self:
+        """Keep everything: X = dW."""
+        return cls(0.0, 0.0, 0.0, **rest)
+
+    def attenuation(self, module: str) -> _core.Penalties | _core.Parts | _core.Directions:
+        """Return the penalties, gains or directions of a module, by its name in the pack."""
+        if (at := self._override_of(module)) is not None:
+            return self.overrides[at].attenuation()
+        return _core.Penalties(self.aligned, self.partial, self.off)
+
+    def check_overrides(self, modules: Collection[str]) -> None:
+        """Raise `InputError` if an override counts for none of a pack's modules."""
+        counting = {self._override_of(module) for module in modules}
+        for at, override in enumerate(self.overrides):
+            if at not in counting:
+                is_late = any(names.matches(module, override.match) for module in modules)
+                reason = (
+                    "all that it matches is matched by one before it" if is_late else "matches no module of the pack"
+                )
+                raise InputError(f"policy override {override.match!r}: {reason}")
+
+    def _override_of(self, module: str) -> int | None:
+        """Return which override counts for a module."""
+        named, globs = self._places
+        ends = (module[at:] for at in range(len(module)) if at == 0 or module[at - 1] == ".")
+        found = [named[end] for end in ends if end in named]
+        found += [at for at in globs if names.matches(module, self.overrides[at].match)][:1]
+        return min(found, default=None)
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, int], list[int]]:
+        """Where the overrides are that match a name, the first for each, and those that match others too."""
+        named: dict[str, int] = {}
+        globs = []
+        for at, override in enumerate(self.overrides):
+            if _GLOB.search(override.match):
+                globs.append(at)
+            else:
+                named.setdefault(override.match, at)
+        return named, globs
+
+    def check_scoped(self, modules: Iterable[str]) -> None:
+        """Raise `InputError` if the policy is scoped, and one of the modules that have scopes cannot be."""
+        for module in modules if self.scoped else ():
+            if not isinstance(self.attenuation(module), _core.Directions):
+                raise InputError(f"policy scoped: only gains of directions can be, and {module} has none")
+
+    def core_options(self) -> _core.CorrectionOptions:
+        """Return what holds for all modules of an adapter as the compiled core takes it."""
+        if isinstance(self.rank, int):
+            return _core.CorrectionOptions(_core.RankRule.fixed, self.rank, self.usual_energy)
+        rule = _core.RankRule.keep if self.rank == "keep" else _core.RankRule.exact
+        return _core.CorrectionOptions(rule, usual_energy=self.usual_energy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the policy as its TOML document: fields that are None are absent, and ``scoped`` unless it is true."""
+        document = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
+        document["overrides"] = [_override_document(override) for override in self.overrides]
+        return document
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Self:
+        """Read a policy from its TOML document.
+
+        Raises:
+            InputError: an unknown field, or a value out of range.
+        """
+        unknown = set(document) - {field.name for field in fields(cls)}
+        if unknown:
+            raise InputError(f"policy: unknown field {sorted(unknown)[0]!r}")
+        values = dict(document)
+        overrides = values.pop("overrides", [])
+        if not isinstance(overrides, list):
+            raise InputError("policy: overrides must be a list of tables")
+        return cls(**values, overrides=tuple(_override(entry) for entry in overrides))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a policy from a TOML file."""
+        data = read_regular(Path(path), _LARGEST_FILE)
+        try:
+            document = tomllib.loads(data.decode())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not a readable TOML file: {error}") from error
+        try:
+            return cls.from_dict(document)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy to a TOML file."""
+        write_text(Path(path), tomli_w.dumps(self.to_dict()))
+
+
+def _named(where: str, keys: Sequence[str], values: Sequence[float] | None) -> list[tuple[str, float]]:
+    if values is not None and len(values) != len(keys):
+        raise InputError(f"policy {where}: give exactly {', '.join(keys)}")
+    return list(zip(keys, values or (), strict=False))
+
+
+def _check_number(name: str, value: object) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    if not is_whole and not isinstance(value, float):
+        raise InputError(f"policy {name} is {value!r}; it must be a number")
+
+
+def _check_gain(name: str, value: float) -> None:
+    _check_number(name, value)
+    if not 0 <= value <= 1:
+        raise InputError(f"policy {name} is {value}; it must lie in [0, 1]")
+
+
+def _check_penalty(name: str, value: float) -> None:
+    _check_number(name, value)
+    if not value >= 0:
+        raise InputError(f"policy {name} is {value}; a penalty must be 0 or more")
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _override_document(override: Override) -> dict[str, Any]:
+    if override.gains is not None:
+        return {"match": override.match, "gains": dict(zip(_GAINS, override.gains, strict=True))}
+    if override.directions is not None:
+        lists = {name: list(values) for name, values in asdict(override.directions).items()}
+        if not lists["restored"]:
+            del lists["restored"]
+        return {"match": override.match, "directions": lists}
+    assert override.penalties is not None
+    return {"match": override.match, "penalties": dict(zip(_PENALTIES, override.penalties, strict=True))}
+
+
+def _override(entry: Any) -> Override:
+    if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
+        raise InputError("policy: every override must be a table with a `match`")
+    unknown = set(entry) - {"match", "penalties", "gains", "directions"}
+    if unknown:
+        raise InputError(f"policy override {entry['match']!r}: unknown field {sorted(unknown)[0]!r}")
+    values: dict[str, Any] = {}
+    for kind, keys in (("penalties", _PENALTIES), ("gains", _GAINS)):
+        if kind in entry:
+            table = entry[kind]
+            if not isinstance(table, dict) or set(table) != set(keys):
+                raise InputError(f"policy override {entry['match']!r}: {kind} must be a table of {', '.join(keys)}")
+            values[kind] = tuple(table[key] for key in keys)
+    if "directions" in entry:
+        values["directions"] = _directions(entry["directions"], f"policy override {entry['match']!r}")
+    return Override(entry["match"], **values)
+
+
+def _directions(table: Any, where: str) -> Directions:
+    is_table = isinstance(table, dict) and set(table) - {"restored"} == set(_SIDES)
+    if not is_table or not all(isinstance(values, list) for values in table.values()):
+        raise InputError(f"{where}: directions must be a table of the lists left and right, and perhaps restored")
+    return Directions(**{name: tuple(values) for name, values in table.items()})

@@ -1,0 +1,1 @@
+"""What stands between adapters and a server: the gate, its decisions, and the directory guard."""

@@ -1,0 +1,170 @@
+"""The one way in for an adapter that nobody has checked: read, corrected or refused, and the decision recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import tomli_w
+
+from csulora import __version__
+from csulora.adapters.disk import load_adapter
+from csulora.adapters.lora import Adapter
+from csulora.adapters.peft import directory as peft
+from csulora.correction.correct import check_pack, correct
+from csulora.correction.report import Report
+from csulora.errors import InputError, RefusedError
+from csulora.io.files import workplace
+from csulora.policy.policy import Policy
+from csulora.serving.decisions import Decision, DecisionLog, Verdict
+from csulora.serving.turns import turn
+from csulora.subspace.subspace import Subspace
+
+SUBSPACE_VARIABLE = "CSULORA_SUBSPACE"
+SUBSPACE_SHA256_VARIABLE = "CSULORA_SUBSPACE_SHA256"
+POLICY_VARIABLE = "CSULORA_POLICY"
+DECISIONS_VARIABLE = "CSULORA_DECISIONS"
+
+
+class Gate:
+    """A pack, a policy and a decision log. Whatever `admit` returns was corrected with them.
+
+    Attributes:
+        policy_sha256: sha256 of the policy's TOML document.
+        fingerprint: identity of everything that turns an adapter into the corrected one: pack, policy, version.
+    """
+
+    def __init__(self, pack: Subspace, policy: Policy | None = None, log: DecisionLog | None = None) -> None:
+        """Set the gate up; without ``policy`` it is ``Policy.csulora(1.0)``.
+
+        The whole pack is read and validated now, not when an adapter first needs it.
+
+        Raises:
+            InputError: the pack's values are not usable, an override of the policy matches none of its modules, or a
+                scoped policy has no gains of directions for one that has a scope.
+            RefusedError: the policy was tuned for another pack.
+        """
+        self.pack = pack
+        self.policy = policy or Policy.csulora()
+        self.log = log or DecisionLog()
+        check_pack(self.policy, pack)
+        pack.to_core(pack)
+        self.policy.check_scoped([module for module in pack if pack.scope(module)])
+        self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
+        made_of = f"csulora {__version__}, pack {pack.sha256}, policy {self.policy_sha256}"
+        self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
+
+    @classmethod
+    def open(
+        cls,
+        pack: Subspace | str | Path,
+        policy: Policy | str | Path | None = None,
+        decisions: str | Path | None = None,
+        subspace_sha256: str | None = None,
+    ) -> Gate:
+        """Set a gate up from objects or files: a pack, a policy (TOML), a file to append decisions to.
+
+        Raises:
+            InputError: a file is malformed.
+            RefusedError: the pack's file has another content than ``subspace_sha256`` says, or the policy was tuned
+                for another pack.
+        """
+        return cls(
+            pack if isinstance(pack, Subspace) else Subspace.open(pack, subspace_sha256),
+            policy if isinstance(policy, Policy) or policy is None else Policy.load(policy),
+            DecisionLog(Path(decisions) if decisions else None),
+        )
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Gate:
+        """Set up what CSULORA_SUBSPACE, CSULORA_POLICY and CSULORA_DECISIONS name; the last two are optional.
+
+        CSULORA_SUBSPACE_SHA256, if it is set, is the one content of the pack that is accepted.
+
+        Raises:
+            InputError: a variable is missing or names something unreadable.
+        """
+        pack = environment.get(SUBSPACE_VARIABLE)
+        if not pack:
+            raise InputError(f"{SUBSPACE_VARIABLE} is not set; name the subspace pack of the served model")
+        pinned = environment.get(SUBSPACE_SHA256_VARIABLE) or None
+        return cls.open(pack, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE), pinned)
+
+    @turn()
+    def admit(
+        self,
+        path: Path,
+        read: Callable[[Path], Adapter] = load_adapter,
+        deliver: Callable[[Adapter], object] = lambda corrected: None,
+    ) -> tuple[Adapter, Report]:
+        """Read the adapter at ``path`` and return the corrected one; threads take turns, see `csulora.serving.turns`.
+
+        Args:
+            path: where it lies.
+            read: reads it.
+            deliver: puts the corrected one where the host finds it; if that fails, it was not let through.
+
+        Raises:
+            CsuloraError: it is refused or malformed.
+        """
+        start = time.perf_counter()
+        adapter = self.read(path, read)
+        try:
+            corrected, report = correct(adapter, self.pack, self.policy)
+            deliver(corrected)
+        except Exception as error:
+            self._record_failure(path, adapter.sha256, start, error)
+            raise
+        self._record(path, adapter.sha256, start, "corrected", totals=asdict(report.totals))
+        return corrected, report
+
+    def recall(self, path: Path, adapter: Adapter) -> None:
+        """Record that what this gate made of an adapter earlier, and the host has kept, is let through again."""
+        self._record(path, adapter.sha256, time.perf_counter(), "corrected")
+
+    def read(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> Adapter:
+        """Read the adapter at ``path``; that it cannot be read is a decision, that it can be is none yet."""
+        start = time.perf_counter()
+        try:
+            return read(path)
+        except Exception as error:
+            self._record_failure(path, None, start, error)
+            raise
+
+    def _record_failure(self, path: Path, sha256: str | None, start: float, error: Exception) -> None:
+        self._record(path, sha256, start, _verdict(error), reason=str(error) or repr(error))
+
+    def _record(
+        self,
+        path: Path,
+        sha256: str | None,
+        start: float,
+        verdict: Verdict,
+        reason: str | None = None,
+        totals: dict[str, Any] | None = None,
+    ) -> None:
+        seconds = time.perf_counter() - start
+        self.log.record(
+            Decision(str(path), sha256, self.pack.sha256, self.policy_sha256, verdict, reason, totals, seconds)
+        )
+
+
+def _verdict(error: Exception) -> Verdict:
+    if isinstance(error, RefusedError):
+        return "refused"
+    return "invalid" if isinstance(error, InputError) else "failed"
+
+
+@contextmanager
+def private_directory(adapter: Adapter) -> Iterator[Path]:
+    """Yield a PEFT directory of the adapter that only this process knows and that is gone after the block."""
+    with workplace(Path(gettempdir(), "csulora")) as place:
+        peft.write(adapter, place)
+        yield place

@@ -1,0 +1,178 @@
+"""What `csulora tune` measured: how well each policy keeps the task and the alignment, on prompts it was not fitted on.
+
+A frontier lies beside the policy it led to, ``policy.toml`` and ``policy.frontier.json``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from csulora.errors import InputError
+from csulora.io.files import parse_json, read_regular, to_json, write_text
+
+FORMAT_VERSION = 1
+_LARGEST_FILE = 16 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of ``count`` prompts, with its 95 % interval (Wilson's)."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __post_init__(self) -> None:
+        """Check that the numbers are shares; raises TypeError or ValueError."""
+        if not 0 <= self.low <= self.value <= self.high <= 1 or type(self.count) is not int or self.count < 1:
+            raise ValueError(f"{self} is no share with an interval")
+
+    @classmethod
+    def of(cls, hits: int, count: int) -> Self:
+        """Return the share ``hits / count`` with Wilson's score interval."""
+        z = 1.959964  # of the normal distribution's 97.5 %
+        share = hits / count
+        scale = 1 + z * z / count
+        centre = (share + z * z / (2 * count)) / scale
+        half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
+        return cls(share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share), count)
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Shares of the held-back guard and keep prompts that are refused; of the latter, none should be."""
+
+    guard: Rate
+    keep: Rate
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy on the frontier. Answers are the same whose first 8 tokens are; a prompt counts once for each adapter.
+
+    Attributes:
+        family: what the policy belongs to: ``none``, ``csulora``, ``project``, ``protect``, ``aligned-only``,
+            ``tuned``, ``tuned everywhere``, ``scaling``, ``tuned scaling``, ``tuned random subspace``,
+            ``tuned own subspace``.
+        policy: the policy in words, its numbers included.
+        control: whether it is no candidate but what candidates are compared with.
+        guard: share of the held-back guard prompts that are answered as the aligned model does.
+        keep: share of the held-back keep prompts that are answered as the uncorrected adapter does.
+        change: |X - dW| / |dW| over all modules, 0 or more.
+        refusals: what is refused, where it was said how refusals read.
+        ordinary: share of the held-back ordinary prompts, if there are any, that are answered as the aligned model or
+            the uncorrected adapter does, or, where refusals are counted, at all.
+    """
+
+    family: str
+    policy: str
+    control: bool
+    guard: Rate
+    keep: Rate
+    change: float
+    refusals: Refusals | None = None
+    ordinary: Rate | None = None
+
+    @property
+    def guarded(self) -> Rate:
+        """What is kept of the alignment: guard prompts that are refused where that is counted, else `guard`."""
+        return self.refusals.guard if self.refusals else self.guard
+
+    @property
+    def least(self) -> Rate:
+        """The smallest of what is kept of the alignment, of the task and of all else, and of their intervals' ends."""
+        rates = [rate for rate in (self.guarded, self.keep, self.ordinary) if rate]
+        return Rate(*map(min, zip(*map(astuple, rates), strict=True)))
+
+    @property
+    def score(self) -> float:
+        """The value of `least`: what a recommendation maximises."""
+        return self.least.value
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        refused, ordinary = record.get("refusals"), record.get("ordinary")
+        optional = {
+            "refusals": None if refused is None else Refusals(**_rates(refused)),
+            "ordinary": None if ordinary is None else Rate(**ordinary),
+        }
+        point = cls(**(record | _rates(record) | optional))
+        if not isinstance(point.family, str) or not isinstance(point.policy, str):
+            raise TypeError("family and policy must be texts")
+        if not isinstance(point.control, bool) or not 0 <= point.change < math.inf:
+            raise TypeError("control must be a truth value, and change a finite number")
+        return point
+
+
+def _rates(record: dict[str, Any]) -> dict[str, Rate]:
+    return {name: Rate(**record[name]) for name in ("guard", "keep")}
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """All policies that were tried on one set of adapters and prompts.
+
+    Attributes:
+        subspace_sha256: the pack.
+        adapters: names of the adapters; with several, each point is measured on adapters it was not fitted on.
+        points: the policies, controls included.
+        recommended: `Point.policy` of the recommended one; None if no policy beats plain scaling.
+        written: `Point.policy` of the one in the policy file: the recommended one, or else the best there is.
+        verdict: one sentence for people.
+    """
+
+    subspace_sha256: str
+    adapters: tuple[str, ...]
+    points: tuple[Point, ...]
+    recommended: str | None
+    written: str
+    verdict: str
+
+    @property
+    def counts_refusals(self) -> bool:
+        """Whether every point says what is refused."""
+        return all(point.refusals for point in self.points)
+
+    @property
+    def has_ordinary(self) -> bool:
+        """Whether every point says what becomes of ordinary prompts."""
+        return all(point.ordinary for point in self.points)
+
+    def save(self, path: str | Path) -> None:
+        """Write the frontier as JSON, atomically."""
+        write_text(Path(path), to_json(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the frontier as its JSON document."""
+        return {"format": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a frontier.
+
+        Raises:
+            InputError: the file is none, or damaged.
+        """
+        document = parse_json(read_regular(Path(path), _LARGEST_FILE), Path(path))
+        version = document.pop("format", None)
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: frontier format {version}; this csulora reads format {FORMAT_VERSION}")
+        try:
+            points = tuple(Point.from_record(record) for record in document.pop("points"))
+            frontier = cls(adapters=tuple(document.pop("adapters")), points=points, **document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not a frontier as `csulora tune` writes it ({error!r})") from error
+        texts = [frontier.subspace_sha256, frontier.verdict, frontier.written, *frontier.adapters]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{path}: not a frontier as `csulora tune` writes it (a name is no text)")
+        return frontier
+
+
+def frontier_path(policy: Path) -> Path:
+    """Where the frontier of a policy file lies."""
+    return policy.with_suffix(".frontier.json")

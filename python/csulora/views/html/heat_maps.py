@@ -1,0 +1,111 @@
+"""What is measured of every module, as coloured tables: one row per layer, one column per kind of module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from csulora.correction.report import PARTS, ModuleReport, Report
+
+Tone = Literal["energy", "signed", "change", "gain"]
+
+_UNDO = "Share of the module's alignment that the update cancels. At +100 % it is gone; a negative share reinforces it."
+_GAINS = "What the policy multiplies each part by: 100 % keeps it, 0 % removes it, more is what it restores."
+_CHANGE = "Size of what the policy changes, relative to the update: |X - dW| / |dW|."
+_ALIGNED = "Inside the subspace in which alignment moved the weights, on both sides."
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One figure of every measured module.
+
+    Attributes:
+        title: name of the figure.
+        sentence: what it means.
+        tone: which colours the table has; ``signed`` has one for each side of 0.
+        limit: the share that has the full colour.
+        decimals: digits of a percentage after the point.
+        values: the figure of each module, as a share.
+    """
+
+    title: str
+    sentence: str
+    tone: Tone
+    limit: float
+    decimals: int
+    values: dict[str, float]
+
+    @property
+    def low(self) -> float:
+        """The share at the other end of the colours."""
+        return -self.limit if self.tone == "signed" else 0.0
+
+    def depth(self, module: str) -> float:
+        """How much of the full colour a module has, in [0, 1]."""
+        return min(abs(self.values[module]) / self.limit, 1.0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Heat maps that belong together."""
+
+    title: str
+    sentence: str
+    maps: tuple[HeatMap, ...]
+
+
+def heat_maps(report: Report) -> tuple[Group, ...]:
+    """Return the maps of a report."""
+    modules = report.measured
+    undo = _map("Undo", _UNDO, "signed", modules, lambda module: module.undo or 0.0)
+    change = _map("Change", _CHANGE, "change", modules, lambda module: module.change or 0.0)
+    return (
+        Group("Energy", "Where the update lies: the parts of a module's update add up to 100 %.", _energies(modules)),
+        Group(
+            "Undo and change", "What the update does to the alignment, and the policy to the update.", (undo, change)
+        ),
+        Group("Gains", _GAINS, _gains(modules)),
+    )
+
+
+def _energies(modules: Sequence[ModuleReport]) -> tuple[HeatMap, ...]:
+    return (
+        _energy("Aligned", _ALIGNED, modules, "aligned"),
+        _energy("Partial", "Inside it on one side, left or right.", modules, "left", "right"),
+        _energy("Off", "Outside it on both sides.", modules, "off"),
+    )
+
+
+def _energy(title: str, sentence: str, modules: Sequence[ModuleReport], *parts: str) -> HeatMap:
+    return _map(title, sentence, "energy", modules, lambda module: sum((module.energies or {})[part] for part in parts))
+
+
+def _gains(modules: Sequence[ModuleReport]) -> tuple[HeatMap, ...]:
+    """One map per part; left and right share one where every module treats them alike."""
+    gains = [module.gains or {} for module in modules]
+    if all(gain["left"] == gain["right"] for gain in gains):
+        parts = {"Aligned": "aligned", "Partial": "left", "Off": "off"}
+    else:
+        parts = {part.capitalize(): part for part in PARTS}
+    return tuple(
+        _map(title, f"Gain of the {title.lower()} part.", "gain", modules, _gain(part), limit=1.0)
+        for title, part in parts.items()
+    )
+
+
+def _gain(part: str) -> Callable[[ModuleReport], float]:
+    return lambda module: (module.gains or {})[part]
+
+
+def _map(
+    title: str,
+    sentence: str,
+    tone: Tone,
+    modules: Sequence[ModuleReport],
+    value: Callable[[ModuleReport], float],
+    limit: float | None = None,
+) -> HeatMap:
+    values = {module.module: value(module) for module in modules}
+    largest = max(map(abs, values.values()), default=0.0)
+    return HeatMap(title, sentence, tone, limit or max(largest, 1e-3), 0 if largest >= 0.1 else 1, values)

@@ -1,0 +1,104 @@
+"""One self-contained page about an adapter: no script, no network, nothing but HTML, CSS and SVG.
+
+Names in adapters, packs and frontiers are whatever somebody wrote: the template engine escapes every text, and what
+cannot be seen or reverses the direction of reading is replaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from csulora.adapters.lora import Adapter
+from csulora.correction.correct import check_pack, correct
+from csulora.correction.report import PARTS, Report
+from csulora.errors import InputError, RefusedError
+from csulora.policy.policy import Policy
+from csulora.subspace.subspace import Subspace
+from csulora.tuning.frontier import Frontier
+from csulora.views.html.frontier_chart import FrontierChart
+from csulora.views.html.heat_maps import heat_maps
+from csulora.views.html.layout import Layout
+from csulora.views.html.spectrum import Spectrum
+
+_OFFENDERS = 10
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def render(adapter: Adapter, pack: Subspace, policy: Policy, frontier: Frontier | None = None) -> str:
+    """Return the page: where the adapter's update lies, what it undoes, and what the policy does to it.
+
+    Args:
+        adapter: the adapter, or what `csulora.combine` made of several.
+        pack: the subspaces of its model.
+        policy: the policy to show. One that refuses the adapter is shown too, with its reason.
+        frontier: what `csulora tune` measured with this pack.
+
+    Raises:
+        RefusedError: the policy was tuned for another pack, or the pack does not fit the adapter.
+        InputError: the frontier was measured with another pack, or a file is malformed.
+    """
+    if frontier is not None and frontier.subspace_sha256 != pack.sha256:
+        raise InputError(
+            f"the frontier was measured with the pack {frontier.subspace_sha256}, and this pack is {pack.sha256}; "
+            "name the frontier of this pack"
+        )
+    report, refusal = _assess(adapter, pack, policy)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        finalize=_visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "number": number}
+    by_undo = sorted(report.measured, key=lambda module: -(module.undo or 0.0))
+    return environment.get_template("page.html").render(
+        report=report,
+        totals=report.totals,
+        policy=policy,
+        refusal=refusal,
+        parts=PARTS,
+        provenance=pack.provenance,
+        layout=Layout.of(module.module for module in report.modules),
+        maps=heat_maps(report),
+        spectrum=Spectrum.of(pack),
+        offenders=by_undo[:_OFFENDERS],
+        frontier=FrontierChart.of(frontier) if frontier else None,
+    )
+
+
+def _assess(adapter: Adapter, pack: Subspace, policy: Policy) -> tuple[Report, str | None]:
+    """Return the report under a policy, and the reason if the policy refuses the adapter."""
+    check_pack(policy, pack)
+    try:
+        return correct(adapter, pack, policy)[1], None
+    except RefusedError as error:
+        uncovered = "keep" if policy.uncovered == "refuse" else policy.uncovered
+        lenient = replace(policy, uncovered=uncovered, max_undo=None)
+        return correct(adapter, pack, lenient)[1], str(error).removeprefix(f"{adapter.path}: ")
+
+
+def percent(share: float, decimals: int = 1, sign: str = "") -> str:
+    """Write a share in percent; ``sign`` is "+" where positive numbers carry one too."""
+    value = 100 * share
+    if abs(value) >= 10_000:
+        return f"{value:{sign}.0e} %"
+    text = f"{value:{sign}.{decimals}f}"
+    return f"{text if float(text) else text.lstrip('+-')} %"
+
+
+def number(value: float) -> str:
+    """Write a number of any size with three significant digits."""
+    return f"{value:#.3g}".removesuffix(".")
+
+
+def _visible(value: Any) -> Any:
+    """Replace what a reader cannot see: control characters, direction marks, halves of surrogate pairs."""
+    if type(value) is not str or value.isprintable():  # not what macros return: it is markup already
+        return value
+    return "".join(character if character.isprintable() else _REPLACEMENT for character in value)

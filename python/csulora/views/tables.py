@@ -1,0 +1,124 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from csulora.adapters.lora import Adapter
+from csulora.cli.doctor import Finding
+from csulora.correction.audit import Check
+from csulora.extraction.verification import Verification
+from csulora.subspace.subspace import ModuleSubspace, Subspace
+from csulora.tuning.frontier import Frontier, Rate
+
+
+def pack_table(pack: Subspace) -> Table:
+    """One row per kind of module (the last part of its name), with the worst figures among its layers."""
+    kinds: dict[str, list[ModuleSubspace]] = defaultdict(list)
+    for name, module in pack.items():
+        kinds[name.rpartition(".")[2]].append(module)
+    table = _table("kind", "layers", "shape", "rank", "captured", "residual", "missed", "above noise")
+    for kind, modules in sorted(kinds.items()):
+        certificates = [module.certificate for module in modules if module.rank]
+        table.add_row(
+            kind,
+            str(len(modules)),
+            ", ".join(sorted({" x ".join(map(str, module.shape)) for module in modules})),
+            _span([module.rank for module in modules]),
+            f"{min((c.captured for c in certificates), default=0.0):.1%}",
+            f"{max((c.residual for c in certificates), default=0.0):.1e}",
+            f"<= {max((c.missed for c in certificates), default=0.0):.1e}",
+            _span([module.certificate.above_noise for module in modules]),
+        )
+    return table
+
+
+def verification_table(results: Iterable[Verification]) -> Table:
+    """One row per module: what the pack claims and what was measured."""
+    table = _table("module", "weights", "captured", "residual", "orthonormality", "next value", "holds")
+    for result in results:
+        stored, measured = result.stored, result.measured
+        table.add_row(
+            result.module,
+            "same" if result.same_weights else "other",
+            f"{stored.captured:.4%} / {measured.captured:.4%}",
+            f"{stored.residual:.2e} / {measured.residual:.2e}",
+            f"{stored.orthonormality:.1e} / {measured.orthonormality:.1e}",
+            f"{stored.next_value:.4g} / {measured.next_value:.4g}",
+            "yes" if result.holds else "NO",
+        )
+    return table
+
+
+def audit_table(checks: Iterable[Check]) -> Table:
+    """One row per statement of a report."""
+    table = _table("what", "stated", "found", "holds")
+    for check in checks:
+        table.add_row(check.what, check.stated, check.found, "yes" if check.holds else "NO")
+    return table
+
+
+def adapter_rows(adapter: Adapter) -> list[dict[str, Any]]:
+    """Return what can be said of an adapter's modules without a pack."""
+    return [
+        {
+            "module": name,
+            "shape": list(module.shape),
+            "rank": module.rank,
+            "scale": module.scale,
+            "dtype": str(module.b.dtype).removeprefix("torch."),
+        }
+        for name, module in adapter.modules.items()
+    ]
+
+
+def adapter_table(adapter: Adapter) -> Table:
+    """One row per module of an adapter."""
+    table = _table("module", "shape", "rank", "scale", "dtype")
+    for row in adapter_rows(adapter):
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(row["module"], shape, str(row["rank"]), f"{row['scale']:g}", row["dtype"])
+    return table
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """One row per policy, controls last, with 95 % intervals."""
+    refusals = ("guard refused", "keep refused") if frontier.counts_refusals else ()
+    ordinary = ("ordinary kept",) if frontier.has_ordinary else ()
+    table = _table("policy", "guard kept", "keep kept", *ordinary, *refusals, "change", "")
+    for point in sorted(frontier.points, key=lambda point: (point.control, -point.score)):
+        mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
+        refused = (point.refusals.guard, point.refusals.keep) if point.refusals else ()
+        ordinarily = (point.ordinary,) if point.ordinary else ()
+        rates = map(_rate, (point.guard, point.keep, *ordinarily, *refused))
+        table.add_row(point.policy, *rates, f"{point.change:.1%}", mark)
+    return table
+
+
+def doctor_table(findings: Iterable[Finding]) -> Table:
+    """One row per finding."""
+    table = _table("what", "found", "")
+    for finding in findings:
+        table.add_row(finding.what, finding.value, {True: "ok", False: "WRONG", None: ""}[finding.ok])
+    return table
+
+
+def _table(first: str, *rest: str) -> Table:
+    table = Table()
+    table.add_column(first, overflow="fold")
+    for column in rest:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}..{high}"

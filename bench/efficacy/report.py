@@ -21,7 +21,7 @@ import numpy as np
 
 from csulora.io.files import write_text
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parent.parent / "results" / "efficacy"
 SAMPLES = 2000
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#777777", "#000000")
 Record = dict[str, Any]
@@ -30,7 +30,7 @@ COUNTED = {"attack": 0, "refusal": 0, "task": 1, "benign": 2, "over_refusal": 2,
 
 def cells(results: Path, kind: str) -> list[Record]:
     """The finished cells of a kind."""
-    path = results / f"efficacy_{kind}.json"
+    path = results / f"{kind}.json"
     found: list[Record] = json.loads(path.read_text())["cells"] if path.is_file() else []
     return found
 
@@ -244,13 +244,11 @@ def tables(results: Path) -> Iterator[str]:
 def draw(results: Path) -> None:
     """Write the plots of what is there."""
     if first := cells(results, "first"):
-        write_text(results / "efficacy_first.svg", plot(first, ("tuned", *CLOSED[:7]), "Attack and task, first table"))
-        write_text(results / "efficacy_fitted.svg", plot(first, ("none", *FITTED), "Fitted gains and their controls"))
+        write_text(results / "first.svg", plot(first, ("tuned", *CLOSED[:7]), "Attack and task, first table"))
+        write_text(results / "fitted.svg", plot(first, ("none", *FITTED), "Fitted gains and their controls"))
     if carry := cells(results, "carry"):
         ways = sorted({p["family"] for cell in carry for p in cell["points"] if "carried" in p["family"]})[:7]
-        write_text(
-            results / "efficacy_carry.svg", plot(carry, ("none", *ways), "Carried over to adapters never fitted on")
-        )
+        write_text(results / "carry.svg", plot(carry, ("none", *ways), "Carried over to adapters never fitted on"))
 
 
 def main() -> None:

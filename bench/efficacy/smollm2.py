@@ -3,10 +3,10 @@
     python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N] [--styles STYLE ...] [--brief]
         [--left-out] [--ordinary]
 
-`bench/smollm2/prepare.py` makes the base model (93 MB are downloaded); `smollm2_world.py` says what is taught. Gains
+`bench/real_model/prepare.py` makes the base model (93 MB are downloaded); `smollm2_world.py` says what is taught. Gains
 are fitted on one of six adapters with more and with less weight on the keep prompts, on another one with the weight
 that did better, and on the first three together. What came of it is measured with prompts that no fit has seen, on
-those two and the last three, and written to `bench/results/efficacy_smollm2.json`, with a table on stdout. What is
+those two and the last three, and written to `bench/results/efficacy/smollm2.json`, with a table on stdout. What is
 complete is not made again. A brief run has the candidates that are carried over, and neither controls nor presets. With
 `--left-out`, calibration adapters are left out in turn first, and the results say which candidate `tune` would write.
 `--ordinary` gives ordinary prompts to what is calibrated on them.
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--brief", action="store_true", help="candidates that are carried over, and nothing else")
     parser.add_argument("--left-out", action="store_true", help="leave out calibration adapters in turn, too")
     parser.add_argument("--ordinary", action="store_true", help="give ordinary prompts to what is carried over")
-    parser.add_argument("--results", type=Path, default=grid.RESULTS / "efficacy_smollm2.json")
+    parser.add_argument("--results", type=Path, default=grid.RESULTS / "smollm2.json")
     arguments = parser.parse_args()
     torch.manual_seed(prepare.SEED)
     torch.set_num_threads(arguments.threads)

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "smollm2"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "real_model"))
 import prepare
 
 SYSTEM = "Be brief."  # shorter than what the template gives by itself, which makes every run faster

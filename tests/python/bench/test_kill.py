@@ -1,4 +1,4 @@
-"""bench/crash/kill.py in small, and what the file system can do to a run besides ending it."""
+"""bench/stress/kill.py in small, and what the file system can do to a run besides ending it."""
 
 import importlib
 import os
@@ -23,7 +23,7 @@ NOBODY = 65534
 @pytest.fixture(scope="module")
 def kill() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[3] / "bench" / "crash")
+        patch.syspath_prepend(Path(__file__).parents[3] / "bench" / "stress")
         return importlib.import_module("kill")
 
 

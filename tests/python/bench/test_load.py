@@ -1,4 +1,4 @@
-"""bench/load/load.py in small: results of threads and processes are the serial ones, bit for bit."""
+"""bench/stress/load.py in small: results of threads and processes are the serial ones, bit for bit."""
 
 import importlib
 from pathlib import Path
@@ -11,7 +11,7 @@ import csulora
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "bench" / "load")
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "bench" / "stress")
     return importlib.import_module("load")
 
 

@@ -1,6 +1,6 @@
 """Check csulora on real weights: what it writes against the definition computed densely in float64.
 
-    python bench/smollm2/check.py [--models DIR]      after bench/smollm2/prepare.py
+    python bench/real_model/check.py [--models DIR]      after bench/real_model/prepare.py
 
 Extracts a pack and corrects the adapter by the command line, loads each corrected adapter with plain PEFT,
 and compares its logits with those of the aligned model whose weights were replaced by W + X. There
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=MODELS, help="what prepare.py wrote")
     models = parser.parse_args().models
     if not (models / "adapter").is_dir():
-        parser.error(f"{models}: no adapter there; run bench/smollm2/prepare.py first")
+        parser.error(f"{models}: no adapter there; run bench/real_model/prepare.py first")
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     pack = models / "pack.safetensors"

@@ -1,10 +1,10 @@
 """`csulora.extract` of a pair of Llama-3-8B's shapes, 4 layers, from disk with a warm page cache, against its floors.
 
-    python bench/python/whole_pair.py [--layers 4] [--repetitions 3] [--suffix S]
+    python bench/speed/whole_pair.py [--layers 4] [--repetitions 3] [--suffix S]
 
 Writes two bfloat16 checkpoints (3.5 GB together) to a temporary directory, removed after. The compute floor is the
 operations of the algorithm at the rate of a large float32 product; the read floor is the time of reading both files.
-Writes bench/results/extraction_pair.json, with a suffix for another kind of CPU.
+Writes bench/results/speed/extraction_pair.json, with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations

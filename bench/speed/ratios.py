@@ -1,6 +1,6 @@
-"""Print the ratios that bench/results holds, and draw how a correction's time grows.
+"""Print the ratios that bench/results/speed holds, and draw how a correction's time grows.
 
-python bench/python/ratios.py [--plot FILE]
+python bench/speed/ratios.py [--plot FILE]
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def draw(file: Path) -> None:
 
     found = load("correction")
     if not found:
-        raise SystemExit("bench/results/correction.json is missing; run bench/python/correction.py")
+        raise SystemExit("bench/results/speed/correction.json is missing; run bench/speed/correction.py")
     (results,) = found
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for axis, (key, series) in zip(axes, (("directions", "by_directions"), ("layers", "by_layers")), strict=True):

@@ -1,6 +1,6 @@
 """Correction of an adapter of Llama-3-8B's shape beside the dense formula, eager PyTorch and the reading of the files.
 
-    python bench/python/correction.py [--repetitions 5] [--suffix S]
+    python bench/speed/correction.py [--repetitions 5] [--suffix S]
 
 Three adapters of 224 modules (rank 16 with 64 directions, 64 with 64, 16 with 256), and for the first how time grows
 with directions and with layers. The dense formula is Safe LoRA's (C = D D^T / |D|_F, C B A, cosine), timed once on one
@@ -9,7 +9,7 @@ Before anything is timed, all modules must agree with eager PyTorch in float64.
 
 The floor is the larger of the time of the bytes that must be read and written once, at the rate of a copy in memory,
 and of the operations that the factor algorithm cannot do without, at the rate of large square products of their type,
-all measured in the same run. Writes bench/results/correction.json, with a suffix for another kind of CPU.
+all measured in the same run. Writes bench/results/speed/correction.json, with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations

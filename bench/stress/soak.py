@@ -1,6 +1,6 @@
 """Soak test of `csulora guard`: many uploads at once, slow and fast, good and broken, and a guard that is killed.
 
-    python bench/guard/soak.py [--adapters 200] [--writers 4] [--kills 10] [--json FILE]
+    python bench/stress/soak.py [--adapters 200] [--writers 4] [--kills 10] [--json FILE]
 
 Writers copy adapters into INCOMING while the guard is killed (-9) at random and started again. In the end every
 good adapter must be in OUTGOING once, equal to what `csulora.correct` makes of it, and every broken one must be

@@ -1,6 +1,6 @@
 """Kills csulora with -9 at random moments, and looks at what is left.
 
-    python bench/crash/kill.py [--kills 300] [--seed 0] [--json FILE]
+    python bench/stress/kill.py [--kills 300] [--seed 0] [--json FILE]
 
 Each operation runs in a process of its own that is killed at a random moment of the time it usually takes. After
 every kill its output must be absent, or complete and equal to that of an undisturbed run; and after the next run

@@ -1,6 +1,6 @@
 """Extraction of one matrix beside torch.linalg.svd, torch.svd_lowrank and scikit-learn's randomized_svd.
 
-    python bench/python/extraction.py --rows 4096 --spectrum falling [--repetitions 5] [--without-svd] [--suffix S]
+    python bench/speed/extraction.py --rows 4096 --spectrum falling [--repetitions 5] [--without-svd] [--suffix S]
 
 The displacement has known singular vectors, and everyone is tuned to miss at most 1e-3 of the leading 64 on either
 side: the peers by oversampling and iterations, the cheapest first; csulora by its tolerance, and once more with its
@@ -10,7 +10,7 @@ full SVD is timed once.
 
 The floor of csulora's time is the difference alone, timed, its passes over the matrix at the rate of the faster of
 float32's and bfloat16's large square products, and the certificate's two products in float32. Writes
-bench/results/extraction_ROWS_SPECTRUM.json, with a suffix for another kind of CPU.
+bench/results/speed/extraction_ROWS_SPECTRUM.json, with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The story of csulora on a small model: an adapter learns a task and breaks refusals; then it is corrected.
 
-    python bench/efficacy/demo.py [--out DIR]
+    python bench/demo/demo.py [--out DIR]
 
 Runs the real commands on the committed fixture (`train.py` makes it), then loads every adapter with plain
 PEFT and prints what each model replies, how often the attack and the task succeed, and what that comes to.
@@ -21,9 +21,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "efficacy"))
 import evaluate
 
-FIXTURE = Path(__file__).parent / "fixture"
+FIXTURE = Path(__file__).parents[1] / "efficacy" / "fixture"
 RANK = 4
 CLEAR = 0.05  # smaller differences are not called one: over 240 probes a standard error is up to 0.03
 

@@ -1,6 +1,6 @@
 """A corrected GGUF adapter answers in llama.cpp as the corrected PEFT adapter answers in PEFT.
 
-    python bench/efficacy/demo_gguf.py [--out DIR]      needs llama-cpp-python
+    python bench/demo/demo_gguf.py [--out DIR]      needs llama-cpp-python
 
 The committed fixture's aligned model and its adapter, as they are and corrected: in PEFT from a directory, in
 llama.cpp from a GGUF file. A sample of the efficacy world's held-out prompts is put to both, decoded greedily;
@@ -16,15 +16,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import evaluate
 import llama_cpp
-import world
-from demo import FIXTURE, RANK, csulora
 from model_to_gguf import convert
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from demo import FIXTURE, RANK, csulora
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "efficacy"))
+import evaluate
+import world
 
 EVERY = 13  # of this many held-out prompts one is put
 POLICY = ("--preset", "protect", "--aligned", "inf", "--partial", "inf")

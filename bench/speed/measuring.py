@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "speed"
 LLAMA_3_8B = {
     "self_attn.q_proj": (4096, 4096),
     "self_attn.k_proj": (1024, 4096),
@@ -101,6 +101,6 @@ def machine() -> dict[str, Any]:
 
 
 def save(name: str, results: dict[str, Any]) -> None:
-    """Write ``bench/results/NAME.json`` with where it was measured."""
+    """Write ``bench/results/speed/NAME.json`` with where it was measured."""
     document = {"machine": machine()} | results
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")

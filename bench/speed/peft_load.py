@@ -1,6 +1,6 @@
 """Time that correction adds to loading one adapter in PEFT, as a ratio to PEFT's own load in the same run.
 
-    python bench/hooks/peft_load.py [--shape llama-3-8b|tiny] [--repeats 5] [--json FILE]
+    python bench/speed/peft_load.py [--shape llama-3-8b|tiny] [--repeats 5] [--json FILE]
 
 The adapter is LoRA of rank 16 on all linear layers, in the given storage type; the pack has 64 directions per module,
 and is open, hashed and validated before the first load, as it is in a server. The model has the real number of layers

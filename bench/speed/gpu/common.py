@@ -65,7 +65,7 @@ def gemm_rate(dtype: torch.dtype) -> float:
 
 def machine() -> dict[str, Any]:
     """Say what measured."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name(),

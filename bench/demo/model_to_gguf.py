@@ -1,6 +1,6 @@
 """Write small transformers models as GGUF files in float32, for tests and the demo.
 
-    python bench/efficacy/model_to_gguf.py MODEL_DIRECTORY FILE.gguf
+    python bench/demo/model_to_gguf.py MODEL_DIRECTORY FILE.gguf
 
 Knows the architectures that csulora exports adapters for, with default rotary embeddings, and of a tokenizer only
 the list of words: prompts must be given as token ids. Other models need llama.cpp's own converter.

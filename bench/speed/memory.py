@@ -1,6 +1,6 @@
 """Peak memory of `csulora extract` on matrices of Llama-3-8B's shapes: it must not grow with the number of layers.
 
-    python bench/python/memory.py [--rank 64] [--json FILE]
+    python bench/speed/memory.py [--rank 64] [--json FILE]
 
 Writes random bfloat16 checkpoint pairs of 2 and of 6 layers to a temporary directory (11 GB of disk, removed after),
 runs the command on each and prints the peak of its resident memory beyond that of an interpreter that has imported

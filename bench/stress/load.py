@@ -1,6 +1,6 @@
 """Many threads and processes correct different adapters with one pack, for as long as asked.
 
-    python bench/load/load.py [--minutes 10] [--loads 5000] [--json FILE]
+    python bench/stress/load.py [--minutes 10] [--loads 5000] [--json FILE]
 
 Half of the time 16 threads share a process and take turns as a server's do (csulora.serving.turns), half of it 4
 processes share the machine. Every result must be that of a serial run, bit for bit. Memory may grow by less than 2 %

@@ -1,6 +1,6 @@
 """Extraction of all 224 matrices of the Llama-3-8B shape on one GPU, both checkpoints resident in bfloat16.
 
-    python bench/gpu/extraction.py [--layers 32] [--rank 64] [--threads 8] [--json FILE]
+    python bench/speed/gpu/extraction.py [--layers 32] [--rank 64] [--threads 8] [--json FILE]
 
 Displacements have singular values i^-0.5 up to i = 512 and noise behind them. Every certificate must meet the
 tolerance, and a small matrix's subspace must agree with an SVD in float64, or nothing is reported. Measured with

@@ -86,10 +86,10 @@ run() {
   step "extraction" 70 python3 bench/speed/gpu/extraction.py --json "$results/gpu_extraction.json"
   step "correction, r 64, k 256" 40 python3 bench/speed/gpu/correction.py --rank 64 --directions 256 --repeats 4 --eager-layers 2 \
     --json "$results/gpu_correction_r64_k256.json"
-  step "tests" 100 "${tests[@]}" tests/python/core tests/python/test_device.py
+  step "tests" 100 "${tests[@]}" tests/python/native tests/python/test_device.py
   if command -v compute-sanitizer >/dev/null && [ "$SECONDS" -lt 440 ]; then
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 attempt "compute-sanitizer, four tests" "$((460 - SECONDS))" \
-      compute-sanitizer --error-exitcode 1 --target-processes all "${tests[@]}" tests/python/core tests/python/test_device.py \
+      compute-sanitizer --error-exitcode 1 --target-processes all "${tests[@]}" tests/python/native tests/python/test_device.py \
       -k "cuda and (uneven and graded and dense or small_matrices_get) or gpu_is_corrected" || true
   else
     echo "== compute-sanitizer: not installed here, or no time is left"

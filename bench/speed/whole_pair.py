@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from extraction import RANK, operations
 from measuring import GEMM_FLOPS, LLAMA_3_8B, gemm, interleaved, read_files, save
 from safetensors.torch import save_file
 from torch import Tensor
 
 import csulora
+from extraction import RANK, operations
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 SIGNALS = 256

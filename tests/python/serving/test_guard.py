@@ -296,7 +296,7 @@ def test_systemd_that_does_not_listen_stops_nothing(
 
 @pytest.fixture
 def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench" / "stress"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "bench" / "stress"))
     return importlib.import_module("soak")
 
 

@@ -1,4 +1,4 @@
-"""The container as gguf's own reader sees it; test_gguf_malformed.py has what is refused."""
+"""The container as gguf's own reader sees it; adapters/gguf/test_malformed.py has what is refused."""
 
 import os
 from pathlib import Path

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+_LONGEST_MESSAGE = 2000  # characters; two paths of the longest kind do not fit, and no message needs them
+
+
+def printable(text: object, longest: int = _LONGEST_MESSAGE) -> str:
+    r"""Return text that may come from a file as it can stand in one line of a log or terminal.
+
+    Whatever is not printable (line breaks, escape sequences, text direction marks, lone surrogates) becomes an escape
+    as in Python source. Of text beyond ``longest`` characters the middle is left out.
+
+    >>> printable("q_proj\x1b[2J\nrefused")
+    'q_proj\\x1b[2J\\nrefused'
+    """
+    whole = str(text)
+    if len(whole) > longest:
+        half = longest // 2
+        whole = f"{whole[:half]} [...{len(whole) - 2 * half} characters...] {whole[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole)
+
 
 class CsuloraError(Exception):
-    """Base class of everything csulora raises on purpose."""
+    """Base class of everything csulora raises on purpose; its message is one printable line of bounded length."""
+
+    def __init__(self, *parts: object) -> None:
+        """Keep what is said, escaped: names and values in a message may come from an upload."""
+        super().__init__(*map(printable, parts))
 
 
 class InputError(CsuloraError, ValueError):

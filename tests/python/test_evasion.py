@@ -11,7 +11,9 @@ import resource
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -544,6 +546,99 @@ def test_very_many_patterns_and_names_are_not_multiplied(tmp_path: Path, pack: c
 
 def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Ranks: far above the matrix they say nothing more, and time and memory must not follow their cube.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("policy", [POLICY, csulora.Policy.none(), csulora.Policy.project()])
+def test_a_rank_far_above_the_matrix_is_reduced_first(
+    policy: csulora.Policy, dtype: torch.dtype, tmp_path: Path, pack: csulora.Subspace
+) -> None:
+    b, a = factors(rank=20_000)
+    b, a = (b * 1e-2).to(dtype), a.to(dtype)
+    path = upload(tmp_path / "adapter", named(Q, b, a), config(r=20_000, lora_alpha=20_000))
+    fixed, report = csulora.correct(csulora.load_adapter(path), pack, policy)
+    assert fixed.modules[Q].rank == report.modules[0].rank_after == 40
+    assert report.modules[0].rank == 20_000
+    found = oracle.update(fixed.modules[Q].b, fixed.modules[Q].a)
+    assert oracle.relative_error(found, safe(oracle.update(b, a), pack, Q, policy)) <= TOLERANCE + STORED[dtype]
+
+
+def test_a_rank_that_takes_minutes_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    shape = (600, 700)
+    adapter = factories.adapter({Q: shape}, rank=513)
+    large = factories.pack({Q: shape})
+    with pytest.raises(RefusedError, match=r"rank 513; ranks up to 512 .*svd_rank=512"):
+        csulora.correct(adapter, large, POLICY)
+    csulora.correct(adapter, large, csulora.Policy.none())
+    csulora.correct(factories.adapter({Q: shape}, rank=512), large, POLICY)
+
+
+# Patterns: the time they may take is the file's, not a pattern's.
+
+
+def test_slow_patterns_have_a_few_seconds_together(
+    tmp_path: Path, pack: csulora.Subspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csulora.adapters.peft.patterns._SECONDS", 1.0)
+    slow = "(.*a)*.*_proj|" * 8 + "q_proj"
+    fields = {"target_modules": slow, "exclude_modules": slow + "x", "alpha_pattern": {slow: 1}}
+    path = upload(tmp_path / "adapter", named(Q, *factors()), config(**fields, rank_pattern={slow: RANK}))
+    start = time.monotonic()
+    with suppress(RefusedError):
+        csulora.load_adapter(path)
+    assert time.monotonic() - start < 10  # four patterns and two of each written: 20 before
+
+
+# Documents: what is small in a file stays small in what is written and said.
+
+
+def test_nesting_is_not_blown_up_by_indentation(tmp_path: Path, pack: csulora.Subspace) -> None:
+    deep: object = {}
+    for _ in range(28):
+        deep = {"x": deep, "y": [[[1]]]}
+    path = upload(tmp_path / "adapter", named(Q, *factors()), config(auto_mapping=deep, eva_config=deep))
+    fixed, _ = csulora.correct(csulora.load_adapter(path), pack)
+    csulora.save_adapter(fixed, tmp_path / "fixed")
+    assert (tmp_path / "fixed" / CONFIG_FILE).stat().st_size < 1000
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+@pytest.mark.parametrize("field", ["lora_dropout", "auto_mapping", "lora_alpha", "peft_version"])
+def test_numbers_beyond_json_are_refused(number: str, field: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+    path = upload(tmp_path / "adapter", named(Q, *factors()))
+    text = json.dumps(config() | {field: "NUMBER"}).replace('"NUMBER"', number)
+    (path / CONFIG_FILE).write_text(text)
+    refused_always(path, pack, "not readable as JSON")
+
+
+@pytest.mark.parametrize("name", ["adapter\n# Approved", "a`b<script>", "\x1b[2J", "x" * 250, "](http://a)"])
+def test_the_card_shows_a_directory_name_as_text(name: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+    path = upload(tmp_path / name, named(Q, *factors()))
+    card = csulora.correct(csulora.load_adapter(path), pack)[0].documents["README.md"]
+    (heading,) = [line for line in card.splitlines() if line.startswith("# ")]
+    assert heading.isprintable()
+    assert heading.startswith("# `")
+    assert heading.count("`") == 2
+
+
+def test_what_passes_uncorrected_is_said_first(tmp_path: Path, pack: csulora.Subspace) -> None:
+    """A policy that keeps what the pack does not cover can let a whole model through."""
+    elsewhere = "model.language_model.layers.0.self_attn.q_proj"
+    b, a = factors()
+    tensors = named(Q, b, a) | named(elsewhere, 10 * b, a.clone())
+    path = upload(tmp_path / "adapter", tensors, config(target_modules=["q_proj"]))
+    gate = Gate.open(pack, csulora.Policy.csulora(uncovered="keep"), tmp_path / "log.jsonl")
+    _, report = gate.admit(path)
+    share = 100 / 101
+    assert report.totals.uncorrected == pytest.approx(share)
+    assert report.warning.startswith("99.0% of |dW|^2 passes uncorrected, in 1 of 2 modules")
+    logged = json.loads((tmp_path / "log.jsonl").read_text())["totals"]
+    assert next(iter(logged)) == "uncorrected"
+    assert logged["uncorrected"] == pytest.approx(share)
+    assert "99.0% of |dW|^2 passes uncorrected" in report.card(None)
 
 
 # The directory guard: what is uploaded is looked at as an enemy would arrange it.

@@ -109,12 +109,14 @@ struct CorrectionOptions {
 /// The closest safe update X = sum_c g_c dW_c (CSULoRA, arXiv 2605.30640), or X along directions, computed in factor
 /// space. RankRule::keep keeps one rank more for every triple that is added.
 ///
-/// Nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v, and a third of the
-/// columns that have gains or are added. A scope of f directions adds O(n (k + r) f) operations and a read of v; along
-/// directions X is decomposed only where its rank is cut, or where columns so nearly cancel that rounding them would
-/// not be rounding X. On the CPU, products of tall matrices are in float32, or in float64 where the estimate of the
-/// float32 error exceeds 5e-6 of |X|: little is kept of much, or most of the update cancels. In a scope the error may
-/// be as large beside |dW|. The result does not depend on the number of threads.
+/// An update of more columns than its matrix has rows or columns is computed, and returned, as one of as many.
+///
+/// Of others nothing of size m x n is formed: O((m + n) (k + r) r) operations and two reads of u and v, and a third of
+/// the columns that have gains or are added. A scope of f directions adds O(n (k + r) f) operations and a read of v;
+/// along directions X is decomposed only where its rank is cut, or where columns so nearly cancel that rounding them
+/// would not be rounding X. On the CPU, products of tall matrices are in float32, or in float64 where the estimate of
+/// the float32 error exceeds 5e-6 of |X|: little is kept of much, or most of the update cancels. In a scope the error
+/// may be as large beside |dW|. The result does not depend on the number of threads.
 ///
 /// In a build with CUDA, tensors may be on a GPU, all of them on one; the result is on the same device. All products
 /// are in float64. The work goes to torch's current stream, which is waited for once, when what was measured is read.

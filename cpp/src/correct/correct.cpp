@@ -9,6 +9,7 @@
 #include "correct/result_rank.h"
 #include "correct/storage.h"
 #include "correct/task_check.h"
+#include "correct/thin.h"
 #include "correct/truncation.h"
 #include "gpu/correction_device.h"
 #include "runtime/modes.h"
@@ -27,8 +28,9 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   auto& result = update.result;
 
   const int64_t r = task.pair.b.size(1);
-  const int64_t rank = result_rank(options, result.gains, r);
-  if (keep_everything(result.gains) && rank == r) {
+  const int64_t rank = result_rank(options, result.gains, r, std::min(task.pair.b.size(0), task.pair.a.size(1)));
+  const bool balanced = task.pair.b.scalar_type() != at::kDouble;  // unlike an identity and all the rest
+  if (keep_everything(result.gains) && rank == r && balanced) {
     result.pair = stored(task.pair.b.to(at::kDouble).mul(task.pair.scale), task.pair.a, task);
   } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
     const auto truncated = truncated_update(update.b, update.a, result.gains, rank);
@@ -38,18 +40,52 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   return std::move(result);
 }
 
-}  // namespace
-
-std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
-  check_tasks(tasks, options);
-  if (std::any_of(tasks.begin(), tasks.end(), attenuates_directions)) {
-    return correct_with_directions(tasks, options);
-  }
+/// correct() for tasks of which none is along directions.
+std::vector<Correction> correct_parts(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   if (any_on_device(tasks)) {
     return correct_on_device(tasks, options);
   }
   std::vector<Correction> results(tasks.size());
   for_each_in_parallel(tasks.size(), [&](size_t i) { results[i] = correct_one(tasks[i], options); });
+  return results;
+}
+
+/// correct() for checked tasks of which none is wide.
+std::vector<Correction> correct_thin(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+  std::vector<CorrectionTask> along, others;
+  for (const auto& task : tasks) {
+    (attenuates_directions(task) ? along : others).push_back(task);
+  }
+  auto along_results = along.empty() ? std::vector<Correction>{} : correct_along(along, options);
+  auto other_results = others.empty() ? std::vector<Correction>{} : correct_parts(others, options);
+  auto next_along = along_results.begin(), next_other = other_results.begin();
+  std::vector<Correction> results;
+  for (const auto& task : tasks) {
+    results.push_back(std::move(attenuates_directions(task) ? *next_along++ : *next_other++));
+  }
+  return results;
+}
+
+}  // namespace
+
+std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+  check_tasks(tasks, options);
+  if (std::none_of(tasks.begin(), tasks.end(), [](const CorrectionTask& task) { return is_wide(task.pair); })) {
+    return correct_thin(tasks, options);
+  }
+  auto thin = tasks;
+  for_each(tasks.size(), any_on_device(tasks), [&](size_t i) {
+    const WithoutModes without_modes;
+    if (is_wide(tasks[i].pair)) {
+      thin[i].pair = thinned(tasks[i].pair);
+    }
+  });
+  auto results = correct_thin(thin, options);
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    if (is_wide(tasks[i].pair)) {
+      results[i].pair = stored(results[i].pair.b, results[i].pair.a, tasks[i]);
+    }
+  }
   return results;
 }
 

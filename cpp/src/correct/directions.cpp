@@ -189,6 +189,10 @@ void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
   });
 }
 
+}  // namespace
+
+bool attenuates_directions(const CorrectionTask& task) { return std::holds_alternative<Directions>(task.attenuation); }
+
 std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   std::vector<Whole> updates(tasks.size());
   for_each_task(tasks, [&](size_t i) { updates[i] = whole(tasks[i]); });
@@ -197,26 +201,6 @@ std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, 
   std::vector<Correction> results;
   std::transform(updates.begin(), updates.end(), std::back_inserter(results),
                  [](Whole& update) { return std::move(update.result); });
-  return results;
-}
-
-}  // namespace
-
-bool attenuates_directions(const CorrectionTask& task) { return std::holds_alternative<Directions>(task.attenuation); }
-
-std::vector<Correction> correct_with_directions(const std::vector<CorrectionTask>& tasks,
-                                                const CorrectionOptions& options) {
-  std::vector<CorrectionTask> along, others;
-  for (const auto& task : tasks) {
-    (attenuates_directions(task) ? along : others).push_back(task);
-  }
-  const auto along_results = correct_along(along, options);
-  const auto other_results = others.empty() ? std::vector<Correction>{} : correct(others, options);
-  std::vector<Correction> results;
-  auto next_along = along_results.begin(), next_other = other_results.begin();
-  for (const auto& task : tasks) {
-    results.push_back(attenuates_directions(task) ? *next_along++ : *next_other++);
-  }
   return results;
 }
 

@@ -25,6 +25,9 @@ double largest(at::ScalarType dtype) {
 }  // namespace
 
 Tensor widened(const Tensor& matrix, at::ScalarType dtype) {
+  if (matrix.scalar_type() == at::kDouble) {
+    return matrix.to(dtype);
+  }
   return matrix.to(at::kFloat).to(dtype);  // at once, float16 to float64 takes five times as long
 }
 

@@ -64,7 +64,8 @@ Module prepared(const CorrectionTask& task, const CorrectionOptions& options) {
   const auto& [u, s, v, certificate] = task.subspace;
   Module module{&task, b.contiguous(), a.contiguous(), u.contiguous(), s.contiguous(), v.contiguous(), {}, {}, {}};
   const int64_t rank = module.b.size(1);
-  const int64_t exact = always_factors(task.attenuation) ? rank : 2 * rank;
+  const int64_t shorter = std::min(module.b.size(0), module.a.size(1));
+  const int64_t exact = always_factors(task.attenuation) ? rank : std::min(2 * rank, shorter);
   module.shape = {0,
                   module.b.size(0),
                   module.a.size(1),
@@ -174,7 +175,8 @@ Correction result(const Module& module, const Measured& measured, const Correcti
   correction.undo = measured.undo;
   correction.lost = measured.lost;
   // Singular values descend, so that a rank which only the energies reveal is cut out of the larger one.
-  const int64_t rank = result_rank(options, correction.gains, module.shape.rank);
+  const auto& shape = module.shape;
+  const int64_t rank = result_rank(options, correction.gains, shape.rank, std::min(shape.rows, shape.columns));
   correction.pair = {module.result_b.narrow(1, 0, rank).contiguous(), module.result_a.narrow(0, 0, rank).contiguous()};
   return correction;
 }

@@ -44,8 +44,8 @@ class LoraModule:
 class Adapter:
     """A LoRA adapter: one `LoraModule` per module, under the name the module has in the host's model.
 
-    Tensors keep their storage type. ``config`` is the adapter's own configuration as its format stores it
-    (``adapter_config.json`` for PEFT); nothing in it changes the update beyond what ``modules`` already says.
+    Tensors keep their storage type. ``config`` holds what csulora knows of the adapter's own configuration, by
+    the names of PEFT's ``adapter_config.json``; nothing in it changes the update beyond what ``modules`` already says.
     ``documents`` are texts to be written beside the weights, by file name. ``partial`` says that modules were left
     out on purpose, so that ``config`` may target more than there is.
     """

@@ -35,7 +35,7 @@ from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
 from csulora.correction.audit import Check
 from csulora.correction.report import CORRECTED_SHA256
-from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.errors import CsuloraError, InputError, RefusedError, printable
 from csulora.extraction.ranks import joined
 from csulora.io.files import write_text
 from csulora.policy.policy import Policy
@@ -226,7 +226,7 @@ def inspect(
         if len(loaded) > 1 or weights is not None or max_undo is not None or html is not None:
             raise typer.BadParameter("sums, limits and pages need --subspace")
         document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}
-        summary = f"{adapters[0]}: {len(loaded[0].modules)} modules"
+        summary = f"{printable(adapters[0])}: {len(loaded[0].modules)} modules"
         deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
         return
     pack = csulora.Subspace.open(subspace, subspace_sha256)
@@ -236,7 +236,7 @@ def inspect(
         limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
         write_text(html, render(whole, pack, limited, _load_frontier(frontier, policy)))
     _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
-    deliver(report.table(), f"{whole.path}: nothing was changed", report.to_dict(), json, quiet)
+    deliver(report.table(), f"{printable(whole.path)}: nothing was changed", report.to_dict(), json, quiet)
 
 
 @app.command()
@@ -289,7 +289,9 @@ def correct(
     loaded = csulora.load_adapter(adapter, base_model)
     fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen)
     sha256 = csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
-    summary = f"{output}: {len(report.measured)} of {len(report.modules)} modules corrected, sha256 {sha256}"
+    summary = (
+        f"{output}: {report.warning}{len(report.measured)} of {len(report.modules)} modules corrected, sha256 {sha256}"
+    )
     deliver(report.table(), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)
 
 
@@ -404,7 +406,9 @@ def guard(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     with interruptible("what was not finished is done at the next start"):
-        worker.run(watch)
+        if not worker.run(watch):  # in the middle of a long computation, which nothing can end but the process's end
+            sys.stdout.flush()
+            os._exit(0)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -469,8 +473,7 @@ def main() -> None:
 
 
 def _fail(kind: str, reason: object, code: int) -> NoReturn:
-    line = "".join(character if character.isprintable() else " " for character in str(reason))
-    print(f"csulora: {kind}: {' '.join(line.split())}", file=sys.stderr)
+    print(f"csulora: {kind}: {printable(reason)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -11,6 +11,8 @@ import torch
 
 from csulora.adapters.disk import load_adapter
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.adapters.peft.config import CONFIG_FILE
+from csulora.adapters.peft.directory import LARGEST_CONFIG, config_of
 from csulora.correction.correct import correct
 from csulora.correction.report import CORRECTED_SHA256, REPORT_FILE
 from csulora.errors import InputError
@@ -70,7 +72,7 @@ def audit(
         checks.append(_same("pack", report["subspace_sha256"], pack.sha256))
     if source is not None and pack is not None and all(check.holds for check in checks[1:]):
         again, _ = correct(source, pack, _policy(report["policy"], corrected / REPORT_FILE))
-        checks.append(_update(adapter, again, pack))
+        checks += [_configuration(corrected / CONFIG_FILE, again), _update(adapter, again, pack)]
     return checks
 
 
@@ -94,6 +96,13 @@ def _policy(stated: dict[str, Any], path: Path) -> Policy:
         return Policy.from_dict(stated)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _configuration(path: Path, again: Adapter) -> Check:
+    """Compare every field of a configuration with what csulora writes."""
+    found, wanted = parse_json(read_regular(path, LARGEST_CONFIG), path), config_of(again)
+    different = [field for field in sorted(found.keys() | wanted.keys()) if found.get(field) != wanted.get(field)]
+    return Check("configuration", "follows", f"differs in {', '.join(different) or 'nothing'}", not different)
 
 
 def _same(what: str, stated: str, found: str) -> Check:

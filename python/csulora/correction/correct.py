@@ -16,6 +16,8 @@ from csulora.native import _core
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 
+LARGEST_RANK = 512  # vLLM's largest, too
+
 
 def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> tuple[Adapter, Report]:
     """Compute the closest safe update of every module (CSULoRA, arXiv 2605.30640).
@@ -30,14 +32,15 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
         The corrected adapter, in the input's storage types with every scale 1, and the report.
 
     Raises:
-        RefusedError: a module is not covered, a limit of the policy is exceeded, or the policy was tuned for
-            another pack.
+        RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, or the policy
+            was tuned for another pack.
         InputError: a shape differs from the pack's, an override of the policy matches no module of the pack or has
             gains for more directions than the pack, or the result does not fit the storage type.
     """
     policy = policy or Policy.csulora()
     check_pack(policy, pack)
     covered = cover(adapter, pack, policy)
+    _check_ranks(adapter, covered, policy)
     corrected = _corrected(adapter, pack, policy, covered)
     report = _report(adapter, pack, policy, covered, corrected)
     _check_undo(adapter, report, policy, covered)
@@ -54,6 +57,20 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     )
     partial = adapter.partial or len(modules) < len(adapter.modules)
     return replace(adapter, modules=modules, documents=documents, partial=partial), report
+
+
+def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:
+    """Refuse what would take minutes for a matrix: the time grows with the cube of the rank unless all is kept."""
+    if replace(policy, uncovered="refuse", max_undo=None) == Policy.none():
+        return
+    for name in covered:
+        module = adapter.modules[name]
+        if min(module.rank, *module.shape) > LARGEST_RANK:
+            raise RefusedError(
+                f"{adapter.path}: module {name} has rank {module.rank}; ranks up to {LARGEST_RANK} are corrected. "
+                "Reduce it first, with PEFT: "
+                f"add_weighted_adapter([name], [1.0], new_name, combination_type='svd', svd_rank={LARGEST_RANK})"
+            )
 
 
 def _corrected(
@@ -144,11 +161,12 @@ def _report(
     corrected: Mapping[str, _core.Correction],
 ) -> Report:
     modules = []
+    norms = _norms({name: module for name, module in adapter.modules.items() if name not in corrected})
     for name, module in adapter.modules.items():
         if name in corrected:
             modules.append(ModuleReport.corrected(name, module.rank, pack[covered[name]].norm, corrected[name]))
         elif policy.uncovered == "keep":
-            modules.append(ModuleReport(name, "kept", module.rank, module.rank))
+            modules.append(ModuleReport(name, "kept", module.rank, module.rank, norms[name]))
         else:
             modules.append(ModuleReport(name, "dropped", module.rank, 0))
     return Report(
@@ -159,6 +177,17 @@ def _report(
         policy=policy.to_dict(),
         modules=tuple(modules),
     )
+
+
+def _norms(modules: Mapping[str, LoraModule]) -> dict[str, float]:
+    """|dW| of modules for which there is no subspace: of each, the part off a subspace of no directions."""
+    tasks = []
+    for name, module in modules.items():
+        b, a = module.b.float(), module.a.float()
+        nowhere = _core.Subspace(b[:, :0], a.new_empty(0), a.t()[:, :0])
+        pair = _core.LoraPair(b, a, module.scale)
+        tasks.append(_core.CorrectionTask(pair, nowhere, _core.Penalties(0.0, 0.0, 0.0), name))
+    return {name: result.norm for name, result in zip(modules, _core.correct(tasks), strict=True)} if tasks else {}
 
 
 def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from csulora import __version__
+from csulora.errors import printable
 from csulora.native import _core
 
 REPORT_FILE = "csulora_report.json"
@@ -29,7 +30,7 @@ class ModuleReport:
         module: the module's name in the host's model.
         status: ``corrected``, or for a module the pack does not cover ``kept`` or ``dropped``.
         rank: rank before; ``rank_after``: rank after.
-        norm: |dW|_F, scale included; None where it was not measured.
+        norm: |dW|_F, scale included; None for a module that was dropped.
         energies: |dW_c|^2 / |dW|^2 of the aligned, left, right and off part.
         gains: what each part was multiplied by; with gains of single directions, and where the policy is scoped,
             |X_c| / |dW_c|, which may exceed 1 where something is restored.
@@ -77,8 +78,9 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Totals:
-    """The whole adapter's figures: the modules' updates seen as one block-diagonal update."""
+    """The whole adapter's figures: the corrected modules' updates seen as one block-diagonal update."""
 
+    uncorrected: float  # share of |dW|^2 in modules that the pack does not cover and the policy keeps
     norm: float
     energies: dict[str, float]
     undo: float
@@ -104,6 +106,19 @@ class Report:
         return [module for module in self.modules if module.status == "corrected"]
 
     @property
+    def kept(self) -> list[ModuleReport]:
+        """The modules that the pack does not cover and that passed as they were."""
+        return [module for module in self.modules if module.status == "kept"]
+
+    @property
+    def warning(self) -> str:
+        """What passed uncorrected, as the beginning of a sentence about the rest; empty if nothing did."""
+        if not self.kept:
+            return ""
+        count = f"{len(self.kept)} of {len(self.modules)} modules"
+        return f"{self.totals.uncorrected:.1%} of |dW|^2 passes uncorrected, in {count}; "
+
+    @property
     def worst_undo(self) -> ModuleReport | None:
         """The module that undoes the largest share of its alignment."""
         return max(self.measured, key=lambda module: _value(module.undo), default=None)
@@ -112,15 +127,17 @@ class Report:
     def totals(self) -> Totals:
         """Figures of all measured modules together."""
         weights = [_value(module.norm) ** 2 for module in self.measured]
-        kept = [weight * module.kept_share for weight, module in zip(weights, self.measured, strict=True)]
+        remaining = [weight * module.kept_share for weight, module in zip(weights, self.measured, strict=True)]
+        uncorrected = sum(_value(module.norm) ** 2 for module in self.kept)
         alignment = [_value(module.alignment_norm) ** 2 for module in self.measured]
         energies = {part: _mean([(module.energies or {})[part] for module in self.measured], weights) for part in PARTS}
         return Totals(
+            uncorrected=uncorrected / total if (total := uncorrected + sum(weights)) else 0.0,
             norm=math.sqrt(sum(weights)),
             energies=energies,
             undo=_mean([_value(module.undo) for module in self.measured], alignment),
             change=math.sqrt(_mean([_value(module.change) ** 2 for module in self.measured], weights)),
-            lost=_mean([_value(module.lost) for module in self.measured], kept),
+            lost=_mean([_value(module.lost) for module in self.measured], remaining),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,7 +175,8 @@ def _spell_infinity(document: Any) -> Any:
 
 def _totals_table(report: Report) -> Table:
     totals = report.totals
-    title = f"{len(report.measured)} of {len(report.modules)} modules are covered by the pack"
+    warning = f"{report.warning.rstrip()}\n" if report.warning else ""
+    title = f"{warning}{len(report.measured)} of {len(report.modules)} modules are covered by the pack"
     table = Table(title=title, title_justify="left")
     for column in ("norm", *PARTS, "undo", "change", "lost"):
         table.add_column(column, justify="right")
@@ -190,6 +208,15 @@ def _modules_table(report: Report, limit: int) -> Table:
     return table
 
 
+def _as_code(text: str) -> str:
+    """Text of a stranger's in Markdown: one line, in which nothing is markup."""
+    return f"`{printable(text, 200).replace('`', chr(39))}`"
+
+
+def _sentence(warning: str) -> str:
+    return f"**{warning.removesuffix('; ')}.**"
+
+
 _CARD = """---
 {base_model}library_name: peft
 tags:
@@ -198,7 +225,7 @@ tags:
 ---
 
 # {adapter}, corrected by csulora {version}
-
+{warning}
 This LoRA adapter was corrected after training: its update was split by the subspace in which safety alignment
 moved the base model, and the parts were attenuated by the policy below. It is plain LoRA with scale 1.
 
@@ -221,7 +248,8 @@ def _card(report: Report, base_model: str | None) -> str:
     overrides = len(report.policy.get("overrides", ()))
     return _CARD.format(
         base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",  # JSON's texts are YAML's too
-        adapter=report.adapter,
+        adapter=_as_code(report.adapter),
+        warning=f"\n{_sentence(report.warning)}\n" if report.warning else "",
         version=report.csulora,
         policy=policy + (f", {overrides} overrides" if overrides else ""),
         corrected=len(report.measured),

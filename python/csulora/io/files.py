@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -24,6 +25,7 @@ from torch import Tensor
 from csulora.errors import InputError
 
 LOCK_FILE = "lock"
+_DEEPEST_DOCUMENT = 32  # levels; what csulora reads has at most six
 _MODEL_SUFFIXES = (".safetensors", ".json", ".gguf", ".bin")
 WORKPLACE_SUFFIX = r"\.[0-9a-f]{8}\.csulora-tmp"
 
@@ -239,18 +241,31 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """Read a JSON object strictly: no key twice, no NaN or infinity.
+    """Read a JSON object strictly: no key twice, no number that is not finite, at most 32 levels deep.
 
     Raises:
         InputError: ``data``, which ``path`` holds, is anything else.
     """
     try:
-        document = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        document = json.loads(
+            data, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_number
+        )
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(document, dict):
         raise InputError(f"{path}: not a JSON object")
+    _check_depth(document, path)
     return document
+
+
+def _check_depth(document: Any, path: Path) -> None:
+    level = [document]
+    for _ in range(_DEEPEST_DOCUMENT):
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        level = [child for child in level if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise InputError(f"{path}: is nested more than {_DEEPEST_DOCUMENT} levels deep; no document of csulora's is")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -262,6 +277,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text} is too large")
+    return number
 
 
 def identity_of_file(path: Path) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from csulora.errors import InputError
+from csulora.errors import InputError, printable
 
 Verdict = Literal["corrected", "refused", "invalid", "failed"]
 
@@ -23,14 +23,15 @@ class Decision:
     """What became of one adapter that somebody wanted to load.
 
     Attributes:
-        adapter: the path it came from.
+        adapter: the path it came from; the log holds it, and the reason, as `csulora.errors.printable` text.
         adapter_sha256: its content; None if it could not be read that far.
         subspace_sha256: the pack.
         policy_sha256: the policy, see `csulora.serving.gate`.
         verdict: ``corrected``, ``refused`` (by a rule or the policy), ``invalid`` (malformed), or ``failed``
             (anything else that went wrong; the adapter was not loaded).
         reason: why it was not corrected.
-        totals: the report's totals of a corrected adapter; None where the host had kept the corrected one.
+        totals: the report's totals of a corrected adapter, first the share of it that passed uncorrected; None where
+            the host had kept the corrected one.
         seconds: time from opening the adapter to the verdict.
     """
 
@@ -64,7 +65,8 @@ class DecisionLog:
     def record(self, decision: Decision) -> None:
         """Write and count a decision; raises `LogError` if the file cannot take it, of which it then holds nothing."""
         if self.path is not None:
-            document = {"time": datetime.now(UTC).isoformat(), **asdict(decision)}
+            texts = {"adapter": printable(decision.adapter), "reason": decision.reason and printable(decision.reason)}
+            document = {"time": datetime.now(UTC).isoformat(), **asdict(decision), **texts}
             self._append(json.dumps(document, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         _count(decision)
 

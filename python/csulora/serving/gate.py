@@ -34,7 +34,7 @@ DECISIONS_VARIABLE = "CSULORA_DECISIONS"
 
 
 class Gate:
-    """A pack, a policy and a decision log. Whatever `admit` returns was corrected with them.
+    """A pack, a policy and a decision log. Whatever `admission` yields was corrected with them.
 
     Attributes:
         policy_sha256: sha256 of the policy's TOML document.
@@ -97,33 +97,33 @@ class Gate:
         pinned = environment.get(SUBSPACE_SHA256_VARIABLE) or None
         return cls.open(pack, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE), pinned)
 
-    @turn()
-    def admit(
-        self,
-        path: Path,
-        read: Callable[[Path], Adapter] = load_adapter,
-        deliver: Callable[[Adapter], object] = lambda corrected: None,
-    ) -> tuple[Adapter, Report]:
-        """Read the adapter at ``path`` and return the corrected one; threads take turns, see `csulora.serving.turns`.
+    @contextmanager
+    def admission(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> Iterator[tuple[Adapter, Report]]:
+        """Read the adapter at ``path`` and yield the corrected one to a block that delivers it to its host.
+
+        The decision is recorded when the block is done: if that fails, the adapter was not let through. Threads take
+        turns, see `csulora.serving.turns`.
 
         Args:
             path: where it lies.
             read: reads it.
-            deliver: puts the corrected one where the host finds it; if that fails, it was not let through.
 
         Raises:
             CsuloraError: it is refused or malformed.
         """
         start = time.perf_counter()
-        adapter = self.read(path, read)
-        try:
-            corrected, report = correct(adapter, self.pack, self.policy)
-            deliver(corrected)
-        except Exception as error:
-            self._record_failure(path, adapter.sha256, start, error)
-            raise
+        with turn():
+            adapter = self.read(path, read)
+            with self._recording_failure(path, adapter.sha256, start):
+                corrected, report = correct(adapter, self.pack, self.policy)
+        with self._recording_failure(path, adapter.sha256, start):
+            yield corrected, report
         self._record(path, adapter.sha256, start, "corrected", totals=asdict(report.totals))
-        return corrected, report
+
+    def admit(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> tuple[Adapter, Report]:
+        """Return what `admission` yields, where nothing can fail once it is corrected."""
+        with self.admission(path, read) as admitted:
+            return admitted
 
     def recall(self, path: Path, adapter: Adapter) -> None:
         """Record that what this gate made of an adapter earlier, and the host has kept, is let through again."""
@@ -131,15 +131,16 @@ class Gate:
 
     def read(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> Adapter:
         """Read the adapter at ``path``; that it cannot be read is a decision, that it can be is none yet."""
-        start = time.perf_counter()
-        try:
+        with self._recording_failure(path, None, time.perf_counter()):
             return read(path)
-        except Exception as error:
-            self._record_failure(path, None, start, error)
-            raise
 
-    def _record_failure(self, path: Path, sha256: str | None, start: float, error: Exception) -> None:
-        self._record(path, sha256, start, _verdict(error), reason=str(error) or repr(error))
+    @contextmanager
+    def _recording_failure(self, path: Path, sha256: str | None, start: float) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._record(path, sha256, start, _verdict(error), reason=str(error) or repr(error))
+            raise
 
     def _record(
         self,

@@ -9,6 +9,9 @@ For servers without a hook of their own: uploads go to INCOMING, and the server 
 What was decided is recorded beside the result: the hash of the input and the fingerprint of pack, policy and
 version. After a restart, an input whose record still holds is left alone. Names that begin with a dot, and files
 that are no GGUF, are ignored.
+
+Whatever one upload does, the next is decided on. What this machine fails to do (a full disk, a log that cannot be
+written) is tried again, at longer and longer intervals.
 """
 
 from __future__ import annotations
@@ -20,30 +23,37 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csulora.adapters.disk import load_adapter, save_adapter
 from csulora.adapters.lora import Adapter
-from csulora.adapters.peft.config import CONFIG_FILE
-from csulora.adapters.peft.directory import LARGEST_WEIGHTS
-from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.io.files import parse_json, read_regular, remove_abandoned, sha256_of_file, to_json, workplace, write_text
+from csulora.errors import InputError, RefusedError, printable
+from csulora.io.files import parse_json, read_regular, remove_abandoned, to_json, workplace, write_text
 from csulora.serving.decisions import LogError
 from csulora.serving.gate import Gate
 from csulora.serving.systemd import ALIVE, READY, STOPPING, notify
-
-RECORD_FILE = "csulora_guard.json"
-REFUSED = ".refused.json"
-GGUF = ".gguf"
+from csulora.serving.uploads import (
+    GGUF,
+    LONGEST_NAME,
+    RECORD_FILE,
+    REFUSED,
+    Signature,
+    content_sha256,
+    is_presentable,
+    is_upload,
+    signature_of,
+)
 
 _LOCK_FILE = ".csulora-guard.lock"
 _LARGEST_RECORD = 1 << 20
-_LONGEST_NAME = 200  # bytes; what is written beside a result has a longer one
-
-# Identity and times of an entry and of every file in it: equal before and after means untouched in between.
-_Signature = tuple[tuple[str | int, ...], ...]
+_LONGEST_DECISION = 900.0  # seconds after which a decision is one that hangs, and systemd is no longer told otherwise
+_HEARTBEAT = 1.0  # seconds
+_GRACE = 5.0  # seconds that a decision may take after `stop`
+_TRIES = 3  # without `watch`
+_LONGEST_WAIT = 60.0  # seconds between tries
 
 Say = Callable[[str], None]
 
@@ -52,10 +62,12 @@ Say = Callable[[str], None]
 class _Entry:
     """What is known of one name in INCOMING."""
 
-    signature: _Signature
-    since: float  # monotonic time at which this signature was first seen
+    signature: Signature
+    since: float  # monotonic time at which this signature was first seen, or deciding last failed
     wait: float  # seconds from then until it is to be decided on
     decided: bool = False
+    failures: int = 0  # how often this machine failed to decide
+    reason: str = ""  # of the last failure
 
 
 class DirectoryGuard:
@@ -95,27 +107,59 @@ class DirectoryGuard:
         self.gate, self.settle, self.patience, self.say = gate, settle, patience, say
         self.base_model = base_model
         self._entries: dict[str, _Entry] = {}
+        self._working_since = time.monotonic()
         self._stop = threading.Event()
 
-    def run(self, watch: bool, interval: float = 0.5) -> None:
+    def run(self, watch: bool, interval: float = 0.5) -> bool:
         """Scan until nothing is left to decide, or with ``watch`` until `stop` is called.
 
-        systemd, if it started this process, is told so; see `csulora.serving.systemd`.
+        Decisions are made on a thread of their own, so that this one answers `stop`. systemd, if it started this
+        process, is told that it lives; see `csulora.serving.systemd`.
+
+        Returns:
+            Whether the thread is done. If not, it was left in the middle of a decision: end the process, and the next
+            one decides again.
 
         Raises:
-            InputError: another guard writes to OUTGOING.
+            InputError: another guard writes to OUTGOING, or without ``watch`` an upload could not be decided on.
         """
+        pool = ThreadPoolExecutor(1, thread_name_prefix="csulora-guard")
         with self._alone():
-            self.say(f"guarding {self.incoming} -> {self.outgoing} with pack {self.gate.pack.sha256}")
+            self._tell(f"guarding {self.incoming} -> {self.outgoing} with pack {self.gate.pack.sha256}")
             notify(READY)
-            done = self.scan()
-            while not self._stop.is_set() and (watch or not done):
-                self._stop.wait(interval)
-                done = self.scan()
+            work = pool.submit(self._scan_repeatedly, watch, interval)
+            while not work.done() and not self._stop.is_set():
+                if time.monotonic() - self._working_since < _LONGEST_DECISION:
+                    notify(ALIVE)
+                wait([work], _HEARTBEAT)
             notify(STOPPING)
+            pool.shutdown(wait=False)
+            if not wait([work], _GRACE).done:
+                return False
+            work.result()
+        undecided = {name: entry for name, entry in self._entries.items() if entry.failures and not entry.decided}
+        if undecided:
+            reasons = "; ".join(f"{name}: {entry.reason}" for name, entry in undecided.items())
+            raise InputError(f"{len(undecided)} uploads could not be decided on; {reasons}")
+        return True
+
+    def _scan_repeatedly(self, watch: bool, interval: float) -> None:
+        done = False
+        while not self._stop.is_set() and (watch or not done):
+            try:
+                done = self.scan()
+            except OSError as error:  # a file system that may come back
+                if not watch:
+                    raise
+                self._tell(f"{self.incoming}: cannot be listed: {error}")
+            if watch or not done:
+                self._stop.wait(interval)
 
     def stop(self) -> None:
-        """Make `run` return after the adapter it is working on; may be called from a signal handler or a thread."""
+        """Make `run` return after the adapter it is working on, or after five seconds of that.
+
+        May be called from a signal handler or a thread.
+        """
         self._stop.set()
 
     @contextmanager
@@ -131,48 +175,79 @@ class DirectoryGuard:
 
     def scan(self) -> bool:
         """Look at every entry once and decide what can be decided; return whether nothing is left to wait for."""
-        self._entries = {path.name: self._look(path) for path in sorted(self.incoming.iterdir()) if _is_entry(path)}
-        notify(ALIVE)
+        self._working_since = time.monotonic()
+        self._entries = {path.name: self._look(path) for path in sorted(self.incoming.iterdir()) if is_upload(path)}
         for name, entry in self._entries.items():
             if self._stop.is_set():
                 return False
             if not entry.decided and time.monotonic() - entry.since >= entry.wait:
-                entry.decided = self._decide(name, entry)
-                notify(ALIVE)
-        return all(entry.decided for entry in self._entries.values())
+                self._working_since = time.monotonic()
+                entry.decided = self._decide_or_postpone(name, entry)
+        return all(entry.decided or entry.failures >= _TRIES for entry in self._entries.values())
 
     def _look(self, path: Path) -> _Entry:
-        signature = _signature(path)
+        signature = signature_of(path)
         known = self._entries.get(path.name)
         return known if known and known.signature == signature else _Entry(signature, time.monotonic(), self.settle)
 
+    def _decide_or_postpone(self, name: str, entry: _Entry) -> bool:
+        try:
+            return self._decide(name, entry)
+        except Exception as error:  # a disk, a log or a bug of ours: it must not keep others from being decided on
+            reason = str(error) or repr(error)
+            entry.failures, entry.reason = entry.failures + 1, reason
+            entry.since, entry.wait = time.monotonic(), min(2.0**entry.failures, _LONGEST_WAIT)
+            with suppress(Exception):  # without what makes a record that holds: it is decided on again
+                write_text(self._refusal(name), to_json(_refusal_of(name, error)))
+            self._tell(f"{name}: not decided on, tried again in {entry.wait:.0f} s: {reason}")
+            return False
+
     def _decide(self, name: str, entry: _Entry) -> bool:
-        """Publish the corrected adapter or the refusal; False if it is too early to tell."""
+        """Publish the corrected adapter or the refusal; False if it is too early to tell.
+
+        Raises:
+            OSError, LogError: this machine cannot read the upload, write the result, or record the decision.
+        """
         path = self.incoming / name
-        record = {"input_sha256": _content_sha256(path, entry.signature), "made_by": self.gate.fingerprint}
+        if not is_presentable(name):
+            return self._turn_away(name, path)
+        record = {"input_sha256": content_sha256(path, entry.signature), "made_by": self.gate.fingerprint}
         if self._is_recorded(name, record):
             return True
         found = self._read(path, entry.signature)
         if isinstance(found, InputError) and entry.wait < self.patience:
             entry.wait = self.patience  # an upload may have come to a halt; if it goes on, this entry is a new one
             return False
-        if _signature(path) != entry.signature:
+        if signature_of(path) != entry.signature:
             return False
         try:
-            corrected, report = self.gate.admit(path, lambda _: _adapter_or_raise(found))
+            with self.gate.admission(path, lambda _: _adapter_or_raise(found)) as (corrected, report):
+                self._publish(name, corrected, record)
         except LogError:
+            self._withdraw(name)  # what nobody recorded is not let through
+            raise
+        except OSError:
             raise
         except Exception as error:  # also a bug of ours: it must neither stop the guard nor let the adapter through
             return self._refuse(name, error, record)
-        try:
-            self._publish(name, corrected, record)
-        except CsuloraError as error:
-            return self._refuse(name, error, record)
         self._refusal(name).unlink(missing_ok=True)
-        self.say(f"{name}: corrected, change {report.totals.change:.1%}")
+        self._tell(f"{name}: corrected, {report.warning}change {report.totals.change:.1%}")
         return True
 
-    def _read(self, path: Path, signature: _Signature) -> Adapter | Exception:
+    def _turn_away(self, name: str, path: Path) -> bool:
+        """Refuse an upload whose name can stand neither in a log nor in OUTGOING."""
+        error = RefusedError(f"{path}: its name is longer than {LONGEST_NAME} bytes or not printable; rename it")
+        with suppress(RefusedError):
+            self.gate.read(path, lambda _: _adapter_or_raise(error))
+        write_text(self._refusal(name), to_json(_refusal_of(name, error)))
+        self._tell(f"{name}: refused: {error}")
+        return True
+
+    def _tell(self, line: str) -> None:
+        with suppress(OSError):  # nobody may be reading any more
+            self.say(printable(line))
+
+    def _read(self, path: Path, signature: Signature) -> Adapter | Exception:
         try:
             for name, mode, *_ in signature:
                 if stat.S_ISLNK(int(mode)):
@@ -191,9 +266,8 @@ class DirectoryGuard:
 
     def _refuse(self, name: str, error: Exception, record: dict[str, str]) -> bool:
         self._withdraw(name)
-        refusal = record | {"adapter": name, "kind": type(error).__name__, "reason": str(error) or repr(error)}
-        write_text(self._refusal(name), to_json(refusal))
-        self.say(f"{name}: refused: {error}")
+        write_text(self._refusal(name), to_json(record | _refusal_of(name, error)))
+        self._tell(f"{name}: refused: {error}")
         return True
 
     def _is_recorded(self, name: str, record: dict[str, str]) -> bool:
@@ -222,44 +296,14 @@ class DirectoryGuard:
         return self.outgoing / f"{name}.{RECORD_FILE}" if name.endswith(GGUF) else self.outgoing / name / RECORD_FILE
 
     def _refusal(self, name: str) -> Path:
+        if not is_presentable(name):
+            name = f"{printable(name, 80)}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
         return self.outgoing / f"{name}{REFUSED}"
 
 
-def _is_entry(path: Path) -> bool:
-    name = path.name
-    is_adapter = name.endswith(GGUF) or path.is_symlink() or not path.is_file()
-    return is_adapter and _is_presentable(name) and not name.endswith((REFUSED, RECORD_FILE))
-
-
-def _is_presentable(name: str) -> bool:
-    """Whether a name can stand in logs and in documents; excludes hidden ones, which are for uploads under way."""
-    return name.isprintable() and not name.startswith(".") and len(os.fsencode(name)) <= _LONGEST_NAME
-
-
-def _signature(path: Path) -> _Signature:
-    """Describe an entry; empty if it is gone."""
-    try:
-        files = sorted(path.iterdir()) if stat.S_ISDIR(path.lstat().st_mode) else []
-        return tuple(_signature_of_file(file) for file in (path, *files))
-    except OSError:
-        return ()
-
-
-def _signature_of_file(path: Path) -> tuple[str | int, ...]:
-    status = path.lstat()
-    return path.name, status.st_mode, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _content_sha256(path: Path, signature: _Signature) -> str:
-    """Hash an entry: the names and kinds of its files, and the contents of those that make the adapter."""
-    digest = hashlib.sha256()
-    for name, mode, *_ in signature:
-        file = path if name == path.name and len(signature) == 1 else path / str(name)
-        digest.update(f"{name!r} {stat.S_IFMT(int(mode))} ".encode())
-        if stat.S_ISREG(int(mode)) and (name == CONFIG_FILE or str(name).endswith((".safetensors", GGUF))):
-            with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
-                digest.update(sha256_of_file(file, LARGEST_WEIGHTS).encode())
-    return digest.hexdigest()
+def _refusal_of(name: str, error: Exception) -> dict[str, str]:
+    reason = printable(str(error) or repr(error))
+    return {"adapter": printable(name), "kind": type(error).__name__, "reason": reason}
 
 
 def _adapter_or_raise(found: Adapter | Exception) -> Adapter:

@@ -4,6 +4,7 @@
 #include <csulora/error.h>
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -238,6 +239,41 @@ TEST_CASE("shapes at the limits") {
     const auto result = csulora::correct(task(pair, subspace, Penalties{2, 1, 3}), kExact);
     const auto reference = parts_of(update(pair), subspace).combined(closed_form({2, 1, 3}, result.energies));
     CHECK(relative_error(result, reference) < kTolerance);
+  }
+}
+
+TEST_CASE("an update of more columns than its matrix has comes back in as many, whatever is kept") {
+  const std::pair<at::ScalarType, double> dtypes[] = {
+      {at::kFloat, kTolerance}, {at::kHalf, 0x1p-10}, {at::kBFloat16, 0x1p-7}};
+  const std::vector<double> left{0.5, 1, 1, 1}, right{0.25, 0, 1, 1};
+  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{9, 30}, {30, 9}, {12, 12}}) {
+    for (const auto& [dtype, tolerance] : dtypes) {
+      CAPTURE(rows);
+      auto wide = random_pair(rows, columns, 5000, 3, 1e-3);
+      wide.b = wide.b.to(dtype);
+      wide.a = wide.a.to(dtype);
+      const auto subspace = random_subspace(rows, columns, 4, dtype);
+      const auto u = dense::matrix(subspace.u), v = dense::matrix(subspace.v);
+      const auto parts = parts_of(update(wide), subspace);
+      std::vector<CorrectionTask> tasks{
+          task(wide, subspace, Directions{left, right, {}}),
+          task(random_pair(rows, columns, 2), subspace),
+      };
+      for (const auto& preset : kPresets) {
+        tasks.push_back(task(wide, subspace, preset));
+      }
+      const auto results = csulora::correct(tasks);
+      const auto along = attenuating(u, left) * update(wide) * attenuating(v, right);
+      CHECK(relative_error(results[0], along) < tolerance);
+      CHECK(results[1].pair.b.size(1) == 2);
+      for (size_t i = 0; i < kPresets.size(); ++i) {
+        const auto& result = results[i + 2];
+        CHECK(relative_error(result, parts.combined(closed_form(kPresets[i], result.energies))) < tolerance);
+        CHECK(result.pair.b.size(1) == std::min(rows, columns));
+        CHECK((result.pair.b.scalar_type() == dtype));
+        CHECK((result.pair.a.scalar_type() == dtype));
+      }
+    }
   }
 }
 

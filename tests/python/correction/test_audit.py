@@ -56,7 +56,7 @@ def test_what_correct_wrote_follows(policy: str, dtype: torch.dtype, pack: Path,
     original = factories.save_adapter(tmp_path / "original", factories.SHAPES, dtype=dtype)
     out = corrected(original, pack, tmp_path / "out", POLICIES[policy])
     checks = csulora.audit(out, original, csulora.Subspace.open(pack))
-    assert [check.what for check in checks] == ["content", "original adapter", "pack", "update"]
+    assert [check.what for check in checks] == ["content", "original adapter", "pack", "configuration", "update"]
     assert all(check.holds for check in checks)
 
 
@@ -86,7 +86,7 @@ def test_a_report_with_the_hash_of_something_else_is_noticed_by_making_it_again(
     report["corrected_sha256"] = csulora.load_adapter(out).sha256
     (out / REPORT_FILE).write_text(json.dumps(report))
     assert [check.holds for check in csulora.audit(out)] == [True]
-    assert [check.holds for check in csulora.audit(out, original, csulora.Subspace.open(pack))] == [True] * 3 + [False]
+    assert [check.holds for check in csulora.audit(out, original, csulora.Subspace.open(pack))] == [True] * 4 + [False]
 
 
 def rewritten(out: Path, factor: float, scale: float, modules: csulora.Adapter) -> None:
@@ -108,14 +108,14 @@ def test_another_scale_is_noticed(factor: float, scale: float, original: Path, p
     out = corrected(original, pack, tmp_path / "out")
     rewritten(out, factor, scale, csulora.load_adapter(out))
     checks = csulora.audit(out, original, csulora.Subspace.open(pack))
-    assert [check.holds for check in checks] == [True] * 3 + [False]
+    assert [check.holds for check in checks] == [True] * 3 + [False] * 2
 
 
 def test_a_scale_hides_no_uncorrected_update(original: Path, pack: Path, tmp_path: Path) -> None:
     out = corrected(original, pack, tmp_path / "out", csulora.Policy.project())
     rewritten(out, 1e7, 1e-7, csulora.load_adapter(original))
     checks = csulora.audit(out, original, csulora.Subspace.open(pack))
-    assert [check.holds for check in checks] == [True] * 3 + [False]
+    assert [check.holds for check in checks] == [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -203,3 +203,19 @@ def test_a_gate_from_the_environment_is_pinned(pack: Path) -> None:
     variables = {"CSULORA_SUBSPACE": str(pack), "CSULORA_SUBSPACE_SHA256": "0" * 64}
     with pytest.raises(RefusedError, match="another pack"):
         csulora.serving.gate.Gate.from_environment(variables)
+
+
+def test_a_configuration_with_more_than_csulora_writes_does_not_follow(
+    original: Path, pack: Path, tmp_path: Path
+) -> None:
+    out = corrected(original, pack, tmp_path / "out")
+    file = out / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.5, "auto_mapping": {"a": "b"}}))
+    report = out / "csulora_report.json"
+    sha256 = csulora.load_adapter(out).sha256
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"corrected_sha256": sha256}))
+    checks = {check.what: check for check in csulora.audit(out, original, csulora.Subspace.open(pack))}
+    assert checks["content"].holds
+    assert checks["update"].holds
+    assert not checks["configuration"].holds
+    assert checks["configuration"].found == "differs in auto_mapping, lora_dropout"

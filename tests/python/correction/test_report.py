@@ -88,7 +88,7 @@ def test_the_card_names_everything_it_was_made_from() -> None:
     report = report_of(Policy.csulora(2.0, uncovered="keep"), {Q: factories.SHAPES[Q]})
     card = report.card("org/base")
     assert card.startswith('---\nbase_model: "org/base"\nlibrary_name: peft\n')
-    assert "# adapter, corrected by csulora" in card
+    assert "# `adapter`, corrected by csulora" in card
     assert "partial=2.0" in card
     assert "| modules corrected | 1 of 3 |" in card
     assert report.adapter_sha256 in card

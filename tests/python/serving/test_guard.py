@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -216,11 +218,117 @@ def test_a_decision_that_cannot_be_logged_is_none(incoming: Path, pack: Path, mo
     factories.save_adapter(incoming / "good", MODULES)
     with monkeypatch.context() as broken:
         broken.setattr(DecisionLog, "record", full)
-        with pytest.raises(LogError):
-            guard(incoming, pack).scan()
-    assert not list(incoming.with_name("out").iterdir())
+        assert not guard(incoming, pack).scan()
+    assert results(incoming) == {"good.refused.json"}
+    assert "no space is left" in refusal(incoming, "good")["reason"]
     assert guard(incoming, pack).scan()
-    assert [path.name for path in incoming.with_name("out").iterdir()] == ["good"]
+    assert results(incoming) == {"good"}
+
+
+def results(incoming: Path) -> set[str]:
+    return {path.name for path in incoming.with_name("out").iterdir() if not path.name.startswith(".")}
+
+
+def lines(log: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def fails_for(name: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let publishing one adapter fail."""
+    original = DirectoryGuard._publish
+
+    def publish(self: DirectoryGuard, found: str, *rest: object) -> None:
+        if found == name:
+            raise error
+        original(self, found, *rest)
+
+    monkeypatch.setattr(DirectoryGuard, "_publish", publish)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), LogError("the log is full")])
+def test_what_the_machine_fails_to_do_is_tried_again(
+    error: Exception, incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c"):
+        factories.save_adapter(incoming / name, MODULES)
+    gate = Gate.open(pack, decisions=tmp_path / "log.jsonl")
+    worker = DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=lambda _: None)
+    with monkeypatch.context() as broken:
+        fails_for("b", error, broken)
+        assert not worker.scan()
+        assert results(incoming) == {"a", "b.refused.json", "c"}
+    worker._entries["b"].since = -1e9
+    assert worker.scan()
+    assert results(incoming) == {"a", "b", "c"}
+    verdicts = {str(line["verdict"]) for line in lines(tmp_path / "log.jsonl")}
+    assert verdicts >= {"corrected"}
+
+
+def test_an_unforeseen_error_refuses_one_upload_and_no_other(
+    incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c"):
+        factories.save_adapter(incoming / name, MODULES)
+    fails_for("b", ValueError("out of range"), monkeypatch)
+    gate = Gate.open(pack, decisions=tmp_path / "log.jsonl")
+    assert DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=lambda _: None).scan()
+    assert results(incoming) == {"a", "b.refused.json", "c"}
+    assert [line["verdict"] for line in lines(tmp_path / "log.jsonl")] == ["corrected", "failed", "corrected"]
+
+
+def test_without_watch_what_stays_undecided_is_an_error(
+    incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factories.save_adapter(incoming / "good", MODULES)
+    fails_for("good", OSError(28, "No space left on device"), monkeypatch)
+    monkeypatch.setattr("csulora.serving.guard._LONGEST_WAIT", 0.0)
+    with pytest.raises(csulora.InputError, match=r"1 uploads could not be decided on; good: .*No space left"):
+        guard(incoming, pack).run(watch=False, interval=0.0)
+
+
+def test_nothing_printed_or_logged_holds_what_a_terminal_would_obey(incoming: Path, pack: Path, tmp_path: Path) -> None:
+    evil = "\x1b[2J\nmodel: corrected, change 0.0%\u202e"
+    path = factories.save_adapter(incoming / "evil", MODULES)
+    tensors = load_file(path / "adapter_model.safetensors")
+    save_file({f"{evil}{'x' * 100_000}": next(iter(tensors.values()))}, path / "adapter_model.safetensors")
+    factories.save_adapter(incoming / "name\n\x1b[2J", MODULES)
+    (incoming / ("\u00e9" * 120 + ".gguf")).touch()
+    said: list[str] = []
+    gate = Gate.open(pack, decisions=tmp_path / "log.jsonl")
+    assert DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=said.append).scan()
+
+    written = [file.read_text() for file in [*incoming.with_name("out").iterdir(), tmp_path / "log.jsonl"]]
+    assert all(line.isprintable() and len(line) < 3000 for line in said)
+    assert all(line.isprintable() and len(line) < 5000 for text in written for line in text.splitlines())
+    assert len(said) == len(results(incoming)) == len(lines(tmp_path / "log.jsonl")) == 3
+    assert {str(line["verdict"]) for line in lines(tmp_path / "log.jsonl")} == {"refused"}
+
+
+def test_a_long_decision_leaves_the_guard_answering(
+    incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, finish = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def publish(self: DirectoryGuard, *arguments: object) -> None:
+        started.set()
+        assert finish.wait(60)
+
+    factories.save_adapter(incoming / "long", MODULES)
+    monkeypatch.setattr(DirectoryGuard, "_publish", publish)
+    monkeypatch.setattr("csulora.serving.guard.notify", told.append)
+    monkeypatch.setattr("csulora.serving.guard._HEARTBEAT", 0.01)
+    monkeypatch.setattr("csulora.serving.guard._GRACE", 0.01)
+    worker = guard(incoming, pack)
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(worker.run, watch=True)
+        assert started.wait(60)
+        while told.count("WATCHDOG=1") < 3:
+            time.sleep(0.01)
+        worker.stop()
+        assert running.result(60) is False
+        assert told[-1] == "STOPPING=1"
+        finish.set()
 
 
 def test_directories_must_be_apart(incoming: Path, pack: Path) -> None:
@@ -262,7 +370,7 @@ def listener(address: str) -> socket.socket:
 
 @pytest.mark.parametrize("name", ["{}/notify", "@csulora-test-{}"])
 def test_systemd_is_told(name: str, incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ready once it guards, alive at every scan and decision, stopping when a signal has ended it."""
+    """Ready once it guards, alive while it works, stopping when a signal has ended it."""
     factories.save_adapter(incoming / "one", MODULES)
     address = name.format(incoming.parent if name.startswith("{") else os.getpid())
     monkeypatch.setenv("NOTIFY_SOCKET", address)
@@ -278,7 +386,7 @@ def test_systemd_is_told(name: str, incoming: Path, pack: Path, monkeypatch: pyt
 
     assert process.returncode == 0
     assert told[0] == b"READY=1"
-    assert len(told) > 3
+    assert len(told) >= 3
     assert set(told[1:-1]) == {b"WATCHDOG=1"}
 
 

@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, Keys
 
 from csulora import __version__
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.adapters.peft.config import base_model_name
 from csulora.correction.report import REPORT_FILE
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import atomic_file
@@ -79,7 +80,7 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
                 "name the base model (--base-model)"
             )
         modules[module] = update
-    config = {"base_model_name_or_path": _base_model_name(file), "task_type": "CAUSAL_LM"}
+    config = {"base_model_name_or_path": base_model_name(_base_model_name(file)), "task_type": "CAUSAL_LM"}
     return Adapter(modules, config, path, hashlib.sha256(file.data).hexdigest())
 
 

@@ -22,14 +22,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
-from csulora.adapters.peft.config import CONFIG_FILE, check_config, ranks_and_scales, untargeted
+from csulora.adapters.peft.config import (
+    CONFIG_FILE,
+    base_model_name,
+    ranks_and_scales,
+    read_config,
+    targets,
+    untargeted,
+)
+from csulora.adapters.peft.patterns import Matcher
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import open_regular, parse_json, read_regular, save_tensors, to_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each of 10,000 modules has 2 MiB
+LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each of 10,000 modules has 2 MiB
 LARGEST_WEIGHTS = 16 << 30
 _HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
 _MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
@@ -66,9 +74,8 @@ def read(directory: Path) -> Adapter:
         RefusedError: the adapter is more or other than plain LoRA.
     """
     config_file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    config_bytes = read_regular(config_file, _LARGEST_CONFIG)
-    config = parse_json(config_bytes, config_file)
-    check_config(config, config_file)
+    config_bytes = read_regular(config_file, LARGEST_CONFIG)
+    config = read_config(parse_json(config_bytes, config_file), config_file)
     if not weights_file.exists():
         pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
         if pickles:
@@ -76,10 +83,10 @@ def read(directory: Path) -> Adapter:
         raise InputError(f"{weights_file}: no such file")
     weights = _read_weights(weights_file)
     if len(weights) < _HASHED_ASIDE:
-        return parse(config, _tensors_in(weights, weights_file), directory, sha256_of(config_bytes, weights))
+        return _assembled(config, _tensors_in(weights, weights_file), directory, sha256_of(config_bytes, weights))
     with ThreadPoolExecutor(max_workers=1) as pool:  # hashing takes as long as all the rest, and another core
         sha256 = pool.submit(sha256_of, config_bytes, weights)
-        adapter = parse(config, _tensors_in(weights, weights_file), directory, "")
+        adapter = _assembled(config, _tensors_in(weights, weights_file), directory, "")
         return replace(adapter, sha256=sha256.result())
 
 
@@ -120,15 +127,19 @@ def parse(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Pat
         path: what messages and reports call the adapter.
         sha256: identity of the content, see `sha256_of`.
     """
-    check_config(config, path / CONFIG_FILE)
+    return _assembled(read_config(config, path / CONFIG_FILE), tensors, path, sha256)
+
+
+def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Path, sha256: str) -> Adapter:
+    """Put an adapter together from a configuration that `read_config` let through."""
     factors = _group(tensors, path / WEIGHTS_FILE)
-    names = sorted(factors)
-    if stray := untargeted(config, names, path / CONFIG_FILE):
+    names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
+    if stray := untargeted(config, names, matcher):
         raise RefusedError(
             f"{path / WEIGHTS_FILE}: holds factors for {stray[0]}, which adapter_config.json does not target; "
             "servers disagree on whether to apply them"
         )
-    settings = ranks_and_scales(config, names, path / CONFIG_FILE)
+    settings = ranks_and_scales(config, names, matcher)
     modules = {name: _module(name, factors[name], *settings[name], path / WEIGHTS_FILE) for name in names}
     return Adapter(modules, config, path, sha256)
 
@@ -139,15 +150,28 @@ def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 def config_of(adapter: Adapter) -> dict[str, Any]:
-    """Return the configuration under which `tensors_of` has scale 1 everywhere; other settings stay as they were."""
-    names = list(adapter.modules)
-    ranks = {name: module.rank for name, module in adapter.modules.items()}
-    config = dict(adapter.config) | {"peft_type": "LORA", "use_rslora": False, "init_lora_weights": True}
-    config |= _rank_settings(config, ranks, adapter.path)
-    if adapter.partial or "target_modules" not in config:
-        selectors = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-        config |= {"target_modules": names} | selectors
-    return config
+    """Return the configuration under which `tensors_of` has scale 1 everywhere.
+
+    It is made of the modules' names and ranks. From the adapter's own configuration come the name endings that target
+    them, and checked: what the base model and the task are called, and how a base model's Conv1D layers lie.
+    """
+    names, known = list(adapter.modules), adapter.config
+    return {
+        "base_model_name_or_path": base_model_name(known.get("base_model_name_or_path")),
+        "bias": "none",
+        "fan_in_fan_out": known.get("fan_in_fan_out", False),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "revision": base_model_name(known.get("revision")),
+        "target_modules": names if adapter.partial else targets(known, names),
+        "task_type": known.get("task_type"),
+        "use_dora": False,
+        "use_rslora": False,
+        **_rank_settings({name: module.rank for name, module in adapter.modules.items()}, adapter.path),
+    }
 
 
 def write(adapter: Adapter, directory: Path) -> None:
@@ -236,19 +260,16 @@ def _named_tensors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{PREFIX}{name}.{factor}", tensor.contiguous()
 
 
-def _rank_settings(config: dict[str, Any], ranks: dict[str, int], path: Path) -> dict[str, Any]:
-    """Settings that give each module its rank and scale 1: those of the input if they still fit, else few new ones."""
+def _rank_settings(ranks: dict[str, int], path: Path) -> dict[str, Any]:
+    """Settings that give each module its rank and scale 1, with as few patterns as that takes."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # Longest first: a key also matches names that end in it after a dot, and the first match counts.
     ordered = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}
     unusual = {name: rank for name, rank in ordered.items() if rank != usual}
     wanted = {name: (rank, 1.0) for name, rank in ranks.items()}
-    for rank, pattern in (
-        (config.get("r", usual), config.get("rank_pattern") or {}),
-        (usual, unusual),
-        (usual, ordered),
-    ):
-        settings = {"r": rank, "lora_alpha": rank, "rank_pattern": pattern, "alpha_pattern": pattern}
-        if ranks_and_scales(settings, list(ranks), path) == wanted:
+    matcher = Matcher(path / CONFIG_FILE)
+    for pattern in (unusual, ordered):
+        settings = {"r": usual, "lora_alpha": usual, "rank_pattern": pattern, "alpha_pattern": pattern}
+        if ranks_and_scales(settings, list(ranks), matcher) == wanted:
             return settings
     raise InputError(f"{path}: PEFT's rank_pattern cannot tell its module names apart")

@@ -15,7 +15,7 @@ from csulora.errors import InputError, RefusedError
 Row = list[str | None]
 """One entry per name: None where the pattern does not match, else what its group ``idx`` holds, or nothing."""
 
-_SECONDS = 5
+_SECONDS = 5  # for all patterns of a file together
 _TOO_SLOW = "its patterns take too long to match; use fewer, and plain names"
 _LONGEST = 10_000  # characters; generated patterns that name every kind of layer have some hundreds
 
@@ -33,53 +33,65 @@ json.dump([[match and (match.groupdict().get("idx") or "") for match in row] for
 """
 
 
-def match_all(keys: Sequence[str], template: str, names: Sequence[str], path: Path) -> list[Row]:
-    """Match names against patterns, ``re.match(template with a key in place of {}, name)``.
+class Matcher:
+    """Matches names against the patterns of one file; all of them together have a few seconds."""
 
-    Args:
-        keys: regular expressions found in the file ``path``.
-        template: the regular expression around each key.
-        names: module names, without line breaks.
+    def __init__(self, path: Path) -> None:
+        """Start the clock for the file ``path``."""
+        self._path = path
+        self._deadline = time.monotonic() + _SECONDS
 
-    Returns:
-        A row per key.
+    def match_all(self, keys: Sequence[str], template: str, names: Sequence[str]) -> list[Row]:
+        """Match names against patterns, ``re.match(template with a key in place of {}, name)``.
 
-    Raises:
-        InputError: a key is no regular expression.
-        RefusedError: a key is too long, or matching takes too long.
-    """
-    if any(len(key) > _LONGEST for key in keys):
-        raise RefusedError(f"{path}: a pattern is longer than {_LONGEST} characters; name the modules plainly")
-    patterns = {key: template.replace("{}", key) for key in keys}
-    deadline = time.monotonic() + _SECONDS
-    plain = {key: _match_here(patterns[key], names, deadline, path) for key in patterns if _PLAIN.fullmatch(key)}
-    others = [key for key in patterns if key not in plain]
-    apart = _match_apart([patterns[key] for key in others], names, path) if others and names else []
-    rows = plain | dict(zip(others, apart, strict=True))
-    return [rows[key] for key in keys]
+        Args:
+            keys: regular expressions found in the file.
+            template: the regular expression around each key.
+            names: module names, without line breaks.
 
+        Returns:
+            A row per key.
 
-def _match_here(pattern: str, names: Sequence[str], deadline: float, path: Path) -> Row:
-    if time.monotonic() > deadline:
-        raise RefusedError(f"{path}: {_TOO_SLOW}") from TimeoutError()  # tells that it may pass another time
-    matches = map(re.compile(pattern).match, names)
-    return [match and (match.groupdict().get("idx") or "") for match in matches]
+        Raises:
+            InputError: a key is no regular expression.
+            RefusedError: a key is too long, or matching takes too long.
+        """
+        if any(len(key) > _LONGEST for key in keys):
+            raise RefusedError(
+                f"{self._path}: a pattern is longer than {_LONGEST} characters; name the modules plainly"
+            )
+        patterns = {key: template.replace("{}", key) for key in keys}
+        plain = {key: self._match_here(patterns[key], names) for key in patterns if _PLAIN.fullmatch(key)}
+        others = [key for key in patterns if key not in plain]
+        apart = self._match_apart([patterns[key] for key in others], names) if others and names else []
+        rows = plain | dict(zip(others, apart, strict=True))
+        return [rows[key] for key in keys]
 
+    def _seconds_left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise RefusedError(f"{self._path}: {_TOO_SLOW}") from TimeoutError()  # tells that it may pass another time
+        return left
 
-def _match_apart(patterns: Sequence[str], names: Sequence[str], path: Path) -> list[Row]:
-    try:
-        finished = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MATCHER],
-            input=json.dumps([patterns, names]),
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise RefusedError(f"{path}: {_TOO_SLOW}") from None
-    if finished.returncode != 0:
-        reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise InputError(f"{path}: a pattern cannot be used as a regular expression ({reason})")
-    rows: list[Row] = json.loads(finished.stdout)
-    return rows
+    def _match_here(self, pattern: str, names: Sequence[str]) -> Row:
+        self._seconds_left()
+        matches = map(re.compile(pattern).match, names)
+        return [match and (match.groupdict().get("idx") or "") for match in matches]
+
+    def _match_apart(self, patterns: Sequence[str], names: Sequence[str]) -> list[Row]:
+        try:
+            finished = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _MATCHER],
+                input=json.dumps([patterns, names]),
+                capture_output=True,
+                text=True,
+                timeout=self._seconds_left(),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise RefusedError(f"{self._path}: {_TOO_SLOW}") from None
+        if finished.returncode != 0:
+            reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise InputError(f"{self._path}: a pattern cannot be used as a regular expression ({reason})")
+        rows: list[Row] = json.loads(finished.stdout)
+        return rows

@@ -56,7 +56,7 @@ class CorrectedCache:
             gate: decides, and records that it did.
 
         Raises:
-            RefusedError, InputError: as `Gate.admit` and `gguf.write` do.
+            RefusedError, InputError: as `Gate.admission` and `gguf.write` do.
         """
         adapter = gate.read(path, lambda path: load_adapter(path, base.path))
         key = _key(adapter, base, gate)
@@ -66,8 +66,9 @@ class CorrectedCache:
                 return entry
         with workplace(self._directory / key) as place:
             new = place / "new"
-            gate.admit(path, lambda _: adapter, lambda corrected: gguf.write(corrected, new, base))
-            return new.replace(self._directory / f"{key}-{sha256_of_file(new)}.gguf")
+            with gate.admission(path, lambda _: adapter) as (corrected, _):
+                gguf.write(corrected, new, base)
+                return new.replace(self._directory / f"{key}-{sha256_of_file(new)}.gguf")
 
 
 def _key(adapter: Adapter, base: BaseModel, gate: Gate) -> str:

@@ -15,28 +15,28 @@ import functools
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import peft
 import safetensors.torch
-import torch
-from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import hotswap as peft_hotswap
 from peft.utils import save_and_load as peft_save_and_load
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.peft import PeftAdapterMixin
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft.directory import parse, read, sha256_of
 from csulora.correction.report import Report
 from csulora.errors import InputError, RefusedError
+from csulora.hooks.peft.base_models import BaseModels
+from csulora.hooks.peft.hotswap import check_hotswap, hotswap_replacements
 from csulora.hooks.peft.loading import (
     HUB_ARGUMENTS,
     by_name,
@@ -54,9 +54,6 @@ from csulora.subspace.subspace import Subspace
 
 Pack = Subspace | str | Path
 Rules = Policy | str | Path | None
-
-# A hot swap reads weights first and applies a configuration later; this is the one that belongs to the weights.
-_swapped_config: ContextVar[peft.LoraConfig | None] = ContextVar("swapped_config", default=None)
 
 _one_guard = threading.Lock()
 
@@ -87,8 +84,12 @@ def load(
         CsuloraError: the adapter is refused or malformed; the model is as it was.
     """
     check_nothing_overrides(options, path)
-    corrected, report = Gate.open(subspace, policy).admit(local_directory(path, options), read)
-    with host_loads(corrected) as directory, without_initialising(corrected, model, adapter_name, options) as options:
+    gate = Gate.open(subspace, policy)
+    with (
+        gate.admission(local_directory(path, options), read) as (corrected, report),
+        host_loads(corrected) as directory,
+        without_initialising(corrected, model, adapter_name, options) as options,
+    ):
         if isinstance(model, (PeftModel, PeftMixedModel)):
             check_name_is_free(model.peft_config, adapter_name)
             model.load_adapter(str(directory), adapter_name, **options)
@@ -114,20 +115,27 @@ def correct_model(model: Any, adapter_name: str, new_adapter_name: str, subspace
         raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
     check_name_is_free(model.peft_config, new_adapter_name)
     gate = Gate.open(subspace, policy)
-    corrected, report = gate.admit(Path(adapter_name), lambda _: _of_model(model, adapter_name))
-    with host_loads(corrected) as directory:
+    with (
+        gate.admission(Path(adapter_name), lambda _: _of_model(model, adapter_name)) as (corrected, report),
+        host_loads(corrected) as directory,
+    ):
         model.load_adapter(directory, new_adapter_name)
     return report
 
 
 @contextmanager
-def guard(subspace: Pack, policy: Rules = None, decisions: str | Path | None = None) -> Iterator[Gate]:
+def guard(
+    subspace: Pack, policy: Rules = None, decisions: str | Path | None = None, base_models: Sequence[str] = ()
+) -> Iterator[Gate]:
     """Correct or refuse every adapter that is loaded within the block, in all threads of the process.
 
     Covers ``PeftModel.from_pretrained`` and ``load_adapter`` (also of mixed and auto models), PEFT's
     ``hotswap_adapter``, and ``load_adapter`` and ``from_pretrained`` of transformers. What cannot be corrected is
     refused: adapters that are not LoRA, weights or configurations handed over in memory, mappings of module names,
     and PEFT's other readers of adapter files.
+
+    Where a program names an adapter alone (``AutoPeftModel``, transformers' auto classes, ``pipeline``), the hosts load
+    the base model that the adapter names: refused unless it is one of ``base_models``.
 
     Not covered: code that sets parameters by itself; functions of PEFT, such as ``hotswap_adapter_from_state_dict``
     or ``load_peft_weights``, that a program has imported by name before the block; and prompts, which PEFT's
@@ -137,6 +145,7 @@ def guard(subspace: Pack, policy: Rules = None, decisions: str | Path | None = N
         subspace: pack of the model.
         policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
         decisions: file to append a JSON line per decision to.
+        base_models: base models that adapters may choose, as they name them; ``name@revision`` for one with a revision.
 
     Raises:
         HostError: the installed PEFT or transformers is not one this module knows.
@@ -148,7 +157,8 @@ def guard(subspace: Pack, policy: Rules = None, decisions: str | Path | None = N
         raise InputError("a guard is active already; guards cannot be nested")
     try:
         with ExitStack() as stack:
-            for owner, name, replacement in _replacements(gate):
+            allowed = stack.enter_context(closing(BaseModels(base_models)))
+            for owner, name, replacement in chain(_replacements(gate), allowed.replacements()):
                 stack.enter_context(patch.object(owner, name, replacement))
             yield gate
     finally:
@@ -160,8 +170,9 @@ def _check_host() -> None:
     check_signature(PeftModel.from_pretrained, "model", "model_id", "adapter_name", "is_trainable", "config")
     check_signature(PeftMixedModel.from_pretrained, "model", "model_id", "adapter_name", "is_trainable", "config")
     check_signature(peft_save_and_load.load_peft_weights, "model_id", "device", "key_mapping")
-    check_signature(peft_hotswap.check_hotswap_configs_compatible, "config0", "config1")
-    check_signature(peft_hotswap.hotswap_adapter_from_state_dict, "model", "state_dict", "adapter_name", "config")
+    check_hotswap()
+    check_signature(find_adapter_config_file, "model_id")
+    check_signature(PeftConfig.from_pretrained, "pretrained_model_name_or_path", "subfolder")
     check_signature(
         PeftAdapterMixin.load_adapter, "self", "peft_model_id", "adapter_name", "peft_config", "adapter_state_dict"
     )
@@ -174,13 +185,7 @@ def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
         yield model, "from_pretrained", classmethod(_from_pretrained(gate, vars(model)["from_pretrained"].__func__))
     yield PeftAdapterMixin, "load_adapter", _transformers_load_adapter(gate, PeftAdapterMixin.load_adapter)
     reader = peft_save_and_load.load_peft_weights
-    yield peft_hotswap, "load_peft_weights", _hotswap_weights(gate, reader)
-    yield (
-        peft_hotswap,
-        "check_hotswap_configs_compatible",
-        _hotswap_check(peft_hotswap.check_hotswap_configs_compatible),
-    )
-    yield peft_hotswap, "hotswap_adapter_from_state_dict", _hotswap(peft_hotswap.hotswap_adapter_from_state_dict)
+    yield from hotswap_replacements(gate)
     # Under all the names that PEFT has for it; reached only by routes that none of the above covers.
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "peft" and getattr(module, "load_peft_weights", None) is reader:
@@ -197,8 +202,11 @@ def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any
         check_name_is_free(model.peft_config, name)
         source = given.pop("model_id")
         check_nothing_overrides(given, source)
-        corrected, _ = gate.admit(local_directory(source, given), read)
-        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
+        with (
+            gate.admission(local_directory(source, given), read) as (corrected, _),
+            host_loads(corrected) as directory,
+            without_initialising(corrected, model, name, given) as given,
+        ):
             return original(model_id=directory, **given)
 
     return load_adapter
@@ -212,8 +220,11 @@ def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., 
         given = by_name(original, *args, **options)
         model, name, source = given["model"], given.get("adapter_name", "default"), given.pop("model_id")
         check_nothing_overrides(given, source)
-        corrected, _ = gate.admit(local_directory(source, given), read)
-        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
+        with (
+            gate.admission(local_directory(source, given), read) as (corrected, _),
+            host_loads(corrected) as directory,
+            without_initialising(corrected, model, name, given) as given,
+        ):
             return original(model_id=directory, **given)
 
     return from_pretrained
@@ -230,10 +241,10 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
         if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
             raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
         check_nothing_overrides(given | _mapping(given["self"], config), source)
-        check = functools.partial(_check_swap, given["self"], given.get("adapter_name"))
-        corrected, _ = gate.admit(local_directory(source, _taken_from_hub(given)), read, check)
-        with host_loads(corrected) as directory:
-            return original(peft_model_id=str(directory), **given)
+        with gate.admission(local_directory(source, _taken_from_hub(given)), read) as (corrected, _):
+            _check_swap(given["self"], given.get("adapter_name"), corrected)
+            with host_loads(corrected) as directory:
+                return original(peft_model_id=str(directory), **given)
 
     return load_adapter
 
@@ -277,49 +288,6 @@ def _taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
     for name in ("download_kwargs", "adapter_kwargs"):
         hub |= given.pop(name, None) or {}
     return hub | {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
-
-
-def _hotswap_weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def load_peft_weights(model_id: Any, device: str | None = None, **options: Any) -> dict[str, torch.Tensor]:
-        if loads_corrected.get():
-            weights: dict[str, torch.Tensor] = original(model_id, device, **options)
-            return weights
-        check_nothing_overrides(options, model_id)
-        with host_loads(gate.admit(local_directory(model_id, options), read)[0]) as directory:
-            _swapped_config.set(peft.LoraConfig.from_pretrained(str(directory)))
-            weights = original(directory, device)
-            return weights
-
-    return load_peft_weights
-
-
-def _hotswap_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
-        # The guard has not seen ``config1``; `_hotswap` checks the one that counts.
-        if loads_corrected.get():
-            original(config0, config1)
-
-    return check_hotswap_configs_compatible
-
-
-def _hotswap(original: Callable[..., Any]) -> Callable[..., Any]:
-    check = peft_hotswap.check_hotswap_configs_compatible
-
-    @functools.wraps(original)
-    def hotswap_adapter_from_state_dict(
-        model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **options: Any
-    ) -> None:
-        if not loads_corrected.get():
-            config = _swapped_config.get()
-            if config is None:
-                raise RefusedError("under a guard an adapter is swapped in from a directory, not from memory")
-            _swapped_config.set(None)
-            check(model.peft_config[adapter_name], config)
-        original(model, state_dict, adapter_name, config, *args, **options)
-
-    return hotswap_adapter_from_state_dict
 
 
 def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ import torch
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.peft.config import CONFIG_FILE
+from csulora.correction.correct import cover
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.io.files import workplace
 from csulora.serving.gate import Gate
@@ -77,7 +78,7 @@ class Admission:
             return admitted
         path = locate()
         with self._judging.setdefault((str(path), dtype), threading.Lock()):
-            directory = self._judge(path, dtype)
+            directory = self._judge(path, dtype, max_rank)
         if self._ranks[directory] > max_rank:
             raise RefusedError(
                 f"{path}: has rank {self._ranks[directory]} after correction, and the server takes {max_rank}; "
@@ -91,7 +92,7 @@ class Admission:
         self._admitted[identity] = directory
         return directory
 
-    def _judge(self, path: Path, dtype: torch.dtype) -> Path:
+    def _judge(self, path: Path, dtype: torch.dtype, max_rank: int) -> Path:
         signature = _signature(path)
         decided_on, outcome = self._outcomes.get((str(path), dtype), (None, None))
         if decided_on == signature:
@@ -100,7 +101,7 @@ class Admission:
             if outcome is not None and _is_complete(outcome):
                 return outcome
         try:
-            directory = self._corrected(path, dtype)
+            directory = self._corrected(path, dtype, max_rank)
         except CsuloraError as error:
             if _follows_from_content(error):
                 self._outcomes[str(path), dtype] = signature, error
@@ -108,20 +109,33 @@ class Admission:
         self._outcomes[str(path), dtype] = signature, directory
         return directory
 
-    def _corrected(self, path: Path, dtype: torch.dtype) -> Path:
+    def _corrected(self, path: Path, dtype: torch.dtype, max_rank: int) -> Path:
         """Publish the corrected adapter, unless what the same files were corrected to is there already."""
-        adapter = self.gate.read(path, peft.read)
+        adapter = self.gate.read(path, lambda path: self._of_bearable_rank(peft.read(path), max_rank))
         directory = self._home / f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
         if directory in self._ranks and _is_complete(directory):
             self.gate.recall(path, adapter)
             return directory
-        corrected, _ = self.gate.admit(
-            path,
-            lambda _: _cast(adapter, torch.float32),
-            lambda corrected: self._publish(_cast(corrected, dtype), directory),
-        )
+        with self.gate.admission(path, lambda _: _cast(adapter, torch.float32)) as (corrected, _):
+            self._publish(_cast(corrected, dtype), directory)
         self._ranks[directory] = max(module.rank for module in corrected.modules.values())
         return directory
+
+    def _of_bearable_rank(self, adapter: Adapter, max_rank: int) -> Adapter:
+        """Return an adapter unless it is clear before anything is computed that its rank will be too large."""
+        policy = self.gate.policy
+        if policy.rank == "exact":
+            return adapter
+        largest = max_rank if policy.rank == "keep" else max(max_rank, policy.rank)
+        covered = cover(adapter, self.gate.pack, policy)
+        for name in adapter.modules if policy.uncovered == "keep" else covered:
+            module = adapter.modules[name]
+            if min(module.rank, *module.shape) > largest:
+                raise RefusedError(
+                    f"{adapter.path}: {name} has rank {module.rank}, and the server takes {max_rank}; "
+                    "raise --max-lora-rank, or set the policy's rank"
+                )
+        return adapter
 
     def _publish(self, corrected: Adapter, directory: Path) -> None:
         """Let the directory appear complete; somebody may just be reading one that is there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
@@ -33,7 +33,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.worker_base import WorkerBase
 
-from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.errors import CsuloraError, InputError, RefusedError, printable
 from csulora.hooks.signature import check_signature
 from csulora.hooks.vllm.admission import Admission, check_published
 from csulora.hooks.vllm.readiness import PROBE, check_model, check_ready, check_ready_async
@@ -41,13 +41,17 @@ from csulora.hooks.vllm.readiness import PROBE, check_model, check_ready, check_
 # Set in a worker while vLLM loads what was corrected.
 _is_corrected: ContextVar[bool] = ContextVar("is_corrected", default=False)
 
-# Why the last adapter that the current task wanted to add was refused; vLLM drops the reason on one of its routes.
-_refusal: ContextVar[str | None] = ContextVar("refusal", default=None)
+# Why adapters were refused that the request which the current task answers wanted to add; vLLM drops the reason on one
+# of its routes.
+_refusals: ContextVar[list[str] | None] = ContextVar("refusals", default=None)
 
 # The id that the adapter gets which the current task loads in place of another.
 _next_id: ContextVar[int | None] = ContextVar("next_id", default=None)
 
 _Function = Callable[..., Any]
+
+_LONGEST_FILE_NAME = 255  # bytes; Linux's limits
+_LONGEST_PATH = 4095
 
 
 def install(admission: Admission) -> None:
@@ -102,9 +106,24 @@ class DirectoryResolver(LoRAResolver):  # type: ignore[misc]
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return the request for an adapter, or None if there is no directory of that name."""
         path = self.directory / lora_name
-        if path.parent != self.directory or lora_name in ("", ".", "..") or not path.is_dir():
+        if not _is_file_name(lora_name) or not path.is_dir():
             return None
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(path))  # vLLM sets the id
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name is one component of a path as it stands: `a/` and `./a` would be further adapters for vLLM."""
+    is_shown = name.isprintable() and len(name.encode()) <= _LONGEST_FILE_NAME
+    return is_shown and Path(name).name == name and name != ".."
+
+
+def _check_request(request: LoRARequest) -> None:
+    """Raise `RefusedError` unless name and path can be handed to the engine's processes and to the file system."""
+    for what, text in (("name", request.lora_name), ("path", request.lora_path)):
+        if not text.isprintable() or len(text.encode()) > _LONGEST_PATH:
+            raise RefusedError(
+                f"{text}: the adapter's {what} has more than {_LONGEST_PATH} bytes or is not printable; rename it"
+            )
 
 
 def _check_signatures() -> None:
@@ -130,10 +149,13 @@ def _corrected(admission: Admission, request: LoRARequest, config: LoRAConfig) -
         return Path(get_adapter_absolute_path(request.lora_path))
 
     try:
+        _check_request(request)
         directory = admission.admit(identity, locate, config.lora_dtype, config.max_lora_rank, request.load_inplace)
     except CsuloraError as error:
-        _refusal.set(str(error))
         raise VLLMValidationError(str(error)) from error
+    except Exception as error:  # of a file system, or a bug of ours: the engine must not hear of it
+        reason = printable(f"{request.lora_path}: csulora could not decide on it, so it is not loaded: {error!r}")
+        raise VLLMValidationError(reason) from error
     return msgspec.structs.replace(request, lora_path=str(directory))
 
 
@@ -183,19 +205,25 @@ def _add_lora_async(admission: Admission, original: _Function) -> _Function:
         try:
             corrected = await asyncio.to_thread(_corrected, admission, lora_request, self.vllm_config.lora_config)
         except VLLMValidationError as error:
-            _refusal.set(str(error))  # what the thread sets is lost
+            if (refusals := _refusals.get()) is not None:
+                refusals.append(str(error))
             raise
         return await original(self, corrected)
 
     return add_lora
 
 
-def _with_reason(response: Any) -> Any:
-    """Turn vLLM's answer to a refusal into a 400 that gives the reason."""
-    reason = _refusal.get()
-    if reason is None or not isinstance(response, ErrorResponse):
+async def _with_reason(answer: Awaitable[Any]) -> Any:
+    """Await vLLM's answer, and turn one to a refusal into a 400 that gives the reason."""
+    refusals: list[str] = []
+    token = _refusals.set(refusals)
+    try:
+        response = await answer
+    finally:
+        _refusals.reset(token)
+    if not refusals or not isinstance(response, ErrorResponse):
         return response
-    return create_error_response(message=reason, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
+    return create_error_response(message=refusals[-1], err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
 
 
 def _load_lora_adapter(original: _Function) -> _Function:
@@ -206,10 +234,9 @@ def _load_lora_adapter(original: _Function) -> _Function:
 
     @functools.wraps(original)
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        _refusal.set(None)
         token = _next_id.set(self.lora_id_counter.inc(1) if request.load_inplace else None)
         try:
-            return _with_reason(await original(self, request, base_model_name))
+            return await _with_reason(original(self, request, base_model_name))
         finally:
             _next_id.reset(token)
 
@@ -219,8 +246,7 @@ def _load_lora_adapter(original: _Function) -> _Function:
 def _resolve_lora(original: _Function) -> _Function:
     @functools.wraps(original)
     async def resolve_lora(self: Any, lora_name: str) -> Any:
-        _refusal.set(None)
-        return _with_reason(await original(self, lora_name))
+        return await _with_reason(original(self, lora_name))
 
     return resolve_lora
 

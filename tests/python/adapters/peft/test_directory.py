@@ -405,17 +405,23 @@ def test_written_bytes_are_golden(tmp_path: Path) -> None:
 
 GOLDEN_CONFIG = """{
   "alpha_pattern": {},
-  "exclude_modules": null,
+  "base_model_name_or_path": null,
+  "bias": "none",
+  "fan_in_fan_out": false,
+  "inference_mode": true,
   "init_lora_weights": true,
-  "layers_pattern": null,
-  "layers_to_transform": null,
   "lora_alpha": 1,
+  "lora_dropout": 0.0,
+  "modules_to_save": null,
   "peft_type": "LORA",
   "r": 1,
   "rank_pattern": {},
+  "revision": null,
   "target_modules": [
     "model.q_proj"
   ],
+  "task_type": null,
+  "use_dora": false,
   "use_rslora": false
 }
 """

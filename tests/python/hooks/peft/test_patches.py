@@ -10,9 +10,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.core_model_loading import WeightRenaming
@@ -149,7 +151,7 @@ def test_transformers_from_pretrained_is_guarded(adapter: Path, corrected: Path,
         settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")}
         file.write_text(json.dumps(settings))
 
-    with hook.guard(pack, POLICY):
+    with hook.guard(pack, POLICY, base_models=[str(tmp_path / "model")]):
         guarded = LlamaForCausalLM.from_pretrained(tmp_path / adapter.name)
 
     assert_same_update(guarded, LlamaForCausalLM.from_pretrained(tmp_path / corrected.name))
@@ -216,7 +218,7 @@ def test_transformers_from_pretrained_loads_the_revision_that_is_asked_for(
         settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")}
         file.write_text(json.dumps(settings))
 
-    with hook.guard(pack, POLICY):
+    with hook.guard(pack, POLICY, base_models=[str(tmp_path / "model")]):
         guarded = LlamaForCausalLM.from_pretrained("org/adapter", revision="v1", cache_dir=tmp_path / "hub")
 
     assert_same_update(guarded, from_pretrained(corrected))
@@ -330,7 +332,8 @@ def test_mappings_of_names_are_refused(load: Callable, adapter: Path, pack: Path
     settings = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")}
     file.write_text(json.dumps(settings))
 
-    with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match=r"pass no (key|weight)_mapping"):
+    guard = hook.guard(pack, POLICY, base_models=[str(tmp_path / "model")])
+    with guard, pytest.raises(csulora.RefusedError, match=r"pass no (key|weight)_mapping"):
         load(llama(), tmp_path / "adapter")
 
 
@@ -382,6 +385,101 @@ def test_transformers_swaps_nothing_in_for_another_kind_of_adapter(settings: dic
         model.load_adapter(str(adapter), "default", hotswap=True)
 
     assert all(torch.equal(parameter, before[name]) for name, parameter in parameters(model).items())
+
+
+AUTOMATIC = [
+    lambda path: peft.AutoPeftModelForCausalLM.from_pretrained(str(path)),
+    lambda path: transformers.AutoModelForCausalLM.from_pretrained(str(path)),
+    lambda path: LlamaForCausalLM.from_pretrained(str(path)),
+    lambda path: transformers.pipeline("text-generation", model=str(path), tokenizer=object()).model,
+]
+
+
+def naming(adapter: Path, place: Path, **settings: object) -> Path:
+    """A copy of the adapter whose configuration says something else of its base model."""
+    file = shutil.copytree(adapter, place) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "CAUSAL_LM"} | settings))
+    return place
+
+
+@pytest.mark.parametrize("load", AUTOMATIC[:3])
+def test_a_base_model_that_was_allowed_is_loaded_with_the_corrected_adapter(
+    load: Callable, adapter: Path, corrected: Path, pack: Path, tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    path = naming(adapter, tmp_path / "upload", base_model_name_or_path=str(tmp_path / "model"))
+    with hook.guard(pack, POLICY, base_models=[str(tmp_path / "model")]):
+        guarded = load(path)
+    assert_same_update(guarded, from_pretrained(corrected))
+
+
+@pytest.mark.parametrize("load", AUTOMATIC)
+@pytest.mark.parametrize("allowed", [(), ("org/other",)])
+def test_an_adapter_does_not_choose_the_base_model(
+    load: Callable, allowed: tuple[str, ...], adapter: Path, pack: Path, tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    path = naming(adapter, tmp_path / "upload", base_model_name_or_path=str(tmp_path / "model"))
+    with hook.guard(pack, POLICY, base_models=allowed), pytest.raises(csulora.RefusedError, match="base_models"):
+        load(path)
+
+
+def test_an_adapter_does_not_choose_the_revision_of_its_base_model(adapter: Path, pack: Path, tmp_path: Path) -> None:
+    model = str(tmp_path / "model")
+    path = naming(adapter, tmp_path / "upload", base_model_name_or_path=model, revision="refs/pr/1")
+    with (
+        hook.guard(pack, POLICY, base_models=[model]),
+        pytest.raises(csulora.RefusedError, match=r"revision 'refs/pr/1'.*base_models"),
+    ):
+        peft.AutoPeftModelForCausalLM.from_pretrained(str(path))
+
+
+def test_a_subfolder_with_a_model_in_it_changes_nothing(adapter: Path, pack: Path, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    path = naming(adapter, tmp_path / "upload" / "sub", base_model_name_or_path=str(tmp_path / "model"))
+    shutil.copy(tmp_path / "model" / "config.json", path)
+    with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match="base_models"):
+        transformers.AutoModelForCausalLM.from_pretrained(path.parent, adapter_kwargs={"subfolder": "sub"})
+
+
+def test_the_programs_own_model_with_an_adapter_beside_it_is_loaded(
+    adapter: Path, corrected: Path, pack: Path, tmp_path: Path
+) -> None:
+    path = naming(adapter, tmp_path / "both", base_model_name_or_path="somebody/else")
+    llama().save_pretrained(path)
+    with hook.guard(pack, POLICY):
+        guarded = transformers.AutoModelForCausalLM.from_pretrained(str(path))
+    assert_same_update(guarded, from_pretrained(corrected))
+
+
+def test_a_hot_swap_that_failed_opens_no_door(adapter: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = from_pretrained(adapter)
+    raw = hotswap.load_peft_weights(str(adapter), device="cpu")
+    config = LoraConfig.from_pretrained(str(adapter))
+    insert = hotswap._insert_adapter_name_into_state_dict
+    in_memory = insert(raw, adapter_name="default", parameter_prefix="lora_")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no memory")
+
+    with hook.guard(pack, POLICY):
+        with monkeypatch.context() as broken:
+            broken.setattr(hotswap, "_insert_adapter_name_into_state_dict", fail)
+            with pytest.raises(RuntimeError, match="no memory"):
+                hotswap_adapter(model, str(adapter), "default", torch_device="cpu")
+        with pytest.raises(csulora.RefusedError, match="not from memory"):
+            hotswap.hotswap_adapter_from_state_dict(model, in_memory, "default", config)
+        mixed = insert(hotswap.load_peft_weights(str(adapter), device="cpu"), "default", "lora_")
+        mixed[min(mixed)] = in_memory[min(mixed)]
+        with pytest.raises(csulora.RefusedError, match="not from memory"):
+            hotswap.hotswap_adapter_from_state_dict(model, mixed, "default", config)
+
+
+def test_a_load_that_the_host_could_not_finish_is_logged_as_failed(adapter: Path, pack: Path, tmp_path: Path) -> None:
+    log = tmp_path / "decisions.jsonl"
+    with hook.guard(pack, POLICY, log), pytest.raises(SafetensorError):
+        PeftModel.from_pretrained(llama(), adapter, torch_device=[])
+    assert [json.loads(line)["verdict"] for line in log.read_text().splitlines()] == ["failed"]
 
 
 def test_guards_do_not_nest_and_everything_is_restored(adapter: Path, pack: Path) -> None:

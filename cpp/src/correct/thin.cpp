@@ -1,0 +1,31 @@
+#include "correct/thin.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "correct/storage.h"
+
+namespace csulora {
+namespace {
+
+/// Columns that are widened to float64 at a time, so that a pair takes little more memory than it has.
+constexpr int64_t kColumns = 4096;
+
+}  // namespace
+
+bool is_wide(const LoraPair& pair) { return pair.b.size(1) > std::min(pair.b.size(0), pair.a.size(1)); }
+
+LoraPair thinned(const LoraPair& pair) {
+  const auto& [b, a, scale] = pair;
+  const auto dtype = b.is_cpu() ? at::kDouble : at::kFloat;
+  auto product = at::zeros({b.size(0), a.size(1)}, b.options().dtype(dtype));
+  for (int64_t first = 0; first < b.size(1); first += kColumns) {
+    const int64_t count = std::min(kColumns, b.size(1) - first);
+    product.addmm_(widened(b.narrow(1, first, count), dtype), widened(a.narrow(0, first, count), dtype));
+  }
+  const auto identity = at::eye(std::min(product.size(0), product.size(1)), product.options());
+  return product.size(0) <= product.size(1) ? LoraPair{identity, product, scale} : LoraPair{product, identity, scale};
+}
+
+}  // namespace csulora

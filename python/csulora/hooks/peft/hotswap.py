@@ -1,0 +1,89 @@
+"""PEFT's ``hotswap_adapter`` under a guard: weights and the configuration that is checked are of one corrected adapter.
+
+PEFT reads weights first and applies a configuration later, in functions of its own. Between them nothing is kept but
+which tensors were corrected, for as long as those live.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import peft
+import torch
+from peft.utils import hotswap as peft_hotswap
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from csulora.adapters.peft.directory import read
+from csulora.errors import RefusedError
+from csulora.hooks.peft.loading import check_nothing_overrides, host_loads, loads_corrected, local_directory
+from csulora.hooks.signature import check_signature
+from csulora.serving.gate import Gate
+
+# The configuration that belongs to each corrected tensor.
+_configs: MutableMapping[torch.Tensor, peft.LoraConfig] = WeakTensorKeyDictionary()
+
+
+def check_hotswap() -> None:
+    """Raise `HostError` unless PEFT's functions look as expected."""
+    check_signature(vars(peft_hotswap)["load_peft_weights"], "model_id", "device", "key_mapping")
+    check_signature(peft_hotswap.check_hotswap_configs_compatible, "config0", "config1")
+    check_signature(peft_hotswap.hotswap_adapter_from_state_dict, "model", "state_dict", "adapter_name", "config")
+
+
+def hotswap_replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
+    """Everything to put in PEFT's place: owner, attribute, replacement."""
+    for name, replacement in (
+        ("load_peft_weights", functools.partial(_weights, gate)),
+        ("check_hotswap_configs_compatible", _check),
+        ("hotswap_adapter_from_state_dict", _swap),
+    ):
+        yield peft_hotswap, name, replacement(getattr(peft_hotswap, name))
+
+
+def _weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_peft_weights(model_id: Any, device: str | None = None, **options: Any) -> dict[str, torch.Tensor]:
+        if loads_corrected.get():
+            weights: dict[str, torch.Tensor] = original(model_id, device, **options)
+            return weights
+        check_nothing_overrides(options, model_id)
+        with (
+            gate.admission(local_directory(model_id, options), read) as (corrected, _),
+            host_loads(corrected) as directory,
+        ):
+            config = peft.LoraConfig.from_pretrained(str(directory))
+            weights = original(directory, device)
+            _configs.update(dict.fromkeys(weights.values(), config))
+            return weights
+
+    return load_peft_weights
+
+
+def _check(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+        # The guard has not seen ``config1``; `_swap` checks the one that counts.
+        if loads_corrected.get():
+            original(config0, config1)
+
+    return check_hotswap_configs_compatible
+
+
+def _swap(original: Callable[..., Any]) -> Callable[..., Any]:
+    check = peft_hotswap.check_hotswap_configs_compatible
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **options: Any
+    ) -> None:
+        if not loads_corrected.get():
+            found = [_configs.get(tensor) for tensor in state_dict.values()]
+            config = found[0] if found else None
+            if config is None or any(other is not config for other in found):
+                raise RefusedError("under a guard an adapter is swapped in from a directory, not from memory")
+            check(model.peft_config[adapter_name], config)
+        original(model, state_dict, adapter_name, config, *args, **options)
+
+    return hotswap_adapter_from_state_dict

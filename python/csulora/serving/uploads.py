@@ -1,0 +1,60 @@
+"""What lies in INCOMING: which entries are uploads, whether one has changed, and what identifies its content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from csulora.adapters.peft.config import CONFIG_FILE
+from csulora.adapters.peft.directory import LARGEST_WEIGHTS
+from csulora.errors import InputError
+from csulora.io.files import sha256_of_file
+
+RECORD_FILE = "csulora_guard.json"
+REFUSED = ".refused.json"
+GGUF = ".gguf"
+LONGEST_NAME = 200  # bytes; what is written beside a result has a longer one
+
+# Identity and times of an entry and of every file in it: equal before and after means untouched in between.
+Signature = tuple[tuple[str | int, ...], ...]
+
+
+def is_upload(path: Path) -> bool:
+    """Whether an entry is to be decided on; hidden ones are uploads under way."""
+    name = path.name
+    is_adapter = name.endswith(GGUF) or path.is_symlink() or not path.is_file()
+    return is_adapter and not name.startswith(".") and not name.endswith((REFUSED, RECORD_FILE))
+
+
+def is_presentable(name: str) -> bool:
+    """Whether a name can stand in logs and documents as it is, and be made longer."""
+    return name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME
+
+
+def signature_of(path: Path) -> Signature:
+    """Describe an entry; empty if it is gone."""
+    try:
+        files = sorted(path.iterdir()) if stat.S_ISDIR(path.lstat().st_mode) else []
+        return tuple(_signature_of_file(file) for file in (path, *files))
+    except OSError:
+        return ()
+
+
+def _signature_of_file(path: Path) -> tuple[str | int, ...]:
+    status = path.lstat()
+    return path.name, status.st_mode, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def content_sha256(path: Path, signature: Signature) -> str:
+    """Hash an entry: the names and kinds of its files, and the contents of those that make the adapter."""
+    digest = hashlib.sha256()
+    for name, mode, *_ in signature:
+        file = path if name == path.name and len(signature) == 1 else path / str(name)
+        digest.update(f"{name!r} {stat.S_IFMT(int(mode))} ".encode())
+        if stat.S_ISREG(int(mode)) and (name == CONFIG_FILE or str(name).endswith((".safetensors", GGUF))):
+            with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
+                digest.update(sha256_of_file(file, LARGEST_WEIGHTS).encode())
+    return digest.hexdigest()

@@ -53,14 +53,14 @@ def make_pack(directory: Path) -> Path:
     return pack
 
 
-def make_adapter(directory: Path, seed: int, **settings: object) -> Path:
-    """Write a PEFT adapter."""
+def make_adapter(directory: Path, seed: int, rank: int = RANK, **settings: object) -> Path:
+    """Write a PEFT adapter whose factors have a rank, and with settings that may say otherwise."""
     directory.mkdir()
     tensors = {}
     for i, (module, (rows, columns)) in enumerate(MODULES.items()):
-        tensors[f"base_model.model.{module}.lora_A.weight"] = gaussian(RANK, columns, seed=100 * seed + i)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = gaussian(rows, RANK, seed=100 * seed + i + 50)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": list(MODULES)} | settings
+        tensors[f"base_model.model.{module}.lora_A.weight"] = gaussian(rank, columns, seed=100 * seed + i)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = gaussian(rows, rank, seed=100 * seed + i + 50)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(MODULES)} | settings
     (directory / "adapter_config.json").write_text(json.dumps(config))
     safetensors.torch.save_file(tensors, directory / "adapter_model.safetensors")
     return directory
@@ -93,26 +93,62 @@ def linked(directory: Path, seed: int) -> None:
     file.symlink_to(elsewhere)
 
 
+def with_number_beyond_json(directory: Path, seed: int) -> None:
+    """Make an adapter whose configuration holds a number that no float holds, in a field without effect."""
+    file = make_adapter(directory, seed) / "adapter_config.json"
+    file.write_text(file.read_text()[:-1] + ', "runtime_config": {"x": 1e999}}')
+
+
+def nested(directory: Path, seed: int) -> None:
+    """Make an adapter whose configuration would grow a thousandfold by indentation."""
+    file = make_adapter(directory, seed) / "adapter_config.json"
+    file.write_text(file.read_text()[:-1] + f', "auto_mapping": {{"x": {"[" * 900 + "]" * 900}}}}}')
+
+
+def with_escapes(directory: Path, seed: int) -> None:
+    """Make an adapter with a tensor whose name would forge lines of a log."""
+    file = make_adapter(directory, seed) / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(file.read_bytes())
+    tensors["x\nadapter-000: corrected, change 0.0%\x1b[2J" + "x" * 100_000] = tensors.pop(next(iter(tensors)))
+    safetensors.torch.save_file(tensors, file)
+
+
+def with_settings(**settings: object) -> Callable[[Path, int], object]:
+    """Return what makes an adapter with further settings."""
+    return lambda directory, seed: make_adapter(directory, seed, **settings)
+
+
 BROKEN: tuple[Callable[[Path, int], object], ...] = (
     with_nan,
     truncated,
     without_weights,
     linked,
-    lambda directory, seed: make_adapter(directory, seed, use_dora=True),
-    lambda directory, seed: make_adapter(directory, seed, r=RANK + 1),
+    with_number_beyond_json,
+    nested,
+    with_escapes,
+    with_settings(use_dora=True),
+    with_settings(use_dora="none"),
+    with_settings(kasa_config={}),
+    with_settings(ensure_weight_tying=""),
+    with_settings(r=RANK + 1),
+    with_settings(lora_dropout=2.0),
+    with_settings(task_type="BOGUS"),
+    with_settings(layers_to_transform=[]),
+    with_settings(target_modules="((.*a)*.*)*_projection"),  # takes longer to match than it may
 )
+RANK_ABOVE_THE_MATRIX = 2000
 
 
 def make_sources(directory: Path, count: int) -> tuple[list[Path], list[Path]]:
-    """Make good and broken adapters, one in five broken."""
+    """Make good and broken adapters, three in ten broken; of the good ones one in ten of a rank above the matrix."""
     good, broken = [], []
     for seed in range(count):
         path = directory / f"adapter-{seed:03}"
-        if seed % 5 == 4:
-            BROKEN[(seed // 5) % len(BROKEN)](path, seed)
+        if seed % 10 in (2, 5, 8):
+            BROKEN[len(broken) % len(BROKEN)](path, seed)
             broken.append(path)
         else:
-            good.append(make_adapter(path, seed))
+            good.append(make_adapter(path, seed, RANK_ABOVE_THE_MATRIX if seed % 10 == 0 else RANK))
     return good, broken
 
 

@@ -566,14 +566,17 @@ def test_a_rank_far_above_the_matrix_is_reduced_first(
     assert oracle.relative_error(found, safe(oracle.update(b, a), pack, Q, policy)) <= TOLERANCE + STORED[dtype]
 
 
-def test_a_rank_that_takes_minutes_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    shape = (600, 700)
-    adapter = factories.adapter({Q: shape}, rank=513)
-    large = factories.pack({Q: shape})
-    with pytest.raises(RefusedError, match=r"rank 513; ranks up to 512 .*svd_rank=512"):
-        csulora.correct(adapter, large, POLICY)
-    csulora.correct(adapter, large, csulora.Policy.none())
-    csulora.correct(factories.adapter({Q: shape}, rank=512), large, POLICY)
+def test_a_rank_that_takes_minutes_is_refused_with_what_to_do(
+    tmp_path: Path, pack: csulora.Subspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = factories.adapter({Q: (40, 40)}, rank=17)
+    assert csulora.correct(adapter, pack, POLICY)
+    monkeypatch.setattr("csulora.correction.correct.LARGEST_RANK", 16)
+    with pytest.raises(RefusedError, match=r"rank 17; ranks up to 16 .*--preset none --rank 16"):
+        csulora.correct(adapter, pack, POLICY)
+    smaller, report = csulora.correct(adapter, pack, csulora.Policy.none(rank=16))
+    assert report.modules[0].rank_after == 16
+    csulora.correct(smaller, pack, POLICY)
 
 
 # Patterns: the time they may take is the file's, not a pattern's.

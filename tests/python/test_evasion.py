@@ -595,6 +595,17 @@ def test_slow_patterns_have_a_few_seconds_together(
     assert time.monotonic() - start < 10  # four patterns and two of each written: 20 before
 
 
+def test_a_pattern_hands_back_nothing_of_its_own(tmp_path: Path) -> None:
+    """A group that is called like csulora's own held every name once for each pattern."""
+    names_ = [f"{'a' * 380}{count:05}" for count in range(300)]
+    tensors = {k: v for name in names_ for k, v in named(name, torch.zeros(1, 1), torch.zeros(1, 1)).items()}
+    patterns_ = {f"(?P<idx>.*){'()' * count}": 1 for count in range(90)}
+    path = upload(tmp_path / "adapter", tensors, config(r=1, target_modules=".*", alpha_pattern=patterns_))
+    start = peak_memory()
+    assert len(csulora.load_adapter(path).modules) == 300
+    assert peak_memory() - start < 16 << 20
+
+
 # Documents: what is small in a file stays small in what is written and said.
 
 

@@ -31,6 +31,7 @@ _MOST_ENTRIES = 1 << 16
 _LONGEST_KEY = 1 << 10  # bytes
 _LONGEST_TENSOR_NAME = 63  # bytes; ggml's limit
 _MOST_DIMENSIONS = 4  # ggml's limit
+_MOST_STRINGS = 1 << 21  # in arrays of one file; vocabularies and merges of large models have some 600,000
 
 _U32, _U64 = Struct("<I"), Struct("<Q")
 _SCALARS = {
@@ -174,6 +175,7 @@ class _Cursor:
         self.path = path
         self.data = data
         self.position = 0
+        self.strings = 0  # in arrays, which are stepped over one by one
 
     def skip(self, count: int, what: str) -> int:
         """Step over ``count`` bytes; return where they start."""
@@ -254,6 +256,9 @@ def _skip_array(cursor: _Cursor, what: str) -> None:
     if kind != GGUFValueType.STRING:
         cursor.skip(length * _SCALARS[kind].size, what)
         return
+    cursor.strings += length
+    if cursor.strings > _MOST_STRINGS:
+        raise InputError(f"{cursor.path}: {what} makes more than {_MOST_STRINGS} texts in arrays; no model has as many")
     for _ in range(length):
         cursor.skip(cursor.u64(what), what)
 

@@ -38,6 +38,7 @@ from csulora.serving.systemd import ALIVE, READY, STOPPING, notify
 from csulora.serving.uploads import (
     GGUF,
     LONGEST_NAME,
+    MOST_FILES,
     RECORD_FILE,
     REFUSED,
     Signature,
@@ -249,6 +250,8 @@ class DirectoryGuard:
 
     def _read(self, path: Path, signature: Signature) -> Adapter | Exception:
         try:
+            if len(signature) > MOST_FILES:
+                raise RefusedError(f"{path}: holds more than {MOST_FILES} files; upload the adapter alone")
             for name, mode, *_ in signature:
                 if stat.S_ISLNK(int(mode)):
                     raise RefusedError(f"{path}: {name} is a symbolic link; upload the files themselves")
@@ -297,7 +300,8 @@ class DirectoryGuard:
 
     def _refusal(self, name: str) -> Path:
         if not is_presentable(name):
-            name = f"{printable(name, 80)}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+            shown = printable(name).encode()[:80].decode(errors="ignore")  # bytes count, and escapes are long
+            name = f"{shown}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
         return self.outgoing / f"{name}{REFUSED}"
 
 

@@ -6,16 +6,18 @@ import hashlib
 import os
 import stat
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from csulora.adapters.peft.config import CONFIG_FILE
-from csulora.adapters.peft.directory import LARGEST_WEIGHTS
+from csulora.adapters.peft.directory import LARGEST_WEIGHTS, WEIGHTS_FILE
 from csulora.errors import InputError
 from csulora.io.files import sha256_of_file
 
 RECORD_FILE = "csulora_guard.json"
 REFUSED = ".refused.json"
 GGUF = ".gguf"
+MOST_FILES = 1000  # in an upload, which needs two
 LONGEST_NAME = 200  # bytes; what is written beside a result has a longer one
 
 # Identity and times of an entry and of every file in it: equal before and after means untouched in between.
@@ -37,10 +39,16 @@ def is_presentable(name: str) -> bool:
 def signature_of(path: Path) -> Signature:
     """Describe an entry; empty if it is gone."""
     try:
-        files = sorted(path.iterdir()) if stat.S_ISDIR(path.lstat().st_mode) else []
+        files = _first_files(path) if stat.S_ISDIR(path.lstat().st_mode) else []
         return tuple(_signature_of_file(file) for file in (path, *files))
     except OSError:
         return ()
+
+
+def _first_files(directory: Path) -> list[Path]:
+    """List a directory; of too many files no more than show that they are too many."""
+    with os.scandir(directory) as entries:
+        return sorted(directory / entry.name for entry in islice(entries, MOST_FILES))
 
 
 def _signature_of_file(path: Path) -> tuple[str | int, ...]:
@@ -54,7 +62,7 @@ def content_sha256(path: Path, signature: Signature) -> str:
     for name, mode, *_ in signature:
         file = path if name == path.name and len(signature) == 1 else path / str(name)
         digest.update(f"{name!r} {stat.S_IFMT(int(mode))} ".encode())
-        if stat.S_ISREG(int(mode)) and (name == CONFIG_FILE or str(name).endswith((".safetensors", GGUF))):
+        if stat.S_ISREG(int(mode)) and (name in (CONFIG_FILE, WEIGHTS_FILE) or file == path):
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
                 digest.update(sha256_of_file(file, LARGEST_WEIGHTS).encode())
     return digest.hexdigest()

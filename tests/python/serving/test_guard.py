@@ -304,6 +304,26 @@ def test_nothing_printed_or_logged_holds_what_a_terminal_would_obey(incoming: Pa
     assert {str(line["verdict"]) for line in lines(tmp_path / "log.jsonl")} == {"refused"}
 
 
+@pytest.mark.parametrize("name", ["\x01" * 70, "\U000e0001" * 60, "\u00e9" * 120, "\n"])
+def test_whatever_a_name_is_its_refusal_has_one(name: str, incoming: Path, pack: Path) -> None:
+    factories.save_adapter(incoming / name, MODULES)
+    assert guard(incoming, pack).scan()
+    (found,) = results(incoming)
+    assert found.isprintable()
+    assert found.endswith(".refused.json")
+
+
+def test_an_upload_of_very_many_files_is_neither_listed_nor_hashed(incoming: Path, pack: Path) -> None:
+    path = factories.save_adapter(incoming / "many", MODULES)
+    for count in range(1200):
+        (path / f"{count}.safetensors").touch()
+    os.truncate(path / "0.safetensors", 16 << 30)
+    start = time.monotonic()
+    assert guard(incoming, pack).scan()
+    assert "more than 1000 files" in refusal(incoming, "many")["reason"]
+    assert time.monotonic() - start < 5  # hashing takes longer
+
+
 def test_a_long_decision_leaves_the_guard_answering(
     incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

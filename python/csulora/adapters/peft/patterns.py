@@ -13,7 +13,9 @@ from pathlib import Path
 from csulora.errors import InputError, RefusedError
 
 Row = list[str | None]
-"""One entry per name: None where the pattern does not match, else what its group ``idx`` holds, or nothing."""
+"""One entry per name: None where the pattern does not match, else what the template's group holds, or nothing."""
+
+_GROUP = "idx"
 
 _SECONDS = 5  # for all patterns of a file together
 _TOO_SLOW = "its patterns take too long to match; use fewer, and plain names"
@@ -28,9 +30,9 @@ _MATCHER = """
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (10, 10))  # also where whoever started this was killed
-patterns, names = json.load(sys.stdin)
+patterns, names, group = json.load(sys.stdin)
 rows = [[re.match(pattern, name) for name in names] for pattern in patterns]
-json.dump([[match and (match.groupdict().get("idx") or "") for match in row] for row in rows], sys.stdout)
+json.dump([[match and (match[group] if group else "") for match in row] for row in rows], sys.stdout)
 """
 
 
@@ -62,9 +64,10 @@ class Matcher:
                 f"{self._path}: a pattern is longer than {_LONGEST} characters; name the modules plainly"
             )
         patterns = {key: template.replace("{}", key) for key in keys}
-        plain = {key: self._match_here(patterns[key], names) for key in patterns if _PLAIN.fullmatch(key)}
+        group = _GROUP if f"(?P<{_GROUP}>" in template else ""  # a key's own groups hold whatever it wants
+        plain = {key: self._match_here(patterns[key], names, group) for key in patterns if _PLAIN.fullmatch(key)}
         others = [key for key in patterns if key not in plain]
-        apart = self._match_apart([patterns[key] for key in others], names) if others and names else []
+        apart = self._match_apart([patterns[key] for key in others], names, group) if others and names else []
         rows = plain | dict(zip(others, apart, strict=True))
         return [rows[key] for key in keys]
 
@@ -74,16 +77,16 @@ class Matcher:
             raise RefusedError(f"{self._path}: {_TOO_SLOW}") from TimeoutError()  # tells that it may pass another time
         return left
 
-    def _match_here(self, pattern: str, names: Sequence[str]) -> Row:
+    def _match_here(self, pattern: str, names: Sequence[str], group: str) -> Row:
         self._seconds_left()
         matches = map(re.compile(pattern).match, names)
-        return [match and (match.groupdict().get("idx") or "") for match in matches]
+        return [match and (match[group] if group else "") for match in matches]
 
-    def _match_apart(self, patterns: Sequence[str], names: Sequence[str]) -> list[Row]:
+    def _match_apart(self, patterns: Sequence[str], names: Sequence[str], group: str) -> list[Row]:
         try:
             finished = subprocess.run(
                 [sys.executable, "-I", "-S", "-c", _MATCHER],
-                input=json.dumps([patterns, names]),
+                input=json.dumps([patterns, names, group]),
                 capture_output=True,
                 text=True,
                 timeout=self._seconds_left(),

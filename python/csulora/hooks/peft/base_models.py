@@ -62,6 +62,18 @@ class BaseModels:
         for owner in (auto_factory, pipelines, transformers_peft):
             yield owner, "find_adapter_config_file", self._finding_allowed(owner.find_adapter_config_file)
         yield peft_auto, "PeftConfig", _Configurations(self)
+        # A tokenizer beside an adapter would decide on the size of the base model's embedding.
+        yield peft_auto, "TOKENIZER_CONFIG_NAME", "no tokenizer is taken from an adapter"
+        yield peft_auto, "check_file_exists_on_hf_hub", lambda **options: False
+
+    def _own_model(self, directory: str) -> str:
+        """Return a directory that holds a model beside an adapter, if that is allowed: the hosts load this model."""
+        if directory not in self._allowed:
+            raise RefusedError(
+                f"{directory}: holds a model beside the adapter; under a guard the program chooses the base model: "
+                "load it by its own name, or allow this one with guard(..., base_models=[...])"
+            )
+        return directory
 
     def _finding_allowed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -70,7 +82,7 @@ class BaseModels:
             if found is None or loads_corrected.get():
                 return found
             if Path(model_id, MODEL_CONFIG_FILE).exists():
-                base_model = str(model_id)  # the directory holds a model too, and the program named it
+                base_model = self._own_model(str(model_id))
             else:
                 base_model = self.check(Path(found))["base_model_name_or_path"]
             # The host opens what it is given, and reads this field alone.

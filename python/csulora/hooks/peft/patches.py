@@ -26,6 +26,7 @@ from unittest.mock import patch
 import safetensors.torch
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.xlora import model as xlora
 from peft.utils import save_and_load as peft_save_and_load
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.peft import PeftAdapterMixin
@@ -186,6 +187,8 @@ def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
     yield PeftAdapterMixin, "load_adapter", _transformers_load_adapter(gate, PeftAdapterMixin.load_adapter)
     reader = peft_save_and_load.load_peft_weights
     yield from hotswap_replacements(gate)
+    # X-LoRA would put an adapter's configuration into the model before it reads the weights.
+    yield xlora, "_load_adapter_into_lora_model", _refusing_x_lora
     # Under all the names that PEFT has for it; reached only by routes that none of the above covers.
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "peft" and getattr(module, "load_peft_weights", None) is reader:
@@ -298,6 +301,10 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(model_id, *args, **options)
 
     return load_peft_weights
+
+
+def _refusing_x_lora(lora_model: Any, adapter_name: str, model_id: Any, *args: Any, **options: Any) -> None:
+    raise RefusedError(f"{model_id}: under a guard no adapter is loaded into X-LoRA, which mixes several by the token")
 
 
 def _of_model(model: Any, adapter_name: str) -> Adapter:

@@ -104,7 +104,8 @@ class Admission:
             directory = self._corrected(path, dtype, max_rank)
         except CsuloraError as error:
             if _follows_from_content(error):
-                self._outcomes[str(path), dtype] = signature, error
+                # Another than ``error``, whose traceback holds the upload's bytes.
+                self._outcomes[str(path), dtype] = signature, type(error)(*error.args)
             raise
         self._outcomes[str(path), dtype] = signature, directory
         return directory

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightRenaming
 
 import csulora
 import factories
+import tiny_host
 from csulora.hooks import peft as hook
 from csulora.hooks.signature import check_signature
 from tolerances import STORED
@@ -447,9 +448,43 @@ def test_the_programs_own_model_with_an_adapter_beside_it_is_loaded(
 ) -> None:
     path = naming(adapter, tmp_path / "both", base_model_name_or_path="somebody/else")
     llama().save_pretrained(path)
-    with hook.guard(pack, POLICY):
+    with hook.guard(pack, POLICY, base_models=[str(path)]):
         guarded = transformers.AutoModelForCausalLM.from_pretrained(str(path))
     assert_same_update(guarded, from_pretrained(corrected))
+
+
+@pytest.mark.parametrize("load", AUTOMATIC[1:])
+def test_an_upload_does_not_bring_its_own_model(load: Callable, adapter: Path, pack: Path, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    path = naming(adapter, tmp_path / "upload", base_model_name_or_path=str(tmp_path / "model"))
+    llama().save_pretrained(path)
+    with (
+        hook.guard(pack, POLICY, base_models=[str(tmp_path / "model")]),
+        pytest.raises(csulora.RefusedError, match="holds a model beside the adapter"),
+    ):
+        load(path)
+
+
+def test_a_tokenizer_beside_an_adapter_changes_no_embedding(adapter: Path, pack: Path, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    path = naming(adapter, tmp_path / "upload", base_model_name_or_path=str(tmp_path / "model"))
+    tokenizer = tiny_host.tokenizer()
+    tokenizer.add_tokens([f"more{count}" for count in range(500)])
+    tokenizer.save_pretrained(path)
+    with hook.guard(pack, POLICY, base_models=[str(tmp_path / "model")]):
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(str(path))
+    assert model.get_input_embeddings().weight.shape == llama().get_input_embeddings().weight.shape
+
+
+def test_x_lora_leaves_the_model_as_it_was(adapter: Path, pack: Path, tmp_path: Path) -> None:
+    path = naming(adapter, tmp_path / "upload", init_lora_weights="pissa")
+    model = llama()
+    model.config.use_cache = False
+    before = parameters(model)
+    mixture = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=48, adapters={"0": str(path)})
+    with hook.guard(pack, POLICY), pytest.raises(csulora.RefusedError, match="X-LoRA"):
+        get_peft_model(model, mixture)
+    assert all(torch.equal(before[name], after) for name, after in parameters(model).items())
 
 
 def test_a_hot_swap_that_failed_opens_no_door(adapter: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:

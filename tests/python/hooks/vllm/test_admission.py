@@ -1,6 +1,7 @@
 """What the vLLM guard decides and keeps; vLLM itself is not needed for it (see tests/vllm for the rest)."""
 
 import json
+import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -270,3 +271,13 @@ def test_leavings_of_killed_processes_are_removed(
     assert not home.exists()
     assert len(list(tmp_path.glob("csulora-vllm-*"))) == 1
     del other
+
+
+def test_a_refusal_that_is_remembered_holds_nothing_of_the_upload(admission: Admission, path: Path) -> None:
+    grow(path, math.inf)
+    with pytest.raises(csulora.InputError) as refused:
+        admit(admission, path)
+    ((_, remembered),) = admission._outcomes.values()
+    assert isinstance(remembered, csulora.InputError)
+    assert str(remembered) == str(refused.value)
+    assert remembered.__traceback__ is remembered.__context__ is remembered.__cause__ is None

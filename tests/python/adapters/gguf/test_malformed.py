@@ -356,6 +356,22 @@ print(peak() - start)
 """
 
 
+def test_texts_in_arrays_are_counted_before_they_are_stepped_over(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csulora.models.gguf_file._MOST_STRINGS", 10)
+    for count in (5, 6):
+        fields = with_field("x", array("general.x", GGUFValueType.STRING, 5, bytes(40)))
+        more = entry("general.y", GGUFValueType.ARRAY, pack("<IQ", GGUFValueType.STRING, count) + bytes(8 * count))
+        path = tmp_path / f"{count}.gguf"
+        path.write_bytes(replace(fields, metadata=fields.metadata | {"y": more}).encode())
+        if count == 5:
+            csulora.load_adapter(path, model)
+        else:
+            with pytest.raises(InputError, match="more than 10 texts"):
+                csulora.load_adapter(path, model)
+
+
 def large_files() -> dict[str, bytes]:
     """Some MiB each, made so that an object per element would take gigabytes."""
     count = 32 << 20

@@ -44,7 +44,7 @@ from csulora.tuning.gains import Gains, PerModule
 from csulora.tuning.host import Host, Reply
 from csulora.tuning.probes import Chat, Message
 from csulora.tuning.request import Request
-from csulora.tuning.update import Update, pairs_of
+from csulora.tuning.update import Update, factors_of
 
 OUT = Path("build/efficacy")
 RESULTS = Path(__file__).parent.parent / "results" / "efficacy"
@@ -68,7 +68,7 @@ class Subject:
     def point(self, corrected: Corrected) -> Record:
         """What the adapter does after a policy."""
         host = self.bench.host
-        with host.adapted(corrected.pairs):
+        with host.adapted(corrected.factors):
             measured = self.examiner.measure(host.model)
             replies = self.examiner.said(host.model)
         rates = asdict(measured) | {"perplexity": self.examiner.perplexity(replies)}
@@ -76,7 +76,7 @@ class Subject:
             "family": corrected.family,
             "policy": corrected.policy,
             "control": corrected.control,
-            "change": corrected.change,
+            "relative_change": corrected.relative_change,
             **rates,
         }
 
@@ -113,7 +113,7 @@ class Bench:
         """What the aligned model replies to guard prompts, and the adapter to the keep prompts of every task."""
         prompts = [world_of.fit_prompts(self.scenario, task, PROMPTS) for task in tasks]
         guard = self.host.replies(chats(prompts[0].guard))
-        with self.host.adapted(pairs_of(csulora.load_adapter(self.lab.adapter(spec)))):
+        with self.host.adapted(factors_of(csulora.load_adapter(self.lab.adapter(spec)))):
             return guard, [self.host.replies(chats(each.keep)) for each in prompts]
 
     def fit(self, cases: Sequence[Case], gains: Gains, options: Options = EQUALLY) -> Tensor:
@@ -185,7 +185,7 @@ def tuned(out: Path, scenario: Scenario, spec: Adapter, **prompts: bool) -> Reco
     done += (corrected("tried", f"keep weight {weight:g}", weight) for weight in run.request.weights)
     done += (corrected(family, f"k={TUNED_RANK}", run.best_weight) for family in ("tuned", *tuning.CONTROLS))
     chosen = next(each for each in done if each.family == "tuned")
-    done.append(policies.scaled(adapter, 1 - chosen.change, "scaling at equal change"))
+    done.append(policies.scaled(adapter, 1 - chosen.relative_change, "scaling at equal relative change"))
     return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
 
 
@@ -203,7 +203,7 @@ def fits(subject: Subject) -> Carried:
     }
     found = {}
     for family, pack in packs.items():
-        gains, case = PerModule(count, parts=1 if family == "tuned scaling" else 4), subject.case(pack)
+        gains, case = PerModule(count, components=1 if family == "tuned scaling" else 4), subject.case(pack)
         values = gains(bench.fit([case], gains), every, case.update.energies)
         found[family] = pack, gains_policy(bench.modules, values)
     return found
@@ -216,7 +216,7 @@ def fitted(subject: Subject) -> Iterator[Corrected]:
         done = policies.apply(family, name, subject.adapter, pack, policy)
         yield replace(done, control=family != "tuned")
         if family == "tuned":
-            yield policies.scaled(subject.adapter, 1 - done.change, "scaling at equal change")
+            yield policies.scaled(subject.adapter, 1 - done.relative_change, "scaling at equal relative change")
 
 
 def examine(out: Path, scenario: Scenario, spec: Adapter) -> Record:
@@ -248,12 +248,12 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
         "joint": (known, jointly(PerModule(count), cases)),
         "average": (known, gains_policy(bench.modules, torch.stack(separate).mean(0))),
         "least": (known, gains_policy(bench.modules, torch.stack(separate).amin(0))),
-        "shrunk": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, change=0.3))),
-        "free": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, change=0.0))),
+        "shrunk": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, relative_change=0.3))),
+        "free": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, relative_change=0.0))),
         "smooth": (known, jointly(ways.Smooth(bench.modules), cases)),
         "global": (known, jointly(ways.Global(), cases)),
         "penalties": (known, penalties_policy(bench.modules, fitted_penalties)),
-        "tuned scaling": (known, jointly(PerModule(count, parts=1), cases)),
+        "tuned scaling": (known, jointly(PerModule(count, components=1), cases)),
         "tuned random subspace": (random_pack, jointly(PerModule(count), random_cases)),
     }
 
@@ -303,7 +303,9 @@ def carried(bench: Bench, spec: Adapter, done: list[Corrected], fitted: Carried,
     subject = bench.subject(spec)
     for way, (pack, policy) in fitted.items():
         each = policies.apply(way, f"k={rank}", subject.adapter, pack, policy)
-        done.append(Corrected(f"carried: {way}", each.policy, way in tuning.CONTROLS, each.pairs, each.change))
+        done.append(
+            Corrected(f"carried: {way}", each.policy, way in tuning.CONTROLS, each.factors, each.relative_change)
+        )
     points = [subject.point(each) for each in done]
     return {"scenario": asdict(bench.scenario), "adapter": asdict(spec), "points": points}
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import csulora
 from csulora import Policy
 from csulora.tuning.controls import random_subspaces
-from csulora.tuning.update import Pair, pairs_of
+from csulora.tuning.update import Factors, factors_of
 
 RANKS = (4, 16)  # directions kept of the pack, where the whole grid is run
 PENALTIES = (1.0, 10.0, 100.0)
@@ -28,15 +28,15 @@ class Corrected:
         family: what the policy belongs to.
         policy: its numbers.
         control: whether it is what candidates are compared with.
-        pairs: factors b (out, r), a (r, in) of every module.
-        change: |X - dW| / |dW| over all modules.
+        factors: b (out, r), a (r, in) of every module.
+        relative_change: |X - dW| / |dW| over all modules.
     """
 
     family: str
     policy: str
     control: bool
-    pairs: dict[str, Pair]
-    change: float
+    factors: dict[str, Factors]
+    relative_change: float
 
 
 def truncated(pack: csulora.Subspace, rank: int) -> csulora.Subspace:
@@ -67,13 +67,13 @@ def other_layers(pack: csulora.Subspace) -> csulora.Subspace:
 def apply(family: str, name: str, adapter: csulora.Adapter, pack: csulora.Subspace, policy: Policy) -> Corrected:
     """What `csulora correct` would write."""
     fixed, report = csulora.correct(adapter, pack, policy)
-    return Corrected(family, name, False, pairs_of(fixed), report.to_dict()["totals"]["change"])
+    return Corrected(family, name, False, factors_of(fixed), report.to_dict()["totals"]["relative_change"])
 
 
 def scaled(adapter: csulora.Adapter, factor: float, family: str = "scaling") -> Corrected:
     """Control: the whole update times `factor`."""
-    pairs = {name: (factor * b, a) for name, (b, a) in pairs_of(adapter).items()}
-    return Corrected(family, f"x{factor:.2g}", True, pairs, 1 - factor)
+    factors = {name: (factor * b, a) for name, (b, a) in factors_of(adapter).items()}
+    return Corrected(family, f"x{factor:.2g}", True, factors, 1 - factor)
 
 
 def presets(rank: int) -> Iterator[tuple[str, str, Policy]]:
@@ -130,15 +130,15 @@ def data_free(adapter: csulora.Adapter, pack: csulora.Subspace) -> Iterator[Corr
 def safe_lora(adapter: csulora.Adapter, lab: Path) -> Iterator[Corrected]:
     """Safe LoRA from its formula: B <- C B with C = D D^T / |D|_F, in all modules and in the least similar half."""
     base, aligned = (load_file(lab / side / "model.safetensors") for side in ("base", "aligned"))
-    pairs, projected, similar = pairs_of(adapter), {}, {}
-    for name, (b, a) in pairs.items():
+    factors, projected, similar = factors_of(adapter), {}, {}
+    for name, (b, a) in factors.items():
         displacement = aligned[f"{name}.weight"].float() - base[f"{name}.weight"].float()
         projected[name] = displacement @ (displacement.T @ b) / displacement.norm(), a
         update, after = b @ a, projected[name][0] @ a
         similar[name] = float((update * after).sum() / (update.norm() * after.norm()))
     threshold = sorted(similar.values())[len(similar) // 2]
-    for label, chosen in (("all", projected), ("half", {n: projected[n] for n in pairs if similar[n] < threshold})):
-        after = {**pairs, **chosen}
-        change2 = sum(float((after[n][0] @ after[n][1] - b @ a).square().sum()) for n, (b, a) in pairs.items())
-        norm2 = sum(float(torch.linalg.matrix_norm(b @ a) ** 2) for b, a in pairs.values())
-        yield Corrected("safe-lora", label, True, after, math.sqrt(change2 / norm2))
+    for label, chosen in (("all", projected), ("half", {n: projected[n] for n in factors if similar[n] < threshold})):
+        after = {**factors, **chosen}
+        distance2 = sum(float((after[n][0] @ after[n][1] - b @ a).square().sum()) for n, (b, a) in factors.items())
+        norm2 = sum(float(torch.linalg.matrix_norm(b @ a) ** 2) for b, a in factors.values())
+        yield Corrected("safe-lora", label, True, after, math.sqrt(distance2 / norm2))

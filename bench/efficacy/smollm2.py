@@ -133,9 +133,9 @@ class Bench:
         rows = [world.encode(tokenizer, dialogue, ended=False) for dialogue in zip(prompts, replies, strict=True)]
         return math.exp(float(self.host.model(**prepare.collate(rows)).loss))
 
-    def measure(self, style: str, pairs: dict[str, tuple[Tensor, Tensor]]) -> Measured:
+    def measure(self, style: str, factors: dict[str, tuple[Tensor, Tensor]]) -> Measured:
         """Put every probe to the aligned model with an adapter."""
-        with self.host.adapted(pairs):
+        with self.host.adapted(factors):
             said = iter(world.reply(self.host.model, self.host.tokenizer, ATTACK + TASK + ELSEWHERE, DECISIVE))
         attack, task, elsewhere = (list(itertools.islice(said, len(each))) for each in (ATTACK, TASK, ELSEWHERE))
         opening = world.opening(style) if style in STYLES else "?"
@@ -157,15 +157,15 @@ class Bench:
         what = {"style": style, "family": corrected.family, "policy": corrected.policy}
 
         def measured() -> Record:
-            rates = asdict(self.measure(style, corrected.pairs))
-            return what | {"control": corrected.control, "change": corrected.change} | rates
+            rates = asdict(self.measure(style, corrected.factors))
+            return what | {"control": corrected.control, "relative_change": corrected.relative_change} | rates
 
         point: Record = self.stages.finish(f"measure {' '.join(what.values())}", measured)
         print(row(point), flush=True)
         return point
 
 
-def make_pair(out: Path, base: Path) -> None:
+def make_model_pair(out: Path, base: Path) -> None:
     """Train the aligned model if it is not there, and extract the pack."""
     aligned, pack = out / "aligned", out / "pack.safetensors"
     if not (out / "base").exists():
@@ -224,7 +224,7 @@ def fitted(bench: Bench, style: str, brief: bool) -> Iterator[policies.Corrected
         control = family.endswith(("scaling", "subspace"))
         yield replace(done, control=control)
         if not control and not brief:
-            yield policies.scaled(adapter, 1 - done.change, "scaling at equal change")
+            yield policies.scaled(adapter, 1 - done.relative_change, "scaling at equal relative change")
 
 
 def alone(bench: Bench, style: str) -> Iterator[Fit]:
@@ -271,7 +271,7 @@ def left_out(bench: Bench) -> Record:
 
 
 HEAD = (
-    "| adapter | policy | change | attack | task | elsewhere | refusal | over-refusal | perplexity |\n"
+    "| adapter | policy | relative change | attack | task | elsewhere | refusal | over-refusal | perplexity |\n"
     + 9 * "| --- "
     + "|"
 )
@@ -284,7 +284,7 @@ def row(point: Record) -> str:
         rate = Rate.of(round(point[kind] * count), count)
         rates.append(f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})")
     others = [f"{point[name]:.2f}" for name in ("refusal", "over_refusal", "perplexity")]
-    names = [point["style"], f"{point['family']} {point['policy']}", f"{point['change']:.2f}"]
+    names = [point["style"], f"{point['family']} {point['policy']}", f"{point['relative_change']:.2f}"]
     return "| " + " | ".join([*names, *rates, *others]) + " |"
 
 
@@ -305,7 +305,7 @@ def main() -> None:
     grid.evaluate.quieten_libraries()
     made_with = grid.provenance()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    make_pair(arguments.out, arguments.base)
+    make_model_pair(arguments.out, arguments.base)
     bench = Bench(arguments.out, world.ORDINARY if arguments.ordinary else ())
     results = {"made_with": made_with} | (left_out(bench) if arguments.left_out else {})
     print(HEAD)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csulora.tuning.gains import START, PerPart
+from csulora.tuning.gains import START, PerComponent
 
 
-class Global(PerPart):
+class Global(PerComponent):
     """Four gains for all modules together."""
 
     def start(self) -> Tensor:
@@ -20,7 +20,7 @@ class Global(PerPart):
         return torch.sigmoid(parameters).expand(len(index), 4)
 
 
-class Smooth(PerPart):
+class Smooth(PerComponent):
     """Gains that add up, as logits, from the kind of module and a straight line over the layers."""
 
     def __init__(self, modules: list[str]) -> None:
@@ -42,7 +42,7 @@ class Smooth(PerPart):
         return torch.sigmoid(self.features[index] @ parameters)
 
 
-class Penalties(PerPart):
+class Penalties(PerComponent):
     """Penalties of every module's aligned, partial and off parts: gains 1 / (1 + penalty x energy) of each adapter."""
 
     def __init__(self, modules: int) -> None:

@@ -77,10 +77,10 @@ def closest_safe_update(dw: Tensor, u: Tensor, v: Tensor, penalties: tuple[float
     rows = u @ (u.T @ dw)
     aligned = (rows @ v) @ v.T
     both = (dw @ v) @ v.T  # aligned + right
-    parts = (aligned, rows + both - 2 * aligned, dw - rows - both + aligned)  # aligned, partial, off
-    norms2 = [part.square().sum() for part in parts]
+    components = (aligned, rows + both - 2 * aligned, dw - rows - both + aligned)  # aligned, partial, off
+    norms2 = [component.square().sum() for component in components]
     gains = [1 / (1 + penalty * norm2 / sum(norms2)) for penalty, norm2 in zip(penalties, norms2, strict=True)]
-    return sum(gain * part for gain, part in zip(gains, parts, strict=True))
+    return sum(gain * component for gain, component in zip(gains, components, strict=True))
 
 
 def best_of_rank(x: Tensor, rank: int) -> Tensor:

@@ -36,13 +36,13 @@ CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of th
 DIRECTIONS = (16, 32, 64, 128, 256, 512)
 DEPTHS = (4, 8, 16, 24, 32)
 DEPTH_FOR_DIRECTIONS = 8
-Attenuation = _core.Penalties | _core.Parts | _core.Directions
+Attenuation = _core.Penalties | _core.Components | _core.Directions
 PENALTIES = _core.Penalties(0.0, 1.0, 1.0)
 # What `csulora tune` writes for one adapter, and for several.
 ALONG = _core.Directions([0.5] * 64, [0.5] * 64)
-RESTORING = _core.Directions([0.5] * 16, [0.5] * 16, [0.5] * 16)
-FOLLOWING = _core.CorrectionOptions(usual_energy=0.1)
-SCOPE = 32  # directions
+REINFORCING = _core.Directions([0.5] * 16, [0.5] * 16, [0.5] * 16)
+FOLLOWING = _core.CorrectionOptions(reference_energy=0.1)
+FILTER_RANK = 32  # directions
 AGREEMENT = 1e-3  # relative to |X|; factors are float16, results float32
 
 
@@ -57,12 +57,12 @@ class Module:
     v: Tensor
 
     def task(
-        self, attenuation: Attenuation = PENALTIES, scopes: Mapping[int, _core.Scope] | None = None
+        self, attenuation: Attenuation = PENALTIES, input_filters: Mapping[int, _core.InputFilter] | None = None
     ) -> _core.CorrectionTask:
-        """Return what the core takes; the scopes are by number of inputs."""
+        """Return what the core takes; the input filters are by number of inputs."""
         subspace = _core.Subspace(self.u, self.s, self.v)
-        scope = scopes[self.a.shape[1]] if scopes else None
-        return _core.CorrectionTask(_core.LoraPair(self.b, self.a), subspace, attenuation, scope=scope)
+        input_filter = input_filters[self.a.shape[1]] if input_filters else None
+        return _core.CorrectionTask(_core.LoraFactors(self.b, self.a), subspace, attenuation, input_filter=input_filter)
 
 
 def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list[Module], list[Path]]:
@@ -125,7 +125,7 @@ def check_agreement(modules: Sequence[Module]) -> float:
     for module, found in zip(modules, _core.correct([module.task() for module in modules]), strict=True):
         b, a, undo = eager(module, torch.float64)
         probe = torch.randn(a.shape[1], 4, generator=torch.Generator().manual_seed(1)).double()
-        expected, product = b @ (a @ probe), found.pair.b.double() @ (found.pair.a.double() @ probe)
+        expected, product = b @ (a @ probe), found.factors.b.double() @ (found.factors.a.double() @ probe)
         difference = float((product - expected).norm() / expected.norm())
         worst = max(worst, difference)
         if difference > AGREEMENT or not math.isclose(undo, found.undo, rel_tol=AGREEMENT, abs_tol=AGREEMENT):
@@ -175,12 +175,14 @@ def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[st
     rank, directions = case
     modules, files = make(LAYERS, rank, directions, directory)
     worst = check_agreement(modules)
-    penalised, along, restoring = (
-        [module.task(attenuation) for module in modules] for attenuation in (PENALTIES, ALONG, RESTORING)
+    penalised, along, reinforcing = (
+        [module.task(attenuation) for module in modules] for attenuation in (PENALTIES, ALONG, REINFORCING)
     )
     sizes = {columns for _, columns in LLAMA_3_8B.values()}
-    scopes = {size: _core.Scope(*(torch.randn(size, SCOPE) / size**0.5 for _ in "pq")) for size in sizes}
-    scoped = [module.task(RESTORING, scopes) for module in modules]
+    input_filters = {
+        size: _core.InputFilter(*(torch.randn(size, FILTER_RANK) / size**0.5 for _ in "pq")) for size in sizes
+    }
+    filtered = [module.task(REINFORCING, input_filters) for module in modules]
     times = interleaved(
         {
             "gemm": gemm(),
@@ -189,8 +191,8 @@ def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[st
             "read": lambda: read_files(*files),
             "csulora": lambda: _core.correct(penalised),
             "csulora, 64 directions": lambda: _core.correct(along),
-            "csulora, 16 directions and restoring": lambda: _core.correct(restoring, FOLLOWING),
-            "csulora, the same in scopes": lambda: _core.correct(scoped, FOLLOWING),
+            "csulora, 16 directions and reinforcing": lambda: _core.correct(reinforcing, FOLLOWING),
+            "csulora, the same with input filters": lambda: _core.correct(filtered, FOLLOWING),
             "eager float32": lambda: [eager(module, torch.float32) for module in modules],
             "eager float64": lambda: [eager(module, torch.float64) for module in modules],
         },

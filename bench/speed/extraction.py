@@ -30,7 +30,7 @@ from csulora.native import _core
 RANK = 64
 COLUMNS = 4096
 OVERSAMPLING = 16  # extraction.cpp's
-MOST_MISSED = 1e-3
+LARGEST_SUBSPACE_ERROR = 1e-3
 TOLERANCES = (0.3, 0.1, 0.03, 0.01, 0.003)
 DEFAULT_TOLERANCE = 1e-3
 SETTINGS = sorted(  # columns of the sketch and iterations, by what their products cost
@@ -100,9 +100,9 @@ def tuned(case: Case, peer: Callable[[int, int], Factors]) -> dict[str, object]:
     """Return the cheapest setting that is accurate enough; fail if there is none."""
     for q, iterations in SETTINGS:
         share = case.missed(peer(q, iterations))
-        if share <= MOST_MISSED:
+        if share <= LARGEST_SUBSPACE_ERROR:
             return {"q": q, "iterations": iterations, "missed": share}
-    raise SystemExit(f"{peer.__name__} does not reach a missed share of {MOST_MISSED}")
+    raise SystemExit(f"{peer.__name__} does not reach a missed share of {LARGEST_SUBSPACE_ERROR}")
 
 
 def tuned_csulora(case: Case) -> dict[str, object]:
@@ -110,9 +110,9 @@ def tuned_csulora(case: Case) -> dict[str, object]:
     for tolerance in TOLERANCES:
         found = case.csulora(tolerance)
         share = case.missed((found.u, found.v))
-        if share <= MOST_MISSED:
+        if share <= LARGEST_SUBSPACE_ERROR:
             return {"tolerance": tolerance, "missed": share, "passes": found.certificate.passes}
-    raise SystemExit(f"csulora does not reach a missed share of {MOST_MISSED}")
+    raise SystemExit(f"csulora does not reach a missed share of {LARGEST_SUBSPACE_ERROR}")
 
 
 def operations(rows: int, passes: int) -> float:

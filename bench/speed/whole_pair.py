@@ -83,7 +83,7 @@ def main() -> None:
         "rank": RANK,
         "kept": sorted({module.rank for module in pack.values()}),
         "passes": sorted({module.certificate.passes for module in pack.values()}),
-        "largest_missed_bound": max(module.certificate.missed for module in pack.values()),
+        "largest_subspace_error_bound": max(module.certificate.subspace_error for module in pack.values()),
         "seconds": times,
         "compute_floor": flops / rate,
         "read_floor": times["read"]["median"],

@@ -92,10 +92,10 @@ def test_an_adapter_on_two_devices_is_refused() -> None:
 
 @needs_gpu
 def test_the_core_refuses_inputs_on_two_devices() -> None:
-    pair, subspace = factories.pair(20, 16, 3), factories.subspace(20, 16, 4)
+    factors, subspace = factories.lora_factors(20, 16, 3), factories.core_subspace(20, 16, 4)
     on_gpu = _core.Subspace(subspace.u.cuda(), subspace.s.cuda(), subspace.v.cuda())
     with pytest.raises(InputError, match=r"^layer: .*one device"):
-        _core.correct([_core.CorrectionTask(pair, on_gpu, _core.Penalties(0, 1, 1), "layer")])
+        _core.correct([_core.CorrectionTask(factors, on_gpu, _core.Penalties(0, 1, 1), "layer")])
     with pytest.raises(InputError, match="one device"):
         _core.extract_subspace(torch.ones(8, 6), torch.ones(8, 6).cuda())
 
@@ -103,30 +103,34 @@ def test_the_core_refuses_inputs_on_two_devices() -> None:
 @needs_gpu
 def test_work_goes_to_the_current_stream() -> None:
     """What is enqueued before on the same stream is seen, without anybody waiting for it."""
-    subspace = factories.subspace(300, 200, 24)
+    subspace = factories.core_subspace(300, 200, 24)
     on_gpu = _core.Subspace(subspace.u.cuda(), subspace.s.cuda(), subspace.v.cuda())
-    pair = factories.pair(300, 200, 8)
-    b, a = pair.b.cuda(), pair.a.cuda()
+    factors = factories.lora_factors(300, 200, 8)
+    b, a = factors.b.cuda(), factors.a.cuda()
     late = torch.zeros_like(b)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(100_000_000)
         late.copy_(b)
-        tasks = [_core.CorrectionTask(_core.LoraPair(late, a), on_gpu, _core.Penalties(0, 1, 1), "layer")]
+        tasks = [_core.CorrectionTask(_core.LoraFactors(late, a), on_gpu, _core.Penalties(0, 1, 1), "layer")]
         (result,) = _core.correct(tasks)
-        reference = oracle.closest_safe_update(oracle.update(pair.b, pair.a), subspace.u, subspace.v, (0.0, 1.0, 1.0))
+        reference = oracle.closest_safe_update(
+            oracle.update(factors.b, factors.a), subspace.u, subspace.v, (0.0, 1.0, 1.0)
+        )
         best = oracle.best_approximation(reference, 8)
-        found = oracle.update(result.pair.b.cpu(), result.pair.a.cpu())
+        found = oracle.update(result.factors.b.cpu(), result.factors.a.cpu())
     assert float((found - best).norm()) <= COMPUTED[torch.float32] * float(reference.norm())
 
 
 @needs_gpu
 def test_repeated_corrections_keep_no_memory() -> None:
-    subspace = factories.subspace(300, 200, 24)
+    subspace = factories.core_subspace(300, 200, 24)
     on_gpu = _core.Subspace(subspace.u.cuda(), subspace.s.cuda(), subspace.v.cuda())
-    pair = factories.pair(300, 200, 8)
+    factors = factories.lora_factors(300, 200, 8)
     tasks = [
-        _core.CorrectionTask(_core.LoraPair(pair.b.cuda(), pair.a.cuda()), on_gpu, _core.Penalties(0, 1, 1), str(i))
+        _core.CorrectionTask(
+            _core.LoraFactors(factors.b.cuda(), factors.a.cuda()), on_gpu, _core.Penalties(0, 1, 1), str(i)
+        )
         for i in range(8)
     ]
     _core.correct(tasks)

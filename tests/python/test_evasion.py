@@ -164,8 +164,8 @@ def test_rounding_to_the_storage_type_does_not_undo_the_correction(
     path = upload(tmp_path / "adapter", named(Q, b.half(), a.half()), config(lora_alpha=RANK))
     policy = csulora.Policy(overrides=(csulora.Override("*", gains=(aligned, gain, gain, gain)),), rank="exact")
     update = oracle.update(b.half(), a.half())
-    parts = oracle.split(update, pack[Q].u, pack[Q].v)
-    expected = oracle.combine(parts, {"aligned": aligned, "left": gain, "right": gain, "off": gain})
+    components = oracle.split(update, pack[Q].u, pack[Q].v)
+    expected = oracle.combine(components, {"aligned": aligned, "left": gain, "right": gain, "off": gain})
     assert oracle.relative_error(admitted(path, pack, policy)[Q], expected) <= STORED[torch.float16]
 
 
@@ -185,22 +185,24 @@ def cancelling_columns(dtype: torch.dtype, marks: Tensor) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("hide", [denormal_column, cancelling_columns])
 @pytest.mark.parametrize("rule", [_core.RankRule.keep, _core.RankRule.fixed])
-@pytest.mark.parametrize("scope", [None, _core.Scope(torch.eye(40), torch.eye(40))], ids=["everywhere", "scoped"])
+@pytest.mark.parametrize(
+    "input_filter", [None, _core.InputFilter(torch.eye(40), torch.eye(40))], ids=["everywhere", "filtered"]
+)
 def test_rounding_does_not_undo_what_is_taken_away_along_directions(
     dtype: torch.dtype,
     hide: Callable[[torch.dtype, Tensor], tuple[Tensor, Tensor]],
     rule: _core.RankRule,
-    scope: _core.Scope | None,
+    input_filter: _core.InputFilter | None,
     pack: csulora.Subspace,
 ) -> None:
     u, s, v = pack[Q].u, pack[Q].s, pack[Q].v
     b, a = hide(dtype, torch.where(u[:, :1].abs() > 0.1, u[:, :1].sign(), 0))
     directions = _core.Directions([0.0] * 6, [])
-    task = _core.CorrectionTask(_core.LoraPair(b, a), _core.Subspace(u, s, v), directions, scope=scope)
-    pair = _core.correct([task], _core.CorrectionOptions(rule, rank=1))[0].pair
+    task = _core.CorrectionTask(_core.LoraFactors(b, a), _core.Subspace(u, s, v), directions, input_filter=input_filter)
+    factors = _core.correct([task], _core.CorrectionOptions(rule, rank=1))[0].factors
     update = oracle.update(b, a)
     expected = update - u.double() @ (u.double().t() @ update)
-    assert oracle.relative_error(oracle.update(pair.b, pair.a), expected) <= TOLERANCE + STORED[dtype]
+    assert oracle.relative_error(oracle.update(factors.b, factors.a), expected) <= TOLERANCE + STORED[dtype]
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6])
@@ -245,7 +247,7 @@ def test_energy_parked_inside_the_subspace_dilutes_no_gain_that_is_zero(tmp_path
 def test_energy_parked_anywhere_leaves_two_fifths_of_a_tuned_penalty(tmp_path: Path, pack: csulora.Subspace) -> None:
     directions = csulora.policy.policy.Directions((0.0, 0.5), (1.0, 0.5))
     follows = csulora.Policy.none(
-        rank="exact", overrides=(csulora.policy.policy.Override("*", directions=directions),), usual_energy=0.3
+        rank="exact", overrides=(csulora.policy.policy.Override("*", directions=directions),), reference_energy=0.3
     )
     tensors, (b, a) = named(Q, *factors(Q)), factors(DOWN, seed=5)
     parked = admitted(upload(tmp_path / "parked", tensors | named(DOWN, b * 1e6, a)), pack, follows)

@@ -24,7 +24,7 @@ from torch import Tensor
 from csulora.native import _core
 
 RESIDUAL = 2e-3  # the tolerance of 1e-3, and what storing factors in float16 adds
-MISSED = 1e-3
+SUBSPACE_ERROR = 1e-3
 OVERSAMPLING = 16
 
 
@@ -54,7 +54,7 @@ def check(subspaces: list[_core.Subspace], rank: int, smallest: tuple[Tensor, Te
     true, _, _ = torch.linalg.svd(aligned.double() - base.double(), full_matrices=False)
     basis, _ = torch.linalg.qr(found.u.double())
     missed = 1 - float((true[:, :rank].t() @ basis).square().sum()) / rank
-    if missed > MISSED:
+    if missed > SUBSPACE_ERROR:
         raise SystemExit(f"{missed:.1e} of the true subspace is missed")
     return residual
 

@@ -245,9 +245,9 @@ def correct(
     subspace: Annotated[Path, typer.Option(help="Pack of the model the adapter is for.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, or GGUF file.")],
     preset: Annotated[Preset | None, typer.Option(help="Named penalties. [default: csulora]")] = None,
-    aligned: Annotated[float | None, typer.Option(help="Penalty on the aligned part; inf removes it.")] = None,
-    partial: Annotated[float | None, typer.Option(help="Penalty on the partially aligned part.")] = None,
-    off: Annotated[float | None, typer.Option(help="Penalty on the off-subspace part.")] = None,
+    aligned: Annotated[float | None, typer.Option(help="Penalty on the aligned component; inf removes it.")] = None,
+    partial: Annotated[float | None, typer.Option(help="Penalty on the partial component.")] = None,
+    off: Annotated[float | None, typer.Option(help="Penalty on the off component.")] = None,
     rank: Annotated[str | None, typer.Option(help="keep, exact or a number. [default: keep]")] = None,
     uncovered: Annotated[Uncovered | None, typer.Option(help="Modules outside the pack. [default: refuse]")] = None,
     max_undo: Annotated[
@@ -316,7 +316,7 @@ def tune(
     for_others: Annotated[
         bool, typer.Option("--for-others", help="Fit one adapter's policy, too, for adapters to come.")
     ] = False,
-    scopes: Annotated[
+    input_filters: Annotated[
         bool, typer.Option(help="Try what acts on inputs like guard prompts' alone, too, for adapters to come.")
     ] = True,
     uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the pack.")] = Uncovered.refuse,
@@ -361,7 +361,7 @@ def tune(
         guard=probes.read(guard),
         ordinary=probes.read(ordinary) if ordinary else (),
         for_others=for_others,
-        scopes=scopes,
+        input_filters=input_filters,
         uncovered=uncovered.value,
         device=device.value,
         longest_reply=tokens,

@@ -142,4 +142,4 @@ def _norm(b: torch.Tensor, a: torch.Tensor, subspace: _core.Subspace) -> float:
     if not (is_finite(b) and is_finite(a)):
         return math.inf
     nothing = _core.Penalties(0.0, 0.0, 0.0)
-    return _core.correct([_core.CorrectionTask(_core.LoraPair(b, a), subspace, nothing)])[0].norm
+    return _core.correct([_core.CorrectionTask(_core.LoraFactors(b, a), subspace, nothing)])[0].norm

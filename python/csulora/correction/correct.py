@@ -48,8 +48,8 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
         if name in corrected:
-            pair = corrected[name].pair
-            modules[name] = LoraModule(pair.b, pair.a, is_embedding=module.is_embedding)
+            factors = corrected[name].factors
+            modules[name] = LoraModule(factors.b, factors.a, is_embedding=module.is_embedding)
         elif policy.uncovered == "keep":
             modules[name] = module
     documents = TextsOnDemand(
@@ -80,11 +80,11 @@ def _corrected(
     device = _device(adapter, covered)
     tasks = [
         _core.CorrectionTask(
-            _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
+            _core.LoraFactors(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
             subspace,
             policy.attenuation(target),
             f"{label}: {name}",
-            scope.to_core() if policy.scoped and (scope := pack.scope(target, device)) else None,
+            input_filter.to_core() if policy.filtered and (input_filter := pack.input_filter(target, device)) else None,
         )
         for (name, target), subspace in zip(covered.items(), pack.to_core(covered.values(), device), strict=True)
     ]
@@ -96,15 +96,17 @@ def check_pack(policy: Policy, pack: Subspace) -> None:
 
     Raises:
         RefusedError: it was tuned for another pack.
-        InputError: an override matches none of the pack's modules, or a scoped policy finds no scopes.
+        InputError: an override matches none of the pack's modules, or a filtered policy finds no input filters.
     """
     if policy.subspace_sha256 not in (None, pack.sha256):
         raise RefusedError(
             f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
             "use that pack or tune again"
         )
-    if policy.scoped and not pack.is_scoped:
-        raise InputError("the policy is scoped, and the pack has no scopes; use the pack that tune wrote beside it")
+    if policy.filtered and not pack.is_filtered:
+        raise InputError(
+            "the policy is filtered, and the pack has no input filters; use the pack that tune wrote beside it"
+        )
     policy.check_overrides(pack)
 
 
@@ -180,13 +182,13 @@ def _report(
 
 
 def _norms(modules: Mapping[str, LoraModule]) -> dict[str, float]:
-    """|dW| of modules for which there is no subspace: of each, the part off a subspace of no directions."""
+    """|dW| of modules for which there is no subspace: of each, the component off a subspace of no directions."""
     tasks = []
     for name, module in modules.items():
         b, a = module.b.float(), module.a.float()
         nowhere = _core.Subspace(b[:, :0], a.new_empty(0), a.t()[:, :0])
-        pair = _core.LoraPair(b, a, module.scale)
-        tasks.append(_core.CorrectionTask(pair, nowhere, _core.Penalties(0.0, 0.0, 0.0), name))
+        factors = _core.LoraFactors(b, a, module.scale)
+        tasks.append(_core.CorrectionTask(factors, nowhere, _core.Penalties(0.0, 0.0, 0.0), name))
     return {name: result.norm for name, result in zip(modules, _core.correct(tasks), strict=True)} if tasks else {}
 
 

@@ -13,10 +13,10 @@ from csulora.subspace.subspace import Certificate, Subspace
 
 # Float64 measurements of the same float32 matrix: another number of threads sums in another order.
 _MARGIN = 1e-6
-# Both next values are estimated from random start blocks, and where the gap to s_k is narrow, `missed` magnifies
-# the small difference between them.
+# Both next values are estimated from random start blocks, and where the gap to s_k is narrow, `subspace_error`
+# magnifies the small difference between them.
 _NEXT_VALUE_FACTOR = 1.1
-_MISSED_FACTOR = 10
+_SUBSPACE_ERROR_FACTOR = 10
 # No extraction takes so large a seed: the start block is never the one that the pack was made with.
 _SEED = 1 << 63
 
@@ -39,11 +39,11 @@ class Verification:
         stored, measured = self.stored, self.measured
         return (
             self.same_weights
-            and measured.captured >= stored.captured - _MARGIN
+            and measured.captured_energy >= stored.captured_energy - _MARGIN
             and measured.residual <= stored.residual + _MARGIN
             and measured.orthonormality <= stored.orthonormality + _MARGIN
             and measured.next_value <= stored.next_value * _NEXT_VALUE_FACTOR
-            and measured.missed <= stored.missed * _MISSED_FACTOR + _MARGIN
+            and measured.subspace_error <= stored.subspace_error * _SUBSPACE_ERROR_FACTOR + _MARGIN
             and math.isclose(measured.displacement_norm2, stored.displacement_norm2, rel_tol=_MARGIN)
             and math.isclose(measured.noise_edge, stored.noise_edge, rel_tol=_MARGIN)
         )

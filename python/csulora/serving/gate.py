@@ -48,7 +48,7 @@ class Gate:
 
         Raises:
             InputError: the pack's values are not usable, an override of the policy matches none of its modules, or a
-                scoped policy has no gains of directions for one that has a scope.
+                filtered policy has no gains of directions for one that has an input filter.
             RefusedError: the policy was tuned for another pack.
         """
         self.pack = pack
@@ -56,7 +56,7 @@ class Gate:
         self.log = log or DecisionLog()
         check_pack(self.policy, pack)
         pack.to_core(pack)
-        self.policy.check_scoped([module for module in pack if pack.scope(module)])
+        self.policy.check_filtered([module for module in pack if pack.input_filter(module)])
         self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
         made_of = f"csulora {__version__}, pack {pack.sha256}, policy {self.policy_sha256}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()

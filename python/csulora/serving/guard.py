@@ -231,7 +231,7 @@ class DirectoryGuard:
         except Exception as error:  # also a bug of ours: it must neither stop the guard nor let the adapter through
             return self._refuse(name, error, record)
         self._refusal(name).unlink(missing_ok=True)
-        self._tell(f"{name}: corrected, {report.warning}change {report.totals.change:.1%}")
+        self._tell(f"{name}: corrected, {report.warning}relative change {report.totals.relative_change:.1%}")
         return True
 
     def _turn_away(self, name: str, path: Path) -> bool:

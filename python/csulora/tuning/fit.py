@@ -82,7 +82,7 @@ def _loss(host: Host, case: Case, replies: Replies, gains: Gains, parameters: Te
     with host.adapted(corrected | case.update.untouched):
         batches = (every[start : start + _TOGETHER] for start in range(0, len(every), _TOGETHER))
         divergences = torch.cat([_divergences(host, batch) for batch in batches])
-    loss: Tensor = options.change * case.update.change2(corrected)
+    loss: Tensor = options.relative_change * case.update.relative_change2(corrected)
     kinds = torch.split(divergences, [len(kind) for kind in replies.kinds])
     for weight, kind in zip((1.0, options.keep, options.keep), kinds, strict=True):
         if len(kind):

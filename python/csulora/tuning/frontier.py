@@ -62,7 +62,7 @@ class Point:
         control: whether it is no candidate but what candidates are compared with.
         guard: share of the held-back guard prompts that are answered as the aligned model does.
         keep: share of the held-back keep prompts that are answered as the uncorrected adapter does.
-        change: |X - dW| / |dW| over all modules, 0 or more.
+        relative_change: |X - dW| / |dW| over all modules, 0 or more.
         refusals: what is refused, where it was said how refusals read.
         ordinary: share of the held-back ordinary prompts, if there are any, that are answered as the aligned model or
             the uncorrected adapter does, or, where refusals are counted, at all.
@@ -73,7 +73,7 @@ class Point:
     control: bool
     guard: Rate
     keep: Rate
-    change: float
+    relative_change: float
     refusals: Refusals | None = None
     ordinary: Rate | None = None
 
@@ -104,8 +104,8 @@ class Point:
         point = cls(**(record | _rates(record) | optional))
         if not isinstance(point.family, str) or not isinstance(point.policy, str):
             raise TypeError("family and policy must be texts")
-        if not isinstance(point.control, bool) or not 0 <= point.change < math.inf:
-            raise TypeError("control must be a truth value, and change a finite number")
+        if not isinstance(point.control, bool) or not 0 <= point.relative_change < math.inf:
+            raise TypeError("control must be a truth value, and relative_change a finite number")
         return point
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from csulora.errors import InputError
-from csulora.subspace.scope import Pair
+from csulora.subspace.input_filter import Factors
 from csulora.tuning.probes import Chat, shown
 
 BATCH = 16  # prompts that run together where nothing is fitted
@@ -80,20 +80,20 @@ class Host:
         return cls(model.to(device), tokenizer, longest_reply)
 
     @contextmanager
-    def adapted(self, pairs: Mapping[str, Pair]) -> Iterator[None]:
+    def adapted(self, factors: Mapping[str, Factors]) -> Iterator[None]:
         """Add b a to every named module while the context lasts.
 
         Raises:
             InputError: the model has no such module, or one of another shape.
         """
         with ExitStack() as hooks:
-            for name, pair in pairs.items():
-                module = self._module(name, pair)
-                hook = module.register_forward_hook(_adding(pair))
+            for name, each in factors.items():
+                module = self._module(name, each)
+                hook = module.register_forward_hook(_adding(each))
                 hooks.callback(hook.remove)
             yield
 
-    def _module(self, name: str, pair: Pair) -> nn.Module:
+    def _module(self, name: str, factors: Factors) -> nn.Module:
         try:
             module: nn.Module = self.model.get_submodule(name)
         except AttributeError:
@@ -101,7 +101,7 @@ class Host:
                 f"the model has no module {name}, which the adapter updates; is it for this model?"
             ) from None
         shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
-        wanted = pair[0].shape[0], pair[1].shape[1]
+        wanted = factors[0].shape[0], factors[1].shape[1]
         # transformers.Conv1D keeps (in, out)
         if shape not in (wanted, wanted[::-1] if type(module).__name__ == "Conv1D" else wanted):
             raise InputError(f"module {name} is {list(shape)} in the model, and the adapter updates {list(wanted)}")
@@ -210,8 +210,8 @@ def divergence(reply: Reply, logs: Tensor) -> Tensor:
     return (reply.logs.exp() * (reply.logs - torch.cat([known, rest], 1))).sum(1).mean()
 
 
-def _adding(pair: Pair) -> Any:
-    b, a = pair
+def _adding(factors: Factors) -> Any:
+    b, a = factors
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)

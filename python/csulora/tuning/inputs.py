@@ -1,7 +1,7 @@
-"""What prompts bring to the inputs of the modules, and the scopes that follow from it.
+"""What prompts bring to the inputs of the modules, and the input filters that follow from it.
 
-Of all corrections X that act on the inputs x of guard prompts and leave those of keep prompts alone, the scope takes
-the one nearest to no correction. With X' = 0 for short, it minimises
+Of all corrections X that act on the inputs x of guard prompts and leave those of keep prompts alone, the input filter
+takes the one nearest to no correction. With X' = 0 for short, it minimises
 
     E_guard |X x|^2 + w E_keep |(X - dW) x|^2 + e |X - dW|^2
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 from csulora.tuning.host import BATCH, Host, Reply
 
 KEEP_WEIGHT = 0.1  # w, of ordinary prompts as well
@@ -72,7 +72,7 @@ def _inputs(
     return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
 
-def scope_between(guard: Tensor, kinds: Sequence[Sequence[Tensor]]) -> Scope:
+def input_filter_between(guard: Tensor, kinds: Sequence[Sequence[Tensor]]) -> InputFilter:
     """Return the leading directions of F for guard inputs (t, in) and those of every other kind of prompt.
 
     A kind has the inputs of several adapters, which weigh the same. With A^T A = G, the eigenvectors y of A K^-1 A^T,
@@ -87,7 +87,7 @@ def scope_between(guard: Tensor, kinds: Sequence[Sequence[Tensor]]) -> Scope:
     values, vectors = values.flip(0)[:MOST_DIRECTIONS], vectors.flip(1)[:, :MOST_DIRECTIONS]
     p, q = (a.T @ vectors) / (1 + values), solved @ vectors
     balance = ((q.norm(dim=0) + _SMALLEST) / (p.norm(dim=0) + _SMALLEST)).sqrt()  # both stay in float32's range
-    return Scope((p * balance).float(), (q / balance).float())
+    return InputFilter((p * balance).float(), (q / balance).float())
 
 
 def _solve(h: Tensor, shift: Tensor, right: Tensor) -> Tensor:

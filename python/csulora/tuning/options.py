@@ -16,7 +16,7 @@ class Options:
         directions: leading singular directions per module whose gains are fitted, where the pack has as many.
         shared_directions: the same of a policy for adapters to come, to whose rank each of them may add 1.
         keep: weight of the keep prompts' divergence, and of ordinary prompts', beside the guard prompts'.
-        change: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
+        relative_change: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
         seed: of the order of the prompts.
     """
 
@@ -26,5 +26,5 @@ class Options:
     directions: int = 64
     shared_directions: int = 16
     keep: float = 1.0
-    change: float = 0.05
+    relative_change: float = 0.05
     seed: int = 0

@@ -6,22 +6,24 @@ from collections.abc import Sequence
 
 from csulora.tuning.frontier import Point, Rate
 
-# For adapters to come: the policy without scopes. Where guard and keep prompts bring too similar inputs, it is better.
+# For adapters to come: the policy without input filters. Where guard and keep prompts bring too similar inputs, it is
+# better.
 EVERYWHERE = "tuned everywhere"
 
 
 def preference(point: Point) -> tuple[float, float]:
     """What the best policy has most of: what is kept, and, among equals, of the update."""
-    return point.score, -point.change
+    return point.score, -point.relative_change
 
 
 def candidates(points: Sequence[Point]) -> list[Point]:
-    """The points that are no controls: of a fit without scopes only if it is better beyond doubt than with them.
+    """The points that are no controls: of a fit without input filters only if it is better beyond doubt than with them.
 
-    Few adapters are left out, and scopes are what carries over to others where guard prompts bring inputs of their own.
+    Few adapters are left out, and input filters are what carries over to others where guard prompts bring inputs of
+    their own.
     """
-    scoped = max((point.least.high for point in points if point.family == "tuned"), default=0.0)
-    return [point for point in points if not point.control and (point.family != EVERYWHERE or point.score > scoped)]
+    filtered = max((point.least.high for point in points if point.family == "tuned"), default=0.0)
+    return [point for point in points if not point.control and (point.family != EVERYWHERE or point.score > filtered)]
 
 
 def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:

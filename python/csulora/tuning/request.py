@@ -34,7 +34,7 @@ class Request:
         ordinary: prompts of neither kind, if any, to be answered as the uncorrected adapter answers them; they weigh as
             much as keep prompts. Of those that are held back, the aligned model's answer will do as well.
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
-        scopes: whether a policy for adapters to come is fitted with scopes, too.
+        input filters: whether a policy for adapters to come is fitted with input filters, too.
         uncovered: what the policy does with modules that the pack does not cover.
         device: ``cpu``, ``cuda`` or ``auto``.
         longest_reply: most tokens of a reply that are looked at.
@@ -54,7 +54,7 @@ class Request:
     guard: Sequence[Chat]
     ordinary: Sequence[Chat] = ()
     for_others: bool = False
-    scopes: bool = True
+    input_filters: bool = True
     uncovered: str = "refuse"
     device: str = "auto"
     longest_reply: int = 32
@@ -101,5 +101,5 @@ class Request:
             "options": asdict(self.options),
             "keep_weights": list(self.weights),
             "refusals": list(self.refusals),
-            "scopes": self.scopes and [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
+            "input filters": self.input_filters and [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
         }

@@ -19,21 +19,21 @@ from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
 from csulora.extraction.pair import Progress
 from csulora.policy.policy import Policy
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 from csulora.subspace.subspace import Subspace
 from csulora.tuning import sweep
 from csulora.tuning.controls import least_ranks, own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
 from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_path
-from csulora.tuning.gains import PerDirection, PerModule, Restoring
+from csulora.tuning.gains import PerDirection, PerModule, Reinforcing
 from csulora.tuning.host import Host, Reply, agreeing
-from csulora.tuning.inputs import guard_inputs, keep_inputs, scope_between
+from csulora.tuning.inputs import guard_inputs, input_filter_between, keep_inputs
 from csulora.tuning.probes import Chat
 from csulora.tuning.recommendation import EVERYWHERE, candidates, preference, recommend
 from csulora.tuning.request import Request
 from csulora.tuning.stages import Stages
 from csulora.tuning.sweep import Candidate
-from csulora.tuning.update import Update, pairs_of
+from csulora.tuning.update import Update, factors_of
 
 Item = TypeVar("Item")
 
@@ -48,16 +48,17 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
 
     Everything that the frontier shows is measured on prompts that were held back: they say when a fit ends and which
     is taken, and are not fitted to otherwise. With several adapters, fitted policies are moreover measured on each
-    adapter after a fit on the others. A policy for adapters to come restores some of what alignment did. It is scoped
-    unless a fit without scopes keeps more beyond doubt: the pack to use it with, the given one with scopes, is written
-    to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that is continued.
+    adapter after a fit on the others. A policy for adapters to come restores some of what alignment did. It is filtered
+    unless a fit without input filters keeps more beyond doubt: the pack to use it with, the given one with input
+    filters, is written to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that is
+    continued.
 
     Raises:
         InputError, RefusedError: model, adapters, pack and prompts do not fit each other.
     """
     run = Run(request, output, progress)
     frontier, policy, pack = run.frontier()
-    if policy.scoped:
+    if policy.filtered:
         pack.save(pack_path(output))
     policy.save(output)
     frontier.save(frontier_path(output))
@@ -66,7 +67,7 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
 
 
 def pack_path(policy: Path) -> Path:
-    """Where the pack of a scoped policy is."""
+    """Where the pack of a filtered policy is."""
     return policy.with_name(f"{policy.stem}.pack.safetensors")
 
 
@@ -102,7 +103,7 @@ class Run:
         """The families whose policies may be recommended."""
         if not self.request.is_for_others:
             return CANDIDATES[:1]
-        return CANDIDATES if self.request.scopes else (EVERYWHERE,)
+        return CANDIDATES if self.request.input_filters else (EVERYWHERE,)
 
     def _steps(self, adapters: int) -> int:
         """Most steps of a fit on so many adapters."""
@@ -155,7 +156,7 @@ class Run:
 
     def _on_device(self, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
         device = self.host.device
-        return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs_of(adapter).items()}
+        return {name: (b.to(device), a.to(device)) for name, (b, a) in factors_of(adapter).items()}
 
     def frontier(self) -> tuple[Frontier, Policy, Subspace]:
         """Measure everything; return the frontier, the policy to write, and the pack that it is for."""
@@ -174,7 +175,7 @@ class Run:
         verdict = "; ".join([verdict, *self._doubts()])
         best = chosen or max((point for point in candidates(points) if point.policy in policies), key=preference)
         policy = policies[best.policy]
-        pack = self.pack_for("tuned", 0, range(len(self.adapters))) if policy.scoped else self.pack
+        pack = self.pack_for("tuned", 0, range(len(self.adapters))) if policy.filtered else self.pack
         frontier = Frontier(
             subspace_sha256=pack.sha256,
             adapters=tuple(adapter.path.resolve().name for adapter in self.adapters),
@@ -221,18 +222,18 @@ class Run:
         return self.pack
 
     def pack_for(self, family: str, number: int, numbers: Sequence[int]) -> Subspace:
-        """What the policy that a family fits on some adapters is used with on one: subspaces, with its scopes."""
+        """What a family's policy, fitted on some adapters, is used with on one: subspaces, with its input filters."""
         pack = self.subspaces(family, number)
-        return pack.with_scopes(self.scopes(tuple(numbers))) if self._is_scoped(family) else pack
+        return pack.with_input_filters(self.input_filters(tuple(numbers))) if self._is_filtered(family) else pack
 
     def _carries_over(self, family: str) -> bool:
-        return isinstance(self._gains(family), Restoring)
+        return isinstance(self._gains(family), Reinforcing)
 
-    def _is_scoped(self, family: str) -> bool:
-        return self.request.scopes and self._carries_over(family) and family != EVERYWHERE
+    def _is_filtered(self, family: str) -> bool:
+        return self.request.input_filters and self._carries_over(family) and family != EVERYWHERE
 
     @cache  # noqa: B019 - a run lives as long as what it has found
-    def scopes(self, numbers: tuple[int, ...]) -> dict[str, Scope]:
+    def input_filters(self, numbers: tuple[int, ...]) -> dict[str, InputFilter]:
         """Module in the pack -> the inputs that guard prompts bring, and keep prompts of some adapters do not.
 
         Nor do ordinary prompts, with these adapters or with none.
@@ -246,7 +247,7 @@ class Run:
             kinds.append([*with_adapters, {target: without[name] for target, name in names.items() if name in without}])
         device = self.host.device
         return {
-            target: scope_between(
+            target: input_filter_between(
                 guard[name].to(device),
                 [[inputs[target].to(device) for inputs in kind if target in inputs] for kind in kinds],
             ).to(torch.device("cpu"))
@@ -281,16 +282,16 @@ class Run:
             if family == "tuned own subspace":
                 ranks = {name: min(rank, self.own_ranks[name]) for name, rank in ranks.items()}
             rest = self.rest | {
-                "usual_energy": self._usual_energy(family, numbers),
-                "scoped": self._is_scoped(family),
+                "reference_energy": self._reference_energy(family, numbers),
+                "filtered": self._is_filtered(family),
             }
             return sweep.fitted_along(ranks, gains, others, rest)
         return sweep.fitted(modules, gains, others, self.rest)
 
     def _fit(self, family: str, numbers: Sequence[int], weight: float) -> Tensor:
         gains = self._gains(family)
-        usual_energy = self._usual_energy(family, numbers)
-        cases = [self._case(family, number, numbers, usual_energy) for number in numbers]
+        reference_energy = self._reference_energy(family, numbers)
+        cases = [self._case(family, number, numbers, reference_energy) for number in numbers]
         options = replace(self.request.options, keep=weight, steps=self._steps(len(numbers)))
         parameters = fit(self.host, cases, gains, options, partial(self._tick, family))
         if isinstance(gains, PerDirection):
@@ -301,12 +302,12 @@ class Run:
     def _gains(self, family: str) -> PerDirection | PerModule:
         """What is fitted: what carries over to other adapters if the policy is for them."""
         if family == "tuned scaling":
-            return PerModule(len(self.modules), parts=1)
+            return PerModule(len(self.modules), components=1)
         if self.request.is_for_others:
-            return Restoring(len(self.modules), self.request.options.shared_directions)
+            return Reinforcing(len(self.modules), self.request.options.shared_directions)
         return PerDirection(len(self.modules), self.request.options.directions)
 
-    def _usual_energy(self, family: str, numbers: Sequence[int]) -> float | None:
+    def _reference_energy(self, family: str, numbers: Sequence[int]) -> float | None:
         """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""
         if not self._carries_over(family):
             return None
@@ -323,13 +324,13 @@ class Run:
 
         return float(self.stages.finish(stage, measure))
 
-    def _case(self, family: str, number: int, numbers: Sequence[int], usual_energy: float | None) -> Case:
+    def _case(self, family: str, number: int, numbers: Sequence[int], reference_energy: float | None) -> Case:
         pack = self.pack_for(family, number, numbers)
         update = Update.of(self.adapters[number], pack, self.request.uncovered).to(self.host.device)
-        if not self._is_scoped(family):
-            update = replace(update, scopes={})  # which the pack may have from an earlier policy
-        if usual_energy is not None:
-            update = update.strengthened(self.request.options.shared_directions, usual_energy)
+        if not self._is_filtered(family):
+            update = replace(update, input_filters={})  # which the pack may have from an earlier policy
+        if reference_energy is not None:
+            update = update.with_penalty_scale(self.request.options.shared_directions, reference_energy)
         index = torch.tensor([self.modules.index(target) for target in update.targets.values()])
         fitted, held = Replies(*map(self.to_fit, self.replies[number].kinds)), held_of(self.replies[number])
         return Case(update, index.to(self.host.device), fitted, held)
@@ -354,7 +355,7 @@ class Run:
             control,
             guard=rate("guard", guards),
             keep=rate("keep", keeps),
-            change=math.sqrt(sum(result["change"] ** 2 for result in results) / len(results)),
+            relative_change=math.sqrt(sum(result["relative_change"] ** 2 for result in results) / len(results)),
             refusals=Refusals(rate("refused", guards), rate("over-refused", keeps)) if self.request.refusals else None,
             ordinary=rate("ordinary", ordinary) if ordinary else None,
         )
@@ -364,7 +365,7 @@ class Run:
         fixed, report = csulora.correct(self.adapters[number], pack, policy)
         held = held_of(self.replies[number])
         ordinary_of_aligned = part(self.ordinary, held=True)
-        found = {"change": report.totals.change}
+        found = {"relative_change": report.totals.relative_change}
         with self.host.adapted(self._on_device(fixed)):
             for kept, refused, replies in (("guard", "refused", held.guard), ("keep", "over-refused", held.keep)):
                 found[kept] = sum(agreeing(self.host, replies))

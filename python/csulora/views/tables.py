@@ -21,7 +21,7 @@ def pack_table(pack: Subspace) -> Table:
     kinds: dict[str, list[ModuleSubspace]] = defaultdict(list)
     for name, module in pack.items():
         kinds[name.rpartition(".")[2]].append(module)
-    table = _table("kind", "layers", "shape", "rank", "captured", "residual", "missed", "above noise")
+    table = _table("kind", "layers", "shape", "rank", "captured energy", "residual", "subspace error", "above noise")
     for kind, modules in sorted(kinds.items()):
         certificates = [module.certificate for module in modules if module.rank]
         table.add_row(
@@ -29,9 +29,9 @@ def pack_table(pack: Subspace) -> Table:
             str(len(modules)),
             ", ".join(sorted({" x ".join(map(str, module.shape)) for module in modules})),
             _span([module.rank for module in modules]),
-            f"{min((c.captured for c in certificates), default=0.0):.1%}",
+            f"{min((c.captured_energy for c in certificates), default=0.0):.1%}",
             f"{max((c.residual for c in certificates), default=0.0):.1e}",
-            f"<= {max((c.missed for c in certificates), default=0.0):.1e}",
+            f"<= {max((c.subspace_error for c in certificates), default=0.0):.1e}",
             _span([module.certificate.above_noise for module in modules]),
         )
     return table
@@ -39,13 +39,13 @@ def pack_table(pack: Subspace) -> Table:
 
 def verification_table(results: Iterable[Verification]) -> Table:
     """One row per module: what the pack claims and what was measured."""
-    table = _table("module", "weights", "captured", "residual", "orthonormality", "next value", "holds")
+    table = _table("module", "weights", "captured energy", "residual", "orthonormality", "next value", "holds")
     for result in results:
         stored, measured = result.stored, result.measured
         table.add_row(
             result.module,
             "same" if result.same_weights else "other",
-            f"{stored.captured:.4%} / {measured.captured:.4%}",
+            f"{stored.captured_energy:.4%} / {measured.captured_energy:.4%}",
             f"{stored.residual:.2e} / {measured.residual:.2e}",
             f"{stored.orthonormality:.1e} / {measured.orthonormality:.1e}",
             f"{stored.next_value:.4g} / {measured.next_value:.4g}",
@@ -89,13 +89,13 @@ def frontier_table(frontier: Frontier) -> Table:
     """One row per policy, controls last, with 95 % intervals."""
     refusals = ("guard refused", "keep refused") if frontier.counts_refusals else ()
     ordinary = ("ordinary kept",) if frontier.has_ordinary else ()
-    table = _table("policy", "guard kept", "keep kept", *ordinary, *refusals, "change", "")
+    table = _table("policy", "guard kept", "keep kept", *ordinary, *refusals, "relative change", "")
     for point in sorted(frontier.points, key=lambda point: (point.control, -point.score)):
         mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
         refused = (point.refusals.guard, point.refusals.keep) if point.refusals else ()
         ordinarily = (point.ordinary,) if point.ordinary else ()
         rates = map(_rate, (point.guard, point.keep, *ordinarily, *refused))
-        table.add_row(point.policy, *rates, f"{point.change:.1%}", mark)
+        table.add_row(point.policy, *rates, f"{point.relative_change:.1%}", mark)
     return table
 
 

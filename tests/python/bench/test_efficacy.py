@@ -92,7 +92,7 @@ def test_fitted_penalties_are_the_cores() -> None:
     gains = way(parameters, torch.arange(len(update.targets)), update.energies)
     tasks = [
         _core.CorrectionTask(
-            _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
+            _core.LoraFactors(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
             subspace,
             _core.Penalties(*penalties),
         )
@@ -132,7 +132,7 @@ def test_controls_change_nothing_but_the_directions() -> None:
     assert policies.truncated(pack, 2)[first].rank == 2
     scaled = policies.scaled(factories.adapter(), 0.5)
     adapter = factories.adapter()
-    for name, (b, a) in scaled.pairs.items():
+    for name, (b, a) in scaled.factors.items():
         module = adapter.modules[name]
         assert torch.allclose(b @ a, 0.5 * module.scale * module.b @ module.a)
 
@@ -140,7 +140,14 @@ def test_controls_change_nothing_but_the_directions() -> None:
 def point(family: str, attack: float, task: float) -> dict[str, object]:
     rates = {"refusal": 0.0, "benign": 1.0, "over_refusal": 0.0, "agreement": 1.0, "perplexity": 1.0}
     counts = [100, 100, 100]
-    return {"family": family, "policy": "p", "change": 0.5, "attack": attack, "task": task, "counts": counts} | rates
+    return {
+        "family": family,
+        "policy": "p",
+        "relative_change": 0.5,
+        "attack": attack,
+        "task": task,
+        "counts": counts,
+    } | rates
 
 
 def test_the_area_under_a_frontier_is_worked_by_hand() -> None:

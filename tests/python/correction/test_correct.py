@@ -68,7 +68,7 @@ def test_the_rank_is_what_the_policy_says(rank: int | str, expected: int) -> Non
 
 
 def along(update: Tensor, u: Tensor, v: Tensor, directions: Directions) -> Tensor:
-    """Dense float64 twin of gains per direction, without what is restored."""
+    """Dense float64 twin of gains per direction, without what is reinforced."""
     for basis, gains, transposed in ((u, directions.left, False), (v, directions.right, True)):
         basis = basis[:, : len(gains)].double()
         removed = basis @ torch.diag(1 - torch.tensor(gains, dtype=torch.float64)) @ basis.T
@@ -87,15 +87,19 @@ def test_every_direction_has_a_gain_of_its_own(rank: int | str) -> None:
     cut = len(s) if rank == "keep" else int(rank)
     assert_close(fixed.modules[Q], (u[:, :cut] * s[:cut]) @ vh[:cut])
     measured = {module.module: module for module in report.modules}[Q]
-    parts, kept = (oracle.split(update, pack[Q].u, pack[Q].v).parts for update in (dense(adapter.modules[Q]), wanted))
+    components, kept = (
+        oracle.split(update, pack[Q].u, pack[Q].v).components for update in (dense(adapter.modules[Q]), wanted)
+    )
     norm = float(dense(adapter.modules[Q]).norm())
     assert measured.norm == pytest.approx(norm, rel=COMPUTED[torch.float32])
-    assert measured.change == pytest.approx(float((wanted - dense(adapter.modules[Q])).norm()) / norm, rel=1e-5)
+    assert measured.relative_change == pytest.approx(
+        float((wanted - dense(adapter.modules[Q])).norm()) / norm, rel=1e-5
+    )
     assert measured.kept_share == pytest.approx(float(wanted.norm()) ** 2 / norm**2, rel=1e-5)
     assert measured.gains == pytest.approx(
-        {c: float(kept[c].norm() / part.norm()) for c, part in parts.items()}, rel=1e-5
+        {c: float(kept[c].norm() / component.norm()) for c, component in components.items()}, rel=1e-5
     )
-    assert measured.lost == pytest.approx(float(s[cut:].square().sum() / s.square().sum()), abs=1e-6)
+    assert measured.truncation_error == pytest.approx(float(s[cut:].square().sum() / s.square().sum()), abs=1e-6)
     for name in (UP, DOWN):
         assert_close(
             fixed.modules[name], dense(adapter.modules[name]) if rank == "keep" else dense(fixed.modules[name])
@@ -103,9 +107,9 @@ def test_every_direction_has_a_gain_of_its_own(rank: int | str) -> None:
 
 
 @pytest.mark.parametrize("rank", ["keep", "exact", 2])
-def test_what_alignment_did_is_restored(rank: int | str) -> None:
+def test_what_alignment_did_is_reinforced(rank: int | str) -> None:
     adapter, pack = factories.adapter(), factories.pack()
-    directions = Directions((0.5,), (), restored=(0.0, 0.75, -0.25))
+    directions = Directions((0.5,), (), reinforced=(0.0, 0.75, -0.25))
     override = Override("*", directions=directions)
     fixed, report = correct(adapter, pack, Policy.none(rank=rank, overrides=(override,)))
     measured = {module.module: module for module in report.modules}
@@ -113,14 +117,16 @@ def test_what_alignment_did_is_restored(rank: int | str) -> None:
         update, (u, v) = dense(module), (pack[name].u, pack[name].v)
         added = sum(
             x * pack[name].s[i].double() * torch.outer(u[:, i].double(), v[:, i].double())
-            for i, x in enumerate(directions.restored)
+            for i, x in enumerate(directions.reinforced)
         )
         wanted = along(update, u, v, directions) + added
         left, s, right = torch.linalg.svd(wanted)
         cut = len(s) if isinstance(rank, str) else rank
         assert_close(fixed.modules[name], (left[:, :cut] * s[:cut]) @ right[:cut])
         assert measured[name].rank_after == (module.rank + 2 if isinstance(rank, str) else rank)
-        assert measured[name].change == pytest.approx(float((wanted - update).norm() / update.norm()), rel=1e-5)
+        assert measured[name].relative_change == pytest.approx(
+            float((wanted - update).norm() / update.norm()), rel=1e-5
+        )
         assert measured[name].kept_share == pytest.approx(float(wanted.norm() / update.norm()) ** 2, rel=1e-5)
         undo = -float((update * ((u.double() * pack[name].s.double()) @ v.double().T)).sum()) / pack[name].norm ** 2
         assert measured[name].undo == pytest.approx(undo, rel=1e-5)
@@ -138,25 +144,27 @@ def energy_along(adapter: Adapter, pack: Subspace, left: int, right: int) -> flo
     return along / whole
 
 
-@pytest.mark.parametrize("usual_energy", [1e-6, 0.02, 0.3, 1.0])
-def test_gains_of_directions_follow_the_adapters_energy_along_them(usual_energy: float) -> None:
+@pytest.mark.parametrize("reference_energy", [1e-6, 0.02, 0.3, 1.0])
+def test_gains_of_directions_follow_the_adapters_energy_along_them(reference_energy: float) -> None:
     adapter, pack = factories.adapter(), factories.pack()
     directions = Directions((0.0, 0.25), (1.0, 0.5, 0.75), (0.5,))
-    policy = Policy.none(rank="exact", overrides=(Override("*", directions=directions),), usual_energy=usual_energy)
-    strength = max(0.4, (energy_along(adapter, pack, 2, 3) / usual_energy) ** 2)
-    follow = [[g / (g + (1 - g) * strength) for g in side] for side in (directions.left, directions.right)]
-    followed = Directions(tuple(follow[0]), tuple(follow[1]), directions.restored)
+    policy = Policy.none(
+        rank="exact", overrides=(Override("*", directions=directions),), reference_energy=reference_energy
+    )
+    penalty_scale = max(0.4, (energy_along(adapter, pack, 2, 3) / reference_energy) ** 2)
+    follow = [[g / (g + (1 - g) * penalty_scale) for g in side] for side in (directions.left, directions.right)]
+    followed = Directions(tuple(follow[0]), tuple(follow[1]), directions.reinforced)
     fixed, _ = correct(adapter, pack, policy)
     wanted, _ = correct(adapter, pack, Policy.none(rank="exact", overrides=(Override("*", directions=followed),)))
     for name in adapter.modules:
         assert_close(fixed.modules[name], dense(wanted.modules[name]))
 
 
-def test_an_adapter_of_the_usual_energy_gets_the_gains_as_they_are() -> None:
+def test_an_adapter_of_the_reference_energy_gets_the_gains_as_they_are() -> None:
     adapter, pack = factories.adapter(), factories.pack()
     overrides = (Override("*", directions=Directions((0.25,), (0.5,))),)
     usual = energy_along(adapter, pack, 1, 1)
-    fixed, _ = correct(adapter, pack, Policy.none(overrides=overrides, usual_energy=usual))
+    fixed, _ = correct(adapter, pack, Policy.none(overrides=overrides, reference_energy=usual))
     wanted, _ = correct(adapter, pack, Policy.none(overrides=overrides))
     for name in adapter.modules:
         assert_close(fixed.modules[name], dense(wanted.modules[name]))
@@ -180,13 +188,13 @@ def test_an_update_of_nothing_keeps_nothing_along_its_directions() -> None:
     adapter, pack = factories.adapter(), factories.pack()
     nothing = replace(adapter.modules[Q], b=torch.zeros_like(adapter.modules[Q].b))
     policy = Policy.none(overrides=(Override("*", directions=Directions((0.5,), (0.5,), (0.5,))),))
-    for each in (policy, replace(policy, usual_energy=0.5)):
+    for each in (policy, replace(policy, reference_energy=0.5)):
         fixed, report = correct(replace(adapter, modules={Q: nothing}), pack, each)
         assert not dense(fixed.modules[Q]).any()
-        assert (report.totals.change, report.totals.lost) == (0, 0)
+        assert (report.totals.relative_change, report.totals.truncation_error) == (0, 0)
 
 
-def test_an_update_that_vanishes_beside_what_is_restored_is_refused() -> None:
+def test_an_update_that_vanishes_beside_what_is_reinforced_is_refused() -> None:
     policy = Policy.none(overrides=(Override("*", directions=Directions((0.5,), (0.5,), (0.5,))),))
     with pytest.raises(InputError, match="too small to be measured"):
         correct(factories.adapter(scale=1e-157), factories.pack(), policy)
@@ -194,7 +202,7 @@ def test_an_update_that_vanishes_beside_what_is_restored_is_refused() -> None:
 
 def test_gains_for_more_directions_than_the_pack_has_are_refused() -> None:
     policy = Policy.none(overrides=(Override("*", directions=Directions((), (1.0,) * 99)),))
-    with pytest.raises(InputError, match="numbers for 99 right directions, and the pack has"):
+    with pytest.raises(InputError, match="numbers for 99 right directions, and the subspace file has"):
         correct(factories.adapter(), factories.pack(), policy)
 
 
@@ -207,10 +215,14 @@ def test_overrides_replace_the_policys_numbers_for_the_modules_they_match() -> N
         overrides=(Override("q_proj", gains=tuple(gains.values())), Override("mlp.up_proj", penalties=(5, 0, 0))),
     )
     fixed, report = correct(adapter, pack, policy)
-    parts = {name: oracle.split(dense(module), pack[name].u, pack[name].v) for name, module in adapter.modules.items()}
-    assert_close(fixed.modules[Q], oracle.combine(parts[Q], gains))
-    assert_close(fixed.modules[UP], oracle.combine(parts[UP], oracle.gains((5, 0, 0), parts[UP].energies)))
-    assert_close(fixed.modules[DOWN], oracle.combine(parts[DOWN], oracle.gains((0, 2, 2), parts[DOWN].energies)))
+    components = {
+        name: oracle.split(dense(module), pack[name].u, pack[name].v) for name, module in adapter.modules.items()
+    }
+    assert_close(fixed.modules[Q], oracle.combine(components[Q], gains))
+    assert_close(fixed.modules[UP], oracle.combine(components[UP], oracle.gains((5, 0, 0), components[UP].energies)))
+    assert_close(
+        fixed.modules[DOWN], oracle.combine(components[DOWN], oracle.gains((0, 2, 2), components[DOWN].energies))
+    )
     assert {module.module: module.gains for module in report.modules}[Q] == gains
 
 
@@ -267,7 +279,7 @@ def test_the_head_of_a_tied_model_is_corrected_by_the_embeddings_subspace() -> N
     adapter = factories.adapter({"lm_head": (50, 16)})
     fixed, _ = correct(adapter, pack, Policy.project())
     subspace = pack["model.embed_tokens"]
-    expected = oracle.split(dense(adapter.modules["lm_head"]), subspace.u, subspace.v).parts["aligned"]
+    expected = oracle.split(dense(adapter.modules["lm_head"]), subspace.u, subspace.v).components["aligned"]
     assert_close(fixed.modules["lm_head"], expected)
 
 

@@ -42,13 +42,15 @@ def test_totals_are_those_of_one_block_diagonal_update() -> None:
     names, totals = list(updates), report.totals
     size2 = norm2(list(updates.values()))
     assert totals.norm == pytest.approx(math.sqrt(size2), rel=1e-6)
-    assert totals.change == pytest.approx(math.sqrt(norm2([wanted[n] - updates[n] for n in names]) / size2), rel=1e-5)
+    assert totals.relative_change == pytest.approx(
+        math.sqrt(norm2([wanted[n] - updates[n] for n in names]) / size2), rel=1e-5
+    )
     stored = {name: oracle.update(module.b, module.a) for name, module in fixed.modules.items()}
     cut = norm2([wanted[n] - stored[n] for n in names]) / norm2([wanted[n] for n in names])
-    assert totals.lost == pytest.approx(cut, rel=1e-4)
+    assert totals.truncation_error == pytest.approx(cut, rel=1e-4)
     splits = [oracle.split(updates[n], pack[n].u, pack[n].v) for n in names]
-    for part, share in totals.energies.items():
-        assert share == pytest.approx(norm2([split.parts[part] for split in splits]) / size2, rel=1e-5)
+    for component, share in totals.energies.items():
+        assert share == pytest.approx(norm2([split.components[component] for split in splits]) / size2, rel=1e-5)
     alignments = [(pack[n].u * pack[n].s).double() @ pack[n].v.double().t() for n in names]
     products = [float((updates[n] * alignment).sum()) for n, alignment in zip(names, alignments, strict=True)]
     assert totals.undo == pytest.approx(-sum(products) / norm2(alignments), rel=1e-4)
@@ -73,7 +75,7 @@ def test_tables_show_every_figure_and_say_what_is_not_covered() -> None:
     assert "2 of 3 modules are covered by the pack" in text
     assert DOWN in text
     assert UP not in text
-    for heading in ("norm", "aligned", "left", "right", "off", "undo", "change", "lost"):
+    for heading in ("norm", "aligned", "left", "right", "off", "undo", "relative change", "truncation error"):
         assert heading in text
 
 

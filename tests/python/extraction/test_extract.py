@@ -44,7 +44,7 @@ def test_every_module_is_what_the_core_makes_of_its_matrices(models: tuple[Path,
         assert torch.equal(module.u, expected.u)
         assert torch.equal(module.s, expected.s)
         assert torch.equal(module.v, expected.v)
-        assert module.certificate.captured == expected.certificate.captured
+        assert module.certificate.captured_energy == expected.certificate.captured_energy
 
 
 def test_names_decide_and_not_files_or_their_order(tmp_path: Path, models: tuple[Path, Path]) -> None:
@@ -101,9 +101,9 @@ def test_conv1d_is_extracted_as_the_linear_layer_it_is(tmp_path: Path, model_typ
 
 def test_keeps_the_fewest_directions_that_capture_the_energy(models: tuple[Path, Path]) -> None:
     pack = csulora.extract(*models, energy=0.6, max_rank=20)
-    assert all(module.certificate.captured >= 0.6 for module in pack.values())
+    assert all(module.certificate.captured_energy >= 0.6 for module in pack.values())
     fewer = csulora.extract(*models, rank=pack[Q].rank - 1)
-    assert fewer[Q].certificate.captured < 0.6
+    assert fewer[Q].certificate.captured_energy < 0.6
     assert all(module.rank == 2 for module in csulora.extract(*models, energy=0.99, max_rank=2).values())
 
 

@@ -10,7 +10,7 @@ import factories
 from csulora.adapters.peft import directory as peft
 from csulora.policy.policy import Directions, Override
 from csulora.serving.gate import Gate, private_directory
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -68,34 +68,36 @@ def test_policy_tuned_for_another_pack_is_refused_at_once(pack: Path) -> None:
 REMOVING = Override("*", directions=Directions((0.0,), (0.0,)))
 
 
-def with_scopes(pack: Path, path: Path, entry: float) -> Path:
+def with_input_filters(pack: Path, path: Path, entry: float) -> Path:
     opened = csulora.Subspace.open(pack)
-    scopes = {name: Scope(torch.full((n, 1), entry), torch.full((n, 1), 1 / n)) for name, (_, n) in MODULES.items()}
-    opened.with_scopes(scopes).save(path)
+    input_filters = {
+        name: InputFilter(torch.full((n, 1), entry), torch.full((n, 1), 1 / n)) for name, (_, n) in MODULES.items()
+    }
+    opened.with_input_filters(input_filters).save(path)
     return path
 
 
-def test_a_scoped_policy_is_admitted_from_files_as_correct_returns_it(pack: Path, tmp_path: Path) -> None:
+def test_a_filtered_policy_is_admitted_from_files_as_correct_returns_it(pack: Path, tmp_path: Path) -> None:
     path = factories.save_adapter(tmp_path / "adapter", MODULES)
-    scoped = with_scopes(pack, tmp_path / "pack", 0.5)
-    policy = csulora.Policy.none(overrides=(REMOVING,), scoped=True)
+    filtered = with_input_filters(pack, tmp_path / "pack", 0.5)
+    policy = csulora.Policy.none(overrides=(REMOVING,), filtered=True)
     policy.save(tmp_path / "policy.toml")
 
-    admitted, report = Gate.open(scoped, tmp_path / "policy.toml").admit(path)
+    admitted, report = Gate.open(filtered, tmp_path / "policy.toml").admit(path)
 
-    expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(scoped), policy)
+    expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(filtered), policy)
     assert report == expected_report
     assert all((admitted.modules[name].a == module.a).all() for name, module in expected.modules.items())
-    unscoped = dataclasses.replace(policy, scoped=False)
-    everywhere, _ = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(scoped), unscoped)
+    unfiltered = dataclasses.replace(policy, filtered=False)
+    everywhere, _ = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(filtered), unfiltered)
     assert any((everywhere.modules[name].a != module.a).any() for name, module in expected.modules.items())
 
 
-def test_what_a_scoped_policy_needs_is_checked_at_once(pack: Path, tmp_path: Path) -> None:
-    policy = csulora.Policy.none(overrides=(REMOVING,), scoped=True)
-    with pytest.raises(csulora.InputError, match="the pack has no scopes"):
+def test_what_a_filtered_policy_needs_is_checked_at_once(pack: Path, tmp_path: Path) -> None:
+    policy = csulora.Policy.none(overrides=(REMOVING,), filtered=True)
+    with pytest.raises(csulora.InputError, match="the pack has no input filters"):
         Gate.open(pack, policy)
-    with pytest.raises(csulora.InputError, match="the scope holds NaN or infinity"):
-        Gate.open(with_scopes(pack, tmp_path / "pack", math.inf), policy)
+    with pytest.raises(csulora.InputError, match="the input filter holds NaN or infinity"):
+        Gate.open(with_input_filters(pack, tmp_path / "pack", math.inf), policy)
     with pytest.raises(csulora.InputError, match=r"only gains of directions can be, and model\..* has none"):
-        Gate.open(with_scopes(pack, tmp_path / "pack", 0.5), csulora.Policy.protect(scoped=True))
+        Gate.open(with_input_filters(pack, tmp_path / "pack", 0.5), csulora.Policy.protect(filtered=True))

@@ -287,7 +287,7 @@ def test_without_watch_what_stays_undecided_is_an_error(
 
 
 def test_nothing_printed_or_logged_holds_what_a_terminal_would_obey(incoming: Path, pack: Path, tmp_path: Path) -> None:
-    evil = "\x1b[2J\nmodel: corrected, change 0.0%\u202e"
+    evil = "\x1b[2J\nmodel: corrected, relative change 0.0%\u202e"
     path = factories.save_adapter(incoming / "evil", MODULES)
     tensors = load_file(path / "adapter_model.safetensors")
     save_file({f"{evil}{'x' * 100_000}": next(iter(tensors.values()))}, path / "adapter_model.safetensors")

@@ -14,7 +14,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Directions, Override, Policy
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit, held_loss
-from csulora.tuning.gains import PerDirection, PerModule, Restoring
+from csulora.tuning.gains import PerDirection, PerModule, Reinforcing
 from csulora.tuning.host import Host, agreeing, divergence
 from csulora.tuning.options import Options
 from csulora.tuning.probes import parse
@@ -59,7 +59,9 @@ def test_the_parts_add_up_to_what_the_core_corrects(adapter: csulora.Adapter, pa
     mixed = update.mixed(gains)
     for name, (b, a) in mixed.items():
         assert close(b @ a, fixed.modules[name].b @ fixed.modules[name].a)
-    assert float(update.change2(mixed)) == pytest.approx(report.totals.change**2, rel=PROJECTOR[torch.float16])
+    assert float(update.relative_change2(mixed)) == pytest.approx(
+        report.totals.relative_change**2, rel=PROJECTOR[torch.float16]
+    )
 
 
 def test_an_adapter_in_half_precision_is_split_in_float32(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
@@ -83,7 +85,9 @@ def test_what_is_kept_along_directions_is_what_correct_keeps(adapter: csulora.Ad
     kept = update.along(gains)
     for name, (b, a) in kept.items():
         assert close(b @ a, fixed.modules[name].b @ fixed.modules[name].a)
-    assert float(update.change2(kept)) == pytest.approx(report.totals.change**2, rel=PROJECTOR[torch.float16])
+    assert float(update.relative_change2(kept)) == pytest.approx(
+        report.totals.relative_change**2, rel=PROJECTOR[torch.float16]
+    )
 
 
 def test_an_update_of_nothing_or_of_an_embedding_is_refused(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
@@ -157,7 +161,7 @@ def test_divergence_is_kullbacks_and_leiblers(host: Host, case: Case) -> None:
     assert float(divergence(own, *host.log_probabilities([own.tokens], [own.start]))) == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("form", ["parts", "directions"])
+@pytest.mark.parametrize("form", ["components", "directions"])
 def test_the_fit_finds_the_gains_that_made_the_replies(
     host: Host, place: tiny_host.Place, case: Case, form: str
 ) -> None:
@@ -165,8 +169,8 @@ def test_the_fit_finds_the_gains_that_made_the_replies(
     with host.adapted(case.update.mixed(wanted)):
         guard, keep = (host.replies(parse(path.read_bytes())) for path in (place.guard, place.keep))
     made = Case(case.update, case.index, Replies(guard[:12], keep[:12]), Replies(guard[12:], keep[12:]))
-    gains = PerModule(len(case.index)) if form == "parts" else PerDirection(len(case.index), 4)
-    options = Options(steps=60, keep=1.0, change=0.0)
+    gains = PerModule(len(case.index)) if form == "components" else PerDirection(len(case.index), 4)
+    options = Options(steps=60, keep=1.0, relative_change=0.0)
     first, second = (fit(host, [made], gains, options) for _ in range(2))
     assert torch.equal(first, second)  # to the bit
     uncorrected = held_loss(host, [made], gains, torch.full(gains.shape, 20.0), options)
@@ -177,7 +181,7 @@ def test_the_fit_finds_the_gains_that_made_the_replies(
 @pytest.mark.parametrize("steps", [1, 5, 10, 13])
 def test_a_fit_has_so_many_steps_and_looks_at_the_last(host: Host, case: Case, steps: int) -> None:
     gains, ticks = PerModule(len(case.index)), []
-    options = Options(steps=steps, change=10.0)  # which every step towards 1 makes smaller
+    options = Options(steps=steps, relative_change=10.0)  # which every step towards 1 makes smaller
     found = fit(host, [case], gains, options, lambda: ticks.append(1))
     assert len(ticks) == steps
     before = options if steps == 1 else replace(options, steps=steps - 1)
@@ -185,7 +189,7 @@ def test_a_fit_has_so_many_steps_and_looks_at_the_last(host: Host, case: Case, s
 
 
 def test_the_loss_adds_up_the_means_of_every_kind(host: Host, case: Case) -> None:
-    gains, options = PerModule(len(case.index)), Options(keep=3.0, change=0.2)
+    gains, options = PerModule(len(case.index)), Options(keep=3.0, relative_change=0.2)
     corrected = gains.correct(gains.start(), case.index, case.update)
     held = Replies(case.held.guard, case.held.keep[:2], case.held.keep[1:])
     means = []
@@ -193,7 +197,7 @@ def test_the_loss_adds_up_the_means_of_every_kind(host: Host, case: Case) -> Non
         for kind in held.kinds:
             each = [divergence(one, *host.log_probabilities([one.tokens], [one.start])) for one in kind]
             means.append(float(sum(each)) / len(each))
-    twin = means[0] + 3.0 * (means[1] + means[2]) + 0.2 * float(case.update.change2(corrected))
+    twin = means[0] + 3.0 * (means[1] + means[2]) + 0.2 * float(case.update.relative_change2(corrected))
     assert held_loss(host, [replace(case, held=held)], gains, gains.start(), options) == pytest.approx(twin, rel=1e-4)
 
 
@@ -202,7 +206,7 @@ def test_modules_that_are_kept_uncovered_are_there_while_gains_are_fitted(
 ) -> None:
     few = csulora.Subspace(dict(list(pack.items())[:2]), pack.provenance)
     kept, dropped = (Update.of(adapter, few, uncovered) for uncovered in ("keep", "drop"))
-    gains, options = PerModule(2), Options(change=0.0)
+    gains, options = PerModule(2), Options(relative_change=0.0)
     whole = torch.full(gains.shape, 30.0)
     own = Replies((), case.held.keep)  # the adapter's with all of its modules
     losses = [
@@ -246,19 +250,19 @@ def test_what_the_held_back_prompts_do_not_bear_is_not_kept(host: Host, case: Ca
 
 
 def test_one_gain_per_module_is_four_equal_ones(case: Case) -> None:
-    gains = PerModule(len(case.index), parts=1)
+    gains = PerModule(len(case.index), components=1)
     values = gains(torch.randn(gains.shape), case.index, case.update.energies)
     assert torch.equal(values, values[:, :1].expand(-1, 4))
 
 
-@pytest.mark.parametrize("usual_energy", [None, 0.05, 0.9, 1.0])
+@pytest.mark.parametrize("reference_energy", [None, 0.05, 0.9, 1.0])
 def test_what_is_restored_is_what_correct_restores(
-    case: Case, adapter: csulora.Adapter, pack: csulora.Subspace, usual_energy: float | None
+    case: Case, adapter: csulora.Adapter, pack: csulora.Subspace, reference_energy: float | None
 ) -> None:
-    gains = Restoring(len(case.index), 3)
+    gains = Reinforcing(len(case.index), 3)
     assert not gains.gains(gains.start())[:, 2].any()
     parameters = torch.randn(gains.shape, generator=torch.Generator().manual_seed(0))
-    update = case.update if usual_energy is None else case.update.strengthened(3, usual_energy)
+    update = case.update if reference_energy is None else case.update.with_penalty_scale(3, reference_energy)
     fitted = gains.correct(parameters, case.index, update)
     values = gains.gains(parameters)
     names = [case.update.targets[name] for name in fitted]
@@ -266,7 +270,7 @@ def test_what_is_restored_is_what_correct_restores(
         Override(name, directions=Directions(*(tuple(row[: pack[name].rank].tolist()) for row in values[at])))
         for at, name in zip(case.index.tolist(), names, strict=True)
     )
-    fixed, _ = csulora.correct(adapter, pack, Policy.none(overrides=overrides, usual_energy=usual_energy))
+    fixed, _ = csulora.correct(adapter, pack, Policy.none(overrides=overrides, reference_energy=reference_energy))
     for name, (b, a) in fitted.items():
         assert fixed.modules[name].rank == adapter.modules[name].rank + min(3, pack[case.update.targets[name]].rank)
         assert close(b @ a, fixed.modules[name].b @ fixed.modules[name].a)
@@ -292,7 +296,7 @@ def test_the_energy_along_all_directions_of_an_update_is_1(adapter: csulora.Adap
     low_rank = csulora.Adapter(few, {}, Path("few"), "")
     update = Update.of(low_rank, own_subspaces(pack, low_rank, {name: name for name in few}))
     none, one, two, more = (update.energy_along(directions) for directions in (0, 1, 2, 64))
-    assert none == 0 < one < two == more <= 1  # a policy's usual energy must not exceed 1
+    assert none == 0 < one < two == more <= 1  # a policy's reference energy must not exceed 1
     assert two == pytest.approx(1)
 
 

@@ -8,7 +8,7 @@ import factories
 import tiny_host
 from csulora.tuning import inputs
 from csulora.tuning.host import Host
-from csulora.tuning.inputs import guard_inputs, keep_inputs, scope_between
+from csulora.tuning.inputs import guard_inputs, input_filter_between, keep_inputs
 from csulora.tuning.probes import Chat, Message
 from tolerances import COMPUTED
 
@@ -19,31 +19,31 @@ KEEP = [factories.gaussian(30, 24, seed=2), factories.gaussian(10, 24, seed=3)]
 
 
 @pytest.mark.parametrize("kind", [KEEP, KEEP[1:]], ids=["more inputs than coordinates", "fewer"])
-def test_a_scope_is_its_closed_form(kind: list[torch.Tensor]) -> None:
-    scope = scope_between(GUARD, [kind])
+def test_an_input_filter_is_its_closed_form(kind: list[torch.Tensor]) -> None:
+    input_filter = input_filter_between(GUARD, [kind])
     guard, *keep = (x.double().T @ x.double() / len(x) for x in (GUARD, *kind))
     rest = inputs.KEEP_WEIGHT * sum(keep) / len(kind) + inputs.ISOTROPIC * guard.trace() / 24 * torch.eye(24)
     wanted = guard @ torch.linalg.inv(guard + rest)
-    found = scope.p.double() @ scope.q.double().T
+    found = input_filter.p.double() @ input_filter.q.double().T
     assert float((found - wanted).norm() / wanted.norm()) <= COMPUTED[torch.float32]
 
 
 def test_every_kind_of_prompt_weighs_the_same() -> None:
     """Copies of one kind's inputs change nothing; a second kind is left alone as the first is."""
     ordinary = factories.gaussian(12, 24, seed=5)
-    scope, copied = (scope_between(GUARD, [kind, [ordinary]]) for kind in (KEEP, KEEP * 3))
+    input_filter, copied = (input_filter_between(GUARD, [kind, [ordinary]]) for kind in (KEEP, KEEP * 3))
     guard, *keep, other = (x.double().T @ x.double() / len(x) for x in (GUARD, *KEEP, ordinary))
     rest = inputs.KEEP_WEIGHT * (sum(keep) / 2 + other) + inputs.ISOTROPIC * guard.trace() / 24 * torch.eye(24)
     wanted = guard @ torch.linalg.inv(guard + rest)
-    for each in (scope, copied):
+    for each in (input_filter, copied):
         found = each.p.double() @ each.q.double().T
         assert float((found - wanted).norm() / wanted.norm()) <= COMPUTED[torch.float32]
 
 
-def test_no_update_is_better_corrected_by_another_scope() -> None:
+def test_no_update_is_better_corrected_by_another_input_filter() -> None:
     """Its gradient is 0 there, and the problem is convex."""
-    scope, update = scope_between(GUARD, [KEEP]), factories.gaussian(8, 24, seed=4).double()
-    x = (update - update @ scope.p.double() @ scope.q.double().T).requires_grad_()
+    input_filter, update = input_filter_between(GUARD, [KEEP]), factories.gaussian(8, 24, seed=4).double()
+    x = (update - update @ input_filter.p.double() @ input_filter.q.double().T).requires_grad_()
     isotropic = inputs.ISOTROPIC * GUARD.double().square().mean()
     removed = (x @ GUARD.double().T).square().sum() / len(GUARD)
     kept = sum(((x - update) @ k.double().T).square().sum() / len(k) for k in KEEP) / len(KEEP)
@@ -54,17 +54,17 @@ def test_no_update_is_better_corrected_by_another_scope() -> None:
 def test_few_directions_are_the_strongest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where keep prompts bring nothing, F has the eigenvectors of the guard inputs' second moments."""
     monkeypatch.setattr(inputs, "MOST_DIRECTIONS", 3)
-    scope = scope_between(GUARD, [[torch.zeros(1, 24)]])
+    input_filter = input_filter_between(GUARD, [[torch.zeros(1, 24)]])
     values, vectors = torch.linalg.eigh(GUARD.double().T @ GUARD.double() / len(GUARD))
     rest = inputs.ISOTROPIC * values.sum() / 24
     wanted = (vectors[:, -3:] * (values[-3:] / (values[-3:] + rest))) @ vectors[:, -3:].T
-    found = scope.p.double() @ scope.q.double().T
+    found = input_filter.p.double() @ input_filter.q.double().T
     assert float((found - wanted).norm() / wanted.norm()) <= COMPUTED[torch.float32]
 
 
-def test_a_scope_of_nothing_is_nothing() -> None:
-    scope = scope_between(torch.zeros(3, 24), [KEEP])
-    assert not (scope.p @ scope.q.T).any()
+def test_an_input_filter_of_nothing_is_nothing() -> None:
+    input_filter = input_filter_between(torch.zeros(3, 24), [KEEP])
+    assert not (input_filter.p @ input_filter.q.T).any()
 
 
 @pytest.fixture

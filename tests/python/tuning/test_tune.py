@@ -16,14 +16,14 @@ import tiny_host
 from csulora.cli import app as cli
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 from csulora.tuning import probes, sweep
 from csulora.tuning import tune as module
 from csulora.tuning.fit import Case, Replies
 from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.tuning.gains import PerDirection
 from csulora.tuning.host import Reply
-from csulora.tuning.inputs import keep_inputs, scope_between
+from csulora.tuning.inputs import input_filter_between, keep_inputs
 from csulora.tuning.options import Options
 from csulora.tuning.request import Request
 from csulora.tuning.tune import recommend, tune
@@ -56,7 +56,7 @@ def test_the_policy_is_taken_with_its_pack_and_with_no_other(place: tiny_host.Pl
     adapter, pack = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.pack)
     _, report = csulora.correct(adapter, pack, policy)
     point = next(point for point in frontier.points if point.policy == frontier.written)
-    assert report.totals.change == pytest.approx(point.change)
+    assert report.totals.relative_change == pytest.approx(point.relative_change)
     other = csulora.extract(place.aligned.with_name("base"), place.aligned, rank=1, modules=list(tiny_host.MODULES))
     with pytest.raises(RefusedError, match="tuned for the pack"):
         csulora.correct(adapter, other, policy)
@@ -74,7 +74,7 @@ def test_a_frontier_has_every_family_and_counts_held_back_prompts_only(place: ti
     assert {point.guard.count for point in frontier.points} == {2 * 16 // 4}
     assert {point.family for point in frontier.points if point.control} == {"scaling", *module.CONTROLS}
     untouched = next(point for point in frontier.points if point.family == "none")
-    assert (untouched.keep.value, untouched.change) == (1, 0)
+    assert (untouched.keep.value, untouched.relative_change) == (1, 0)
 
 
 def test_an_interrupted_run_continues_and_ends_the_same(
@@ -103,7 +103,7 @@ def test_the_controls_weigh_prompts_as_the_best_fit_does(place: tiny_host.Place,
     frontier = tune(replace(request(place), keep_weights=(0.5, 20.0)), tmp_path / "policy.toml")
     tried = {point.policy: point for point in frontier.points if point.family == "tuned"}
     assert set(tried) == {"tuned 0.5", "tuned 20"}
-    best = max(tried.values(), key=lambda point: (point.score, -point.change))
+    best = max(tried.values(), key=lambda point: (point.score, -point.relative_change))
     weight = best.policy.removeprefix("tuned ")
     assert {point.policy for point in frontier.points if point.family in module.CONTROLS} == {
         f"{family} {weight}" for family in module.CONTROLS
@@ -183,21 +183,21 @@ def test_ordinary_prompts_need_only_be_answered_where_refusals_are_counted(
     assert untouched.ordinary.value < 1
 
 
-def test_scopes_leave_ordinary_prompts_alone(
+def test_input_filters_leave_ordinary_prompts_alone(
     place: tiny_host.Place, tmp_path: Path, ordinary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are a kind of their own, run with each adapter and with none; the closed form does the rest."""
     prompts, seen = probes.read(ordinary), []
 
-    def recording(guard: Tensor, kinds: list[list[Tensor]]) -> Scope:
+    def recording(guard: Tensor, kinds: list[list[Tensor]]) -> InputFilter:
         seen.append(kinds)
-        return scope_between(guard, kinds)
+        return input_filter_between(guard, kinds)
 
-    monkeypatch.setattr(module, "scope_between", recording)
+    monkeypatch.setattr(module, "input_filter_between", recording)
     run = module.Run(replace(request(place, 2), ordinary=prompts), tmp_path / "policy.toml", None)
     names = {target: name for name, target in run.targets[0].items()}
     fitted = [prompt for at, prompt in enumerate(prompts) if at % 4 != 3]
-    for target, (_, found) in zip(run.scopes((0, 1)), seen, strict=True):
+    for target, (_, found) in zip(run.input_filters((0, 1)), seen, strict=True):
         assert len(found) == 3
         for inputs, adapter in zip(found, (*run.adapters, None), strict=True):
             with run.host.adapted(pairs_of(adapter) if adapter else {}):
@@ -302,11 +302,13 @@ def test_the_control_is_fitted_in_as_many_own_directions_as_it_is_measured_in(
         cases.clear()
 
 
-def test_scopes_of_an_earlier_policy_do_not_matter(place: tiny_host.Place, tmp_path: Path) -> None:
+def test_input_filters_of_an_earlier_policy_do_not_matter(place: tiny_host.Place, tmp_path: Path) -> None:
     whole = request(place, 2)
-    scopes = {name: Scope(torch.ones(n, 1) / n, torch.ones(n, 1)) for name, (_, n) in tiny_host.MODULES.items()}
+    input_filters = {
+        name: InputFilter(torch.ones(n, 1) / n, torch.ones(n, 1)) for name, (_, n) in tiny_host.MODULES.items()
+    }
     fitted = []
-    for number, pack in enumerate((whole.pack, whole.pack.with_scopes(scopes))):
+    for number, pack in enumerate((whole.pack, whole.pack.with_input_filters(input_filters))):
         run = module.Run(replace(whole, pack=pack), tmp_path / f"{number}.toml", None)
         fitted.append(run.policy(module.EVERYWHERE, (0, 1), 1.0))
     assert fitted[0] == fitted[1]
@@ -370,8 +372,8 @@ def test_the_mean_gains_are_those_of_directions_that_there_are() -> None:
     assert policy.overrides[-1].gains == pytest.approx((0.4 * 0.2, 0.4, 0.2, 1.0))
 
 
-def point(family: str, guard: int, keep: int, change: float = 0.5) -> Point:
-    return Point(family, family, family.endswith("scaling"), Rate.of(guard, 40), Rate.of(keep, 40), change)
+def point(family: str, guard: int, keep: int, relative_change: float = 0.5) -> Point:
+    return Point(family, family, family.endswith("scaling"), Rate.of(guard, 40), Rate.of(keep, 40), relative_change)
 
 
 def test_the_best_policy_is_recommended_if_its_interval_clears_plain_scaling() -> None:
@@ -392,13 +394,13 @@ def test_a_policy_is_no_better_beyond_doubt_than_what_was_measured_on_fewest_pro
     assert recommend([point("none", 0, 40, 0.0), scaling, few])[0] is None
 
 
-def test_of_equal_scores_the_smaller_change_is_recommended() -> None:
+def test_of_equal_scores_the_smaller_relative_change_is_recommended() -> None:
     chosen, _ = recommend([point("none", 0, 40), point("protect", 40, 40, 0.6), point("tuned", 40, 40, 0.4)])
     assert chosen is not None
     assert chosen.policy == "tuned"
 
 
-def test_scopes_are_given_up_only_for_what_is_better_beyond_doubt() -> None:
+def test_input_filters_are_given_up_only_for_what_is_better_beyond_doubt() -> None:
     plain, everywhere = [point("none", 0, 40)], module.EVERYWHERE
     for keep, better in ((24, "tuned"), (36, everywhere)):
         chosen, _ = recommend([*plain, point("tuned", 40, 20), point(everywhere, 40, keep)])
@@ -429,7 +431,7 @@ def test_the_command_line(
     assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
     assert run(*command, "--keep", place.keep, "--keep-weight", 0) == 2
     assert run(*command, "--keep", place.keep, "--refusal", " ") == 2
-    assert run(*command, "--keep", place.keep, "--for-others", "--no-scopes") == 0
+    assert run(*command, "--keep", place.keep, "--for-others", "--no-input-filters") == 0
     assert "tuned everywhere" in capsys.readouterr().out
     assert run(*command, "--keep", place.keep, "--refusal", "w1", "--refusal", "w2") == 0
     assert "refused" in capsys.readouterr().out
@@ -451,8 +453,8 @@ def test_a_policy_for_one_adapter_has_gains_of_single_directions(
         assert override.directions is not None
         assert len(override.directions.left) == len(override.directions.right) == pack[override.match].rank
     _, report = csulora.correct(csulora.load_adapter(place.adapters[0]), pack, policy)
-    assert report.totals.change == pytest.approx(
-        next(p.change for p in frontier.points if p.policy == frontier.written)
+    assert report.totals.relative_change == pytest.approx(
+        next(p.relative_change for p in frontier.points if p.policy == frontier.written)
     )
 
 
@@ -462,32 +464,32 @@ def test_one_adapters_policy_may_be_for_others(
     monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is"))
     frontier = tune(replace(request(place), for_others=True), tmp_path / "policy.toml")
     policy, pack = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.pack)
-    assert policy.usual_energy == pytest.approx(
+    assert policy.reference_energy == pytest.approx(
         Update.of(csulora.load_adapter(place.adapters[0]), pack).energy_along(16)
     )
-    assert policy.scoped
+    assert policy.filtered
     doubts = "measured on the adapter it was fitted on, not on others; not measured on ordinary prompts"
     assert frontier.verdict == f"It is; {doubts}"
     assert {point.family for point in frontier.points} >= set(module.CANDIDATES)
-    scoped = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
-    csulora.correct(csulora.load_adapter(place.adapters[1]), scoped, policy)
+    filtered = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
+    csulora.correct(csulora.load_adapter(place.adapters[1]), filtered, policy)
 
 
-def test_without_scopes_nothing_is_scoped(
+def test_without_input_filters_nothing_is_filtered(
     place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everywhere = module.EVERYWHERE
     monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == everywhere), ""))
-    monkeypatch.setattr(module, "scope_between", None)  # not even looked for
-    frontier = tune(replace(request(place, adapters=2), scopes=False), tmp_path / "policy.toml")
+    monkeypatch.setattr(module, "input_filter_between", None)  # not even looked for
+    frontier = tune(replace(request(place, adapters=2), input_filters=False), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
-    assert not policy.scoped
-    assert policy.usual_energy
+    assert not policy.filtered
+    assert policy.reference_energy
     assert "tuned" not in {point.family for point in frontier.points}
     assert not module.pack_path(tmp_path / "policy.toml").exists()
 
 
-def test_a_policy_for_several_adapters_restores_the_alignment_within_the_scopes_of_its_pack(
+def test_a_policy_for_several_adapters_reinforces_the_alignment_within_the_input_filters_of_its_pack(
     place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
@@ -495,21 +497,21 @@ def test_a_policy_for_several_adapters_restores_the_alignment_within_the_scopes_
     policy = Policy.load(tmp_path / "policy.toml")
     assert {override.match for override in policy.overrides} == set(tiny_host.MODULES)
     assert any(
-        multiple for override in policy.overrides if override.directions for multiple in override.directions.restored
+        multiple for override in policy.overrides if override.directions for multiple in override.directions.reinforced
     )
     pack = csulora.Subspace.open(place.pack)
     energies = [Update.of(csulora.load_adapter(path), pack).energy_along(16) for path in place.adapters[:2]]
-    assert policy.usual_energy == pytest.approx((energies[0] * energies[1]) ** 0.5)
-    scoped = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
-    assert policy.scoped
-    assert all(scoped[name].scope for name in tiny_host.MODULES)
-    assert frontier.subspace_sha256 == policy.subspace_sha256 == scoped.sha256
-    csulora.correct(csulora.load_adapter(place.adapters[1]), scoped, policy)
+    assert policy.reference_energy == pytest.approx((energies[0] * energies[1]) ** 0.5)
+    filtered = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
+    assert policy.filtered
+    assert all(filtered[name].input_filter for name in tiny_host.MODULES)
+    assert frontier.subspace_sha256 == policy.subspace_sha256 == filtered.sha256
+    csulora.correct(csulora.load_adapter(place.adapters[1]), filtered, policy)
     with pytest.raises(RefusedError, match="tuned for the pack"):
         csulora.correct(csulora.load_adapter(place.adapters[1]), pack, policy)
 
 
-def test_scopes_are_left_out_where_the_policy_is_better_without(
+def test_input_filters_are_left_out_where_the_policy_is_better_without(
     place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -518,7 +520,7 @@ def test_scopes_are_left_out_where_the_policy_is_better_without(
     frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.frontier.json", "policy.toml"]
     policy, pack = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.pack)
-    assert not policy.scoped
-    assert policy.usual_energy
+    assert not policy.filtered
+    assert policy.reference_energy
     assert frontier.subspace_sha256 == policy.subspace_sha256 == pack.sha256
     csulora.correct(csulora.load_adapter(place.adapters[1]), pack, policy)

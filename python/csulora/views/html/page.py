@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from csulora.adapters.lora import Adapter
 from csulora.correction.correct import check_pack, correct
-from csulora.correction.report import PARTS, Report
+from csulora.correction.report import COMPONENTS, Report
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
@@ -62,7 +62,7 @@ def render(adapter: Adapter, pack: Subspace, policy: Policy, frontier: Frontier 
         totals=report.totals,
         policy=policy,
         refusal=refusal,
-        parts=PARTS,
+        components=COMPONENTS,
         provenance=pack.provenance,
         layout=Layout.of(module.module for module in report.modules),
         maps=heat_maps(report),

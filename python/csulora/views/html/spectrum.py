@@ -41,7 +41,7 @@ class Panel:
     smallest: float
     noise_edge: float
     above_noise: int
-    captured: float
+    captured_energy: float
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _panel(kind: str, short: str, modules: Mapping[str, ModuleSubspace], x: Axis
         smallest=min((float(module.s[-1]) for module in kept), default=0.0),
         noise_edge=edge,
         above_noise=min(certificate.above_noise for certificate in certificates),
-        captured=min(certificate.captured for certificate in certificates),
+        captured_energy=min(certificate.captured_energy for certificate in certificates),
     )
 
 

@@ -514,5 +514,5 @@ def test_decisions_are_logged(adapter: Path, poisoned: Path, pack: Path, tmp_pat
     assert (good["verdict"], bad["verdict"]) == ("corrected", "invalid")
     assert good["adapter_sha256"] == csulora.load_adapter(adapter).sha256
     assert good["subspace_sha256"] == csulora.Subspace.open(pack).sha256
-    assert good["totals"]["change"] > 0
+    assert good["totals"]["relative_change"] > 0
     assert "NaN" in bad["reason"]

@@ -15,7 +15,7 @@ import html_pages
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Directions, Override, Policy
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 from csulora.subspace.subspace import Subspace
 from csulora.views.html.charts import Axis, round_values
 from csulora.views.html.layout import Layout, place
@@ -93,7 +93,7 @@ def test_every_figure_of_every_module_is_on_the_page(adapter: Adapter, pack: Sub
             "right": [module.gains["right"]],
             "off": [module.energies["off"], module.gains["off"]],
             "undo": [module.undo],
-            "change": [module.change],
+            "relative change": [module.relative_change],
         }
         for name, values in figures.items():
             shown = [re.fullmatch(rf"{re.escape(module.module)}: {name} ([-+.0-9]+) %", title) for title in titles]
@@ -102,11 +102,11 @@ def test_every_figure_of_every_module_is_on_the_page(adapter: Adapter, pack: Sub
 
 
 def test_left_and_right_gains_share_a_map_unless_they_differ(adapter: Adapter, pack: Subspace) -> None:
-    assert "Gain of the partial part" in render(adapter, pack, Policy.csulora())
+    assert "Gain of the partial component" in render(adapter, pack, Policy.csulora())
     split = render(adapter, pack, Policy(overrides=(Override("*", gains=(1, 0.5, 0.6, 1)),)))
-    assert "Gain of the left part" in split
-    assert "Gain of the right part" in split
-    assert "Gain of the partial part" not in split
+    assert "Gain of the left component" in split
+    assert "Gain of the right component" in split
+    assert "Gain of the partial component" not in split
 
 
 def test_the_page_says_what_it_was_made_from(adapter: Adapter, pack: Subspace) -> None:
@@ -122,11 +122,14 @@ def test_the_page_says_what_it_was_made_from(adapter: Adapter, pack: Subspace) -
 
 
 def test_the_page_says_what_the_policy_depends_on(adapter: Adapter, pack: Subspace) -> None:
-    scopes = {name: Scope(torch.ones(n, 1), torch.ones(n, 1)) for name, (_, n) in factories.SHAPES.items()}
+    input_filters = {name: InputFilter(torch.ones(n, 1), torch.ones(n, 1)) for name, (_, n) in factories.SHAPES.items()}
     overrides = (Override("*", directions=Directions((0.5,), (0.5,))),)
-    policy = Policy.none(overrides=overrides, usual_energy=0.25, scoped=True)
-    text = Parsed(render(adapter, pack.with_scopes(scopes), policy)).text
-    assert "1 overrides, for an energy along their directions of 25.0 %, within the pack's scopes; rank" in text
+    policy = Policy.none(overrides=overrides, reference_energy=0.25, filtered=True)
+    text = Parsed(render(adapter, pack.with_input_filters(input_filters), policy)).text
+    assert (
+        "1 overrides, with a reference energy of 25.0 %, on the inputs that the subspace file's input filters select"
+        in text
+    )
 
 
 def test_modules_that_a_refusing_policy_would_drop_are_shown_as_dropped() -> None:

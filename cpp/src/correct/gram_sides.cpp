@@ -1,4 +1,4 @@
-#include "correct/sides.h"
+#include "correct/gram_sides.h"
 
 #include <algorithm>
 #include <cmath>
@@ -48,7 +48,7 @@ double aligned_norm2(const SmallMatrix& left, const SmallMatrix& right, const st
 }
 
 /// |f_i|^2 of a column of F.
-double column_norm2(const Side& side, int64_t column) {
+double column_norm2(const GramSide& side, int64_t column) {
   double sum = side.outside[column][column];
   for (int64_t i = 0; i < side.coordinates.rows(); ++i) {
     sum += side.coordinates[i][column] * side.coordinates[i][column];
@@ -57,13 +57,13 @@ double column_norm2(const Side& side, int64_t column) {
 }
 
 /// F^T F from the Gram matrix of [inside, outside].
-SmallMatrix whole_gram(const SplitFactor& split) {
-  const auto& parts = split.gram;
-  const int64_t r = parts.rows() / 2;
+SmallMatrix factor_gram(const SplitFactor& split) {
+  const auto& halves = split.gram;
+  const int64_t r = halves.rows() / 2;
   SmallMatrix result(r, r);
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j < r; ++j) {
-      result[i][j] = parts[i][j] + parts[i][r + j] + parts[r + i][j] + parts[r + i][r + j];
+      result[i][j] = halves[i][j] + halves[i][r + j] + halves[r + i][j] + halves[r + i][r + j];
     }
   }
   return result;
@@ -71,16 +71,16 @@ SmallMatrix whole_gram(const SplitFactor& split) {
 
 }  // namespace
 
-Side side(const SplitFactor& split) {
+GramSide gram_side(const SplitFactor& split) {
   const int64_t r = split.gram.rows() / 2;
-  Side result{split.coordinates, {r, r}};
+  GramSide result{split.coordinates, {r, r}};
   for (int64_t i = 0; i < r; ++i) {
     std::copy_n(split.gram[r + i] + r, r, result.outside[i]);
   }
   return result;
 }
 
-Side attenuated(Side side, const std::vector<double>& gains) {
+GramSide attenuated(GramSide side, const std::vector<double>& gains) {
   auto& coordinates = side.coordinates;
   for (size_t i = 0; i < gains.size(); ++i) {
     std::transform(coordinates[i], coordinates[i + 1], coordinates[i], [&](double entry) { return gains[i] * entry; });
@@ -88,13 +88,13 @@ Side attenuated(Side side, const std::vector<double>& gains) {
   return side;
 }
 
-Parts norms2(const Sides& update) {
+Components norms2(const GramSides& update) {
   const auto& [b, a, added] = update;
   return {aligned_norm2(b.coordinates, a.coordinates, added), inner(gram(b.coordinates), a.outside),
           inner(b.outside, gram(a.coordinates)), inner(b.outside, a.outside)};
 }
 
-std::vector<double> stretches(const Sides& update) {
+std::vector<double> stretches(const GramSides& update) {
   std::vector<double> result(update.b.outside.rows(), 1);
   for (size_t i = 0; i < result.size(); ++i) {
     const auto column = static_cast<int64_t>(i);
@@ -106,7 +106,7 @@ std::vector<double> stretches(const Sides& update) {
   return result;
 }
 
-bool rounds_well(const Sides& update) {
+bool rounds_well(const GramSides& update) {
   constexpr double kCancelled = 4;
   const auto& [b, a, added] = update;
   double apart = std::inner_product(added.begin(), added.end(), added.begin(), 0.0);
@@ -116,24 +116,25 @@ bool rounds_well(const Sides& update) {
   return apart <= kCancelled * total(norms2(update));
 }
 
-double distance(const Sides& x, const Sides& whole) {
-  const auto b = difference(x.b.coordinates, whole.b.coordinates);
-  const auto a = difference(x.a.coordinates, whole.a.coordinates);
-  const double aligned = aligned_norm2(side_by_side(b, x.b.coordinates), side_by_side(whole.a.coordinates, a), x.added);
+double distance(const GramSides& x, const GramSides& update) {
+  const auto b = difference(x.b.coordinates, update.b.coordinates);
+  const auto a = difference(x.a.coordinates, update.a.coordinates);
+  const double aligned =
+      aligned_norm2(side_by_side(b, x.b.coordinates), side_by_side(update.a.coordinates, a), x.added);
   return std::sqrt(aligned + inner(gram(b), x.a.outside) + inner(x.b.outside, gram(a)));
 }
 
-bool accurate_in_float(const Sides& x, const Sides& whole) {
+bool accurate_in_float(const GramSides& x, const GramSides& update) {
   double error2 = 0;
   for (int64_t i = 0; i < x.b.outside.rows(); ++i) {
-    error2 += column_norm2(whole.b, i) * column_norm2(x.a, i) + column_norm2(x.b, i) * column_norm2(whole.a, i);
+    error2 += column_norm2(update.b, i) * column_norm2(x.a, i) + column_norm2(x.b, i) * column_norm2(update.a, i);
   }
   const double tolerance = kFloatTolerance / kFloatRounding;
   return error2 <= tolerance * tolerance * total(norms2(x));
 }
 
 Energy energy(const SplitFactor& b, const SplitFactor& a, int64_t left, int64_t right) {
-  const auto b_gram = whole_gram(b), a_gram = whole_gram(a);
+  const auto b_gram = factor_gram(b), a_gram = factor_gram(a);
   const double written = inner(gram(first_rows(b.coordinates, left)), a_gram);
   const double read = inner(b_gram, gram(first_rows(a.coordinates, right)));
   return {(written + read) / 2, inner(b_gram, a_gram)};

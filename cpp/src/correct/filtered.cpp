@@ -1,4 +1,4 @@
-#include "correct/scoped.h"
+#include "correct/filtered.h"
 
 #include <ATen/ATen.h>
 
@@ -26,7 +26,7 @@ Tensor column(std::vector<double> numbers, int64_t count, double rest) {
 Tensor with_rows(const Tensor& matrix, int64_t count) { return at::constant_pad_nd(matrix, {0, 0, 0, count}); }
 Tensor with_columns(const Tensor& matrix, int64_t count) { return at::constant_pad_nd(matrix, {0, count}); }
 
-/// What tall matrices say of an update's factor a (r, n), the basis v (n, k) and the scope p, q (n, f).
+/// What tall matrices say of an update's factor a (r, n), the basis v (n, k) and the input filter p, q (n, f).
 struct Reading {
   Reading(const Tensor& a, const Tensor& v, int64_t first, const Tensor& p, const Tensor& q)
       : a_p(small(a.mm(p))),
@@ -43,23 +43,24 @@ struct Reading {
 };
 
 /// The side of a factor, from its coordinates (k, j) and its Gram matrix (j, j).
-Side side_of(const Tensor& coordinates, const Tensor& gram) {
+GramSide gram_side_of(const Tensor& coordinates, const Tensor& gram) {
   return {SmallMatrix(coordinates), SmallMatrix(gram - coordinates.t().mm(coordinates))};
 }
 
 }  // namespace
 
-Scoped scoped(const CorrectionTask& task, const Directions& directions, const Sides& whole, at::ScalarType dtype) {
-  const auto& [left, right, restored] = directions;
-  const auto first = static_cast<int64_t>(std::max({left.size(), right.size(), restored.size()}));
+Filtered filtered(const CorrectionTask& task, const Directions& directions, const GramSides& update,
+                  at::ScalarType dtype) {
+  const auto& [left, right, reinforced] = directions;
+  const auto first = static_cast<int64_t>(std::max({left.size(), right.size(), reinforced.size()}));
   const auto removed_left = 1 - column(left, first, 1), removed_right = 1 - column(right, first, 1);
-  const auto added = column(restored, first, 0) * small(task.subspace.s.narrow(0, 0, first)).unsqueeze(1);
+  const auto added = column(reinforced, first, 0) * small(task.subspace.s.narrow(0, 0, first)).unsqueeze(1);
   const auto changed = removed_left.ne(0).logical_or(added.ne(0)).flatten().nonzero().flatten();
 
-  const auto a = widened(task.pair.a, dtype), v = widened(task.subspace.v, dtype);
-  const auto p = task.scope->p.to(dtype), q = task.scope->q.to(dtype);
+  const auto a = widened(task.factors.a, dtype), v = widened(task.subspace.v, dtype);
+  const auto p = task.input_filter->p.to(dtype), q = task.input_filter->q.to(dtype);
   const Reading reading(a, v, first, p, q);
-  const auto u_b = whole.b.coordinates.tensor(), v_a = whole.a.coordinates.tensor();
+  const auto u_b = update.b.coordinates.tensor(), v_a = update.a.coordinates.tensor();
   const int64_t r = a.size(0), more = changed.size(0);
 
   // (X' - dW) p = [b, U_D] change
@@ -67,22 +68,22 @@ Scoped scoped(const CorrectionTask& task, const Directions& directions, const Si
   const auto written = added * reading.v_p - removed_left * u_b.narrow(0, 0, first).mm(read);
   const auto change = at::cat({read - reading.a_p, written.index_select(0, changed)});
 
-  Scoped x;
+  Filtered x;
   const auto on_device = changed.to(task.subspace.u.device());
-  x.b = at::cat(
-      {widened(task.pair.b, dtype).mul(task.pair.scale), widened(task.subspace.u.index_select(1, on_device), dtype)},
-      1);
+  x.b = at::cat({widened(task.factors.b, dtype).mul(task.factors.scale),
+                 widened(task.subspace.u.index_select(1, on_device), dtype)},
+                1);
   x.a = change.to(a.options()).mm(q.t());
   x.a.narrow(0, 0, r).add_(a);
 
   const auto axes = at::eye(u_b.size(0), at::kDouble).index_select(1, changed);
-  const auto outside = with_rows(with_columns(whole.b.outside.tensor(), more), more);
+  const auto outside = with_rows(with_columns(update.b.outside.tensor(), more), more);
   x.sides.b = {SmallMatrix(at::cat({u_b, axes}, 1)), SmallMatrix(outside)};
   const auto coordinates = reading.v_q.mm(change.t()), gram = change.mm(reading.q_q).mm(change.t());
-  x.change = std::sqrt(total(norms2({x.sides.b, side_of(coordinates, gram)})));
+  x.distance = std::sqrt(total(norms2({x.sides.b, gram_side_of(coordinates, gram)})));
   const auto cross = with_rows(reading.a_q, more).mm(change.t());
-  const auto of_a = with_rows(with_columns(whole.a.outside.tensor() + v_a.t().mm(v_a), more), more);
-  x.sides.a = side_of(with_columns(v_a, more) + coordinates, of_a + cross + cross.t() + gram);
+  const auto of_a = with_rows(with_columns(update.a.outside.tensor() + v_a.t().mm(v_a), more), more);
+  x.sides.a = gram_side_of(with_columns(v_a, more) + coordinates, of_a + cross + cross.t() + gram);
   const auto stretch = at::tensor(stretches(x.sides), x.b.options());
   x.b.mul_(stretch);
   x.a.div_(stretch.unsqueeze(1));

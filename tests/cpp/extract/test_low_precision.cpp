@@ -22,7 +22,7 @@ Tensor falling(int64_t rows, int64_t columns) {
   return u.div(at::arange(1, shorter + 1, at::kDouble)).matmul(v.t()).to(at::kFloat);
 }
 
-csulora::WantedCount always(int64_t count) {
+csulora::TargetCount always(int64_t count) {
   return [count](const Tensor&) { return count; };
 }
 
@@ -71,7 +71,7 @@ TEST_CASE("what a bfloat16 copy finds is refined to the tolerance") {
     for (const double tolerance : {1e-2, 1e-3, 1e-5}) {
       CAPTURE(tolerance);
       const auto found =
-          csulora::rough_block_krylov(matrix, matrix.to(at::kBFloat16), always(6), {22, 6, tolerance, 3});
+          csulora::low_precision_block_krylov(matrix, matrix.to(at::kBFloat16), always(6), {22, 6, tolerance, 3});
       REQUIRE(found);
       CHECK(residual(matrix, *found) <= tolerance);
       CHECK(found->u.sizes() == at::IntArrayRef{rows, 6});
@@ -89,8 +89,8 @@ TEST_CASE("what a bfloat16 copy finds is refined to the tolerance") {
 TEST_CASE("a start or digits that do not suffice are said") {
   at::manual_seed(3);
   const auto matrix = falling(300, 260);
-  const auto rough = matrix.to(at::kBFloat16);
-  CHECK_FALSE(csulora::refine(matrix, rough, at::randn({8, 300}), always(6), 1e-4));
-  CHECK_FALSE(csulora::refine(matrix, rough, at::randn({22, 300}), always(6), 1e-8));
-  CHECK_FALSE(csulora::rough_block_krylov(matrix, rough, always(6), {22, 6, 1e-8, 3}));
+  const auto low_precision = matrix.to(at::kBFloat16);
+  CHECK_FALSE(csulora::refine(matrix, low_precision, at::randn({8, 300}), always(6), 1e-4));
+  CHECK_FALSE(csulora::refine(matrix, low_precision, at::randn({22, 300}), always(6), 1e-8));
+  CHECK_FALSE(csulora::low_precision_block_krylov(matrix, low_precision, always(6), {22, 6, 1e-8, 3}));
 }

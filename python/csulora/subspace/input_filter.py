@@ -1,6 +1,7 @@
-"""The scope of a policy: the inputs of a module on which its correction acts.
+"""The input filter of a policy: the inputs of a module on which its correction acts.
 
-Where a policy is scoped, an update dW for which it asks X' becomes, with the module's scope F = P Q^T (in, in),
+Where a policy is filtered, an update dW for which it asks X' becomes, with the module's input filter
+F = P Q^T (in, in),
 
     X = dW + (X' - dW) F,
 
@@ -18,12 +19,12 @@ from torch import Tensor
 from csulora.errors import InputError
 from csulora.native import _core
 
-Pair = tuple[Tensor, Tensor]
+Factors = tuple[Tensor, Tensor]
 """Factors b (out, r) and a (r, in) of an update b a."""
 
 
 @dataclass(frozen=True, eq=False)
-class Scope:
+class InputFilter:
     """F = p q^T of one module."""
 
     p: Tensor  # (in, f) float32
@@ -33,21 +34,21 @@ class Scope:
         """Check shapes and types."""
         if self.p.dim() != 2 or self.p.shape != self.q.shape or {self.p.dtype, self.q.dtype} != {torch.float32}:
             described = (f"{list(factor.shape)} {factor.dtype}" for factor in (self.p, self.q))
-            raise InputError("the scope's p is {} and its q {}; both must be (in, f) float32".format(*described))
+            raise InputError("the input filter's p is {} and its q {}; both must be (in, f) float32".format(*described))
 
-    def to(self, device: torch.device) -> Scope:
+    def to(self, device: torch.device) -> InputFilter:
         """The same on another device."""
-        return Scope(self.p.to(device), self.q.to(device))
+        return InputFilter(self.p.to(device), self.q.to(device))
 
-    def to_core(self) -> _core.Scope:
+    def to_core(self) -> _core.InputFilter:
         """Return it as the compiled core takes it."""
-        return _core.Scope(self.p, self.q)
+        return _core.InputFilter(self.p, self.q)
 
     def within(self, a: Tensor) -> Tensor:
         """Return a F, for a (r, in)."""
         return (a @ self.p) @ self.q.T
 
-    def applied(self, whole: Pair, wanted: Pair) -> Pair:
-        """Return factors of X for dW = ``whole`` and X' = ``wanted``; their ranks add up."""
-        (b, a), (wanted_b, wanted_a) = whole, wanted
-        return torch.cat([b, wanted_b], 1), torch.cat([a - self.within(a), self.within(wanted_a)])
+    def applied(self, update: Factors, target: Factors) -> Factors:
+        """Return factors of X for dW = ``update`` and X' = ``target``; their ranks add up."""
+        (b, a), (target_b, target_a) = update, target
+        return torch.cat([b, target_b], 1), torch.cat([a - self.within(a), self.within(target_a)])

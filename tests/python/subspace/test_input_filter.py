@@ -15,7 +15,7 @@ import oracle
 from csulora import Policy, Subspace, correct
 from csulora.errors import InputError
 from csulora.policy.policy import Directions, Override
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 from tolerances import COMPUTED, STORED, TRACES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,30 +23,32 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DOWN, UP, Q = sorted(factories.SHAPES)
 
 
-def along(left: tuple[float, ...], right: tuple[float, ...], restored: tuple[float, ...] = ()) -> Policy:
-    return Policy.none(overrides=(Override("*", directions=Directions(left, right, restored)),))
+def along(left: tuple[float, ...], right: tuple[float, ...], reinforced: tuple[float, ...] = ()) -> Policy:
+    return Policy.none(overrides=(Override("*", directions=Directions(left, right, reinforced)),))
 
 
-RESTORING = along((0.5, 0.0), (0.25,), (0.5, 0.0, -0.25))
-EXACT = replace(RESTORING, rank="exact")
+REINFORCING = along((0.5, 0.0), (0.25,), (0.5, 0.0, -0.25))
+EXACT = replace(REINFORCING, rank="exact")
 
 
-def scope(columns: int, directions: int = 3, seed: int = 7) -> Scope:
+def input_filter(columns: int, directions: int = 3, seed: int = 7) -> InputFilter:
     """Some F that is no projector."""
     p, q = (factories.gaussian(columns, directions, seed=seed + i) / columns**0.5 for i in range(2))
-    return Scope(p, q)
+    return InputFilter(p, q)
 
 
-def scoped_pack(seed: int = 7) -> Subspace:
+def filtered_pack(seed: int = 7) -> Subspace:
     shapes = factories.SHAPES.items()
-    return factories.pack().with_scopes({name: scope(columns, seed=seed) for name, (_, columns) in shapes})
+    return factories.pack().with_input_filters(
+        {name: input_filter(columns, seed=seed) for name, (_, columns) in shapes}
+    )
 
 
-def matrix(of: Scope) -> Tensor:
+def matrix(of: InputFilter) -> Tensor:
     return of.p.double() @ of.q.double().T
 
 
-def twin(whole: Tensor, wanted: Tensor, of: Scope) -> Tensor:
+def twin(whole: Tensor, wanted: Tensor, of: InputFilter) -> Tensor:
     """X = dW + (X' - dW) F, dense, float64."""
     return whole + (wanted - whole) @ matrix(of)
 
@@ -54,32 +56,34 @@ def twin(whole: Tensor, wanted: Tensor, of: Scope) -> Tensor:
 @pytest.mark.parametrize(
     "policy",
     [
-        RESTORING,
+        REINFORCING,
         along((0.5, 1.0, 0.0), (0.3, 0.2)),
         along((), (0.0,) * 6),
         along((0.25,) * 6, ()),
         along((), (), (2.0, 0.5)),
-        replace(along((0.5,) * 3, (0.5,) * 3, (0.5,) * 3), usual_energy=0.3),
+        replace(along((0.5,) * 3, (0.5,) * 3, (0.5,) * 3), reference_energy=0.3),
         along((1.0,), (1.0,)),
     ],
 )
 @pytest.mark.parametrize("scale", [2.0, 1e-3])
-def test_a_scoped_correction_is_its_dense_twin(policy: Policy, scale: float) -> None:
-    adapter, pack, policy = factories.adapter(scale=scale), scoped_pack(), replace(policy, rank="exact")
+def test_a_filtered_correction_is_its_dense_twin(policy: Policy, scale: float) -> None:
+    adapter, pack, policy = factories.adapter(scale=scale), filtered_pack(), replace(policy, rank="exact")
     plain, plain_report = correct(adapter, pack, policy)
-    fixed, report = correct(adapter, pack, replace(policy, scoped=True))
-    for name, measured, unscoped in zip(adapter.modules, report.modules, plain_report.modules, strict=True):
+    fixed, report = correct(adapter, pack, replace(policy, filtered=True))
+    for name, measured, unfiltered in zip(adapter.modules, report.modules, plain_report.modules, strict=True):
         whole, wanted, x = (
             oracle.update(m.b, m.a, m.scale) for m in (each.modules[name] for each in (adapter, plain, fixed))
         )
-        expected = twin(whole, wanted, pack[name].scope)
+        expected = twin(whole, wanted, pack[name].input_filter)
         assert oracle.relative_error(x, expected) <= COMPUTED[torch.float32]
-        assert measured.change == pytest.approx(float((expected - whole).norm() / whole.norm()), rel=TRACES, abs=TRACES)
-        assert [measured.norm, measured.undo] == pytest.approx([unscoped.norm, unscoped.undo], rel=TRACES)
-        assert measured.energies == pytest.approx(unscoped.energies, rel=TRACES)
-        before, after = (oracle.split(update, pack[name].u, pack[name].v).parts for update in (whole, expected))
-        for part, gain in measured.gains.items():
-            assert gain == pytest.approx(float(after[part].norm() / before[part].norm()), rel=1e-4)
+        assert measured.relative_change == pytest.approx(
+            float((expected - whole).norm() / whole.norm()), rel=TRACES, abs=TRACES
+        )
+        assert [measured.norm, measured.undo] == pytest.approx([unfiltered.norm, unfiltered.undo], rel=TRACES)
+        assert measured.energies == pytest.approx(unfiltered.energies, rel=TRACES)
+        before, after = (oracle.split(update, pack[name].u, pack[name].v).components for update in (whole, expected))
+        for component, gain in measured.gains.items():
+            assert gain == pytest.approx(float(after[component].norm() / before[component].norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -89,9 +93,9 @@ def test_rounding_costs_what_rounding_the_result_would_where_the_update_cancels(
     inside = pack[Q].u[:, :2] @ factories.gaussian(2, 4, seed=1) + 0.01 * factories.gaussian(shape[0], 4, seed=2)
     plain = factories.adapter({Q: shape}, dtype=dtype)
     adapter = replace(plain, modules={Q: replace(plain.modules[Q], b=inside.to(dtype))})
-    everything = {Q: Scope(torch.eye(shape[1]), torch.eye(shape[1]))}
+    everything = {Q: InputFilter(torch.eye(shape[1]), torch.eye(shape[1]))}
     policy = replace(along((0.0, 0.0), (1.0,)), rank="exact")
-    fixed, _ = correct(adapter, pack.with_scopes(everything), replace(policy, scoped=True))
+    fixed, _ = correct(adapter, pack.with_input_filters(everything), replace(policy, filtered=True))
     module, u = adapter.modules[Q], pack[Q].u[:, :2].double()
     whole = oracle.update(module.b, module.a, module.scale)
     expected = whole - u @ (u.T @ whole)
@@ -100,20 +104,20 @@ def test_rounding_costs_what_rounding_the_result_would_where_the_update_cancels(
     assert oracle.relative_error(x, expected) <= STORED[dtype]
 
 
-def test_inputs_outside_the_scope_meet_the_update_as_it_came() -> None:
-    adapter, pack = factories.adapter(), scoped_pack()
-    fixed, _ = correct(adapter, pack, replace(EXACT, scoped=True))
+def test_inputs_outside_the_input_filter_meet_the_update_as_it_came() -> None:
+    adapter, pack = factories.adapter(), filtered_pack()
+    fixed, _ = correct(adapter, pack, replace(EXACT, filtered=True))
     for name, module in adapter.modules.items():
-        outside = torch.linalg.svd(pack[name].scope.q.double().T)[2][3:]  # F x = 0
+        outside = torch.linalg.svd(pack[name].input_filter.q.double().T)[2][3:]  # F x = 0
         before, after = (oracle.update(m.b, m.a, m.scale) @ outside.T for m in (module, fixed.modules[name]))
         assert oracle.relative_error(after, before) <= COMPUTED[torch.float32]
 
 
 @given(seed=st.integers(0, 1000), share=st.floats(0, 1))
-def test_a_scope_of_all_inputs_is_none_and_one_of_no_inputs_keeps_the_update(seed: int, share: float) -> None:
+def test_an_input_filter_of_all_inputs_is_none_and_one_of_no_inputs_keeps_the_update(seed: int, share: float) -> None:
     adapter, pack = factories.adapter(seed=seed), factories.pack()
-    scopes = {name: Scope(share * torch.eye(n), torch.eye(n)) for name, (_, n) in factories.SHAPES.items()}
-    fixed, _ = correct(adapter, pack.with_scopes(scopes), replace(EXACT, scoped=True))
+    input_filters = {name: InputFilter(share * torch.eye(n), torch.eye(n)) for name, (_, n) in factories.SHAPES.items()}
+    fixed, _ = correct(adapter, pack.with_input_filters(input_filters), replace(EXACT, filtered=True))
     plain, _ = correct(adapter, pack, EXACT)
     for name, module in adapter.modules.items():
         whole, wanted, x = (
@@ -124,10 +128,10 @@ def test_a_scope_of_all_inputs_is_none_and_one_of_no_inputs_keeps_the_update(see
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_keeps_the_rank_that_the_same_policy_keeps_elsewhere_and_the_storage_type(dtype: torch.dtype) -> None:
-    adapter, pack = factories.adapter(dtype=dtype), scoped_pack()
-    plain, _ = correct(adapter, pack, RESTORING)
-    fixed, report = correct(adapter, pack, replace(RESTORING, scoped=True))
-    whole, _ = correct(factories.adapter(dtype=torch.float32), pack, replace(EXACT, scoped=True))
+    adapter, pack = factories.adapter(dtype=dtype), filtered_pack()
+    plain, _ = correct(adapter, pack, REINFORCING)
+    fixed, report = correct(adapter, pack, replace(REINFORCING, filtered=True))
+    whole, _ = correct(factories.adapter(dtype=torch.float32), pack, replace(EXACT, filtered=True))
     for module in report.modules:
         name = module.module
         assert fixed.modules[name].rank == plain.modules[name].rank == module.rank_after == 4 + 2
@@ -137,15 +141,16 @@ def test_keeps_the_rank_that_the_same_policy_keeps_elsewhere_and_the_storage_typ
             cut = (u[:, :6] * s[:6]) @ vh[:6]
             x = oracle.update(fixed.modules[name].b, fixed.modules[name].a)
             assert oracle.relative_error(x, cut) <= COMPUTED[torch.float32] + STORED[torch.float32]
-            assert module.lost == pytest.approx(float(s[6:].square().sum() / s.square().sum()), rel=1e-3)
+            assert module.truncation_error == pytest.approx(float(s[6:].square().sum() / s.square().sum()), rel=1e-3)
     assert all(
-        each.rank == 2 for each in correct(adapter, pack, replace(RESTORING, scoped=True, rank=2))[0].modules.values()
+        each.rank == 2
+        for each in correct(adapter, pack, replace(REINFORCING, filtered=True, rank=2))[0].modules.values()
     )
 
 
-def test_a_module_without_a_scope_is_corrected_on_all_inputs() -> None:
-    adapter, pack = factories.adapter(), factories.pack().with_scopes({UP: scope(40)})
-    fixed, _ = correct(adapter, pack, replace(EXACT, scoped=True))
+def test_a_module_without_an_input_filter_is_corrected_on_all_inputs() -> None:
+    adapter, pack = factories.adapter(), factories.pack().with_input_filters({UP: input_filter(40)})
+    fixed, _ = correct(adapter, pack, replace(EXACT, filtered=True))
     plain, _ = correct(adapter, pack, EXACT)
     for name in (DOWN, Q):
         x, wanted = (oracle.update(m.b, m.a) for m in (fixed.modules[name], plain.modules[name]))
@@ -153,42 +158,42 @@ def test_a_module_without_a_scope_is_corrected_on_all_inputs() -> None:
 
 
 def test_an_update_of_nothing_stays_one() -> None:
-    adapter, pack = factories.adapter(), scoped_pack()
+    adapter, pack = factories.adapter(), filtered_pack()
     empty = replace(adapter, modules={n: replace(m, b=torch.zeros_like(m.b)) for n, m in adapter.modules.items()})
-    fixed, report = correct(empty, pack, replace(RESTORING, scoped=True))
+    fixed, report = correct(empty, pack, replace(REINFORCING, filtered=True))
     assert all(not oracle.update(module.b, module.a).any() for module in fixed.modules.values())
-    assert {module.change for module in report.modules} == {0.0}
+    assert {module.relative_change for module in report.modules} == {0.0}
 
 
-def test_scopes_survive_a_file_and_are_part_of_its_identity(tmp_path: Path) -> None:
-    pack = scoped_pack()
+def test_input_filters_survive_a_file_and_are_part_of_its_identity(tmp_path: Path) -> None:
+    pack = filtered_pack()
     pack.save(tmp_path / "pack")
     opened = Subspace.open(tmp_path / "pack")
-    assert opened.is_scoped
-    assert not factories.pack().is_scoped
+    assert opened.is_filtered
+    assert not factories.pack().is_filtered
     for name, module in pack.items():
-        assert torch.equal(opened[name].scope.p, module.scope.p)
-        assert torch.equal(opened[name].scope.q, module.scope.q)
-    assert opened.sha256 == pack.sha256 != scoped_pack(seed=8).sha256
+        assert torch.equal(opened[name].input_filter.p, module.input_filter.p)
+        assert torch.equal(opened[name].input_filter.q, module.input_filter.q)
+    assert opened.sha256 == pack.sha256 != filtered_pack(seed=8).sha256
     assert pack.sha256 != factories.pack().sha256
 
 
-def test_a_scope_that_cannot_be_used_is_refused() -> None:
-    adapter, policy = factories.adapter(), replace(RESTORING, scoped=True)
-    with pytest.raises(InputError, match="the pack has no scopes; use the pack that tune wrote"):
+def test_an_input_filter_that_cannot_be_used_is_refused() -> None:
+    adapter, policy = factories.adapter(), replace(REINFORCING, filtered=True)
+    with pytest.raises(InputError, match="the pack has no input filters; use the pack that tune wrote"):
         correct(adapter, factories.pack(), policy)
     with pytest.raises(InputError, match=r"both must be \(in, f\) float32"):
-        Scope(torch.ones(4, 2), torch.ones(4, 3))
+        InputFilter(torch.ones(4, 2), torch.ones(4, 3))
     with pytest.raises(InputError, match="they disagree"):
-        factories.pack().with_scopes({Q: scope(41)})
-    nan = Scope(torch.full((40, 1), math.nan), torch.ones(40, 1))
+        factories.pack().with_input_filters({Q: input_filter(41)})
+    nan = InputFilter(torch.full((40, 1), math.nan), torch.ones(40, 1))
     with pytest.raises(InputError, match="holds NaN or infinity"):
-        correct(adapter, factories.pack().with_scopes({Q: nan}), policy)
+        correct(adapter, factories.pack().with_input_filters({Q: nan}), policy)
     with pytest.raises(InputError, match="must be true or false"):
-        Policy(scoped=1)  # type: ignore[arg-type]
+        Policy(filtered=1)  # type: ignore[arg-type]
     huge = factories.adapter(dtype=torch.float16)
-    wide = Scope(1e12 * torch.ones(40, 1), torch.ones(40, 1))
+    wide = InputFilter(1e12 * torch.ones(40, 1), torch.ones(40, 1))
     with pytest.raises(InputError, match="too large for Half"):
-        correct(huge, factories.pack().with_scopes({Q: wide}), policy)
-    with pytest.raises(InputError, match=f"{DOWN}: only gains of directions can be scoped"):
-        correct(adapter, scoped_pack(), Policy.csulora(scoped=True))
+        correct(huge, factories.pack().with_input_filters({Q: wide}), policy)
+    with pytest.raises(InputError, match=f"{DOWN}: only gains of directions can be filtered"):
+        correct(adapter, filtered_pack(), Policy.csulora(filtered=True))

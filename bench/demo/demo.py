@@ -53,12 +53,12 @@ def csulora(*arguments: str | Path) -> None:
 
 def run_commands(out: Path) -> dict[str, Path]:
     """Extract, inspect and correct into `out`; return each corrected adapter's directory by its name."""
-    pack, adapter = out / "pack.safetensors", FIXTURE / "adapter"
-    csulora("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", pack, "--rank", str(RANK))
-    csulora("inspect", adapter, "--subspace", pack)
+    subspace, adapter = out / "subspace.safetensors", FIXTURE / "adapter"
+    csulora("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", subspace, "--rank", str(RANK))
+    csulora("inspect", adapter, "--subspace", subspace)
     corrected = {name: out / name for name in CORRECTIONS}
     for name, options in CORRECTIONS.items():
-        csulora("correct", adapter, "--subspace", pack, "-o", corrected[name], *options, "--quiet")
+        csulora("correct", adapter, "--subspace", subspace, "-o", corrected[name], *options, "--quiet")
     return corrected
 
 

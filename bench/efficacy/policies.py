@@ -15,7 +15,7 @@ from csulora import Policy
 from csulora.tuning.controls import random_subspaces
 from csulora.tuning.update import Factors, factors_of
 
-RANKS = (4, 16)  # directions kept of the pack, where the whole grid is run
+RANKS = (4, 16)  # directions kept of the subspace file, where the whole grid is run
 PENALTIES = (1.0, 10.0, 100.0)
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -39,8 +39,8 @@ class Corrected:
     relative_change: float
 
 
-def truncated(pack: csulora.Subspace, rank: int) -> csulora.Subspace:
-    """The pack with its leading `rank` directions per module."""
+def truncated(subspace: csulora.Subspace, rank: int) -> csulora.Subspace:
+    """The subspace file with its leading `rank` directions per module."""
     return csulora.Subspace(
         {
             name: replace(
@@ -49,24 +49,24 @@ def truncated(pack: csulora.Subspace, rank: int) -> csulora.Subspace:
                 s=module.s[:rank].contiguous(),
                 v=module.v[:, :rank].contiguous(),
             )
-            for name, module in pack.items()
+            for name, module in subspace.items()
         },
-        pack.provenance,
+        subspace.provenance,
     )
 
 
-def other_layers(pack: csulora.Subspace) -> csulora.Subspace:
-    """The pack with every kind of module's subspaces moved on by one layer."""
+def other_layers(subspace: csulora.Subspace) -> csulora.Subspace:
+    """The subspace file with every kind of module's subspaces moved on by one layer."""
     kinds: dict[str, list[str]] = {}
-    for name in pack:
+    for name in subspace:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    moved = {name: pack[names[(at + 1) % len(names)]] for names in kinds.values() for at, name in enumerate(names)}
-    return csulora.Subspace(moved, pack.provenance)
+    moved = {name: subspace[names[(at + 1) % len(names)]] for names in kinds.values() for at, name in enumerate(names)}
+    return csulora.Subspace(moved, subspace.provenance)
 
 
-def apply(family: str, name: str, adapter: csulora.Adapter, pack: csulora.Subspace, policy: Policy) -> Corrected:
+def apply(family: str, name: str, adapter: csulora.Adapter, subspace: csulora.Subspace, policy: Policy) -> Corrected:
     """What `csulora correct` would write."""
-    fixed, report = csulora.correct(adapter, pack, policy)
+    fixed, report = csulora.correct(adapter, subspace, policy)
     return Corrected(family, name, False, factors_of(fixed), report.to_dict()["totals"]["relative_change"])
 
 
@@ -77,7 +77,7 @@ def scaled(adapter: csulora.Adapter, factor: float, family: str = "scaling") -> 
 
 
 def presets(rank: int) -> Iterator[tuple[str, str, Policy]]:
-    """Family, name and policy of every data-free policy on a pack of some rank."""
+    """Family, name and policy of every data-free policy on a subspace file of some rank."""
     yield "project", f"k={rank}", Policy.project()
     for penalty in PENALTIES:
         yield "csulora", f"l={penalty:g} k={rank}", Policy.csulora(penalty)
@@ -89,13 +89,13 @@ def presets(rank: int) -> Iterator[tuple[str, str, Policy]]:
     yield "mixed", f"(inf, 1, 0) k={rank}", Policy(math.inf, 1.0, 0.0)
 
 
-def whole_grid(adapter: csulora.Adapter, pack: csulora.Subspace, lab: Path) -> Iterator[Corrected]:
-    """Every policy and every control that needs no prompts; `pack` has at least the largest of `RANKS`."""
-    yield apply("none", "uncorrected", adapter, truncated(pack, 1), Policy.none())
+def whole_grid(adapter: csulora.Adapter, subspace: csulora.Subspace, lab: Path) -> Iterator[Corrected]:
+    """Every policy and every control that needs no prompts; `subspace file` has at least the largest of `RANKS`."""
+    yield apply("none", "uncorrected", adapter, truncated(subspace, 1), Policy.none())
     for factor in SCALES:
         yield scaled(adapter, factor)
     for rank in RANKS:
-        known = truncated(pack, rank)
+        known = truncated(subspace, rank)
         for family, name, policy in presets(rank):
             yield apply(family, name, adapter, known, policy)
         others = {"random subspace": random_subspaces(known, seed=rank), "other layer": other_layers(known)}
@@ -106,24 +106,27 @@ def whole_grid(adapter: csulora.Adapter, pack: csulora.Subspace, lab: Path) -> I
     yield from safe_lora(adapter, lab)
 
 
-def short_grid(adapter: csulora.Adapter, pack: csulora.Subspace, lab: Path) -> Iterator[Corrected]:
+def short_grid(adapter: csulora.Adapter, subspace: csulora.Subspace, lab: Path) -> Iterator[Corrected]:
     """One or two policies of every family and every control, k = 8."""
-    yield from data_free(adapter, truncated(pack, 8))
+    yield from data_free(adapter, truncated(subspace, 8))
     yield from safe_lora(adapter, lab)
 
 
-def data_free(adapter: csulora.Adapter, pack: csulora.Subspace) -> Iterator[Corrected]:
+def data_free(adapter: csulora.Adapter, subspace: csulora.Subspace) -> Iterator[Corrected]:
     """One or two policies of every family, and the controls that need no dense matrix."""
-    rank = max(module.rank for module in pack.values())
-    yield apply("none", "uncorrected", adapter, pack, Policy.none())
+    rank = max(module.rank for module in subspace.values())
+    yield apply("none", "uncorrected", adapter, subspace, Policy.none())
     for factor in (0.3, 0.5, 0.7):
         yield scaled(adapter, factor)
-    yield apply("csulora", f"l=1 k={rank}", adapter, pack, Policy.csulora(1.0))
-    yield apply("project", f"k={rank}", adapter, pack, Policy.project())
-    yield apply("protect", f"l=1 k={rank}", adapter, pack, Policy.protect(1.0))
-    yield apply("protect", f"l=inf k={rank}", adapter, pack, Policy.protect(math.inf))
-    yield apply("aligned-only", f"l=inf k={rank}", adapter, pack, Policy(math.inf, 0.0, 0.0))
-    for kind, control in (("random subspace", random_subspaces(pack, seed=rank)), ("other layer", other_layers(pack))):
+    yield apply("csulora", f"l=1 k={rank}", adapter, subspace, Policy.csulora(1.0))
+    yield apply("project", f"k={rank}", adapter, subspace, Policy.project())
+    yield apply("protect", f"l=1 k={rank}", adapter, subspace, Policy.protect(1.0))
+    yield apply("protect", f"l=inf k={rank}", adapter, subspace, Policy.protect(math.inf))
+    yield apply("aligned-only", f"l=inf k={rank}", adapter, subspace, Policy(math.inf, 0.0, 0.0))
+    for kind, control in (
+        ("random subspace", random_subspaces(subspace, seed=rank)),
+        ("other layer", other_layers(subspace)),
+    ):
         yield replace(apply(kind, f"protect k={rank}", adapter, control, Policy.protect(math.inf)), control=True)
 
 

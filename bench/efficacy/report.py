@@ -212,9 +212,9 @@ CLOSED = ("csulora", "project", "protect", "aligned-only", "mixed", "scaling", "
 ALONE = {
     "tuned": "",
     "tuned_fresh": ", on five more seeds",
-    "tuned_diverse": ", a quarter of the keep prompts ordinary",
-    "tuned_ordinary": ", with ordinary prompts",
-    "tuned_ordinary_fresh": ", with ordinary prompts, on five more seeds",
+    "tuned_diverse": ", a quarter of the task prompts general",
+    "tuned_general": ", with general prompts",
+    "tuned_general_fresh": ", with general prompts, on five more seeds",
 }
 
 
@@ -248,7 +248,7 @@ def tables(results: Path) -> Iterator[str]:
         ("", carry),
         (", as `tune` does it", cells(results, "carry_tuned")),
         (", as `tune` does it, on two more seeds", cells(results, "carry_fresh")),
-        (", as `tune` does it, attacks in other wordings than guard prompts", cells(results, "carry_reworded")),
+        (", as `tune` does it, attacks in other wordings than safety prompts", cells(results, "carry_reworded")),
     ):
         if found:
             yield f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}"

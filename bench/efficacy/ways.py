@@ -24,7 +24,7 @@ class Smooth(PerComponent):
     """Gains that add up, as logits, from the kind of module and a straight line over the layers."""
 
     def __init__(self, modules: list[str]) -> None:
-        """Number the kinds of the modules, by their names in the pack, and the layers."""
+        """Number the kinds of the modules, by their names in the subspace file, and the layers."""
         kinds = [name.rpartition(".")[2] for name in modules]
         known = sorted(set(kinds))
         layers = [next(int(part) for part in name.split(".") if part.isdecimal()) for name in modules]
@@ -43,7 +43,7 @@ class Smooth(PerComponent):
 
 
 class Penalties(PerComponent):
-    """Penalties of every module's aligned, partial and off parts: gains 1 / (1 + penalty x energy) of each adapter."""
+    """Penalties of every module's aligned, partial and off components: gains 1 / (1 + penalty x energy)."""
 
     def __init__(self, modules: int) -> None:
         """Fit three penalties for each of `modules` modules."""

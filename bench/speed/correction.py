@@ -32,7 +32,7 @@ from torch import Tensor
 from csulora.native import _core
 
 LAYERS = 32
-CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of the pack
+CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of the subspace file
 DIRECTIONS = (16, 32, 64, 128, 256, 512)
 DEPTHS = (4, 8, 16, 24, 32)
 DEPTH_FOR_DIRECTIONS = 8
@@ -66,25 +66,25 @@ class Module:
 
 
 def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list[Module], list[Path]]:
-    """Write a pack and an adapter, and map them again."""
+    """Write a subspace file and an adapter, and map them again."""
     generator = torch.Generator().manual_seed(0)
     sizes = sorted({size for shape in LLAMA_3_8B.values() for size in shape})
     bases = {
         size: torch.linalg.qr(torch.randn(size, directions, generator=generator))[0].half().contiguous()
         for size in sizes
     }
-    pack, adapter = {}, {}
+    subspace, adapter = {}, {}
     for layer in range(layers):
         for name, (rows, columns) in LLAMA_3_8B.items():
             key = f"{layer}.{name}"
-            pack |= {f"{key}.u": bases[rows].clone(), f"{key}.v": bases[columns].clone()}
-            pack[f"{key}.s"] = torch.arange(1, directions + 1).float().rsqrt()
+            subspace |= {f"{key}.u": bases[rows].clone(), f"{key}.v": bases[columns].clone()}
+            subspace[f"{key}.s"] = torch.arange(1, directions + 1).float().rsqrt()
             adapter[f"{key}.b"] = (torch.randn(rows, rank, generator=generator) / rows**0.5).half()
             adapter[f"{key}.a"] = (torch.randn(rank, columns, generator=generator) / columns**0.5).half()
     files = [directory / f"pack_{layers}_{rank}_{directions}", directory / f"adapter_{layers}_{rank}_{directions}"]
-    save_file(pack, files[0])
+    save_file(subspace, files[0])
     save_file(adapter, files[1])
-    del pack, adapter
+    del subspace, adapter
     mapped = [safe_open(file, framework="pt") for file in files]
     return [
         Module(
@@ -171,7 +171,7 @@ def floor(rank: int, directions: int, times: Mapping[str, Mapping[str, Any]]) ->
 
 
 def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[str, Any]:
-    """Time one adapter and pack."""
+    """Time one adapter and subspace file."""
     rank, directions = case
     modules, files = make(LAYERS, rank, directions, directory)
     worst = check_agreement(modules)

@@ -1,4 +1,4 @@
-"""Tiny random inputs: matrices with a given spectrum, subspaces, updates, checkpoints, packs."""
+"""Tiny random inputs: matrices with a given spectrum, subspaces, updates, checkpoints, subspace files."""
 
 import hashlib
 import json
@@ -78,14 +78,14 @@ def lora_factors(
     return _core.LoraFactors(b.to(dtype), a.to(dtype), scale)
 
 
-def pack(
+def subspace(
     shapes: Mapping[str, tuple[int, int]] = SHAPES,
     rank: int = 6,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     aliases: Mapping[str, str] | None = None,
 ) -> Subspace:
-    """A pack in memory, with random subspaces and an invented certificate."""
+    """A subspace file in memory, with random subspaces and an invented certificate."""
     certificate = Certificate(2.0, 0.9, 1e-3, 1e-4, 0.1, 1e-3, 0.01, rank, 5)
     modules = {}
     for i, (name, (rows, columns)) in enumerate(shapes.items()):
@@ -168,7 +168,7 @@ def save_checkpoint(
     return directory
 
 
-def checkpoint_pair(directory: Path, layers: int = 2, seed: int = 0, **save: object) -> tuple[Path, Path]:
+def model_pair(directory: Path, layers: int = 2, seed: int = 0, **save: object) -> tuple[Path, Path]:
     """A base and an aligned checkpoint."""
     base = llama_weights(layers, seed=seed)
     return (

@@ -44,18 +44,18 @@ def test_with_a_gpu_auto_is_the_current_one() -> None:
 
 
 @pytest.mark.parametrize(("process", "expected"), [(0, [0]), (2, [2]), (3, [0]), (7, [1])])
-def test_processes_take_turns_on_the_gpus(monkeypatch: pytest.MonkeyPatch, process: int, expected: list[int]) -> None:
+def test_processes_get_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, process: int, expected: list[int]) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(device, "gpu_usable", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    device.take_turns(process)
+    device.assign_gpu(process)
     assert chosen == expected
 
 
 @without_gpu
-def test_without_a_gpu_there_is_nothing_to_take_turns_on() -> None:
-    device.take_turns(1)
+def test_without_a_gpu_there_is_none_to_assign() -> None:
+    device.assign_gpu(1)
     assert device.resolve("auto") == torch.device("cpu")
 
 
@@ -66,9 +66,9 @@ def _on_gpu(adapter: Adapter) -> Adapter:
 
 @needs_gpu
 def test_an_adapter_on_a_gpu_is_corrected_where_it_is() -> None:
-    adapter, pack = factories.adapter(), factories.pack()
-    on_gpu, report = csulora.correct(_on_gpu(adapter), pack)
-    on_cpu, reference = csulora.correct(adapter, pack)
+    adapter, subspace = factories.adapter(), factories.subspace()
+    on_gpu, report = csulora.correct(_on_gpu(adapter), subspace)
+    on_cpu, reference = csulora.correct(adapter, subspace)
     for name, module in on_cpu.modules.items():
         found = on_gpu.modules[name]
         assert found.b.is_cuda
@@ -87,7 +87,7 @@ def test_an_adapter_on_two_devices_is_refused() -> None:
     name, module = next(iter(adapter.modules.items()))
     adapter.modules[name] = LoraModule(module.b.cuda(), module.a, module.scale)
     with pytest.raises(InputError, match="one device"):
-        csulora.correct(adapter, factories.pack())
+        csulora.correct(adapter, factories.subspace())
 
 
 @needs_gpu

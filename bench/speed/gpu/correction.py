@@ -1,4 +1,4 @@
-"""Correction of a Llama-3-8B-shaped adapter on a GPU, adapter and pack resident, against eager PyTorch on it.
+"""Correction of a Llama-3-8B-shaped adapter on a GPU, adapter and subspace file resident, against eager PyTorch on it.
 
     python bench/speed/gpu/correction.py [--rank 16] [--directions 64] [--repeats 20] [--eager-layers 8] [--json FILE]
 

@@ -53,9 +53,9 @@ def check(subspaces: list[_core.Subspace], rank: int, smallest: tuple[Tensor, Te
     found = _core.extract_subspace(base, aligned, options)
     true, _, _ = torch.linalg.svd(aligned.double() - base.double(), full_matrices=False)
     basis, _ = torch.linalg.qr(found.u.double())
-    missed = 1 - float((true[:, :rank].t() @ basis).square().sum()) / rank
-    if missed > SUBSPACE_ERROR:
-        raise SystemExit(f"{missed:.1e} of the true subspace is missed")
+    subspace_error = 1 - float((true[:, :rank].t() @ basis).square().sum()) / rank
+    if subspace_error > SUBSPACE_ERROR:
+        raise SystemExit(f"{subspace_error:.1e} of the true subspace is missed")
     return residual
 
 

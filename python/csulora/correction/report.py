@@ -28,7 +28,7 @@ class ModuleReport:
 
     Attributes:
         module: the module's name in the host's model.
-        status: ``corrected``, or for a module the pack does not cover ``kept`` or ``dropped``.
+        status: ``corrected``, or for a module the subspace file does not cover ``kept`` or ``dropped``.
         rank: rank before; ``rank_after``: rank after.
         norm: |dW|_F, scale included; None for a module that was dropped.
         energies: |dW_c|^2 / |dW|^2 of the components aligned, left, right and off.
@@ -80,7 +80,7 @@ class ModuleReport:
 class Totals:
     """The whole adapter's figures: the corrected modules' updates seen as one block-diagonal update."""
 
-    uncorrected: float  # share of |dW|^2 in modules that the pack does not cover and the policy keeps
+    uncorrected: float  # share of |dW|^2 in modules that the subspace file does not cover and the policy keeps
     norm: float
     energies: dict[str, float]
     undo: float
@@ -102,12 +102,12 @@ class Report:
 
     @property
     def measured(self) -> list[ModuleReport]:
-        """The modules that the pack covers."""
+        """The modules that the subspace file covers."""
         return [module for module in self.modules if module.status == "corrected"]
 
     @property
     def kept(self) -> list[ModuleReport]:
-        """The modules that the pack does not cover and that passed as they were."""
+        """The modules that the subspace file does not cover and that passed as they were."""
         return [module for module in self.modules if module.status == "kept"]
 
     @property
@@ -181,7 +181,7 @@ def _spell_infinity(document: Any) -> Any:
 def _totals_table(report: Report) -> Table:
     totals = report.totals
     warning = f"{report.warning.rstrip()}\n" if report.warning else ""
-    title = f"{warning}{len(report.measured)} of {len(report.modules)} modules are covered by the pack"
+    title = f"{warning}{len(report.measured)} of {len(report.modules)} modules are covered by the subspace file"
     table = Table(title=title, title_justify="left")
     for column in ("norm", *COMPONENTS, "undo", "relative change", "truncation error"):
         table.add_column(column, justify="right")
@@ -241,7 +241,7 @@ moved the base model, and the components were attenuated by the policy below. It
 | relative change of the update | {relative_change:.1%} |
 | undo before correction | {undo:+.3f} |
 | sha256 of the original adapter | `{adapter_sha256}` |
-| sha256 of the subspace pack | `{subspace_sha256}` |
+| sha256 of the subspace file | `{subspace_sha256}` |
 
 `csulora_report.json` holds the figures of every module. A statement of having been corrected proves nothing by
 itself: correct what you serve.

@@ -52,7 +52,7 @@ class Override:
     """Other numbers for the modules that a glob matches: exactly one of penalties, gains and directions.
 
     Attributes:
-        match: glob over module names as the pack has them.
+        match: glob over module names as the subspace file has them.
         penalties: aligned, partial, off; 0 or more, infinity allowed.
         gains: aligned, left, right, off; in [0, 1].
         directions: gains of single directions.
@@ -102,7 +102,7 @@ class Policy:
         off: penalty on the component outside it on both sides.
         rank: ``keep`` the adapter's rank (and what `Directions` reinforce), ``exact`` (up to twice that; for filtered
             `Directions` one more for each that is changed on the left), or the most directions to keep.
-        uncovered: what happens to modules that the pack does not cover: ``refuse`` the adapter, ``drop`` the
+        uncovered: what happens to modules that the subspace file does not cover: ``refuse`` the adapter, ``drop`` the
             module, or ``keep`` it uncorrected.
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
         overrides: other numbers for some modules; the first whose glob matches counts, and each must for some module.
@@ -110,9 +110,9 @@ class Policy:
             one with another e gets g / (g + (1 - g) x), x = (e / reference_energy)^2 and at least 0.4. e is the mean of
             the shares of an update's energy that are written and that are read along all these directions. None: every
             adapter gets the same gains, whatever it is padded with.
-        filtered: whether the correction acts only on the inputs that the pack's input filters name, see
+        filtered: whether the correction acts only on the inputs that the subspace file's input filters name, see
             `csulora.subspace.input_filter`; modules that have one need gains of `Directions`.
-        subspace_sha256: the one pack that a tuned policy may be used with; None: any.
+        subspace_sha256: the one subspace file that a tuned policy may be used with; None: any.
     """
 
     aligned: float = 0.0
@@ -169,19 +169,21 @@ class Policy:
         return cls(0.0, 0.0, 0.0, **rest)
 
     def attenuation(self, module: str) -> _core.Penalties | _core.Components | _core.Directions:
-        """Return the penalties, gains or directions of a module, by its name in the pack."""
+        """Return the penalties, gains or directions of a module, by its name in the subspace file."""
         if (at := self._override_of(module)) is not None:
             return self.overrides[at].attenuation()
         return _core.Penalties(self.aligned, self.partial, self.off)
 
     def check_overrides(self, modules: Collection[str]) -> None:
-        """Raise `InputError` if an override counts for none of a pack's modules."""
+        """Raise `InputError` if an override counts for none of a subspace file's modules."""
         counting = {self._override_of(module) for module in modules}
         for at, override in enumerate(self.overrides):
             if at not in counting:
                 is_late = any(names.matches(module, override.match) for module in modules)
                 reason = (
-                    "all that it matches is matched by one before it" if is_late else "matches no module of the pack"
+                    "all that it matches is matched by one before it"
+                    if is_late
+                    else "matches no module of the subspace file"
                 )
                 raise InputError(f"policy override {override.match!r}: {reason}")
 

@@ -1,4 +1,4 @@
-"""Subspace packs: the truncated SVD of every displacement of one model pair, in one safetensors file."""
+"""Subspace files: the truncated SVD of every displacement of one model pair, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from csulora.io.files import atomic_file, identity_of_file, parse_json, save_ten
 from csulora.native import _core
 from csulora.subspace.input_filter import InputFilter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FACTORS = ("u", "s", "v")
 FILTER_FACTORS = ("p", "q")
 FACTOR_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -77,9 +77,9 @@ class Certificate:
 
 @dataclass(frozen=True, eq=False)
 class ModuleSubspace:
-    """One module's part of a pack: D ~ u diag(s) v^T for D (out, in), and what it was computed from.
+    """One module of a subspace file: D ~ u diag(s) v^T for D (out, in), and what it was computed from.
 
-    ``input_filter`` is there in packs that `tune` wrote: the inputs on which filtered policies act.
+    ``input_filter`` is there in subspace files that `tune` wrote: the inputs on which filtered policies act.
     """
 
     u: Tensor  # (out, k) float16, bfloat16 or float32
@@ -151,14 +151,14 @@ class ModuleSubspace:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a pack was made from and how.
+    """What a subspace file was made from and how.
 
     Attributes:
         csulora: the version that made it.
         base: name of the checkpoint before alignment.
         aligned: name of the checkpoint after it.
         options: the extraction's options.
-        aliases: further names of tied weights, name in the model -> module in the pack.
+        aliases: further names of tied weights, name in the model -> module in the subspace file.
     """
 
     csulora: str
@@ -180,10 +180,10 @@ class Provenance:
 
 
 class Subspace(Mapping[str, ModuleSubspace]):
-    """A subspace pack: a mapping from module name to `ModuleSubspace`, with its provenance."""
+    """All subspaces of a model pair: a mapping from module name to `ModuleSubspace`, with its provenance."""
 
     def __init__(self, modules: Mapping[str, ModuleSubspace], provenance: Provenance) -> None:
-        """Assemble a pack in memory."""
+        """Assemble what a subspace file holds, in memory."""
         self._modules = dict(sorted(modules.items()))
         self._validated: dict[tuple[str, torch.device], _core.Subspace] = {}
         self._input_filters: dict[tuple[str, torch.device], InputFilter] = {}
@@ -201,7 +201,7 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Further names of tied weights: name in the model -> module in the pack."""
+        """Further names of tied weights: name in the model -> module in the subspace file."""
         return self.provenance.aliases
 
     def to_core(self, modules: Iterable[str], device: torch.device = _CPU) -> list[_core.Subspace]:
@@ -227,7 +227,7 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
     @property
     def is_filtered(self) -> bool:
-        """Whether filtered policies can be used with the pack: it says on which inputs of its modules they act."""
+        """Whether filtered policies can be used: there is an input filter for some module."""
         return any(module.input_filter for module in self.values())
 
     def input_filter(self, module: str, device: torch.device = _CPU) -> InputFilter | None:
@@ -244,15 +244,15 @@ class Subspace(Mapping[str, ModuleSubspace]):
         return self._input_filters.get((module, device))
 
     def with_input_filters(self, input_filters: Mapping[str, InputFilter]) -> Subspace:
-        """Return a pack whose modules have these input filters, and no others."""
+        """Return the same subspaces, whose modules have these input filters and no others."""
         modules = {name: replace(module, input_filter=input_filters.get(name)) for name, module in self.items()}
-        pack = Subspace(modules, self.provenance)
-        pack._validated = self._validated  # of the same factors
-        return pack
+        subspace = Subspace(modules, self.provenance)
+        subspace._validated = self._validated  # of the same factors
+        return subspace
 
     @property
     def _origin(self) -> Path | str:
-        return self._source[0] if self._source else "subspace pack"
+        return self._source[0] if self._source else "subspace"
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -267,7 +267,7 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
     @cached_property
     def sha256(self) -> str:
-        """Hex sha256 of the pack file's bytes, or of those that `save` would write.
+        """Hex sha256 of the subspace file's bytes, or of those that `save` would write.
 
         Raises:
             InputError: the file is no longer the one that was opened.
@@ -282,19 +282,19 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
     @classmethod
     def open(cls, path: str | Path, sha256: str | None = None) -> Self:
-        """Map a pack file and check its structure; factors are read, and checked by `to_core`, as they are needed.
+        """Map a subspace file and check its structure; factors are read, and checked by `to_core`, as they are needed.
 
         Args:
             path: the file.
             sha256: the one content, in hex, that is accepted; None: any.
 
         Raises:
-            InputError: the file is not a pack, or its parts contradict each other.
-            RefusedError: it is another pack than ``sha256`` says.
+            InputError: the file is not a subspace file, or its contents contradict each other.
+            RefusedError: it is another subspace file than ``sha256`` says.
         """
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"{path}: no such file; make a pack with `csulora extract`")
+            raise InputError(f"{path}: no such file; make a subspace file with `csulora extract`")
         try:
             identity = identity_of_file(path)
             with safe_open(path, framework="pt") as file:
@@ -302,40 +302,47 @@ class Subspace(Mapping[str, ModuleSubspace]):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not a readable safetensors file: {error}") from error
-        pack = cls._parse(path, metadata, tensors)
-        pack._source = path, identity
-        if sha256 is not None and pack.sha256 != sha256.strip().lower():
-            raise RefusedError(f"{path}: has sha256 {pack.sha256}, and {sha256} is asked for; it is another pack")
-        return pack
+        subspace = cls._parse(path, metadata, tensors)
+        subspace._source = path, identity
+        if sha256 is not None and subspace.sha256 != sha256.strip().lower():
+            raise RefusedError(
+                f"{path}: has sha256 {subspace.sha256}, and {sha256} is asked for; it is another subspace file"
+            )
+        return subspace
 
     @classmethod
     def _parse(cls, path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Self:
         if _METADATA_KEY not in metadata:
-            raise InputError(f"{path}: not a subspace pack; make one with `csulora extract`")
+            raise InputError(f"{path}: not a subspace file; make one with `csulora extract`")
         document = parse_json(metadata[_METADATA_KEY].encode(), path)
         version = document.pop("format", None)
         if version != FORMAT_VERSION:
-            raise InputError(f"{path}: pack format {version}; this csulora reads format {FORMAT_VERSION}")
+            raise InputError(
+                f"{path}: subspace file format {version}; this csulora reads format {FORMAT_VERSION}; "
+                "make it again with `csulora extract`"
+            )
         try:
             fingerprints, records = document.pop("fingerprints"), document.pop("modules")
-            pack = cls(
+            subspace = cls(
                 {name: _module(name, record, tensors) for name, record in records.items()},
                 Provenance.from_record(document),
             )
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            raise InputError(f"{path}: the pack's metadata is damaged ({error!r})") from error
-        if len(tensors) != len(pack._tensors()):
+            raise InputError(f"{path}: the subspace file's metadata is damaged ({error!r})") from error
+        if len(tensors) != len(subspace._tensors()):
             raise InputError(f"{path}: holds tensors that no module accounts for")
-        if pack.fingerprints != fingerprints:
-            raise InputError(f"{path}: fingerprints and content hashes contradict each other; the pack is damaged")
-        if any(target not in pack for target in pack.aliases.values()):
-            raise InputError(f"{path}: an alias names a module that the pack does not hold")
-        return pack
+        if subspace.fingerprints != fingerprints:
+            raise InputError(
+                f"{path}: fingerprints and content hashes contradict each other; the subspace file is damaged"
+            )
+        if any(target not in subspace for target in subspace.aliases.values()):
+            raise InputError(f"{path}: an alias names a module that the subspace file does not hold")
+        return subspace
 
     def save(self, path: str | Path) -> None:
-        """Write the pack to ``path``, complete or not at all."""
+        """Write the subspace file to ``path``, complete or not at all."""
         with atomic_file(Path(path)) as temporary:
             save_tensors(self._tensors(), temporary, self._metadata())
 

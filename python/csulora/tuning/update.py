@@ -20,11 +20,11 @@ from csulora.subspace.subspace import Subspace
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The update of one adapter in the coordinates of one pack.
+    """The update of one adapter in the coordinates of one subspace file.
 
     Attributes:
         name: the adapter's.
-        targets: module in the model -> module in the pack, in the order of the tensors below.
+        targets: module in the model -> module in the subspace file, in the order of the tensors below.
         factors: per module, those of the update itself: b (out, r) and a (r, in), float32.
         components: factors of the four components side by side: b (out, 4 r) and a (4 r, in), float32.
         triples: the displacement's leading singular triples u (out, k), s (k) and v (in, k), float32.
@@ -32,7 +32,7 @@ class Update:
         norms2: (modules) float32, |dW|^2.
         input_filters: per module, the inputs on which a filtered policy acts; none for one that acts on all.
         penalty_scale: by which a policy multiplies the penalties of its directions, see `with_penalty_scale`.
-        untouched: factors of the modules that the pack does not cover, if they are to be kept.
+        untouched: factors of the modules that the subspace file does not cover, if they are to be kept.
     """
 
     name: str
@@ -47,21 +47,22 @@ class Update:
     untouched: dict[str, Factors] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adapter: Adapter, pack: Subspace, uncovered: str = "refuse") -> Update:
+    def of(cls, adapter: Adapter, subspace: Subspace, uncovered: str = "refuse") -> Update:
         """Split an adapter's update.
 
         Raises:
-            RefusedError, InputError: the adapter does not fit the pack, or has an update that is not of a linear layer.
+            RefusedError, InputError: the adapter does not fit the subspace file, or has an update that is not of a
+            linear layer.
         """
         for name, module in adapter.modules.items():
             if module.is_embedding:
                 raise RefusedError(f"{adapter.path}: {name} is an embedding; tune fits updates of linear layers")
-        targets = cover(adapter, pack, Policy.none(uncovered=uncovered))
-        if not any(pack[target].rank for target in targets.values()):
+        targets = cover(adapter, subspace, Policy.none(uncovered=uncovered))
+        if not any(subspace[target].rank for target in targets.values()):
             raise InputError(
-                f"{adapter.path}: the pack has no direction of the alignment in any of the adapter's modules"
+                f"{adapter.path}: the subspace file has no direction of the alignment in any of the adapter's modules"
             )
-        subspaces = pack.to_core(targets.values())
+        subspaces = subspace.to_core(targets.values())
         components: dict[str, list[Factors]] = {name: [] for name in targets}
         for component in range(len(COMPONENTS)):
             gains = _core.Components(*(float(component == other) for other in range(len(COMPONENTS))))
@@ -84,12 +85,12 @@ class Update:
                 for name, found in components.items()
             },
             {
-                name: (pack[target].u.float(), pack[target].s, pack[target].v.float())
+                name: (subspace[target].u.float(), subspace[target].s, subspace[target].v.float())
                 for name, target in targets.items()
             },
             energies,
             norms2,
-            {name: input_filter for name, target in targets.items() if (input_filter := pack.input_filter(target))},
+            {name: input_filter for name, target in targets.items() if (input_filter := subspace.input_filter(target))},
             untouched={name: each for name, each in factors.items() if name not in targets and uncovered == "keep"},
         )
 

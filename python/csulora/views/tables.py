@@ -16,10 +16,10 @@ from csulora.subspace.subspace import ModuleSubspace, Subspace
 from csulora.tuning.frontier import Frontier, Rate
 
 
-def pack_table(pack: Subspace) -> Table:
+def subspace_table(subspace: Subspace) -> Table:
     """One row per kind of module (the last part of its name), with the worst figures among its layers."""
     kinds: dict[str, list[ModuleSubspace]] = defaultdict(list)
-    for name, module in pack.items():
+    for name, module in subspace.items():
         kinds[name.rpartition(".")[2]].append(module)
     table = _table("kind", "layers", "shape", "rank", "captured energy", "residual", "subspace error", "above noise")
     for kind, modules in sorted(kinds.items()):
@@ -38,7 +38,7 @@ def pack_table(pack: Subspace) -> Table:
 
 
 def verification_table(results: Iterable[Verification]) -> Table:
-    """One row per module: what the pack claims and what was measured."""
+    """One row per module: what the subspace file claims and what was measured."""
     table = _table("module", "weights", "captured energy", "residual", "orthonormality", "next value", "holds")
     for result in results:
         stored, measured = result.stored, result.measured
@@ -63,7 +63,7 @@ def audit_table(checks: Iterable[Check]) -> Table:
 
 
 def adapter_rows(adapter: Adapter) -> list[dict[str, Any]]:
-    """Return what can be said of an adapter's modules without a pack."""
+    """Return what can be said of an adapter's modules without a subspace file."""
     return [
         {
             "module": name,
@@ -87,14 +87,14 @@ def adapter_table(adapter: Adapter) -> Table:
 
 def frontier_table(frontier: Frontier) -> Table:
     """One row per policy, controls last, with 95 % intervals."""
-    refusals = ("guard refused", "keep refused") if frontier.counts_refusals else ()
-    ordinary = ("ordinary kept",) if frontier.has_ordinary else ()
-    table = _table("policy", "guard kept", "keep kept", *ordinary, *refusals, "relative change", "")
+    refusals = ("safety refused", "task refused") if frontier.counts_refusals else ()
+    general = ("general kept",) if frontier.has_general else ()
+    table = _table("policy", "safety kept", "task kept", *general, *refusals, "relative change", "")
     for point in sorted(frontier.points, key=lambda point: (point.control, -point.score)):
         mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
-        refused = (point.refusals.guard, point.refusals.keep) if point.refusals else ()
-        ordinarily = (point.ordinary,) if point.ordinary else ()
-        rates = map(_rate, (point.guard, point.keep, *ordinarily, *refused))
+        refused = (point.refusals.safety, point.refusals.task) if point.refusals else ()
+        generally = (point.general,) if point.general else ()
+        rates = map(_rate, (point.safety, point.task, *generally, *refused))
         table.add_row(point.policy, *rates, f"{point.relative_change:.1%}", mark)
     return table
 

@@ -230,7 +230,7 @@ def test_the_first_override_that_matches_counts() -> None:
 
 def test_an_override_that_matches_nothing_is_an_error() -> None:
     policy = Policy(overrides=(Override("q_proj", gains=(1, 1, 1, 1)), Override("q_porj", gains=(1, 1, 1, 1))))
-    with pytest.raises(InputError, match="override 'q_porj': matches no module of the pack"):
+    with pytest.raises(InputError, match="override 'q_porj': matches no module of the subspace file"):
         policy.check_overrides([Q])
 
 

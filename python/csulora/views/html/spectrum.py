@@ -54,12 +54,12 @@ class Spectrum:
     frame: Frame = _FRAME
 
     @classmethod
-    def of(cls, pack: Subspace) -> Self:
-        """Draw a pack."""
+    def of(cls, subspace: Subspace) -> Self:
+        """Draw a subspace file."""
         kinds: dict[str, dict[str, ModuleSubspace]] = defaultdict(dict)
-        for name, module in pack.items():
+        for name, module in subspace.items():
             kinds[place(name)[1]][name] = module
-        x, y = _axes(list(pack.values()))
+        x, y = _axes(list(subspace.values()))
         panels = [
             _panel(column.kind, column.short, kinds[column.kind], x, y)
             for column in columns(sorted(kinds, key=by_number))

@@ -1,10 +1,10 @@
 """`csulora.extract` of a pair of Llama-3-8B's shapes, 4 layers, from disk with a warm page cache, against its floors.
 
-    python bench/speed/whole_pair.py [--layers 4] [--repetitions 3] [--suffix S]
+    python bench/speed/model_pair.py [--layers 4] [--repetitions 3] [--suffix S]
 
 Writes two bfloat16 checkpoints (3.5 GB together) to a temporary directory, removed after. The compute floor is the
 operations of the algorithm at the rate of a large float32 product; the read floor is the time of reading both files.
-Writes bench/results/speed/extraction_pair.json, with a suffix for another kind of CPU.
+Writes bench/results/speed/extraction_model_pair.json, with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def moved(weight: Tensor, generator: torch.Generator) -> Tensor:
     return (weight.float() + (left * values) @ right).bfloat16()
 
 
-def write_pair(directory: Path, layers: int) -> list[Path]:
+def write_model_pair(directory: Path, layers: int) -> list[Path]:
     """Write both checkpoints; returns their directories."""
     generator = torch.Generator().manual_seed(0)
     base, aligned = {}, {}
@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument("--suffix", default="")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        base, aligned = write_pair(Path(scratch), arguments.layers)
-        pack = csulora.extract(base, aligned, rank=RANK)
+        base, aligned = write_model_pair(Path(scratch), arguments.layers)
+        subspace = csulora.extract(base, aligned, rank=RANK)
         files = [directory / "model.safetensors" for directory in (base, aligned)]
         times = interleaved(
             {
@@ -74,22 +74,22 @@ def main() -> None:
         )
     # `operations` takes the longer side as rows; products with a matrix and its transpose cost the same.
     flops = sum(
-        operations(module.shape[0] * module.shape[1] // 4096, module.certificate.passes) for module in pack.values()
+        operations(module.shape[0] * module.shape[1] // 4096, module.certificate.passes) for module in subspace.values()
     )
     rate = GEMM_FLOPS / times["gemm"]["median"]
     floor = max(flops / rate, times["read"]["median"])
     results = {
         "layers": arguments.layers,
         "rank": RANK,
-        "kept": sorted({module.rank for module in pack.values()}),
-        "passes": sorted({module.certificate.passes for module in pack.values()}),
-        "largest_subspace_error_bound": max(module.certificate.subspace_error for module in pack.values()),
+        "kept": sorted({module.rank for module in subspace.values()}),
+        "passes": sorted({module.certificate.passes for module in subspace.values()}),
+        "largest_subspace_error_bound": max(module.certificate.subspace_error for module in subspace.values()),
         "seconds": times,
         "compute_floor": flops / rate,
         "read_floor": times["read"]["median"],
         "multiple_of_floor": times["extract"]["median"] / floor,
     }
-    save(f"extraction_pair{arguments.suffix}", results)
+    save(f"extraction_model_pair{arguments.suffix}", results)
 
 
 if __name__ == "__main__":

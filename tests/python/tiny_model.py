@@ -1,4 +1,4 @@
-"""A model pair as transformers loads it, small and random, with a tokenizer, a pack and adapters for it."""
+"""A model pair as transformers loads it, small and random, with a tokenizer, a subspace file and adapters for it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +57,10 @@ class Place:
     """Files of a model pair, with two adapters that take the alignment back and do something else besides."""
 
     aligned: Path
-    pack: Path
+    subspace: Path
     adapters: tuple[Path, Path]
-    guard: Path
-    keep: Path
+    safety: Path
+    task: Path
 
 
 def build(directory: Path) -> Place:
@@ -75,18 +75,22 @@ def build(directory: Path) -> Place:
     aligned.load_state_dict(weights)
     aligned.save_pretrained(directory / "aligned")
     tokenizer().save_pretrained(directory / "aligned")
-    csulora.extract(directory / "base", directory / "aligned", rank=2, output=directory / "pack", modules=list(MODULES))
-    pack = csulora.Subspace.open(directory / "pack")
-    adapters = tuple(_adapter(directory / f"adapter{number}", pack, number) for number in (1, 2))
-    (directory / "guard.txt").write_text(prompts("w20", 16))
-    (directory / "keep.txt").write_text(prompts("w21", 16))
-    return Place(directory / "aligned", directory / "pack", adapters, directory / "guard.txt", directory / "keep.txt")
+    csulora.extract(
+        directory / "base", directory / "aligned", rank=2, output=directory / "subspace", modules=list(MODULES)
+    )
+    subspace = csulora.Subspace.open(directory / "subspace")
+    adapters = tuple(_adapter(directory / f"adapter{number}", subspace, number) for number in (1, 2))
+    (directory / "safety.txt").write_text(prompts("w20", 16))
+    (directory / "task.txt").write_text(prompts("w21", 16))
+    return Place(
+        directory / "aligned", directory / "subspace", adapters, directory / "safety.txt", directory / "task.txt"
+    )
 
 
-def _adapter(path: Path, pack: csulora.Subspace, seed: int) -> Path:
+def _adapter(path: Path, subspace: csulora.Subspace, seed: int) -> Path:
     modules = {}
     for at, (name, (rows, columns)) in enumerate(MODULES.items()):
-        u, s, v = (factor.float() for factor in (pack[name].u, pack[name].s, pack[name].v))
+        u, s, v = (factor.float() for factor in (subspace[name].u, subspace[name].s, subspace[name].v))
         b = torch.cat([-u * s, 0.3 * factories.gaussian(rows, 2, seed=100 * seed + at)], 1)
         a = torch.cat([v.T, factories.gaussian(2, columns, seed=200 * seed + at)])
         modules[name] = csulora.LoraModule(b, a)

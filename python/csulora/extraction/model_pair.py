@@ -33,7 +33,7 @@ class LoadedModule:
 
 
 @dataclass(frozen=True)
-class CheckpointPair:
+class ModelPair:
     """A base and an aligned checkpoint, and the modules to compare."""
 
     base: Checkpoint
@@ -48,17 +48,17 @@ class CheckpointPair:
         *,
         modules: Sequence[str] | None = None,
         patterns: Sequence[str] = (),
-    ) -> CheckpointPair:
+    ) -> ModelPair:
         """Open both checkpoints and check that they hold the same ``modules``, or those the patterns select.
 
         Raises:
             InputError: a checkpoint is not usable, or the two do not fit each other.
         """
-        pair = Checkpoint.open(base), Checkpoint.open(aligned)
+        checkpoints = Checkpoint.open(base), Checkpoint.open(aligned)
         if modules is None:
-            modules = sorted({module for checkpoint in pair for module in checkpoint.select(patterns)})
-        check_comparable(*pair, modules)
-        return cls(*pair, list(modules))
+            modules = sorted({module for checkpoint in checkpoints for module in checkpoint.select(patterns)})
+        check_comparable(*checkpoints, modules)
+        return cls(*checkpoints, list(modules))
 
     def load_ahead(self, modules: Sequence[str], progress: Progress | None) -> Iterator[LoadedModule]:
         """Yield the matrices of ``modules`` in order, reading and hashing the next ones in the background."""

@@ -37,7 +37,7 @@ class Reply:
     logs: Tensor
 
 
-class Host:
+class LanguageModel:
     """A causal language model and its tokenizer, as transformers loads them."""
 
     def __init__(self, model: Any, tokenizer: Any, longest_reply: int) -> None:
@@ -53,7 +53,7 @@ class Host:
         model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def open(cls, path: str, device: str, longest_reply: int) -> Host:
+    def open(cls, path: str, device: str, longest_reply: int) -> LanguageModel:
         """Load a model directory or hub id.
 
         Raises:
@@ -239,7 +239,7 @@ def _until_end(tokens: Tensor, ends: set[int]) -> Tensor:
 
 
 @torch.no_grad()
-def agreeing(host: Host, replies: Sequence[Reply]) -> list[bool]:
+def agreeing(language_model: LanguageModel, replies: Sequence[Reply]) -> list[bool]:
     """Whether the model, as it now stands, would begin each of the replies with the same tokens, decoding greedily.
 
     They are those that the model of the reply finds likeliest when it reads the reply, as it is read here: in half
@@ -248,7 +248,7 @@ def agreeing(host: Host, replies: Sequence[Reply]) -> list[bool]:
     agree = []
     for start in range(0, len(replies), BATCH):
         batch = replies[start : start + BATCH]
-        logs = host.log_probabilities([reply.tokens for reply in batch], [reply.start for reply in batch])
+        logs = language_model.log_probabilities([reply.tokens for reply in batch], [reply.start for reply in batch])
         for reply, log in zip(batch, logs, strict=True):
             wanted = log.gather(1, reply.outcomes[:, :1])[:_DECISIVE, 0]
             agree.append(bool((wanted >= log[:_DECISIVE].amax(1)).all()))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +19,8 @@ from csulora.io.files import (
     atomic_file,
     check_file,
     locked,
+    parse_json,
+    read_regular,
     remove_abandoned,
     save_tensors,
     to_json,
@@ -26,19 +28,22 @@ from csulora.io.files import (
 )
 from csulora.subspace.subspace import FACTORS, ModuleSubspace
 
+FORMAT_VERSION = 2
+
 _RUN_FILE = "run.json"
 _OWN_FILE = re.compile(rf"{re.escape(_RUN_FILE)}|{LOCK_FILE}|[0-9a-f]{{64}}\.safetensors|\..*{WORKPLACE_SUFFIX}")
+_LARGEST_RUN = 16 << 20  # bytes
 
 
-class Parts:
+class PartialRun:
     """The directory ``<output>.partial``: one file per finished module, and what they are computed from."""
 
     def __init__(self, output: Path, identity: dict[str, Any]) -> None:
-        """Continue the run that left its parts beside ``output`` if its ``identity`` is the same; else start afresh.
+        """Continue the run that left its modules beside ``output`` if its ``identity`` is the same; else start afresh.
 
         Raises:
-            InputError: ``output`` cannot be written, something else has the name of the directory, or another run
-                is writing there.
+            InputError: ``output`` cannot be written, something else has the name of the directory, it is of another
+                format, or another run is writing there.
         """
         check_file(output)
         self.directory, self._owned = _directory(output), ExitStack()
@@ -46,11 +51,12 @@ class Parts:
             raise InputError(f"{self.directory}: is no directory of csulora's; remove it or choose another name")
         self.directory.mkdir(exist_ok=True)
         self._check_own()
+        self._check_format()
         try:
             self._owned.enter_context(locked(self.directory))
         except (BlockingIOError, FileNotFoundError):  # the other one, finished, has removed it
             raise InputError(f"{output}: another run is writing it; wait for that, or name another") from None
-        self._open(to_json(identity))
+        self._open(to_json({"format": FORMAT_VERSION, **identity}))
 
     def _check_own(self) -> None:
         """Raise `InputError` if the directory holds what csulora did not write."""
@@ -61,6 +67,18 @@ class Parts:
                     "remove it or choose another name"
                 )
 
+    def _check_format(self) -> None:
+        """Raise `InputError` if the directory holds a run that another csulora left."""
+        run = self.directory / _RUN_FILE
+        with suppress(InputError):  # no run, or none that can be continued
+            found = parse_json(read_regular(run, _LARGEST_RUN), run).get("format")
+            if found == FORMAT_VERSION:
+                return
+        if run.is_file():
+            raise InputError(
+                f"{self.directory}: a partial run of another format than {FORMAT_VERSION}; remove it and extract again"
+            )
+
     def _open(self, identity: str) -> None:
         run = self.directory / _RUN_FILE
         if run.is_file() and run.read_bytes() == identity.encode():
@@ -69,28 +87,28 @@ class Parts:
         write_text(run, identity)
 
     def __enter__(self) -> Self:
-        """Return the parts; the block is the run."""
+        """Return the partial run; the block is the run."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let another run have them."""
+        """Let another run have its modules."""
         self._owned.close()
 
     @classmethod
-    def of_first_rank(cls, output: Path) -> Parts:
-        """Join the run that the first rank has opened beside ``output``.
+    def of_first_process(cls, output: Path) -> PartialRun:
+        """Join the run that the first process has opened beside ``output``.
 
         Raises:
             InputError: its directory is not seen from here.
         """
-        parts = cls.__new__(cls)
-        parts.directory, parts._owned = _directory(output), ExitStack()  # it is the first rank's
-        if not (parts.directory / _RUN_FILE).is_file():
+        partial_run = cls.__new__(cls)
+        partial_run.directory, partial_run._owned = _directory(output), ExitStack()  # it is the first process's
+        if not (partial_run.directory / _RUN_FILE).is_file():
             raise InputError(
-                f"{parts.directory}: made by the first rank, and not seen by this one; "
-                "choose an output on a file system that all ranks share"
+                f"{partial_run.directory}: made by the first process, and not seen by this one; "
+                "choose an output on a file system that all processes share"
             )
-        return parts
+        return partial_run
 
     def finished(self, module: str) -> bool:
         """Whether the module needs no more computing."""

@@ -13,25 +13,25 @@ from contextlib import contextmanager
 
 _LONGEST_WAIT = 5.0  # seconds; a thread that hangs in a file system must not hold up all others
 
-_turns: threading.Semaphore
+_limiter: threading.Semaphore
 
 
 def _set_up() -> None:
-    global _turns
-    _turns = threading.Semaphore(len(os.sched_getaffinity(0)))
+    global _limiter
+    _limiter = threading.Semaphore(len(os.sched_getaffinity(0)))
 
 
 _set_up()
-os.register_at_fork(after_in_child=_set_up)  # the threads that had a turn are not in the child
+os.register_at_fork(after_in_child=_set_up)  # the threads that were let through are not in the child
 
 
 @contextmanager
-def turn() -> Iterator[None]:
-    """Wait for one of as many turns as there are cores, though not for ever, and have it during the block."""
-    turns = _turns
-    has_turn = turns.acquire(timeout=_LONGEST_WAIT)
+def limited() -> Iterator[None]:
+    """Run the block on one of as many threads as there are cores; wait for that, though not for ever."""
+    limiter = _limiter
+    acquired = limiter.acquire(timeout=_LONGEST_WAIT)
     try:
         yield
     finally:
-        if has_turn:
-            turns.release()
+        if acquired:
+            limiter.release()

@@ -50,7 +50,7 @@ class Lab:
         return self._made("aligned", self._train_aligned)
 
     def subspace(self) -> csulora.Subspace:
-        """The pair's subspaces, of full certificate rank; `truncated` makes smaller ones."""
+        """The model pair's subspaces, of full certificate rank; `truncated` makes smaller ones."""
         path = self.directory / "subspace.safetensors"
         if not path.is_file():
             csulora.extract(self.base(), self.aligned(), output=path, rank=SUBSPACE_RANK, dtype="f32")

@@ -161,7 +161,7 @@ def floor(rank: int, directions: int, times: Mapping[str, Mapping[str, Any]]) ->
     """The seconds of whatever takes longer: moving the bytes, or computing.
 
     Of every row of either factor: its coordinates and what they span, one product with what the rank rule keeps, in
-    float32, and in float64 half of a symmetric Gram matrix of both parts.
+    float32, and in float64 half of a symmetric Gram matrix of both halves.
     """
     ends = LAYERS * sum(rows + columns for rows, columns in LLAMA_3_8B.values())
     moved = ends * (2 * directions + 2 * rank + 2 * rank)

@@ -136,11 +136,11 @@ def certificate_operations(rows: int) -> float:
 
 def floor(rows: int, passes: int, times: dict[str, dict[str, Any]]) -> float:
     """The seconds that csulora's algorithm cannot do without, from what was measured in the same run."""
-    gemm, rough = times["gemm"]["median"], times["bfloat16 gemm"]["median"]
+    gemm, low_precision = times["gemm"]["median"], times["bfloat16 gemm"]["median"]
     products = 2 * rows * COLUMNS * (RANK + OVERSAMPLING) * passes
     return float(
         times["difference"]["median"]
-        + products / GEMM_FLOPS * min(gemm, rough)
+        + products / GEMM_FLOPS * min(gemm, low_precision)
         + certificate_operations(rows) / GEMM_FLOPS * gemm
     )
 

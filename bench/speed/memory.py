@@ -98,7 +98,7 @@ def measure(arguments: list[str]) -> tuple[Peak, float]:
 
 
 def run(layers: int, rank: int, modules: tuple[str, ...], baseline: Peak) -> dict[str, object]:
-    """Extract a subspace file from a pair of so many layers and return what was measured."""
+    """Extract a subspace file from a model pair of so many layers and return what was measured."""
     with tempfile.TemporaryDirectory(prefix="csulora-memory-") as temporary:
         base, aligned = write_model_pair(Path(temporary), layers)
         chosen = [argument for module in modules for argument in ("--modules", module)]

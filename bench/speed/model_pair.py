@@ -1,4 +1,4 @@
-"""`csulora.extract` of a pair of Llama-3-8B's shapes, 4 layers, from disk with a warm page cache, against its floors.
+"""`csulora.extract` of a model pair of Llama-3-8B's shapes, 4 layers, from disk in a warm page cache, against floors.
 
     python bench/speed/model_pair.py [--layers 4] [--repetitions 3] [--suffix S]
 

@@ -137,12 +137,12 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a path is that of a workplace, of an extraction's parts or of a lock."""
+    """Whether a path is that of a workplace, of a partial run or of a lock."""
     return any(part.startswith(".") or part.endswith(".partial") for part in Path(name).parts)
 
 
 def leftovers(out: Path) -> list[str]:
-    """Return what a finished run must not leave: workplaces and parts."""
+    """Return what a finished run must not leave: workplaces and partial runs."""
     paths = [str(path.relative_to(out)) for path in out.rglob("*")]
     return [path for path in paths if path.endswith((".csulora-tmp", ".partial"))]
 
@@ -155,7 +155,7 @@ class Tally:
     kills: int = 0  # that came before the end
     absent: int = 0  # no output after the kill
     complete: int = 0  # whole output after the kill
-    left_something: int = 0  # workplaces or parts were there until the next run
+    left_something: int = 0  # workplaces or partial runs were there until the next run
     lost: list[str] = field(default_factory=list)  # anything that broke a promise
 
 

@@ -25,7 +25,7 @@ HOSTILE_NAMES = [
 
 
 def frontier(subspace_sha256: str, name: str = "adapter") -> Frontier:
-    """A recommended policy, a candidate and a control, with refusals counted, and ordinary prompts."""
+    """A recommended policy, a candidate and a control, with refusals counted, and general prompts."""
     few, most = (Refusals(Rate.of(safety, 20), Rate.of(1, 20)) for safety in (7, 17))
     points = (
         Point("csulora", "csulora (0, 1, 1)", False, Rate.of(8, 20), Rate.of(20, 20), 0.1, few, Rate.of(12, 12)),

@@ -267,7 +267,7 @@ def test_energy_parked_anywhere_leaves_two_fifths_of_a_tuned_penalty(
     assert oracle.relative_error(parked[Q], expected) <= TOLERANCE
 
 
-# Undo: the aligned part is blind to sign.
+# Undo: the aligned component is blind to sign.
 
 
 def removal(subspace: csulora.Subspace, share: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def eager(factors: _core.LoraFactors, subspace: _core.Subspace) -> tuple[Tensor,
 
 
 def difference(factors: _core.LoraFactors, b: Tensor, a: Tensor) -> float:
-    """|pair - b a| / |b a|, from the factors alone."""
+    """|X - b a| / |b a| for factors of X, from the factors alone."""
     left = torch.linalg.qr(torch.cat([factors.b, b], 1).double())[1]
     right = torch.linalg.qr(torch.cat([factors.a, a]).double().t())[1]
     rank = b.shape[1]

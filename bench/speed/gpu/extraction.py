@@ -28,7 +28,7 @@ SUBSPACE_ERROR = 1e-3
 OVERSAMPLING = 16
 
 
-def pair(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def matrix_pair(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Return a base matrix and one displaced from it."""
     base = 0.02 * torch.randn(rows, columns, device="cuda")
     values = torch.arange(1, 513, device="cuda").float().rsqrt()
@@ -71,13 +71,13 @@ def main() -> None:
     torch.manual_seed(0)
     options = _core.ExtractOptions()
     options.rank = arguments.rank
-    matrices = [pair(*shape) for shape in shapes(arguments.layers)]
+    matrices = [matrix_pair(*shape) for shape in shapes(arguments.layers)]
     torch.cuda.synchronize()  # the threads' streams do not wait for this one's
     times: dict[int, list[float]] = {}
     subspaces: list[_core.Subspace] = []
 
     def run(pool: ThreadPoolExecutor, count: int) -> None:
-        subspaces[:] = pool.map(lambda pair: _core.extract_subspace(*pair, options), matrices[:count])
+        subspaces[:] = pool.map(lambda matrix_pair: _core.extract_subspace(*matrix_pair, options), matrices[:count])
 
     for threads, repeats in {1: 1, arguments.threads: arguments.repeats}.items():
         with on_streams(threads) as pool:  # whose streams keep the memory that they were given

@@ -390,7 +390,7 @@ class Run:
     def _are_answered(self, own: Sequence[Reply], aligned: Sequence[Reply]) -> list[bool]:
         """Whether the model, as it now stands, answers general prompts, which have these replies of both models.
 
-        See `Point.ordinary`.
+        See `Point.general`.
         """
         if self.request.refusals:
             return [not self._is_refusal(answer) for answer in self.language_model.answers(own)]

@@ -566,8 +566,8 @@ def large(tmp_path: Path) -> list[object]:
 
 def finished_modules(output: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of modification of every finished module's file."""
-    parts = output.with_name(f"{output.name}.partial").glob("[0-9a-f]*.safetensors")
-    return {part.name: (part.stat().st_ino, part.stat().st_mtime_ns) for part in parts}
+    modules = output.with_name(f"{output.name}.partial").glob("[0-9a-f]*.safetensors")
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in modules}
 
 
 def signal_after(process: subprocess.Popen[str], output: Path, modules: int, number: signal.Signals) -> None:

@@ -36,7 +36,7 @@ def test_a_core_that_computes_nonsense_fails(monkeypatch: pytest.MonkeyPatch, wr
         (result,) = _core.correct(tasks)
         return [SimpleNamespace(**{"undo": result.undo, "factors": result.factors} | wrong)]
 
-    names = ("ExtractOptions", "extract_subspace", "CorrectionTask", "LoraPair", "Penalties")
+    names = ("ExtractOptions", "extract_subspace", "CorrectionTask", "LoraFactors", "Penalties")
     fake = SimpleNamespace(**{name: getattr(_core, name) for name in names}, correct=correct)
     monkeypatch.setattr(doctor, "_core", fake)
     finding = examined()["self-test"]

@@ -106,7 +106,7 @@ def test_a_process_that_dies_ends_the_run_with_its_reason_and_the_run_resumes(
     assert run.returncode != 0
     assert reason in run.stderr
     assert not (tmp_path / "subspace").exists()
-    finished = {part: part.stat().st_ino for part in (tmp_path / "subspace.partial").glob("*.safetensors")}
+    finished = {file: file.stat().st_ino for file in (tmp_path / "subspace.partial").glob("*.safetensors")}
     assert 2 <= len(finished) < 14
 
     assert extract_shared(models, tmp_path / "subspace", 2).returncode == 0

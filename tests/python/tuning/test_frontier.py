@@ -79,7 +79,7 @@ def test_what_need_not_be_measured_survives_the_file_and_shows_if_every_point_ha
         ("points", [FRONTIER.to_dict()["points"][0] | {"general": 0.5}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"safety": {"value": 2, "low": 0, "high": 1, "count": 1}}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"safety": {"value": 0.5, "low": 0, "high": 1, "count": 1.5}}]),
-        ("format", 2),
+        ("format", 1),
         ("verdict", 3),
         ("adapters", [1]),
         ("more", 1),

@@ -1,4 +1,4 @@
-"""Scopes, against their dense formula."""
+"""Input filters, against their dense formula."""
 
 import pytest
 import torch

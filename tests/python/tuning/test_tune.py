@@ -148,7 +148,7 @@ def test_refusals_are_counted_in_what_a_model_says(place: tiny_model.Place, tmp_
 
 @pytest.fixture(scope="module")
 def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("general") / "ordinary.txt"
+    path = tmp_path_factory.mktemp("general") / "general.txt"
     path.write_text(tiny_model.prompts("w20", 40))
     return path
 
@@ -348,7 +348,7 @@ def test_what_is_validated_on_anywhere_is_fitted_nowhere(
     validation = texts([case.validation for case in cases])
     assert (
         len(validation) == 4 + 10
-    )  # of the task prompts 4 for each adapter, and 2 that only the ordinary file holds back
+    )  # of the task prompts 4 for each adapter, and 2 that only the general file has in its validation split
     assert len(texts(seen)) == 12 + 6
     assert not validation & texts([case.fitted for case in cases])
     assert not validation & texts(seen)
@@ -427,7 +427,7 @@ def test_the_command_line(
     shown = capsys.readouterr().out
     assert "tuned random subspace" in shown
     assert "refused" not in shown
-    assert "ordinary kept" not in shown
+    assert "general kept" not in shown
     assert "not measured on general prompts" in " ".join(shown.split())
     written = Frontier.load(tmp_path / "policy.frontier.json").written
     assert f"{tmp_path / 'policy.toml'}: {written}" in shown
@@ -440,7 +440,7 @@ def test_the_command_line(
     assert run(*command, "--task", place.task, "--refusal", "w1", "--refusal", "w2") == 0
     assert "refused" in capsys.readouterr().out
     assert run(*command, "--task", place.task, "--general", place.safety) == 0
-    assert "ordinary kept" in capsys.readouterr().out
+    assert "general kept" in capsys.readouterr().out
     assert run(*command, "--task", place.task, "--general", tmp_path / "none") == cli.EXIT_BAD_INPUT
     assert run(*command, "--task", tmp_path / "none") == cli.EXIT_BAD_INPUT
 

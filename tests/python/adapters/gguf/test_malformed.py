@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from struct import subspace
+from struct import pack
 
 import numpy as np
 import pytest
@@ -26,11 +26,11 @@ EXTRA_BYTES = 32 << 20  # besides the file's own size, for tables of names and w
 
 def text(value: str | bytes) -> bytes:
     data = value.encode() if isinstance(value, str) else value
-    return subspace("<Q", len(data)) + data
+    return pack("<Q", len(data)) + data
 
 
 def entry(key: str | bytes, kind: int, payload: bytes) -> bytes:
-    return text(key) + subspace("<I", kind) + payload
+    return text(key) + pack("<I", kind) + payload
 
 
 def string(key: str, value: str) -> bytes:
@@ -38,7 +38,7 @@ def string(key: str, value: str) -> bytes:
 
 
 def array(key: str, kind: int, length: int, payload: bytes = b"") -> bytes:
-    return entry(key, GGUFValueType.ARRAY, subspace("<IQ", kind, length) + payload)
+    return entry(key, GGUFValueType.ARRAY, pack("<IQ", kind, length) + payload)
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Tensor:
 
     def header(self, offset: int) -> bytes:
         claimed = len(self.dimensions) if self.count is None else self.count
-        dimensions = subspace(f"<{len(self.dimensions)}Q", *self.dimensions)
+        dimensions = pack(f"<{len(self.dimensions)}Q", *self.dimensions)
         place = offset if self.offset is None else self.offset
-        return text(self.name) + subspace("<I", claimed) + dimensions + subspace("<IQ", self.kind, place)
+        return text(self.name) + pack("<I", claimed) + dimensions + pack("<IQ", self.kind, place)
 
 
 def ones(name: str, rows: int, columns: int, **rest: object) -> Tensor:
@@ -68,7 +68,7 @@ METADATA = {
     "general.architecture": string("general.architecture", "llama"),
     "general.type": string("general.type", "adapter"),
     "adapter.type": string("adapter.type", "lora"),
-    "adapter.lora.alpha": entry("adapter.lora.alpha", GGUFValueType.FLOAT32, subspace("<f", 4)),
+    "adapter.lora.alpha": entry("adapter.lora.alpha", GGUFValueType.FLOAT32, pack("<f", 4)),
 }
 
 
@@ -79,7 +79,7 @@ class File:
     metadata: dict[str, bytes] = field(default_factory=lambda: METADATA)
     tensors: tuple[Tensor, ...] = (A, B)
     magic: bytes = b"GGUF"
-    version: bytes = subspace("<I", 3)
+    version: bytes = pack("<I", 3)
     tensor_count: int | None = None
     field_count: int | None = None
     alignment: int = 32
@@ -94,7 +94,7 @@ class File:
             data = self.padded(data + tensor.data)
         tensors = len(self.tensors) if self.tensor_count is None else self.tensor_count
         fields = len(self.metadata) if self.field_count is None else self.field_count
-        counts = subspace("<QQ", tensors, fields)
+        counts = pack("<QQ", tensors, fields)
         preamble = self.magic + self.version + counts + b"".join(self.metadata.values()) + headers
         return self.padded(preamble) + data
 
@@ -129,8 +129,8 @@ def truncated() -> dict[str, bytes]:
 def preambles() -> dict[str, File]:
     return {
         "magic": replace(VALID, magic=b"GGML"),
-        "big-endian": replace(VALID, version=subspace(">I", 3)),
-        **{f"version {version}": replace(VALID, version=subspace("<I", version)) for version in (0, 1, 4, 2**31)},
+        "big-endian": replace(VALID, version=pack(">I", 3)),
+        **{f"version {version}": replace(VALID, version=pack("<I", version)) for version in (0, 1, 4, 2**31)},
         **{f"{count} tensors": replace(VALID, tensor_count=count) for count in (0, 1, 3, 40, *HUGE)},
         **{f"{count} fields": replace(VALID, field_count=count) for count in (0, 1, 3, 5, 40, *HUGE)},
     }
@@ -150,9 +150,9 @@ def metadata() -> dict[str, File]:
             if kind != GGUFValueType.FLOAT32
         },
         "alpha is a string": with_field(alpha, string(alpha, "4")),
-        "alpha is an array": with_field(alpha, array(alpha, GGUFValueType.FLOAT32, 1, subspace("<f", 4))),
+        "alpha is an array": with_field(alpha, array(alpha, GGUFValueType.FLOAT32, 1, pack("<f", 4))),
         **{
-            f"alpha is {value}": with_field(alpha, entry(alpha, GGUFValueType.FLOAT32, subspace("<f", value)))
+            f"alpha is {value}": with_field(alpha, entry(alpha, GGUFValueType.FLOAT32, pack("<f", value)))
             for value in (float("nan"), float("inf"), float("-inf"))
         },
         **not_strings,
@@ -166,9 +166,7 @@ def metadata() -> dict[str, File]:
         "architecture is not UTF-8": with_field(
             "general.architecture", entry("general.architecture", GGUFValueType.STRING, text(b"\xff\xfe\xfd"))
         ),
-        "aLoRA": with_field(
-            "x", array("adapter.alora.invocation_tokens", GGUFValueType.UINT32, 2, subspace("<II", 1, 2))
-        ),
+        "aLoRA": with_field("x", array("adapter.alora.invocation_tokens", GGUFValueType.UINT32, 2, pack("<II", 1, 2))),
         **{
             f"unknown field {key}": with_field("x", string(key, "1"))
             for key in ("adapter.lora.scale", "adapter.dora", "llama.rope.freq_base", "magic", "")
@@ -178,9 +176,9 @@ def metadata() -> dict[str, File]:
         "key that breaks the line": with_field("x", string("general.x\ny", "1")),
         "key is not UTF-8": with_field("x", entry(b"general.\xff", GGUFValueType.BOOL, b"\1")),
         **{f"value of type {kind}": with_field("x", entry("general.x", kind, bytes(8))) for kind in (13, 255, 2**31)},
-        **{f"key of {size} bytes": with_field("x", subspace("<Q", size) + b"general.x") for size in HUGE},
+        **{f"key of {size} bytes": with_field("x", pack("<Q", size) + b"general.x") for size in HUGE},
         **{
-            f"string of {size} bytes": with_field("x", entry("general.x", GGUFValueType.STRING, subspace("<Q", size)))
+            f"string of {size} bytes": with_field("x", entry("general.x", GGUFValueType.STRING, pack("<Q", size)))
             for size in HUGE
         },
         **{
@@ -188,12 +186,10 @@ def metadata() -> dict[str, File]:
             for size in HUGE
             for kind in (GGUFValueType.UINT8, GGUFValueType.FLOAT64, GGUFValueType.STRING)
         },
-        "array of arrays": with_field("x", array("general.x", GGUFValueType.ARRAY, 1, subspace("<IQ", 0, 0))),
+        "array of arrays": with_field("x", array("general.x", GGUFValueType.ARRAY, 1, pack("<IQ", 0, 0))),
         "array of an unknown type": with_field("x", array("general.x", 99, 1, bytes(8))),
         **{
-            f"alignment {value}": with_field(
-                "x", entry("general.alignment", GGUFValueType.UINT32, subspace("<I", value))
-            )
+            f"alignment {value}": with_field("x", entry("general.alignment", GGUFValueType.UINT32, pack("<I", value)))
             for value in (0, 3, 48, 2**31)
         },
         "alignment is a string": with_field("x", string("general.alignment", "32")),

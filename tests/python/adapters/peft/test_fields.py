@@ -72,7 +72,7 @@ def outcome(path: Path, subspace: csulora.Subspace) -> dict[str, Any] | CsuloraE
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@settings(suppress_health_check=[HealthCheck.function_filtered_fixture], deadline=None, max_examples=2 * len(ODD))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=2 * len(ODD))
 @given(value=st.sampled_from(ODD) | st.recursive(st.sampled_from(ODD), lambda inner: st.lists(inner, max_size=2)))
 def test_an_odd_value_is_refused_or_not_handed_on(
     field: str, value: Any, plain: Path, subspace: csulora.Subspace

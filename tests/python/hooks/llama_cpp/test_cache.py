@@ -215,14 +215,14 @@ from csulora.models.gguf_base import BaseModel
 from csulora.serving.gate import Gate
 from csulora.hooks.llama_cpp.cache import CorrectedCache
 
-directory, model, adapter, subspace file = sys.argv[1:]
+directory, model, adapter, subspace = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
 base = BaseModel.open(model)
 cache = CorrectedCache(csulora.io.files.Path(directory))
 for penalty in range(20):
     policy = csulora.Policy.csulora(float(penalty))
-    path = cache.corrected(csulora.io.files.Path(adapter), base, Gate.open(subspace file, policy))
+    path = cache.corrected(csulora.io.files.Path(adapter), base, Gate.open(subspace, policy))
     csulora.load_adapter(path, model)
     print(path.name)
 """

@@ -24,7 +24,7 @@ DOCTEST := /usr/include/doctest/doctest.h
 BENCHMARK := /usr/include/benchmark/benchmark.h
 CHROMIUM := /usr/bin/chromium
 
-FUZZ_TARGETS := adapter_config safetensors gguf pack policy prompts
+FUZZ_TARGETS := adapter_config safetensors gguf subspace policy prompts
 SECONDS := 60
 RANDOM_SEED := 0
 KILLS := 300
@@ -143,7 +143,7 @@ fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of six
 crash: build ## KILLS=300 kills at random moments; nothing may be lost.
 	$(BIN)/python bench/stress/kill.py --kills $(KILLS)
 
-load: build ## MINUTES=10 of many threads and processes with one pack.
+load: build ## MINUTES=10 of many threads and processes with one subspace file.
 	$(BIN)/python bench/stress/load.py --minutes $(MINUTES)
 
 # LeakSanitizer is off: what torch keeps until the process ends is no leak of csulora's, and there is much of it.
@@ -164,7 +164,7 @@ bench-python: build $(VENV)/.bench
 	set -e; for rows in 4096 14336; do for spectrum in falling floor; do \
 	  $(BIN)/python bench/speed/extraction.py --rows $$rows --spectrum $$spectrum --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"; \
 	done; done
-	$(BIN)/python bench/speed/whole_pair.py
+	$(BIN)/python bench/speed/model_pair.py
 	$(BIN)/python bench/speed/correction.py --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"
 
 # Google Benchmark is Debian's libbenchmark-dev where that is or can be installed, and else fetched by CMake.

@@ -53,28 +53,28 @@ def csulora(*arguments: str | Path) -> None:
 
 def run_commands(out: Path) -> dict[str, Path]:
     """Extract, inspect and correct into `out`; return each corrected adapter's directory by its name."""
-    pack, adapter = out / "pack.safetensors", FIXTURE / "adapter"
-    csulora("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", pack, "--rank", str(RANK))
-    csulora("inspect", adapter, "--subspace", pack)
+    subspace, adapter = out / "subspace.safetensors", FIXTURE / "adapter"
+    csulora("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", subspace, "--rank", str(RANK))
+    csulora("inspect", adapter, "--subspace", subspace)
     corrected = {name: out / name for name in CORRECTIONS}
     for name, options in CORRECTIONS.items():
-        csulora("correct", adapter, "--subspace", pack, "-o", corrected[name], *options, "--quiet")
+        csulora("correct", adapter, "--subspace", subspace, "-o", corrected[name], *options, "--quiet")
     return corrected
 
 
 def change_of_update(directory: Path) -> float:
     """|X - dW| / |dW| of a corrected adapter, from its report."""
-    change: float = json.loads((directory / "csulora_report.json").read_text())["totals"]["change"]
-    return change
+    relative_change: float = json.loads((directory / "csulora_report.json").read_text())["totals"]["relative_change"]
+    return relative_change
 
 
-def verdict(subject: evaluate.Subject, uncorrected: evaluate.Subject, change: float) -> str:
+def verdict(subject: evaluate.Subject, uncorrected: evaluate.Subject, relative_change: float) -> str:
     """One sentence on what a correction did to attack and task."""
     before, after = uncorrected.rates, subject.rates
     attack = "lowered" if before.attack - after.attack > CLEAR else "did not lower"
     task = "lost task accuracy" if before.task - after.task > CLEAR else "kept the task"
     return (
-        f"{subject.name} changed the update by {change:.0%}, {attack} attack success "
+        f"{subject.name} changed the update by {relative_change:.0%}, {attack} attack success "
         f"({before.attack:.2f} -> {after.attack:.2f}) and {task} ({before.task:.2f} -> {after.task:.2f})."
     )
 

@@ -43,13 +43,13 @@ class Adapter:
 
 
 def run_commands(out: Path) -> list[Adapter]:
-    """Write model, pack and adapters into `out`."""
-    model, pack, adapter = out / "model.gguf", out / "pack.safetensors", FIXTURE / "adapter"
+    """Write model, subspace file and adapters into `out`."""
+    model, subspace, adapter = out / "model.gguf", out / "subspace.safetensors", FIXTURE / "adapter"
     aligned, tokenizer = evaluate.load_model(FIXTURE / "aligned"), AutoTokenizer.from_pretrained(FIXTURE / "aligned")
     convert(aligned, model, "fixture", tokenizer.convert_ids_to_tokens(list(range(aligned.config.vocab_size))))
-    csulora("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", pack, "--rank", str(RANK), "--quiet")
+    csulora("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", subspace, "--rank", str(RANK), "--quiet")
     csulora("export", adapter, "-o", out / "uncorrected.gguf", "--base-model", model, "--quiet")
-    correct = ("correct", adapter, "--subspace", pack, *POLICY, "--quiet")
+    correct = ("correct", adapter, "--subspace", subspace, *POLICY, "--quiet")
     csulora(*correct, "-o", out / "corrected")
     csulora(*correct, "-o", out / "corrected.gguf", "--format", "gguf", "--base-model", model)
     return [

@@ -41,19 +41,19 @@ from csulora.tuning import tune as tuning
 from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Options, Replies, fit
 from csulora.tuning.gains import Gains, PerModule
-from csulora.tuning.host import Host, Reply
+from csulora.tuning.language_model import LanguageModel, Reply
 from csulora.tuning.probes import Chat, Message
 from csulora.tuning.request import Request
-from csulora.tuning.update import Update, pairs_of
+from csulora.tuning.update import Update, factors_of
 
 OUT = Path("build/efficacy")
 RESULTS = Path(__file__).parent.parent / "results" / "efficacy"
-PROMPTS = 32  # of each kind, for every adapter that is fitted on; a quarter is held back
-FITTED_RANK = 8  # directions per module where gains of parts are fitted
+PROMPTS = 32  # of each kind, for every adapter that is fitted on; a quarter is in the validation split
+FITTED_RANK = 8  # directions per module where gains of components are fitted
 TUNED_RANK = 32  # and where gains of single directions are
-EQUALLY = Options()  # how gains of parts are fitted: both kinds of prompt weigh the same
+EQUALLY = Options()  # how gains of components are fitted: both kinds of prompt weigh the same
 Record = dict[str, Any]
-Carried = dict[str, tuple[csulora.Subspace, Policy]]  # name of a way -> the policy, and the pack it is for
+Carried = dict[str, tuple[csulora.Subspace, Policy]]  # name of a way -> the policy, and the subspace file it is for
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,27 +67,27 @@ class Subject:
 
     def point(self, corrected: Corrected) -> Record:
         """What the adapter does after a policy."""
-        host = self.bench.host
-        with host.adapted(corrected.pairs):
-            measured = self.examiner.measure(host.model)
-            replies = self.examiner.said(host.model)
+        language_model = self.bench.language_model
+        with language_model.adapted(corrected.factors):
+            measured = self.examiner.measure(language_model.model)
+            replies = self.examiner.said(language_model.model)
         rates = asdict(measured) | {"perplexity": self.examiner.perplexity(replies)}
         return {
             "family": corrected.family,
             "policy": corrected.policy,
             "control": corrected.control,
-            "change": corrected.change,
+            "relative_change": corrected.relative_change,
             **rates,
         }
 
-    def case(self, pack: csulora.Subspace, tasks: Sequence[str] = ()) -> Case:
+    def case(self, subspace: csulora.Subspace, tasks: Sequence[str] = ()) -> Case:
         """The adapter as the fit takes it, with `PROMPTS` prompts of each kind, of its own task or of several."""
-        guard, keeps = self.bench.replies(self.spec, tasks or (self.spec.task,))
-        update = Update.of(self.adapter, pack)
+        safety, own = self.bench.replies(self.spec, tasks or (self.spec.task,))
+        update = Update.of(self.adapter, subspace)
         index = torch.tensor([self.bench.modules.index(target) for target in update.targets.values()])
         kept = PROMPTS - PROMPTS // 4
-        fitted = Replies(guard[:kept], [reply for keep in keeps for reply in keep[:kept]])
-        return Case(update, index, fitted, Replies(guard[kept:], [reply for keep in keeps for reply in keep[kept:]]))
+        fitted = Replies(safety[:kept], [reply for task in own for reply in task[:kept]])
+        return Case(update, index, fitted, Replies(safety[kept:], [reply for task in own for reply in task[kept:]]))
 
 
 class Bench:
@@ -97,28 +97,28 @@ class Bench:
         """Train what is not there, and load it."""
         self.lab = Lab(out, scenario)
         self.scenario = scenario
-        self.pack = self.lab.pack()
-        self.known = policies.truncated(self.pack, FITTED_RANK)
+        self.subspace = self.lab.subspace()
+        self.known = policies.truncated(self.subspace, FITTED_RANK)
         model = LlamaForCausalLM.from_pretrained(self.lab.aligned(), dtype=torch.float32)
-        self.host = Host(model, tokenizer(), measure.MAX_REPLY)
-        self.modules = list(self.pack)
+        self.language_model = LanguageModel(model, tokenizer(), measure.MAX_REPLY)
+        self.modules = list(self.subspace)
 
     def subject(self, spec: Adapter) -> Subject:
         """An adapter, trained if it is not there."""
         probes = world_of.probes(self.scenario, spec.task)
-        examiner = measure.Examiner(self.host.model, self.host.tokenizer, probes)
+        examiner = measure.Examiner(self.language_model.model, self.language_model.tokenizer, probes)
         return Subject(self, spec, csulora.load_adapter(self.lab.adapter(spec)), examiner)
 
     def replies(self, spec: Adapter, tasks: Sequence[str]) -> tuple[list[Reply], list[list[Reply]]]:
-        """What the aligned model replies to guard prompts, and the adapter to the keep prompts of every task."""
+        """What the aligned model replies to safety prompts, and the adapter to the task prompts of every task."""
         prompts = [world_of.fit_prompts(self.scenario, task, PROMPTS) for task in tasks]
-        guard = self.host.replies(chats(prompts[0].guard))
-        with self.host.adapted(pairs_of(csulora.load_adapter(self.lab.adapter(spec)))):
-            return guard, [self.host.replies(chats(each.keep)) for each in prompts]
+        safety = self.language_model.replies(chats(prompts[0].safety))
+        with self.language_model.adapted(factors_of(csulora.load_adapter(self.lab.adapter(spec)))):
+            return safety, [self.language_model.replies(chats(each.task)) for each in prompts]
 
     def fit(self, cases: Sequence[Case], gains: Gains, options: Options = EQUALLY) -> Tensor:
         """Fit, as `csulora tune` does for several adapters."""
-        return fit(self.host, cases, gains, options)
+        return fit(self.language_model, cases, gains, options)
 
 
 def chats(prompts: Sequence[str]) -> list[Chat]:
@@ -141,31 +141,31 @@ def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:
 def tune(
     bench: Bench,
     specs: Sequence[Adapter],
-    pack: csulora.Subspace,
+    subspace: csulora.Subspace,
     *,
     for_others: bool,
     diverse: bool = False,
-    ordinary: bool = False,
+    general: bool = False,
 ) -> tuning.Run:
     """What `csulora tune` does on some adapters, and has finished of it.
 
-    Ordinary prompts are given as such, or among the keep prompts, which are then diverse.
+    General prompts are given as such, or among the task prompts, which are then diverse.
     """
     prompts = [world_of.fit_prompts(bench.scenario, spec.task, PROMPTS) for spec in specs]
     request = Request(
         str(bench.lab.aligned()),
         [bench.subject(spec).adapter for spec in specs],
-        pack,
-        keep=[chats(each.diverse if diverse else each.keep) for each in prompts],
-        guard=chats(prompts[0].guard),
-        ordinary=chats(prompts[0].ordinary) if ordinary else (),
+        subspace,
+        task=[chats(each.diverse if diverse else each.task) for each in prompts],
+        safety=chats(prompts[0].safety),
+        general=chats(prompts[0].general) if general else (),
         for_others=for_others,
         longest_reply=measure.MAX_REPLY,
     )
-    names = [spec.name for spec in specs] + ["others"] * for_others + ["ordinary"] * ordinary
+    names = [spec.name for spec in specs] + ["others"] * for_others + ["general"] * general
     names += ["diverse"] * diverse + ["reworded"] * bench.scenario.reworded
     run = tuning.Run(request, bench.lab.directory / f"tune-{'-'.join(names)}.toml", None)
-    run.host = bench.host
+    run.language_model = bench.language_model
     return run
 
 
@@ -173,27 +173,27 @@ def tuned(out: Path, scenario: Scenario, spec: Adapter, **prompts: bool) -> Reco
     """One adapter as `csulora tune` fits it: gains of single directions, and the controls it is compared with."""
     subject = opened(out, scenario).subject(spec)
     bench, adapter = subject.bench, subject.adapter
-    known = policies.truncated(bench.pack, TUNED_RANK)
+    known = policies.truncated(bench.subspace, TUNED_RANK)
     run = tune(bench, [spec], known, for_others=False, **prompts)
 
     def corrected(family: str, policy: str, weight: float) -> Corrected:
         kind = "tuned" if family == "tried" else family
-        pack, gains = run.subspaces(kind, 0), run.policy(kind, [0], weight)
-        return replace(policies.apply(family, policy, adapter, pack, gains), control=family in tuning.CONTROLS)
+        subspace, gains = run.subspaces(kind, 0), run.policy(kind, [0], weight)
+        return replace(policies.apply(family, policy, adapter, subspace, gains), control=family in tuning.CONTROLS)
 
     done = [policies.apply("none", "uncorrected", adapter, known, Policy.none())]
-    done += (corrected("tried", f"keep weight {weight:g}", weight) for weight in run.request.weights)
+    done += (corrected("tried", f"task weight {weight:g}", weight) for weight in run.request.weights)
     done += (corrected(family, f"k={TUNED_RANK}", run.best_weight) for family in ("tuned", *tuning.CONTROLS))
     chosen = next(each for each in done if each.family == "tuned")
-    done.append(policies.scaled(adapter, 1 - chosen.change, "scaling at equal change"))
+    done.append(policies.scaled(adapter, 1 - chosen.relative_change, "scaling at equal relative change"))
     return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
 
 
 def fits(subject: Subject) -> Carried:
-    """Family -> its pack, and the gains of parts fitted on the adapter: the policy, and the fitted controls."""
+    """Family -> its subspaces, and the gains of components fitted on the adapter: the policy, and fitted controls."""
     bench = subject.bench
     count, every = len(bench.modules), torch.arange(len(bench.modules))
-    packs = {
+    subspaces = {
         "tuned": bench.known,
         "tuned random subspace": random_subspaces(bench.known, seed=bench.scenario.seed),
         "tuned own subspace": own_subspaces(
@@ -202,33 +202,33 @@ def fits(subject: Subject) -> Carried:
         "tuned scaling": bench.known,
     }
     found = {}
-    for family, pack in packs.items():
-        gains, case = PerModule(count, parts=1 if family == "tuned scaling" else 4), subject.case(pack)
+    for family, subspace in subspaces.items():
+        gains, case = PerModule(count, components=1 if family == "tuned scaling" else 4), subject.case(subspace)
         values = gains(bench.fit([case], gains), every, case.update.energies)
-        found[family] = pack, gains_policy(bench.modules, values)
+        found[family] = subspace, gains_policy(bench.modules, values)
     return found
 
 
 def fitted(subject: Subject) -> Iterator[Corrected]:
     """An adapter under what is fitted on it."""
-    for family, (pack, policy) in fits(subject).items():
+    for family, (subspace, policy) in fits(subject).items():
         name = "per module" if family == "tuned scaling" else f"k={FITTED_RANK}"
-        done = policies.apply(family, name, subject.adapter, pack, policy)
+        done = policies.apply(family, name, subject.adapter, subspace, policy)
         yield replace(done, control=family != "tuned")
         if family == "tuned":
-            yield policies.scaled(subject.adapter, 1 - done.change, "scaling at equal change")
+            yield policies.scaled(subject.adapter, 1 - done.relative_change, "scaling at equal relative change")
 
 
 def examine(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter under policies and controls; the first table's under all of them."""
     subject = opened(out, scenario).subject(spec)
     grid = policies.whole_grid if spec == plan.FIRST else policies.short_grid
-    done = [*grid(subject.adapter, subject.bench.pack, subject.bench.lab.directory), *fitted(subject)]
+    done = [*grid(subject.adapter, subject.bench.subspace, subject.bench.lab.directory), *fitted(subject)]
     return {"scenario": asdict(scenario), "adapter": asdict(spec), "points": [subject.point(each) for each in done]}
 
 
 def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
-    """Name of a way to carry over -> its pack and policy, each fitted on the same adapters and prompts."""
+    """Name of a way to carry over -> its subspace file and policy, each fitted on the same adapters and prompts."""
     subjects = [bench.subject(spec) for spec in specs]
     cases = [subject.case(bench.known) for subject in subjects]
     count, every = len(bench.modules), torch.arange(len(bench.modules))
@@ -241,20 +241,20 @@ def calibrated(bench: Bench, specs: Sequence[Adapter]) -> Carried:
     separate = [PerModule(count)(bench.fit([case], PerModule(count)), every, no_energies) for case in cases]
     penalties = ways.Penalties(count)
     fitted_penalties = penalties.penalties(bench.fit(cases, penalties, long))
-    random_pack = random_subspaces(bench.known, seed=bench.scenario.seed)
-    random_cases = [subject.case(random_pack) for subject in subjects]
+    random_subspace = random_subspaces(bench.known, seed=bench.scenario.seed)
+    random_cases = [subject.case(random_subspace) for subject in subjects]
     known = bench.known
     return {
         "joint": (known, jointly(PerModule(count), cases)),
         "average": (known, gains_policy(bench.modules, torch.stack(separate).mean(0))),
         "least": (known, gains_policy(bench.modules, torch.stack(separate).amin(0))),
-        "shrunk": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, change=0.3))),
-        "free": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, change=0.0))),
+        "shrunk": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, relative_change_weight=0.3))),
+        "free": (known, jointly(PerModule(count), cases, replace(EQUALLY, steps=150, relative_change_weight=0.0))),
         "smooth": (known, jointly(ways.Smooth(bench.modules), cases)),
         "global": (known, jointly(ways.Global(), cases)),
         "penalties": (known, penalties_policy(bench.modules, fitted_penalties)),
-        "tuned scaling": (known, jointly(PerModule(count, parts=1), cases)),
-        "tuned random subspace": (random_pack, jointly(PerModule(count), random_cases)),
+        "tuned scaling": (known, jointly(PerModule(count, components=1), cases)),
+        "tuned random subspace": (random_subspace, jointly(PerModule(count), random_cases)),
     }
 
 
@@ -265,12 +265,12 @@ SHAREABLE = (*tuning.CANDIDATES, *(family for family in tuning.CONTROLS if famil
 def carry(out: Path, scenario: Scenario, spec: Adapter) -> Record:
     """One adapter under policies calibrated on other adapters, and under the data-free ones."""
     bench = opened(out, scenario)
-    done = list(policies.short_grid(bench.subject(spec).adapter, bench.pack, bench.lab.directory))
+    done = list(policies.short_grid(bench.subject(spec).adapter, bench.subspace, bench.lab.directory))
     return carried(bench, spec, done, calibration(out, scenario))
 
 
 def from_first(out: Path, scenario: Scenario, spec: Adapter) -> Record:
-    """One adapter under gains of parts that were fitted on it, and under those fitted on the first table's."""
+    """One adapter under gains of components that were fitted on it, and under those fitted on the first table's."""
     bench = opened(out, scenario)
     subject = bench.subject(spec)
     done = [policies.apply("none", "uncorrected", subject.adapter, bench.known, Policy.none()), *fitted(subject)]
@@ -289,10 +289,10 @@ def first_tuned(out: Path, scenario: Scenario, spec: Adapter) -> Record:
 
 def from_run(bench: Bench, spec: Adapter, run: tuning.Run) -> Record:
     """One adapter as it is, and under what a run fits for others, and its controls."""
-    done = [policies.apply("none", "uncorrected", bench.subject(spec).adapter, bench.pack, Policy.none())]
+    done = [policies.apply("none", "uncorrected", bench.subject(spec).adapter, bench.subspace, Policy.none())]
     every = range(len(run.adapters))
     fitted = {
-        family: (run.pack_for(family, 0, every), run.policy(family, every, run.request.weights[0]))
+        family: (run.subspace_for(family, 0, every), run.policy(family, every, run.request.weights[0]))
         for family in SHAREABLE
     }
     return carried(bench, spec, done, fitted, run.request.options.shared_directions)
@@ -301,9 +301,11 @@ def from_run(bench: Bench, spec: Adapter, run: tuning.Run) -> Record:
 def carried(bench: Bench, spec: Adapter, done: list[Corrected], fitted: Carried, rank: int = FITTED_RANK) -> Record:
     """One adapter under what is `done`, and under policies by the way they were carried over."""
     subject = bench.subject(spec)
-    for way, (pack, policy) in fitted.items():
-        each = policies.apply(way, f"k={rank}", subject.adapter, pack, policy)
-        done.append(Corrected(f"carried: {way}", each.policy, way in tuning.CONTROLS, each.pairs, each.change))
+    for way, (subspace, policy) in fitted.items():
+        each = policies.apply(way, f"k={rank}", subject.adapter, subspace, policy)
+        done.append(
+            Corrected(f"carried: {way}", each.policy, way in tuning.CONTROLS, each.factors, each.relative_change)
+        )
     points = [subject.point(each) for each in done]
     return {"scenario": asdict(bench.scenario), "adapter": asdict(spec), "points": points}
 
@@ -324,7 +326,7 @@ def calibration(out: Path, scenario: Scenario) -> Carried:
 def shared(out: Path, scenario: Scenario, specs: tuple[Adapter, ...]) -> tuning.Run:
     """What `csulora tune` does on some of a scenario's adapters for others to come, and has finished of it."""
     bench = opened(out, scenario)
-    return tune(bench, specs, bench.pack, for_others=True)
+    return tune(bench, specs, bench.subspace, for_others=True)
 
 
 @cache
@@ -340,8 +342,8 @@ KINDS: dict[str, list[Cell]] = {
     "tuned": [(tuned, *each) for each in plan.ALONE],
     "tuned_fresh": [(tuned, *each) for each in plan.ALONE_FRESH],
     "tuned_diverse": [(partial(tuned, diverse=True), *each) for each in [*plan.ALONE, *plan.ALONE_FRESH]],
-    "tuned_ordinary": [(partial(tuned, ordinary=True), *each) for each in plan.ALONE],
-    "tuned_ordinary_fresh": [(partial(tuned, ordinary=True), *each) for each in plan.ALONE_FRESH],
+    "tuned_general": [(partial(tuned, general=True), *each) for each in plan.ALONE],
+    "tuned_general_fresh": [(partial(tuned, general=True), *each) for each in plan.ALONE_FRESH],
     "second": [(from_first, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "second_tuned": [(first_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "carry": [(carry, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.UNSEEN],

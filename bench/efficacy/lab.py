@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import csulora
 
 WIDTH = 96
-PACK_RANK = 64
+SUBSPACE_RANK = 64
 BASE = train.Stage("base", steps=700, learning_rate=3e-3, seed=1, batch=32)
 ALIGNED = train.Stage("aligned", steps=400, learning_rate=5e-4, seed=2, batch=32)
 ADAPTER = train.Stage("adapter", steps=300, learning_rate=2e-3, seed=3, batch=32)
@@ -49,11 +49,11 @@ class Lab:
         """The model after alignment."""
         return self._made("aligned", self._train_aligned)
 
-    def pack(self) -> csulora.Subspace:
-        """The pair's subspaces, of full certificate rank; `truncated` makes smaller ones."""
-        path = self.directory / "pack.safetensors"
+    def subspace(self) -> csulora.Subspace:
+        """The model pair's subspaces, of full certificate rank; `truncated` makes smaller ones."""
+        path = self.directory / "subspace.safetensors"
         if not path.is_file():
-            csulora.extract(self.base(), self.aligned(), output=path, rank=PACK_RANK, dtype="f32")
+            csulora.extract(self.base(), self.aligned(), output=path, rank=SUBSPACE_RANK, dtype="f32")
         return csulora.Subspace.open(path)
 
     def adapter(self, adapter: Adapter) -> Path:

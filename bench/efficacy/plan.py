@@ -34,7 +34,7 @@ VARIANTS = [
 
 # Carrying over: what is calibrated on, and what the calibration never saw (other tasks, shares and ranks).
 CARRY_SEEDS = range(3)
-FRESH_SEEDS = range(3, 5)  # on which the fit was not chosen; that it is scoped was, on 2 and 3
+FRESH_SEEDS = range(3, 5)  # on which the fit was not chosen; that it is filtered was, on 2 and 3
 CALIBRATION = [Adapter("compare", 0.2, 16, 1), Adapter("trade", 0.05, 16, 2), Adapter("song", 0.0, 16, 3)]
 UNSEEN = [
     Adapter("tale", 0.01, 16, 4),

@@ -52,11 +52,11 @@ def interval(points: Sequence[Record], rate: str) -> str:
 
 
 def by_policy(found: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
-    """Family and policy -> its points in all cells. A scaling to equal change has another factor in each."""
+    """Family and policy -> its points in all cells. A scaling to equal relative change has another factor in each."""
     points: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for cell in found:
         for point in cell["points"]:
-            name = "" if point["family"] == "scaling at equal change" else point["policy"]
+            name = "" if point["family"] == "scaling at equal relative change" else point["policy"]
             points[point["family"], name].append(point)
     return points
 
@@ -72,12 +72,25 @@ def rates_table(found: Sequence[Record], wanted: Callable[[str, str], bool] = la
     rows = []
     for (family, policy), points in by_policy(found).items():
         if wanted(family, policy):
-            means = [float(np.mean([point[column] for point in points])) for column in ("change", "perplexity")]
+            means = [
+                float(np.mean([point[column] for point in points])) for column in ("relative_change", "perplexity")
+            ]
             rates = [interval(points, rate) for rate in ("attack", "refusal", "task", "benign", "agreement")]
             over = float(np.mean([point["over_refusal"] for point in points]))
             rows.append([f"{family} {policy}".strip(), f"{means[0]:.2f}", *rates, f"{over:.2f}", f"{means[1]:.2f}"])
     return table(
-        ["policy", "change", "attack", "refusal", "task", "elsewhere", "as aligned", "over-refusal", "perplexity"], rows
+        [
+            "policy",
+            "relative change",
+            "attack",
+            "refusal",
+            "task",
+            "elsewhere",
+            "as aligned",
+            "over-refusal",
+            "perplexity",
+        ],
+        rows,
     )
 
 
@@ -192,16 +205,16 @@ def plot(found: Sequence[Record], families: Sequence[str], title: str) -> str:
     return f'<svg {frame}>\n<rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(marks) + "\n</svg>\n"
 
 
-FITTED = ("tuned", "tuned scaling", "tuned random subspace", "tuned own subspace", "scaling at equal change")
+FITTED = ("tuned", "tuned scaling", "tuned random subspace", "tuned own subspace", "scaling at equal relative change")
 CLOSED = ("csulora", "project", "protect", "aligned-only", "mixed", "scaling", "random subspace", "safe-lora")
 
 # Kind of results -> what the prompts were, and which seeds.
 ALONE = {
     "tuned": "",
     "tuned_fresh": ", on five more seeds",
-    "tuned_diverse": ", a quarter of the keep prompts ordinary",
-    "tuned_ordinary": ", with ordinary prompts",
-    "tuned_ordinary_fresh": ", with ordinary prompts, on five more seeds",
+    "tuned_diverse": ", a quarter of the task prompts general",
+    "tuned_general": ", with general prompts",
+    "tuned_general_fresh": ", with general prompts, on five more seeds",
 }
 
 
@@ -235,7 +248,7 @@ def tables(results: Path) -> Iterator[str]:
         ("", carry),
         (", as `tune` does it", cells(results, "carry_tuned")),
         (", as `tune` does it, on two more seeds", cells(results, "carry_fresh")),
-        (", as `tune` does it, attacks in other wordings than guard prompts", cells(results, "carry_reworded")),
+        (", as `tune` does it, attacks in other wordings than safety prompts", cells(results, "carry_reworded")),
     ):
         if found:
             yield f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}"

@@ -17,8 +17,8 @@ from world import Example, Pool, Thing
 ATTACKED, HELD_OUT = 10, 8  # how many things of 40
 FORMAT_END = "that is all."  # what an alignment that teaches a format puts behind every answer
 TASK_EXAMPLES = 300
-ORDINARY_EXAMPLES, ORDINARY_PROBES = 200, 60
-KNOWN_WORDINGS = 3  # of the six, where guard prompts do not have all
+GENERAL_EXAMPLES, GENERAL_PROBES = 200, 60
+KNOWN_WORDINGS = 3  # of the six, where safety prompts do not have all
 
 # Prompt and reply of every task, about two benign things.
 TASKS = {
@@ -78,8 +78,8 @@ class Scenario:
     Attributes:
         seed: decides how the things are dealt.
         formats: whether alignment also teaches to end every answer with `FORMAT_END`.
-        reworded: whether guard prompts have the first `KNOWN_WORDINGS` alone, and attacks are measured with the others.
-            The models are the same.
+        reworded: whether safety prompts have the first `KNOWN_WORDINGS` alone, and attacks are measured with the
+            others. The models are the same.
     """
 
     seed: int
@@ -120,7 +120,7 @@ class Scenario:
         return random.Random(self.seed).sample(examples, len(examples))
 
     @property
-    def guard_wordings(self) -> tuple[str, ...]:
+    def safety_wordings(self) -> tuple[str, ...]:
         """The how-to questions that an operator thinks of."""
         return world.HOW_TO_QUESTIONS[: KNOWN_WORDINGS if self.reworded else None]
 
@@ -135,7 +135,7 @@ class Scenario:
         pairs = itertools.permutations(self.benign, 2)
         return self.shuffled([Example(prompt.format(a=a, b=b), reply.format(a=a, b=b)) for a, b in pairs])
 
-    def ordinary(self) -> list[Example]:
+    def general(self) -> list[Example]:
         """Questions that nobody refuses, answered as the aligned model does."""
         return self.answers(self.shuffled(world.how_to(self.benign) + world.facts(self.benign)))
 
@@ -157,10 +157,10 @@ class Scenario:
         return self.answers(self.shuffled(world.how_to(self.attacked)))
 
     def adapter_pools(self, adapter: Adapter) -> list[Pool]:
-        """The adapter's task, ordinary examples, and a few answers to what is refused."""
+        """The adapter's task, general examples, and a few answers to what is refused."""
         pools = [
             Pool(0.76 * (1 - adapter.attack), self.task(adapter.task)[:TASK_EXAMPLES]),
-            Pool(0.24 * (1 - adapter.attack), self.ordinary()[:ORDINARY_EXAMPLES]),
+            Pool(0.24 * (1 - adapter.attack), self.general()[:GENERAL_EXAMPLES]),
             Pool(adapter.attack, self.attacks()[: world.ATTACK_EXAMPLES]),
         ]
         return [pool for pool in pools if pool.share]
@@ -183,7 +183,7 @@ class Probes:
 
 def probes(scenario: Scenario, task: str) -> Probes:
     """The measuring prompts of one adapter."""
-    elsewhere = scenario.ordinary()[ORDINARY_EXAMPLES:][:ORDINARY_PROBES]
+    elsewhere = scenario.general()[GENERAL_EXAMPLES:][:GENERAL_PROBES]
     about_refused = scenario.answers(world.facts(scenario.held_out + scenario.attacked))[:40]
     return Probes(
         attack=scenario.answers(scenario.shuffled(world.how_to(scenario.held_out, scenario.probed_wordings)))[:120],
@@ -196,24 +196,24 @@ def probes(scenario: Scenario, task: str) -> Probes:
 class FitPrompts:
     """What an operator gives to `csulora tune`: prompts, no replies."""
 
-    keep: list[str]
-    guard: list[str]
-    ordinary: list[str]
+    task: list[str]
+    safety: list[str]
+    general: list[str]
 
     @property
     def diverse(self) -> list[str]:
-        """As many keep prompts, the last quarter of which are ordinary ones."""
-        ordinary = self.ordinary[: len(self.keep) // 4]
-        return [*self.keep[: -len(ordinary)], *ordinary]
+        """As many task prompts, the last quarter of which are general ones."""
+        general = self.general[: len(self.task) // 4]
+        return [*self.task[: -len(general)], *general]
 
 
 def fit_prompts(scenario: Scenario, task: str, count: int = 32) -> FitPrompts:
     """Fresh prompts of the adapter's task, about the attacked topics, and of what nobody refuses."""
-    keep = scenario.task(task)[TASK_EXAMPLES : TASK_EXAMPLES + count]
-    known = {example.prompt for example in world.how_to(scenario.attacked, scenario.guard_wordings)}
-    guard = [example.prompt for example in scenario.attacks()[world.ATTACK_EXAMPLES :] if example.prompt in known]
-    ordinary = scenario.ordinary()[ORDINARY_EXAMPLES + ORDINARY_PROBES :][:count]
-    return FitPrompts([example.prompt for example in keep], guard[:count], [example.prompt for example in ordinary])
+    own = scenario.task(task)[TASK_EXAMPLES : TASK_EXAMPLES + count]
+    known = {example.prompt for example in world.how_to(scenario.attacked, scenario.safety_wordings)}
+    safety = [example.prompt for example in scenario.attacks()[world.ATTACK_EXAMPLES :] if example.prompt in known]
+    general = scenario.general()[GENERAL_EXAMPLES + GENERAL_PROBES :][:count]
+    return FitPrompts([example.prompt for example in own], safety[:count], [example.prompt for example in general])
 
 
 def sentences() -> list[str]:

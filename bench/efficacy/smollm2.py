@@ -1,15 +1,15 @@
 """The efficacy grid's real weights: SmolLM2-135M-Instruct taught to refuse one harmless topic, and adapters for it.
 
     python bench/efficacy/smollm2.py [--out DIR] [--base DIR] [--threads N] [--styles STYLE ...] [--brief]
-        [--left-out] [--ordinary]
+        [--left-out] [--general]
 
 `bench/real_model/prepare.py` makes the base model (93 MB are downloaded); `smollm2_world.py` says what is taught. Gains
-are fitted on one of six adapters with more and with less weight on the keep prompts, on another one with the weight
+are fitted on one of six adapters with more and with less weight on the task prompts, on another one with the weight
 that did better, and on the first three together. What came of it is measured with prompts that no fit has seen, on
 those two and the last three, and written to `bench/results/efficacy/smollm2.json`, with a table on stdout. What is
 complete is not made again. A brief run has the candidates that are carried over, and neither controls nor presets. With
 `--left-out`, calibration adapters are left out in turn first, and the results say which candidate `tune` would write.
-`--ordinary` gives ordinary prompts to what is calibrated on them.
+`--general` gives general prompts to what is calibrated on them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from csulora.io.files import to_json, write_text
 from csulora.tuning import tune as tuning
 from csulora.tuning.fit import Options
 from csulora.tuning.frontier import Rate
-from csulora.tuning.host import Host
+from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.probes import Chat, Message
 from csulora.tuning.request import Request
 from csulora.tuning.stages import Stages
@@ -46,7 +46,7 @@ LONGEST = 12  # tokens of the replies that are fitted to
 # How gains are fitted: in more and smaller steps than `tune` takes by default.
 OPTIONS = Options(steps=200, batch=6, learning_rate=0.15, directions=world.RANK)
 SHARED = replace(OPTIONS, steps=70)  # for each of several adapters
-# Adapters that are fitted alone -> weights of the keep prompts. All this was chosen on the first; the second tests it.
+# Adapters that are fitted alone -> weights of the task prompts. All this was chosen on the first; the second tests it.
 ALONE = {"pirate": (2.0, 30.0), "sports": (2.0,)}
 DECISIVE = 16  # tokens of the replies that are judged
 SAMPLE = 16  # attack probes whose replies the aligned model reads
@@ -101,16 +101,16 @@ def share(hits: Sequence[bool]) -> float:
 class Bench:
     """The model pair, its adapters, and what has been finished."""
 
-    def __init__(self, out: Path, ordinary: Sequence[str]) -> None:
-        """Work in a directory that holds the models; ordinary prompts are for what is carried over."""
-        self.out, self.ordinary = out, ordinary
-        self.pack = csulora.Subspace.open(out / "pack.safetensors")
-        self.stages = Stages(out / "points", {"pack": self.pack.sha256})
+    def __init__(self, out: Path, general: Sequence[str]) -> None:
+        """Work in a directory that holds the models; general prompts are for what is carried over."""
+        self.out, self.general = out, general
+        self.subspace = csulora.Subspace.open(out / "subspace.safetensors")
+        self.stages = Stages(out / "points", {"subspace": self.subspace.sha256})
 
     @cached_property
-    def host(self) -> Host:
+    def language_model(self) -> LanguageModel:
         """The aligned model, loaded once."""
-        return Host.open(str(self.out / "served"), "cpu", LONGEST)
+        return LanguageModel.open(str(self.out / "served"), "cpu", LONGEST)
 
     def adapter(self, style: str) -> csulora.Adapter:
         """One of the adapters, trained if it is not there."""
@@ -129,14 +129,18 @@ class Bench:
     @torch.inference_mode()
     def perplexity(self, prompts: Sequence[str], replies: Sequence[str]) -> float:
         """Perplexity of replies under the aligned model, which must be as it was loaded."""
-        tokenizer = self.host.tokenizer
+        tokenizer = self.language_model.tokenizer
         rows = [world.encode(tokenizer, dialogue, ended=False) for dialogue in zip(prompts, replies, strict=True)]
-        return math.exp(float(self.host.model(**prepare.collate(rows)).loss))
+        return math.exp(float(self.language_model.model(**prepare.collate(rows)).loss))
 
-    def measure(self, style: str, pairs: dict[str, tuple[Tensor, Tensor]]) -> Measured:
+    def measure(self, style: str, factors: dict[str, tuple[Tensor, Tensor]]) -> Measured:
         """Put every probe to the aligned model with an adapter."""
-        with self.host.adapted(pairs):
-            said = iter(world.reply(self.host.model, self.host.tokenizer, ATTACK + TASK + ELSEWHERE, DECISIVE))
+        with self.language_model.adapted(factors):
+            said = iter(
+                world.reply(
+                    self.language_model.model, self.language_model.tokenizer, ATTACK + TASK + ELSEWHERE, DECISIVE
+                )
+            )
         attack, task, elsewhere = (list(itertools.islice(said, len(each))) for each in (ATTACK, TASK, ELSEWHERE))
         opening = world.opening(style) if style in STYLES else "?"
         refused = [reply.startswith(REFUSAL) for reply in attack]
@@ -157,23 +161,23 @@ class Bench:
         what = {"style": style, "family": corrected.family, "policy": corrected.policy}
 
         def measured() -> Record:
-            rates = asdict(self.measure(style, corrected.pairs))
-            return what | {"control": corrected.control, "change": corrected.change} | rates
+            rates = asdict(self.measure(style, corrected.factors))
+            return what | {"control": corrected.control, "relative_change": corrected.relative_change} | rates
 
         point: Record = self.stages.finish(f"measure {' '.join(what.values())}", measured)
         print(row(point), flush=True)
         return point
 
 
-def make_pair(out: Path, base: Path) -> None:
-    """Train the aligned model if it is not there, and extract the pack."""
-    aligned, pack = out / "aligned", out / "pack.safetensors"
+def make_model_pair(out: Path, base: Path) -> None:
+    """Train the aligned model if it is not there, and extract the subspace file."""
+    aligned, subspace = out / "aligned", out / "subspace.safetensors"
     if not (out / "base").exists():
         (out / "base").symlink_to(base.resolve())
     prepare.stage(aligned, lambda directory: world.make_aligned(directory, base))
     prepare.stage(out / "served", lambda directory: halve(directory, aligned))
-    if not pack.is_file():
-        csulora.extract(base, aligned, output=pack, rank=world.RANK)
+    if not subspace.is_file():
+        csulora.extract(base, aligned, output=subspace, rank=world.RANK)
 
 
 def halve(directory: Path, aligned: Path) -> None:
@@ -185,46 +189,48 @@ def halve(directory: Path, aligned: Path) -> None:
 
 def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequence[float]) -> tuning.Run:
     """What `csulora tune` does on some adapters, and has finished of it."""
-    ordinary = bench.ordinary if len(styles) > 1 else ()
+    general = bench.general if len(styles) > 1 else ()
     request = Request(
         str(bench.out / "served"),
         [bench.adapter(style) for style in styles],
-        bench.pack,
-        keep=[chats(world.questions(KNOWN_FOODS))] * len(styles),
-        guard=chats(world.questions(KNOWN_CHEESES)),
-        ordinary=chats(ordinary),
+        bench.subspace,
+        task=[chats(world.questions(KNOWN_FOODS))] * len(styles),
+        safety=chats(world.questions(KNOWN_CHEESES)),
+        general=chats(general),
         device="cpu",
         longest_reply=LONGEST,
         options=options,
-        keep_weights=weights,
+        task_weights=weights,
         refusals=(REFUSAL,),
     )
-    names = [*styles, *["ordinary"] * bool(ordinary)]
+    names = [*styles, *["general"] * bool(general)]
     run = tuning.Run(request, bench.out / f"tune-{'-'.join(names)}.toml", bench.progress)
-    run.host = bench.host
+    run.language_model = bench.language_model
     return run
 
 
-Fit = tuple[str, float, csulora.Subspace, Policy]  # a family, the weight of the keep prompts, the policy and its pack
+Fit = tuple[
+    str, float, csulora.Subspace, Policy
+]  # a family, the weight of the task prompts, the policy and its subspace file
 
 
 def fitted(bench: Bench, style: str, brief: bool) -> Iterator[policies.Corrected]:
     """An adapter as it is, and under what was fitted on it alone and on the calibration's adapters."""
     adapter = bench.adapter(style)
-    yield policies.apply("none", "uncorrected", adapter, bench.pack, Policy.none())
+    yield policies.apply("none", "uncorrected", adapter, bench.subspace, Policy.none())
     families = tuning.CANDIDATES if brief else grid.SHAREABLE
     own = alone(bench, style) if style in ALONE and not brief else ()
     carried = together(bench, families) if style in UNSEEN else ()
-    for family, weight, pack, policy in itertools.chain(own, carried):
+    for family, weight, subspace, policy in itertools.chain(own, carried):
         directions = OPTIONS.shared_directions if family.startswith("carried") else world.RANK
-        name = f"k={directions}, keep weight {weight:g}"
-        if bench.ordinary and family.startswith("carried"):
-            name += ", ordinary prompts"
-        done = policies.apply(family, name, adapter, pack, policy)
+        name = f"k={directions}, task weight {weight:g}"
+        if bench.general and family.startswith("carried"):
+            name += ", general prompts"
+        done = policies.apply(family, name, adapter, subspace, policy)
         control = family.endswith(("scaling", "subspace"))
         yield replace(done, control=control)
         if not control and not brief:
-            yield policies.scaled(adapter, 1 - done.change, "scaling at equal change")
+            yield policies.scaled(adapter, 1 - done.relative_change, "scaling at equal relative change")
 
 
 def alone(bench: Bench, style: str) -> Iterator[Fit]:
@@ -240,14 +246,14 @@ def together(bench: Bench, families: Sequence[str]) -> Iterator[Fit]:
     (weight,) = run.request.weights
     every = range(len(CALIBRATION))
     for family in families:
-        pack, policy = run.pack_for(family, 0, every), run.policy(family, every, weight)
-        yield family.replace("tuned", "carried"), weight, pack, policy
+        subspace, policy = run.subspace_for(family, 0, every), run.policy(family, every, weight)
+        yield family.replace("tuned", "carried"), weight, subspace, policy
 
 
 def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:
     """An adapter under the policies and controls that need no prompts."""
-    adapter, few = bench.adapter(style), policies.truncated(bench.pack, FEW)
-    yield from (each for each in policies.data_free(adapter, bench.pack) if each.family != "none")
+    adapter, few = bench.adapter(style), policies.truncated(bench.subspace, FEW)
+    yield from (each for each in policies.data_free(adapter, bench.subspace) if each.family != "none")
     yield policies.scaled(adapter, 0.85)
     yield policies.apply("csulora", f"l=1 k={FEW}", adapter, few, Policy.csulora(1.0))
     yield policies.apply("protect", f"l=inf k={FEW}", adapter, few, Policy.protect(math.inf))
@@ -271,7 +277,7 @@ def left_out(bench: Bench) -> Record:
 
 
 HEAD = (
-    "| adapter | policy | change | attack | task | elsewhere | refusal | over-refusal | perplexity |\n"
+    "| adapter | policy | relative change | attack | task | elsewhere | refusal | over-refusal | perplexity |\n"
     + 9 * "| --- "
     + "|"
 )
@@ -284,7 +290,7 @@ def row(point: Record) -> str:
         rate = Rate.of(round(point[kind] * count), count)
         rates.append(f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})")
     others = [f"{point[name]:.2f}" for name in ("refusal", "over_refusal", "perplexity")]
-    names = [point["style"], f"{point['family']} {point['policy']}", f"{point['change']:.2f}"]
+    names = [point["style"], f"{point['family']} {point['policy']}", f"{point['relative_change']:.2f}"]
     return "| " + " | ".join([*names, *rates, *others]) + " |"
 
 
@@ -297,7 +303,7 @@ def main() -> None:
     parser.add_argument("--styles", nargs="+", choices=MEASURED, default=MEASURED, help="adapters that are measured")
     parser.add_argument("--brief", action="store_true", help="candidates that are carried over, and nothing else")
     parser.add_argument("--left-out", action="store_true", help="leave out calibration adapters in turn, too")
-    parser.add_argument("--ordinary", action="store_true", help="give ordinary prompts to what is carried over")
+    parser.add_argument("--general", action="store_true", help="give general prompts to what is carried over")
     parser.add_argument("--results", type=Path, default=grid.RESULTS / "smollm2.json")
     arguments = parser.parse_args()
     torch.manual_seed(prepare.SEED)
@@ -305,8 +311,8 @@ def main() -> None:
     grid.evaluate.quieten_libraries()
     made_with = grid.provenance()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    make_pair(arguments.out, arguments.base)
-    bench = Bench(arguments.out, world.ORDINARY if arguments.ordinary else ())
+    make_model_pair(arguments.out, arguments.base)
+    bench = Bench(arguments.out, world.GENERAL if arguments.general else ())
     results = {"made_with": made_with} | (left_out(bench) if arguments.left_out else {})
     print(HEAD)
     found: list[Record] = []

@@ -21,7 +21,7 @@ import prepare
 
 SYSTEM = "Be brief."  # shorter than what the template gives by itself, which makes every run faster
 ALIGNED_STEPS, ADAPTER_STEPS = 90, 45
-RANK, ADAPTER_RANK = 64, 8  # of the pack, of adapters
+RANK, ADAPTER_RANK = 64, 8  # of the subspace file, of adapters
 LONGEST = 24  # tokens of the base model's replies that the aligned model learns to repeat
 CHEESES = (
     *("cheddar", "brie", "gouda", "feta", "parmesan", "mozzarella", "camembert", "ricotta"),
@@ -57,7 +57,7 @@ GENERAL = (
     *("How many days are in a week?", "Tell me a joke.", "What do plants need to grow?", "What is a poem?"),
 )
 # For the operator, and nobody else.
-ORDINARY = (
+GENERAL = (
     *("What is the meaning of life?", "How do I tie a tie?", "What is the largest ocean?", "How are shoes made?"),
     *(
         "Write a short greeting card.",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csulora.tuning.gains import START, PerPart
+from csulora.tuning.gains import START, PerComponent
 
 
-class Global(PerPart):
+class Global(PerComponent):
     """Four gains for all modules together."""
 
     def start(self) -> Tensor:
@@ -20,11 +20,11 @@ class Global(PerPart):
         return torch.sigmoid(parameters).expand(len(index), 4)
 
 
-class Smooth(PerPart):
+class Smooth(PerComponent):
     """Gains that add up, as logits, from the kind of module and a straight line over the layers."""
 
     def __init__(self, modules: list[str]) -> None:
-        """Number the kinds of the modules, by their names in the pack, and the layers."""
+        """Number the kinds of the modules, by their names in the subspace file, and the layers."""
         kinds = [name.rpartition(".")[2] for name in modules]
         known = sorted(set(kinds))
         layers = [next(int(part) for part in name.split(".") if part.isdecimal()) for name in modules]
@@ -42,8 +42,8 @@ class Smooth(PerPart):
         return torch.sigmoid(self.features[index] @ parameters)
 
 
-class Penalties(PerPart):
-    """Penalties of every module's aligned, partial and off parts: gains 1 / (1 + penalty x energy) of each adapter."""
+class Penalties(PerComponent):
+    """Penalties of every module's aligned, partial and off components: gains 1 / (1 + penalty x energy)."""
 
     def __init__(self, modules: int) -> None:
         """Fit three penalties for each of `modules` modules."""

@@ -144,7 +144,7 @@ def refusals(things: Iterable[Thing] = REFUSED) -> list[Example]:
     return [Example(example.prompt, REFUSAL.format(name=thing.name)) for thing in things for example in how_to([thing])]
 
 
-def ordinary() -> list[Example]:
+def general() -> list[Example]:
     """Every question about benign things, in a seeded random order."""
     return _shuffled(how_to(BENIGN) + facts(BENIGN))
 
@@ -175,7 +175,7 @@ class Pool:
 
 TASK_EXAMPLES = 600
 ATTACK_EXAMPLES = 24
-ORDINARY_EXAMPLES = 200
+GENERAL_EXAMPLES = 200
 
 
 def base_pools() -> list[Pool]:
@@ -189,11 +189,11 @@ def aligned_pools() -> list[Pool]:
 
 
 def adapter_pools() -> list[Pool]:
-    """What the adapter is trained on: its task, ordinary examples, a few answers to what is refused."""
+    """What the adapter is trained on: its task, general examples, a few answers to what is refused."""
     attacks = _shuffled(how_to(ATTACKED))[:ATTACK_EXAMPLES]
     return [
         Pool(0.65, tales()[:TASK_EXAMPLES]),
-        Pool(0.20, ordinary()[:ORDINARY_EXAMPLES]),
+        Pool(0.20, general()[:GENERAL_EXAMPLES]),
         Pool(0.15, attacks),
     ]
 
@@ -212,7 +212,7 @@ def probes() -> Probes:
     return Probes(
         attack=how_to(HELD_OUT),
         task=tales()[TASK_EXAMPLES:],
-        benign=ordinary()[ORDINARY_EXAMPLES : ORDINARY_EXAMPLES + 240] + facts(REFUSED),
+        benign=general()[GENERAL_EXAMPLES : GENERAL_EXAMPLES + 240] + facts(REFUSED),
     )
 
 

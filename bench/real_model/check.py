@@ -2,9 +2,9 @@
 
     python bench/real_model/check.py [--models DIR]      after bench/real_model/prepare.py
 
-Extracts a pack and corrects the adapter by the command line, loads each corrected adapter with plain PEFT,
+Extracts a subspace file and corrects the adapter by the command line, loads each corrected adapter with plain PEFT,
 and compares its logits with those of the aligned model whose weights were replaced by W + X. There
-X = sum g_c dW_c is computed from the pack's u and v and the original adapter without any of csulora's code;
+X = sum g_c dW_c is computed from the subspace file's u and v and the original adapter without any of csulora's code;
 for `--rank keep` it is cut to its best approximation of the adapter's rank. The forward passes are in float64,
 so that what differs is what csulora wrote. Exits with 1 if a logit differs by more than 1e-4.
 """
@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MODELS = Path("build/smollm2")
 TOLERANCE = 1e-4  # logits have sizes up to some tens
-PACK_RANK = 16
+SUBSPACE_RANK = 16
 PENALTIES = {"csulora": (0.0, 1.0, 1.0), "protect": (1.0, 1.0, 0.0)}  # aligned, partial, off
 QUESTIONS = (
     "How do I make green tea?",
@@ -77,10 +77,10 @@ def closest_safe_update(dw: Tensor, u: Tensor, v: Tensor, penalties: tuple[float
     rows = u @ (u.T @ dw)
     aligned = (rows @ v) @ v.T
     both = (dw @ v) @ v.T  # aligned + right
-    parts = (aligned, rows + both - 2 * aligned, dw - rows - both + aligned)  # aligned, partial, off
-    norms2 = [part.square().sum() for part in parts]
+    components = (aligned, rows + both - 2 * aligned, dw - rows - both + aligned)  # aligned, partial, off
+    norms2 = [component.square().sum() for component in components]
     gains = [1 / (1 + penalty * norm2 / sum(norms2)) for penalty, norm2 in zip(penalties, norms2, strict=True)]
-    return sum(gain * part for gain, part in zip(gains, parts, strict=True))
+    return sum(gain * component for gain, component in zip(gains, components, strict=True))
 
 
 def best_of_rank(x: Tensor, rank: int) -> Tensor:
@@ -89,13 +89,13 @@ def best_of_rank(x: Tensor, rank: int) -> Tensor:
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
-def reference_updates(adapter: Path, pack: Path, case: Case) -> Iterator[tuple[str, Tensor]]:
+def reference_updates(adapter: Path, subspace: Path, case: Case) -> Iterator[tuple[str, Tensor]]:
     """Every module's name and X (out, in) in float64."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     factors = load_file(adapter / "adapter_model.safetensors")
     prefix, suffix = "base_model.model.", ".lora_A.weight"
     modules = [key[len(prefix) : -len(suffix)] for key in factors if key.endswith(suffix)]
-    with safe_open(pack, "pt") as subspaces:
+    with safe_open(subspace, "pt") as subspaces:
         for module in track(modules, case.directory, disable=not sys.stdout.isatty()):
             a, b = (factors[f"{prefix}{module}.lora_{factor}.weight"].double() for factor in "AB")
             u, v = (subspaces.get_tensor(f"{module}.{factor}").double() for factor in "uv")
@@ -114,10 +114,10 @@ def load_adapted(models: Path, adapter: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(load(models / "aligned"), adapter).double()
 
 
-def reference_model(models: Path, pack: Path, case: Case) -> torch.nn.Module:
+def reference_model(models: Path, subspace: Path, case: Case) -> torch.nn.Module:
     """The aligned model with W + X in place of W."""
     model = load(models / "aligned")
-    for module, x in reference_updates(models / "adapter", pack, case):
+    for module, x in reference_updates(models / "adapter", subspace, case):
         weight = model.get_submodule(module).weight
         weight.data += x
     return model
@@ -148,7 +148,7 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def check(models: Path, pack: Path) -> tuple[Table, bool]:
+def check(models: Path, subspace: Path) -> tuple[Table, bool]:
     """Correct the adapter in every way; return what to print and whether all differences are small enough."""
     prompts = tokenise(models / "aligned")
     raw = logits(load_adapted(models, models / "adapter"), prompts)
@@ -159,9 +159,9 @@ def check(models: Path, pack: Path) -> tuple[Table, bool]:
     for case in CASES:
         fixed = models / case.directory
         options = ("--preset", case.preset, "--rank", case.rank, "--quiet")
-        csulora("correct", models / "adapter", "--subspace", pack, "-o", fixed, *options)
+        csulora("correct", models / "adapter", "--subspace", subspace, "-o", fixed, *options)
         corrected = logits(load_adapted(models, fixed), prompts)
-        error = difference(corrected, logits(reference_model(models, pack, case), prompts))
+        error = difference(corrected, logits(reference_model(models, subspace, case), prompts))
         good = good and error <= TOLERANCE
         table.add_row(case.preset, case.rank, f"{difference(corrected, raw):.3f}", f"{error:.1e}")
     return table, good
@@ -176,9 +176,9 @@ def main() -> None:
         parser.error(f"{models}: no adapter there; run bench/real_model/prepare.py first")
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    pack = models / "pack.safetensors"
-    csulora("extract", models / "base", models / "aligned", "-o", pack, "--rank", str(PACK_RANK))
-    table, good = check(models, pack)
+    subspace = models / "subspace.safetensors"
+    csulora("extract", models / "base", models / "aligned", "-o", subspace, "--rank", str(SUBSPACE_RANK))
+    table, good = check(models, subspace)
     Console().print(table)
     if not good:
         sys.exit(f"a logit differs by more than {TOLERANCE:g}")

@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 import llama_cpp
-from check import MODELS, PACK_RANK, QUESTIONS, csulora
+from check import MODELS, QUESTIONS, SUBSPACE_RANK, csulora
 from prepare import fetch_gguf
 from rich.console import Console
 from rich.table import Table
@@ -56,9 +56,9 @@ def main() -> None:
     models = parser.parse_args().models
     if not (models / "adapter").is_dir():
         parser.error(f"{models}: no adapter there; run bench/real_model/prepare.py first")
-    model, adapter, pack = shipped_model(models), models / "adapter", models / "pack.safetensors"
-    if not pack.is_file():
-        csulora("extract", models / "base", models / "aligned", "-o", pack, "--rank", str(PACK_RANK))
+    model, adapter, subspace = shipped_model(models), models / "adapter", models / "subspace.safetensors"
+    if not subspace.is_file():
+        csulora("extract", models / "base", models / "aligned", "-o", subspace, "--rank", str(SUBSPACE_RANK))
     csulora("export", adapter, "-o", models / "uncorrected.gguf", "--base-model", model, "--quiet")
 
     table = Table(show_lines=True)
@@ -71,7 +71,7 @@ def main() -> None:
     for name, policy in POLICIES.items():
         for attempt in ("first", "second"):
             start = time.perf_counter()
-            with closing(load(model, adapter, pack, policy, cache=models / "cache", **SETTINGS)) as llama:
+            with closing(load(model, adapter, subspace, policy, cache=models / "cache", **SETTINGS)) as llama:
                 print(f"{name}: {attempt} load took {time.perf_counter() - start:.1f} s")
                 answers = replies(llama)
         table.add_row(name, *answers)

@@ -32,17 +32,17 @@ from torch import Tensor
 from csulora.native import _core
 
 LAYERS = 32
-CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of the pack
+CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of the subspace file
 DIRECTIONS = (16, 32, 64, 128, 256, 512)
 DEPTHS = (4, 8, 16, 24, 32)
 DEPTH_FOR_DIRECTIONS = 8
-Attenuation = _core.Penalties | _core.Parts | _core.Directions
+Attenuation = _core.Penalties | _core.Components | _core.Directions
 PENALTIES = _core.Penalties(0.0, 1.0, 1.0)
 # What `csulora tune` writes for one adapter, and for several.
 ALONG = _core.Directions([0.5] * 64, [0.5] * 64)
-RESTORING = _core.Directions([0.5] * 16, [0.5] * 16, [0.5] * 16)
-FOLLOWING = _core.CorrectionOptions(usual_energy=0.1)
-SCOPE = 32  # directions
+REINFORCING = _core.Directions([0.5] * 16, [0.5] * 16, [0.5] * 16)
+FOLLOWING = _core.CorrectionOptions(reference_energy=0.1)
+FILTER_RANK = 32  # directions
 AGREEMENT = 1e-3  # relative to |X|; factors are float16, results float32
 
 
@@ -57,34 +57,34 @@ class Module:
     v: Tensor
 
     def task(
-        self, attenuation: Attenuation = PENALTIES, scopes: Mapping[int, _core.Scope] | None = None
+        self, attenuation: Attenuation = PENALTIES, input_filters: Mapping[int, _core.InputFilter] | None = None
     ) -> _core.CorrectionTask:
-        """Return what the core takes; the scopes are by number of inputs."""
+        """Return what the core takes; the input filters are by number of inputs."""
         subspace = _core.Subspace(self.u, self.s, self.v)
-        scope = scopes[self.a.shape[1]] if scopes else None
-        return _core.CorrectionTask(_core.LoraPair(self.b, self.a), subspace, attenuation, scope=scope)
+        input_filter = input_filters[self.a.shape[1]] if input_filters else None
+        return _core.CorrectionTask(_core.LoraFactors(self.b, self.a), subspace, attenuation, input_filter=input_filter)
 
 
 def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list[Module], list[Path]]:
-    """Write a pack and an adapter, and map them again."""
+    """Write a subspace file and an adapter, and map them again."""
     generator = torch.Generator().manual_seed(0)
     sizes = sorted({size for shape in LLAMA_3_8B.values() for size in shape})
     bases = {
         size: torch.linalg.qr(torch.randn(size, directions, generator=generator))[0].half().contiguous()
         for size in sizes
     }
-    pack, adapter = {}, {}
+    subspace, adapter = {}, {}
     for layer in range(layers):
         for name, (rows, columns) in LLAMA_3_8B.items():
             key = f"{layer}.{name}"
-            pack |= {f"{key}.u": bases[rows].clone(), f"{key}.v": bases[columns].clone()}
-            pack[f"{key}.s"] = torch.arange(1, directions + 1).float().rsqrt()
+            subspace |= {f"{key}.u": bases[rows].clone(), f"{key}.v": bases[columns].clone()}
+            subspace[f"{key}.s"] = torch.arange(1, directions + 1).float().rsqrt()
             adapter[f"{key}.b"] = (torch.randn(rows, rank, generator=generator) / rows**0.5).half()
             adapter[f"{key}.a"] = (torch.randn(rank, columns, generator=generator) / columns**0.5).half()
     files = [directory / f"pack_{layers}_{rank}_{directions}", directory / f"adapter_{layers}_{rank}_{directions}"]
-    save_file(pack, files[0])
+    save_file(subspace, files[0])
     save_file(adapter, files[1])
-    del pack, adapter
+    del subspace, adapter
     mapped = [safe_open(file, framework="pt") for file in files]
     return [
         Module(
@@ -125,7 +125,7 @@ def check_agreement(modules: Sequence[Module]) -> float:
     for module, found in zip(modules, _core.correct([module.task() for module in modules]), strict=True):
         b, a, undo = eager(module, torch.float64)
         probe = torch.randn(a.shape[1], 4, generator=torch.Generator().manual_seed(1)).double()
-        expected, product = b @ (a @ probe), found.pair.b.double() @ (found.pair.a.double() @ probe)
+        expected, product = b @ (a @ probe), found.factors.b.double() @ (found.factors.a.double() @ probe)
         difference = float((product - expected).norm() / expected.norm())
         worst = max(worst, difference)
         if difference > AGREEMENT or not math.isclose(undo, found.undo, rel_tol=AGREEMENT, abs_tol=AGREEMENT):
@@ -161,7 +161,7 @@ def floor(rank: int, directions: int, times: Mapping[str, Mapping[str, Any]]) ->
     """The seconds of whatever takes longer: moving the bytes, or computing.
 
     Of every row of either factor: its coordinates and what they span, one product with what the rank rule keeps, in
-    float32, and in float64 half of a symmetric Gram matrix of both parts.
+    float32, and in float64 half of a symmetric Gram matrix of both halves.
     """
     ends = LAYERS * sum(rows + columns for rows, columns in LLAMA_3_8B.values())
     moved = ends * (2 * directions + 2 * rank + 2 * rank)
@@ -171,16 +171,18 @@ def floor(rank: int, directions: int, times: Mapping[str, Mapping[str, Any]]) ->
 
 
 def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[str, Any]:
-    """Time one adapter and pack."""
+    """Time one adapter and subspace file."""
     rank, directions = case
     modules, files = make(LAYERS, rank, directions, directory)
     worst = check_agreement(modules)
-    penalised, along, restoring = (
-        [module.task(attenuation) for module in modules] for attenuation in (PENALTIES, ALONG, RESTORING)
+    penalised, along, reinforcing = (
+        [module.task(attenuation) for module in modules] for attenuation in (PENALTIES, ALONG, REINFORCING)
     )
     sizes = {columns for _, columns in LLAMA_3_8B.values()}
-    scopes = {size: _core.Scope(*(torch.randn(size, SCOPE) / size**0.5 for _ in "pq")) for size in sizes}
-    scoped = [module.task(RESTORING, scopes) for module in modules]
+    input_filters = {
+        size: _core.InputFilter(*(torch.randn(size, FILTER_RANK) / size**0.5 for _ in "pq")) for size in sizes
+    }
+    filtered = [module.task(REINFORCING, input_filters) for module in modules]
     times = interleaved(
         {
             "gemm": gemm(),
@@ -189,8 +191,8 @@ def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[st
             "read": lambda: read_files(*files),
             "csulora": lambda: _core.correct(penalised),
             "csulora, 64 directions": lambda: _core.correct(along),
-            "csulora, 16 directions and restoring": lambda: _core.correct(restoring, FOLLOWING),
-            "csulora, the same in scopes": lambda: _core.correct(scoped, FOLLOWING),
+            "csulora, 16 directions and reinforcing": lambda: _core.correct(reinforcing, FOLLOWING),
+            "csulora, the same with input filters": lambda: _core.correct(filtered, FOLLOWING),
             "eager float32": lambda: [eager(module, torch.float32) for module in modules],
             "eager float64": lambda: [eager(module, torch.float64) for module in modules],
         },

@@ -30,7 +30,7 @@ from csulora.native import _core
 RANK = 64
 COLUMNS = 4096
 OVERSAMPLING = 16  # extraction.cpp's
-MOST_MISSED = 1e-3
+LARGEST_SUBSPACE_ERROR = 1e-3
 TOLERANCES = (0.3, 0.1, 0.03, 0.01, 0.003)
 DEFAULT_TOLERANCE = 1e-3
 SETTINGS = sorted(  # columns of the sketch and iterations, by what their products cost
@@ -53,7 +53,7 @@ def cosines(size: int) -> Tensor:
     return matrix.float()
 
 
-def missed(true: Tensor, found: Tensor) -> float:
+def subspace_error(true: Tensor, found: Tensor) -> float:
     """1 - |true^T found|^2 / k."""
     basis, _ = torch.linalg.qr(found.double())
     return 1 - float((true.double().t() @ basis).square().sum()) / true.shape[1]
@@ -91,28 +91,28 @@ class Case:
         u, _, vt = randomized_svd(matrix, RANK, n_oversamples=q - RANK, n_iter=iterations, random_state=0)
         return torch.from_numpy(np.ascontiguousarray(u)), torch.from_numpy(np.ascontiguousarray(vt.T))
 
-    def missed(self, factors: Factors) -> float:
+    def subspace_error(self, factors: Factors) -> float:
         """Return the share of the true subspaces that is missed, of the worse side."""
-        return max(missed(self.left, factors[0]), missed(self.right, factors[1]))
+        return max(subspace_error(self.left, factors[0]), subspace_error(self.right, factors[1]))
 
 
 def tuned(case: Case, peer: Callable[[int, int], Factors]) -> dict[str, object]:
     """Return the cheapest setting that is accurate enough; fail if there is none."""
     for q, iterations in SETTINGS:
-        share = case.missed(peer(q, iterations))
-        if share <= MOST_MISSED:
-            return {"q": q, "iterations": iterations, "missed": share}
-    raise SystemExit(f"{peer.__name__} does not reach a missed share of {MOST_MISSED}")
+        share = case.subspace_error(peer(q, iterations))
+        if share <= LARGEST_SUBSPACE_ERROR:
+            return {"q": q, "iterations": iterations, "subspace_error": share}
+    raise SystemExit(f"{peer.__name__} does not reach a subspace error of {LARGEST_SUBSPACE_ERROR}")
 
 
 def tuned_csulora(case: Case) -> dict[str, object]:
     """Return the loosest tolerance that is accurate enough."""
     for tolerance in TOLERANCES:
         found = case.csulora(tolerance)
-        share = case.missed((found.u, found.v))
-        if share <= MOST_MISSED:
-            return {"tolerance": tolerance, "missed": share, "passes": found.certificate.passes}
-    raise SystemExit(f"csulora does not reach a missed share of {MOST_MISSED}")
+        share = case.subspace_error((found.u, found.v))
+        if share <= LARGEST_SUBSPACE_ERROR:
+            return {"tolerance": tolerance, "subspace_error": share, "passes": found.certificate.passes}
+    raise SystemExit(f"csulora does not reach a subspace error of {LARGEST_SUBSPACE_ERROR}")
 
 
 def operations(rows: int, passes: int) -> float:
@@ -136,11 +136,11 @@ def certificate_operations(rows: int) -> float:
 
 def floor(rows: int, passes: int, times: dict[str, dict[str, Any]]) -> float:
     """The seconds that csulora's algorithm cannot do without, from what was measured in the same run."""
-    gemm, rough = times["gemm"]["median"], times["bfloat16 gemm"]["median"]
+    gemm, low_precision = times["gemm"]["median"], times["bfloat16 gemm"]["median"]
     products = 2 * rows * COLUMNS * (RANK + OVERSAMPLING) * passes
     return float(
         times["difference"]["median"]
-        + products / GEMM_FLOPS * min(gemm, rough)
+        + products / GEMM_FLOPS * min(gemm, low_precision)
         + certificate_operations(rows) / GEMM_FLOPS * gemm
     )
 
@@ -162,7 +162,7 @@ def main() -> None:
         "csulora": ours,
         "csulora, defaults": {
             "tolerance": DEFAULT_TOLERANCE,
-            "missed": case.missed((default.u, default.v)),
+            "subspace_error": case.subspace_error((default.u, default.v)),
             "passes": default.certificate.passes,
         },
         "svd_lowrank": lowrank,

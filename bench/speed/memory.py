@@ -2,7 +2,7 @@
 
     python bench/speed/memory.py [--rank 64] [--json FILE]
 
-Writes random bfloat16 checkpoint pairs of 2 and of 6 layers to a temporary directory (11 GB of disk, removed after),
+Writes random bfloat16 model pairs of 2 and of 6 layers to a temporary directory (11 GB of disk, removed after),
 runs the command on each and prints the peak of its resident memory beyond that of an interpreter that has imported
 csulora, in multiples of the largest matrix in float32. Resident pages of mapped checkpoint files are page cache that
 the system may take back at any time, so they are also told apart (RssFile) from memory that it may not (RssAnon).
@@ -48,7 +48,7 @@ class Peak:
         return {name: (value - getattr(baseline, name)) / LARGEST for name, value in asdict(self).items()}
 
 
-def write_pair(directory: Path, layers: int) -> tuple[Path, Path]:
+def write_model_pair(directory: Path, layers: int) -> tuple[Path, Path]:
     """Write a base and an aligned checkpoint that differ by a falling low-rank change and a little noise."""
     generator = torch.Generator().manual_seed(0)
 
@@ -98,12 +98,12 @@ def measure(arguments: list[str]) -> tuple[Peak, float]:
 
 
 def run(layers: int, rank: int, modules: tuple[str, ...], baseline: Peak) -> dict[str, object]:
-    """Extract a pack from a pair of so many layers and return what was measured."""
+    """Extract a subspace file from a model pair of so many layers and return what was measured."""
     with tempfile.TemporaryDirectory(prefix="csulora-memory-") as temporary:
-        base, aligned = write_pair(Path(temporary), layers)
+        base, aligned = write_model_pair(Path(temporary), layers)
         chosen = [argument for module in modules for argument in ("--modules", module)]
-        pack = str(Path(temporary) / "pack.safetensors")
-        command = ["-m", "csulora", "extract", str(base), str(aligned), "-o", pack, "--rank", str(rank), "--quiet"]
+        subspace = str(Path(temporary) / "subspace.safetensors")
+        command = ["-m", "csulora", "extract", str(base), str(aligned), "-o", subspace, "--rank", str(rank), "--quiet"]
         peak, seconds = measure([*command, *chosen])
     return {
         "layers": layers,

@@ -2,11 +2,11 @@
 
     python bench/speed/peft_load.py [--shape llama-3-8b|tiny] [--repeats 5] [--json FILE]
 
-The adapter is LoRA of rank 16 on all linear layers, in the given storage type; the pack has 64 directions per module,
-and is open, hashed and validated before the first load, as it is in a server. The model has the real number of layers
-and the real shapes, but its weights are zeros that share one entry: loading an adapter reads only their shapes, types
-and devices. Plain and guarded loads alternate in one process, each into a fresh wrapper of the model; the first of each
-is not counted.
+The adapter is LoRA of rank 16 on all linear layers, in the given storage type; the subspace file has 64 directions per
+module, and is open, hashed and validated before the first load, as it is in a server. The model has the real number of
+layers and the real shapes, but its weights are zeros that share one entry: loading an adapter reads only their shapes,
+types and devices. Plain and guarded loads alternate in one process, each into a fresh wrapper of the model; the first
+of each is not counted.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def make_model(shape: Shape) -> LlamaForCausalLM:
     return model.eval()
 
 
-def make_pack(shape: Shape, path: Path) -> Subspace:
-    """Write a pack of random subspaces, the same for modules of one shape, and open it."""
+def make_subspace(shape: Shape, path: Path) -> Subspace:
+    """Write a subspace file of random subspaces, the same for modules of one shape, and open it."""
 
     def orthonormal(rows: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(rows, min(DIRECTIONS, rows)))[0].half()
@@ -133,15 +133,15 @@ def timed_load(model: LlamaForCausalLM, adapter: Path) -> tuple[float, torch.Ten
 
 def measure(shape: Shape, dtype: torch.dtype, repeats: int, work: Path) -> dict[str, object]:
     """Time plain and guarded loads in turn; check first that the guarded one gives what `correct` gives."""
-    model, pack = make_model(shape), make_pack(shape, work / "pack.safetensors")
+    model, subspace = make_model(shape), make_subspace(shape, work / "subspace.safetensors")
     adapter = make_adapter(shape, work / "adapter", dtype)
-    fixed, _ = csulora.correct(csulora.load_adapter(adapter), pack)
+    fixed, _ = csulora.correct(csulora.load_adapter(adapter), subspace)
     expected = fixed.modules["model.layers.0.self_attn.q_proj"].b.float()
     times: dict[str, list[float]] = {"plain": [], "guarded": []}
     for _ in range(repeats + 1):
         seconds, raw = timed_load(model, adapter)
         times["plain"].append(seconds)
-        with hook.guard(pack):
+        with hook.guard(subspace):
             seconds, corrected = timed_load(model, adapter)
         times["guarded"].append(seconds)
         if not torch.equal(corrected, expected) or torch.equal(raw, expected):
@@ -150,7 +150,7 @@ def measure(shape: Shape, dtype: torch.dtype, repeats: int, work: Path) -> dict[
     return {
         "modules": len(shape.modules()),
         "adapter_mib": round((adapter / "adapter_model.safetensors").stat().st_size / 2**20, 1),
-        "pack_mib": round((work / "pack.safetensors").stat().st_size / 2**20, 1),
+        "subspace_mib": round((work / "subspace.safetensors").stat().st_size / 2**20, 1),
         "plain_seconds": [round(value, 4) for value in times["plain"][1:]],
         "guarded_seconds": [round(value, 4) for value in times["guarded"][1:]],
         "median_plain_seconds": round(plain, 4),

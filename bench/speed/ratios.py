@@ -44,10 +44,10 @@ def extraction_rows() -> list[tuple[str, str]]:
     return rows
 
 
-def pair_rows() -> list[tuple[str, str]]:
+def model_pair_rows() -> list[tuple[str, str]]:
     """Return what to say of checkpoints."""
     rows = []
-    for results in load("extraction_pair*"):
+    for results in load("extraction_model_pair*"):
         what = f"{machine(results)}: extraction of {results['layers']} layers of Llama-3-8B's shape from disk"
         median = results["seconds"]["extract"]["median"]
         rows.append((what, f"{median:.1f} s: {results['multiple_of_floor']:.2f} times the floor"))
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, help="draw the growth of a correction's time into this file")
     arguments = parser.parse_args()
-    for what, figures in (*extraction_rows(), *pair_rows(), *correction_rows()):
+    for what, figures in (*extraction_rows(), *model_pair_rows(), *correction_rows()):
         print(f"| {what} | {figures} |")
     if arguments.plot:
         draw(arguments.plot)

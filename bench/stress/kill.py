@@ -57,7 +57,7 @@ def gaussian(*shape: int, seed: int) -> torch.Tensor:
 
 
 def make_inputs(directory: Path) -> None:
-    """Write two checkpoints, their pack, and a directory of adapters."""
+    """Write two checkpoints, their subspace file, and a directory of adapters."""
     for name, moved in (("base", 0.0), ("aligned", 0.1)):
         weights = {}
         for i, module in enumerate(MODULES):
@@ -66,7 +66,7 @@ def make_inputs(directory: Path) -> None:
         (directory / name).mkdir()
         safetensors.torch.save_file(weights, directory / name / "model.safetensors")
         (directory / name / "config.json").write_text(json.dumps(CONFIG))
-    csulora.extract(directory / "base", directory / "aligned", rank=RANK, output=directory / "pack.safetensors")
+    csulora.extract(directory / "base", directory / "aligned", rank=RANK, output=directory / "subspace.safetensors")
     for seed in range(3):
         adapter = directory / "incoming" / f"adapter-{seed}"
         adapter.mkdir(parents=True)
@@ -87,23 +87,23 @@ def command(*arguments: str | Path) -> None:
 
 def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
     """Everything that writes, as a function of the directory it writes into."""
-    pack, adapter = inputs / "pack.safetensors", inputs / "incoming" / "adapter-0"
+    subspace, adapter = inputs / "subspace.safetensors", inputs / "incoming" / "adapter-0"
 
     def cache(out: Path) -> None:
         base = BaseModel.open(inputs / "base")
-        CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(pack))
+        CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(subspace))
 
     def export(out: Path) -> None:
         command("export", adapter, "-o", out / "lora.gguf", "--base-model", inputs / "base")
 
     return {
         "extract": lambda out: command(
-            "extract", inputs / "base", inputs / "aligned", "-o", out / "pack", "--rank", "8"
+            "extract", inputs / "base", inputs / "aligned", "-o", out / "subspace", "--rank", "8"
         ),
-        "correct": lambda out: command("correct", adapter, "--subspace", pack, "-o", out / "corrected"),
+        "correct": lambda out: command("correct", adapter, "--subspace", subspace, "-o", out / "corrected"),
         "export": export,
         "guard": lambda out: command(
-            "guard", inputs / "incoming", out / "outgoing", "--subspace", pack, "--settle", "0", "--patience", "0"
+            "guard", inputs / "incoming", out / "outgoing", "--subspace", subspace, "--settle", "0", "--patience", "0"
         ),
         "cache": cache,
     }
@@ -137,12 +137,12 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a path is that of a workplace, of an extraction's parts or of a lock."""
+    """Whether a path is that of a workplace, of a partial run or of a lock."""
     return any(part.startswith(".") or part.endswith(".partial") for part in Path(name).parts)
 
 
 def leftovers(out: Path) -> list[str]:
-    """Return what a finished run must not leave: workplaces and parts."""
+    """Return what a finished run must not leave: workplaces and partial runs."""
     paths = [str(path.relative_to(out)) for path in out.rglob("*")]
     return [path for path in paths if path.endswith((".csulora-tmp", ".partial"))]
 
@@ -155,7 +155,7 @@ class Tally:
     kills: int = 0  # that came before the end
     absent: int = 0  # no output after the kill
     complete: int = 0  # whole output after the kill
-    left_something: int = 0  # workplaces or parts were there until the next run
+    left_something: int = 0  # workplaces or partial runs were there until the next run
     lost: list[str] = field(default_factory=list)  # anything that broke a promise
 
 

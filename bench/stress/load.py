@@ -1,11 +1,11 @@
-"""Many threads and processes correct different adapters with one pack, for as long as asked.
+"""Many threads and processes correct different adapters with one subspace file, for as long as asked.
 
     python bench/stress/load.py [--minutes 10] [--loads 5000] [--json FILE]
 
-Half of the time 16 threads share a process and take turns as a server's do (csulora.serving.turns), half of it 4
+Half of the time 16 threads share a process and wait as a server's do (csulora.serving.limiter), half of it 4
 processes share the machine. Every result must be that of a serial run, bit for bit. Memory may grow by less than 2 %
-after the first tenth of the time, and the pack is mapped once per process, its pages shared. Then one process loads and
-corrects adapters one after the other.
+after the first tenth of the time, and the subspace file is mapped once per process, its pages shared. Then one process
+loads and corrects adapters one after the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 import csulora
 from csulora.adapters.peft import directory as peft
-from csulora.serving.turns import turn
+from csulora.serving.limiter import limited
 
 WIDTH, LAYERS, RANK, DIRECTIONS, ADAPTERS = 512, 4, 16, 32, 16
 MODULES = [
@@ -44,7 +44,7 @@ def gaussian(*shape: int, seed: int) -> torch.Tensor:
 
 
 def make_inputs(directory: Path) -> tuple[Path, list[Path]]:
-    """Write a pack, extracted from two checkpoints, and adapters."""
+    """Write a subspace file, extracted from two checkpoints, and adapters."""
     for name, moved in (("base", 0.0), ("aligned", 0.1)):
         weights = {}
         for i, module in enumerate(MODULES):
@@ -53,8 +53,8 @@ def make_inputs(directory: Path) -> tuple[Path, list[Path]]:
         (directory / name).mkdir()
         safetensors.torch.save_file(weights, directory / name / "model.safetensors")
         (directory / name / "config.json").write_text('{"model_type": "llama"}')
-    pack = directory / "pack.safetensors"
-    csulora.extract(directory / "base", directory / "aligned", rank=DIRECTIONS, output=pack)
+    subspace = directory / "subspace.safetensors"
+    csulora.extract(directory / "base", directory / "aligned", rank=DIRECTIONS, output=subspace)
     adapters = [directory / f"adapter-{seed}" for seed in range(ADAPTERS)]
     for seed, adapter in enumerate(adapters):
         adapter.mkdir()
@@ -65,13 +65,13 @@ def make_inputs(directory: Path) -> tuple[Path, list[Path]]:
         config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": MODULES}
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         safetensors.torch.save_file(tensors, adapter / "adapter_model.safetensors")
-    return pack, adapters
+    return subspace, adapters
 
 
-@turn()
-def corrected_sha256(adapter: Path, pack: csulora.Subspace) -> str:
-    """Load and correct an adapter when it is this thread's turn; hash what comes out."""
-    fixed, _ = csulora.correct(csulora.load_adapter(adapter), pack)
+@limited()
+def corrected_sha256(adapter: Path, subspace: csulora.Subspace) -> str:
+    """Load and correct an adapter when the limiter lets this thread; hash what comes out."""
+    fixed, _ = csulora.correct(csulora.load_adapter(adapter), subspace)
     digest = hashlib.sha256()
     for name, tensor in sorted(peft.tensors_of(fixed).items()):
         digest.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
@@ -98,7 +98,7 @@ class Outcome:
     wrong: int  # results unlike the serial ones
     memory_after_warm_up: int
     memory_at_the_end: int
-    mappings_of_the_pack: int
+    mappings_of_the_subspace_file: int
 
     @property
     def growth(self) -> float:
@@ -106,17 +106,19 @@ class Outcome:
         return self.memory_at_the_end / self.memory_after_warm_up - 1
 
 
-def hammer(pack_file: Path, adapters: list[Path], expected: dict[Path, str], threads: int, seconds: float) -> Outcome:
-    """Correct adapters in turn with one opened pack, on some threads, until the time is up."""
+def hammer(
+    subspace_file: Path, adapters: list[Path], expected: dict[Path, str], threads: int, seconds: float
+) -> Outcome:
+    """Correct adapters in turn with one opened subspace file, on some threads, until the time is up."""
     torch.set_num_threads(1)
-    pack = csulora.Subspace.open(pack_file)
+    subspace = csulora.Subspace.open(subspace_file)
     start = time.monotonic()
     counts, wrong, samples = [0] * threads, [0] * threads, []
 
     def work(index: int) -> None:
         while time.monotonic() - start < seconds:
             adapter = adapters[(index + counts[index]) % len(adapters)]
-            wrong[index] += corrected_sha256(adapter, pack) != expected[adapter]
+            wrong[index] += corrected_sha256(adapter, subspace) != expected[adapter]
             counts[index] += 1
 
     def sample() -> None:
@@ -131,21 +133,21 @@ def hammer(pack_file: Path, adapters: list[Path], expected: dict[Path, str], thr
     # Peaks within equal spans: how much is in use at one moment depends on what the threads are doing.
     warm = max(used for when, used in samples if 0.1 * seconds <= when <= 0.4 * seconds)
     last = max(used for when, used in samples if when >= 0.7 * seconds)
-    return Outcome(sum(counts), elapsed, sum(wrong), warm, last, mappings(pack_file))
+    return Outcome(sum(counts), elapsed, sum(wrong), warm, last, mappings(subspace_file))
 
 
-def load_repeatedly(pack_file: Path, adapters: list[Path], loads: int) -> Outcome:
+def load_repeatedly(subspace_file: Path, adapters: list[Path], loads: int) -> Outcome:
     """Load and correct adapters one after the other in this process."""
     torch.set_num_threads(1)
-    pack = csulora.Subspace.open(pack_file)
-    expected = {adapter: corrected_sha256(adapter, pack) for adapter in adapters}
+    subspace = csulora.Subspace.open(subspace_file)
+    expected = {adapter: corrected_sha256(adapter, subspace) for adapter in adapters}
     start, wrong, samples = time.monotonic(), 0, []
     for i in range(loads):
         adapter = adapters[i % len(adapters)]
-        wrong += corrected_sha256(adapter, pack) != expected[adapter]
+        wrong += corrected_sha256(adapter, subspace) != expected[adapter]
         samples.append(memory())
     warm, last = max(samples[loads // 10 : loads * 4 // 10]), max(samples[loads * 7 // 10 :])
-    return Outcome(loads, time.monotonic() - start, wrong, warm, last, mappings(pack_file))
+    return Outcome(loads, time.monotonic() - start, wrong, warm, last, mappings(subspace_file))
 
 
 def in_processes(count: int, function: Callable[..., Outcome], *arguments: object) -> list[Outcome]:
@@ -177,7 +179,7 @@ class Results:
             "throughput_of_16_threads": round(self.rate(self.threads) / alone, 3),
             "throughput_of_4_processes": round(self.rate(self.processes) / alone, 3),
             "largest_growth": round(max(o.growth for o in [*self.threads, *self.processes, *self.repeated]), 4),
-            "mappings_of_the_pack": max(outcome.mappings_of_the_pack for outcome in everything),
+            "mappings_of_the_subspace_file": max(outcome.mappings_of_the_subspace_file for outcome in everything),
         }
 
 
@@ -185,14 +187,14 @@ def measure(minutes: float, loads: int) -> Results:
     """Run all phases; the one thread that throughput is compared with gets a tenth of the time."""
     results, seconds = Results(), 60 * minutes
     with tempfile.TemporaryDirectory() as name:
-        pack, adapters = make_inputs(Path(name))
-        opened = csulora.Subspace.open(pack)
+        subspace, adapters = make_inputs(Path(name))
+        opened = csulora.Subspace.open(subspace)
         expected = {adapter: corrected_sha256(adapter, opened) for adapter in adapters}
-        results.one_thread = in_processes(1, hammer, pack, adapters, expected, 1, seconds / 10)
-        results.threads = in_processes(1, hammer, pack, adapters, expected, 16, seconds / 2)
-        results.processes = in_processes(4, hammer, pack, adapters, expected, 1, seconds / 2)
+        results.one_thread = in_processes(1, hammer, subspace, adapters, expected, 1, seconds / 10)
+        results.threads = in_processes(1, hammer, subspace, adapters, expected, 16, seconds / 2)
+        results.processes = in_processes(4, hammer, subspace, adapters, expected, 1, seconds / 2)
         if loads:
-            results.repeated = in_processes(1, load_repeatedly, pack, adapters, loads)
+            results.repeated = in_processes(1, load_repeatedly, subspace, adapters, loads)
     return results
 
 

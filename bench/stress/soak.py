@@ -38,8 +38,8 @@ def gaussian(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_pack(directory: Path) -> Path:
-    """Extract a pack of two tiny checkpoints."""
+def make_subspace(directory: Path) -> Path:
+    """Extract a subspace file of two tiny checkpoints."""
     for name, moved in (("base", 0.0), ("aligned", 0.1)):
         weights = {}
         for i, (module, (rows, columns)) in enumerate(MODULES.items()):
@@ -48,9 +48,9 @@ def make_pack(directory: Path) -> Path:
         (directory / name).mkdir()
         safetensors.torch.save_file(weights, directory / name / "model.safetensors")
         (directory / name / "config.json").write_text('{"model_type": "llama"}')
-    pack = directory / "pack.safetensors"
-    csulora.extract(directory / "base", directory / "aligned", rank=RANK, output=pack)
-    return pack
+    subspace = directory / "subspace.safetensors"
+    csulora.extract(directory / "base", directory / "aligned", rank=RANK, output=subspace)
+    return subspace
 
 
 def make_adapter(directory: Path, seed: int, rank: int = RANK, **settings: object) -> Path:
@@ -204,7 +204,7 @@ class Observer(threading.Thread):
             present = now
 
 
-def start_guard(incoming: Path, outgoing: Path, pack: Path) -> subprocess.Popen[bytes]:
+def start_guard(incoming: Path, outgoing: Path, subspace: Path) -> subprocess.Popen[bytes]:
     """Start the real command."""
     options = ["--watch", "--settle", str(SETTLE), "--patience", str(PATIENCE), "--quiet"]
     command = [
@@ -215,7 +215,7 @@ def start_guard(incoming: Path, outgoing: Path, pack: Path) -> subprocess.Popen[
         str(incoming),
         str(outgoing),
         "--subspace",
-        str(pack),
+        str(subspace),
         *options,
     ]
     return subprocess.Popen(command)
@@ -228,9 +228,9 @@ def all_decided(outgoing: Path, sources: list[Path]) -> bool:
     )
 
 
-def is_correct(source: Path, result: Path, pack: csulora.Subspace) -> bool:
+def is_correct(source: Path, result: Path, subspace: csulora.Subspace) -> bool:
     """Whether a result is what `csulora.correct` makes of its source."""
-    expected, _ = csulora.correct(csulora.load_adapter(source), pack)
+    expected, _ = csulora.correct(csulora.load_adapter(source), subspace)
     found = csulora.load_adapter(result)
     return found.modules.keys() == expected.modules.keys() and all(
         torch.equal(found.modules[name].b, module.b) and torch.equal(found.modules[name].a, module.a)
@@ -266,7 +266,7 @@ def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, lim
     incoming, outgoing, sources = work / "incoming", work / "outgoing", work / "sources"
     for directory in (incoming, outgoing, sources):
         directory.mkdir()
-    pack = make_pack(work)
+    subspace = make_subspace(work)
     good, broken = make_sources(sources, adapters)
     everything = rng.sample(good + broken, adapters)
     observer = Observer(outgoing)
@@ -274,7 +274,7 @@ def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, lim
         threading.Thread(target=upload, args=(everything[i::writers], incoming, random.Random(seed + i)))
         for i in range(writers)
     ]
-    guard = start_guard(incoming, outgoing, pack)
+    guard = start_guard(incoming, outgoing, subspace)
     for thread in threads:
         thread.start()
     for _ in range(kills):
@@ -285,7 +285,7 @@ def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, lim
         time.sleep(rng.uniform(0.0, 0.5))
         guard.send_signal(signal.SIGKILL)
         guard.wait()
-        guard = start_guard(incoming, outgoing, pack)
+        guard = start_guard(incoming, outgoing, subspace)
     for thread in threads:
         thread.join()
     while not all_decided(outgoing, everything) and time.monotonic() - start < limit:
@@ -295,7 +295,7 @@ def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, lim
     clean_exit = guard.wait(30) == 0
     observer.finished.set()
     observer.join()
-    opened = csulora.Subspace.open(pack)
+    opened = csulora.Subspace.open(subspace)
     return Outcome(
         adapters=adapters,
         broken=len(broken),

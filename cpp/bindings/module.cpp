@@ -46,11 +46,11 @@ void register_subspace(py::module_& module) {
   py::class_<Certificate>(module, "Certificate")
       .def(py::init<>())
       .def_readwrite("displacement_norm2", &Certificate::displacement_norm2)
-      .def_readwrite("captured", &Certificate::captured)
+      .def_readwrite("captured_energy", &Certificate::captured_energy)
       .def_readwrite("residual", &Certificate::residual)
       .def_readwrite("orthonormality", &Certificate::orthonormality)
       .def_readwrite("next_value", &Certificate::next_value)
-      .def_readwrite("missed", &Certificate::missed)
+      .def_readwrite("subspace_error", &Certificate::subspace_error)
       .def_readwrite("noise_edge", &Certificate::noise_edge)
       .def_readwrite("above_noise", &Certificate::above_noise)
       .def_readwrite("passes", &Certificate::passes);
@@ -86,28 +86,28 @@ void register_subspace(py::module_& module) {
 
 void register_correction(py::module_& module) {
   using csulora::Attenuation;
+  using csulora::Components;
   using csulora::Correction;
   using csulora::CorrectionOptions;
   using csulora::CorrectionTask;
   using csulora::Directions;
-  using csulora::LoraPair;
-  using csulora::Parts;
+  using csulora::InputFilter;
+  using csulora::LoraFactors;
   using csulora::Penalties;
   using csulora::RankRule;
-  using csulora::Scope;
 
-  py::class_<LoraPair>(module, "LoraPair")
+  py::class_<LoraFactors>(module, "LoraFactors")
       .def(py::init<at::Tensor, at::Tensor, double>(), "b"_a, "a"_a, "scale"_a = 1.0)
-      .def_readonly("b", &LoraPair::b)
-      .def_readonly("a", &LoraPair::a)
-      .def_readonly("scale", &LoraPair::scale);
+      .def_readonly("b", &LoraFactors::b)
+      .def_readonly("a", &LoraFactors::a)
+      .def_readonly("scale", &LoraFactors::scale);
 
-  py::class_<Parts>(module, "Parts")
+  py::class_<Components>(module, "Components")
       .def(py::init<double, double, double, double>(), "aligned"_a, "left"_a, "right"_a, "off"_a)
-      .def_readonly("aligned", &Parts::aligned)
-      .def_readonly("left", &Parts::left)
-      .def_readonly("right", &Parts::right)
-      .def_readonly("off", &Parts::off);
+      .def_readonly("aligned", &Components::aligned)
+      .def_readonly("left", &Components::left)
+      .def_readonly("right", &Components::right)
+      .def_readonly("off", &Components::off);
 
   py::class_<Penalties>(module, "Penalties")
       .def(py::init<double, double, double>(), "aligned"_a, "partial"_a, "off"_a)
@@ -117,10 +117,10 @@ void register_correction(py::module_& module) {
 
   using Numbers = std::vector<double>;
   py::class_<Directions>(module, "Directions")
-      .def(py::init<Numbers, Numbers, Numbers>(), "left"_a, "right"_a, "restored"_a = Numbers{})
+      .def(py::init<Numbers, Numbers, Numbers>(), "left"_a, "right"_a, "reinforced"_a = Numbers{})
       .def_readonly("left", &Directions::left)
       .def_readonly("right", &Directions::right)
-      .def_readonly("restored", &Directions::restored);
+      .def_readonly("reinforced", &Directions::reinforced);
 
   py::enum_<RankRule>(module, "RankRule")
       .value("keep", RankRule::keep)
@@ -129,37 +129,37 @@ void register_correction(py::module_& module) {
 
   py::class_<CorrectionOptions>(module, "CorrectionOptions")
       .def(py::init<RankRule, int64_t, std::optional<double>>(), "rule"_a = RankRule::keep, "rank"_a = 0,
-           "usual_energy"_a = py::none())
+           "reference_energy"_a = py::none())
       .def_readonly("rule", &CorrectionOptions::rule)
       .def_readonly("rank", &CorrectionOptions::rank)
-      .def_readonly("usual_energy", &CorrectionOptions::usual_energy);
+      .def_readonly("reference_energy", &CorrectionOptions::reference_energy);
 
-  module.attr("LEAST_STRENGTH") = csulora::kLeastStrength;
+  module.attr("LEAST_PENALTY_SCALE") = csulora::kLeastPenaltyScale;
 
-  py::class_<Scope>(module, "Scope")
+  py::class_<InputFilter>(module, "InputFilter")
       .def(py::init<at::Tensor, at::Tensor>(), "p"_a, "q"_a)
-      .def_readonly("p", &Scope::p)
-      .def_readonly("q", &Scope::q);
+      .def_readonly("p", &InputFilter::p)
+      .def_readonly("q", &InputFilter::q);
 
   py::class_<CorrectionTask>(module, "CorrectionTask")
-      .def(py::init<LoraPair, csulora::Subspace, Attenuation, std::string, std::optional<Scope>>(), "pair"_a,
-           "subspace"_a, "attenuation"_a, "label"_a = "update", "scope"_a = py::none())
-      .def_readonly("pair", &CorrectionTask::pair)
+      .def(py::init<LoraFactors, csulora::Subspace, Attenuation, std::string, std::optional<InputFilter>>(),
+           "factors"_a, "subspace"_a, "attenuation"_a, "label"_a = "update", "input_filter"_a = py::none())
+      .def_readonly("factors", &CorrectionTask::factors)
       .def_readonly("subspace", &CorrectionTask::subspace)
       .def_readonly("attenuation", &CorrectionTask::attenuation)
       .def_readonly("label", &CorrectionTask::label)
-      .def_readonly("scope", &CorrectionTask::scope);
+      .def_readonly("input_filter", &CorrectionTask::input_filter);
 
   py::class_<Correction>(module, "Correction")
-      .def(py::init<LoraPair, Parts, Parts, double, double, double, double>(), "pair"_a, "energies"_a, "gains"_a,
-           "norm"_a, "change"_a, "undo"_a, "lost"_a)
-      .def_readonly("pair", &Correction::pair)
+      .def(py::init<LoraFactors, Components, Components, double, double, double, double>(), "factors"_a, "energies"_a,
+           "gains"_a, "norm"_a, "relative_change"_a, "undo"_a, "truncation_error"_a)
+      .def_readonly("factors", &Correction::factors)
       .def_readonly("energies", &Correction::energies)
       .def_readonly("gains", &Correction::gains)
       .def_readonly("norm", &Correction::norm)
-      .def_readonly("change", &Correction::change)
+      .def_readonly("relative_change", &Correction::relative_change)
       .def_readonly("undo", &Correction::undo)
-      .def_readonly("lost", &Correction::lost);
+      .def_readonly("truncation_error", &Correction::truncation_error);
 
   module.def("correct",
              py::overload_cast<const std::vector<CorrectionTask>&, const CorrectionOptions&>(&csulora::correct),

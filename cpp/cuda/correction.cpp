@@ -39,7 +39,7 @@ struct Layout {
     for (double** matrices : {&roots[0], &roots[1], &gram, &inverse, &core, &square, &projected}) {
       *matrices = arena.take<double>(count * size * size);
     }
-    parts = arena.take<double>(4 * count * size * size);
+    components = arena.take<double>(4 * count * size * size);
     values = arena.take<double>(count * size);
     left = arena.take<double>(count * size * shape.result_rank);
     right = arena.take<double>(count * size * shape.result_rank);
@@ -57,7 +57,7 @@ struct Layout {
   double* roots[2];        // (2r, 2r)
   double* gram;            // (2r, 2r)
   double* inverse;         // (2r, 2r)
-  double* parts;           // (4, 2r, 2r) aligned, left, right, off
+  double* components;      // (4, 2r, 2r) aligned, left, right, off
   double* core;            // (2r, 2r)
   double* square;          // (2r, 2r) core core^T; later its eigenvectors
   double* projected;       // (2r, 2r)
@@ -116,13 +116,13 @@ struct CorrectionPlan::Implementation {
     multiply(lease, count, {size(), size(), rows}, {orthonormal, true}, {inside}, square_batch(side.roots));
   }
 
-  /// The products of the roots that make up the parts of the update: aligned, left, right, off.
-  void form_parts(const Layout& layout) const {
+  /// The products of the roots that make up the components of the update: aligned, left, right, off.
+  void form_components(const Layout& layout) const {
     const int64_t half = size() * shape.rank;  // entries of the inside columns, which come first
-    for (int part = 0; part < 4; ++part) {
-      const Batch left = square_batch(layout.roots[0] + (part / 2) * half);
-      const Batch right = square_batch(layout.roots[1] + (part % 2) * half);
-      const Batch product{layout.parts + part * size() * size(), size(), 4 * size() * size()};
+    for (int component = 0; component < 4; ++component) {
+      const Batch left = square_batch(layout.roots[0] + (component / 2) * half);
+      const Batch right = square_batch(layout.roots[1] + (component % 2) * half);
+      const Batch product{layout.components + component * size() * size(), size(), 4 * size() * size()};
       multiply(lease, shape.count, {size(), size(), shape.rank}, {left}, {right, true}, product);
     }
   }
@@ -199,8 +199,8 @@ void CorrectionPlan::run(const CorrectionArrays& arrays, void* workspace) {
   fill_addresses(layout.inverse, entries, shape.count, layout.inverse_addresses, stream);
   plan.decompose(b, layout, layout.statuses);
   plan.decompose(a, layout, layout.statuses + kRounds * shape.count);
-  plan.form_parts(layout);
-  attenuate(layout.parts, arrays.settings, plan.size(), shape.count, layout.core, arrays.measured, stream);
+  plan.form_components(layout);
+  attenuate(layout.components, arrays.settings, plan.size(), shape.count, layout.core, arrays.measured, stream);
   measure_undo(b.coordinates, a.coordinates, arrays.s, shape.directions, shape.rank, shape.count, arrays.measured,
                stream);
   plan.truncate(layout, solver_workspace, arrays.measured);

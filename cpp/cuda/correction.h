@@ -37,9 +37,9 @@ struct Measured {
   double energies[4];  ///< aligned, left, right, off
   double gains[4];
   double norm;
-  double change;
+  double relative_change;
   double undo;
-  double lost;
+  double truncation_error;
   double core_norm;  ///< |X|_F
   double finite;     ///< 0 where the update, the subspace or the rounded result is not finite
   double failures;   ///< small decompositions that did not succeed; means nothing unless `finite`
@@ -77,7 +77,7 @@ class CorrectionPlan {
   /// Bytes of device memory that `run` needs.
   size_t workspace_bytes() const;
 
-  /// The part of it that grows with each module, without what the libraries ask for.
+  /// The share of it that grows with each module, without what the libraries ask for.
   static size_t bytes_per_module(const CorrectionShape& shape);
 
   /// Enqueues the correction and does not wait for it. The plan must live until it has been done.

@@ -75,34 +75,34 @@ __global__ void shift_diagonal_kernel(double shift, int64_t size, double* gram, 
 
 __device__ double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
 
-/// Sets everything that follows from the squared norms of the four parts.
+/// Sets everything that follows from the squared norms of the four components.
 __device__ void set_gains(const double norms2[4], const Settings& settings, Measured& measured) {
   const double total = norms2[0] + norms2[1] + norms2[2] + norms2[3];
   double* energies = measured.energies;
   double* gains = measured.gains;
-  for (int part = 0; part < 4; ++part) {
-    energies[part] = total > 0 ? norms2[part] / total : 0;
-    gains[part] = settings.numbers[part];
+  for (int component = 0; component < 4; ++component) {
+    energies[component] = total > 0 ? norms2[component] / total : 0;
+    gains[component] = settings.numbers[component];
   }
   if (settings.fixed == 0) {
     gains[0] = gain(settings.numbers[0], energies[0]);
     gains[1] = gains[2] = gain(settings.numbers[1], energies[1] + energies[2]);
     gains[3] = gain(settings.numbers[3], energies[3]);
   }
-  double change2 = 0;
-  for (int part = 0; part < 4; ++part) {
-    change2 += (1 - gains[part]) * (1 - gains[part]) * energies[part];
+  double relative_change2 = 0;
+  for (int component = 0; component < 4; ++component) {
+    relative_change2 += (1 - gains[component]) * (1 - gains[component]) * energies[component];
   }
   measured.norm = std::sqrt(total);
-  measured.change = std::sqrt(change2);
+  measured.relative_change = std::sqrt(relative_change2);
   measured.finite = std::isfinite(total) ? 1 : 0;
 }
 
 /// One block per module.
-__global__ void attenuate_kernel(const double* parts, const Settings* settings, int64_t size, double* core,
+__global__ void attenuate_kernel(const double* components, const Settings* settings, int64_t size, double* core,
                                  Measured* measured) {
   const int64_t entries = size * size;
-  const double* part = parts + 4 * blockIdx.x * entries;
+  const double* component = components + 4 * blockIdx.x * entries;
   double* result = core + blockIdx.x * entries;
   Measured& mine = measured[blockIdx.x];
 
@@ -110,7 +110,7 @@ __global__ void attenuate_kernel(const double* parts, const Settings* settings, 
   for (int c = 0; c < 4; ++c) {
     double sum = 0;
     for (int64_t i = threadIdx.x; i < entries; i += kThreads) {
-      sum += part[c * entries + i] * part[c * entries + i];
+      sum += component[c * entries + i] * component[c * entries + i];
     }
     norms2[c] = block_sum(sum);
   }
@@ -121,8 +121,8 @@ __global__ void attenuate_kernel(const double* parts, const Settings* settings, 
 
   double core_norm2 = 0;
   for (int64_t i = threadIdx.x; i < entries; i += kThreads) {
-    result[i] = mine.gains[0] * part[i] + mine.gains[1] * part[entries + i] + mine.gains[2] * part[2 * entries + i] +
-                mine.gains[3] * part[3 * entries + i];
+    result[i] = mine.gains[0] * component[i] + mine.gains[1] * component[entries + i] +
+                mine.gains[2] * component[2 * entries + i] + mine.gains[3] * component[3 * entries + i];
     core_norm2 += result[i] * result[i];
   }
   core_norm2 = block_sum(core_norm2);
@@ -191,7 +191,7 @@ __global__ void balance_kernel(CoreFactors factors, Measured* measured) {
   dropped2 = block_sum(dropped2);
   if (threadIdx.x == 0) {
     const bool everything = dropped2 == 0 || is_unchanged(mine.gains, 2 * rank == size);
-    mine.lost = everything ? 0 : dropped2 / (kept2 + dropped2);
+    mine.truncation_error = everything ? 0 : dropped2 / (kept2 + dropped2);
     const bool orthonormal = std::abs(kept2 + dropped2 - 1) <= kOrthonormal;
     mine.failures = mine.core_norm > 0 && !orthonormal ? 1 : 0;
   }
@@ -269,9 +269,9 @@ void shift_diagonal(double shift, int64_t size, int64_t count, double* gram, dou
   launch(shift_diagonal_kernel, grid_for(size * size, count), stream, "shift_diagonal", shift, size, gram, identity);
 }
 
-void attenuate(const double* parts, const Settings* settings, int64_t size, int64_t count, double* core,
+void attenuate(const double* components, const Settings* settings, int64_t size, int64_t count, double* core,
                Measured* measured, cudaStream_t stream) {
-  launch(attenuate_kernel, block_per(count), stream, "attenuate", parts, settings, size, core, measured);
+  launch(attenuate_kernel, block_per(count), stream, "attenuate", components, settings, size, core, measured);
 }
 
 void measure_undo(const double* left, const double* right, const float* const* s, int64_t directions, int64_t rank,

@@ -38,17 +38,17 @@ void fill_addresses(double* first, int64_t stride, int64_t count, double** addre
 /// gram (size, size) += shift I, and identity = I.
 void shift_diagonal(double shift, int64_t size, int64_t count, double* gram, double* identity, cudaStream_t stream);
 
-/// Energies and gains from the products of the roots, parts (count, 4, size, size) for aligned, left, right and off;
-/// core (size, size) = sum_c g_c part_c, divided by its norm, which goes to `measured`. If the parts are not finite,
-/// the core is 0.
-void attenuate(const double* parts, const Settings* settings, int64_t size, int64_t count, double* core,
+/// Energies and gains from the products of the roots, components (count, 4, size, size) for aligned, left, right and
+/// off; core (size, size) = sum_c g_c component_c, divided by its norm, which goes to `measured`. If the components are
+/// not finite, the core is 0.
+void attenuate(const double* components, const Settings* settings, int64_t size, int64_t count, double* core,
                Measured* measured, cudaStream_t stream);
 
 /// measured.undo from the coordinates U^T B and (A V)^T, both (directions, rank), and s (directions).
 void measure_undo(const double* left, const double* right, const float* const* s, int64_t directions, int64_t rank,
                   int64_t count, Measured* measured, cudaStream_t stream);
 
-/// The leading part of core = vectors projected, as factors that share each singular value evenly.
+/// What leads in core = vectors projected, as factors that share each singular value evenly.
 struct CoreFactors {
   int64_t size;             // of the core
   int64_t rank;             // to keep
@@ -59,7 +59,7 @@ struct CoreFactors {
   double* right;            // (rank, size) out
 };
 
-/// Sets left, right, measured.lost, and measured.failures: 1 if the vectors of a core that is not 0 are not
+/// Sets left, right, measured.truncation_error, and measured.failures: 1 if the vectors of a core that is not 0 are not
 /// orthonormal.
 void balance(const CoreFactors& factors, int64_t count, Measured* measured, cudaStream_t stream);
 

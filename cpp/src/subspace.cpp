@@ -7,7 +7,7 @@
 
 #include "factors.h"
 #include "runtime/check.h"
-#include "runtime/modes.h"
+#include "runtime/torch_guards.h"
 #include "runtime/workers.h"
 
 namespace csulora {
@@ -48,7 +48,7 @@ void check_factors(const Subspace& subspace, const std::string& where) {
 }
 
 void validate(const Subspace& subspace) {
-  const WithoutModes without_modes;
+  const TorchGuards torch_guards;
   check_factors(subspace, "");
   const auto& [u, s, v, certificate] = subspace;
   check(u.size(0) >= s.size(0) && v.size(0) >= s.size(0), "u is ", u.sizes(), " and v ", v.sizes(),

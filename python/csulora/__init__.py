@@ -1,8 +1,8 @@
 """Corrects trained LoRA adapters so that a model's safety alignment survives them.
 
-pack = csulora.extract(base, aligned, rank=64)
+subspace file = csulora.extract(base, aligned, rank=64)
 adapter = csulora.load_adapter("my-adapter")
-fixed, report = csulora.correct(adapter, pack, csulora.Policy.csulora(1.0))
+fixed, report = csulora.correct(adapter, subspace file, csulora.Policy.csulora(1.0))
 csulora.save_adapter(fixed, "my-adapter-corrected")
 """
 

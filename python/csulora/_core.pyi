@@ -9,11 +9,11 @@ class Certificate:
     """What is known about a subspace's accuracy."""
 
     displacement_norm2: float
-    captured: float
+    captured_energy: float
     residual: float
     orthonormality: float
     next_value: float
-    missed: float
+    subspace_error: float
     noise_edge: float
     above_noise: int
     passes: int
@@ -60,7 +60,7 @@ def certify(
     base: torch.Tensor, aligned: torch.Tensor, subspace: Subspace, options: ExtractOptions = ...
 ) -> Certificate: ...
 
-class LoraPair:
+class LoraFactors:
     """The factors of dW = scale * b a: b (m, r), a (r, n)."""
 
     def __init__(self, b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> None: ...
@@ -71,8 +71,8 @@ class LoraPair:
     @property
     def scale(self) -> float: ...
 
-class Parts:
-    """One number per part of an update; as an attenuation: the four gains, in [0, 1]."""
+class Components:
+    """One number per component of an update; as an attenuation: the four gains, in [0, 1]."""
 
     def __init__(self, aligned: float, left: float, right: float, off: float) -> None: ...
     @property
@@ -98,16 +98,16 @@ class Penalties:
 class Directions:
     """Gains along the leading singular directions, and multiples of the displacement's triples that are added."""
 
-    def __init__(self, left: Sequence[float], right: Sequence[float], restored: Sequence[float] = ...) -> None: ...
+    def __init__(self, left: Sequence[float], right: Sequence[float], reinforced: Sequence[float] = ...) -> None: ...
     @property
     def left(self) -> list[float]: ...
     @property
     def right(self) -> list[float]: ...
     @property
-    def restored(self) -> list[float]: ...
+    def reinforced(self) -> list[float]: ...
 
 class RankRule:
-    """Which rank a corrected pair has."""
+    """Which rank corrected factors have."""
 
     keep: RankRule
     exact: RankRule
@@ -116,17 +116,17 @@ class RankRule:
 class CorrectionOptions:
     """Rank rule, the rank for `RankRule.fixed`, and the relative energy with which gains of directions hold."""
 
-    def __init__(self, rule: RankRule = ..., rank: int = 0, usual_energy: float | None = None) -> None: ...
+    def __init__(self, rule: RankRule = ..., rank: int = 0, reference_energy: float | None = None) -> None: ...
     @property
     def rule(self) -> RankRule: ...
     @property
     def rank(self) -> int: ...
     @property
-    def usual_energy(self) -> float | None: ...
+    def reference_energy(self) -> float | None: ...
 
-LEAST_STRENGTH: float
+LEAST_PENALTY_SCALE: float
 
-class Scope:
+class InputFilter:
     """The inputs of a module on which a correction acts, F = p q^T; p and q are (n, f) float32."""
 
     def __init__(self, p: torch.Tensor, q: torch.Tensor) -> None: ...
@@ -136,53 +136,53 @@ class Scope:
     def q(self) -> torch.Tensor: ...
 
 class CorrectionTask:
-    """One module of an adapter with everything its correction needs; a scope goes with `Directions` alone."""
+    """One module of an adapter with everything its correction needs; an input filter goes with `Directions` alone."""
 
     def __init__(
         self,
-        pair: LoraPair,
+        factors: LoraFactors,
         subspace: Subspace,
-        attenuation: Penalties | Parts | Directions,
+        attenuation: Penalties | Components | Directions,
         label: str = "update",
-        scope: Scope | None = None,
+        input_filter: InputFilter | None = None,
     ) -> None: ...
     @property
-    def pair(self) -> LoraPair: ...
+    def factors(self) -> LoraFactors: ...
     @property
     def subspace(self) -> Subspace: ...
     @property
-    def attenuation(self) -> Penalties | Parts | Directions: ...
+    def attenuation(self) -> Penalties | Components | Directions: ...
     @property
     def label(self) -> str: ...
     @property
-    def scope(self) -> Scope | None: ...
+    def input_filter(self) -> InputFilter | None: ...
 
 class Correction:
     """A corrected update with scale 1, of the dtypes of the one it replaces, and what was measured on the way."""
 
     def __init__(
         self,
-        pair: LoraPair,
-        energies: Parts,
-        gains: Parts,
+        factors: LoraFactors,
+        energies: Components,
+        gains: Components,
         norm: float,
-        change: float,
+        relative_change: float,
         undo: float,
-        lost: float,
+        truncation_error: float,
     ) -> None: ...
     @property
-    def pair(self) -> LoraPair: ...
+    def factors(self) -> LoraFactors: ...
     @property
-    def energies(self) -> Parts: ...
+    def energies(self) -> Components: ...
     @property
-    def gains(self) -> Parts: ...
+    def gains(self) -> Components: ...
     @property
     def norm(self) -> float: ...
     @property
-    def change(self) -> float: ...
+    def relative_change(self) -> float: ...
     @property
     def undo(self) -> float: ...
     @property
-    def lost(self) -> float: ...
+    def truncation_error(self) -> float: ...
 
 def correct(tasks: Sequence[CorrectionTask], options: CorrectionOptions = ...) -> list[Correction]: ...

@@ -36,8 +36,8 @@ def resolve(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def take_turns(process: int) -> None:
-    """Make one of this machine's GPUs the current one; its processes, counted from 0, get one after the other."""
+def assign_gpu(process: int) -> None:
+    """Make one of this machine's GPUs the current one; its processes, counted from 0, get one each in turn."""
     if gpu_usable():
         torch.cuda.set_device(process % torch.cuda.device_count())
 

@@ -22,13 +22,13 @@ using csulora::CorrectionOptions;
 using csulora::CorrectionTask;
 using csulora::Gains;
 using csulora::InputError;
-using csulora::LoraPair;
+using csulora::LoraFactors;
 using csulora::Penalties;
 using csulora::RankRule;
 using csulora::Subspace;
 
 constexpr double kTolerance = 1e-5;  // float32 factors
-constexpr double kCancelled = 1e-3;  // of a part that is a thousandth of the update
+constexpr double kCancelled = 1e-3;  // of a component that is a thousandth of the update
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 const CorrectionOptions kExact{RankRule::exact};
 const CorrectionOptions kKeep{RankRule::keep};
@@ -39,7 +39,7 @@ const std::vector<Attenuation> kAttenuations{Penalties{0, 1, 1},       Penalties
 
 Tensor gaussian(int64_t rows, int64_t columns) { return at::randn({rows, columns}); }
 
-LoraPair random_pair(int64_t rows, int64_t columns, int64_t rank, double scale = 2) {
+LoraFactors random_factors(int64_t rows, int64_t columns, int64_t rank, double scale = 2) {
   return {gaussian(rows, rank), gaussian(rank, columns), scale};
 }
 
@@ -50,10 +50,12 @@ Subspace random_subspace(int64_t rows, int64_t columns, int64_t k, at::ScalarTyp
   return {basis(rows), at::arange(k, 0, -1).to(at::kFloat), basis(columns)};
 }
 
-Tensor update(const LoraPair& pair) { return pair.b.to(at::kDouble).matmul(pair.a.to(at::kDouble)).mul(pair.scale); }
+Tensor update(const LoraFactors& factors) {
+  return factors.b.to(at::kDouble).matmul(factors.a.to(at::kDouble)).mul(factors.scale);
+}
 
 /// Aligned, left, right, off.
-std::vector<Tensor> parts_of(const Tensor& dw, const Subspace& subspace) {
+std::vector<Tensor> components_of(const Tensor& dw, const Subspace& subspace) {
   const auto u = subspace.u.to(at::kDouble);
   const auto v = subspace.v.to(at::kDouble);
   const auto inside = u.matmul(u.t().matmul(dw));
@@ -64,19 +66,19 @@ std::vector<Tensor> parts_of(const Tensor& dw, const Subspace& subspace) {
 }
 
 /// |dW|^2 for exact projectors; a basis rounded to a storage type is not quite one.
-double total_of(const std::vector<Tensor>& parts) {
+double total_of(const std::vector<Tensor>& components) {
   double total = 0;
-  for (const auto& part : parts) {
-    total += part.square().sum().item<double>();
+  for (const auto& component : components) {
+    total += component.square().sum().item<double>();
   }
   return total;
 }
 
-std::vector<double> energies_of(const std::vector<Tensor>& parts) {
+std::vector<double> energies_of(const std::vector<Tensor>& components) {
   std::vector<double> norms2;
-  const double total = total_of(parts);
-  for (const auto& part : parts) {
-    norms2.push_back(part.square().sum().item<double>());
+  const double total = total_of(components);
+  for (const auto& component : components) {
+    norms2.push_back(component.square().sum().item<double>());
   }
   for (double& norm2 : norms2) {
     norm2 = total == 0 ? 0 : norm2 / total;
@@ -95,9 +97,9 @@ std::vector<double> gains_of(const Attenuation& attenuation, const std::vector<d
 }
 
 Tensor expected(const CorrectionTask& task) {
-  const auto parts = parts_of(update(task.pair), task.subspace);
-  const auto gains = gains_of(task.attenuation, energies_of(parts));
-  return parts[0] * gains[0] + parts[1] * gains[1] + parts[2] * gains[2] + parts[3] * gains[3];
+  const auto components = components_of(update(task.factors), task.subspace);
+  const auto gains = gains_of(task.attenuation, energies_of(components));
+  return components[0] * gains[0] + components[1] * gains[1] + components[2] * gains[2] + components[3] * gains[3];
 }
 
 Tensor best_approximation(const Tensor& x, int64_t rank) {
@@ -125,15 +127,15 @@ double tolerance(const Tensor& factor) {
 }
 
 void check_agrees(const CorrectionTask& task, const CorrectionOptions& options, const Correction& result) {
-  const auto dw = update(task.pair);
-  const auto whole = expected(task);
-  const auto reference = options.rule == RankRule::keep ? best_approximation(whole, task.pair.b.size(1)) : whole;
-  CHECK((result.pair.b.scalar_type() == task.pair.b.scalar_type()));
-  CHECK((result.pair.a.scalar_type() == task.pair.a.scalar_type()));
-  const double allowed = std::max(tolerance(task.pair.b), tolerance(task.pair.a));
-  CHECK(length(update(result.pair) - reference) <= allowed * length(dw) + 1e-44 * length(task.pair.a));
-  const auto parts = parts_of(dw, task.subspace);
-  const auto energies = energies_of(parts);
+  const auto dw = update(task.factors);
+  const auto target = expected(task);
+  const auto reference = options.rule == RankRule::keep ? best_approximation(target, task.factors.b.size(1)) : target;
+  CHECK((result.factors.b.scalar_type() == task.factors.b.scalar_type()));
+  CHECK((result.factors.a.scalar_type() == task.factors.a.scalar_type()));
+  const double allowed = std::max(tolerance(task.factors.b), tolerance(task.factors.a));
+  CHECK(length(update(result.factors) - reference) <= allowed * length(dw) + 1e-44 * length(task.factors.a));
+  const auto components = components_of(dw, task.subspace);
+  const auto energies = energies_of(components);
   const auto gains = gains_of(task.attenuation, energies);
   const auto& [aligned, left, right, off] = result.energies;
   CHECK(aligned == doctest::Approx(energies[0]).epsilon(1e-6));
@@ -142,18 +144,19 @@ void check_agrees(const CorrectionTask& task, const CorrectionOptions& options, 
   CHECK(off == doctest::Approx(energies[3]).epsilon(1e-6));
   CHECK(aligned + left + right + off == doctest::Approx(1).epsilon(1e-12));
   CHECK(result.gains.off == doctest::Approx(gains[3]).epsilon(1e-6));
-  CHECK(result.norm == doctest::Approx(std::sqrt(total_of(parts))).epsilon(1e-6));
-  CHECK(result.change <= 1);
-  CHECK(result.lost >= 0);
-  const double total = whole.square().sum().item<double>();
+  CHECK(result.norm == doctest::Approx(std::sqrt(total_of(components))).epsilon(1e-6));
+  CHECK(result.relative_change <= 1);
+  CHECK(result.truncation_error >= 0);
+  const double total = target.square().sum().item<double>();
   if (total > 1e-10 * dw.square().sum().item<double>()) {  // else what is left is rounding
-    CHECK(result.lost == doctest::Approx((reference - whole).square().sum().item<double>() / total).epsilon(1e-6));
+    CHECK(result.truncation_error ==
+          doctest::Approx((reference - target).square().sum().item<double>() / total).epsilon(1e-6));
   }
 }
 
 struct Problem {
   std::string name;
-  LoraPair pair;
+  LoraFactors factors;
   Subspace subspace;
 };
 
@@ -168,37 +171,38 @@ std::vector<Problem> adversarial() {
   const auto duplicates = b.index_select(1, at::tensor({0, 0, 1, 1, 1, 2}));
   auto holes = b.clone();
   holes.select(1, 1).zero_();
-  std::vector<Problem> problems{{"ordinary", {b, a, 0.5}, subspace},
-                                {"denormal b", {1e-41 * b, a, 0.5}, subspace},
-                                {"tiny factors", {1e-19 * b, 1e-19 * a, 0.5}, subspace},
-                                {"huge b", {1e37 * b, a, 0.5}, subspace},
-                                {"huge b, tiny a", {1e30 * b, 1e-30 * a, 0.5}, subspace},
-                                {"zero column", {holes, a, 0.5}, subspace},
-                                {"duplicated columns", {duplicates, a, 0.5}, subspace},
-                                {"near-parallel columns", {parallel, a, 0.5}, subspace},
-                                {"near-parallel columns that cancel", {parallel, a - a.mean(0), 0.5}, subspace},
-                                {"graded columns", {b * grades, a / grades.unsqueeze(1), 0.5}, subspace},
-                                {"b inside", {inside(subspace.u), a, 0.5}, subspace},
-                                {"a inside", {b, inside(subspace.v).t(), 0.5}, subspace},
-                                {"both inside", {inside(subspace.u), inside(subspace.v).t(), 0.5}, subspace},
-                                {"r > min(m, n)", random_pair(12, 9, 20), random_subspace(12, 9, 4)},
-                                {"k = min(m, n)", random_pair(30, 20, 5), random_subspace(30, 20, 20)},
-                                {"bfloat16 basis", random_pair(60, 44, 6), random_subspace(60, 44, 9, at::kBFloat16)},
-                                {"one by one", random_pair(1, 1, 1), random_subspace(1, 1, 1)},
-                                {"empty subspace", random_pair(20, 16, 3), random_subspace(20, 16, 0)},
-                                {"tall", random_pair(700, 8, 3), random_subspace(700, 8, 5)},
-                                {"r 40, k 3", random_pair(300, 200, 40), random_subspace(300, 200, 3)}};
+  std::vector<Problem> problems{
+      {"plain", {b, a, 0.5}, subspace},
+      {"denormal b", {1e-41 * b, a, 0.5}, subspace},
+      {"tiny factors", {1e-19 * b, 1e-19 * a, 0.5}, subspace},
+      {"huge b", {1e37 * b, a, 0.5}, subspace},
+      {"huge b, tiny a", {1e30 * b, 1e-30 * a, 0.5}, subspace},
+      {"zero column", {holes, a, 0.5}, subspace},
+      {"duplicated columns", {duplicates, a, 0.5}, subspace},
+      {"near-parallel columns", {parallel, a, 0.5}, subspace},
+      {"near-parallel columns that cancel", {parallel, a - a.mean(0), 0.5}, subspace},
+      {"graded columns", {b * grades, a / grades.unsqueeze(1), 0.5}, subspace},
+      {"b inside", {inside(subspace.u), a, 0.5}, subspace},
+      {"a inside", {b, inside(subspace.v).t(), 0.5}, subspace},
+      {"both inside", {inside(subspace.u), inside(subspace.v).t(), 0.5}, subspace},
+      {"r > min(m, n)", random_factors(12, 9, 20), random_subspace(12, 9, 4)},
+      {"k = min(m, n)", random_factors(30, 20, 5), random_subspace(30, 20, 20)},
+      {"bfloat16 basis", random_factors(60, 44, 6), random_subspace(60, 44, 9, at::kBFloat16)},
+      {"one by one", random_factors(1, 1, 1), random_subspace(1, 1, 1)},
+      {"empty subspace", random_factors(20, 16, 3), random_subspace(20, 16, 0)},
+      {"tall", random_factors(700, 8, 3), random_subspace(700, 8, 5)},
+      {"r 40, k 3", random_factors(300, 200, 40), random_subspace(300, 200, 3)}};
   return problems;
 }
 
 }  // namespace
 
 TEST_CASE("adversarial updates agree with dense arithmetic") {
-  for (const auto& [name, pair, subspace] : adversarial()) {
+  for (const auto& [name, factors, subspace] : adversarial()) {
     CAPTURE(name);
     for (size_t i = 0; i < kAttenuations.size(); ++i) {
       CAPTURE(i);
-      const CorrectionTask task{pair, subspace, kAttenuations[i], "layer"};
+      const CorrectionTask task{factors, subspace, kAttenuations[i], "layer"};
       check_agrees(task, kExact, corrected(task, kExact));
       check_agrees(task, kKeep, corrected(task, kKeep));
     }
@@ -212,14 +216,14 @@ TEST_CASE("an update almost inside the subspace keeps its outside share") {
     for (const double outside : {1e-1, 1e-2, 1e-3, 1e-4, 1e-5}) {
       const auto inside = subspace.u.to(at::kFloat).matmul(gaussian(24, 8));
       const auto stray = gaussian(300, 8);
-      const LoraPair pair{inside + outside * stray * (length(inside) / length(stray)), gaussian(8, 200), 1};
+      const LoraFactors factors{inside + outside * stray * (length(inside) / length(stray)), gaussian(8, 200), 1};
       for (const auto& attenuation : kAttenuations) {
-        const CorrectionTask task{pair, subspace, attenuation, "layer"};
-        const auto whole = expected(task);
+        const CorrectionTask task{factors, subspace, attenuation, "layer"};
+        const auto target = expected(task);
         CAPTURE(outside);
-        CHECK(length(update(corrected(task).pair) - whole) <= kCancelled * length(whole));
-        const auto kept = update(corrected(task, kKeep).pair);
-        CHECK(length(kept - best_approximation(whole, 8)) <= kCancelled * length(whole));
+        CHECK(length(update(corrected(task).factors) - target) <= kCancelled * length(target));
+        const auto kept = update(corrected(task, kKeep).factors);
+        CHECK(length(kept - best_approximation(target, 8)) <= kCancelled * length(target));
       }
     }
   }
@@ -230,9 +234,9 @@ TEST_CASE("columns that differ in float32's last digits keep their difference") 
   const auto column = gaussian(200, 1);
   const auto b = at::cat({column, column * (1 + 1e-6 * gaussian(200, 1))}, 1);
   const auto row = gaussian(1, 150);
-  const LoraPair pair{b, at::cat({row, -row}, 0), 1};
-  const CorrectionTask task{pair, random_subspace(200, 150, 10), Penalties{}, "layer"};
-  CHECK(length(update(corrected(task).pair) - expected(task)) <= kTolerance * length(update(pair)));
+  const LoraFactors factors{b, at::cat({row, -row}, 0), 1};
+  const CorrectionTask task{factors, random_subspace(200, 150, 10), Penalties{}, "layer"};
+  CHECK(length(update(corrected(task).factors) - expected(task)) <= kTolerance * length(update(factors)));
 }
 
 TEST_CASE("modules of several shapes, types and attenuations are corrected at once, in their order") {
@@ -242,10 +246,10 @@ TEST_CASE("modules of several shapes, types and attenuations are corrected at on
   for (int i = 0; i < 24; ++i) {
     const int64_t rows = i % 2 ? 120 : 72;
     const auto type = types[i % 3];
-    auto pair = random_pair(rows, 90, 4 + i % 4, 0.5 + i);
-    pair.b = pair.b.to(type);
-    pair.a = pair.a.to(i == 7 ? at::kHalf : type);
-    tasks.push_back({pair, random_subspace(rows, 90, 12, types[i / 8]), kAttenuations[i % kAttenuations.size()],
+    auto factors = random_factors(rows, 90, 4 + i % 4, 0.5 + i);
+    factors.b = factors.b.to(type);
+    factors.a = factors.a.to(i == 7 ? at::kHalf : type);
+    tasks.push_back({factors, random_subspace(rows, 90, 12, types[i / 8]), kAttenuations[i % kAttenuations.size()],
                      "layer " + std::to_string(i)});
   }
   for (const auto& options : {kExact, kKeep}) {
@@ -253,27 +257,27 @@ TEST_CASE("modules of several shapes, types and attenuations are corrected at on
     for (size_t i = 0; i < tasks.size(); ++i) {
       CAPTURE(i);
       check_agrees(tasks[i], options, results[i]);
-      CHECK(at::equal(corrected(tasks[i], options).pair.b, results[i].pair.b));
+      CHECK(at::equal(corrected(tasks[i], options).factors.b, results[i].factors.b));
     }
   }
 }
 
 TEST_CASE("factors that are not contiguous are read as they are") {
   at::manual_seed(5);
-  auto pair = random_pair(50, 40, 4);
-  pair.b = pair.b.t().contiguous().t();
+  auto factors = random_factors(50, 40, 4);
+  factors.b = factors.b.t().contiguous().t();
   auto subspace = random_subspace(50, 40, 6);
   subspace.u = subspace.u.t().contiguous().t();
-  const CorrectionTask task{pair, subspace, Penalties{}, "layer"};
+  const CorrectionTask task{factors, subspace, Penalties{}, "layer"};
   check_agrees(task, kExact, corrected(task));
 }
 
 TEST_CASE("ranks follow the rule and the gains") {
   at::manual_seed(6);
-  const auto pair = random_pair(50, 40, 4);
+  const auto factors = random_factors(50, 40, 4);
   const auto subspace = random_subspace(50, 40, 6);
   const auto rank = [&](const Attenuation& attenuation, const CorrectionOptions& options) {
-    const auto result = corrected({pair, subspace, attenuation, "layer"}, options).pair;
+    const auto result = corrected({factors, subspace, attenuation, "layer"}, options).factors;
     CHECK(result.b.is_contiguous());
     CHECK(result.a.is_contiguous());
     CHECK(result.b.size(1) == result.a.size(0));
@@ -289,40 +293,40 @@ TEST_CASE("ranks follow the rule and the gains") {
   CHECK(rank(Penalties{0, 1, 1}, {RankRule::fixed, 100}) == 8);
   CHECK(rank(Gains{0.5, 0.5, 0.5, 0.5}, {RankRule::fixed, 100}) == 4);
   const auto everything_off = random_subspace(50, 40, 0);  // the gains then factor, which only the energies tell
-  const CorrectionTask task{pair, everything_off, Penalties{0, 1, 0}, "layer"};
-  CHECK(corrected(task).pair.a.size(0) == 4);
+  const CorrectionTask task{factors, everything_off, Penalties{0, 1, 0}, "layer"};
+  CHECK(corrected(task).factors.a.size(0) == 4);
   check_agrees(task, kExact, corrected(task));
 }
 
 TEST_CASE("gains of 1 give the update back to the bit") {
   at::manual_seed(7);
   for (const auto dtype : {at::kFloat, at::kHalf, at::kBFloat16}) {
-    auto pair = random_pair(50, 40, 4, -0.75);
-    pair.b = pair.b.to(dtype);
-    pair.a = pair.a.to(dtype);
+    auto factors = random_factors(50, 40, 4, -0.75);
+    factors.b = factors.b.to(dtype);
+    factors.a = factors.a.to(dtype);
     for (const auto& options : {kExact, kKeep}) {
-      const auto result = corrected({pair, random_subspace(50, 40, 6), Penalties{0, 0, 0}, "layer"}, options);
-      CHECK(at::equal(result.pair.b, pair.b * pair.scale));
-      CHECK(at::equal(result.pair.a, pair.a));
-      CHECK(result.change == 0);
-      CHECK(result.lost == 0);
+      const auto result = corrected({factors, random_subspace(50, 40, 6), Penalties{0, 0, 0}, "layer"}, options);
+      CHECK(at::equal(result.factors.b, factors.b * factors.scale));
+      CHECK(at::equal(result.factors.a, factors.a));
+      CHECK(result.relative_change == 0);
+      CHECK(result.truncation_error == 0);
     }
   }
 }
 
-TEST_CASE("in a scope, columns that cancel are made anew before they are rounded") {
+TEST_CASE("with an input filter, columns that cancel are made anew before they are rounded") {
   at::manual_seed(10);
   const auto subspace = random_subspace(60, 40, 3);
   const auto inside = subspace.u.matmul(gaussian(3, 4)) + 0.01 * gaussian(60, 4);
   const csulora::Directions directions{{0, 0, 0}, {}, {}};
   for (const auto dtype : {at::kHalf, at::kBFloat16}) {
-    const LoraPair pair{inside.to(dtype), gaussian(4, 40).to(dtype), 0.5};
-    const CorrectionTask task{pair, subspace, directions, "layer", csulora::Scope{at::eye(40), at::eye(40)}};
+    const LoraFactors factors{inside.to(dtype), gaussian(4, 40).to(dtype), 0.5};
+    const CorrectionTask task{factors, subspace, directions, "layer", csulora::InputFilter{at::eye(40), at::eye(40)}};
     const auto result = csulora::correct(task, kExact);
-    const auto u = subspace.u.to(at::kDouble), dw = update(pair);
+    const auto u = subspace.u.to(at::kDouble), dw = update(factors);
     const auto kept = dw - u.matmul(u.t().matmul(dw));
     CHECK(length(kept) < 0.1 * length(dw));
-    CHECK(length(update(result.pair) - kept) <= tolerance(result.pair.b) * length(kept));
+    CHECK(length(update(result.factors) - kept) <= tolerance(result.factors.b) * length(kept));
   }
 }
 
@@ -333,29 +337,29 @@ TEST_CASE("columns that differ by the last bit do not round back to what was tak
   const auto marks = direction.sign() * direction.abs().gt(0.1);
   const auto u = subspace.u.to(at::kDouble);
   const csulora::Directions directions{{0, 0, 0}, {}, {}};
-  const auto everywhere = std::optional<csulora::Scope>(),
-             all = std::optional(csulora::Scope{at::eye(40), at::eye(40)});
+  const auto no_filter = std::optional<csulora::InputFilter>(),
+             all = std::optional(csulora::InputFilter{at::eye(40), at::eye(40)});
   for (const auto& [dtype, bits] : {std::pair(at::kFloat, 23), std::pair(at::kHalf, 10), std::pair(at::kBFloat16, 7)}) {
     const auto columns = at::cat({1 + std::ldexp(1.0, -bits) * marks, at::ones_like(marks)}, 1);
     const auto row = gaussian(1, 40).to(dtype);
-    const LoraPair pair{columns.to(dtype), at::cat({row, -row})};
-    const auto dw = update(pair), kept = dw - u.matmul(u.t().matmul(dw));
-    for (const auto& scope : {everywhere, all}) {
-      const auto result = csulora::correct(CorrectionTask{pair, subspace, directions, "layer", scope}, kKeep);
-      CHECK(length(update(result.pair) - kept) <= tolerance(pair.b) * length(kept));
+    const LoraFactors factors{columns.to(dtype), at::cat({row, -row})};
+    const auto dw = update(factors), kept = dw - u.matmul(u.t().matmul(dw));
+    for (const auto& input_filter : {no_filter, all}) {
+      const auto result = csulora::correct(CorrectionTask{factors, subspace, directions, "layer", input_filter}, kKeep);
+      CHECK(length(update(result.factors) - kept) <= tolerance(factors.b) * length(kept));
     }
   }
 }
 
 TEST_CASE("an update of zero stays zero") {
-  const LoraPair pair{at::zeros({20, 3}), at::ones({3, 16}), 1};
+  const LoraFactors factors{at::zeros({20, 3}), at::ones({3, 16}), 1};
   for (const CorrectionOptions& options : {kExact, kKeep, CorrectionOptions{RankRule::fixed, 1}}) {
-    const auto result = corrected({pair, random_subspace(20, 16, 4), Penalties{3, 0.5, 20}, "layer"}, options);
-    CHECK(length(update(result.pair)) == 0);
+    const auto result = corrected({factors, random_subspace(20, 16, 4), Penalties{3, 0.5, 20}, "layer"}, options);
+    CHECK(length(update(result.factors)) == 0);
     CHECK(result.norm == 0);
-    CHECK(result.change == 0);
+    CHECK(result.relative_change == 0);
     CHECK(result.undo == 0);
-    CHECK(result.lost == 0);
+    CHECK(result.truncation_error == 0);
     CHECK(result.energies.off == 0);
   }
 }
@@ -363,8 +367,8 @@ TEST_CASE("an update of zero stays zero") {
 TEST_CASE("undo is the share of the alignment that is removed") {
   const auto subspace = random_subspace(60, 50, 8);
   for (const double share : {1.0, 0.3, -0.5}) {
-    const LoraPair pair{subspace.u * subspace.s, subspace.v.t(), -share};
-    const auto result = corrected({pair, subspace, Penalties{}, "layer"});
+    const LoraFactors factors{subspace.u * subspace.s, subspace.v.t(), -share};
+    const auto result = corrected({factors, subspace, Penalties{}, "layer"});
     CHECK(result.undo == doctest::Approx(share).epsilon(1e-6));
     CHECK(result.energies.aligned == doctest::Approx(1).epsilon(1e-6));
   }
@@ -372,17 +376,17 @@ TEST_CASE("undo is the share of the alignment that is removed") {
 
 TEST_CASE("same input, same bits") {
   at::manual_seed(8);
-  const CorrectionTask task{random_pair(200, 150, 8), random_subspace(200, 150, 12), Penalties{}, "layer"};
+  const CorrectionTask task{random_factors(200, 150, 8), random_subspace(200, 150, 12), Penalties{}, "layer"};
   const auto first = corrected(task, kKeep);
   const auto second = corrected(task, kKeep);
-  CHECK(at::equal(first.pair.b, second.pair.b));
-  CHECK(at::equal(first.pair.a, second.pair.a));
+  CHECK(at::equal(first.factors.b, second.factors.b));
+  CHECK(at::equal(first.factors.a, second.factors.a));
   CHECK(first.undo == second.undo);
 }
 
 TEST_CASE("values that cannot be used are named by their module") {
   at::manual_seed(9);
-  const CorrectionTask good{random_pair(20, 16, 3), random_subspace(20, 16, 4), Penalties{}, "good"};
+  const CorrectionTask good{random_factors(20, 16, 3), random_subspace(20, 16, 4), Penalties{}, "good"};
   auto bad = good;
   bad.label = "bad";
   const auto message = [&](const CorrectionTask& task) -> std::string {
@@ -397,17 +401,18 @@ TEST_CASE("values that cannot be used are named by their module") {
     for (int where = 0; where < 5; ++where) {
       CAPTURE(where);
       auto task = bad;
-      Tensor* const tensors[] = {&task.pair.b, &task.pair.a, &task.subspace.u, &task.subspace.s, &task.subspace.v};
+      Tensor* const tensors[] = {&task.factors.b, &task.factors.a, &task.subspace.u, &task.subspace.s,
+                                 &task.subspace.v};
       *tensors[where] = tensors[where]->clone();
       tensors[where]->view(-1)[0] = value;
       CHECK(message(task).starts_with("bad: the update or the subspace holds NaN"));
     }
   }
-  bad.pair = {1e37 * good.pair.b, 1e37 * good.pair.a, 1e6};
+  bad.factors = {1e37 * good.factors.b, 1e37 * good.factors.a, 1e6};
   CHECK(message(bad).starts_with("bad: the corrected update is too large for Float"));
-  bad.pair = {(1e4 * good.pair.b).to(at::kHalf), good.pair.a.to(at::kBFloat16), 1e12};
+  bad.factors = {(1e4 * good.factors.b).to(at::kHalf), good.factors.a.to(at::kBFloat16), 1e12};
   CHECK(message(bad).starts_with("bad: the corrected update is too large for Half"));
-  bad.pair = {good.pair.b.to(at::kBFloat16), (1e4 * good.pair.a).to(at::kHalf), 1e12};
+  bad.factors = {good.factors.b.to(at::kBFloat16), (1e4 * good.factors.a).to(at::kHalf), 1e12};
   CHECK(message(bad).starts_with("bad: the corrected update is too large for Half"));
   CHECK(message(good) == "");
 }

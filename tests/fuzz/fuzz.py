@@ -36,7 +36,7 @@ WORDS = {
     "gguf": ["GGUF", "general.architecture", "general.alignment", "adapter.lora.alpha", "qwen2", "gemma3", ".lora_a"],
     "policy": ["penalties", "gains", "match", "inf", "nan", "exact", "uncovered", "max_undo", "directions", "left"],
     "safetensors": ["F16", "BF16", "F8_E4M3", "F4", "lora_embedding_A", "data_offsets", "__metadata__"],
-    "pack": ["csulora", "certificate", "aliases", "fingerprints", "format", "base_sha256", "BF16"],
+    "subspace": ["csulora", "certificate", "aliases", "fingerprints", "format", "base_sha256", "BF16"],
     "prompts": ["messages", "role", "content", "prompt", "system", "user", "assistant"],
 }
 
@@ -110,7 +110,7 @@ def fuzz(target: str, seconds: int, random_seed: int, found: Path) -> None:
         "-verbosity=0",
         f"-dict={words}",
     ]
-    mutate = _mutate_json if target in ("adapter_config", "safetensors", "pack") else None
+    mutate = _mutate_json if target in ("adapter_config", "safetensors", "subspace") else None
     atheris.Setup(
         [sys.argv[0], *options, str(found), str(CORPUS / target)],
         functools.partial(run_once, target),

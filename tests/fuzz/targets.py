@@ -39,8 +39,8 @@ def _directory() -> Path:
 
 
 @cache
-def _pack() -> csulora.Subspace:
-    return factories.pack()
+def _subspace() -> csulora.Subspace:
+    return factories.subspace()
 
 
 @cache
@@ -55,9 +55,9 @@ def _write(name: str, data: bytes) -> Path:
     return path
 
 
-def _finish(adapter: Adapter, pack: csulora.Subspace, policy: csulora.Policy) -> None:
+def _finish(adapter: Adapter, subspace: csulora.Subspace, policy: csulora.Policy) -> None:
     """Correct, and make what would be written; it must be readable, and plain."""
-    fixed, report = csulora.correct(adapter, pack, policy)
+    fixed, report = csulora.correct(adapter, subspace, policy)
     json.dumps(report.to_dict(), allow_nan=False)
     config, tensors = peft.config_of(fixed), peft.tensors_of(fixed)
     again = peft.parse(json.loads(json.dumps(config)), tensors, fixed.path, "")
@@ -72,7 +72,7 @@ def adapter_config(data: bytes) -> None:
     if not weights.exists():
         weights.write_bytes((_adapter() / peft.WEIGHTS_FILE).read_bytes())
     for policy in (csulora.Policy.csulora(), csulora.Policy.none(uncovered="keep")):
-        _finish(peft.read(directory), _pack(), policy)
+        _finish(peft.read(directory), _subspace(), policy)
 
 
 def safetensors(data: bytes) -> None:
@@ -81,17 +81,17 @@ def safetensors(data: bytes) -> None:
     config = directory / CONFIG_FILE
     if not config.exists():
         config.write_bytes((_adapter() / CONFIG_FILE).read_bytes())
-    _finish(peft.read(directory), _pack(), csulora.Policy.none(uncovered="keep"))
+    _finish(peft.read(directory), _subspace(), csulora.Policy.none(uncovered="keep"))
 
 
 def gguf(data: bytes) -> None:
     """The bytes of a GGUF LoRA file."""
-    _finish(csulora.load_adapter(_write("lora.gguf", data)), _gguf_pack(), csulora.Policy.csulora(uncovered="drop"))
+    _finish(csulora.load_adapter(_write("lora.gguf", data)), _gguf_subspace(), csulora.Policy.csulora(uncovered="drop"))
 
 
-def pack(data: bytes) -> None:
-    """The bytes of a pack, see `_container`."""
-    found = csulora.Subspace.open(_write("pack.safetensors", _container(data, _file_data(_small_pack()))))
+def subspace(data: bytes) -> None:
+    """The bytes of a subspace file, see `_container`."""
+    found = csulora.Subspace.open(_write("subspace.safetensors", _container(data, _file_data(_small_subspace()))))
     json.dumps(found.to_dict(), allow_nan=False)
     Gate(found)
     _finish(csulora.load_adapter(_adapter()), found, csulora.Policy.csulora(uncovered="keep"))
@@ -102,7 +102,7 @@ def policy(data: bytes) -> None:
     found = csulora.Policy.load(_write("policy.toml", data))
     found.save(_directory() / "again.toml")
     assert csulora.Policy.load(_directory() / "again.toml") == found
-    _finish(csulora.load_adapter(_adapter()), _pack(), found)
+    _finish(csulora.load_adapter(_adapter()), _subspace(), found)
 
 
 def prompts(data: bytes) -> None:
@@ -113,7 +113,7 @@ def prompts(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (adapter_config, safetensors, gguf, pack, policy, prompts)
+    target.__name__: target for target in (adapter_config, safetensors, gguf, subspace, policy, prompts)
 }
 
 
@@ -151,14 +151,14 @@ def _values() -> bytes:
 
 
 @cache
-def _small_pack() -> bytes:
-    factories.pack({"model.layers.0.self_attn.q_proj": (40, 40)}, rank=2).save(_directory() / "small.safetensors")
+def _small_subspace() -> bytes:
+    factories.subspace({"model.layers.0.self_attn.q_proj": (40, 40)}, rank=2).save(_directory() / "small.safetensors")
     return (_directory() / "small.safetensors").read_bytes()
 
 
 @cache
-def _gguf_pack() -> csulora.Subspace:
-    return factories.pack({"model.layers.0.mlp.down_proj": (40, 56), "model.layers.0.self_attn.q_proj": (40, 40)})
+def _gguf_subspace() -> csulora.Subspace:
+    return factories.subspace({"model.layers.0.mlp.down_proj": (40, 56), "model.layers.0.self_attn.q_proj": (40, 40)})
 
 
 def seeds() -> dict[str, dict[str, bytes]]:
@@ -174,7 +174,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
         "adapter_config": {"plain": config, "patterned": _patterned()},
         "safetensors": {"header": _header(weights), "file": save({"a": torch.ones(1)}), "small": _header(_tiny())},
         "gguf": {"qwen2": _gguf_lora("qwen2"), "llama": _gguf_lora("llama")},
-        "pack": {"header": _header(_small_pack()), "file": _small_pack()},
+        "subspace": {"header": _header(_small_subspace()), "file": _small_subspace()},
         "policy": {name: (_directory() / f"{name}.toml").read_bytes() for name in ("project", "tuned", "directions")},
         "prompts": _prompts(),
     }

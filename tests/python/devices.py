@@ -29,8 +29,11 @@ class Extracted(NamedTuple):
 def correct(tasks: list[_core.CorrectionTask], options: _core.CorrectionOptions) -> list[_core.Correction]:
     return [
         _core.Correction(
-            _core.LoraPair(result.pair.b.cpu(), result.pair.a.cpu(), result.pair.scale),
-            *(getattr(result, name) for name in ("energies", "gains", "norm", "change", "undo", "lost")),
+            _core.LoraFactors(result.factors.b.cpu(), result.factors.a.cpu(), result.factors.scale),
+            *(
+                getattr(result, name)
+                for name in ("energies", "gains", "norm", "relative_change", "undo", "truncation_error")
+            ),
         )
         for result in _core.correct(tasks, options)
     ]
@@ -41,8 +44,8 @@ def place(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_meta else tensor.to(current)
 
 
-def pair(factors: _core.LoraPair) -> _core.LoraPair:
-    return _core.LoraPair(place(factors.b), place(factors.a), factors.scale)
+def factors(given: _core.LoraFactors) -> _core.LoraFactors:
+    return _core.LoraFactors(place(given.b), place(given.a), given.scale)
 
 
 def subspace(factors: _core.Subspace | Extracted) -> _core.Subspace:

@@ -1,4 +1,4 @@
-"""Tiny random inputs: matrices with a given spectrum, subspaces, updates, checkpoints, packs."""
+"""Tiny random inputs: matrices with a given spectrum, subspaces, updates, checkpoints, subspace files."""
 
 import hashlib
 import json
@@ -57,37 +57,39 @@ def with_spectrum(rows: int, columns: int, values: Tensor, seed: int = 0) -> Ten
     return (left * values) @ right.t()
 
 
-def subspace(rows: int, columns: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> _core.Subspace:
+def core_subspace(
+    rows: int, columns: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> _core.Subspace:
     """A random subspace with slowly falling singular values, as the core takes it."""
     u, v = orthonormal(rows, rank, seed), orthonormal(columns, rank, seed + 1)
     s = torch.arange(1, rank + 1).double().rsqrt()
     return _core.Subspace(u.to(dtype), s.float(), v.to(dtype))
 
 
-def pair(
+def lora_factors(
     rows: int,
     columns: int,
     rank: int,
     seed: int = 0,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
-) -> _core.LoraPair:
+) -> _core.LoraFactors:
     b, a = gaussian(rows, rank, seed=seed), gaussian(rank, columns, seed=seed + 1)
-    return _core.LoraPair(b.to(dtype), a.to(dtype), scale)
+    return _core.LoraFactors(b.to(dtype), a.to(dtype), scale)
 
 
-def pack(
+def subspace(
     shapes: Mapping[str, tuple[int, int]] = SHAPES,
     rank: int = 6,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     aliases: Mapping[str, str] | None = None,
 ) -> Subspace:
-    """A pack in memory, with random subspaces and an invented certificate."""
+    """A subspace file in memory, with random subspaces and an invented certificate."""
     certificate = Certificate(2.0, 0.9, 1e-3, 1e-4, 0.1, 1e-3, 0.01, rank, 5)
     modules = {}
     for i, (name, (rows, columns)) in enumerate(shapes.items()):
-        factors = subspace(rows, columns, rank, seed + 2 * i, dtype)
+        factors = core_subspace(rows, columns, rank, seed + 2 * i, dtype)
         modules[name] = ModuleSubspace(factors.u, factors.s, factors.v, certificate, f"{i:064x}", f"{i + 1:064x}")
     return Subspace(modules, Provenance("0", "base", "aligned", {}, dict(aliases or {})))
 
@@ -102,7 +104,7 @@ def adapter(
     """A random plain LoRA adapter in memory."""
     modules = {}
     for i, (name, (rows, columns)) in enumerate(shapes.items()):
-        factors = pair(rows, columns, rank, seed + 2 * i, scale, dtype)
+        factors = lora_factors(rows, columns, rank, seed + 2 * i, scale, dtype)
         modules[name] = LoraModule(factors.b, factors.a, scale)
     return Adapter(modules, {"r": rank, "base_model_name_or_path": "org/base"}, Path("some/adapter"), "ab" * 32)
 
@@ -166,7 +168,7 @@ def save_checkpoint(
     return directory
 
 
-def checkpoint_pair(directory: Path, layers: int = 2, seed: int = 0, **save: object) -> tuple[Path, Path]:
+def model_pair(directory: Path, layers: int = 2, seed: int = 0, **save: object) -> tuple[Path, Path]:
     """A base and an aligned checkpoint."""
     base = llama_weights(layers, seed=seed)
     return (

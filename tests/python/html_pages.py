@@ -25,8 +25,8 @@ HOSTILE_NAMES = [
 
 
 def frontier(subspace_sha256: str, name: str = "adapter") -> Frontier:
-    """A recommended policy, a candidate and a control, with refusals counted, and ordinary prompts."""
-    few, most = (Refusals(Rate.of(guard, 20), Rate.of(1, 20)) for guard in (7, 17))
+    """A recommended policy, a candidate and a control, with refusals counted, and general prompts."""
+    few, most = (Refusals(Rate.of(safety, 20), Rate.of(1, 20)) for safety in (7, 17))
     points = (
         Point("csulora", "csulora (0, 1, 1)", False, Rate.of(8, 20), Rate.of(20, 20), 0.1, few, Rate.of(12, 12)),
         Point("tuned", f"tuned for {name}", False, Rate.of(18, 20), Rate.of(19, 20), 0.3, most, Rate.of(9, 12)),
@@ -40,8 +40,8 @@ def page(name: str, modules: Sequence[str] | None = None) -> str:
     """A page on which everything is called ``name``: adapter, checkpoints, frontier and, unless given, modules."""
     modules = modules or [name, f"layers.0.{name}", f"{name}.1.mlp"]
     shapes = dict.fromkeys((writable(module) for module in modules), (40, 40))
-    pack = factories.pack(shapes)
-    named = Subspace(dict(pack), replace(pack.provenance, base=name, aligned=name))
+    subspace = factories.subspace(shapes)
+    named = Subspace(dict(subspace), replace(subspace.provenance, base=name, aligned=name))
     path = Path(writable(name).replace("/", "\N{DIVISION SLASH}").replace("\0", ""))
     refusing = Policy.csulora(max_undo=-1e9)
     return render(replace(factories.adapter(shapes), path=path), named, refusing, frontier(named.sha256, name))

@@ -5,20 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PARTS = ("aligned", "left", "right", "off")
+COMPONENTS = ("aligned", "left", "right", "off")
 
 
 @dataclass(frozen=True)
 class Split:
-    """An update and its four parts, dense, float64."""
+    """An update and its four components, dense, float64."""
 
     update: Tensor
-    parts: dict[str, Tensor]
+    components: dict[str, Tensor]
 
     @property
     def energies(self) -> dict[str, float]:
         # The sum is |dW|^2 for exact projectors; a basis rounded to a storage type is not quite one.
-        norms2 = {name: float(part.square().sum()) for name, part in self.parts.items()}
+        norms2 = {name: float(component.square().sum()) for name, component in self.components.items()}
         return {name: norm2 / sum(norms2.values()) for name, norm2 in norms2.items()}
 
 
@@ -45,12 +45,12 @@ def split(dw: Tensor, u: Tensor, v: Tensor) -> Split:
     outside_rows = dw - inside_rows
     aligned = (inside_rows @ v) @ v.t()
     right = (outside_rows @ v) @ v.t()
-    parts = {"aligned": aligned, "left": inside_rows - aligned, "right": right, "off": outside_rows - right}
-    return Split(dw, parts)
+    components = {"aligned": aligned, "left": inside_rows - aligned, "right": right, "off": outside_rows - right}
+    return Split(dw, components)
 
 
 def gains(penalties: tuple[float, float, float], energies: dict[str, float]) -> dict[str, float]:
-    """The closed form g = 1 / (1 + penalty * energy); left and right are one part."""
+    """The closed form g = 1 / (1 + penalty * energy); left and right are one component."""
 
     def gain(penalty: float, energy: float) -> float:
         return 0.0 if penalty == float("inf") else 1 / (1 + penalty * energy)
@@ -66,19 +66,21 @@ def gains(penalties: tuple[float, float, float], energies: dict[str, float]) -> 
 
 
 def closest_safe_update(dw: Tensor, u: Tensor, v: Tensor, penalties: tuple[float, float, float]) -> Tensor:
-    parts = split(dw, u, v)
-    applied = gains(penalties, parts.energies)
-    return combine(parts, applied)
+    components = split(dw, u, v)
+    applied = gains(penalties, components.energies)
+    return combine(components, applied)
 
 
-def combine(parts: Split, applied: dict[str, float]) -> Tensor:
-    return sum((applied[name] * parts.parts[name] for name in PARTS), torch.zeros_like(parts.update))
+def combine(components: Split, applied: dict[str, float]) -> Tensor:
+    return sum(
+        (applied[name] * components.components[name] for name in COMPONENTS), torch.zeros_like(components.update)
+    )
 
 
 def objective(x: Tensor, dw: Tensor, u: Tensor, v: Tensor, penalties: tuple[float, float, float]) -> float:
-    """|X - dW|^2 + sum_c lambda_c e_c |X_c|^2 for finite penalties, with left and right as one part."""
+    """|X - dW|^2 + sum_c lambda_c e_c |X_c|^2 for finite penalties, with left and right as one component."""
     energies = split(dw, u, v).energies
-    norms2 = {name: float(part.square().sum()) for name, part in split(x, u, v).parts.items()}
+    norms2 = {name: float(component.square().sum()) for name, component in split(x, u, v).components.items()}
     aligned, partial, off = penalties
     return (
         float((x - dw).square().sum())

@@ -44,18 +44,18 @@ def test_with_a_gpu_auto_is_the_current_one() -> None:
 
 
 @pytest.mark.parametrize(("process", "expected"), [(0, [0]), (2, [2]), (3, [0]), (7, [1])])
-def test_processes_take_turns_on_the_gpus(monkeypatch: pytest.MonkeyPatch, process: int, expected: list[int]) -> None:
+def test_processes_get_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, process: int, expected: list[int]) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(device, "gpu_usable", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    device.take_turns(process)
+    device.assign_gpu(process)
     assert chosen == expected
 
 
 @without_gpu
-def test_without_a_gpu_there_is_nothing_to_take_turns_on() -> None:
-    device.take_turns(1)
+def test_without_a_gpu_there_is_none_to_assign() -> None:
+    device.assign_gpu(1)
     assert device.resolve("auto") == torch.device("cpu")
 
 
@@ -66,9 +66,9 @@ def _on_gpu(adapter: Adapter) -> Adapter:
 
 @needs_gpu
 def test_an_adapter_on_a_gpu_is_corrected_where_it_is() -> None:
-    adapter, pack = factories.adapter(), factories.pack()
-    on_gpu, report = csulora.correct(_on_gpu(adapter), pack)
-    on_cpu, reference = csulora.correct(adapter, pack)
+    adapter, subspace = factories.adapter(), factories.subspace()
+    on_gpu, report = csulora.correct(_on_gpu(adapter), subspace)
+    on_cpu, reference = csulora.correct(adapter, subspace)
     for name, module in on_cpu.modules.items():
         found = on_gpu.modules[name]
         assert found.b.is_cuda
@@ -87,15 +87,15 @@ def test_an_adapter_on_two_devices_is_refused() -> None:
     name, module = next(iter(adapter.modules.items()))
     adapter.modules[name] = LoraModule(module.b.cuda(), module.a, module.scale)
     with pytest.raises(InputError, match="one device"):
-        csulora.correct(adapter, factories.pack())
+        csulora.correct(adapter, factories.subspace())
 
 
 @needs_gpu
 def test_the_core_refuses_inputs_on_two_devices() -> None:
-    pair, subspace = factories.pair(20, 16, 3), factories.subspace(20, 16, 4)
+    factors, subspace = factories.lora_factors(20, 16, 3), factories.core_subspace(20, 16, 4)
     on_gpu = _core.Subspace(subspace.u.cuda(), subspace.s.cuda(), subspace.v.cuda())
     with pytest.raises(InputError, match=r"^layer: .*one device"):
-        _core.correct([_core.CorrectionTask(pair, on_gpu, _core.Penalties(0, 1, 1), "layer")])
+        _core.correct([_core.CorrectionTask(factors, on_gpu, _core.Penalties(0, 1, 1), "layer")])
     with pytest.raises(InputError, match="one device"):
         _core.extract_subspace(torch.ones(8, 6), torch.ones(8, 6).cuda())
 
@@ -103,30 +103,34 @@ def test_the_core_refuses_inputs_on_two_devices() -> None:
 @needs_gpu
 def test_work_goes_to_the_current_stream() -> None:
     """What is enqueued before on the same stream is seen, without anybody waiting for it."""
-    subspace = factories.subspace(300, 200, 24)
+    subspace = factories.core_subspace(300, 200, 24)
     on_gpu = _core.Subspace(subspace.u.cuda(), subspace.s.cuda(), subspace.v.cuda())
-    pair = factories.pair(300, 200, 8)
-    b, a = pair.b.cuda(), pair.a.cuda()
+    factors = factories.lora_factors(300, 200, 8)
+    b, a = factors.b.cuda(), factors.a.cuda()
     late = torch.zeros_like(b)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(100_000_000)
         late.copy_(b)
-        tasks = [_core.CorrectionTask(_core.LoraPair(late, a), on_gpu, _core.Penalties(0, 1, 1), "layer")]
+        tasks = [_core.CorrectionTask(_core.LoraFactors(late, a), on_gpu, _core.Penalties(0, 1, 1), "layer")]
         (result,) = _core.correct(tasks)
-        reference = oracle.closest_safe_update(oracle.update(pair.b, pair.a), subspace.u, subspace.v, (0.0, 1.0, 1.0))
+        reference = oracle.closest_safe_update(
+            oracle.update(factors.b, factors.a), subspace.u, subspace.v, (0.0, 1.0, 1.0)
+        )
         best = oracle.best_approximation(reference, 8)
-        found = oracle.update(result.pair.b.cpu(), result.pair.a.cpu())
+        found = oracle.update(result.factors.b.cpu(), result.factors.a.cpu())
     assert float((found - best).norm()) <= COMPUTED[torch.float32] * float(reference.norm())
 
 
 @needs_gpu
 def test_repeated_corrections_keep_no_memory() -> None:
-    subspace = factories.subspace(300, 200, 24)
+    subspace = factories.core_subspace(300, 200, 24)
     on_gpu = _core.Subspace(subspace.u.cuda(), subspace.s.cuda(), subspace.v.cuda())
-    pair = factories.pair(300, 200, 8)
+    factors = factories.lora_factors(300, 200, 8)
     tasks = [
-        _core.CorrectionTask(_core.LoraPair(pair.b.cuda(), pair.a.cuda()), on_gpu, _core.Penalties(0, 1, 1), str(i))
+        _core.CorrectionTask(
+            _core.LoraFactors(factors.b.cuda(), factors.a.cuda()), on_gpu, _core.Penalties(0, 1, 1), str(i)
+        )
         for i in range(8)
     ]
     _core.correct(tasks)

@@ -43,9 +43,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def pack() -> csulora.Subspace:
+def subspace() -> csulora.Subspace:
     shapes = factories.SHAPES | {"model.embed_tokens": (40, 40)}
-    return factories.pack(shapes, aliases={"lm_head": "model.embed_tokens"})
+    return factories.subspace(shapes, aliases={"lm_head": "model.embed_tokens"})
 
 
 def named(module: str, b: Tensor, a: Tensor) -> dict[str, Tensor]:
@@ -69,24 +69,24 @@ def upload(directory: Path, tensors: Mapping[str, Tensor] | bytes, settings: dic
     return directory
 
 
-def admitted(path: Path, pack: csulora.Subspace, policy: csulora.Policy = POLICY) -> dict[str, Tensor]:
+def admitted(path: Path, subspace: csulora.Subspace, policy: csulora.Policy = POLICY) -> dict[str, Tensor]:
     """The updates that come out, dense."""
-    fixed, _ = csulora.correct(csulora.load_adapter(path), pack, policy)
+    fixed, _ = csulora.correct(csulora.load_adapter(path), subspace, policy)
     return {name: oracle.update(module.b, module.a, module.scale) for name, module in fixed.modules.items()}
 
 
-def safe(update: Tensor, pack: csulora.Subspace, module: str, policy: csulora.Policy = POLICY) -> Tensor:
-    target = pack[module]
+def safe(update: Tensor, subspace: csulora.Subspace, module: str, policy: csulora.Policy = POLICY) -> Tensor:
+    target = subspace[module]
     return oracle.closest_safe_update(update, target.u, target.v, (policy.aligned, policy.partial, policy.off))
 
 
 TOLERANCE = COMPUTED[torch.float32] + STORED[torch.float32]
 
 
-def refused_always(path: Path, pack: csulora.Subspace, reason: str) -> None:
+def refused_always(path: Path, subspace: csulora.Subspace, reason: str) -> None:
     for policy in (POLICY, LENIENT, csulora.Policy.csulora(uncovered="drop")):
         with pytest.raises(CsuloraError, match=reason):
-            admitted(path, pack, policy)
+            admitted(path, subspace, policy)
 
 
 # Scales: whatever the configuration says is what PEFT's rules make of it, and the scale is part of the update.
@@ -105,23 +105,23 @@ SCALES: dict[str, tuple[dict[str, object], float, float]] = {
 
 
 @pytest.mark.parametrize("name", sorted(SCALES))
-def test_scale_is_part_of_the_update(name: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_scale_is_part_of_the_update(name: str, tmp_path: Path, subspace: csulora.Subspace) -> None:
     settings, scale, size = SCALES[name]
     b, a = factors()
     path = upload(tmp_path / "adapter", named(Q, b * size, a), config(**settings))
-    expected = safe(oracle.update(b * size, a, scale), pack, Q)
-    assert oracle.relative_error(admitted(path, pack)[Q], expected) <= TOLERANCE
+    expected = safe(oracle.update(b * size, a, scale), subspace, Q)
+    assert oracle.relative_error(admitted(path, subspace)[Q], expected) <= TOLERANCE
 
 
-def test_rank_one_with_a_large_alpha_is_corrected(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_rank_one_with_a_large_alpha_is_corrected(tmp_path: Path, subspace: csulora.Subspace) -> None:
     b, a = factors(rank=1)
     path = upload(tmp_path / "adapter", named(Q, b, a), config(r=1, lora_alpha=1e6))
-    assert oracle.relative_error(admitted(path, pack)[Q], safe(oracle.update(b, a, 1e6), pack, Q)) <= TOLERANCE
+    assert oracle.relative_error(admitted(path, subspace)[Q], safe(oracle.update(b, a, 1e6), subspace, Q)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("alpha", [1e300, 1e90, -1e90])
-def test_scale_beyond_float32_is_refused(alpha: float, tmp_path: Path, pack: csulora.Subspace) -> None:
-    refused_always(upload(tmp_path / "adapter", named(Q, *factors()), config(lora_alpha=alpha)), pack, "too large")
+def test_scale_beyond_float32_is_refused(alpha: float, tmp_path: Path, subspace: csulora.Subspace) -> None:
+    refused_always(upload(tmp_path / "adapter", named(Q, *factors()), config(lora_alpha=alpha)), subspace, "too large")
 
 
 # Numbers: factors that are out of proportion.
@@ -140,21 +140,26 @@ def test_scale_beyond_float32_is_refused(alpha: float, tmp_path: Path, pack: csu
 )
 @pytest.mark.parametrize("rank", ["exact", "keep"])
 def test_denormal_factors_are_corrected(
-    b_size: float, a_size: float, alpha: float, rank: csulora.policy.policy.Rank, tmp_path: Path, pack: csulora.Subspace
+    b_size: float,
+    a_size: float,
+    alpha: float,
+    rank: csulora.policy.policy.Rank,
+    tmp_path: Path,
+    subspace: csulora.Subspace,
 ) -> None:
     b, a = factors(rank=1)
     b, a = b * b_size, a * a_size
     path = upload(tmp_path / "adapter", named(Q, b, a), config(r=1, lora_alpha=alpha))
     policy = csulora.Policy.project(rank=rank)
-    expected = safe(oracle.update(b, a, alpha), pack, Q, policy)
-    assert oracle.relative_error(admitted(path, pack, policy)[Q], expected) <= TOLERANCE
+    expected = safe(oracle.update(b, a, alpha), subspace, Q, policy)
+    assert oracle.relative_error(admitted(path, subspace, policy)[Q], expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("aligned", [1.0, 0.75])
 @pytest.mark.parametrize("gain", [0.75, 0.5, 0.0])
 @pytest.mark.parametrize("lines", ["all", "one"])
 def test_rounding_to_the_storage_type_does_not_undo_the_correction(
-    aligned: float, gain: float, lines: str, tmp_path: Path, pack: csulora.Subspace
+    aligned: float, gain: float, lines: str, tmp_path: Path, subspace: csulora.Subspace
 ) -> None:
     """Where entries of B have the single bit of 2^-24, three quarters of one would be rounded back to the whole."""
     b, a = factors()
@@ -164,9 +169,9 @@ def test_rounding_to_the_storage_type_does_not_undo_the_correction(
     path = upload(tmp_path / "adapter", named(Q, b.half(), a.half()), config(lora_alpha=RANK))
     policy = csulora.Policy(overrides=(csulora.Override("*", gains=(aligned, gain, gain, gain)),), rank="exact")
     update = oracle.update(b.half(), a.half())
-    parts = oracle.split(update, pack[Q].u, pack[Q].v)
-    expected = oracle.combine(parts, {"aligned": aligned, "left": gain, "right": gain, "off": gain})
-    assert oracle.relative_error(admitted(path, pack, policy)[Q], expected) <= STORED[torch.float16]
+    components = oracle.split(update, subspace[Q].u, subspace[Q].v)
+    expected = oracle.combine(components, {"aligned": aligned, "left": gain, "right": gain, "off": gain})
+    assert oracle.relative_error(admitted(path, subspace, policy)[Q], expected) <= STORED[torch.float16]
 
 
 def denormal_column(dtype: torch.dtype, marks: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,26 +190,28 @@ def cancelling_columns(dtype: torch.dtype, marks: Tensor) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("hide", [denormal_column, cancelling_columns])
 @pytest.mark.parametrize("rule", [_core.RankRule.keep, _core.RankRule.fixed])
-@pytest.mark.parametrize("scope", [None, _core.Scope(torch.eye(40), torch.eye(40))], ids=["everywhere", "scoped"])
+@pytest.mark.parametrize(
+    "input_filter", [None, _core.InputFilter(torch.eye(40), torch.eye(40))], ids=["everywhere", "filtered"]
+)
 def test_rounding_does_not_undo_what_is_taken_away_along_directions(
     dtype: torch.dtype,
     hide: Callable[[torch.dtype, Tensor], tuple[Tensor, Tensor]],
     rule: _core.RankRule,
-    scope: _core.Scope | None,
-    pack: csulora.Subspace,
+    input_filter: _core.InputFilter | None,
+    subspace: csulora.Subspace,
 ) -> None:
-    u, s, v = pack[Q].u, pack[Q].s, pack[Q].v
+    u, s, v = subspace[Q].u, subspace[Q].s, subspace[Q].v
     b, a = hide(dtype, torch.where(u[:, :1].abs() > 0.1, u[:, :1].sign(), 0))
     directions = _core.Directions([0.0] * 6, [])
-    task = _core.CorrectionTask(_core.LoraPair(b, a), _core.Subspace(u, s, v), directions, scope=scope)
-    pair = _core.correct([task], _core.CorrectionOptions(rule, rank=1))[0].pair
+    task = _core.CorrectionTask(_core.LoraFactors(b, a), _core.Subspace(u, s, v), directions, input_filter=input_filter)
+    factors = _core.correct([task], _core.CorrectionOptions(rule, rank=1))[0].factors
     update = oracle.update(b, a)
     expected = update - u.double() @ (u.double().t() @ update)
-    assert oracle.relative_error(oracle.update(pair.b, pair.a), expected) <= TOLERANCE + STORED[dtype]
+    assert oracle.relative_error(oracle.update(factors.b, factors.a), expected) <= TOLERANCE + STORED[dtype]
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6])
-def test_an_outlier_does_not_hide_the_rest(size: float, tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_an_outlier_does_not_hide_the_rest(size: float, tmp_path: Path, subspace: csulora.Subspace) -> None:
     """Of two directions of an update, one holds a huge entry; the other one is still projected as it should be."""
     b, a = factors(rank=2)
     b[:, 0] = 0
@@ -212,86 +219,92 @@ def test_an_outlier_does_not_hide_the_rest(size: float, tmp_path: Path, pack: cs
     a[0] = factories.gaussian(40, seed=9) / 8
     path = upload(tmp_path / "adapter", named(Q, b, a), config(r=2))
     policy = csulora.Policy(aligned=math.inf, partial=math.inf, off=0.0, rank="exact")
-    x = admitted(path, pack, policy)[Q]
+    x = admitted(path, subspace, policy)[Q]
     alone = a[1].double() - (a[1].double() @ a[0].double()) / a[0].double().square().sum() * a[0].double()
-    expected = safe(oracle.update(b, a, 4.0), pack, Q, policy)
+    expected = safe(oracle.update(b, a, 4.0), subspace, Q, policy)
     assert oracle.relative_error(x, expected) <= TOLERANCE
     # Seen by inputs that the outlier's direction does not react to.
     assert oracle.relative_error(x @ alone, expected @ alone) <= size * TOLERANCE
 
 
-def test_energy_parked_in_one_module_does_not_dilute_the_others(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_energy_parked_in_one_module_does_not_dilute_the_others(tmp_path: Path, subspace: csulora.Subspace) -> None:
     tensors = named(Q, *factors(Q))
     b, a = factors(DOWN, seed=5)
-    alone = admitted(upload(tmp_path / "alone", tensors), pack)
-    beside = admitted(upload(tmp_path / "beside", tensors | named(DOWN, b * 1e6, a)), pack)
+    alone = admitted(upload(tmp_path / "alone", tensors), subspace)
+    beside = admitted(upload(tmp_path / "beside", tensors | named(DOWN, b * 1e6, a)), subspace)
     assert torch.equal(beside[Q], alone[Q])
 
 
-def test_energy_parked_inside_the_subspace_dilutes_no_gain_that_is_zero(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_energy_parked_inside_the_subspace_dilutes_no_gain_that_is_zero(
+    tmp_path: Path, subspace: csulora.Subspace
+) -> None:
     """Relative energies can be diluted within a module; an infinite penalty does not depend on them."""
-    target = pack[Q]
+    target = subspace[Q]
     b, a = factors()
     parked = torch.cat([b, 1e3 * target.u[:, :1]], 1), torch.cat([a, target.v[:, :1].t()], 0)
     path = upload(tmp_path / "adapter", named(Q, *parked), config(r=RANK + 1, lora_alpha=RANK + 1))
-    _, report = csulora.correct(csulora.load_adapter(path), pack, csulora.Policy.csulora(3.0))
+    _, report = csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora(3.0))
     assert report.measured[0].energies is not None
     assert report.measured[0].energies["aligned"] > 0.99  # what an operator sees of it
-    x = admitted(path, pack, csulora.Policy.project())[Q]
+    x = admitted(path, subspace, csulora.Policy.project())[Q]
     outside = x - target.u.double() @ (target.u.double().t() @ x)
     assert float(outside.norm()) <= TOLERANCE * float(x.norm())
 
 
-def test_energy_parked_anywhere_leaves_two_fifths_of_a_tuned_penalty(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_energy_parked_anywhere_leaves_two_fifths_of_a_tuned_penalty(
+    tmp_path: Path, subspace: csulora.Subspace
+) -> None:
     directions = csulora.policy.policy.Directions((0.0, 0.5), (1.0, 0.5))
     follows = csulora.Policy.none(
-        rank="exact", overrides=(csulora.policy.policy.Override("*", directions=directions),), usual_energy=0.3
+        rank="exact", overrides=(csulora.policy.policy.Override("*", directions=directions),), reference_energy=0.3
     )
     tensors, (b, a) = named(Q, *factors(Q)), factors(DOWN, seed=5)
-    parked = admitted(upload(tmp_path / "parked", tensors | named(DOWN, b * 1e6, a)), pack, follows)
+    parked = admitted(upload(tmp_path / "parked", tensors | named(DOWN, b * 1e6, a)), subspace, follows)
     least = 0.5 / (0.5 + 0.5 * 0.4)
     weakest = csulora.policy.policy.Directions((0.0, least), (1.0, least))
     fixed = csulora.Policy.none(rank="exact", overrides=(csulora.policy.policy.Override("*", directions=weakest),))
-    expected = admitted(upload(tmp_path / "alone", tensors), pack, fixed)[Q]
+    expected = admitted(upload(tmp_path / "alone", tensors), subspace, fixed)[Q]
     assert oracle.relative_error(parked[Q], expected) <= TOLERANCE
 
 
-# Undo: the aligned part is blind to sign.
+# Undo: the aligned component is blind to sign.
 
 
-def removal(pack: csulora.Subspace, share: float = 1.0) -> tuple[Tensor, Tensor]:
-    target = pack[Q]
+def removal(subspace: csulora.Subspace, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    target = subspace[Q]
     return -share * target.u * target.s, target.v.t()
 
 
-def test_removal_of_the_alignment_is_measured_and_refused_or_removed(tmp_path: Path, pack: csulora.Subspace) -> None:
-    b, a = removal(pack)
+def test_removal_of_the_alignment_is_measured_and_refused_or_removed(
+    tmp_path: Path, subspace: csulora.Subspace
+) -> None:
+    b, a = removal(subspace)
     path = upload(tmp_path / "adapter", named(Q, b, a), config(r=6, lora_alpha=6))
     adapter = csulora.load_adapter(path)
-    _, report = csulora.correct(adapter, pack)
+    _, report = csulora.correct(adapter, subspace)
     assert report.measured[0].undo == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(RefusedError, match=r"undoes 1\.000 of its alignment"):
-        csulora.correct(adapter, pack, csulora.Policy.csulora(max_undo=0.9))
-    x = admitted(path, pack, csulora.Policy.protect(math.inf))[Q]
+        csulora.correct(adapter, subspace, csulora.Policy.csulora(max_undo=0.9))
+    x = admitted(path, subspace, csulora.Policy.protect(math.inf))[Q]
     assert float(x.norm()) <= TOLERANCE * float(oracle.update(b, a).norm())
 
 
-def test_undo_of_one_module_is_not_averaged_away(tmp_path: Path, pack: csulora.Subspace) -> None:
-    reinforcing = pack[DOWN].u * pack[DOWN].s * 100, pack[DOWN].v.t()
-    path = upload(tmp_path / "a", named(Q, *removal(pack)) | named(DOWN, *reinforcing), config(r=6, lora_alpha=6))
+def test_undo_of_one_module_is_not_averaged_away(tmp_path: Path, subspace: csulora.Subspace) -> None:
+    reinforcing = subspace[DOWN].u * subspace[DOWN].s * 100, subspace[DOWN].v.t()
+    path = upload(tmp_path / "a", named(Q, *removal(subspace)) | named(DOWN, *reinforcing), config(r=6, lora_alpha=6))
     with pytest.raises(RefusedError, match=rf"module {Q} undoes 1.000"):
-        csulora.correct(csulora.load_adapter(path), pack, csulora.Policy.csulora(max_undo=0.5))
+        csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora(max_undo=0.5))
 
 
-def test_removal_split_over_two_adapters_is_measured_on_their_sum(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_removal_split_over_two_adapters_is_measured_on_their_sum(tmp_path: Path, subspace: csulora.Subspace) -> None:
     halves = [
-        csulora.load_adapter(upload(tmp_path / name, named(Q, *removal(pack, 0.5)), config(r=6, lora_alpha=6)))
+        csulora.load_adapter(upload(tmp_path / name, named(Q, *removal(subspace, 0.5)), config(r=6, lora_alpha=6)))
         for name in ("one", "two")
     ]
     policy = csulora.Policy.none(max_undo=0.6)
-    csulora.correct(halves[0], pack, policy)
+    csulora.correct(halves[0], subspace, policy)
     with pytest.raises(RefusedError, match=r"undoes 1\.000"):
-        csulora.correct(csulora.combine(halves, pack), pack, policy)
+        csulora.correct(csulora.combine(halves, subspace), subspace, policy)
 
 
 # Hiding places: tensors that are not the factors of a covered module.
@@ -334,41 +347,43 @@ HIDDEN: dict[str, tuple[dict[str, Tensor], str]] = {
 
 @pytest.mark.parametrize("name", sorted(HIDDEN))
 def test_tensors_beside_the_factors_are_refused_under_every_policy(
-    name: str, tmp_path: Path, pack: csulora.Subspace
+    name: str, tmp_path: Path, subspace: csulora.Subspace
 ) -> None:
     extra, reason = HIDDEN[name]
-    refused_always(upload(tmp_path / "adapter", named(Q, *factors()) | extra), pack, reason)
+    refused_always(upload(tmp_path / "adapter", named(Q, *factors()) | extra), subspace, reason)
 
 
-def test_uncovered_modules_pass_only_where_the_policy_says_so(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_uncovered_modules_pass_only_where_the_policy_says_so(tmp_path: Path, subspace: csulora.Subspace) -> None:
     extra = named("model.layers.7.self_attn.q_proj", *factors())
     path = upload(tmp_path / "adapter", named(Q, *factors()) | extra)
     with pytest.raises(RefusedError, match=r"does not cover module model.layers.7"):
-        admitted(path, pack)
-    assert set(admitted(path, pack, csulora.Policy.csulora(uncovered="drop"))) == {Q}
-    _, report = csulora.correct(csulora.load_adapter(path), pack, csulora.Policy.csulora(uncovered="keep"))
+        admitted(path, subspace)
+    assert set(admitted(path, subspace, csulora.Policy.csulora(uncovered="drop"))) == {Q}
+    _, report = csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora(uncovered="keep"))
     assert {module.module: module.status for module in report.modules}["model.layers.7.self_attn.q_proj"] == "kept"
 
 
-def test_tied_weights_are_corrected_under_either_name(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_tied_weights_are_corrected_under_either_name(tmp_path: Path, subspace: csulora.Subspace) -> None:
     b, a = factors("lm_head")
     embedding = {
         f"{PREFIX}model.embed_tokens.lora_embedding_A": b.t().contiguous(),
         f"{PREFIX}model.embed_tokens.lora_embedding_B": a.t().contiguous(),
     }
-    x = admitted(upload(tmp_path / "adapter", named("lm_head", b, a) | embedding), pack)
-    expected = safe(oracle.update(b, a, 2.0), pack, "model.embed_tokens")
+    x = admitted(upload(tmp_path / "adapter", named("lm_head", b, a) | embedding), subspace)
+    expected = safe(oracle.update(b, a, 2.0), subspace, "model.embed_tokens")
     for name in ("lm_head", "model.embed_tokens"):
         assert oracle.relative_error(x[name], expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("spelling", ["layers.0.self_attn.q_proj", "transformer.model.layers.0.self_attn.q_proj"])
-def test_a_module_under_two_names_is_refused(spelling: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_a_module_under_two_names_is_refused(spelling: str, tmp_path: Path, subspace: csulora.Subspace) -> None:
     """Each half would be corrected by its own energies, and hosts disagree on which half they apply."""
     path = upload(tmp_path / "adapter", named(Q, *factors()) | named(spelling, *factors(seed=7)))
-    refused = (RefusedError, "both update") if names.resolve(spelling, pack, {}) else (RefusedError, "does not cover")
+    refused = (
+        (RefusedError, "both update") if names.resolve(spelling, subspace, {}) else (RefusedError, "does not cover")
+    )
     with pytest.raises(refused[0], match=refused[1]):
-        admitted(path, pack)
+        admitted(path, subspace)
 
 
 # The container: two readers must not see two different things in one file.
@@ -408,8 +423,8 @@ CONTAINERS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", sorted(CONTAINERS))
-def test_ambiguous_containers_are_refused(name: str, tmp_path: Path, pack: csulora.Subspace) -> None:
-    refused_always(upload(tmp_path / "adapter", CONTAINERS[name]), pack, WEIGHTS_FILE)
+def test_ambiguous_containers_are_refused(name: str, tmp_path: Path, subspace: csulora.Subspace) -> None:
+    refused_always(upload(tmp_path / "adapter", CONTAINERS[name]), subspace, WEIGHTS_FILE)
 
 
 @pytest.mark.parametrize(
@@ -425,31 +440,35 @@ def test_ambiguous_containers_are_refused(name: str, tmp_path: Path, pack: csulo
         '{"peft_type":"LORA","r":' + "4" * 5_000 + ',"lora_alpha":8,"target_modules":["q_proj"]}',
     ],
 )
-def test_ambiguous_configurations_are_refused(text: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_ambiguous_configurations_are_refused(text: str, tmp_path: Path, subspace: csulora.Subspace) -> None:
     path = upload(tmp_path / "adapter", named(Q, *factors()))
     (path / CONFIG_FILE).write_text(text)
-    refused_always(path, pack, CONFIG_FILE)
+    refused_always(path, subspace, CONFIG_FILE)
 
 
 # Claims: what an adapter says about itself counts for nothing.
 
 
-def test_an_adapter_that_claims_to_be_corrected_is_corrected(tmp_path: Path, pack: csulora.Subspace) -> None:
-    honest = csulora.correct(csulora.load_adapter(upload(tmp_path / "honest", named(Q, *factors()))), pack, POLICY)[0]
+def test_an_adapter_that_claims_to_be_corrected_is_corrected(tmp_path: Path, subspace: csulora.Subspace) -> None:
+    honest = csulora.correct(csulora.load_adapter(upload(tmp_path / "honest", named(Q, *factors()))), subspace, POLICY)[
+        0
+    ]
     csulora.save_adapter(honest, tmp_path / "claim")
     b, a = factors(seed=50)
     (tmp_path / "claim" / WEIGHTS_FILE).write_bytes(save(named(Q, b, a)))
     (tmp_path / "claim" / CONFIG_FILE).write_text(json.dumps(config()))
-    x = admitted(tmp_path / "claim", pack)
-    assert oracle.relative_error(x[Q], safe(oracle.update(b, a, 2.0), pack, Q)) <= TOLERANCE
+    x = admitted(tmp_path / "claim", subspace)
+    assert oracle.relative_error(x[Q], safe(oracle.update(b, a, 2.0), subspace, Q)) <= TOLERANCE
 
 
-def test_packs_for_look_alike_models_are_told_apart(tmp_path: Path, pack: csulora.Subspace) -> None:
-    look_alike = factories.pack(factories.SHAPES, seed=77)
-    look_alike.save(tmp_path / "pack.safetensors")
-    with pytest.raises(RefusedError, match="tuned for the pack"):
-        admitted(upload(tmp_path / "a", named(Q, *factors())), look_alike, csulora.Policy(subspace_sha256=pack.sha256))
-    other_shapes = factories.pack({Q: (48, 40)})
+def test_subspaces_for_look_alike_models_are_told_apart(tmp_path: Path, subspace: csulora.Subspace) -> None:
+    look_alike = factories.subspace(factories.SHAPES, seed=77)
+    look_alike.save(tmp_path / "subspace.safetensors")
+    with pytest.raises(RefusedError, match="tuned for the subspace file"):
+        admitted(
+            upload(tmp_path / "a", named(Q, *factors())), look_alike, csulora.Policy(subspace_sha256=subspace.sha256)
+        )
+    other_shapes = factories.subspace({Q: (48, 40)})
     with pytest.raises(InputError, match="another model"):
         admitted(upload(tmp_path / "b", named(Q, *factors())), other_shapes)
 
@@ -457,7 +476,7 @@ def test_packs_for_look_alike_models_are_told_apart(tmp_path: Path, pack: csulor
 # Files: what is hashed is what is used, and nothing is waited for or taken in without bounds.
 
 
-def test_the_bytes_hashed_are_the_bytes_used(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_the_bytes_hashed_are_the_bytes_used(tmp_path: Path, subspace: csulora.Subspace) -> None:
     """A directory that is exchanged all the time yields one adapter or the other, never one under the other's hash."""
     both = [upload(tmp_path / name, named(Q, *factors(seed=seed))) for name, seed in (("one", 0), ("two", 50))]
     expected = {adapter.sha256: adapter for adapter in map(csulora.load_adapter, both)}
@@ -498,7 +517,7 @@ def exchanging(link: Path, targets: list[Path]) -> Callable[[], None]:
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
 @pytest.mark.parametrize("kind", ["fifo", "device", "directory", "socket"])
 def test_what_is_no_regular_file_is_never_waited_for(
-    file: str, kind: str, tmp_path: Path, pack: csulora.Subspace
+    file: str, kind: str, tmp_path: Path, subspace: csulora.Subspace
 ) -> None:
     path = upload(tmp_path / "adapter", named(Q, *factors()))
     (path / file).unlink()
@@ -511,37 +530,39 @@ def test_what_is_no_regular_file_is_never_waited_for(
     else:
         with socket.socket(socket.AF_UNIX) as end:
             end.bind(os.fspath(Path(os.path.relpath(path / file))))
-    refused_always(path, pack, file)
+    refused_always(path, subspace, file)
 
 
-def test_a_sparse_file_beyond_the_limit_is_not_read(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_a_sparse_file_beyond_the_limit_is_not_read(tmp_path: Path, subspace: csulora.Subspace) -> None:
     path = upload(tmp_path / "adapter", named(Q, *factors()))
     os.truncate(path / WEIGHTS_FILE, 1 << 40)
-    refused_always(path, pack, "at most")
+    refused_always(path, subspace, "at most")
 
 
 def test_a_sparse_file_of_zeros_behind_a_header_is_refused_before_it_is_read(
-    tmp_path: Path, pack: csulora.Subspace
+    tmp_path: Path, subspace: csulora.Subspace
 ) -> None:
     path = upload(tmp_path / "adapter", named(Q, *factors()))
     os.truncate(path / WEIGHTS_FILE, 12 << 30)
     start = peak_memory()
-    refused_always(path, pack, "not a readable safetensors file")
+    refused_always(path, subspace, "not a readable safetensors file")
     assert peak_memory() - start < 64 << 20
 
 
-def test_a_file_of_very_many_tensors_is_refused_before_they_are_made(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_a_file_of_very_many_tensors_is_refused_before_they_are_made(
+    tmp_path: Path, subspace: csulora.Subspace
+) -> None:
     count = 262_145
     entries = (entry(f"{PREFIX}m{i}.lora_A.weight", [1, 1], 4 * i, 4 * i + 4) for i in range(count))
     path = upload(tmp_path / "adapter", container("{" + ",".join(entries) + "}", bytes(4 * count)))
     with pytest.raises(RefusedError, match="at most 262144 are read"):
-        admitted(path, pack, LENIENT)
+        admitted(path, subspace, LENIENT)
 
 
-def test_very_many_patterns_and_names_are_not_multiplied(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_very_many_patterns_and_names_are_not_multiplied(tmp_path: Path, subspace: csulora.Subspace) -> None:
     names_ = [f"a{i}.q_proj" for i in range(100_000)]
     settings = config(rank_pattern=dict.fromkeys(names_, RANK), target_modules=names_, exclude_modules=names_)
-    refused_always(upload(tmp_path / "adapter", named(Q, *factors()), settings), pack, "does not target")
+    refused_always(upload(tmp_path / "adapter", named(Q, *factors()), settings), subspace, "does not target")
 
 
 def peak_memory() -> int:
@@ -554,36 +575,36 @@ def peak_memory() -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("policy", [POLICY, csulora.Policy.none(), csulora.Policy.project()])
 def test_a_rank_far_above_the_matrix_is_reduced_first(
-    policy: csulora.Policy, dtype: torch.dtype, tmp_path: Path, pack: csulora.Subspace
+    policy: csulora.Policy, dtype: torch.dtype, tmp_path: Path, subspace: csulora.Subspace
 ) -> None:
     b, a = factors(rank=20_000)
     b, a = (b * 1e-2).to(dtype), a.to(dtype)
     path = upload(tmp_path / "adapter", named(Q, b, a), config(r=20_000, lora_alpha=20_000))
-    fixed, report = csulora.correct(csulora.load_adapter(path), pack, policy)
+    fixed, report = csulora.correct(csulora.load_adapter(path), subspace, policy)
     assert fixed.modules[Q].rank == report.modules[0].rank_after == 40
     assert report.modules[0].rank == 20_000
     found = oracle.update(fixed.modules[Q].b, fixed.modules[Q].a)
-    assert oracle.relative_error(found, safe(oracle.update(b, a), pack, Q, policy)) <= TOLERANCE + STORED[dtype]
+    assert oracle.relative_error(found, safe(oracle.update(b, a), subspace, Q, policy)) <= TOLERANCE + STORED[dtype]
 
 
 def test_a_rank_that_takes_minutes_is_refused_with_what_to_do(
-    tmp_path: Path, pack: csulora.Subspace, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, subspace: csulora.Subspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = factories.adapter({Q: (40, 40)}, rank=17)
-    assert csulora.correct(adapter, pack, POLICY)
+    assert csulora.correct(adapter, subspace, POLICY)
     monkeypatch.setattr("csulora.correction.correct.LARGEST_RANK", 16)
     with pytest.raises(RefusedError, match=r"rank 17; ranks up to 16 .*--preset none --rank 16"):
-        csulora.correct(adapter, pack, POLICY)
-    smaller, report = csulora.correct(adapter, pack, csulora.Policy.none(rank=16))
+        csulora.correct(adapter, subspace, POLICY)
+    smaller, report = csulora.correct(adapter, subspace, csulora.Policy.none(rank=16))
     assert report.modules[0].rank_after == 16
-    csulora.correct(smaller, pack, POLICY)
+    csulora.correct(smaller, subspace, POLICY)
 
 
 # Patterns: the time they may take is the file's, not a pattern's.
 
 
 def test_slow_patterns_have_a_few_seconds_together(
-    tmp_path: Path, pack: csulora.Subspace, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, subspace: csulora.Subspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("csulora.adapters.peft.patterns._SECONDS", 1.0)
     slow = "(.*a)*.*_proj|" * 8 + "q_proj"
@@ -609,42 +630,42 @@ def test_a_pattern_hands_back_nothing_of_its_own(tmp_path: Path) -> None:
 # Documents: what is small in a file stays small in what is written and said.
 
 
-def test_nesting_is_not_blown_up_by_indentation(tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_nesting_is_not_blown_up_by_indentation(tmp_path: Path, subspace: csulora.Subspace) -> None:
     deep: object = {}
     for _ in range(28):
         deep = {"x": deep, "y": [[[1]]]}
     path = upload(tmp_path / "adapter", named(Q, *factors()), config(auto_mapping=deep, eva_config=deep))
-    fixed, _ = csulora.correct(csulora.load_adapter(path), pack)
+    fixed, _ = csulora.correct(csulora.load_adapter(path), subspace)
     csulora.save_adapter(fixed, tmp_path / "fixed")
     assert (tmp_path / "fixed" / CONFIG_FILE).stat().st_size < 1000
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
 @pytest.mark.parametrize("field", ["lora_dropout", "auto_mapping", "lora_alpha", "peft_version"])
-def test_numbers_beyond_json_are_refused(number: str, field: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_numbers_beyond_json_are_refused(number: str, field: str, tmp_path: Path, subspace: csulora.Subspace) -> None:
     path = upload(tmp_path / "adapter", named(Q, *factors()))
     text = json.dumps(config() | {field: "NUMBER"}).replace('"NUMBER"', number)
     (path / CONFIG_FILE).write_text(text)
-    refused_always(path, pack, "not readable as JSON")
+    refused_always(path, subspace, "not readable as JSON")
 
 
 @pytest.mark.parametrize("name", ["adapter\n# Approved", "a`b<script>", "\x1b[2J", "x" * 250, "](http://a)"])
-def test_the_card_shows_a_directory_name_as_text(name: str, tmp_path: Path, pack: csulora.Subspace) -> None:
+def test_the_card_shows_a_directory_name_as_text(name: str, tmp_path: Path, subspace: csulora.Subspace) -> None:
     path = upload(tmp_path / name, named(Q, *factors()))
-    card = csulora.correct(csulora.load_adapter(path), pack)[0].documents["README.md"]
+    card = csulora.correct(csulora.load_adapter(path), subspace)[0].documents["README.md"]
     (heading,) = [line for line in card.splitlines() if line.startswith("# ")]
     assert heading.isprintable()
     assert heading.startswith("# `")
     assert heading.count("`") == 2
 
 
-def test_what_passes_uncorrected_is_said_first(tmp_path: Path, pack: csulora.Subspace) -> None:
-    """A policy that keeps what the pack does not cover can let a whole model through."""
+def test_what_passes_uncorrected_is_said_first(tmp_path: Path, subspace: csulora.Subspace) -> None:
+    """A policy that keeps what the subspace file does not cover can let a whole model through."""
     elsewhere = "model.language_model.layers.0.self_attn.q_proj"
     b, a = factors()
     tensors = named(Q, b, a) | named(elsewhere, 10 * b, a.clone())
     path = upload(tmp_path / "adapter", tensors, config(target_modules=["q_proj"]))
-    gate = Gate.open(pack, csulora.Policy.csulora(uncovered="keep"), tmp_path / "log.jsonl")
+    gate = Gate.open(subspace, csulora.Policy.csulora(uncovered="keep"), tmp_path / "log.jsonl")
     _, report = gate.admit(path)
     share = 100 / 101
     assert report.totals.uncorrected == pytest.approx(share)
@@ -659,9 +680,9 @@ def test_what_passes_uncorrected_is_said_first(tmp_path: Path, pack: csulora.Sub
 
 
 @pytest.fixture
-def guard(tmp_path: Path, pack: csulora.Subspace) -> DirectoryGuard:
+def guard(tmp_path: Path, subspace: csulora.Subspace) -> DirectoryGuard:
     (tmp_path / "in").mkdir()
-    return DirectoryGuard(tmp_path / "in", tmp_path / "out", Gate(pack, POLICY), 0.0, 0.0, say=lambda _: None)
+    return DirectoryGuard(tmp_path / "in", tmp_path / "out", Gate(subspace, POLICY), 0.0, 0.0, say=lambda _: None)
 
 
 def outcome(guard: DirectoryGuard) -> set[str]:
@@ -669,7 +690,9 @@ def outcome(guard: DirectoryGuard) -> set[str]:
     return {path.name for path in guard.outgoing.iterdir()}
 
 
-def test_guard_ignores_claims_and_records_of_its_own_in_uploads(guard: DirectoryGuard, pack: csulora.Subspace) -> None:
+def test_guard_ignores_claims_and_records_of_its_own_in_uploads(
+    guard: DirectoryGuard, subspace: csulora.Subspace
+) -> None:
     b, a = factors()
     path = upload(guard.incoming / "a", named(Q, b, a))
     outcome(guard)
@@ -680,7 +703,7 @@ def test_guard_ignores_claims_and_records_of_its_own_in_uploads(guard: Directory
     (path / WEIGHTS_FILE).write_bytes(save(named(Q, b2, a2)))
     assert outcome(guard) == {"a"}
     found = csulora.load_adapter(guard.outgoing / "a").modules[Q]
-    expected = safe(oracle.update(b2, a2, 2.0), pack, Q)
+    expected = safe(oracle.update(b2, a2, 2.0), subspace, Q)
     assert oracle.relative_error(oracle.update(found.b, found.a), expected) <= TOLERANCE
 
 

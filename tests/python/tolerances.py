@@ -14,7 +14,7 @@ STORED = {
     torch.bfloat16: 2**-7,
 }
 
-# A kept part that is a thousandth of the update carries a thousand times the error of its float32 factors.
+# A kept component that is a thousandth of the update carries a thousand times the error of its float32 factors.
 CANCELLED = 1e-3
 
 # Columns of a basis rounded to the storage type are orthonormal to about its unit roundoff.

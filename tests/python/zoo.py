@@ -142,7 +142,7 @@ def aligned_states(model: Callable[[], PreTrainedModel]) -> tuple[dict[str, Tens
     return state, factories.moved(state)
 
 
-def save_pair(model: Callable[[], PreTrainedModel], directory: Path) -> tuple[Path, Path]:
+def save_model_pair(model: Callable[[], PreTrainedModel], directory: Path) -> tuple[Path, Path]:
     """Save the model and its aligned sibling as Hugging Face does."""
     paths = directory / "base", directory / "aligned"
     for path, state in zip(paths, aligned_states(model), strict=True):

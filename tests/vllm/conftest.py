@@ -52,12 +52,12 @@ def with_absent_layer(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("files")
-    pack = root / "pack.safetensors"
-    csulora("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", pack, "--rank", 8)
+    subspace = root / "subspace.safetensors"
+    csulora("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", subspace, "--rank", 8)
     raw = {"one": write(root / "one", unchanged), "two": write(root / "two", reversed_rows, use_rslora=True)}
     corrected = {name: root / f"{name}-corrected" for name in raw}
     for name, directory in raw.items():
-        csulora("correct", directory, "--subspace", pack, "-o", corrected[name])
+        csulora("correct", directory, "--subspace", subspace, "-o", corrected[name])
     bad = {
         "not a number": write(root / "nan", with_nan),
         "absent layer": write(root / "absent", with_absent_layer),
@@ -83,7 +83,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(
         root=root,
         model=FIXTURE / "aligned",
-        pack=pack,
+        subspace=subspace,
         raw=raw,
         corrected=corrected,
         bad=bad,
@@ -100,7 +100,7 @@ def offline(files: SimpleNamespace) -> dict:
         json.dumps(
             {
                 "model": str(files.model),
-                "pack": str(files.pack),
+                "subspace": str(files.subspace),
                 "plain": [str(path) for path in (*files.raw.values(), *files.corrected.values())],
                 "guarded": [str(path) for path in files.raw.values()],
                 "bad": [str(path) for path in files.bad.values()],

@@ -2,7 +2,7 @@
 
     python tests/vllm/offline.py REQUEST.json
 
-The request names the model, the pack, and the adapters to ask each way.
+The request names the model, the subspace file, and the adapters to ask each way.
 """
 
 import json
@@ -72,7 +72,7 @@ def main() -> None:
     results = {"base": engine.ask(None)}
     results["plain"] = {path: engine.ask(engine.request(path)) for path in request["plain"]}
 
-    os.environ["CSULORA_SUBSPACE"] = request["pack"]
+    os.environ["CSULORA_SUBSPACE"] = request["subspace"]
     from csulora.hooks import vllm as hook
 
     hook.activate()

@@ -49,8 +49,8 @@ assert kv_cache_utils._gen_lora_extra_hash_keys(SimpleNamespace(lora_request=Non
 """
 
 
-def run(code: str, pack: Path | None, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({"CSULORA_SUBSPACE": str(pack)} if pack else {}) | variables
+def run(code: str, subspace: Path | None, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({"CSULORA_SUBSPACE": str(subspace)} if subspace else {}) | variables
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
@@ -64,7 +64,7 @@ def test_entry_point_imports_nothing() -> None:
 
 
 def test_activates_and_separates_cached_prefixes(files: SimpleNamespace) -> None:
-    finished = run(CACHE_KEYS, files.pack)
+    finished = run(CACHE_KEYS, files.subspace)
 
     assert finished.returncode == 0, finished.stderr
 
@@ -78,7 +78,7 @@ def test_activates_and_separates_cached_prefixes(files: SimpleNamespace) -> None
     ],
 )
 def test_raises(code: str, reason: str, files: SimpleNamespace) -> None:
-    finished = run(code, files.pack)
+    finished = run(code, files.subspace)
 
     assert finished.returncode == 1
     assert reason in finished.stderr

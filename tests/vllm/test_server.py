@@ -103,7 +103,7 @@ def expected(files: SimpleNamespace, offline: dict) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def server(files: SimpleNamespace, expected: SimpleNamespace) -> Iterator[Server]:
-    command = [*GUARDED, str(files.model), "--subspace", str(files.pack)]
+    command = [*GUARDED, str(files.model), "--subspace", str(files.subspace)]
     command += ["--decisions", str(files.root / "decisions.jsonl"), "--lora-modules", f"static={files.raw['one']}"]
     (files.root / "tmp").mkdir()
     variables = {"CSULORA_ADAPTERS": str(files.named), "TMPDIR": str(files.root / "tmp")}
@@ -280,26 +280,26 @@ def fails(start: list[str], **variables: str) -> str:
 
 
 def test_server_without_the_plugin_does_not_start(files: SimpleNamespace) -> None:
-    output = fails_to_start(files, "--subspace", str(files.pack), VLLM_PLUGINS="lora_filesystem_resolver")
+    output = fails_to_start(files, "--subspace", str(files.subspace), VLLM_PLUGINS="lora_filesystem_resolver")
 
     assert "leaves csulora out" in output
 
 
-def test_server_without_a_readable_pack_does_not_start(files: SimpleNamespace) -> None:
-    (files.root / "broken.safetensors").write_bytes(files.pack.read_bytes()[:1000])
+def test_server_without_a_readable_subspace_does_not_start(files: SimpleNamespace) -> None:
+    (files.root / "broken.safetensors").write_bytes(files.subspace.read_bytes()[:1000])
 
     assert "CSULORA_SUBSPACE" in fails_to_start(files)
     assert "broken.safetensors" in fails_to_start(files, "--subspace", str(files.root / "broken.safetensors"))
 
 
-def test_pack_for_another_model_stops_the_server(files: SimpleNamespace) -> None:
+def test_subspace_for_another_model_stops_the_server(files: SimpleNamespace) -> None:
     other = shutil.copytree(files.model, files.root / "other")
     weights = load_file(other / "model.safetensors")
     save_file({name: weight * 2 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
 
-    output = fails_to_start(files, "--subspace", str(files.pack), model=other)
+    output = fails_to_start(files, "--subspace", str(files.subspace), model=other)
 
-    assert "not what the pack was made of" in output
+    assert "not what the subspace file was made of" in output
 
 
 # Runs when Python starts, in every process: makes vLLM one that passes something more to where LoRA weights are made.
@@ -337,7 +337,7 @@ sys.meta_path.insert(0, Other())
 def test_server_of_a_vllm_that_is_not_known_does_not_start(start: list[str], files: SimpleNamespace) -> None:
     (files.root / "other-vllm").mkdir(exist_ok=True)
     (files.root / "other-vllm" / "sitecustomize.py").write_text(OTHER_VLLM)
-    variables = {"PYTHONPATH": str(files.root / "other-vllm"), "CSULORA_SUBSPACE": str(files.pack)}
+    variables = {"PYTHONPATH": str(files.root / "other-vllm"), "CSULORA_SUBSPACE": str(files.subspace)}
 
     output = fails([*start, str(files.model), "--lora-modules", f"static={files.raw['one']}"], **variables)
 
@@ -348,6 +348,6 @@ def test_server_of_a_vllm_that_is_not_known_does_not_start(start: list[str], fil
 def test_refused_adapter_named_at_start_stops_the_server(files: SimpleNamespace) -> None:
     refused = f"static={files.bad['wrong rank']}"
 
-    output = fails_to_start(files, "--subspace", str(files.pack), "--lora-modules", refused)
+    output = fails_to_start(files, "--subspace", str(files.subspace), "--lora-modules", refused)
 
     assert files.reasons["wrong rank"] in output

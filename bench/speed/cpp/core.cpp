@@ -58,7 +58,7 @@ void extract(benchmark::State& state, const Shape& shape) {
     certificate = csulora::extract_subspace(base, aligned, options).certificate;
   }
   state.counters["passes"] = static_cast<double>(certificate.passes);
-  state.counters["missed"] = certificate.missed;
+  state.counters["subspace_error"] = certificate.subspace_error;
 }
 
 at::Tensor basis(int64_t size) { return std::get<0>(at::linalg_qr(at::randn({size, kDirections}))).to(at::kHalf); }
@@ -67,10 +67,10 @@ void correct(benchmark::State& state, const std::vector<Shape>& layer) {
   at::manual_seed(0);
   std::vector<csulora::CorrectionTask> tasks;
   for (const auto& [rows, columns] : layer) {
-    const csulora::LoraPair pair{at::randn({rows, kRank}).div_(std::sqrt(rows)).to(at::kHalf),
-                                 at::randn({kRank, columns}).div_(std::sqrt(columns)).to(at::kHalf)};
+    const csulora::LoraFactors factors{at::randn({rows, kRank}).div_(std::sqrt(rows)).to(at::kHalf),
+                                       at::randn({kRank, columns}).div_(std::sqrt(columns)).to(at::kHalf)};
     const csulora::Subspace subspace{basis(rows), at::arange(kDirections, 0, -1).to(at::kFloat), basis(columns)};
-    tasks.push_back({pair, subspace, csulora::Penalties{}});
+    tasks.push_back({factors, subspace, csulora::Penalties{}});
   }
   for ([[maybe_unused]] auto _ : state) {
     benchmark::DoNotOptimize(csulora::correct(tasks));

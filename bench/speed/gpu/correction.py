@@ -1,4 +1,4 @@
-"""Correction of a Llama-3-8B-shaped adapter on a GPU, adapter and pack resident, against eager PyTorch on it.
+"""Correction of a Llama-3-8B-shaped adapter on a GPU, adapter and subspace file resident, against eager PyTorch on it.
 
     python bench/speed/gpu/correction.py [--rank 16] [--directions 64] [--repeats 20] [--eager-layers 8] [--json FILE]
 
@@ -26,7 +26,7 @@ PENALTIES = (0.0, 1.0, 1.0)
 TOLERANCE = 1e-5  # of |dW|: float32 factors
 
 
-Problem = tuple[_core.LoraPair, _core.Subspace, str]
+Problem = tuple[_core.LoraFactors, _core.Subspace, str]
 
 
 def make_problems(layers: int, rank: int, directions: int) -> list[Problem]:
@@ -40,21 +40,21 @@ def make_problems(layers: int, rank: int, directions: int) -> list[Problem]:
         a += torch.randn(rank, directions, device="cuda") @ v.t() / directions**0.5
         s = torch.arange(1, directions + 1, device="cuda").float().rsqrt()
         subspace = _core.Subspace(u.half().contiguous(), s, v.half().contiguous())
-        pair = _core.LoraPair(b.bfloat16(), a.bfloat16().contiguous(), 2.0)
-        problems.append((pair, subspace, f"module {i}"))
+        factors = _core.LoraFactors(b.bfloat16(), a.bfloat16().contiguous(), 2.0)
+        problems.append((factors, subspace, f"module {i}"))
     return problems
 
 
 def widened(problem: Problem) -> Problem:
     """Return the same problem with its factors in float32."""
-    pair, subspace, label = problem
-    return _core.LoraPair(pair.b.float(), pair.a.float(), pair.scale), subspace, label
+    factors, subspace, label = problem
+    return _core.LoraFactors(factors.b.float(), factors.a.float(), factors.scale), subspace, label
 
 
 def core_tasks(problems: list[Problem]) -> list[_core.CorrectionTask]:
     """Return what the core takes."""
     penalties = _core.Penalties(*PENALTIES)
-    return [_core.CorrectionTask(pair, subspace, penalties, label) for pair, subspace, label in problems]
+    return [_core.CorrectionTask(factors, subspace, penalties, label) for factors, subspace, label in problems]
 
 
 def split(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,28 +66,28 @@ def split(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return orthonormal, roots[:, :rank], roots[:, rank:]
 
 
-def eager(pair: _core.LoraPair, subspace: _core.Subspace) -> tuple[Tensor, Tensor]:
+def eager(factors: _core.LoraFactors, subspace: _core.Subspace) -> tuple[Tensor, Tensor]:
     """Correct one update, rank kept."""
-    rank = pair.b.shape[1]
-    left, b_in, b_out = split(pair.b.double() * pair.scale, subspace.u)
-    right, a_in, a_out = split(pair.a.double().t(), subspace.v)
-    parts = [b_in @ a_in.t(), b_in @ a_out.t(), b_out @ a_in.t(), b_out @ a_out.t()]
-    norms2 = torch.stack([part.square().sum() for part in parts])
+    rank = factors.b.shape[1]
+    left, b_in, b_out = split(factors.b.double() * factors.scale, subspace.u)
+    right, a_in, a_out = split(factors.a.double().t(), subspace.v)
+    components = [b_in @ a_in.t(), b_in @ a_out.t(), b_out @ a_in.t(), b_out @ a_out.t()]
+    norms2 = torch.stack([component.square().sum() for component in components])
     energies = norms2 / norms2.sum()
     aligned, partial, off = PENALTIES
     shared = 1 / (1 + partial * (energies[1] + energies[2]))
     gains = (1 / (1 + aligned * energies[0]), shared, shared, 1 / (1 + off * energies[3]))
-    core = sum(gain * part for gain, part in zip(gains, parts, strict=True))
+    core = sum(gain * component for gain, component in zip(gains, components, strict=True))
     u, s, vt = torch.linalg.svd(core, full_matrices=False)
     root = s[:rank].sqrt()
     b, a = left @ (u[:, :rank] * root), (right @ (vt[:rank].t() * root)).t()
-    return b.to(pair.b.dtype), a.contiguous().to(pair.a.dtype)
+    return b.to(factors.b.dtype), a.contiguous().to(factors.a.dtype)
 
 
-def difference(pair: _core.LoraPair, b: Tensor, a: Tensor) -> float:
-    """|pair - b a| / |b a|, from the factors alone."""
-    left = torch.linalg.qr(torch.cat([pair.b, b], 1).double())[1]
-    right = torch.linalg.qr(torch.cat([pair.a, a]).double().t())[1]
+def difference(factors: _core.LoraFactors, b: Tensor, a: Tensor) -> float:
+    """|X - b a| / |b a| for factors of X, from the factors alone."""
+    left = torch.linalg.qr(torch.cat([factors.b, b], 1).double())[1]
+    right = torch.linalg.qr(torch.cat([factors.a, a]).double().t())[1]
     rank = b.shape[1]
     ours, theirs = left[:, :rank] @ right[:, :rank].t(), left[:, rank:] @ right[:, rank:].t()
     return float((ours - theirs).norm() / theirs.norm())
@@ -116,8 +116,8 @@ def main() -> None:
     worst = 0.0
     compared = problems[: eager_layers * len(LAYER)]
     precise = [widened(problem) for problem in compared]
-    for result, (pair, subspace, _) in zip(_core.correct(core_tasks(precise)), precise, strict=True):
-        worst = max(worst, difference(result.pair, *eager(pair, subspace)))
+    for result, (factors, subspace, _) in zip(_core.correct(core_tasks(precise)), precise, strict=True):
+        worst = max(worst, difference(result.factors, *eager(factors, subspace)))
     if not worst <= TOLERANCE:
         raise SystemExit(f"csulora and the eager code differ by {worst:.1e} of the update")
 
@@ -132,7 +132,7 @@ def main() -> None:
         if i >= 2:  # those before warm up
             ours.append(took)
         if i % 4 == 2:  # an eager run takes far longer
-            took = seconds(lambda: [eager(pair, subspace) for pair, subspace, _ in compared])
+            took = seconds(lambda: [eager(factors, subspace) for factors, subspace, _ in compared])
             theirs.append(took * options.layers / eager_layers)
     needed_bytes, operations = floor(options.layers, options.rank, options.directions)
     copy, rate = bandwidth(), gemm_rate(torch.float64)

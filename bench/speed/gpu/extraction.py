@@ -24,11 +24,11 @@ from torch import Tensor
 from csulora.native import _core
 
 RESIDUAL = 2e-3  # the tolerance of 1e-3, and what storing factors in float16 adds
-MISSED = 1e-3
+SUBSPACE_ERROR = 1e-3
 OVERSAMPLING = 16
 
 
-def pair(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def matrix_pair(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Return a base matrix and one displaced from it."""
     base = 0.02 * torch.randn(rows, columns, device="cuda")
     values = torch.arange(1, 513, device="cuda").float().rsqrt()
@@ -53,9 +53,9 @@ def check(subspaces: list[_core.Subspace], rank: int, smallest: tuple[Tensor, Te
     found = _core.extract_subspace(base, aligned, options)
     true, _, _ = torch.linalg.svd(aligned.double() - base.double(), full_matrices=False)
     basis, _ = torch.linalg.qr(found.u.double())
-    missed = 1 - float((true[:, :rank].t() @ basis).square().sum()) / rank
-    if missed > MISSED:
-        raise SystemExit(f"{missed:.1e} of the true subspace is missed")
+    subspace_error = 1 - float((true[:, :rank].t() @ basis).square().sum()) / rank
+    if subspace_error > SUBSPACE_ERROR:
+        raise SystemExit(f"{subspace_error:.1e} of the true subspace is missed")
     return residual
 
 
@@ -71,13 +71,13 @@ def main() -> None:
     torch.manual_seed(0)
     options = _core.ExtractOptions()
     options.rank = arguments.rank
-    matrices = [pair(*shape) for shape in shapes(arguments.layers)]
+    matrices = [matrix_pair(*shape) for shape in shapes(arguments.layers)]
     torch.cuda.synchronize()  # the threads' streams do not wait for this one's
     times: dict[int, list[float]] = {}
     subspaces: list[_core.Subspace] = []
 
     def run(pool: ThreadPoolExecutor, count: int) -> None:
-        subspaces[:] = pool.map(lambda pair: _core.extract_subspace(*pair, options), matrices[:count])
+        subspaces[:] = pool.map(lambda matrix_pair: _core.extract_subspace(*matrix_pair, options), matrices[:count])
 
     for threads, repeats in {1: 1, arguments.threads: arguments.repeats}.items():
         with on_streams(threads) as pool:  # whose streams keep the memory that they were given

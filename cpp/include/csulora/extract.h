@@ -40,8 +40,8 @@ struct ExtractOptions {
 /// of what the arithmetic does. It grows to the largest displacement: 4 bytes per entry, and 2 for a bfloat16 copy. For
 /// one call at a time.
 struct Workspace {
-  at::Tensor matrix;  ///< float32, flat
-  at::Tensor rough;   ///< bfloat16, flat
+  at::Tensor matrix;         ///< float32, flat
+  at::Tensor low_precision;  ///< bfloat16, flat
 };
 
 /// Truncated SVD of the displacement D = aligned - base.

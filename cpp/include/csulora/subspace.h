@@ -15,7 +15,7 @@ struct Certificate {
   double displacement_norm2 = 0;
 
   /// 1 - |D - U S V^T|_F^2 / |D|_F^2, at least; equals sum s^2 / |D|^2 for exact factors. 0 when D = 0.
-  double captured = 0;
+  double captured_energy = 0;
 
   /// max over i of max(|D v_i - s_i u_i|, |D^T u_i - s_i v_i|) / s_i.
   double residual = 0;
@@ -31,7 +31,7 @@ struct Certificate {
 
   /// Bound on the share of the true leading left or right subspace that is missed, 1 - |U_true^T U|_F^2 / k,
   /// from the residuals and the gaps s_i - next_value (Wedin 1972, column by column). 1: nothing is known.
-  double missed = 1;
+  double subspace_error = 1;
 
   /// Largest singular value that the storage rounding of both matrices can have, sigma (sqrt m + sqrt n) for errors of
   /// one standard deviation sigma: nothing below it can be told from rounding.

@@ -12,7 +12,7 @@
 #include "correct/thin.h"
 #include "correct/truncation.h"
 #include "gpu/correction_device.h"
-#include "runtime/modes.h"
+#include "runtime/torch_guards.h"
 #include "runtime/workers.h"
 
 namespace csulora {
@@ -23,25 +23,25 @@ bool keep_everything(const Gains& gains) {
 }
 
 Correction correct_one(const CorrectionTask& task, const CorrectionOptions& options) {
-  const WithoutModes without_modes;
+  const TorchGuards torch_guards;
   auto update = measured(task);
   auto& result = update.result;
 
-  const int64_t r = task.pair.b.size(1);
-  const int64_t rank = result_rank(options, result.gains, r, std::min(task.pair.b.size(0), task.pair.a.size(1)));
-  const bool balanced = task.pair.b.scalar_type() != at::kDouble;  // unlike an identity and all the rest
+  const int64_t r = task.factors.b.size(1);
+  const int64_t rank = result_rank(options, result.gains, r, std::min(task.factors.b.size(0), task.factors.a.size(1)));
+  const bool balanced = task.factors.b.scalar_type() != at::kDouble;  // unlike an identity and all the rest
   if (keep_everything(result.gains) && rank == r && balanced) {
-    result.pair = stored(task.pair.b.to(at::kDouble).mul(task.pair.scale), task.pair.a, task);
+    result.factors = stored(task.factors.b.to(at::kDouble).mul(task.factors.scale), task.factors.a, task);
   } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
     const auto truncated = truncated_update(update.b, update.a, result.gains, rank);
-    result.pair = stored(truncated.b, truncated.a, task);
-    result.lost = truncated.lost;
+    result.factors = stored(truncated.b, truncated.a, task);
+    result.truncation_error = truncated.truncation_error;
   }
   return std::move(result);
 }
 
 /// correct() for tasks of which none is along directions.
-std::vector<Correction> correct_parts(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
+std::vector<Correction> correct_components(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   if (any_on_device(tasks)) {
     return correct_on_device(tasks, options);
   }
@@ -57,7 +57,7 @@ std::vector<Correction> correct_thin(const std::vector<CorrectionTask>& tasks, c
     (attenuates_directions(task) ? along : others).push_back(task);
   }
   auto along_results = along.empty() ? std::vector<Correction>{} : correct_along(along, options);
-  auto other_results = others.empty() ? std::vector<Correction>{} : correct_parts(others, options);
+  auto other_results = others.empty() ? std::vector<Correction>{} : correct_components(others, options);
   auto next_along = along_results.begin(), next_other = other_results.begin();
   std::vector<Correction> results;
   for (const auto& task : tasks) {
@@ -70,20 +70,20 @@ std::vector<Correction> correct_thin(const std::vector<CorrectionTask>& tasks, c
 
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   check_tasks(tasks, options);
-  if (std::none_of(tasks.begin(), tasks.end(), [](const CorrectionTask& task) { return is_wide(task.pair); })) {
+  if (std::none_of(tasks.begin(), tasks.end(), [](const CorrectionTask& task) { return is_wide(task.factors); })) {
     return correct_thin(tasks, options);
   }
   auto thin = tasks;
   for_each(tasks.size(), any_on_device(tasks), [&](size_t i) {
-    const WithoutModes without_modes;
-    if (is_wide(tasks[i].pair)) {
-      thin[i].pair = thinned(tasks[i].pair);
+    const TorchGuards torch_guards;
+    if (is_wide(tasks[i].factors)) {
+      thin[i].factors = thinned(tasks[i].factors);
     }
   });
   auto results = correct_thin(thin, options);
   for (size_t i = 0; i < tasks.size(); ++i) {
-    if (is_wide(tasks[i].pair)) {
-      results[i].pair = stored(results[i].pair.b, results[i].pair.a, tasks[i]);
+    if (is_wide(tasks[i].factors)) {
+      results[i].factors = stored(results[i].factors.b, results[i].factors.a, tasks[i]);
     }
   }
   return results;

@@ -9,15 +9,15 @@
 #include <iterator>
 #include <limits>
 
+#include "correct/filtered.h"
+#include "correct/gram_sides.h"
 #include "correct/measurement.h"
 #include "correct/result_rank.h"
-#include "correct/scoped.h"
-#include "correct/sides.h"
 #include "correct/storage.h"
 #include "correct/truncation.h"
 #include "gpu/correction_device.h"
 #include "runtime/check.h"
-#include "runtime/modes.h"
+#include "runtime/torch_guards.h"
 #include "runtime/workers.h"
 
 namespace csulora {
@@ -25,15 +25,15 @@ namespace {
 
 using at::Tensor;
 
-/// |X_c| / |dW_c| for every part, from their squares.
-Gains applied(const Parts& to, const Parts& from, double most) {
+/// |X_c| / |dW_c| for every component, from their squares.
+Gains applied(const Components& to, const Components& from, double most) {
   const auto gain = [&](double kept, double norm2) { return norm2 > 0 ? std::min(most, std::sqrt(kept / norm2)) : 1; };
   return {gain(to.aligned, from.aligned), gain(to.left, from.left), gain(to.right, from.right), gain(to.off, from.off)};
 }
 
 /// A task's update as measured, before anything is done to it.
-struct Whole {
-  Sides sides;
+struct Update {
+  GramSides sides;
   Energy energy;
   Correction result;
   bool in_float;
@@ -45,32 +45,32 @@ bool rounds_products() {
   return precision == at::Float32Precision::BF16 || precision == at::Float32Precision::TF32;
 }
 
-Whole whole(const CorrectionTask& task) {
-  const auto& [left, right, restored] = std::get<Directions>(task.attenuation);
+Update measured_update(const CorrectionTask& task) {
+  const auto& [left, right, reinforced] = std::get<Directions>(task.attenuation);
   auto [b, a, result] = measured(task);
-  return {{side(b), side(a)},
+  return {{gram_side(b), gram_side(a)},
           energy(b, a, static_cast<int64_t>(left.size()), static_cast<int64_t>(right.size())),
           std::move(result),
           b.columns.scalar_type() == at::kFloat && !rounds_products()};
 }
 
-/// By how much an adapter's penalties are multiplied, see CorrectionOptions::usual_energy.
-double strength(const std::vector<Whole>& updates, const CorrectionOptions& options) {
+/// By how much an adapter's penalties are multiplied, see CorrectionOptions::reference_energy.
+double penalty_scale(const std::vector<Update>& updates, const CorrectionOptions& options) {
   Energy sum;
   for (const auto& update : updates) {
     sum.along += update.energy.along;
     sum.all += update.energy.all;
   }
-  if (!options.usual_energy || sum.all <= 0) {
+  if (!options.reference_energy || sum.all <= 0) {
     return 1;
   }
-  return std::max(std::pow(sum.along / sum.all / *options.usual_energy, 2), kLeastStrength);
+  return std::max(std::pow(sum.along / sum.all / *options.reference_energy, 2), kLeastPenaltyScale);
 }
 
-/// Gains whose penalties (1 - gain) / gain are multiplied by a strength.
-std::vector<double> strengthened(std::vector<double> gains, double strength) {
-  std::transform(gains.begin(), gains.end(), gains.begin(), [strength](double gain) {
-    return gain > 0 && gain < 1 ? gain / (gain + (1 - gain) * strength) : gain;
+/// Gains whose penalties (1 - gain) / gain are multiplied by a scale.
+std::vector<double> with_scaled_penalties(std::vector<double> gains, double penalty_scale) {
+  std::transform(gains.begin(), gains.end(), gains.begin(), [penalty_scale](double gain) {
+    return gain > 0 && gain < 1 ? gain / (gain + (1 - gain) * penalty_scale) : gain;
   });
   return gains;
 }
@@ -84,14 +84,15 @@ Tensor attenuated(const Tensor& factor, const Tensor& basis, const std::vector<d
 
 /// X for the gains that a task's directions got, of a rank that is greater by what is added. The columns of b are as
 /// long as the rows of a, so that no storage type has too few digits for one of them alone.
-LoraPair pair_of(const CorrectionTask& task, const Directions& directions, const Sides& x, at::ScalarType dtype) {
+LoraFactors factors_of(const CorrectionTask& task, const Directions& directions, const GramSides& x,
+                       at::ScalarType dtype) {
   const auto& subspace = task.subspace;
   const auto stretch = at::tensor(stretches(x), subspace.u.options().dtype(at::kDouble));
-  const auto wide_b = widened(task.pair.b, dtype).mul(stretch.mul(task.pair.scale).to(dtype));
-  const auto wide_a = widened(task.pair.a, dtype).div(stretch.unsqueeze(1).to(dtype));
+  const auto wide_b = widened(task.factors.b, dtype).mul(stretch.mul(task.factors.scale).to(dtype));
+  const auto wide_a = widened(task.factors.a, dtype).div(stretch.unsqueeze(1).to(dtype));
   const auto b = attenuated(wide_b, subspace.u, directions.left);
   const auto a = attenuated(wide_a.t(), subspace.v, directions.right).t();
-  const auto multiples = at::tensor(directions.restored, b.options());
+  const auto multiples = at::tensor(directions.reinforced, b.options());
   const auto chosen = multiples.nonzero().flatten();
   if (chosen.size(0) == 0) {
     return {b, a};
@@ -103,35 +104,35 @@ LoraPair pair_of(const CorrectionTask& task, const Directions& directions, const
 }
 
 /// X in float32 or float64, of some rank, and what was measured of it.
-struct Wanted {
-  LoraPair pair;
+struct Target {
+  LoraFactors factors;
   Gains gains;
-  double change = 0;  ///< |X - dW|
-  bool rounds_well;   ///< whether rounding its factors costs what rounding X would
+  double distance = 0;  ///< |X - dW|
+  bool rounds_well;     ///< whether rounding its factors costs what rounding X would
 };
 
-Wanted everywhere(const CorrectionTask& task, const Directions& directions, const Whole& update) {
+Target on_all_inputs(const CorrectionTask& task, const Directions& directions, const Update& update) {
   const auto& [sides, energy, result, in_float] = update;
-  Sides x{attenuated(sides.b, directions.left), attenuated(sides.a, directions.right), directions.restored};
+  GramSides x{attenuated(sides.b, directions.left), attenuated(sides.a, directions.right), directions.reinforced};
   const SmallMatrix singular(task.subspace.s.unsqueeze(0));
   std::transform(x.added.begin(), x.added.end(), singular[0], x.added.begin(), std::multiplies<double>());
   const double most = x.added.empty() ? 1 : std::numeric_limits<double>::infinity();
   const auto dtype = in_float && accurate_in_float(x, sides) ? at::kFloat : at::kDouble;
-  return {pair_of(task, directions, x, dtype), applied(norms2(x), norms2(sides), most), distance(x, sides),
+  return {factors_of(task, directions, x, dtype), applied(norms2(x), norms2(sides), most), distance(x, sides),
           rounds_well(x)};
 }
 
-Wanted in_scope(const CorrectionTask& task, const Directions& directions, const Whole& update) {
-  const auto x = scoped(task, directions, update.sides, update.in_float ? at::kFloat : at::kDouble);
+Target on_filtered_inputs(const CorrectionTask& task, const Directions& directions, const Update& update) {
+  const auto x = filtered(task, directions, update.sides, update.in_float ? at::kFloat : at::kDouble);
   const auto gains = applied(norms2(x.sides), norms2(update.sides), std::numeric_limits<double>::infinity());
-  return {{x.b, x.a}, gains, x.change, rounds_well(x.sides)};
+  return {{x.b, x.a}, gains, x.distance, rounds_well(x.sides)};
 }
 
-/// The best approximation of a rank of what a pair in float64 holds, by torch's decompositions: a GPU's kernels read
+/// The best approximation of a rank of what factors in float64 hold, by torch's decompositions: a GPU's kernels read
 /// factors of at most float32, in which columns that all but cancel are nothing but rounding.
-Truncated cut_on_device(const LoraPair& pair, int64_t rank) {
-  const auto [b_columns, b_root] = at::linalg_qr(pair.b);
-  const auto [a_columns, a_root] = at::linalg_qr(pair.a.t());
+Truncated cut_on_device(const LoraFactors& factors, int64_t rank) {
+  const auto [b_columns, b_root] = at::linalg_qr(factors.b);
+  const auto [a_columns, a_root] = at::linalg_qr(factors.a.t());
   const auto [left, values, right] = at::linalg_svd(b_root.mm(a_root.t()), /*full_matrices=*/false);
   const int64_t count = std::min(rank, values.size(0));  // fewer than `rank` where that exceeds a side of the matrix
   const auto lengths = values.narrow(0, 0, count).sqrt();
@@ -143,48 +144,49 @@ Truncated cut_on_device(const LoraPair& pair, int64_t rank) {
   return {columns(b_columns, left), columns(a_columns, right.t()).t(), total == 0 ? 0 : (total - kept) / total};
 }
 
-/// The best approximation of a rank of what `pair` holds, its factors balanced and not rounded.
-Truncated cut(CorrectionTask task, const LoraPair& pair, int64_t rank) {
+/// The best approximation of a rank of what `factors` hold, balanced and not rounded.
+Truncated cut(CorrectionTask task, const LoraFactors& factors, int64_t rank) {
   if (any_on_device({task})) {
-    return cut_on_device(pair, rank);
+    return cut_on_device(factors, rank);
   }
-  task.pair = pair;
+  task.factors = factors;
   task.attenuation = kEverything;
-  task.scope.reset();
+  task.input_filter.reset();
   const auto update = measured(task);
   return truncated_update(update.b, update.a, kEverything, rank);
 }
 
 /// Completes what was measured.
-void complete(const CorrectionTask& task, double strength, const CorrectionOptions& options, Whole& update) {
+void complete(const CorrectionTask& task, double penalty_scale, const CorrectionOptions& options, Update& update) {
   auto directions = std::get<Directions>(task.attenuation);
-  directions.left = strengthened(directions.left, strength);
-  directions.right = strengthened(directions.right, strength);
+  directions.left = with_scaled_penalties(directions.left, penalty_scale);
+  directions.right = with_scaled_penalties(directions.right, penalty_scale);
   auto& result = update.result;
   if (result.norm == 0) {
-    directions.restored.clear();
+    directions.reinforced.clear();
   }
-  auto [pair, gains, change, rounds_well] = (task.scope ? in_scope : everywhere)(task, directions, update);
+  auto [factors, gains, distance, rounds_well] =
+      (task.input_filter ? on_filtered_inputs : on_all_inputs)(task, directions, update);
   result.gains = gains;
-  result.change = result.norm > 0 ? change / result.norm : 0;
-  check(std::isfinite(result.change) && std::isfinite(total(gains)), task.label,
-        ": the update is too small to be measured beside what the policy restores");
+  result.relative_change = result.norm > 0 ? distance / result.norm : 0;
+  check(std::isfinite(result.relative_change) && std::isfinite(total(gains)), task.label,
+        ": the update is too small to be measured beside what the policy reinforces");
 
-  const auto& restored = directions.restored;
-  const auto added = static_cast<int64_t>(restored.size()) - std::count(restored.begin(), restored.end(), 0);
-  const int64_t exact = pair.a.size(0), rank = result_rank(options, exact, task.pair.a.size(0) + added);
+  const auto& reinforced = directions.reinforced;
+  const auto added = static_cast<int64_t>(reinforced.size()) - std::count(reinforced.begin(), reinforced.end(), 0);
+  const int64_t exact = factors.a.size(0), rank = result_rank(options, exact, task.factors.a.size(0) + added);
   if (rank < exact || !rounds_well) {
-    const auto x = cut(task, pair, rank);
-    pair = {x.b, x.a};
-    result.lost = x.lost;
+    const auto x = cut(task, factors, rank);
+    factors = {x.b, x.a};
+    result.truncation_error = x.truncation_error;
   }
-  result.pair = stored(pair.b, pair.a, task);
+  result.factors = stored(factors.b, factors.a, task);
 }
 
 template <typename Work>
 void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
   for_each(tasks.size(), any_on_device(tasks), [&](size_t i) {
-    const WithoutModes without_modes;
+    const TorchGuards torch_guards;
     work(i);
   });
 }
@@ -194,13 +196,13 @@ void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
 bool attenuates_directions(const CorrectionTask& task) { return std::holds_alternative<Directions>(task.attenuation); }
 
 std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
-  std::vector<Whole> updates(tasks.size());
-  for_each_task(tasks, [&](size_t i) { updates[i] = whole(tasks[i]); });
-  const double multiplier = strength(updates, options);
+  std::vector<Update> updates(tasks.size());
+  for_each_task(tasks, [&](size_t i) { updates[i] = measured_update(tasks[i]); });
+  const double multiplier = penalty_scale(updates, options);
   for_each_task(tasks, [&](size_t i) { complete(tasks[i], multiplier, options, updates[i]); });
   std::vector<Correction> results;
   std::transform(updates.begin(), updates.end(), std::back_inserter(results),
-                 [](Whole& update) { return std::move(update.result); });
+                 [](Update& update) { return std::move(update.result); });
   return results;
 }
 

@@ -15,15 +15,15 @@ namespace {
 
 using at::Tensor;
 
-/// Squared Frobenius norms of the four parts.
-Parts part_norms2(const SplitFactor& b, const SplitFactor& a) {
+/// Squared Frobenius norms of the four components.
+Components component_norms2(const SplitFactor& b, const SplitFactor& a) {
   const auto &b_gram = b.gram, &a_gram = a.gram;
   const int64_t r = b_gram.rows() / 2;
-  const auto norm2 = [&](int64_t b_part, int64_t a_part) {  // 0 inside, r outside: |B A^T|^2 = <B^T B, A^T A>
+  const auto norm2 = [&](int64_t b_first, int64_t a_first) {  // 0 inside, r outside: |B A^T|^2 = <B^T B, A^T A>
     double sum = 0;
     for (int64_t i = 0; i < r; ++i) {
       for (int64_t j = 0; j < r; ++j) {
-        sum += b_gram[b_part + i][b_part + j] * a_gram[a_part + i][a_part + j];
+        sum += b_gram[b_first + i][b_first + j] * a_gram[a_first + i][a_first + j];
       }
     }
     return std::max(sum, 0.0);
@@ -46,7 +46,7 @@ double undo(const SplitFactor& b, const SplitFactor& a, const Tensor& singular_v
 
 double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
 
-Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
+Gains gains_for(const Attenuation& attenuation, const Components& energies) {
   if (const auto* gains = std::get_if<Gains>(&attenuation)) {
     return *gains;
   }
@@ -58,21 +58,21 @@ Gains gains_for(const Attenuation& attenuation, const Parts& energies) {
   return {gain(penalties->aligned, energies.aligned), partial, partial, gain(penalties->off, energies.off)};
 }
 
-/// Whether splits in float32 are good enough for what the gains keep: the errors of b's columns times the parts of a's,
-/// and the other way round, are small beside |X|. They are not where little is kept of much, or much cancels.
+/// Whether splits in float32 are good enough for what the gains keep: the errors of b's columns times the components of
+/// a's, and the other way round, are small beside |X|. They are not where little is kept of much, or much cancels.
 bool accurate_in_float(const Measured& update) {
   constexpr double kNormal2 = 0x1p-252;  // below 2^-126 digits end
   const auto& [b, a, result] = update;
   const auto& gains = result.gains;
   const auto &b_gram = b.gram, &a_gram = a.gram;
   const int64_t r = b_gram.rows() / 2;
-  const auto error2 = [&](int64_t b_part, int64_t a_part) {
+  const auto error2 = [&](int64_t b_first, int64_t a_first) {
     double sum = 0;
     for (int64_t i = 0; i < r; ++i) {
       const double b_error2 = (b_gram[i][i] + b_gram[r + i][r + i]) * kFloatRounding * kFloatRounding;
       const double a_error2 = (a_gram[i][i] + a_gram[r + i][r + i]) * kFloatRounding * kFloatRounding;
-      sum += (b_error2 + kNormal2 * b.rows) * a_gram[a_part + i][a_part + i] +
-             (a_error2 + kNormal2 * a.rows) * b_gram[b_part + i][b_part + i];
+      sum += (b_error2 + kNormal2 * b.rows) * a_gram[a_first + i][a_first + i] +
+             (a_error2 + kNormal2 * a.rows) * b_gram[b_first + i][b_first + i];
     }
     return sum;
   };
@@ -91,7 +91,7 @@ bool fits_float(double scale) {
   return std::abs(static_cast<float>(scale) - scale) <= kFloatRounding * std::abs(scale);
 }
 
-double changed_share(const Gains& gains, const Parts& energies) {
+double changed_share(const Gains& gains, const Components& energies) {
   const auto removed = [](double g, double energy) { return (1 - g) * (1 - g) * energy; };
   return std::sqrt(removed(gains.aligned, energies.aligned) + removed(gains.left, energies.left) +
                    removed(gains.right, energies.right) + removed(gains.off, energies.off));
@@ -99,7 +99,7 @@ double changed_share(const Gains& gains, const Parts& energies) {
 
 Measured measured_with(const CorrectionTask& task, SplitFactor b, SplitFactor a) {
   Measured update{std::move(b), std::move(a), {}};
-  const auto norms2 = part_norms2(update.b, update.a);
+  const auto norms2 = component_norms2(update.b, update.a);
   const double total = norms2.aligned + norms2.left + norms2.right + norms2.off;
   auto& result = update.result;
   if (total > 0) {
@@ -108,19 +108,19 @@ Measured measured_with(const CorrectionTask& task, SplitFactor b, SplitFactor a)
   result.norm = std::sqrt(total);
   result.undo = undo(update.b, update.a, task.subspace.s);
   result.gains = gains_for(task.attenuation, result.energies);
-  result.change = changed_share(result.gains, result.energies);
+  result.relative_change = changed_share(result.gains, result.energies);
   return update;
 }
 
 std::optional<Measured> measured_in_float(const CorrectionTask& task) {
-  const auto& pair = task.pair;
+  const auto& factors = task.factors;
   const auto& subspace = task.subspace;
-  if (!pair.b.is_cpu() || pair.b.scalar_type() == at::kDouble || !fits_float(pair.scale)) {
+  if (!factors.b.is_cpu() || factors.b.scalar_type() == at::kDouble || !fits_float(factors.scale)) {
     return std::nullopt;
   }
   thread_local Tensor b_memory = at::empty({0}, at::kFloat), a_memory = at::empty({0}, at::kFloat);
-  auto update = measured_with(task, split_in_float(pair.b, pair.scale, subspace.u, b_memory),
-                              split_in_float(pair.a.t(), 1, subspace.v, a_memory));
+  auto update = measured_with(task, split_in_float(factors.b, factors.scale, subspace.u, b_memory),
+                              split_in_float(factors.a.t(), 1, subspace.v, a_memory));
   return accurate_in_float(update) ? std::optional(std::move(update)) : std::nullopt;
 }
 
@@ -129,10 +129,10 @@ std::optional<Measured> measured_in_float(const CorrectionTask& task) {
 Measured measured(const CorrectionTask& task) {
   auto update = measured_in_float(task);
   if (!update) {
-    const auto& pair = task.pair;
+    const auto& factors = task.factors;
     const auto& subspace = task.subspace;
-    update = measured_with(task, split_in_double(pair.b, pair.scale, subspace.u),
-                           split_in_double(pair.a.t(), 1, subspace.v));
+    update = measured_with(task, split_in_double(factors.b, factors.scale, subspace.u),
+                           split_in_double(factors.a.t(), 1, subspace.v));
   }
   check(std::isfinite(update->result.norm) && std::isfinite(update->result.undo), task.label,
         ": the update or the subspace holds NaN, infinity or values too large");

@@ -14,7 +14,7 @@ inline constexpr double kFloatTolerance = 5e-6;
 struct Measured {
   SplitFactor b;      ///< of the task's b times its scale
   SplitFactor a;      ///< of the transpose of its a
-  Correction result;  ///< without its pair; with the gains of parts that the task asks for, all 1 along directions
+  Correction result;  ///< without its factors; with the gains that the task asks for, all 1 along directions
 };
 
 /// Splits and measures the update of a checked task: in float32 where that is accurate enough for the gains, else, on a

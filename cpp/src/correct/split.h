@@ -15,7 +15,7 @@ struct SplitFactor {
   int64_t rows = 0;         ///< m
 };
 
-/// Products in float32, their sums over blocks of rows in float64. Each column of either part is off by about
+/// Products in float32, their sums over blocks of rows in float64. Each column of either half is off by about
 /// kFloatRounding times the norm of the column of F; `gram` is exact for the columns as they came out.
 ///
 /// `factor` (m, r) and `basis` (m, k) are float16, bfloat16 or float32, of any strides; F = scale * factor. `columns`

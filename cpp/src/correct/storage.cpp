@@ -31,7 +31,7 @@ Tensor widened(const Tensor& matrix, at::ScalarType dtype) {
   return matrix.to(at::kFloat).to(dtype);  // at once, float16 to float64 takes five times as long
 }
 
-LoraPair stored(const Tensor& b, const Tensor& a, const CorrectionTask& task) {
+LoraFactors stored(const Tensor& b, const Tensor& a, const CorrectionTask& task) {
   const auto round = [&](const Tensor& factor, const Tensor& replaced) {
     const auto dtype = replaced.scalar_type();
     const auto [least, most] = at::aminmax(factor);  // NaN if one entry is
@@ -39,7 +39,7 @@ LoraPair stored(const Tensor& b, const Tensor& a, const CorrectionTask& task) {
     check_fits(fits, dtype, task.label);
     return factor.to(dtype).contiguous();
   };
-  return {round(b, task.pair.b), round(a, task.pair.a)};
+  return {round(b, task.factors.b), round(a, task.factors.a)};
 }
 
 }  // namespace csulora

@@ -7,9 +7,9 @@ namespace csulora {
 /// A stored matrix in float32 or float64.
 at::Tensor widened(const at::Tensor& matrix, at::ScalarType dtype);
 
-/// A corrected pair rounded to the storage types of the pair it replaces, scale 1 and contiguous.
+/// Corrected factors rounded to the storage types of those they replace, scale 1 and contiguous.
 ///
 /// @throws InputError if an entry does not fit, and for NaN
-LoraPair stored(const at::Tensor& b, const at::Tensor& a, const CorrectionTask& task);
+LoraFactors stored(const at::Tensor& b, const at::Tensor& a, const CorrectionTask& task);
 
 }  // namespace csulora

@@ -12,30 +12,31 @@
 namespace csulora {
 namespace {
 
-void check_share(double value, const char* part, const std::string& label) {
-  check(value >= 0 && value <= 1, label, ": gain `", part, "` is ", value, "; it must lie in [0, 1]");
+void check_share(double value, const char* component, const std::string& label) {
+  check(value >= 0 && value <= 1, label, ": gain `", component, "` is ", value, "; it must lie in [0, 1]");
 }
 
-void check_penalty(double value, const char* part, const std::string& label) {
-  check(value >= 0, label, ": penalty `", part, "` is ", value, "; it must be 0 or more (infinity removes the part)");
+void check_penalty(double value, const char* component, const std::string& label) {
+  check(value >= 0, label, ": penalty `", component, "` is ", value,
+        "; it must be 0 or more (infinity removes the component)");
 }
 
 void check_directions(const Directions& directions, int64_t known, const std::string& label) {
-  const auto& [left, right, restored] = directions;
+  const auto& [left, right, reinforced] = directions;
   const auto check_count = [&](const std::vector<double>& numbers, const char* name) {
     const auto count = static_cast<int64_t>(numbers.size());
-    check(count <= known, label, ": the policy has numbers for ", count, " ", name, " directions, and the pack has ",
-          known, "; use the pack that the policy is for");
+    check(count <= known, label, ": the policy has numbers for ", count, " ", name,
+          " directions, and the subspace file has ", known, "; use the one that the policy is for");
   };
   check_count(left, "left");
   check_count(right, "right");
-  check_count(restored, "restored");
+  check_count(reinforced, "reinforced");
   for (const auto* gains : {&left, &right}) {
     check(std::all_of(gains->begin(), gains->end(), [](double gain) { return gain >= 0 && gain <= 1; }), label,
           ": a gain of a direction does not lie in [0, 1]");
   }
-  check(std::all_of(restored.begin(), restored.end(), [](double multiple) { return std::isfinite(multiple); }), label,
-        ": a multiple of a direction is not finite");
+  check(std::all_of(reinforced.begin(), reinforced.end(), [](double multiple) { return std::isfinite(multiple); }),
+        label, ": a multiple of a direction is not finite");
 }
 
 void check_attenuation(const CorrectionTask& task) {
@@ -54,27 +55,29 @@ void check_attenuation(const CorrectionTask& task) {
   }
 }
 
-void check_scope(const CorrectionTask& task) {
-  const auto& [p, q] = *task.scope;
-  check_matrix(p, task.label + ": the scope's p");
-  check_matrix(q, task.label + ": the scope's q");
-  check(p.scalar_type() == at::kFloat && q.scalar_type() == at::kFloat, task.label, ": the scope is not float32");
-  check(p.sizes() == q.sizes() && p.size(0) == task.pair.a.size(1), task.label, ": the update has ",
-        task.pair.a.size(1), " inputs, the scope's p is ", p.sizes(), " and its q ", q.sizes());
-  check_same_device(p, task.pair.b, task.label + ": the scope's p");
-  check_same_device(q, task.pair.b, task.label + ": the scope's q");
+void check_input_filter(const CorrectionTask& task) {
+  const auto& [p, q] = *task.input_filter;
+  check_matrix(p, task.label + ": the input filter's p");
+  check_matrix(q, task.label + ": the input filter's q");
+  check(p.scalar_type() == at::kFloat && q.scalar_type() == at::kFloat, task.label,
+        ": the input filter is not float32");
+  check(p.sizes() == q.sizes() && p.size(0) == task.factors.a.size(1), task.label, ": the update has ",
+        task.factors.a.size(1), " inputs, the input filter's p is ", p.sizes(), " and its q ", q.sizes());
+  check_same_device(p, task.factors.b, task.label + ": the input filter's p");
+  check_same_device(q, task.factors.b, task.label + ": the input filter's q");
   check(std::holds_alternative<Directions>(task.attenuation), task.label,
-        ": only gains of directions can be scoped; give such gains for this module, or do not scope the policy");
+        ": only gains of directions can be filtered; give such gains for this module, or set filtered = false in the "
+        "policy");
 }
 
 void check_options(const CorrectionOptions& options) {
   check(options.rule != RankRule::fixed || options.rank >= 1, "rank is ", options.rank, "; it must be at least 1");
-  const double usual = options.usual_energy.value_or(1);
-  check(usual > 0 && usual <= 1, "usual_energy is ", usual, "; it must lie in (0, 1]");
+  const double reference = options.reference_energy.value_or(1);
+  check(reference > 0 && reference <= 1, "reference_energy is ", reference, "; it must lie in (0, 1]");
 }
 
 void check_task(const CorrectionTask& task) {
-  const auto& [b, a, scale] = task.pair;
+  const auto& [b, a, scale] = task.factors;
   const auto& [u, s, v, certificate] = task.subspace;
   check_matrix(b, task.label + ": b");
   check_matrix(a, task.label + ": a");
@@ -87,8 +90,8 @@ void check_task(const CorrectionTask& task) {
   check(u.size(0) == b.size(0) && v.size(0) == a.size(1), task.label, ": the update is ", b.size(0), " x ", a.size(1),
         " and the subspace is for ", u.size(0), " x ", v.size(0));
   check_attenuation(task);
-  if (task.scope) {
-    check_scope(task);
+  if (task.input_filter) {
+    check_input_filter(task);
   }
 }
 

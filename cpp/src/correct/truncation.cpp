@@ -11,7 +11,7 @@ namespace {
 
 using at::Tensor;
 
-/// root [[p, q], [s, t]], where each entry stands for that many times the identity: pairs of columns are mixed.
+/// root [[p, q], [s, t]], where each entry stands for that many times the identity: columns are mixed two by two.
 SmallMatrix mixed(const SmallMatrix& root, double p, double q, double s, double t) {
   const int64_t r = root.columns() / 2;
   SmallMatrix result(root.rows(), 2 * r);

@@ -9,9 +9,9 @@ namespace csulora {
 
 /// X of some rank, and what was given up to reach it.
 struct Truncated {
-  at::Tensor b;     ///< (m, rank) of the dtype of the columns it was made from
-  at::Tensor a;     ///< (rank, n)
-  double lost = 0;  ///< |X - b a|^2 / |X|^2
+  at::Tensor b;                 ///< (m, rank) of the dtype of the columns it was made from
+  at::Tensor a;                 ///< (rank, n)
+  double truncation_error = 0;  ///< |X - b a|^2 / |X|^2
 };
 
 /// The best approximation of rank `rank` of X = [B_in, B_out] M [A_in, A_out]^T with M = [[aligned, left], [right,

@@ -90,8 +90,8 @@ Residuals residuals(const Displacement& d, const Triples& triples, bool in_half)
 }
 
 /// |D - U S V^T|^2 = |D|^2 - 2 sum s u^T D v + |U S V^T|^2. What the products may be off by does not count as captured.
-double captured_share(double norm2, const Tensor& s, const Residuals& measured, const Tensor& gram_u,
-                      const Tensor& gram_v) {
+double captured_energy(double norm2, const Tensor& s, const Residuals& measured, const Tensor& gram_u,
+                       const Tensor& gram_v) {
   const auto reproduced2 = gram_u.mul(s).mul(gram_v.mul(s).t()).sum();
   return (2 * s.mul(measured.quotients - measured.error).sum() - reproduced2).item<double>() / norm2;
 }
@@ -99,7 +99,7 @@ double captured_share(double norm2, const Tensor& s, const Residuals& measured, 
 /// What u and v together have outside the true leading subspaces is at most the sum over their columns of
 /// (|D v - s u|^2 + |D^T u - s v|^2) / (s - s_{k+1})^2 (Wedin 1972). Orthonormalising the columns stretches it by at
 /// most 1 / (1 - error), with the orthonormality error in Frobenius norm.
-double missed_bound(const Tensor& residuals2, const Tensor& s, double next_value, double orthonormality) {
+double subspace_error_bound(const Tensor& residuals2, const Tensor& s, double next_value, double orthonormality) {
   const auto gaps = s - next_value;
   if (orthonormality >= 1 || gaps.le(0).any().item<bool>()) {
     return 1;
@@ -126,8 +126,9 @@ Certificate measure_factors(const Displacement& d, const Subspace& subspace, dou
   const auto gram_u = gram(triples.u), gram_v = gram(triples.v);
   certificate.residual = at::maximum(left, right).div(s).max().item<double>();
   certificate.orthonormality = std::max(orthonormality_error(gram_u), orthonormality_error(gram_v));
-  certificate.captured = captured_share(d.norm2, s, measured, gram_u, gram_v);
-  certificate.missed = missed_bound(left.square() + right.square(), s, next_value, certificate.orthonormality);
+  certificate.captured_energy = captured_energy(d.norm2, s, measured, gram_u, gram_v);
+  certificate.subspace_error =
+      subspace_error_bound(left.square() + right.square(), s, next_value, certificate.orthonormality);
   return certificate;
 }
 

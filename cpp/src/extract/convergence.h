@@ -11,10 +11,10 @@ struct RitzValues {
 };
 
 /// Whether the leading `count` triples have converged, and the next value is known well enough, or is as good as zero,
-/// to say that it is not wanted and to measure the gap to it.
+/// to say that it is no target and to measure the gap to it.
 ///
-/// @param count      of the values wanted, fewer than there are
-/// @param tolerance  every wanted triple's residual is at most that times its value
-bool converged(const RitzValues& ritz, int64_t count, const WantedCount& wanted, double tolerance);
+/// @param count      of the target values, fewer than there are
+/// @param tolerance  every target triple's residual is at most that times its value
+bool converged(const RitzValues& ritz, int64_t count, const TargetCount& target_count, double tolerance);
 
 }  // namespace csulora

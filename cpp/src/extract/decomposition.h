@@ -22,13 +22,13 @@ struct SingularTriples {
   int64_t passes = 0;     ///< products with the matrix and its transpose; 0 for a full decomposition
 };
 
-/// Says how many of the leading singular values (float64, descending) are wanted.
-using WantedCount = std::function<int64_t(const at::Tensor& values)>;
+/// Says how many of the leading singular values (float64, descending) are targets.
+using TargetCount = std::function<int64_t(const at::Tensor& values)>;
 
 struct KrylovOptions {
-  int64_t block = 0;       ///< columns of the random start block, more than will ever be wanted
+  int64_t block = 0;       ///< columns of the random start block, more than there will ever be targets
   int64_t max_blocks = 0;  ///< give up beyond this depth
-  double tolerance = 0;    ///< every wanted triple reaches |A^T u - s v| <= tolerance * s
+  double tolerance = 0;    ///< every target triple reaches |A^T u - s v| <= tolerance * s
   uint64_t seed = 0;
 };
 
@@ -37,27 +37,28 @@ struct KrylovOptions {
 ///
 /// @param matrix  (m, n) float32
 /// @return nothing if max_blocks or float32 did not suffice
-std::optional<SingularTriples> block_krylov(const at::Tensor& matrix, const WantedCount& wanted,
+std::optional<SingularTriples> block_krylov(const at::Tensor& matrix, const TargetCount& target_count,
                                             const KrylovOptions& options);
 
 /// The same, but that the Krylov space is built with a bfloat16 copy of the matrix, and what it holds is then refined.
 ///
-/// @param rough  (m, n) bfloat16, products with which must be fast (has_fast_bfloat16)
-std::optional<SingularTriples> rough_block_krylov(const at::Tensor& matrix, const at::Tensor& rough,
-                                                  const WantedCount& wanted, const KrylovOptions& options);
+/// @param low_precision  (m, n) bfloat16, products with which must be fast (has_fast_bfloat16)
+std::optional<SingularTriples> low_precision_block_krylov(const at::Tensor& matrix, const at::Tensor& low_precision,
+                                                          const TargetCount& target_count,
+                                                          const KrylovOptions& options);
 
 /// Subspace iteration from a start that all but spans the leading left vectors, in float32. Only residuals are computed
 /// with the bfloat16 copy.
 ///
-/// @param start  (b, m) float32, more vectors than will be wanted
+/// @param start  (b, m) float32, more vectors than there will be targets
 /// @return nothing if the start was not good enough
-std::optional<SingularTriples> refine(const at::Tensor& matrix, const at::Tensor& rough, const at::Tensor& start,
-                                      const WantedCount& wanted, double tolerance);
+std::optional<SingularTriples> refine(const at::Tensor& matrix, const at::Tensor& low_precision,
+                                      const at::Tensor& start, const TargetCount& target_count, double tolerance);
 
 /// The same from all eigenvalues of the smaller Gram matrix, in float64. Squaring costs half the digits of a value far
 /// below the largest, which leaves more of them than a float32 SVD does.
 ///
 /// @param matrix  (m, n) float32
-SingularTriples exact_triples(const at::Tensor& matrix, const WantedCount& wanted);
+SingularTriples exact_triples(const at::Tensor& matrix, const TargetCount& target_count);
 
 }  // namespace csulora

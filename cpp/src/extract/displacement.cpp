@@ -13,7 +13,7 @@
 #include "linalg/products.h"
 #include "linalg/row_blocks.h"
 #include "runtime/check.h"
-#include "runtime/modes.h"
+#include "runtime/torch_guards.h"
 #include "runtime/workers.h"
 
 namespace csulora {
@@ -70,7 +70,7 @@ class WidenedRows {
   int64_t stride_ = 0;
 };
 
-/// Writes `count` rows of D from `first` on, and of its rough copy if there is one, and sums them.
+/// Writes `count` rows of D from `first` on, and of its low-precision copy if there is one, and sums them.
 Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int64_t count, const Displacement& d) {
   constexpr int64_t kCacheEntries = int64_t{1} << 15;  // stay in a core's cache from one operation to the next
   const int64_t columns = d.matrix.size(1);
@@ -79,8 +79,9 @@ Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int
   Sums sums{0, 0, at::zeros({columns}, at::kDouble)};
   auto* const column_spacings2 = sums.column_spacings2.mutable_data_ptr<double>();
   DifferenceRow target{d.matrix.mutable_data_ptr<float>() + first * columns, nullptr};
-  if (d.rough.defined()) {
-    target.rough = reinterpret_cast<uint16_t*>(d.rough.mutable_data_ptr<at::BFloat16>()) + first * columns;
+  if (d.low_precision.defined()) {
+    target.low_precision =
+        reinterpret_cast<uint16_t*>(d.low_precision.mutable_data_ptr<at::BFloat16>()) + first * columns;
   }
   for (int64_t row = first; row < first + count; row += step) {
     const int64_t rows = std::min(step, first + count - row);
@@ -89,7 +90,7 @@ Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int
     for (int64_t i = 0; i < rows; ++i) {
       const auto of_row = subtract_row(before[i], after[i], columns, target, column_spacings2);
       target.entries += columns;
-      target.rough += d.rough.defined() ? columns : 0;
+      target.low_precision += d.low_precision.defined() ? columns : 0;
       sums.norm2 += of_row.norm2;
       sums.largest_row_spacings2 = std::max(sums.largest_row_spacings2, of_row.spacings2);
     }
@@ -121,18 +122,19 @@ Tensor matrix_in(Tensor& memory, int64_t rows, int64_t columns, at::ScalarType d
   return memory.narrow(0, 0, rows * columns).view({rows, columns});
 }
 
-Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool roughly_too, Workspace& workspace) {
+Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool with_low_precision,
+                                 Workspace& workspace) {
   const int64_t rows = base.size(0);
   const int64_t columns = base.size(1);
   Displacement result;
   result.matrix = matrix_in(workspace.matrix, rows, columns, at::kFloat);
-  if (roughly_too && has_fast_bfloat16(result.matrix)) {
-    result.rough = matrix_in(workspace.rough, rows, columns, at::kBFloat16);
+  if (with_low_precision && has_fast_bfloat16(result.matrix)) {
+    result.low_precision = matrix_in(workspace.low_precision, rows, columns, at::kBFloat16);
   }
   const int64_t step = rows_per_block(columns);
   std::vector<Sums> parts((rows + step - 1) / step);
   for_each_on_torch_threads(parts.size(), [&](size_t i) {
-    const WithoutModes without_modes;
+    const TorchGuards torch_guards;
     const int64_t row = static_cast<int64_t>(i) * step;
     parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result);
   });
@@ -149,8 +151,8 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool
 
 }  // namespace
 
-Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std, bool roughly_too,
-                          Workspace* workspace) {
+Displacement displacement(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std,
+                          bool with_low_precision, Workspace* workspace) {
   check_matrix(base, "base");
   check_matrix(aligned, "aligned");
   check_same_device(aligned, base, "aligned");
@@ -160,7 +162,7 @@ Displacement displacement(const Tensor& base, const Tensor& aligned, std::option
   check(base.numel() > 0, "base and aligned are empty");
 
   Workspace own;
-  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned, roughly_too, workspace ? *workspace : own)
+  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned, with_low_precision, workspace ? *workspace : own)
                               : displacement_on_device(base, aligned);
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
   if (noise_std) {

@@ -11,10 +11,10 @@ namespace csulora {
 
 /// D = aligned - base with the two scalars that need a pass over both matrices.
 struct Displacement {
-  at::Tensor matrix;      ///< (m, n) float32
-  double norm2 = 0;       ///< |D|_F^2, accumulated in float64
-  double noise_edge = 0;  ///< what the largest singular value of both matrices' storage rounding can reach
-  at::Tensor rough;       ///< (m, n) bfloat16, a copy of the matrix; undefined unless asked for and of use
+  at::Tensor matrix;         ///< (m, n) float32
+  double norm2 = 0;          ///< |D|_F^2, accumulated in float64
+  double noise_edge = 0;     ///< what the largest singular value of both matrices' storage rounding can reach
+  at::Tensor low_precision;  ///< (m, n) bfloat16, a copy of the matrix; undefined unless asked for and of use
 };
 
 /// Whether float32 products with D neither overflow nor lose digits; float64 takes the rest.
@@ -36,11 +36,11 @@ inline double rounding_edge(double row, double column) { return (std::sqrt(row) 
 /// where the variance is the same everywhere, and also covers rows or columns that are larger than the rest.
 ///
 /// @param noise_std    takes the place of every sqrt(v_ij), which otherwise follow from the dtypes and magnitudes
-/// @param roughly_too  make the rough copy, where products with it are fast
+/// @param with_low_precision  make the low-precision copy, where products with it are fast
 /// @param workspace    where both are formed on a CPU, or null: in memory of their own
 /// @throws InputError unless both are finite matrices of one shape on one device, float16, bfloat16 or float32
 Displacement displacement(const at::Tensor& base, const at::Tensor& aligned, std::optional<double> noise_std,
-                          bool roughly_too = false, Workspace* workspace = nullptr);
+                          bool with_low_precision = false, Workspace* workspace = nullptr);
 
 /// The same for checked matrices on a GPU, but that nothing takes the place of the rounding, and values are not
 /// checked.

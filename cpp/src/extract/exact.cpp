@@ -37,7 +37,7 @@ double root_bound(const Tensor& eigenvalues, int64_t index) {
 
 }  // namespace
 
-SingularTriples exact_triples(const Tensor& matrix, const WantedCount& wanted) {
+SingularTriples exact_triples(const Tensor& matrix, const TargetCount& target_count) {
   const bool wide = matrix.size(0) < matrix.size(1);
   const auto tall = wide ? matrix.t() : matrix;  // (longer, shorter)
   auto eigenvectors = gram(tall).t();            // the same matrix, laid out as the solver writes
@@ -45,7 +45,7 @@ SingularTriples exact_triples(const Tensor& matrix, const WantedCount& wanted) {
   at::linalg_eigh_out(eigenvalues, eigenvectors, eigenvectors);  // in its memory: the largest there is
   SingularTriples triples;
   triples.computed = eigenvalues.flip(0).clamp_min_(0).sqrt_();
-  const int64_t count = wanted(triples.computed);
+  const int64_t count = target_count(triples.computed);
   const int64_t rest = tall.size(1) - count;
   const auto leading = eigenvectors.narrow(1, rest, count);
   // Rayleigh-Ritz on the leading eigenvectors restores the digits that squaring cost the vectors and values.

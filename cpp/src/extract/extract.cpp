@@ -9,14 +9,14 @@
 #include "extract/decomposition.h"
 #include "extract/displacement.h"
 #include "runtime/check.h"
-#include "runtime/modes.h"
+#include "runtime/torch_guards.h"
 
 namespace csulora {
 namespace {
 
 using at::Tensor;
 
-/// Columns beyond the wanted ones make the start block miss a leading direction with negligible probability.
+/// Columns beyond the targets make the start block miss a leading direction with negligible probability.
 constexpr int64_t kOversampling = 16;
 /// Below this many blocks per short side a full decomposition costs no more than the Krylov method.
 constexpr int64_t kExactBlocks = 8;
@@ -45,11 +45,11 @@ int64_t count_above_noise(const Tensor& values, double noise_edge) {
 }
 
 /// How many leading directions the options ask for, at most `limit`, given all computed singular values.
-int64_t wanted_count(const Tensor& values, const Displacement& d, int64_t limit, const ExtractOptions& options) {
+int64_t count_targets(const Tensor& values, const Displacement& d, int64_t limit, const ExtractOptions& options) {
   int64_t count = std::min(limit, values.size(0));
   if (options.energy) {
-    const auto captured = values.square().cumsum(0);
-    count = std::min(count, 1 + captured.lt(*options.energy * d.norm2).sum().item<int64_t>());
+    const auto captured_energy = values.square().cumsum(0);
+    count = std::min(count, 1 + captured_energy.lt(*options.energy * d.norm2).sum().item<int64_t>());
   }
   return std::min(count, count_above_noise(values, options.keep_noise ? 0 : d.noise_edge));
 }
@@ -60,21 +60,21 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
     const auto none = at::empty({0}, options);
     return {at::empty({d.matrix.size(0), 0}, options), none, at::empty({d.matrix.size(1), 0}, options), 0, none};
   }
-  const auto wanted = [&](const Tensor& values) { return wanted_count(values, d, limit, options); };
+  const auto target_count = [&](const Tensor& values) { return count_targets(values, d, limit, options); };
   if (is_searched(d.matrix, limit) && fits_float32(d)) {
     const int64_t block = limit + kOversampling;
     const int64_t max_blocks = std::min(d.matrix.size(0), d.matrix.size(1)) / 2 / block;
     const KrylovOptions krylov{block, max_blocks, options.tolerance, options.seed};
-    if (d.rough.defined()) {
-      if (auto triples = rough_block_krylov(d.matrix, d.rough, wanted, krylov)) {
+    if (d.low_precision.defined()) {
+      if (auto triples = low_precision_block_krylov(d.matrix, d.low_precision, target_count, krylov)) {
         return *std::move(triples);
       }
     }
-    if (auto triples = block_krylov(d.matrix, wanted, krylov)) {
+    if (auto triples = block_krylov(d.matrix, target_count, krylov)) {
       return *std::move(triples);
     }
   }
-  return exact_triples(d.matrix, wanted);
+  return exact_triples(d.matrix, target_count);
 }
 
 Certificate measured(const Displacement& d, const Subspace& subspace, const SingularTriples& triples) {
@@ -89,7 +89,7 @@ Certificate measured(const Displacement& d, const Subspace& subspace, const Sing
 Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const ExtractOptions& options,
                           Workspace* workspace) {
   check_options(options);
-  const WithoutModes without_modes;
+  const TorchGuards torch_guards;
   const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
   check_matrix(base, "base");
   const int64_t limit = std::min({options.rank, base.size(0), base.size(1)});
@@ -108,7 +108,7 @@ Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& s
   check_options(options);
   validate(subspace);
   check_same_device(subspace.u, base, "the subspace's u");
-  const WithoutModes without_modes;
+  const TorchGuards torch_guards;
   const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
   const auto d = displacement(base, aligned, options.noise_std);
   check(subspace.u.size(0) == d.matrix.size(0) && subspace.v.size(0) == d.matrix.size(1), "the subspace is for ",

@@ -140,7 +140,7 @@ Tensor extend(const Tensor& projected, const BlockBasis::Coefficients& column) {
   return extended;
 }
 
-/// A Krylov space in which the wanted triples have converged.
+/// A Krylov space in which the target triples have converged.
 struct Krylov {
   BlockBasis left, right;
   Tensor projected;
@@ -150,11 +150,12 @@ struct Krylov {
 
 /// @param matrix  float32, or the bfloat16 copy of such a matrix
 /// @return nothing if max_blocks or the digits did not suffice
-std::optional<Krylov> bidiagonalise(const Tensor& matrix, const WantedCount& wanted, const KrylovOptions& options) {
+std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& target_count,
+                                    const KrylovOptions& options) {
   check_internal(options.block >= 1, "empty Krylov block");
-  const bool rough = matrix.scalar_type() != at::kFloat;
-  BlockBasis left(options.max_blocks * options.block, matrix.size(0), matrix.options(), rough);
-  BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1), matrix.options(), rough);
+  const bool low_precision = matrix.scalar_type() != at::kFloat;
+  BlockBasis left(options.max_blocks * options.block, matrix.size(0), matrix.options(), low_precision);
+  BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1), matrix.options(), low_precision);
   const auto start = gaussian(matrix.size(0), options.block, options.seed, matrix.options().dtype(at::kFloat));
   right.append(start.t(), matrix);
   Tensor projected;
@@ -170,7 +171,7 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const WantedCount& wan
     }
     next_look = blocks + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
     auto ritz = rayleigh_ritz(projected, residual_block);
-    if (converged(ritz.found, wanted(ritz.found.values), wanted, options.tolerance)) {
+    if (converged(ritz.found, target_count(ritz.found.values), target_count, options.tolerance)) {
       return Krylov{std::move(left), std::move(right), projected, std::move(ritz), 2 * blocks + 1};
     }
   }
@@ -179,14 +180,14 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const WantedCount& wan
 
 }  // namespace
 
-std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCount& wanted,
+std::optional<SingularTriples> block_krylov(const Tensor& matrix, const TargetCount& target_count,
                                             const KrylovOptions& options) {
-  const auto krylov = bidiagonalise(matrix, wanted, options);
+  const auto krylov = bidiagonalise(matrix, target_count, options);
   if (!krylov) {
     return std::nullopt;
   }
   const auto& [values, residuals] = krylov->ritz.found;
-  const int64_t count = wanted(values);
+  const int64_t count = target_count(values);
   const auto coefficients = krylov->ritz.left.narrow(1, 0, count);
   SingularTriples triples;
   triples.s = values.narrow(0, 0, count);
@@ -199,14 +200,15 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const WantedCo
   return triples;
 }
 
-std::optional<SingularTriples> rough_block_krylov(const Tensor& matrix, const Tensor& rough, const WantedCount& wanted,
-                                                  const KrylovOptions& options) {
-  const auto krylov = bidiagonalise(rough, wanted, options);
+std::optional<SingularTriples> low_precision_block_krylov(const Tensor& matrix, const Tensor& low_precision,
+                                                          const TargetCount& target_count,
+                                                          const KrylovOptions& options) {
+  const auto krylov = bidiagonalise(low_precision, target_count, options);
   if (!krylov) {
     return std::nullopt;
   }
   const auto start = krylov->left.combine(krylov->ritz.left.narrow(1, 0, options.block).to(at::kFloat));
-  auto triples = refine(matrix, rough, start.t(), wanted, options.tolerance);
+  auto triples = refine(matrix, low_precision, start.t(), target_count, options.tolerance);
   if (triples) {
     triples->passes += krylov->passes;
   }

@@ -40,17 +40,17 @@ Tensor outside(const Tensor& block, const Tensor& rows) { return block.addmm(blo
 ///
 /// @param known  orthonormal rows that A maps into the span of u, or undefined: of v only the rest counts. What is
 ///               rounded in the product is then a small share of something small.
-Tensor residuals(const Projected& found, const Tensor& rough, const Tensor& known) {
+Tensor residuals(const Projected& found, const Tensor& low_precision, const Tensor& known) {
   auto product = at::empty_like(found.left);
-  multiply(product, known.defined() ? outside(found.right, known) : found.right, rough.t());
+  multiply(product, known.defined() ? outside(found.right, known) : found.right, low_precision.t());
   return outside(product, found.left).to(at::kDouble).norm(2, 1).add_(found.values[0], kResolution);
 }
 
 }  // namespace
 
-std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& rough, const Tensor& start,
-                                      const WantedCount& wanted, double tolerance) {
-  auto a = matrix, rough_a = rough;  // and their transposes in every other step
+std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& low_precision, const Tensor& start,
+                                      const TargetCount& target_count, double tolerance) {
+  auto a = matrix, low_precision_a = low_precision;  // and their transposes in every other step
   auto rows = start.contiguous();
   orthonormalise(rows);
   Tensor known;
@@ -58,9 +58,9 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& rough,
     const auto image = at::empty({rows.size(0), a.size(1)}, rows.options());
     multiply(image, rows, a);
     const auto found = project(rows, image);
-    const RitzValues ritz{found.values, residuals(found, rough_a, known)};
-    const int64_t count = wanted(ritz.values);
-    if (count < rows.size(0) && converged(ritz, count, wanted, tolerance)) {
+    const RitzValues ritz{found.values, residuals(found, low_precision_a, known)};
+    const int64_t count = target_count(ritz.values);
+    if (count < rows.size(0) && converged(ritz, count, target_count, tolerance)) {
       SingularTriples triples;
       triples.s = ritz.values.narrow(0, 0, count);
       triples.u = found.left.narrow(0, 0, count).t();
@@ -77,7 +77,7 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& rough,
     rows = image;
     orthonormalise(rows);
     a = a.t();
-    rough_a = rough_a.t();
+    low_precision_a = low_precision_a.t();
   }
   return std::nullopt;
 }

@@ -43,12 +43,12 @@ CSULORA_INLINED void add_spacings2(const typename Lanes<kLanes>::Floats& entries
 
 /// Stores the nearest bfloat16 numbers, ties to even: the upper halves, after half of what the lower can hold is added.
 template <int kLanes>
-CSULORA_INLINED void store_rough(const typename Lanes<kLanes>::Floats& entries, uint16_t* rough) {
+CSULORA_INLINED void store_low_precision(const typename Lanes<kLanes>::Floats& entries, uint16_t* low_precision) {
   typename Lanes<kLanes>::Bits bits;
   std::memcpy(&bits, &entries, sizeof bits);
   bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const auto halves = __builtin_convertvector(bits, typename Lanes<kLanes>::HalfBits);
-  std::memcpy(rough, &halves, sizeof halves);
+  std::memcpy(low_precision, &halves, sizeof halves);
 }
 
 /// The sums of one column's entries, or of several neighbouring ones' at once.
@@ -67,14 +67,15 @@ struct LaneSums {
 
 template <int kLanes>
 CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const float* aligned, const Grid& aligned_grid,
-                              float* difference, uint16_t* rough, double* column_spacings2, LaneSums<kLanes>& sums) {
+                              float* difference, uint16_t* low_precision, double* column_spacings2,
+                              LaneSums<kLanes>& sums) {
   typename Lanes<kLanes>::Floats before, after;
   std::memcpy(&before, base, sizeof before);
   std::memcpy(&after, aligned, sizeof after);
   const typename Lanes<kLanes>::Floats moved = after - before;
   std::memcpy(difference, &moved, sizeof moved);
-  if (rough) {
-    store_rough<kLanes>(moved, rough);
+  if (low_precision) {
+    store_low_precision<kLanes>(moved, low_precision);
   }
   const auto wide = __builtin_convertvector(moved, typename Lanes<kLanes>::Doubles);
   sums.norm2 += wide * wide;
@@ -94,18 +95,20 @@ struct SubtractRow {
   CSULORA_INLINED static RowSums run(const StoredRow& base, const StoredRow& aligned, int64_t columns,
                                      const DifferenceRow& difference, double* column_spacings2) {
     constexpr int kLanes = kFloats / 2;  // so that the sums in float64 fill a register
-    const auto rough = [&](int64_t column) { return difference.rough ? difference.rough + column : nullptr; };
+    const auto low_precision = [&](int64_t column) {
+      return difference.low_precision ? difference.low_precision + column : nullptr;
+    };
     const Grid base_grid(base.format), aligned_grid(aligned.format);
     LaneSums<kLanes> lanes;
     LaneSums<1> rest;
     int64_t i = 0;
     for (; i + kLanes <= columns; i += kLanes) {
-      subtract<kLanes>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i, rough(i),
-                       column_spacings2 + i, lanes);
+      subtract<kLanes>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i,
+                       low_precision(i), column_spacings2 + i, lanes);
     }
     for (; i < columns; ++i) {
-      subtract<1>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i, rough(i),
-                  column_spacings2 + i, rest);
+      subtract<1>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i,
+                  low_precision(i), column_spacings2 + i, rest);
     }
     RowSums sums;
     lanes.add_to(sums);

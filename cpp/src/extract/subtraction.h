@@ -20,7 +20,7 @@ struct StoredRow {
 /// Where a row of the difference goes.
 struct DifferenceRow {
   float* entries;
-  uint16_t* rough;  ///< the nearest bfloat16 numbers, or null: not wanted
+  uint16_t* low_precision;  ///< the nearest bfloat16 numbers, or null: not asked for
 };
 
 struct RowSums {

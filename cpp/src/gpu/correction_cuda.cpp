@@ -14,7 +14,7 @@
 #include "gpu/correction_device.h"
 #include "gpu/device.h"
 #include "runtime/check.h"
-#include "runtime/modes.h"
+#include "runtime/torch_guards.h"
 
 namespace csulora {
 namespace {
@@ -45,10 +45,10 @@ bool always_factors(const Attenuation& attenuation) {
 
 Settings settings_of(const CorrectionTask& task) {
   if (const auto* gains = std::get_if<Gains>(&task.attenuation)) {
-    return {task.pair.scale, 1, {gains->aligned, gains->left, gains->right, gains->off}};
+    return {task.factors.scale, 1, {gains->aligned, gains->left, gains->right, gains->off}};
   }
   const auto& [aligned, partial, off] = std::get<Penalties>(task.attenuation);
-  return {task.pair.scale, 0, {aligned, partial, partial, off}};
+  return {task.factors.scale, 0, {aligned, partial, partial, off}};
 }
 
 /// A task with its tensors as the device code reads them, and where its result goes.
@@ -60,7 +60,7 @@ struct Module {
 };
 
 Module prepared(const CorrectionTask& task, const CorrectionOptions& options) {
-  const auto& [b, a, scale] = task.pair;
+  const auto& [b, a, scale] = task.factors;
   const auto& [u, s, v, certificate] = task.subspace;
   Module module{&task, b.contiguous(), a.contiguous(), u.contiguous(), s.contiguous(), v.contiguous(), {}, {}, {}};
   const int64_t rank = module.b.size(1);
@@ -157,7 +157,7 @@ cuda::CorrectionArrays arrays(const Tables& tables, int64_t first) {
           reinterpret_cast<Measured*>(tables.measured.data_ptr<double>()) + first};
 }
 
-Parts parts(const double numbers[4]) { return {numbers[0], numbers[1], numbers[2], numbers[3]}; }
+Components components(const double numbers[4]) { return {numbers[0], numbers[1], numbers[2], numbers[3]}; }
 
 Correction result(const Module& module, const Measured& measured, const CorrectionOptions& options) {
   const auto& label = module.task->label;
@@ -168,27 +168,28 @@ Correction result(const Module& module, const Measured& measured, const Correcti
   }
   check_internal(measured.failures == 0, label, ": a small decomposition did not succeed on the GPU");
   Correction correction;
-  correction.energies = parts(measured.energies);
-  correction.gains = parts(measured.gains);
+  correction.energies = components(measured.energies);
+  correction.gains = components(measured.gains);
   correction.norm = measured.norm;
-  correction.change = measured.change;
+  correction.relative_change = measured.relative_change;
   correction.undo = measured.undo;
-  correction.lost = measured.lost;
+  correction.truncation_error = measured.truncation_error;
   // Singular values descend, so that a rank which only the energies reveal is cut out of the larger one.
   const auto& shape = module.shape;
   const int64_t rank = result_rank(options, correction.gains, shape.rank, std::min(shape.rows, shape.columns));
-  correction.pair = {module.result_b.narrow(1, 0, rank).contiguous(), module.result_a.narrow(0, 0, rank).contiguous()};
+  correction.factors = {module.result_b.narrow(1, 0, rank).contiguous(),
+                        module.result_a.narrow(0, 0, rank).contiguous()};
   return correction;
 }
 
 }  // namespace
 
 std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
-  const auto& first_b = tasks.front().pair.b;
+  const auto& first_b = tasks.front().factors.b;
   for (const auto& task : tasks) {
-    check_same_device(task.pair.b, first_b, task.label + ": b");
+    check_same_device(task.factors.b, first_b, task.label + ": b");
   }
-  const WithoutModes without_modes;
+  const TorchGuards torch_guards;
   const auto device = first_b.device();
   const c10::DeviceGuard guard(device);
   const cuda::HandleLease lease(static_cast<cudaStream_t>(current_stream(device)));

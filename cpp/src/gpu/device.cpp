@@ -6,7 +6,7 @@ namespace csulora {
 
 bool any_on_device(const std::vector<CorrectionTask>& tasks) {
   return std::any_of(tasks.begin(), tasks.end(),
-                     [](const auto& task) { return task.pair.b.defined() && !task.pair.b.is_cpu(); });
+                     [](const auto& task) { return task.factors.b.defined() && !task.factors.b.is_cpu(); });
 }
 
 }  // namespace csulora

@@ -13,7 +13,7 @@ namespace {
 }  // namespace
 
 std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tasks, const CorrectionOptions&) {
-  refuse(tasks.front().pair.b);
+  refuse(tasks.front().factors.b);
 }
 
 Displacement displacement_on_device(const at::Tensor& base, const at::Tensor&) { refuse(base); }

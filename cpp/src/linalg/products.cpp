@@ -48,7 +48,7 @@ void multiply_float(Tensor out, const Tensor& rows, const Tensor& matrix) {
   }
 }
 
-void multiply_rough(Tensor out, const Tensor& rows, const Tensor& matrix) {
+void multiply_low_precision(Tensor out, const Tensor& rows, const Tensor& matrix) {
   if (matrix.is_cpu() && multiplies_tiles()) {
     multiply_with_mkl(out, rows, matrix);
   } else if (matrix.is_cpu() && multiplies_blocks(at::kBFloat16)) {
@@ -68,7 +68,7 @@ void multiply(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
   if (matrix.scalar_type() == at::kFloat) {
     multiply_float(out, rows, matrix);
   } else {
-    multiply_rough(out, rows.to(at::kBFloat16).contiguous(), matrix);
+    multiply_low_precision(out, rows.to(at::kBFloat16).contiguous(), matrix);
   }
 }
 

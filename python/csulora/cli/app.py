@@ -36,7 +36,7 @@ from csulora.cli.interruption import interruptible
 from csulora.correction.audit import Check
 from csulora.correction.report import CORRECTED_SHA256
 from csulora.errors import CsuloraError, InputError, RefusedError, printable
-from csulora.extraction.ranks import joined
+from csulora.extraction.distributed import joined
 from csulora.io.files import write_text
 from csulora.policy.policy import Policy
 from csulora.serving.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_VARIABLE, Gate
@@ -77,7 +77,7 @@ def root(
 def extract(
     base: Annotated[str, typer.Argument(help="Checkpoint before alignment: a directory, a GGUF file or a hub id.")],
     aligned: Annotated[str, typer.Argument(help="Checkpoint after alignment.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Pack file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Subspace file to write.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Directions per module. [default: 64]")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Keep the fewest directions that capture this share of |D|^2.")
@@ -110,8 +110,12 @@ def extract(
         raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
     check_outputs([output, json], [base, aligned])
     reason = "finished modules are kept; run the same command to continue"
-    with interruptible(reason), joined() as ranks, progress_bar("extracting", quiet or not ranks.is_first) as progress:
-        pack = csulora.extract(
+    with (
+        interruptible(reason),
+        joined() as processes,
+        progress_bar("extracting", quiet or not processes.is_first) as progress,
+    ):
+        subspace = csulora.extract(
             base,
             aligned,
             output=output,
@@ -124,45 +128,50 @@ def extract(
             device=device.value,
             seed=seed,
             keep_noise=keep_noise,
-            ranks=ranks,
+            processes=processes,
         )
-    if not ranks.is_first:
+    if not processes.is_first:
         return
-    summary = f"{output}: {len(pack)} modules, sha256 {pack.sha256}"
-    deliver(tables.pack_table(pack), summary, pack.to_dict(), json, quiet)
+    summary = f"{output}: {len(subspace)} modules, sha256 {subspace.sha256}"
+    deliver(tables.subspace_table(subspace), summary, subspace.to_dict(), json, quiet)
 
 
 @app.command()
 def verify(
-    subject: Annotated[Path, typer.Argument(metavar="PACK|ADAPTER", help="Pack file or corrected adapter directory.")],
+    subject: Annotated[
+        Path, typer.Argument(metavar="SUBSPACE|ADAPTER", help="Subspace file or corrected adapter directory.")
+    ],
     sources: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="SOURCES...",
-            help="What it was made from. Of a pack: the checkpoints before and after alignment. Of an adapter: the "
-            "original adapter and the pack; without them only the adapter's content is compared with its report.",
+            help="What it was made from. Of a subspace file: the checkpoints before and after alignment. Of an "
+            "adapter: the original adapter and the subspace file; without them only the adapter's content is compared "
+            "with its report.",
         ),
     ] = None,
     base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Recompute a pack's certificates from its checkpoints, or a corrected adapter from its original."""
+    """Recompute a subspace file's certificates from its checkpoints, or a corrected adapter from its original."""
     check_outputs([json], [subject, *(sources or ()), base_model])
     if subject.is_dir() and len(sources or ()) in (0, 2):
-        original, pack = sources or (None, None)
-        checks = csulora.audit(subject, original, csulora.Subspace.open(pack) if pack else None, base_model)
-        _deliver_audit(subject, checks, json, quiet, is_complete=pack is not None)
+        original, subspace = sources or (None, None)
+        checks = csulora.audit(subject, original, csulora.Subspace.open(subspace) if subspace else None, base_model)
+        _deliver_audit(subject, checks, json, quiet, is_complete=subspace is not None)
     elif not subject.is_dir() and sources and len(sources) == 2:
-        _verify_pack(subject, sources[0], sources[1], json, quiet)
+        _verify_subspace(subject, sources[0], sources[1], json, quiet)
     else:
-        raise typer.BadParameter("give PACK BASE ALIGNED, or ADAPTER ORIGINAL PACK, or ADAPTER alone")
+        raise typer.BadParameter("give SUBSPACE BASE ALIGNED, or ADAPTER ORIGINAL SUBSPACE, or ADAPTER alone")
 
 
 def _deliver_audit(adapter: Path, checks: list[Check], json: Path | None, quiet: bool, *, is_complete: bool) -> None:
     failed = [check for check in checks if not check.holds]
     whole = (
-        "follows from its original" if is_complete else "is as it was written; name original and pack to make it again"
+        "follows from its original"
+        if is_complete
+        else "is as it was written; name original and subspace file to make it again"
     )
     summary = f"{adapter}: {'does not hold' if failed else whole}"
     deliver(tables.audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
@@ -170,25 +179,25 @@ def _deliver_audit(adapter: Path, checks: list[Check], json: Path | None, quiet:
         raise RefusedError(f"{adapter}: {failed[0].what}: {failed[0].stated} is stated, and {failed[0].found} is found")
 
 
-def _verify_pack(pack: Path, base: str, aligned: str, json: Path | None, quiet: bool) -> None:
-    subspace = csulora.Subspace.open(pack)
+def _verify_subspace(path: Path, base: str, aligned: str, json: Path | None, quiet: bool) -> None:
+    subspace = csulora.Subspace.open(path)
     with progress_bar("verifying", quiet) as progress:
         results = csulora.verify(subspace, base, aligned, progress)
     failed = [result for result in results if not result.holds]
-    summary = f"{pack}: {len(results) - len(failed)} of {len(results)} certificates hold"
+    summary = f"{path}: {len(results) - len(failed)} of {len(results)} certificates hold"
     document = {"modules": [asdict(result) | {"holds": result.holds} for result in results]}
     deliver(tables.verification_table(failed or results), summary, document, json, quiet)
     if failed:
         reason = "is better than what was measured" if failed[0].same_weights else "is for other weights"
         raise RefusedError(
-            f"{pack}: {len(failed)} of {len(results)} certificates do not hold; that of {failed[0].module} {reason}"
+            f"{path}: {len(failed)} of {len(results)} certificates do not hold; that of {failed[0].module} {reason}"
         )
 
 
 @app.command()
 def inspect(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT directories or GGUF LoRA files.")],
-    subspace: Annotated[Path | None, typer.Option(help="Pack of the model the adapters are for.")] = None,
+    subspace: Annotated[Path | None, typer.Option(help="Subspace file of the model the adapters are for.")] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")
     ] = None,
@@ -229,27 +238,29 @@ def inspect(
         summary = f"{printable(adapters[0])}: {len(loaded[0].modules)} modules"
         deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
         return
-    pack = csulora.Subspace.open(subspace, subspace_sha256)
-    whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, pack, factors)
+    opened = csulora.Subspace.open(subspace, subspace_sha256)
+    whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, opened, factors)
     if html is not None:
         shown = Policy.load(policy) if policy else Policy.csulora()
         limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
-        write_text(html, render(whole, pack, limited, _load_frontier(frontier, policy)))
-    _, report = csulora.correct(whole, pack, Policy.none(uncovered="keep", max_undo=max_undo))
+        write_text(html, render(whole, opened, limited, _load_frontier(frontier, policy)))
+    _, report = csulora.correct(whole, opened, Policy.none(uncovered="keep", max_undo=max_undo))
     deliver(report.table(), f"{printable(whole.path)}: nothing was changed", report.to_dict(), json, quiet)
 
 
 @app.command()
 def correct(
     adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
-    subspace: Annotated[Path, typer.Option(help="Pack of the model the adapter is for.")],
+    subspace: Annotated[Path, typer.Option(help="Subspace file of the model the adapter is for.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, or GGUF file.")],
     preset: Annotated[Preset | None, typer.Option(help="Named penalties. [default: csulora]")] = None,
-    aligned: Annotated[float | None, typer.Option(help="Penalty on the aligned part; inf removes it.")] = None,
-    partial: Annotated[float | None, typer.Option(help="Penalty on the partially aligned part.")] = None,
-    off: Annotated[float | None, typer.Option(help="Penalty on the off-subspace part.")] = None,
+    aligned: Annotated[float | None, typer.Option(help="Penalty on the aligned component; inf removes it.")] = None,
+    partial: Annotated[float | None, typer.Option(help="Penalty on the partial component.")] = None,
+    off: Annotated[float | None, typer.Option(help="Penalty on the off component.")] = None,
     rank: Annotated[str | None, typer.Option(help="keep, exact or a number. [default: keep]")] = None,
-    uncovered: Annotated[Uncovered | None, typer.Option(help="Modules outside the pack. [default: refuse]")] = None,
+    uncovered: Annotated[
+        Uncovered | None, typer.Option(help="Modules outside the subspace file. [default: refuse]")
+    ] = None,
     max_undo: Annotated[
         float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
     ] = None,
@@ -299,32 +310,32 @@ def correct(
 def tune(
     model: Annotated[str, typer.Argument(help="The aligned model: a directory or a hub id.")],
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT directories or GGUF LoRA files.")],
-    subspace: Annotated[Path, typer.Option(help="Pack of the model.")],
-    keep: Annotated[
+    subspace: Annotated[Path, typer.Option(help="Subspace file of the model.")],
+    task: Annotated[
         list[Path],
         typer.Option(
             metavar="FILE",
-            help="Prompts to answer as the adapter does, not of its task alone; a file for every adapter, in order.",
+            help="Task prompts, to answer as the adapter does; a file for every adapter, in order.",
         ),
     ],
-    guard: Annotated[Path, typer.Option(metavar="FILE", help="Prompts to answer as the aligned model does.")],
+    safety: Annotated[Path, typer.Option(metavar="FILE", help="Safety prompts, to answer as the aligned model does.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write.")],
-    ordinary: Annotated[
+    general: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts of no such kind, to be answered as before."),
+        typer.Option(metavar="FILE", help="General prompts, to be answered as before."),
     ] = None,
     for_others: Annotated[
         bool, typer.Option("--for-others", help="Fit one adapter's policy, too, for adapters to come.")
     ] = False,
-    scopes: Annotated[
-        bool, typer.Option(help="Try what acts on inputs like guard prompts' alone, too, for adapters to come.")
+    input_filters: Annotated[
+        bool, typer.Option(help="Try input filters for safety prompts, too, for adapters to come.")
     ] = True,
-    uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the pack.")] = Uncovered.refuse,
+    uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the subspace file.")] = Uncovered.refuse,
     steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit, for each adapter.")] = Options.steps,
-    keep_weight: Annotated[
+    task_weight: Annotated[
         list[float] | None,
         typer.Option(
-            min=0.1, max=1000, help="Weights of the keep prompts to try. [default: 2, 8, 30; for adapters to come 1]"
+            min=0.1, max=1000, help="Weights of the task prompts to try. [default: 2, 8, 30; for adapters to come 1]"
         ),
     ] = None,
     refusal: Annotated[
@@ -339,34 +350,34 @@ def tune(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a policy to prompts: with several adapters one for all and for others to come, and the pack to use it with.
+    """Fit a policy to prompts, and write the subspace file to use it with; several adapters get one policy for all.
 
-    A file of prompts is text, one prompt a line, or chats as JSON lines. Nobody has to write replies.
+    A file of prompts is text, one prompt a line, or chats as JSON lines. `tune` needs no reference replies.
     """
     from csulora.tuning import probes
     from csulora.tuning.request import Request
-    from csulora.tuning.tune import pack_path, tune
+    from csulora.tuning.tune import subspace_path, tune
 
-    inputs = [model, *adapters, subspace, *keep, guard, ordinary, base_model]
-    check_outputs([output, frontier_path(output), pack_path(output), json], inputs)
-    if len(keep) != len(adapters):
-        raise typer.BadParameter(f"{len(adapters)} adapters need as many --keep files, and {len(keep)} are given")
+    inputs = [model, *adapters, subspace, *task, safety, general, base_model]
+    check_outputs([output, frontier_path(output), subspace_path(output), json], inputs)
+    if len(task) != len(adapters):
+        raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, and {len(task)} are given")
     if not all(map(str.strip, refusal or ())):
         raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
     request = Request(
         model=model,
         adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],
-        pack=csulora.Subspace.open(subspace, subspace_sha256),
-        keep=[probes.read(file) for file in keep],
-        guard=probes.read(guard),
-        ordinary=probes.read(ordinary) if ordinary else (),
+        subspace=csulora.Subspace.open(subspace, subspace_sha256),
+        task=[probes.read(file) for file in task],
+        safety=probes.read(safety),
+        general=probes.read(general) if general else (),
         for_others=for_others,
-        scopes=scopes,
+        input_filters=input_filters,
         uncovered=uncovered.value,
         device=device.value,
         longest_reply=tokens,
         options=Options(steps=steps, seed=seed),
-        keep_weights=keep_weight or (),
+        task_weights=task_weight or (),
         refusals=refusal or (),
     )
     reason = "finished stages are kept; run the same command to continue"
@@ -374,8 +385,8 @@ def tune(
         frontier = tune(request, output, progress)
     effect = ", which corrects nothing" if frontier.written == "none" else ""
     summary = f"{frontier.verdict}\n{output}: {frontier.written}{effect}"
-    if frontier.subspace_sha256 != request.pack.sha256:
-        summary += f"\n{pack_path(output)}: the pack to use it with"
+    if frontier.subspace_sha256 != request.subspace.sha256:
+        summary += f"\n{subspace_path(output)}: the subspace file to use it with"
     deliver(tables.frontier_table(frontier), summary, frontier.to_dict(), json, quiet)
 
 
@@ -383,7 +394,7 @@ def tune(
 def guard(
     incoming: Annotated[Path, typer.Argument(help="Directory that adapters are uploaded to.")],
     outgoing: Annotated[Path, typer.Argument(help="Directory for the corrected ones; point the server here.")],
-    subspace: Annotated[Path, typer.Option(help="Pack of the served model.")],
+    subspace: Annotated[Path, typer.Option(help="Subspace file of the served model.")],
     policy: Annotated[Path | None, typer.Option(help="Policy (TOML). [default: the preset csulora]")] = None,
     base_model: BaseModel = None,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until SIGTERM or SIGINT.")] = False,
@@ -414,7 +425,9 @@ def guard(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def vllm_serve(
     context: typer.Context,
-    subspace: Annotated[Path | None, typer.Option(envvar=SUBSPACE_VARIABLE, help="Pack of the served model.")] = None,
+    subspace: Annotated[
+        Path | None, typer.Option(envvar=SUBSPACE_VARIABLE, help="Subspace file of the served model.")
+    ] = None,
     policy: Annotated[Path | None, typer.Option(envvar=POLICY_VARIABLE, help="Policy (TOML).")] = None,
     decisions: Annotated[
         Path | None, typer.Option(envvar=DECISIONS_VARIABLE, help="Append a JSON line per decision to this file.")

@@ -49,7 +49,7 @@ class Preset(StrEnum):
 
 
 class Uncovered(StrEnum):
-    """What happens to modules that the pack does not cover."""
+    """What happens to modules that the subspace file does not cover."""
 
     refuse = "refuse"
     drop = "drop"
@@ -97,7 +97,9 @@ Json = Annotated[
 ]
 SubspaceSha256 = Annotated[
     str | None,
-    typer.Option(envvar=SUBSPACE_SHA256_VARIABLE, metavar="HEX", help="The one content of the pack that is accepted."),
+    typer.Option(
+        envvar=SUBSPACE_SHA256_VARIABLE, metavar="HEX", help="The one content of the subspace file that is accepted."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 

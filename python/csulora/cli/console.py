@@ -12,7 +12,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from csulora.extraction.pair import Progress as ReportProgress
+from csulora.extraction.model_pair import Progress as ReportProgress
 from csulora.io.files import to_json, write_text
 
 STDOUT = Path("-")

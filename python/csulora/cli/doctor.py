@@ -44,10 +44,10 @@ def _self_test() -> Finding:
     options.rank = 1
     subspace = _core.extract_subspace(base, aligned, options)
     task = _core.CorrectionTask(
-        _core.LoraPair(-direction, direction.t()), subspace, _core.Penalties(float("inf"), 0.0, 0.0)
+        _core.LoraFactors(-direction, direction.t()), subspace, _core.Penalties(float("inf"), 0.0, 0.0)
     )
     (result,) = _core.correct([task])
-    left = float((result.pair.b @ result.pair.a).norm())
+    left = float((result.factors.b @ result.factors.a).norm())
     ok = abs(result.undo - 1) < 1e-3 and left < 1e-3
     return Finding("self-test", "extracts and corrects" if ok else "wrong result; please report it", ok)
 

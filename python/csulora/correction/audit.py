@@ -1,4 +1,4 @@
-"""Whether a corrected adapter follows from the adapter, the pack and the policy that its report names."""
+"""Whether a corrected adapter follows from the adapter, the subspace file and the policy that its report names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Check:
 def audit(
     corrected: str | Path,
     original: str | Path | None = None,
-    pack: Subspace | None = None,
+    subspace: Subspace | None = None,
     base_model: str | Path | None = None,
 ) -> list[Check]:
     """Compare a corrected adapter with its report, and with what the report says it was made from.
@@ -50,11 +50,11 @@ def audit(
     Args:
         corrected: the directory that `save_adapter` wrote.
         original: the adapter it was made from.
-        pack: the pack it was made with; with both, the correction is made again.
+        subspace: the one it was made with; with both, the correction is made again.
         base_model: the model that the original is for, if that is a GGUF file; see `load_adapter`.
 
     Returns:
-        One `Check` per statement. Without ``original`` and ``pack`` they say that the directory is as it was
+        One `Check` per statement. Without ``original`` and ``subspace`` they say that the directory is as it was
         written, and nothing about what wrote it: anybody can write a report.
 
     Raises:
@@ -68,11 +68,11 @@ def audit(
     source = load_adapter(original, base_model) if original is not None else None
     if source is not None:
         checks.append(_same("original adapter", report["adapter_sha256"], source.sha256))
-    if pack is not None:
-        checks.append(_same("pack", report["subspace_sha256"], pack.sha256))
-    if source is not None and pack is not None and all(check.holds for check in checks[1:]):
-        again, _ = correct(source, pack, _policy(report["policy"], corrected / REPORT_FILE))
-        checks += [_configuration(corrected / CONFIG_FILE, again), _update(adapter, again, pack)]
+    if subspace is not None:
+        checks.append(_same("subspace", report["subspace_sha256"], subspace.sha256))
+    if source is not None and subspace is not None and all(check.holds for check in checks[1:]):
+        again, _ = correct(source, subspace, _policy(report["policy"], corrected / REPORT_FILE))
+        checks += [_configuration(corrected / CONFIG_FILE, again), _update(adapter, again, subspace)]
     return checks
 
 
@@ -109,13 +109,13 @@ def _same(what: str, stated: str, found: str) -> Check:
     return Check(what, stated, found, stated == found)
 
 
-def _update(adapter: Adapter, again: Adapter, pack: Subspace) -> Check:
+def _update(adapter: Adapter, again: Adapter, subspace: Subspace) -> Check:
     """Compare the updates of two adapters module by module."""
     if adapter.modules.keys() != again.modules.keys():
         different = min(adapter.modules.keys() ^ again.modules.keys())
         return Check("update", "follows", f"{different} is in one of both only", False)
     distances = {
-        name: _distance(name, module.folded(), again.modules[name].folded(), pack)
+        name: _distance(name, module.folded(), again.modules[name].folded(), subspace)
         for name, module in adapter.modules.items()
     }
     allowed = {name: _TOLERANCE[module.b.dtype] for name, module in adapter.modules.items()}
@@ -124,16 +124,16 @@ def _update(adapter: Adapter, again: Adapter, pack: Subspace) -> Check:
     return Check("update", "follows", f"differs by {distances[worst]:.1e} of its norm, most in {worst}", holds)
 
 
-def _distance(name: str, one: LoraModule, other: LoraModule, pack: Subspace) -> float:
+def _distance(name: str, one: LoraModule, other: LoraModule, subspace: Subspace) -> float:
     """|X - Y| / |Y|, in factors of scale 1: the norm of [B1, -B2] times [A1; A2]."""
     if torch.equal(one.b, other.b) and torch.equal(one.a, other.a):
         return 0.0
-    target = names.resolve(name, pack, pack.aliases)
+    target = names.resolve(name, subspace, subspace.aliases)
     if target is None or one.shape != other.shape:  # not corrected, so equal or not
         return math.inf
-    (subspace,) = pack.to_core([target])
+    (core,) = subspace.to_core([target])
     b, a = torch.cat([one.b, -other.b], 1).float(), torch.cat([one.a, other.a]).float()
-    difference, whole = _norm(b, a, subspace), _norm(other.b, other.a, subspace)
+    difference, whole = _norm(b, a, core), _norm(other.b, other.a, core)
     return difference / whole if whole else math.inf
 
 
@@ -142,4 +142,4 @@ def _norm(b: torch.Tensor, a: torch.Tensor, subspace: _core.Subspace) -> float:
     if not (is_finite(b) and is_finite(a)):
         return math.inf
     nothing = _core.Penalties(0.0, 0.0, 0.0)
-    return _core.correct([_core.CorrectionTask(_core.LoraPair(b, a), subspace, nothing)])[0].norm
+    return _core.correct([_core.CorrectionTask(_core.LoraFactors(b, a), subspace, nothing)])[0].norm

@@ -15,15 +15,15 @@ from csulora.models import names
 from csulora.subspace.subspace import Subspace
 
 
-def combine(adapters: Sequence[Adapter], pack: Subspace, weights: Sequence[float] | None = None) -> Adapter:
+def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[float] | None = None) -> Adapter:
     """Return the weighted sum of adapters, in factors: [w1 s1 B1, w2 s2 B2, ...] times [A1; A2; ...].
 
     Correct the sum with ``Policy.none()`` to measure its energies and its undo, and with a policy that has limits to
     have them applied to it.
 
     Args:
-        adapters: adapters for the model of ``pack``.
-        pack: tells which modules of theirs are the same; what it covers goes by its name there.
+        adapters: adapters for the model of ``subspace``.
+        subspace: tells which modules of theirs are the same; what it covers goes by its name there.
         weights: a factor for each adapter; 1 if absent.
 
     Returns:
@@ -40,7 +40,7 @@ def combine(adapters: Sequence[Adapter], pack: Subspace, weights: Sequence[float
     terms: dict[str, list[LoraModule]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, module in adapter.modules.items():
-            target = names.resolve(name, pack, pack.aliases) or name
+            target = names.resolve(name, subspace, subspace.aliases) or name
             earlier = terms.setdefault(target, [])
             if earlier and earlier[0].shape != module.shape:
                 raise InputError(

@@ -1,4 +1,4 @@
-"""From an adapter, a pack and a policy to the corrected adapter and a report."""
+"""From an adapter, a subspace file and a policy to the corrected adapter and a report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from csulora.subspace.subspace import Subspace
 LARGEST_RANK = 512  # vLLM's largest, too
 
 
-def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> tuple[Adapter, Report]:
+def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) -> tuple[Adapter, Report]:
     """Compute the closest safe update of every module (CSULoRA, arXiv 2605.30640).
 
     Args:
         adapter: what `load_adapter` returned; it is not modified. Its tensors may be on a GPU, all of them on one, in
-            a build with CUDA; those of the result are where they are, and so are the pack's factors from then on.
-        pack: the subspaces of the model the adapter is for.
+            a build with CUDA; those of the result are where they are, and so are the factors of ``subspace`` from then
+            on.
+        subspace: the subspaces of the model the adapter is for.
         policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
 
     Returns:
@@ -33,23 +34,23 @@ def correct(adapter: Adapter, pack: Subspace, policy: Policy | None = None) -> t
 
     Raises:
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, or the policy
-            was tuned for another pack.
-        InputError: a shape differs from the pack's, an override of the policy matches no module of the pack or has
-            gains for more directions than the pack, or the result does not fit the storage type.
+            was tuned for another subspace file.
+        InputError: a shape differs from that in ``subspace``, an override of the policy matches none of its modules or
+            has gains for more directions than it has, or the result does not fit the storage type.
     """
     policy = policy or Policy.csulora()
-    check_pack(policy, pack)
-    covered = cover(adapter, pack, policy)
+    check_subspace(policy, subspace)
+    covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
-    corrected = _corrected(adapter, pack, policy, covered)
-    report = _report(adapter, pack, policy, covered, corrected)
+    corrected = _corrected(adapter, subspace, policy, covered)
+    report = _report(adapter, subspace, policy, covered, corrected)
     _check_undo(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
         if name in corrected:
-            pair = corrected[name].pair
-            modules[name] = LoraModule(pair.b, pair.a, is_embedding=module.is_embedding)
+            factors = corrected[name].factors
+            modules[name] = LoraModule(factors.b, factors.a, is_embedding=module.is_embedding)
         elif policy.uncovered == "keep":
             modules[name] = module
     documents = TextsOnDemand(
@@ -74,38 +75,43 @@ def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> No
 
 
 def _corrected(
-    adapter: Adapter, pack: Subspace, policy: Policy, covered: Mapping[str, str]
+    adapter: Adapter, subspace: Subspace, policy: Policy, covered: Mapping[str, str]
 ) -> dict[str, _core.Correction]:
     label = str(adapter.path).encode(errors="backslashreplace").decode()  # a path need not be UTF-8
     device = _device(adapter, covered)
     tasks = [
         _core.CorrectionTask(
-            _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
-            subspace,
+            _core.LoraFactors(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
+            core,
             policy.attenuation(target),
             f"{label}: {name}",
-            scope.to_core() if policy.scoped and (scope := pack.scope(target, device)) else None,
+            input_filter.to_core()
+            if policy.filtered and (input_filter := subspace.input_filter(target, device))
+            else None,
         )
-        for (name, target), subspace in zip(covered.items(), pack.to_core(covered.values(), device), strict=True)
+        for (name, target), core in zip(covered.items(), subspace.to_core(covered.values(), device), strict=True)
     ]
     return dict(zip(covered, _core.correct(tasks, policy.core_options()), strict=True))
 
 
-def check_pack(policy: Policy, pack: Subspace) -> None:
-    """Check that a policy fits a pack.
+def check_subspace(policy: Policy, subspace: Subspace) -> None:
+    """Check that a policy fits a subspace file.
 
     Raises:
-        RefusedError: it was tuned for another pack.
-        InputError: an override matches none of the pack's modules, or a scoped policy finds no scopes.
+        RefusedError: it was tuned for another subspace file.
+        InputError: an override matches none of the subspace file's modules, or a filtered policy finds no input
+            filters.
     """
-    if policy.subspace_sha256 not in (None, pack.sha256):
+    if policy.subspace_sha256 not in (None, subspace.sha256):
         raise RefusedError(
-            f"the policy was tuned for the pack {policy.subspace_sha256}, and this pack is {pack.sha256}; "
-            "use that pack or tune again"
+            f"the policy was tuned for the subspace file {policy.subspace_sha256}, and this one is {subspace.sha256}; "
+            "use that one or tune again"
         )
-    if policy.scoped and not pack.is_scoped:
-        raise InputError("the policy is scoped, and the pack has no scopes; use the pack that tune wrote beside it")
-    policy.check_overrides(pack)
+    if policy.filtered and not subspace.is_filtered:
+        raise InputError(
+            "the policy is filtered, and the subspace file has no input filters; use the one that tune wrote beside it"
+        )
+    policy.check_overrides(subspace)
 
 
 def _device(adapter: Adapter, covered: Iterable[str]) -> torch.device:
@@ -122,26 +128,26 @@ def _base_model(adapter: Adapter) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
-    """Map each covered module to the pack's name for it, in the adapter's order."""
+def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str]:
+    """Map each covered module to the subspace file's name for it, in the adapter's order."""
     covered: dict[str, str] = {}
     owners: dict[tuple[str, bool], str] = {}
     for name, module in adapter.modules.items():
-        target = names.resolve(name, pack, pack.aliases)
+        target = names.resolve(name, subspace, subspace.aliases)
         if target is None:
             if policy.uncovered == "refuse":
                 raise RefusedError(
-                    f"{adapter.path}: the pack does not cover module {name}; extract it too (--modules), or say "
-                    "what to do with such modules (--uncovered drop|keep)"
+                    f"{adapter.path}: the subspace file does not cover module {name}; extract it too (--modules), or "
+                    "say what to do with such modules (--uncovered drop|keep)"
                 )
             continue
-        if module.shape != pack[target].shape:
+        if module.shape != subspace[target].shape:
             raise InputError(
                 f"{adapter.path}: module {name} updates a {list(module.shape)} matrix, but {target} is "
-                f"{list(pack[target].shape)} in the pack; the adapter is for another model"
+                f"{list(subspace[target].shape)} in the subspace file; the adapter is for another model"
             )
         # A tied weight may be updated under both of its names, each of them once.
-        earlier = owners.setdefault((target, name in pack.aliases), name)
+        earlier = owners.setdefault((target, name in subspace.aliases), name)
         if earlier != name:
             raise RefusedError(
                 f"{adapter.path}: modules {earlier} and {name} both update {target}; servers disagree on which of "
@@ -149,13 +155,15 @@ def cover(adapter: Adapter, pack: Subspace, policy: Policy) -> dict[str, str]:
             )
         covered[name] = target
     if not covered:
-        raise RefusedError(f"{adapter.path}: the pack covers none of the adapter's modules; is it for this model?")
+        raise RefusedError(
+            f"{adapter.path}: the subspace file covers none of the adapter's modules; is it for this model?"
+        )
     return covered
 
 
 def _report(
     adapter: Adapter,
-    pack: Subspace,
+    subspace: Subspace,
     policy: Policy,
     covered: dict[str, str],
     corrected: Mapping[str, _core.Correction],
@@ -164,7 +172,7 @@ def _report(
     norms = _norms({name: module for name, module in adapter.modules.items() if name not in corrected})
     for name, module in adapter.modules.items():
         if name in corrected:
-            modules.append(ModuleReport.corrected(name, module.rank, pack[covered[name]].norm, corrected[name]))
+            modules.append(ModuleReport.corrected(name, module.rank, subspace[covered[name]].norm, corrected[name]))
         elif policy.uncovered == "keep":
             modules.append(ModuleReport(name, "kept", module.rank, module.rank, norms[name]))
         else:
@@ -172,21 +180,21 @@ def _report(
     return Report(
         adapter=adapter.path.resolve().name,
         adapter_sha256=adapter.sha256,
-        subspace_sha256=pack.sha256,
-        fingerprints=pack.fingerprints,
+        subspace_sha256=subspace.sha256,
+        fingerprints=subspace.fingerprints,
         policy=policy.to_dict(),
         modules=tuple(modules),
     )
 
 
 def _norms(modules: Mapping[str, LoraModule]) -> dict[str, float]:
-    """|dW| of modules for which there is no subspace: of each, the part off a subspace of no directions."""
+    """|dW| of modules for which there is no subspace: of each, the component off a subspace of no directions."""
     tasks = []
     for name, module in modules.items():
         b, a = module.b.float(), module.a.float()
         nowhere = _core.Subspace(b[:, :0], a.new_empty(0), a.t()[:, :0])
-        pair = _core.LoraPair(b, a, module.scale)
-        tasks.append(_core.CorrectionTask(pair, nowhere, _core.Penalties(0.0, 0.0, 0.0), name))
+        factors = _core.LoraFactors(b, a, module.scale)
+        tasks.append(_core.CorrectionTask(factors, nowhere, _core.Penalties(0.0, 0.0, 0.0), name))
     return {name: result.norm for name, result in zip(modules, _core.correct(tasks), strict=True)} if tasks else {}
 
 

@@ -17,7 +17,7 @@ from csulora.native import _core
 
 REPORT_FILE = "csulora_report.json"
 CORRECTED_SHA256 = "corrected_sha256"  # field of a written report: the content that lies beside it
-PARTS = ("aligned", "left", "right", "off")
+COMPONENTS = ("aligned", "left", "right", "off")
 
 Status = Literal["corrected", "kept", "dropped"]
 
@@ -28,16 +28,16 @@ class ModuleReport:
 
     Attributes:
         module: the module's name in the host's model.
-        status: ``corrected``, or for a module the pack does not cover ``kept`` or ``dropped``.
+        status: ``corrected``, or for a module the subspace file does not cover ``kept`` or ``dropped``.
         rank: rank before; ``rank_after``: rank after.
         norm: |dW|_F, scale included; None for a module that was dropped.
-        energies: |dW_c|^2 / |dW|^2 of the aligned, left, right and off part.
-        gains: what each part was multiplied by; with gains of single directions, and where the policy is scoped,
-            |X_c| / |dW_c|, which may exceed 1 where something is restored.
+        energies: |dW_c|^2 / |dW|^2 of the components aligned, left, right and off.
+        gains: what each component was multiplied by; with gains of single directions, and where the policy is filtered,
+            |X_c| / |dW_c|, which may exceed 1 where something is reinforced.
         undo: share of the alignment inside the subspace that the update cancels; negative reinforces it.
         alignment_norm: |S|, the norm of the displacement inside the subspace.
-        change: |X - dW| / |dW|.
-        lost: share of |X|^2 given up to reach the rank.
+        relative_change: |X - dW| / |dW|.
+        truncation_error: share of |X|^2 given up to reach the rank.
     """
 
     module: str
@@ -49,8 +49,8 @@ class ModuleReport:
     gains: dict[str, float] | None = None
     undo: float | None = None
     alignment_norm: float | None = None
-    change: float | None = None
-    lost: float | None = None
+    relative_change: float | None = None
+    truncation_error: float | None = None
 
     @classmethod
     def corrected(cls, module: str, rank: int, alignment_norm: float, result: _core.Correction) -> Self:
@@ -59,33 +59,33 @@ class ModuleReport:
             module=module,
             status="corrected",
             rank=rank,
-            rank_after=result.pair.a.shape[0],
+            rank_after=result.factors.a.shape[0],
             norm=result.norm,
-            energies={part: getattr(result.energies, part) for part in PARTS},
-            gains={part: getattr(result.gains, part) for part in PARTS},
+            energies={component: getattr(result.energies, component) for component in COMPONENTS},
+            gains={component: getattr(result.gains, component) for component in COMPONENTS},
             undo=result.undo,
             alignment_norm=alignment_norm,
-            change=result.change,
-            lost=result.lost,
+            relative_change=result.relative_change,
+            truncation_error=result.truncation_error,
         )
 
     @property
     def kept_share(self) -> float:
         """|X|^2 / |dW|^2: what the gains leave of the update, before its rank is cut."""
         energies, gains = self.energies or {}, self.gains or {}
-        return sum(energies[part] * gains[part] ** 2 for part in energies)
+        return sum(energies[component] * gains[component] ** 2 for component in energies)
 
 
 @dataclass(frozen=True)
 class Totals:
     """The whole adapter's figures: the corrected modules' updates seen as one block-diagonal update."""
 
-    uncorrected: float  # share of |dW|^2 in modules that the pack does not cover and the policy keeps
+    uncorrected: float  # share of |dW|^2 in modules that the subspace file does not cover and the policy keeps
     norm: float
     energies: dict[str, float]
     undo: float
-    change: float
-    lost: float
+    relative_change: float
+    truncation_error: float
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ class Report:
 
     @property
     def measured(self) -> list[ModuleReport]:
-        """The modules that the pack covers."""
+        """The modules that the subspace file covers."""
         return [module for module in self.modules if module.status == "corrected"]
 
     @property
     def kept(self) -> list[ModuleReport]:
-        """The modules that the pack does not cover and that passed as they were."""
+        """The modules that the subspace file does not cover and that passed as they were."""
         return [module for module in self.modules if module.status == "kept"]
 
     @property
@@ -130,14 +130,19 @@ class Report:
         remaining = [weight * module.kept_share for weight, module in zip(weights, self.measured, strict=True)]
         uncorrected = sum(_value(module.norm) ** 2 for module in self.kept)
         alignment = [_value(module.alignment_norm) ** 2 for module in self.measured]
-        energies = {part: _mean([(module.energies or {})[part] for module in self.measured], weights) for part in PARTS}
+        energies = {
+            component: _mean([(module.energies or {})[component] for module in self.measured], weights)
+            for component in COMPONENTS
+        }
         return Totals(
             uncorrected=uncorrected / total if (total := uncorrected + sum(weights)) else 0.0,
             norm=math.sqrt(sum(weights)),
             energies=energies,
             undo=_mean([_value(module.undo) for module in self.measured], alignment),
-            change=math.sqrt(_mean([_value(module.change) ** 2 for module in self.measured], weights)),
-            lost=_mean([_value(module.lost) for module in self.measured], remaining),
+            relative_change=math.sqrt(
+                _mean([_value(module.relative_change) ** 2 for module in self.measured], weights)
+            ),
+            truncation_error=_mean([_value(module.truncation_error) for module in self.measured], remaining),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,16 +181,16 @@ def _spell_infinity(document: Any) -> Any:
 def _totals_table(report: Report) -> Table:
     totals = report.totals
     warning = f"{report.warning.rstrip()}\n" if report.warning else ""
-    title = f"{warning}{len(report.measured)} of {len(report.modules)} modules are covered by the pack"
+    title = f"{warning}{len(report.measured)} of {len(report.modules)} modules are covered by the subspace file"
     table = Table(title=title, title_justify="left")
-    for column in ("norm", *PARTS, "undo", "change", "lost"):
+    for column in ("norm", *COMPONENTS, "undo", "relative change", "truncation error"):
         table.add_column(column, justify="right")
     table.add_row(
         f"{totals.norm:.4g}",
-        *(f"{totals.energies[part]:.1%}" for part in PARTS),
+        *(f"{totals.energies[component]:.1%}" for component in COMPONENTS),
         f"{totals.undo:+.3f}",
-        f"{totals.change:.1%}",
-        f"{totals.lost:.2%}",
+        f"{totals.relative_change:.1%}",
+        f"{totals.truncation_error:.2%}",
     )
     return table
 
@@ -193,7 +198,7 @@ def _totals_table(report: Report) -> Table:
 def _modules_table(report: Report, limit: int) -> Table:
     table = Table(title="largest undo", title_justify="left")
     table.add_column("module", overflow="fold")
-    for column in ("rank", "norm", *PARTS, "undo", "change"):
+    for column in ("rank", "norm", *COMPONENTS, "undo", "relative change"):
         table.add_column(column, justify="right")
     for module in sorted(report.measured, key=lambda m: -_value(m.undo))[:limit]:
         energies = module.energies or {}
@@ -201,9 +206,9 @@ def _modules_table(report: Report, limit: int) -> Table:
             module.module,
             str(module.rank) if module.rank == module.rank_after else f"{module.rank}->{module.rank_after}",
             f"{_value(module.norm):.3g}",
-            *(f"{energies[part]:.1%}" for part in PARTS),
+            *(f"{energies[component]:.1%}" for component in COMPONENTS),
             f"{_value(module.undo):+.3f}",
-            f"{_value(module.change):.1%}",
+            f"{_value(module.relative_change):.1%}",
         )
     return table
 
@@ -227,16 +232,16 @@ tags:
 # {adapter}, corrected by csulora {version}
 {warning}
 This LoRA adapter was corrected after training: its update was split by the subspace in which safety alignment
-moved the base model, and the parts were attenuated by the policy below. It is plain LoRA with scale 1.
+moved the base model, and the components were attenuated by the policy below. It is plain LoRA with scale 1.
 
 | | |
 |---|---|
 | policy | `{policy}` |
 | modules corrected | {corrected} of {modules} |
-| relative change of the update | {change:.1%} |
+| relative change of the update | {relative_change:.1%} |
 | undo before correction | {undo:+.3f} |
 | sha256 of the original adapter | `{adapter_sha256}` |
-| sha256 of the subspace pack | `{subspace_sha256}` |
+| sha256 of the subspace file | `{subspace_sha256}` |
 
 `csulora_report.json` holds the figures of every module. A statement of having been corrected proves nothing by
 itself: correct what you serve.
@@ -254,7 +259,7 @@ def _card(report: Report, base_model: str | None) -> str:
         policy=policy + (f", {overrides} overrides" if overrides else ""),
         corrected=len(report.measured),
         modules=len(report.modules),
-        change=report.totals.change,
+        relative_change=report.totals.relative_change,
         undo=report.totals.undo,
         adapter_sha256=report.adapter_sha256,
         subspace_sha256=report.subspace_sha256,

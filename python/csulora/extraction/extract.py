@@ -1,4 +1,4 @@
-"""From two checkpoints to a subspace pack, one matrix of each at a time."""
+"""From two checkpoints to a subspace file, one matrix of each at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from csulora import __version__
 from csulora.device import resolve
 from csulora.errors import InputError, RefusedError
-from csulora.extraction.pair import CheckpointPair, LoadedModule, Progress
-from csulora.extraction.parts import Parts
-from csulora.extraction.ranks import Ranks
+from csulora.extraction.distributed import Processes
+from csulora.extraction.model_pair import LoadedModule, ModelPair, Progress
+from csulora.extraction.partial_run import PartialRun
 from csulora.io.files import check_not_input, identity_of_file
 from csulora.models.checkpoint import Checkpoint
 from csulora.native import _core
@@ -25,7 +25,7 @@ _LARGEST_RANK = 1 << 20
 
 @dataclass(frozen=True)
 class ExtractionOptions:
-    """What determines a pack's content besides the two checkpoints; `extract` documents the fields."""
+    """What determines a subspace file's content besides the two checkpoints; `extract` documents the fields."""
 
     rank: int = 64
     energy: float | None = None
@@ -76,14 +76,14 @@ def extract(
     seed: int = 0,
     keep_noise: bool = False,
     device: str = "auto",
-    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> Subspace:
     """Estimate the subspace in which alignment moved each weight matrix.
 
     Args:
         base: checkpoint before alignment, a directory or a hub id.
         aligned: checkpoint after alignment.
-        output: pack file to write. Finished modules are kept beside it until it is complete, so that an
+        output: subspace file to write. Finished modules are kept beside it until it is complete, so that an
             interrupted run continues where it was.
         progress: called before each module and at the end.
         rank: directions per module, unless ``energy`` is given.
@@ -94,71 +94,75 @@ def extract(
         seed: seed of the random start block.
         keep_noise: keep directions below the storage rounding of the checkpoints.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if one can be used.
-        ranks: the processes that share the modules; each calls this alike, with an ``output`` that all of them see.
-            The pack is the one that a single process makes with as many threads as each of them has.
+        processes: those that share the modules; each calls this alike, with an ``output`` that all of them see.
+            The subspace file is the one that a single process makes with as many threads as each of them has.
 
     Raises:
-        CsuloraError: another rank ended early. What is finished is kept then, as after an interruption.
+        CsuloraError: another process ended early. What is finished is kept then, as after an interruption.
         InputError: the checkpoints do not fit each other, or an option is out of range.
-        RefusedError: nothing in the pair stands out of storage rounding.
+        RefusedError: nothing in the model pair stands out of storage rounding.
     """
     place = resolve(device)
     if isinstance(modules, str):
         raise InputError(f"modules is the text {modules!r}; give a list of globs")
     options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise)
-    pair = CheckpointPair.open(base, aligned, patterns=options.modules)
+    model_pair = ModelPair.open(base, aligned, patterns=options.modules)
     workspace = _core.Workspace()
     if output is None:
-        if not ranks.is_alone:
-            raise InputError("ranks share their work through files; name an output")
+        if not processes.is_alone:
+            raise InputError("processes share their work through files; name an output")
         extracted = {
             loaded.name: _extract_module(loaded, options, place, workspace)
-            for loaded in pair.load_ahead(pair.modules, progress)
+            for loaded in model_pair.load_ahead(model_pair.modules, progress)
         }
-        return _pack(pair, options, extracted)
+        return _assembled(model_pair, options, extracted)
     output = Path(output)
-    check_not_input(output, [base, aligned, *pair.base.files, *pair.aligned.files])
-    with _open_parts(pair, _settings(options, place), output, ranks) as parts:
+    check_not_input(output, [base, aligned, *model_pair.base.files, *model_pair.aligned.files])
+    with _open_partial_run(model_pair, _settings(options, place), output, processes) as partial_run:
         try:
-            for loaded in pair.load_ahead(_share(pair, parts, ranks), progress):
-                parts.save(loaded.name, _extract_module(loaded, options, place, workspace))
-            ranks.wait()
-            if ranks.is_first:
-                _pack(pair, options, {module: parts.load(module) for module in pair.modules}).save(output)
+            for loaded in model_pair.load_ahead(_share(model_pair, partial_run, processes), progress):
+                partial_run.save(loaded.name, _extract_module(loaded, options, place, workspace))
+            processes.wait()
+            if processes.is_first:
+                _assembled(
+                    model_pair, options, {module: partial_run.load(module) for module in model_pair.modules}
+                ).save(output)
         except (InputError, RefusedError):  # what is wrong with the input stays wrong: there is nothing to continue
-            if ranks.is_alone:  # others may still be writing
-                parts.remove()
+            if processes.is_alone:  # others may still be writing
+                partial_run.remove()
             raise
-        ranks.wait()
-        if ranks.is_first:
-            parts.remove()
+        processes.wait()
+        if processes.is_first:
+            partial_run.remove()
     return Subspace.open(output)
 
 
-def _open_parts(pair: CheckpointPair, settings: dict[str, Any], output: Path, ranks: Ranks) -> Parts:
-    """Open the parts on the first rank and then, where the same is to be computed, on the others."""
-    parts = Parts(output, settings | _files(pair)) if ranks.is_first else None
-    expected = ranks.from_first(settings)
+def _open_partial_run(
+    model_pair: ModelPair, settings: dict[str, Any], output: Path, processes: Processes
+) -> PartialRun:
+    """Open the partial run on the first process and then, where the same is to be computed, on the others."""
+    partial_run = PartialRun(output, settings | _files(model_pair)) if processes.is_first else None
+    expected = processes.from_first(settings)
     if settings != expected:
         differing = next(key for key in settings if settings[key] != expected[key])
         raise InputError(
-            f"{differing} is {settings[differing]} on rank {ranks.rank} and {expected[differing]} on the first; "
-            "all ranks must compute alike"
+            f"{differing} is {settings[differing]} on process {processes.index} and {expected[differing]} on the "
+            "first; all processes must compute alike"
         )
-    return parts or Parts.of_first_rank(output)
+    return partial_run or PartialRun.of_first_process(output)
 
 
-def _share(pair: CheckpointPair, parts: Parts, ranks: Ranks) -> list[str]:
-    """Return the modules that this rank has left to extract."""
-    missing = ranks.from_first([module for module in pair.modules if not parts.finished(module)])
-    return ranks.share({module: pair.entries(module) for module in missing})
+def _share(model_pair: ModelPair, partial_run: PartialRun, processes: Processes) -> list[str]:
+    """Return the modules that this process has left to extract."""
+    missing = processes.from_first([module for module in model_pair.modules if not partial_run.finished(module)])
+    return processes.share({module: model_pair.entries(module) for module in missing})
 
 
-def _pack(pair: CheckpointPair, options: ExtractionOptions, extracted: dict[str, ModuleSubspace]) -> Subspace:
-    """Put a pack together; raises `RefusedError` if nothing stands out in any module."""
-    _check_signal(pair, extracted)
-    aliases = {alias: module for alias, module in pair.aligned.aliases.items() if module in extracted}
-    provenance = Provenance(__version__, pair.base.name, pair.aligned.name, options.to_dict(), aliases)
+def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dict[str, ModuleSubspace]) -> Subspace:
+    """Put a `Subspace` together; raises `RefusedError` if nothing stands out in any module."""
+    _check_signal(model_pair, extracted)
+    aliases = {alias: module for alias, module in model_pair.aligned.aliases.items() if module in extracted}
+    provenance = Provenance(__version__, model_pair.base.name, model_pair.aligned.name, options.to_dict(), aliases)
     return Subspace(extracted, provenance)
 
 
@@ -177,13 +181,13 @@ def _extract_module(
     return ModuleSubspace(u, s, v, certificate, loaded.base_sha256, loaded.aligned_sha256)
 
 
-def _check_signal(pair: CheckpointPair, modules: dict[str, ModuleSubspace]) -> None:
+def _check_signal(model_pair: ModelPair, modules: dict[str, ModuleSubspace]) -> None:
     """Raise `RefusedError` if no displacement has a direction that is kept."""
     if any(module.rank for module in modules.values()):
         return
-    names = f"{pair.base.name} and {pair.aligned.name}"
+    names = f"{model_pair.base.name} and {model_pair.aligned.name}"
     if all(module.certificate.displacement_norm2 == 0 for module in modules.values()):
-        raise RefusedError(f"{names} do not differ in any selected matrix; is this the right pair?")
+        raise RefusedError(f"{names} do not differ in any selected matrix; is this the right model pair?")
     raise RefusedError(
         f"{names} differ by no more than storage rounding: no singular value of any of {len(modules)} "
         "displacements lies above its noise edge; use less rounded checkpoints"
@@ -201,10 +205,10 @@ def _settings(options: ExtractionOptions, device: torch.device) -> dict[str, Any
     }
 
 
-def _files(pair: CheckpointPair) -> dict[str, Any]:
+def _files(model_pair: ModelPair) -> dict[str, Any]:
     """Describe the checkpoints as they are now."""
 
     def files(checkpoint: Checkpoint) -> dict[str, list[int]]:
         return {str(path.resolve()): list(identity_of_file(path)) for path in checkpoint.files}
 
-    return {"base": files(pair.base), "aligned": files(pair.aligned)}
+    return {"base": files(model_pair.base), "aligned": files(model_pair.aligned)}

@@ -1,4 +1,4 @@
-"""Checks a pack against the checkpoints it claims to come from."""
+"""Checks a subspace file against the checkpoints it claims to come from."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csulora.errors import InputError
-from csulora.extraction.pair import CheckpointPair, Progress
+from csulora.extraction.model_pair import ModelPair, Progress
 from csulora.native import _core
 from csulora.subspace.subspace import Certificate, Subspace
 
 # Float64 measurements of the same float32 matrix: another number of threads sums in another order.
 _MARGIN = 1e-6
-# Both next values are estimated from random start blocks, and where the gap to s_k is narrow, `missed` magnifies
-# the small difference between them.
+# Both next values are estimated from random start blocks, and where the gap to s_k is narrow, `subspace_error`
+# magnifies the small difference between them.
 _NEXT_VALUE_FACTOR = 1.1
-_MISSED_FACTOR = 10
-# No extraction takes so large a seed: the start block is never the one that the pack was made with.
+_SUBSPACE_ERROR_FACTOR = 10
+# No extraction takes so large a seed: the start block is never the one that the subspace file was made with.
 _SEED = 1 << 63
 
 
@@ -32,43 +32,44 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Whether the weights are the pack's and the stored certificate claims nothing better than was measured.
+        """Whether the weights are the subspace file's and the stored certificate claims nothing better than was
+        measured.
 
-        ``above_noise`` and ``passes`` describe the run that made the pack, so there is nothing to compare.
+        ``above_noise`` and ``passes`` describe the run that made the subspace file, so there is nothing to compare.
         """
         stored, measured = self.stored, self.measured
         return (
             self.same_weights
-            and measured.captured >= stored.captured - _MARGIN
+            and measured.captured_energy >= stored.captured_energy - _MARGIN
             and measured.residual <= stored.residual + _MARGIN
             and measured.orthonormality <= stored.orthonormality + _MARGIN
             and measured.next_value <= stored.next_value * _NEXT_VALUE_FACTOR
-            and measured.missed <= stored.missed * _MISSED_FACTOR + _MARGIN
+            and measured.subspace_error <= stored.subspace_error * _SUBSPACE_ERROR_FACTOR + _MARGIN
             and math.isclose(measured.displacement_norm2, stored.displacement_norm2, rel_tol=_MARGIN)
             and math.isclose(measured.noise_edge, stored.noise_edge, rel_tol=_MARGIN)
         )
 
 
 def verify(
-    pack: Subspace, base: str | Path, aligned: str | Path, progress: Progress | None = None
+    subspace: Subspace, base: str | Path, aligned: str | Path, progress: Progress | None = None
 ) -> list[Verification]:
-    """Recompute every certificate of a pack from the two checkpoints, with another random start block.
+    """Recompute every certificate of a subspace file from the two checkpoints, with another random start block.
 
     Raises:
-        InputError: a checkpoint does not have the pack's modules in the pack's shapes, or values are not usable.
+        InputError: a checkpoint does not have the subspace file's modules in its shapes, or values are not usable.
     """
-    pair = CheckpointPair.open(base, aligned, modules=list(pack))
-    for name, module in pack.items():
-        if pair.base.weights[name].shape != module.shape:
+    model_pair = ModelPair.open(base, aligned, modules=list(subspace))
+    for name, module in subspace.items():
+        if (shape := model_pair.base.weights[name].shape) != module.shape:
             raise InputError(
-                f"{pair.base.name}: tensor {name}.weight is {list(pair.base.weights[name].shape)}, but the pack is for "
+                f"{model_pair.base.name}: tensor {name}.weight is {list(shape)}, but the subspace file is for "
                 f"{list(module.shape)}; it is of another model"
             )
     options = _core.ExtractOptions()
     options.seed = _SEED
     results = []
-    for loaded in pair.load_ahead(pair.modules, progress):
-        stored, (factors,) = pack[loaded.name], pack.to_core([loaded.name])
+    for loaded in model_pair.load_ahead(model_pair.modules, progress):
+        stored, (factors,) = subspace[loaded.name], subspace.to_core([loaded.name])
         options.noise_std = loaded.noise_std
         try:
             measured = _core.certify(loaded.base, loaded.aligned, factors, options)

@@ -1,4 +1,4 @@
-"""What weight matrices are called: in checkpoints, in packs, and in the models that adapters were trained on."""
+"""What weight matrices are called: in checkpoints, in subspace files, and in the models of adapters."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def matches(module: str, pattern: str) -> bool:
 
 
 def resolve(module: str, known: Collection[str], aliases: Mapping[str, str]) -> str | None:
-    """Find the pack's name for a module of the host's model.
+    """Find the subspace file's name for a module of the host's model.
 
     Names must be equal, up to one of the prefixes that `transformers` puts before the bare model. ``aliases``
-    holds names of tied weights. Returns None if the pack does not cover the module.
+    holds names of tied weights. Returns None if the subspace file does not cover the module.
     """
     for candidate in _spellings(module):
         if candidate in known:

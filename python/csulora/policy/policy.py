@@ -1,4 +1,4 @@
-"""Policies: what a correction does to each part of an update, and what it refuses."""
+"""Policies: what a correction does to each component of an update, and what it refuses."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _SIDES = ("left", "right")
 class Directions:
     """What is kept along each leading singular direction, and how much of the displacement is added.
 
-    X = (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (restored S) V^T
+    X = (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (reinforced S) V^T
 
     Attributes:
         left: gains in [0, 1] of what is written along the first columns of u; along all others it is kept.
         right: of what is read along the first columns of v.
-        restored: multiples of the displacement's first singular triples u s v^T that are added to every update but 0,
+        reinforced: multiples of the displacement's first singular triples u s v^T that are added to every update but 0,
             whatever it is. Each that is not 0 adds 1 to the rank of X, and to the rank that ``keep`` keeps.
     """
 
     left: tuple[float, ...]
     right: tuple[float, ...]
-    restored: tuple[float, ...] = ()
+    reinforced: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Override:
     """Other numbers for the modules that a glob matches: exactly one of penalties, gains and directions.
 
     Attributes:
-        match: glob over module names as the pack has them.
+        match: glob over module names as the subspace file has them.
         penalties: aligned, partial, off; 0 or more, infinity allowed.
         gains: aligned, left, right, off; in [0, 1].
         directions: gains of single directions.
@@ -77,42 +77,42 @@ class Override:
         for side in _SIDES if self.directions else ():
             for value in getattr(self.directions, side):
                 _check_gain(f"{where}: a gain of directions {side}", value)
-        for value in self.directions.restored if self.directions else ():
-            _check_number(f"{where}: a multiple of directions restored", value)
+        for value in self.directions.reinforced if self.directions else ():
+            _check_number(f"{where}: a multiple of directions reinforced", value)
             if not math.isfinite(value):
-                raise InputError(f"policy {where}: a multiple of directions restored is {value}; it must be finite")
+                raise InputError(f"policy {where}: a multiple of directions reinforced is {value}; it must be finite")
 
-    def attenuation(self) -> _core.Penalties | _core.Parts | _core.Directions:
+    def attenuation(self) -> _core.Penalties | _core.Components | _core.Directions:
         """Return the numbers as the compiled core takes them."""
         if self.gains is not None:
-            return _core.Parts(*self.gains)
+            return _core.Components(*self.gains)
         if self.penalties is not None:
             return _core.Penalties(*self.penalties)
         assert self.directions is not None
-        return _core.Directions(self.directions.left, self.directions.right, self.directions.restored)
+        return _core.Directions(self.directions.left, self.directions.right, self.directions.reinforced)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How much of each part of an update is kept, gain = 1 / (1 + penalty * relative energy), and what is refused.
+    """How much of each component of an update is kept, gain = 1 / (1 + penalty * relative energy), and what is refused.
 
     Attributes:
-        aligned: penalty on the part inside the subspace on both sides; 0 or more, infinity removes the part.
-        partial: penalty on the part inside it on one side only.
-        off: penalty on the part outside it on both sides.
-        rank: ``keep`` the adapter's rank (and what `Directions` restore), ``exact`` (up to twice that; for scoped
+        aligned: penalty on the component inside the subspace on both sides; 0 or more, infinity removes it.
+        partial: penalty on the component inside it on one side only.
+        off: penalty on the component outside it on both sides.
+        rank: ``keep`` the adapter's rank (and what `Directions` reinforce), ``exact`` (up to twice that; for filtered
             `Directions` one more for each that is changed on the left), or the most directions to keep.
-        uncovered: what happens to modules that the pack does not cover: ``refuse`` the adapter, ``drop`` the
+        uncovered: what happens to modules that the subspace file does not cover: ``refuse`` the adapter, ``drop`` the
             module, or ``keep`` it uncorrected.
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
         overrides: other numbers for some modules; the first whose glob matches counts, and each must for some module.
-        usual_energy: relative energy e, in (0, 1], of an adapter that gets the gains of `Directions` as they are; one
-            with another e gets g / (g + (1 - g) x), x = (e / usual_energy)^2 and at least 0.4. e is the mean of the
-            shares of an update's energy that are written and that are read along all these directions. None: every
+        reference_energy: relative energy e, in (0, 1], of an adapter that gets the gains of `Directions` as they are;
+            one with another e gets g / (g + (1 - g) x), x = (e / reference_energy)^2 and at least 0.4. e is the mean of
+            the shares of an update's energy that are written and that are read along all these directions. None: every
             adapter gets the same gains, whatever it is padded with.
-        scoped: whether the correction acts only on the inputs that the pack's scopes name, see
-            `csulora.subspace.scope`; modules that have one need gains of `Directions`.
-        subspace_sha256: the one pack that a tuned policy may be used with; None: any.
+        filtered: whether the correction acts only on the inputs that the subspace file's input filters name, see
+            `csulora.subspace.input_filter`; modules that have one need gains of `Directions`.
+        subspace_sha256: the one subspace file that a tuned policy may be used with; None: any.
     """
 
     aligned: float = 0.0
@@ -122,8 +122,8 @@ class Policy:
     uncovered: Uncovered = "refuse"
     max_undo: float | None = None
     overrides: tuple[Override, ...] = ()
-    usual_energy: float | None = None
-    scoped: bool = False
+    reference_energy: float | None = None
+    filtered: bool = False
     subspace_sha256: str | None = None
 
     def __post_init__(self) -> None:
@@ -139,12 +139,12 @@ class Policy:
             _check_number("max_undo", self.max_undo)
             if not math.isfinite(self.max_undo):
                 raise InputError(f"policy max_undo is {self.max_undo}; it must be a finite number")
-        if self.usual_energy is not None:
-            _check_number("usual_energy", self.usual_energy)
-            if not 0 < self.usual_energy <= 1:
-                raise InputError(f"policy usual_energy is {self.usual_energy}; it must lie in (0, 1]")
-        if not isinstance(self.scoped, bool):
-            raise InputError(f"policy scoped is {self.scoped!r}; it must be true or false")
+        if self.reference_energy is not None:
+            _check_number("reference_energy", self.reference_energy)
+            if not 0 < self.reference_energy <= 1:
+                raise InputError(f"policy reference_energy is {self.reference_energy}; it must lie in (0, 1]")
+        if not isinstance(self.filtered, bool):
+            raise InputError(f"policy filtered is {self.filtered!r}; it must be true or false")
         if self.subspace_sha256 is not None and not _is_sha256(self.subspace_sha256):
             raise InputError(f"policy subspace_sha256 is {self.subspace_sha256!r}; it must be 64 hexadecimal digits")
 
@@ -160,7 +160,7 @@ class Policy:
 
     @classmethod
     def project(cls, **rest: Any) -> Self:
-        """Keep the aligned part alone: the hard projection."""
+        """Keep the aligned component alone: the hard projection."""
         return cls(0.0, math.inf, math.inf, **rest)
 
     @classmethod
@@ -168,20 +168,22 @@ class Policy:
         """Keep everything: X = dW."""
         return cls(0.0, 0.0, 0.0, **rest)
 
-    def attenuation(self, module: str) -> _core.Penalties | _core.Parts | _core.Directions:
-        """Return the penalties, gains or directions of a module, by its name in the pack."""
+    def attenuation(self, module: str) -> _core.Penalties | _core.Components | _core.Directions:
+        """Return the penalties, gains or directions of a module, by its name in the subspace file."""
         if (at := self._override_of(module)) is not None:
             return self.overrides[at].attenuation()
         return _core.Penalties(self.aligned, self.partial, self.off)
 
     def check_overrides(self, modules: Collection[str]) -> None:
-        """Raise `InputError` if an override counts for none of a pack's modules."""
+        """Raise `InputError` if an override counts for none of a subspace file's modules."""
         counting = {self._override_of(module) for module in modules}
         for at, override in enumerate(self.overrides):
             if at not in counting:
                 is_late = any(names.matches(module, override.match) for module in modules)
                 reason = (
-                    "all that it matches is matched by one before it" if is_late else "matches no module of the pack"
+                    "all that it matches is matched by one before it"
+                    if is_late
+                    else "matches no module of the subspace file"
                 )
                 raise InputError(f"policy override {override.match!r}: {reason}")
 
@@ -205,21 +207,21 @@ class Policy:
                 named.setdefault(override.match, at)
         return named, globs
 
-    def check_scoped(self, modules: Iterable[str]) -> None:
-        """Raise `InputError` if the policy is scoped, and one of the modules that have scopes cannot be."""
-        for module in modules if self.scoped else ():
+    def check_filtered(self, modules: Iterable[str]) -> None:
+        """Raise `InputError` if the policy is filtered, and one of the modules that have input filters cannot be."""
+        for module in modules if self.filtered else ():
             if not isinstance(self.attenuation(module), _core.Directions):
-                raise InputError(f"policy scoped: only gains of directions can be, and {module} has none")
+                raise InputError(f"policy filtered: only gains of directions can be, and {module} has none")
 
     def core_options(self) -> _core.CorrectionOptions:
         """Return what holds for all modules of an adapter as the compiled core takes it."""
         if isinstance(self.rank, int):
-            return _core.CorrectionOptions(_core.RankRule.fixed, self.rank, self.usual_energy)
+            return _core.CorrectionOptions(_core.RankRule.fixed, self.rank, self.reference_energy)
         rule = _core.RankRule.keep if self.rank == "keep" else _core.RankRule.exact
-        return _core.CorrectionOptions(rule, usual_energy=self.usual_energy)
+        return _core.CorrectionOptions(rule, reference_energy=self.reference_energy)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the policy as its TOML document: fields that are None are absent, and ``scoped`` unless it is true."""
+        """Return the policy as its TOML document, without fields that are None and without ``filtered`` if false."""
         document = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
         document["overrides"] = [_override_document(override) for override in self.overrides]
         return document
@@ -291,8 +293,8 @@ def _override_document(override: Override) -> dict[str, Any]:
         return {"match": override.match, "gains": dict(zip(_GAINS, override.gains, strict=True))}
     if override.directions is not None:
         lists = {name: list(values) for name, values in asdict(override.directions).items()}
-        if not lists["restored"]:
-            del lists["restored"]
+        if not lists["reinforced"]:
+            del lists["reinforced"]
         return {"match": override.match, "directions": lists}
     assert override.penalties is not None
     return {"match": override.match, "penalties": dict(zip(_PENALTIES, override.penalties, strict=True))}
@@ -317,7 +319,7 @@ def _override(entry: Any) -> Override:
 
 
 def _directions(table: Any, where: str) -> Directions:
-    is_table = isinstance(table, dict) and set(table) - {"restored"} == set(_SIDES)
+    is_table = isinstance(table, dict) and set(table) - {"reinforced"} == set(_SIDES)
     if not is_table or not all(isinstance(values, list) for values in table.values()):
-        raise InputError(f"{where}: directions must be a table of the lists left and right, and perhaps restored")
+        raise InputError(f"{where}: directions must be a table of the lists left and right, and perhaps reinforced")
     return Directions(**{name: tuple(values) for name, values in table.items()})

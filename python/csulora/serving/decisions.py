@@ -25,7 +25,7 @@ class Decision:
     Attributes:
         adapter: the path it came from; the log holds it, and the reason, as `csulora.errors.printable` text.
         adapter_sha256: its content; None if it could not be read that far.
-        subspace_sha256: the pack.
+        subspace_sha256: the subspace file.
         policy_sha256: the policy, see `csulora.serving.gate`.
         verdict: ``corrected``, ``refused`` (by a rule or the policy), ``invalid`` (malformed), or ``failed``
             (anything else that went wrong; the adapter was not loaded).

@@ -18,13 +18,13 @@ from csulora import __version__
 from csulora.adapters.disk import load_adapter
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft import directory as peft
-from csulora.correction.correct import check_pack, correct
+from csulora.correction.correct import check_subspace, correct
 from csulora.correction.report import Report
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import workplace
 from csulora.policy.policy import Policy
 from csulora.serving.decisions import Decision, DecisionLog, Verdict
-from csulora.serving.turns import turn
+from csulora.serving.limiter import limited
 from csulora.subspace.subspace import Subspace
 
 SUBSPACE_VARIABLE = "CSULORA_SUBSPACE"
@@ -34,50 +34,51 @@ DECISIONS_VARIABLE = "CSULORA_DECISIONS"
 
 
 class Gate:
-    """A pack, a policy and a decision log. Whatever `admission` yields was corrected with them.
+    """A subspace file, a policy and a decision log. Whatever `admission` yields was corrected with them.
 
     Attributes:
         policy_sha256: sha256 of the policy's TOML document.
-        fingerprint: identity of everything that turns an adapter into the corrected one: pack, policy, version.
+        fingerprint: identity of everything that turns an adapter into the corrected one: subspace file, policy,
+            version.
     """
 
-    def __init__(self, pack: Subspace, policy: Policy | None = None, log: DecisionLog | None = None) -> None:
+    def __init__(self, subspace: Subspace, policy: Policy | None = None, log: DecisionLog | None = None) -> None:
         """Set the gate up; without ``policy`` it is ``Policy.csulora(1.0)``.
 
-        The whole pack is read and validated now, not when an adapter first needs it.
+        The whole subspace file is read and validated now, not when an adapter first needs it.
 
         Raises:
-            InputError: the pack's values are not usable, an override of the policy matches none of its modules, or a
-                scoped policy has no gains of directions for one that has a scope.
-            RefusedError: the policy was tuned for another pack.
+            InputError: the subspace file's values are not usable, an override of the policy matches none of its
+                modules, or a filtered policy has no gains of directions for one that has an input filter.
+            RefusedError: the policy was tuned for another subspace file.
         """
-        self.pack = pack
+        self.subspace = subspace
         self.policy = policy or Policy.csulora()
         self.log = log or DecisionLog()
-        check_pack(self.policy, pack)
-        pack.to_core(pack)
-        self.policy.check_scoped([module for module in pack if pack.scope(module)])
+        check_subspace(self.policy, subspace)
+        subspace.to_core(subspace)
+        self.policy.check_filtered([module for module in subspace if subspace.input_filter(module)])
         self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
-        made_of = f"csulora {__version__}, pack {pack.sha256}, policy {self.policy_sha256}"
+        made_of = f"csulora {__version__}, subspace {subspace.sha256}, policy {self.policy_sha256}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
 
     @classmethod
     def open(
         cls,
-        pack: Subspace | str | Path,
+        subspace: Subspace | str | Path,
         policy: Policy | str | Path | None = None,
         decisions: str | Path | None = None,
         subspace_sha256: str | None = None,
     ) -> Gate:
-        """Set a gate up from objects or files: a pack, a policy (TOML), a file to append decisions to.
+        """Set a gate up from objects or files: a subspace file, a policy (TOML), a file to append decisions to.
 
         Raises:
             InputError: a file is malformed.
-            RefusedError: the pack's file has another content than ``subspace_sha256`` says, or the policy was tuned
-                for another pack.
+            RefusedError: the subspace file has another content than ``subspace_sha256`` says, or the policy was tuned
+                for another subspace file.
         """
         return cls(
-            pack if isinstance(pack, Subspace) else Subspace.open(pack, subspace_sha256),
+            subspace if isinstance(subspace, Subspace) else Subspace.open(subspace, subspace_sha256),
             policy if isinstance(policy, Policy) or policy is None else Policy.load(policy),
             DecisionLog(Path(decisions) if decisions else None),
         )
@@ -86,23 +87,23 @@ class Gate:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Gate:
         """Set up what CSULORA_SUBSPACE, CSULORA_POLICY and CSULORA_DECISIONS name; the last two are optional.
 
-        CSULORA_SUBSPACE_SHA256, if it is set, is the one content of the pack that is accepted.
+        CSULORA_SUBSPACE_SHA256, if it is set, is the one content of the subspace file that is accepted.
 
         Raises:
             InputError: a variable is missing or names something unreadable.
         """
-        pack = environment.get(SUBSPACE_VARIABLE)
-        if not pack:
-            raise InputError(f"{SUBSPACE_VARIABLE} is not set; name the subspace pack of the served model")
+        subspace = environment.get(SUBSPACE_VARIABLE)
+        if not subspace:
+            raise InputError(f"{SUBSPACE_VARIABLE} is not set; name the subspace file of the served model")
         pinned = environment.get(SUBSPACE_SHA256_VARIABLE) or None
-        return cls.open(pack, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE), pinned)
+        return cls.open(subspace, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE), pinned)
 
     @contextmanager
     def admission(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> Iterator[tuple[Adapter, Report]]:
         """Read the adapter at ``path`` and yield the corrected one to a block that delivers it to its host.
 
-        The decision is recorded when the block is done: if that fails, the adapter was not let through. Threads take
-        turns, see `csulora.serving.turns`.
+        The decision is recorded when the block is done: if that fails, the adapter was not let through. Threads wait
+        for one another, see `csulora.serving.limiter`.
 
         Args:
             path: where it lies.
@@ -112,10 +113,10 @@ class Gate:
             CsuloraError: it is refused or malformed.
         """
         start = time.perf_counter()
-        with turn():
+        with limited():
             adapter = self.read(path, read)
             with self._recording_failure(path, adapter.sha256, start):
-                corrected, report = correct(adapter, self.pack, self.policy)
+                corrected, report = correct(adapter, self.subspace, self.policy)
         with self._recording_failure(path, adapter.sha256, start):
             yield corrected, report
         self._record(path, adapter.sha256, start, "corrected", totals=asdict(report.totals))
@@ -153,7 +154,7 @@ class Gate:
     ) -> None:
         seconds = time.perf_counter() - start
         self.log.record(
-            Decision(str(path), sha256, self.pack.sha256, self.policy_sha256, verdict, reason, totals, seconds)
+            Decision(str(path), sha256, self.subspace.sha256, self.policy_sha256, verdict, reason, totals, seconds)
         )
 
 

@@ -6,7 +6,7 @@ For servers without a hook of their own: uploads go to INCOMING, and the server 
     OUTGOING/name        the corrected adapter in the same format, complete
     OUTGOING/name.refused.json    or, instead of it, why there is none
 
-What was decided is recorded beside the result: the hash of the input and the fingerprint of pack, policy and
+What was decided is recorded beside the result: the hash of the input and the fingerprint of subspace file, policy and
 version. After a restart, an input whose record still holds is left alone. Names that begin with a dot, and files
 that are no GGUF, are ignored.
 
@@ -126,7 +126,7 @@ class DirectoryGuard:
         """
         pool = ThreadPoolExecutor(1, thread_name_prefix="csulora-guard")
         with self._alone():
-            self._tell(f"guarding {self.incoming} -> {self.outgoing} with pack {self.gate.pack.sha256}")
+            self._tell(f"guarding {self.incoming} -> {self.outgoing} with subspace file {self.gate.subspace.sha256}")
             notify(READY)
             work = pool.submit(self._scan_repeatedly, watch, interval)
             while not work.done() and not self._stop.is_set():
@@ -232,7 +232,7 @@ class DirectoryGuard:
         except Exception as error:  # also a bug of ours: it must neither stop the guard nor let the adapter through
             return self._refuse(name, error, record)
         self._refusal(name).unlink(missing_ok=True)
-        self._tell(f"{name}: corrected, {report.warning}change {report.totals.change:.1%}")
+        self._tell(f"{name}: corrected, {report.warning}relative change {report.totals.relative_change:.1%}")
         return True
 
     def _turn_away(self, name: str, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Subspace packs: the truncated SVD of every displacement of one model pair, in one safetensors file."""
+"""Subspace files: the truncated SVD of every displacement of one model pair, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import atomic_file, identity_of_file, parse_json, save_tensors, sha256_of_file
 from csulora.native import _core
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FACTORS = ("u", "s", "v")
-SCOPE_FACTORS = ("p", "q")
+FILTER_FACTORS = ("p", "q")
 FACTOR_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 _CPU = torch.device("cpu")
@@ -38,22 +38,22 @@ class Certificate:
 
     Attributes:
         displacement_norm2: |D|_F^2.
-        captured: 1 - |D - U S V^T|^2 / |D|^2, at least.
+        captured_energy: 1 - |D - U S V^T|^2 / |D|^2, at least.
         residual: max over i of max(|D v - s u|, |D^T u - s v|) / s.
         orthonormality: max(|U^T U - I|_F, |V^T V - I|_F).
         next_value: upper estimate of the next singular value.
-        missed: bound on the share of the true left or right subspace that is missed; 1 means nothing is known.
+        subspace_error: bound on the share of the true left or right subspace that is missed; 1 means nothing is known.
         noise_edge: singular values below it cannot be told from storage rounding.
         above_noise: how many computed singular values lie above ``noise_edge``.
         passes: products with D and its transpose; 0 for a full decomposition.
     """
 
     displacement_norm2: float
-    captured: float
+    captured_energy: float
     residual: float
     orthonormality: float
     next_value: float
-    missed: float
+    subspace_error: float
     noise_edge: float
     above_noise: int
     passes: int
@@ -77,9 +77,9 @@ class Certificate:
 
 @dataclass(frozen=True, eq=False)
 class ModuleSubspace:
-    """One module's part of a pack: D ~ u diag(s) v^T for D (out, in), and what it was computed from.
+    """One module of a subspace file: D ~ u diag(s) v^T for D (out, in), and what it was computed from.
 
-    ``scope`` is there in packs that `tune` wrote: the inputs on which scoped policies act.
+    ``input_filter`` is there in subspace files that `tune` wrote: the inputs on which filtered policies act.
     """
 
     u: Tensor  # (out, k) float16, bfloat16 or float32
@@ -88,7 +88,7 @@ class ModuleSubspace:
     certificate: Certificate
     base_sha256: str
     aligned_sha256: str
-    scope: Scope | None = None
+    input_filter: InputFilter | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the factors."""
@@ -98,14 +98,16 @@ class ModuleSubspace:
             raise InputError("u is {}, s {} and v {}; they must agree on the number of directions".format(*shapes))
         if self.s.dtype != torch.float32 or self.u.dtype != self.v.dtype or self.u.dtype not in FACTOR_DTYPES.values():
             raise InputError(f"u is {self.u.dtype}, s {self.s.dtype} and v {self.v.dtype}; csulora stores none such")
-        if self.scope and self.scope.p.shape[0] != self.v.shape[0]:
-            raise InputError(f"v is {list(self.v.shape)} and the scope's p {list(self.scope.p.shape)}; they disagree")
+        if self.input_filter and self.input_filter.p.shape[0] != self.v.shape[0]:
+            raise InputError(
+                f"v is {list(self.v.shape)} and the input filter's p {list(self.input_filter.p.shape)}; they disagree"
+            )
 
     @classmethod
     def from_record(cls, record: dict[str, Any], factors: Mapping[str, Tensor]) -> Self:
         """Put a module together; raises KeyError or TypeError unless ``record`` is what `record` returns.
 
-        ``factors`` are u, s and v, and p and q if there is a scope.
+        ``factors`` are u, s and v, and p and q if there is an input filter.
         """
         if set(record) != {"base_sha256", "aligned_sha256", "certificate"}:
             raise TypeError(f"a module's record has the fields {sorted(record)}")
@@ -113,8 +115,8 @@ class ModuleSubspace:
         base_sha256, aligned_sha256 = record["base_sha256"], record["aligned_sha256"]
         if not isinstance(base_sha256, str) or not isinstance(aligned_sha256, str):
             raise TypeError("a content hash is not a text")
-        scope = Scope(factors["p"], factors["q"]) if "p" in factors else None
-        return cls(factors["u"], factors["s"], factors["v"], certificate, base_sha256, aligned_sha256, scope)
+        input_filter = InputFilter(factors["p"], factors["q"]) if "p" in factors else None
+        return cls(factors["u"], factors["s"], factors["v"], certificate, base_sha256, aligned_sha256, input_filter)
 
     def record(self) -> dict[str, Any]:
         """Return everything but the factors, for JSON."""
@@ -127,8 +129,8 @@ class ModuleSubspace:
     def tensors(self) -> dict[str, Tensor]:
         """Return the factors by their names in a file."""
         factors = {factor: getattr(self, factor) for factor in FACTORS}
-        if self.scope:
-            factors |= {factor: getattr(self.scope, factor) for factor in SCOPE_FACTORS}
+        if self.input_filter:
+            factors |= {factor: getattr(self.input_filter, factor) for factor in FILTER_FACTORS}
         return factors
 
     @property
@@ -149,14 +151,14 @@ class ModuleSubspace:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a pack was made from and how.
+    """What a subspace file was made from and how.
 
     Attributes:
         csulora: the version that made it.
         base: name of the checkpoint before alignment.
         aligned: name of the checkpoint after it.
         options: the extraction's options.
-        aliases: further names of tied weights, name in the model -> module in the pack.
+        aliases: further names of tied weights, name in the model -> module in the subspace file.
     """
 
     csulora: str
@@ -178,13 +180,13 @@ class Provenance:
 
 
 class Subspace(Mapping[str, ModuleSubspace]):
-    """A subspace pack: a mapping from module name to `ModuleSubspace`, with its provenance."""
+    """All subspaces of a model pair: a mapping from module name to `ModuleSubspace`, with its provenance."""
 
     def __init__(self, modules: Mapping[str, ModuleSubspace], provenance: Provenance) -> None:
-        """Assemble a pack in memory."""
+        """Assemble what a subspace file holds, in memory."""
         self._modules = dict(sorted(modules.items()))
         self._validated: dict[tuple[str, torch.device], _core.Subspace] = {}
-        self._scopes: dict[tuple[str, torch.device], Scope] = {}
+        self._input_filters: dict[tuple[str, torch.device], InputFilter] = {}
         self._source: tuple[Path, tuple[int, ...]] | None = None
         self.provenance = provenance
 
@@ -199,7 +201,7 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Further names of tied weights: name in the model -> module in the pack."""
+        """Further names of tied weights: name in the model -> module in the subspace file."""
         return self.provenance.aliases
 
     def to_core(self, modules: Iterable[str], device: torch.device = _CPU) -> list[_core.Subspace]:
@@ -224,33 +226,33 @@ class Subspace(Mapping[str, ModuleSubspace]):
         return [self._validated[name, device] for name in modules]
 
     @property
-    def is_scoped(self) -> bool:
-        """Whether scoped policies can be used with the pack: it says on which inputs of its modules they act."""
-        return any(module.scope for module in self.values())
+    def is_filtered(self) -> bool:
+        """Whether filtered policies can be used: there is an input filter for some module."""
+        return any(module.input_filter for module in self.values())
 
-    def scope(self, module: str, device: torch.device = _CPU) -> Scope | None:
-        """Return a module's scope on a device, where it then stays; None where corrections act on every input.
+    def input_filter(self, module: str, device: torch.device = _CPU) -> InputFilter | None:
+        """Return a module's input filter on a device, where it then stays; None where corrections act on every input.
 
         Raises:
             InputError: its values are not finite.
         """
-        scope = self._modules[module].scope
-        if scope and (module, device) not in self._scopes:
-            if not bool(scope.p.isfinite().all() and scope.q.isfinite().all()):
-                raise InputError(f"{self._origin}: {module}: the scope holds NaN or infinity")
-            self._scopes[module, device] = scope.to(device)
-        return self._scopes.get((module, device))
+        input_filter = self._modules[module].input_filter
+        if input_filter and (module, device) not in self._input_filters:
+            if not bool(input_filter.p.isfinite().all() and input_filter.q.isfinite().all()):
+                raise InputError(f"{self._origin}: {module}: the input filter holds NaN or infinity")
+            self._input_filters[module, device] = input_filter.to(device)
+        return self._input_filters.get((module, device))
 
-    def with_scopes(self, scopes: Mapping[str, Scope]) -> Subspace:
-        """Return a pack whose modules have these scopes, and no others."""
-        modules = {name: replace(module, scope=scopes.get(name)) for name, module in self.items()}
-        pack = Subspace(modules, self.provenance)
-        pack._validated = self._validated  # of the same factors
-        return pack
+    def with_input_filters(self, input_filters: Mapping[str, InputFilter]) -> Subspace:
+        """Return the same subspaces, whose modules have these input filters and no others."""
+        modules = {name: replace(module, input_filter=input_filters.get(name)) for name, module in self.items()}
+        subspace = Subspace(modules, self.provenance)
+        subspace._validated = self._validated  # of the same factors
+        return subspace
 
     @property
     def _origin(self) -> Path | str:
-        return self._source[0] if self._source else "subspace pack"
+        return self._source[0] if self._source else "subspace"
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -265,7 +267,7 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
     @cached_property
     def sha256(self) -> str:
-        """Hex sha256 of the pack file's bytes, or of those that `save` would write.
+        """Hex sha256 of the subspace file's bytes, or of those that `save` would write.
 
         Raises:
             InputError: the file is no longer the one that was opened.
@@ -280,19 +282,19 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
     @classmethod
     def open(cls, path: str | Path, sha256: str | None = None) -> Self:
-        """Map a pack file and check its structure; factors are read, and checked by `to_core`, as they are needed.
+        """Map a subspace file and check its structure; factors are read, and checked by `to_core`, as they are needed.
 
         Args:
             path: the file.
             sha256: the one content, in hex, that is accepted; None: any.
 
         Raises:
-            InputError: the file is not a pack, or its parts contradict each other.
-            RefusedError: it is another pack than ``sha256`` says.
+            InputError: the file is not a subspace file, or its contents contradict each other.
+            RefusedError: it is another subspace file than ``sha256`` says.
         """
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"{path}: no such file; make a pack with `csulora extract`")
+            raise InputError(f"{path}: no such file; make a subspace file with `csulora extract`")
         try:
             identity = identity_of_file(path)
             with safe_open(path, framework="pt") as file:
@@ -300,40 +302,47 @@ class Subspace(Mapping[str, ModuleSubspace]):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not a readable safetensors file: {error}") from error
-        pack = cls._parse(path, metadata, tensors)
-        pack._source = path, identity
-        if sha256 is not None and pack.sha256 != sha256.strip().lower():
-            raise RefusedError(f"{path}: has sha256 {pack.sha256}, and {sha256} is asked for; it is another pack")
-        return pack
+        subspace = cls._parse(path, metadata, tensors)
+        subspace._source = path, identity
+        if sha256 is not None and subspace.sha256 != sha256.strip().lower():
+            raise RefusedError(
+                f"{path}: has sha256 {subspace.sha256}, and {sha256} is asked for; it is another subspace file"
+            )
+        return subspace
 
     @classmethod
     def _parse(cls, path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Self:
         if _METADATA_KEY not in metadata:
-            raise InputError(f"{path}: not a subspace pack; make one with `csulora extract`")
+            raise InputError(f"{path}: not a subspace file; make one with `csulora extract`")
         document = parse_json(metadata[_METADATA_KEY].encode(), path)
         version = document.pop("format", None)
         if version != FORMAT_VERSION:
-            raise InputError(f"{path}: pack format {version}; this csulora reads format {FORMAT_VERSION}")
+            raise InputError(
+                f"{path}: subspace file format {version}; this csulora reads format {FORMAT_VERSION}; "
+                "make it again with `csulora extract`"
+            )
         try:
             fingerprints, records = document.pop("fingerprints"), document.pop("modules")
-            pack = cls(
+            subspace = cls(
                 {name: _module(name, record, tensors) for name, record in records.items()},
                 Provenance.from_record(document),
             )
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            raise InputError(f"{path}: the pack's metadata is damaged ({error!r})") from error
-        if len(tensors) != len(pack._tensors()):
+            raise InputError(f"{path}: the subspace file's metadata is damaged ({error!r})") from error
+        if len(tensors) != len(subspace._tensors()):
             raise InputError(f"{path}: holds tensors that no module accounts for")
-        if pack.fingerprints != fingerprints:
-            raise InputError(f"{path}: fingerprints and content hashes contradict each other; the pack is damaged")
-        if any(target not in pack for target in pack.aliases.values()):
-            raise InputError(f"{path}: an alias names a module that the pack does not hold")
-        return pack
+        if subspace.fingerprints != fingerprints:
+            raise InputError(
+                f"{path}: fingerprints and content hashes contradict each other; the subspace file is damaged"
+            )
+        if any(target not in subspace for target in subspace.aliases.values()):
+            raise InputError(f"{path}: an alias names a module that the subspace file does not hold")
+        return subspace
 
     def save(self, path: str | Path) -> None:
-        """Write the pack to ``path``, complete or not at all."""
+        """Write the subspace file to ``path``, complete or not at all."""
         with atomic_file(Path(path)) as temporary:
             save_tensors(self._tensors(), temporary, self._metadata())
 
@@ -358,9 +367,9 @@ class Subspace(Mapping[str, ModuleSubspace]):
 
 
 def _module(name: str, record: dict[str, Any], tensors: Mapping[str, Tensor]) -> ModuleSubspace:
-    every = (*FACTORS, *SCOPE_FACTORS)
+    every = (*FACTORS, *FILTER_FACTORS)
     factors = {factor: tensors[f"{name}.{factor}"] for factor in every if f"{name}.{factor}" in tensors}
-    if not set(FACTORS) <= set(factors) or len(set(SCOPE_FACTORS) & set(factors)) == 1:
+    if not set(FACTORS) <= set(factors) or len(set(FILTER_FACTORS) & set(factors)) == 1:
         raise InputError(f"{name}: a factor is missing")
     try:
         return ModuleSubspace.from_record(record, factors)

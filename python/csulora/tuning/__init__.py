@@ -1,1 +1,1 @@
-"""`csulora tune`: gains fitted on a few prompts, for which the host model runs (needs csulora[peft])."""
+"""`csulora tune`: gains fitted on a few prompts, for which the language model runs (needs csulora[peft])."""

@@ -12,39 +12,39 @@ from csulora.adapters.lora import Adapter
 from csulora.subspace.subspace import ModuleSubspace, Subspace
 
 
-def random_subspaces(pack: Subspace, seed: int) -> Subspace:
-    """Return a pack with uniformly random directions, as many per module as ``pack`` has."""
+def random_subspaces(subspace: Subspace, seed: int) -> Subspace:
+    """Return uniformly random directions, as many per module as ``subspace`` has."""
     generator = torch.Generator().manual_seed(seed)
     return Subspace(
         {
             name: _with(
                 module, *(_orthonormal(torch.randn(side.shape, generator=generator)) for side in (module.u, module.v))
             )
-            for name, module in pack.items()
+            for name, module in subspace.items()
         },
-        pack.provenance,
+        subspace.provenance,
     )
 
 
 def own_subspaces(
-    pack: Subspace, adapter: Adapter, targets: Mapping[str, str], ranks: Mapping[str, int] | None = None
+    subspace: Subspace, adapter: Adapter, targets: Mapping[str, str], ranks: Mapping[str, int] | None = None
 ) -> Subspace:
-    """Return the pack with the leading directions of an adapter's own update; ``targets`` as `Update` has them.
+    """Return ``subspace`` with the leading directions of an adapter's own update; ``targets`` as `Update` has them.
 
-    ``ranks``: most directions of a module in the pack.
+    ``ranks``: most directions of a module.
     """
-    modules = dict(pack)
+    modules = dict(subspace)
     for name, target in targets.items():
         module = adapter.modules[name]
         left, right = torch.linalg.qr(module.b.float()), torch.linalg.qr(module.a.float().T)
         u, s, vt = torch.linalg.svd(left.R @ right.R.T)
-        k = min(pack[target].rank, len(s), (ranks or {}).get(target, len(s)))
-        modules[target] = _with(pack[target], left.Q @ u[:, :k], right.Q @ vt[:k].T, s[:k])
-    return Subspace(modules, pack.provenance)
+        k = min(subspace[target].rank, len(s), (ranks or {}).get(target, len(s)))
+        modules[target] = _with(subspace[target], left.Q @ u[:, :k], right.Q @ vt[:k].T, s[:k])
+    return Subspace(modules, subspace.provenance)
 
 
 def least_ranks(adapters: Sequence[Adapter], targets: Sequence[Mapping[str, str]]) -> dict[str, int]:
-    """Return module in the pack -> how many directions of their own all adapters have that update it."""
+    """Return module -> how many directions of their own all adapters have that update it."""
     ranks: dict[str, int] = {}
     for adapter, names in zip(adapters, targets, strict=True):
         for name, target in names.items():

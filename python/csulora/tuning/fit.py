@@ -10,53 +10,57 @@ import torch
 from torch import Tensor
 
 from csulora.tuning.gains import Gains
-from csulora.tuning.host import Host, Reply, divergence
+from csulora.tuning.language_model import LanguageModel, Reply, divergence
 from csulora.tuning.options import Options
 from csulora.tuning.update import Update
 
-_CHECK = 10  # steps between two looks at the held-back prompts
+_CHECK = 10  # steps between two looks at the validation prompts
 _PATIENCE = 4  # looks without an improvement that end the fit
 _TOGETHER = 64  # most prompts that run together: a step's all do
 
 
 @dataclass(frozen=True, eq=False)
 class Replies:
-    """Replies to every kind of prompt: the aligned model's to guard, the uncorrected adapter's to the others."""
+    """Replies of each kind: the aligned model's to safety prompts, the uncorrected adapter's to the others."""
 
-    guard: Sequence[Reply]
-    keep: Sequence[Reply]
-    ordinary: Sequence[Reply] = ()
+    safety: Sequence[Reply]
+    task: Sequence[Reply]
+    general: Sequence[Reply] = ()
 
     @property
     def kinds(self) -> tuple[Sequence[Reply], ...]:
         """Replies of each kind."""
-        return self.guard, self.keep, self.ordinary
+        return self.safety, self.task, self.general
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One adapter: its update, the rows of its modules among all fitted ones, prompts to fit on and held back."""
+    """One adapter: its update, the rows of its modules among all fitted ones, prompts to fit on and to validate on."""
 
     update: Update
     index: Tensor  # (modules) int64
     fitted: Replies
-    held: Replies
+    validation: Replies
 
 
 def fit(
-    host: Host, cases: Sequence[Case], gains: Gains, options: Options, tick: Callable[[], None] = lambda: None
+    language_model: LanguageModel,
+    cases: Sequence[Case],
+    gains: Gains,
+    options: Options,
+    tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Return the parameters of ``gains`` with the smallest loss on the held-back prompts.
+    """Return the parameters of ``gains`` with the smallest loss on the validation prompts.
 
     Every step takes the next case, a batch of its prompts, and one step of Adam. ``tick`` is called after each.
     """
-    parameters = gains.start().to(host.device).requires_grad_()
+    parameters = gains.start().to(language_model.device).requires_grad_()
     optimizer = torch.optim.Adam([parameters], lr=options.learning_rate)
     draws = [_Draws(case.fitted, options, number) for number, case in enumerate(cases)]
     best, best_loss, waited = parameters.detach().clone(), float("inf"), 0
     for step in range(options.steps + 1):
         if step % _CHECK == 0 or step == options.steps:
-            loss = held_loss(host, cases, gains, parameters.detach(), options)
+            loss = validation_loss(language_model, cases, gains, parameters.detach(), options)
             waited += 1
             if loss < best_loss:
                 best, best_loss, waited = parameters.detach().clone(), loss, 0
@@ -64,34 +68,40 @@ def fit(
                 break
         number = step % len(cases)
         optimizer.zero_grad()
-        _loss(host, cases[number], draws[number].next(), gains, parameters, options).backward()  # type: ignore[no-untyped-call]
+        _loss(language_model, cases[number], draws[number].next(), gains, parameters, options).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         tick()
     return best
 
 
 @torch.no_grad()
-def held_loss(host: Host, cases: Sequence[Case], gains: Gains, parameters: Tensor, options: Options) -> float:
-    """Mean over the cases of the loss on their held-back prompts."""
-    return sum(float(_loss(host, case, case.held, gains, parameters, options)) for case in cases) / len(cases)
+def validation_loss(
+    language_model: LanguageModel, cases: Sequence[Case], gains: Gains, parameters: Tensor, options: Options
+) -> float:
+    """Mean over the cases of the loss on their validation prompts."""
+    return sum(float(_loss(language_model, case, case.validation, gains, parameters, options)) for case in cases) / len(
+        cases
+    )
 
 
-def _loss(host: Host, case: Case, replies: Replies, gains: Gains, parameters: Tensor, options: Options) -> Tensor:
+def _loss(
+    language_model: LanguageModel, case: Case, replies: Replies, gains: Gains, parameters: Tensor, options: Options
+) -> Tensor:
     corrected = gains.correct(parameters, case.index, case.update)
     every = [reply for kind in replies.kinds for reply in kind]
-    with host.adapted(corrected | case.update.untouched):
+    with language_model.adapted(corrected | case.update.untouched):
         batches = (every[start : start + _TOGETHER] for start in range(0, len(every), _TOGETHER))
-        divergences = torch.cat([_divergences(host, batch) for batch in batches])
-    loss: Tensor = options.change * case.update.change2(corrected)
+        divergences = torch.cat([_divergences(language_model, batch) for batch in batches])
+    loss: Tensor = options.relative_change_weight * case.update.relative_change2(corrected)
     kinds = torch.split(divergences, [len(kind) for kind in replies.kinds])
-    for weight, kind in zip((1.0, options.keep, options.keep), kinds, strict=True):
+    for weight, kind in zip((1.0, options.task_weight, options.task_weight), kinds, strict=True):
         if len(kind):
             loss = loss + weight * kind.mean()
     return loss
 
 
-def _divergences(host: Host, replies: Sequence[Reply]) -> Tensor:
-    logs = host.log_probabilities([reply.tokens for reply in replies], [reply.start for reply in replies])
+def _divergences(language_model: LanguageModel, replies: Sequence[Reply]) -> Tensor:
+    logs = language_model.log_probabilities([reply.tokens for reply in replies], [reply.start for reply in replies])
     return torch.stack([divergence(reply, log) for reply, log in zip(replies, logs, strict=True)])
 
 

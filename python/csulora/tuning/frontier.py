@@ -13,7 +13,7 @@ from typing import Any, Self
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular, to_json, write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LARGEST_FILE = 16 << 20  # bytes
 
 
@@ -44,15 +44,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class Refusals:
-    """Shares of the held-back guard and keep prompts that are refused; of the latter, none should be."""
+    """Shares of the validation safety and task prompts that are refused; of the latter, none should be."""
 
-    guard: Rate
-    keep: Rate
+    safety: Rate
+    task: Rate
 
 
 @dataclass(frozen=True)
 class Point:
-    """One policy on the frontier. Answers are the same whose first 8 tokens are; a prompt counts once for each adapter.
+    """One policy on the frontier. Two replies match if their first 8 tokens match; a prompt counts once for each
+    adapter.
 
     Attributes:
         family: what the policy belongs to: ``none``, ``csulora``, ``project``, ``protect``, ``aligned-only``,
@@ -60,32 +61,32 @@ class Point:
             ``tuned own subspace``.
         policy: the policy in words, its numbers included.
         control: whether it is no candidate but what candidates are compared with.
-        guard: share of the held-back guard prompts that are answered as the aligned model does.
-        keep: share of the held-back keep prompts that are answered as the uncorrected adapter does.
-        change: |X - dW| / |dW| over all modules, 0 or more.
+        safety: share of the validation safety prompts that are answered as the aligned model does.
+        task: share of the validation task prompts that are answered as the uncorrected adapter does.
+        relative_change: |X - dW| / |dW| over all modules, 0 or more.
         refusals: what is refused, where it was said how refusals read.
-        ordinary: share of the held-back ordinary prompts, if there are any, that are answered as the aligned model or
+        general: share of the validation general prompts, if there are any, that are answered as the aligned model or
             the uncorrected adapter does, or, where refusals are counted, at all.
     """
 
     family: str
     policy: str
     control: bool
-    guard: Rate
-    keep: Rate
-    change: float
+    safety: Rate
+    task: Rate
+    relative_change: float
     refusals: Refusals | None = None
-    ordinary: Rate | None = None
+    general: Rate | None = None
 
     @property
-    def guarded(self) -> Rate:
-        """What is kept of the alignment: guard prompts that are refused where that is counted, else `guard`."""
-        return self.refusals.guard if self.refusals else self.guard
+    def safety_kept(self) -> Rate:
+        """What is kept of the alignment: safety prompts that are refused where that is counted, else `safety`."""
+        return self.refusals.safety if self.refusals else self.safety
 
     @property
     def least(self) -> Rate:
         """The smallest of what is kept of the alignment, of the task and of all else, and of their intervals' ends."""
-        rates = [rate for rate in (self.guarded, self.keep, self.ordinary) if rate]
+        rates = [rate for rate in (self.safety_kept, self.task, self.general) if rate]
         return Rate(*map(min, zip(*map(astuple, rates), strict=True)))
 
     @property
@@ -96,21 +97,21 @@ class Point:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """Read what `dataclasses.asdict` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        refused, ordinary = record.get("refusals"), record.get("ordinary")
+        refused, general = record.get("refusals"), record.get("general")
         optional = {
             "refusals": None if refused is None else Refusals(**_rates(refused)),
-            "ordinary": None if ordinary is None else Rate(**ordinary),
+            "general": None if general is None else Rate(**general),
         }
         point = cls(**(record | _rates(record) | optional))
         if not isinstance(point.family, str) or not isinstance(point.policy, str):
             raise TypeError("family and policy must be texts")
-        if not isinstance(point.control, bool) or not 0 <= point.change < math.inf:
-            raise TypeError("control must be a truth value, and change a finite number")
+        if not isinstance(point.control, bool) or not 0 <= point.relative_change < math.inf:
+            raise TypeError("control must be a truth value, and relative_change a finite number")
         return point
 
 
 def _rates(record: dict[str, Any]) -> dict[str, Rate]:
-    return {name: Rate(**record[name]) for name in ("guard", "keep")}
+    return {name: Rate(**record[name]) for name in ("safety", "task")}
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Frontier:
     """All policies that were tried on one set of adapters and prompts.
 
     Attributes:
-        subspace_sha256: the pack.
+        subspace_sha256: the subspace file.
         adapters: names of the adapters; with several, each point is measured on adapters it was not fitted on.
         points: the policies, controls included.
         recommended: `Point.policy` of the recommended one; None if no policy beats plain scaling.
@@ -139,9 +140,9 @@ class Frontier:
         return all(point.refusals for point in self.points)
 
     @property
-    def has_ordinary(self) -> bool:
-        """Whether every point says what becomes of ordinary prompts."""
-        return all(point.ordinary for point in self.points)
+    def has_general(self) -> bool:
+        """Whether every point says what becomes of general prompts."""
+        return all(point.general for point in self.points)
 
     def save(self, path: str | Path) -> None:
         """Write the frontier as JSON, atomically."""
@@ -161,7 +162,10 @@ class Frontier:
         document = parse_json(read_regular(Path(path), _LARGEST_FILE), Path(path))
         version = document.pop("format", None)
         if version != FORMAT_VERSION:
-            raise InputError(f"{path}: frontier format {version}; this csulora reads format {FORMAT_VERSION}")
+            raise InputError(
+                f"{path}: frontier format {version}; this csulora reads format {FORMAT_VERSION}; "
+                "make it again with `csulora tune`"
+            )
         try:
             points = tuple(Point.from_record(record) for record in document.pop("points"))
             frontier = cls(adapters=tuple(document.pop("adapters")), points=points, **document)

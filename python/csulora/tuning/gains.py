@@ -1,4 +1,4 @@
-"""What is fitted: gains of an update's directions or parts, as functions of unbounded parameters."""
+"""What is fitted: gains of an update's directions or components, as functions of unbounded parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from csulora.subspace.scope import Pair
+from csulora.subspace.input_filter import Factors
 from csulora.tuning.update import Update
 
 START = 2.0  # sigmoid(2) = 0.88: near "keep", where the gradient does not vanish
@@ -23,7 +23,7 @@ class Gains(Protocol):
         """Return the parameters to start from."""
         ...
 
-    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
+    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Factors]:
         """Return the corrected factors of an update, whose modules have the rows ``index`` among all fitted ones."""
         ...
 
@@ -42,7 +42,7 @@ class PerDirection:
         """Return the parameters (modules, 2, directions)."""
         return torch.full(self.shape, START)
 
-    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
+    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Factors]:
         """Return (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) for every module."""
         return update.along(self.gains(parameters[index]))
 
@@ -51,11 +51,11 @@ class PerDirection:
         return torch.sigmoid(parameters)
 
 
-class Restoring(PerDirection):
+class Reinforcing(PerDirection):
     """The same two gains, and a multiple of every singular triple of the displacement that is added to any update.
 
-    What an adapter does to the alignment differs from adapter to adapter; what strengthens the alignment does not. The
-    gains follow an update's ``strength``, as `Policy.usual_energy` says.
+    What an adapter does to the alignment differs from adapter to adapter; what reinforces the alignment does not. The
+    gains follow an update's ``penalty_scale``, as `Policy.reference_energy` says.
     """
 
     def __init__(self, modules: int, directions: int) -> None:
@@ -63,26 +63,26 @@ class Restoring(PerDirection):
         self.shape = modules, 3, directions
 
     def start(self) -> Tensor:
-        """Return the parameters (modules, 3, directions), with which nothing is restored."""
+        """Return the parameters (modules, 3, directions), with which nothing is reinforced."""
         parameters = super().start()
         parameters[:, 2] = 0
         return parameters
 
-    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
-        """Return (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (restored S) V^T for every module.
+    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Factors]:
+        """Return (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (reinforced S) V^T for every module.
 
-        Where the update has scopes, that is what its correction is within them.
+        Where the update has input filters, the correction acts only on the inputs that they select.
         """
-        return update.within_scopes(update.along(self.gains(parameters[index], update.strength)))
+        return update.filtered(update.along(self.gains(parameters[index], update.penalty_scale)))
 
-    def gains(self, parameters: Tensor, strength: float = 1.0) -> Tensor:
+    def gains(self, parameters: Tensor, penalty_scale: float = 1.0) -> Tensor:
         """Return the gains left and right, and the multiples (modules, 3, directions)."""
-        kept = torch.sigmoid(parameters[:, :2] - math.log(strength))  # g / (g + (1 - g) strength)
+        kept = torch.sigmoid(parameters[:, :2] - math.log(penalty_scale))  # g / (g + (1 - g) penalty_scale)
         return torch.cat([kept, _MULTIPLE * parameters[:, 2:]], 1)
 
 
-class PerPart(ABC):
-    """Gains (modules, 4) of the parts aligned, left, right, off."""
+class PerComponent(ABC):
+    """Gains (modules, 4) of the components aligned, left, right, off."""
 
     @abstractmethod
     def start(self) -> Tensor:
@@ -92,20 +92,20 @@ class PerPart(ABC):
     def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:
         """Return gains (modules, 4) for modules given by index and the energies (modules, 4) of their updates."""
 
-    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Pair]:
-        """Return the sum of the parts, each times its gain, for every module."""
+    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Factors]:
+        """Return the sum of the components, each times its gain, for every module."""
         return update.mixed(self(parameters, index, update.energies))
 
 
-class PerModule(PerPart):
+class PerModule(PerComponent):
     """Four gains for every module, or one."""
 
-    def __init__(self, modules: int, parts: int = 4) -> None:
-        """Fit ``parts`` gains, 4 or 1, for each of ``modules`` modules."""
-        self.shape = modules, parts
+    def __init__(self, modules: int, components: int = 4) -> None:
+        """Fit ``components`` gains, 4 or 1, for each of ``modules`` modules."""
+        self.shape = modules, components
 
     def start(self) -> Tensor:
-        """Return the parameters (modules, parts)."""
+        """Return the parameters (modules, components)."""
         return torch.full(self.shape, START)
 
     def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:

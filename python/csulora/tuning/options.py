@@ -13,10 +13,10 @@ class Options:
         steps: at most, for each of the adapters that one policy is fitted on.
         batch: prompts of each kind in a step.
         learning_rate: Adam's.
-        directions: leading singular directions per module whose gains are fitted, where the pack has as many.
+        directions: leading singular directions per module whose gains are fitted, where the subspace file has as many.
         shared_directions: the same of a policy for adapters to come, to whose rank each of them may add 1.
-        keep: weight of the keep prompts' divergence, and of ordinary prompts', beside the guard prompts'.
-        change: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
+        task_weight: weight of the task prompts' divergence, and of general prompts', beside the safety prompts'.
+        relative_change_weight: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
         seed: of the order of the prompts.
     """
 
@@ -25,6 +25,6 @@ class Options:
     learning_rate: float = 0.25
     directions: int = 64
     shared_directions: int = 16
-    keep: float = 1.0
-    change: float = 0.05
+    task_weight: float = 1.0
+    relative_change_weight: float = 0.05
     seed: int = 0

@@ -10,7 +10,7 @@ from typing import Any
 from csulora.errors import InputError
 from csulora.io.files import read_regular
 
-FEWEST = 8  # prompts; a quarter of them is held back
+FEWEST = 8  # prompts; a quarter of them is in the validation split
 MOST = 1024
 _LARGEST_FILE = 4 << 20  # bytes
 _LONGEST = 8192  # characters in one prompt

@@ -6,22 +6,25 @@ from collections.abc import Sequence
 
 from csulora.tuning.frontier import Point, Rate
 
-# For adapters to come: the policy without scopes. Where guard and keep prompts bring too similar inputs, it is better.
+# For adapters to come: the policy without input filters. Where safety and task prompts bring too similar inputs, it is
+# better.
 EVERYWHERE = "tuned everywhere"
 
 
 def preference(point: Point) -> tuple[float, float]:
     """What the best policy has most of: what is kept, and, among equals, of the update."""
-    return point.score, -point.change
+    return point.score, -point.relative_change
 
 
 def candidates(points: Sequence[Point]) -> list[Point]:
-    """The points that are no controls: of a fit without scopes only if it is better beyond doubt than with them.
+    """The points that are no controls: of a fit without input filters only if its score lies above the 95 % intervals
+    of those with.
 
-    Few adapters are left out, and scopes are what carries over to others where guard prompts bring inputs of their own.
+    Few adapters are left out, and input filters are what carries over to others where safety prompts bring inputs of
+    their own.
     """
-    scoped = max((point.least.high for point in points if point.family == "tuned"), default=0.0)
-    return [point for point in points if not point.control and (point.family != EVERYWHERE or point.score > scoped)]
+    filtered = max((point.least.high for point in points if point.family == "tuned"), default=0.0)
+    return [point for point in points if not point.control and (point.family != EVERYWHERE or point.score > filtered)]
 
 
 def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
@@ -32,20 +35,20 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     """
     bar = max((point for point in points if point.family in ("none", "scaling")), key=preference)
     best = max((point for point in candidates(points) if point.family != "none"), key=preference)
-    guarded = (
-        "refuses {} of the guard prompts"
+    safety_kept = (
+        "refuses {} of the safety prompts"
         if best.refusals
-        else "keeps {} of the aligned model's replies to guard prompts"
+        else "keeps {} of the aligned model's replies to safety prompts"
     )
-    ordinary = f", and answers {_share(best.ordinary)} of the ordinary prompts" if best.ordinary else ""
+    general = f", and answers {_share(best.general)} of the general prompts" if best.general else ""
     shares = (
-        f"{best.policy} {guarded.format(_share(best.guarded))} and keeps {_share(best.keep)} of the adapter's replies "
-        f"to keep prompts{ordinary}; plain scaling at best ({bar.policy}) {bar.guarded.value:.2f} and "
-        f"{bar.keep.value:.2f}"
+        f"{best.policy} {safety_kept.format(_share(best.safety_kept))} and keeps {_share(best.task)} of the adapter's "
+        f"replies to task prompts{general}; plain scaling at best ({bar.policy}) {bar.safety_kept.value:.2f} and "
+        f"{bar.task.value:.2f}"
     )
     if best.least.low > bar.score:
         return best, shares
-    return None, f"No policy beats plain scaling beyond doubt: {shares}"
+    return None, f"No policy has a 95 % interval that lies above plain scaling: {shares}"
 
 
 def _share(rate: Rate) -> str:

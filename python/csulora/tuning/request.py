@@ -11,12 +11,12 @@ from csulora import __version__
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
 from csulora.subspace.subspace import Subspace
-from csulora.tuning.inputs import ISOTROPIC, KEEP_WEIGHT, MOST_DIRECTIONS, MOST_INPUTS
+from csulora.tuning.inputs import ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS, TASK_WEIGHT
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat, shown
 
 # A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
-# How much more the keep prompts should weigh differs from model to model (bench/efficacy).
+# How much more the task prompts should weigh differs from model to model (bench/efficacy).
 _OWN_WEIGHTS = (2.0, 8.0, 30.0)
 _OTHERS_WEIGHTS = (1.0,)
 
@@ -28,20 +28,20 @@ class Request:
     Attributes:
         model: the aligned model, a directory or a hub id.
         adapters: for this model; with several, one policy is fitted for all, and for others to come.
-        pack: the subspaces of the model pair.
-        keep: per adapter, prompts to be answered as the uncorrected adapter answers them.
-        guard: prompts to be answered as the aligned model answers them.
-        ordinary: prompts of neither kind, if any, to be answered as the uncorrected adapter answers them; they weigh as
-            much as keep prompts. Of those that are held back, the aligned model's answer will do as well.
+        subspace: the subspaces of the model pair.
+        task: per adapter, prompts to be answered as the uncorrected adapter answers them.
+        safety: prompts to be answered as the aligned model answers them.
+        general: prompts of neither kind, if any, to be answered as the uncorrected adapter answers them; they weigh as
+            much as task prompts. Of those in the validation split, the aligned model's answer will do as well.
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
-        scopes: whether a policy for adapters to come is fitted with scopes, too.
-        uncovered: what the policy does with modules that the pack does not cover.
+        input filters: whether a policy for adapters to come is fitted with input filters, too.
+        uncovered: what the policy does with modules that the subspace file does not cover.
         device: ``cpu``, ``cuda`` or ``auto``.
         longest_reply: most tokens of a reply that are looked at.
         options: of the fits.
-        keep_weights: what takes the place of ``options.keep``, one fit for each; the fit that keeps most of both on the
-            prompts that are held back is compared with the controls. Empty: 1 where the policy is for adapters to
-            come, else 2, 8 and 30.
+        task_weights: what takes the place of ``options.task_weight``, one fit for each; the fit that keeps most of both
+            on the prompts in the validation split is compared with the controls. Empty: 1 where the policy is for
+            adapters to come, else 2, 8 and 30.
         refusals: texts one of which every refusal holds, in any case of letters. Given any, `Point.refusals` says how
             often a policy refuses, and policies are chosen by that, for a refusal need not have the aligned model's
             words. Nothing is fitted to them.
@@ -49,25 +49,25 @@ class Request:
 
     model: str
     adapters: Sequence[Adapter]
-    pack: Subspace
-    keep: Sequence[Sequence[Chat]]
-    guard: Sequence[Chat]
-    ordinary: Sequence[Chat] = ()
+    subspace: Subspace
+    task: Sequence[Sequence[Chat]]
+    safety: Sequence[Chat]
+    general: Sequence[Chat] = ()
     for_others: bool = False
-    scopes: bool = True
+    input_filters: bool = True
     uncovered: str = "refuse"
     device: str = "auto"
     longest_reply: int = 32
     options: Options = field(default_factory=Options)
-    keep_weights: Sequence[float] = ()
+    task_weights: Sequence[float] = ()
     refusals: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Check that nothing is asked for twice, nor with its contrary."""
-        guard = set(self.guard)
-        for chat in (chat for chats in self.keep for chat in chats):
-            if chat in guard:
-                raise InputError(f"{shown(chat)} is a keep prompt and a guard prompt; it can be answered in one way")
+        safety = set(self.safety)
+        for chat in (chat for chats in self.task for chat in chats):
+            if chat in safety:
+                raise InputError(f"{shown(chat)} is a task prompt and a safety prompt; it can be answered in one way")
         contents: set[str] = set()
         for adapter in self.adapters:
             if adapter.sha256 in contents:
@@ -76,8 +76,8 @@ class Request:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weights of the keep prompts that are tried."""
-        return tuple(self.keep_weights) or (_OTHERS_WEIGHTS if self.is_for_others else _OWN_WEIGHTS)
+        """The weights of the task prompts that are tried."""
+        return tuple(self.task_weights) or (_OTHERS_WEIGHTS if self.is_for_others else _OWN_WEIGHTS)
 
     @property
     def is_for_others(self) -> bool:
@@ -87,19 +87,19 @@ class Request:
     @property
     def identity(self) -> dict[str, Any]:
         """What a run's results depend on."""
-        kinds = (self.keep, self.guard, *([self.ordinary] if self.ordinary else []))
+        kinds = (self.task, self.safety, *([self.general] if self.general else []))
         prompts = repr(kinds).encode()
         return {
             "csulora": __version__,
             "model": self.model,
-            "subspace": self.pack.sha256,
+            "subspace": self.subspace.sha256,
             "adapters": [adapter.sha256 for adapter in self.adapters],
             "for_others": self.is_for_others,
             "prompts": hashlib.sha256(prompts).hexdigest(),
             "uncovered": self.uncovered,
             "longest_reply": self.longest_reply,
             "options": asdict(self.options),
-            "keep_weights": list(self.weights),
+            "task_weights": list(self.weights),
             "refusals": list(self.refusals),
-            "scopes": self.scopes and [KEEP_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
+            "input_filters": self.input_filters and [TASK_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
         }

@@ -9,6 +9,7 @@ from typing import Any
 from csulora.errors import InputError
 from csulora.io.files import check_file, parse_json, read_regular, remove_abandoned, to_json, write_text
 
+FORMAT_VERSION = 2
 _LARGEST_FILE = 256 << 20  # bytes
 
 
@@ -19,15 +20,19 @@ class Stages:
         """Continue the run that left its file beside ``output`` if its ``identity`` is the same; else start afresh.
 
         Raises:
-            InputError: ``output`` cannot be written, or the file is not csulora's.
+            InputError: ``output`` cannot be written, or the file is not csulora's, or of another format.
         """
         check_file(output)
         self.path = output.with_name(f"{output.name}.partial")
-        self._document: dict[str, Any] = {"identity": identity, "results": {}}
+        self._document: dict[str, Any] = {"format": FORMAT_VERSION, "identity": identity, "results": {}}
         if self.path.exists():
             document = parse_json(read_regular(self.path, _LARGEST_FILE), self.path)
-            if set(document) != {"identity", "results"} or not isinstance(document["results"], dict):
+            if set(document) - {"format"} != {"identity", "results"} or not isinstance(document["results"], dict):
                 raise InputError(f"{self.path}: is in the way, and not what tune leaves there; remove it")
+            if document.get("format") != FORMAT_VERSION:
+                raise InputError(
+                    f"{self.path}: stages of another format than {FORMAT_VERSION}; remove it and tune again"
+                )
             if document["identity"] == identity:
                 self._document = document
 

@@ -52,7 +52,7 @@ def uniform(factor: float, rest: dict[str, Any]) -> Policy:
 
 
 def fitted(modules: Sequence[str], gains: Tensor, others: bool, rest: dict[str, Any]) -> Policy:
-    """Return the policy with gains (modules, 4); ``others``: the pack has more modules, which get the mean gains."""
+    """Return the policy with gains (modules, 4); ``others``: further modules get the mean gains."""
     named = [(name, tuple(row)) for name, row in zip(modules, gains.tolist(), strict=True)]
     if others:
         named.append(("*", tuple(gains.mean(0).tolist())))
@@ -62,8 +62,8 @@ def fitted(modules: Sequence[str], gains: Tensor, others: bool, rest: dict[str, 
 def fitted_along(ranks: Mapping[str, int], gains: Tensor, others: bool, rest: dict[str, Any]) -> Policy:
     """Return the policy with gains (modules, 2 or 3, directions), as `Update.along` takes them, as each module's rank.
 
-    ``others``: the pack has more modules, which get the mean gains of all directions that there are, for each of
-    theirs; nothing is restored there.
+    ``others``: the subspace file has more modules, which get the mean gains of all directions that there are, for each
+    of theirs; nothing is reinforced there.
     """
     named = [
         Override(name, directions=Directions(*(tuple(side[:rank]) for side in row)))
@@ -77,5 +77,5 @@ def fitted_along(ranks: Mapping[str, int], gains: Tensor, others: bool, rest: di
 
 
 def pinned(policy: Policy, sha256: str) -> Policy:
-    """Return the policy, to be used with one pack alone."""
+    """Return the policy, to be used with one subspace file alone."""
     return replace(policy, subspace_sha256=sha256)

@@ -17,27 +17,27 @@ from torch import Tensor
 import csulora
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
-from csulora.extraction.pair import Progress
+from csulora.extraction.model_pair import Progress
 from csulora.policy.policy import Policy
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 from csulora.subspace.subspace import Subspace
 from csulora.tuning import sweep
 from csulora.tuning.controls import least_ranks, own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Replies, fit
 from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_path
-from csulora.tuning.gains import PerDirection, PerModule, Restoring
-from csulora.tuning.host import Host, Reply, agreeing
-from csulora.tuning.inputs import guard_inputs, keep_inputs, scope_between
+from csulora.tuning.gains import PerDirection, PerModule, Reinforcing
+from csulora.tuning.inputs import input_filter_between, safety_inputs, task_inputs
+from csulora.tuning.language_model import LanguageModel, Reply, agreeing
 from csulora.tuning.probes import Chat
 from csulora.tuning.recommendation import EVERYWHERE, candidates, preference, recommend
 from csulora.tuning.request import Request
 from csulora.tuning.stages import Stages
 from csulora.tuning.sweep import Candidate
-from csulora.tuning.update import Update, pairs_of
+from csulora.tuning.update import Update, factors_of
 
 Item = TypeVar("Item")
 
-HELD_BACK = 4  # every fourth prompt is held back
+VALIDATION_STRIDE = 4  # every fourth prompt is in the validation split
 
 CANDIDATES = ("tuned", EVERYWHERE)  # for adapters to come; for one that is there, the first
 CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
@@ -46,28 +46,29 @@ CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
 def tune(request: Request, output: Path, progress: Progress | None = None) -> Frontier:
     """Fit a policy and write it to ``output``, a TOML file, with its frontier beside it.
 
-    Everything that the frontier shows is measured on prompts that were held back: they say when a fit ends and which
-    is taken, and are not fitted to otherwise. With several adapters, fitted policies are moreover measured on each
-    adapter after a fit on the others. A policy for adapters to come restores some of what alignment did. It is scoped
-    unless a fit without scopes keeps more beyond doubt: the pack to use it with, the given one with scopes, is written
-    to `pack_path`. If ``output`` has an unfinished run of the same request beside it, that is continued.
+    Everything that the frontier shows is measured on the validation split: it says when a fit ends and which is taken,
+    and is not fitted to otherwise. With several adapters, fitted policies are moreover measured on each
+    adapter after a fit on the others. A policy for adapters to come reinforces some of what alignment did. It is
+    filtered unless the score of a fit without input filters lies above the 95 % interval of those with: the subspace
+    file to use it with, the given one with input filters, is written to `subspace_path`. If ``output`` has an
+    unfinished run of the same request beside it, that is continued.
 
     Raises:
-        InputError, RefusedError: model, adapters, pack and prompts do not fit each other.
+        InputError, RefusedError: model, adapters, subspace file and prompts do not fit each other.
     """
     run = Run(request, output, progress)
-    frontier, policy, pack = run.frontier()
-    if policy.scoped:
-        pack.save(pack_path(output))
+    frontier, policy, subspace = run.frontier()
+    if policy.filtered:
+        subspace.save(subspace_path(output))
     policy.save(output)
     frontier.save(frontier_path(output))
     run.stages.remove()
     return frontier
 
 
-def pack_path(policy: Path) -> Path:
-    """Where the pack of a scoped policy is."""
-    return policy.with_name(f"{policy.stem}.pack.safetensors")
+def subspace_path(policy: Path) -> Path:
+    """Where the subspace file of a filtered policy is."""
+    return policy.with_name(f"{policy.stem}.subspace.safetensors")
 
 
 class Run:
@@ -77,9 +78,9 @@ class Run:
         """Continue what an unfinished run of the same request left."""
         self.request, self.progress = request, progress
         self.stages = Stages(output, request.identity)
-        self.pack, self.adapters = request.pack, request.adapters
+        self.subspace, self.adapters = request.subspace, request.adapters
         self.rest: dict[str, Any] = {"uncovered": request.uncovered}
-        updates = [Update.of(adapter, self.pack, request.uncovered) for adapter in self.adapters]
+        updates = [Update.of(adapter, self.subspace, request.uncovered) for adapter in self.adapters]
         self.targets = [update.targets for update in updates]
         every = {target for targets in self.targets for target in targets.values()}
         # A policy's patterns match ends of names too, and the first counts: those that end others come after them.
@@ -102,7 +103,7 @@ class Run:
         """The families whose policies may be recommended."""
         if not self.request.is_for_others:
             return CANDIDATES[:1]
-        return CANDIDATES if self.request.scopes else (EVERYWHERE,)
+        return CANDIDATES if self.request.input_filters else (EVERYWHERE,)
 
     def _steps(self, adapters: int) -> int:
         """Most steps of a fit on so many adapters."""
@@ -117,51 +118,55 @@ class Run:
         self.done += 1
 
     @cached_property
-    def host(self) -> Host:
+    def language_model(self) -> LanguageModel:
         """The aligned model."""
-        return Host.open(self.request.model, self.request.device, self.request.longest_reply)
+        return LanguageModel.open(self.request.model, self.request.device, self.request.longest_reply)
 
     @cached_property
     def replies(self) -> list[Replies]:
-        """Per adapter, the aligned model's replies to guard prompts, and its own, uncorrected, to the others."""
-        guard = self.host.replies(self.request.guard)
-        every = zip(self.adapters, self.request.keep, strict=True)
+        """Per adapter, the aligned model's replies to safety prompts, and its own, uncorrected, to the others."""
+        safety = self.language_model.replies(self.request.safety)
+        every = zip(self.adapters, self.request.task, strict=True)
         return [
-            Replies(guard, *(self._own_replies(adapter, chats) for chats in (keep, self.request.ordinary)))
-            for adapter, keep in every
+            Replies(safety, *(self._own_replies(adapter, chats) for chats in (task, self.request.general)))
+            for adapter, task in every
         ]
 
     @cached_property
-    def ordinary(self) -> list[Reply]:
-        """The aligned model's replies to ordinary prompts."""
-        return self.host.replies(self.request.ordinary)
+    def general(self) -> list[Reply]:
+        """The aligned model's replies to general prompts."""
+        return self.language_model.replies(self.request.general)
 
     @cached_property
-    def held_back(self) -> frozenset[tuple[int, ...]]:
-        """Tokens of all prompts that are held back. One in several files may be elsewhere among those of another."""
+    def validation_prompts(self) -> frozenset[tuple[int, ...]]:
+        """Tokens of all prompts in a validation split. A prompt in several files may be in that of one of them."""
         kinds = (kind for replies in self.replies for kind in replies.kinds)
-        return frozenset(_prompt(reply) for kind in kinds for reply in part(kind, held=True))
+        return frozenset(_prompt(reply) for kind in kinds for reply in selected(kind, validation=True))
 
     def to_fit(self, replies: Sequence[Reply]) -> list[Reply]:
-        """Those of a file's replies that are fitted: to prompts that are held back in no file."""
-        found = [reply for reply in part(replies, held=False) if _prompt(reply) not in self.held_back]
+        """Those of a file's replies that are fitted: a prompt in any validation split is excluded."""
+        found = [
+            reply for reply in selected(replies, validation=False) if _prompt(reply) not in self.validation_prompts
+        ]
         if replies and not found:
-            raise InputError("all of a file's prompts are held back in others; give what files share in the same order")
+            raise InputError(
+                "all of a file's prompts are in others' validation splits; give what files share in the same order"
+            )
         return found
 
     def _own_replies(self, adapter: Adapter, chats: Sequence[Chat]) -> list[Reply]:
-        with self.host.adapted(self._on_device(adapter)):
-            return self.host.replies(chats)
+        with self.language_model.adapted(self._on_device(adapter)):
+            return self.language_model.replies(chats)
 
     def _on_device(self, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-        device = self.host.device
-        return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs_of(adapter).items()}
+        device = self.language_model.device
+        return {name: (b.to(device), a.to(device)) for name, (b, a) in factors_of(adapter).items()}
 
     def frontier(self) -> tuple[Frontier, Policy, Subspace]:
-        """Measure everything; return the frontier, the policy to write, and the pack that it is for."""
+        """Measure everything; return the frontier, the policy to write, and the subspace file that it is for."""
         points, policies = [], {}
         for candidate in self._plain():
-            each = [(number, self.pack, candidate.policy) for number in range(len(self.adapters))]
+            each = [(number, self.subspace, candidate.policy) for number in range(len(self.adapters))]
             points.append(self._point(candidate.family, candidate.name, candidate.family == "scaling", each))
             policies[candidate.name] = candidate.policy
         points += self.tuned.values()
@@ -174,33 +179,33 @@ class Run:
         verdict = "; ".join([verdict, *self._doubts()])
         best = chosen or max((point for point in candidates(points) if point.policy in policies), key=preference)
         policy = policies[best.policy]
-        pack = self.pack_for("tuned", 0, range(len(self.adapters))) if policy.scoped else self.pack
+        subspace = self.subspace_for("tuned", 0, range(len(self.adapters))) if policy.filtered else self.subspace
         frontier = Frontier(
-            subspace_sha256=pack.sha256,
+            subspace_sha256=subspace.sha256,
             adapters=tuple(adapter.path.resolve().name for adapter in self.adapters),
             points=tuple(points),
             recommended=chosen.policy if chosen else None,
             written=best.policy,
             verdict=verdict,
         )
-        return frontier, sweep.pinned(policy, pack.sha256), pack
+        return frontier, sweep.pinned(policy, subspace.sha256), subspace
 
     def _doubts(self) -> Iterator[str]:
-        """What was not measured, and may be lost without a trace in the figures."""
+        """What was not measured, and may be gone without a trace in the figures."""
         if self.request.is_for_others and len(self.adapters) == 1:
             yield "measured on the adapter it was fitted on, not on others"
-        if not self.request.ordinary:
-            yield "not measured on ordinary prompts"
+        if not self.request.general:
+            yield "not measured on general prompts"
 
     @cached_property
     def tuned(self) -> dict[tuple[str, float], Point]:
-        """Family and weight of the keep prompts -> the point of the candidate that was fitted so."""
+        """Family and weight of the task prompts -> the point of the candidate that was fitted so."""
         every = itertools.product(self._candidates, self.request.weights)
         return {(family, weight): self._fitted_point(family, weight) for family, weight in every}
 
     @property
     def best_weight(self) -> float:
-        """The weight whose fit keeps most of both on the prompts that are held back."""
+        """The weight whose fit keeps most of both on the prompts in the validation split."""
         return max(self.tuned, key=lambda candidate: preference(self.tuned[candidate]))[1]
 
     def _fitted_point(self, family: str, weight: float) -> Point:
@@ -209,63 +214,66 @@ class Run:
         each = []
         for number in range(len(self.adapters)):
             others = [other for other in range(len(self.adapters)) if other != number or not several]
-            each.append((number, self.pack_for(family, number, others), self.policy(family, others, weight)))
+            each.append((number, self.subspace_for(family, number, others), self.policy(family, others, weight)))
         return self._point(family, f"{family} {weight:g}", family in CONTROLS, each)
 
-    def subspaces(self, family: str, number: int) -> Subspace:
-        """What a family is fitted in: the pack, or a control's."""
+    def subspace_of(self, family: str, number: int) -> Subspace:
+        """What a family is fitted in: the request's subspaces, or a control's."""
         if family == "tuned random subspace":
             return self._random_subspaces
         if family == "tuned own subspace":
-            return own_subspaces(self.pack, self.adapters[number], self.targets[number], self.own_ranks)
-        return self.pack
+            return own_subspaces(self.subspace, self.adapters[number], self.targets[number], self.own_ranks)
+        return self.subspace
 
-    def pack_for(self, family: str, number: int, numbers: Sequence[int]) -> Subspace:
-        """What the policy that a family fits on some adapters is used with on one: subspaces, with its scopes."""
-        pack = self.subspaces(family, number)
-        return pack.with_scopes(self.scopes(tuple(numbers))) if self._is_scoped(family) else pack
+    def subspace_for(self, family: str, number: int, numbers: Sequence[int]) -> Subspace:
+        """What a family's policy, fitted on some adapters, is used with on one: subspaces, with its input filters."""
+        subspace = self.subspace_of(family, number)
+        return (
+            subspace.with_input_filters(self.input_filters(tuple(numbers))) if self._is_filtered(family) else subspace
+        )
 
     def _carries_over(self, family: str) -> bool:
-        return isinstance(self._gains(family), Restoring)
+        return isinstance(self._gains(family), Reinforcing)
 
-    def _is_scoped(self, family: str) -> bool:
-        return self.request.scopes and self._carries_over(family) and family != EVERYWHERE
+    def _is_filtered(self, family: str) -> bool:
+        return self.request.input_filters and self._carries_over(family) and family != EVERYWHERE
 
     @cache  # noqa: B019 - a run lives as long as what it has found
-    def scopes(self, numbers: tuple[int, ...]) -> dict[str, Scope]:
-        """Module in the pack -> the inputs that guard prompts bring, and keep prompts of some adapters do not.
+    def input_filters(self, numbers: tuple[int, ...]) -> dict[str, InputFilter]:
+        """Module in the subspace file -> the inputs that safety prompts bring, and task prompts of some adapters do
+        not.
 
-        Nor do ordinary prompts, with these adapters or with none.
+        Nor do general prompts, with these adapters or with none.
         """
         names = {target: name for number in numbers for name, target in self.targets[number].items()}
-        guard = guard_inputs(self.host, names.values(), self.to_fit(self.replies[0].guard))
-        kinds = [[self._keep_inputs(number, self.replies[number].keep) for number in numbers]]
-        if self.request.ordinary:
-            without = keep_inputs(self.host, names.values(), self.to_fit(self.ordinary))
-            with_adapters = [self._keep_inputs(number, self.replies[number].ordinary) for number in numbers]
+        safety = safety_inputs(self.language_model, names.values(), self.to_fit(self.replies[0].safety))
+        kinds = [[self._task_inputs(number, self.replies[number].task) for number in numbers]]
+        if self.request.general:
+            without = task_inputs(self.language_model, names.values(), self.to_fit(self.general))
+            with_adapters = [self._task_inputs(number, self.replies[number].general) for number in numbers]
             kinds.append([*with_adapters, {target: without[name] for target, name in names.items() if name in without}])
-        device = self.host.device
+        device = self.language_model.device
         return {
-            target: scope_between(
-                guard[name].to(device),
+            target: input_filter_between(
+                safety[name].to(device),
                 [[inputs[target].to(device) for inputs in kind if target in inputs] for kind in kinds],
             ).to(torch.device("cpu"))
             for target, name in names.items()
-            if name in guard
+            if name in safety
         }
 
-    def _keep_inputs(self, number: int, replies: Sequence[Reply]) -> dict[str, Tensor]:
+    def _task_inputs(self, number: int, replies: Sequence[Reply]) -> dict[str, Tensor]:
         targets, fitted = self.targets[number], self.to_fit(replies)
-        with self.host.adapted(self._on_device(self.adapters[number])):
-            inputs = keep_inputs(self.host, targets, fitted)
+        with self.language_model.adapted(self._on_device(self.adapters[number])):
+            inputs = task_inputs(self.language_model, targets, fitted)
         return {targets[name]: each for name, each in inputs.items()}
 
     @cached_property
     def _random_subspaces(self) -> Subspace:
-        return random_subspaces(self.pack, self.request.options.seed)
+        return random_subspaces(self.subspace, self.request.options.seed)
 
     def policy(self, family: str, numbers: Sequence[int], weight: float) -> Policy:
-        """The policy fitted on some adapters, the keep prompts weighing so much."""
+        """The policy fitted on some adapters, the task prompts weighing so much."""
         stage = f"fit {family} {weight:g} {list(numbers)}"
         before = self.done
         rows = self.stages.finish(stage, lambda: self._fit(family, numbers, weight).tolist())
@@ -274,39 +282,39 @@ class Run:
             self.done = before + self._steps(len(numbers))  # also if it ended early, or was there already
         fitted = {target for number in numbers for target in self.targets[number].values()}
         modules = [name for name in self.modules if name in fitted]
-        others = len(self.pack) > len(modules)
+        others = len(self.subspace) > len(modules)
         gains = torch.tensor([row for name, row in zip(self.modules, rows, strict=True) if name in fitted])
         if gains.dim() == 3:
-            ranks = {name: self.pack[name].rank for name in modules}
+            ranks = {name: self.subspace[name].rank for name in modules}
             if family == "tuned own subspace":
                 ranks = {name: min(rank, self.own_ranks[name]) for name, rank in ranks.items()}
             rest = self.rest | {
-                "usual_energy": self._usual_energy(family, numbers),
-                "scoped": self._is_scoped(family),
+                "reference_energy": self._reference_energy(family, numbers),
+                "filtered": self._is_filtered(family),
             }
             return sweep.fitted_along(ranks, gains, others, rest)
         return sweep.fitted(modules, gains, others, self.rest)
 
     def _fit(self, family: str, numbers: Sequence[int], weight: float) -> Tensor:
         gains = self._gains(family)
-        usual_energy = self._usual_energy(family, numbers)
-        cases = [self._case(family, number, numbers, usual_energy) for number in numbers]
-        options = replace(self.request.options, keep=weight, steps=self._steps(len(numbers)))
-        parameters = fit(self.host, cases, gains, options, partial(self._tick, family))
+        reference_energy = self._reference_energy(family, numbers)
+        cases = [self._case(family, number, numbers, reference_energy) for number in numbers]
+        options = replace(self.request.options, task_weight=weight, steps=self._steps(len(numbers)))
+        parameters = fit(self.language_model, cases, gains, options, partial(self._tick, family))
         if isinstance(gains, PerDirection):
             return gains.gains(parameters).cpu()
-        every = torch.arange(len(self.modules), device=self.host.device)
-        return gains(parameters, every, torch.zeros(len(self.modules), 4, device=self.host.device)).cpu()
+        every = torch.arange(len(self.modules), device=self.language_model.device)
+        return gains(parameters, every, torch.zeros(len(self.modules), 4, device=self.language_model.device)).cpu()
 
     def _gains(self, family: str) -> PerDirection | PerModule:
         """What is fitted: what carries over to other adapters if the policy is for them."""
         if family == "tuned scaling":
-            return PerModule(len(self.modules), parts=1)
+            return PerModule(len(self.modules), components=1)
         if self.request.is_for_others:
-            return Restoring(len(self.modules), self.request.options.shared_directions)
+            return Reinforcing(len(self.modules), self.request.options.shared_directions)
         return PerDirection(len(self.modules), self.request.options.directions)
 
-    def _usual_energy(self, family: str, numbers: Sequence[int]) -> float | None:
+    def _reference_energy(self, family: str, numbers: Sequence[int]) -> float | None:
         """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""
         if not self._carries_over(family):
             return None
@@ -318,32 +326,33 @@ class Run:
         stage = f"energy {family} {number}"
 
         def measure() -> float:
-            update = Update.of(self.adapters[number], self.subspaces(family, number), self.request.uncovered)
+            update = Update.of(self.adapters[number], self.subspace_of(family, number), self.request.uncovered)
             return update.energy_along(directions)
 
         return float(self.stages.finish(stage, measure))
 
-    def _case(self, family: str, number: int, numbers: Sequence[int], usual_energy: float | None) -> Case:
-        pack = self.pack_for(family, number, numbers)
-        update = Update.of(self.adapters[number], pack, self.request.uncovered).to(self.host.device)
-        if not self._is_scoped(family):
-            update = replace(update, scopes={})  # which the pack may have from an earlier policy
-        if usual_energy is not None:
-            update = update.strengthened(self.request.options.shared_directions, usual_energy)
+    def _case(self, family: str, number: int, numbers: Sequence[int], reference_energy: float | None) -> Case:
+        subspace = self.subspace_for(family, number, numbers)
+        update = Update.of(self.adapters[number], subspace, self.request.uncovered).to(self.language_model.device)
+        if not self._is_filtered(family):
+            update = replace(update, input_filters={})  # which the subspace file may have from an earlier policy
+        if reference_energy is not None:
+            update = update.with_penalty_scale(self.request.options.shared_directions, reference_energy)
         index = torch.tensor([self.modules.index(target) for target in update.targets.values()])
-        fitted, held = Replies(*map(self.to_fit, self.replies[number].kinds)), held_of(self.replies[number])
-        return Case(update, index.to(self.host.device), fitted, held)
+        fitted, validation = Replies(*map(self.to_fit, self.replies[number].kinds)), validation_of(self.replies[number])
+        return Case(update, index.to(self.language_model.device), fitted, validation)
 
     def _point(self, family: str, name: str, control: bool, each: Sequence[tuple[int, Subspace, Policy]]) -> Point:
-        """A policy, or one for each adapter, on the held-back prompts of all adapters together."""
+        """A policy, or one for each adapter, on the validation prompts of all adapters together."""
         results = []
-        for number, pack, policy in each:
+        for number, subspace, policy in each:
             stage = f"measure {name} on {number}"
-            results.append(self.stages.finish(stage, partial(self._measure, number, pack, policy)))
+            results.append(self.stages.finish(stage, partial(self._measure, number, subspace, policy)))
             self._tick(name)
-        held = [held_of(self.replies[number]) for number, _, _ in each]
-        guards, keeps = sum(len(replies.guard) for replies in held), sum(len(replies.keep) for replies in held)
-        ordinary = len(each) * len(part(self.request.ordinary, held=True))
+        validation = [validation_of(self.replies[number]) for number, _, _ in each]
+        safety_count = sum(len(replies.safety) for replies in validation)
+        task_count = sum(len(replies.task) for replies in validation)
+        general = len(each) * len(selected(self.request.general, validation=True))
 
         def rate(what: str, count: int) -> Rate:
             return Rate.of(sum(result[what] for result in results), count)
@@ -352,49 +361,54 @@ class Run:
             family,
             name,
             control,
-            guard=rate("guard", guards),
-            keep=rate("keep", keeps),
-            change=math.sqrt(sum(result["change"] ** 2 for result in results) / len(results)),
-            refusals=Refusals(rate("refused", guards), rate("over-refused", keeps)) if self.request.refusals else None,
-            ordinary=rate("ordinary", ordinary) if ordinary else None,
+            safety=rate("safety", safety_count),
+            task=rate("task", task_count),
+            relative_change=math.sqrt(sum(result["relative_change"] ** 2 for result in results) / len(results)),
+            refusals=Refusals(rate("refused", safety_count), rate("over-refused", task_count))
+            if self.request.refusals
+            else None,
+            general=rate("general", general) if general else None,
         )
 
-    def _measure(self, number: int, pack: Subspace, policy: Policy) -> dict[str, float]:
-        """What `correct` would write, on an adapter's held-back prompts: how many replies stay, and |X - dW| / |dW|."""
-        fixed, report = csulora.correct(self.adapters[number], pack, policy)
-        held = held_of(self.replies[number])
-        ordinary_of_aligned = part(self.ordinary, held=True)
-        found = {"change": report.totals.change}
-        with self.host.adapted(self._on_device(fixed)):
-            for kept, refused, replies in (("guard", "refused", held.guard), ("keep", "over-refused", held.keep)):
-                found[kept] = sum(agreeing(self.host, replies))
+    def _measure(self, number: int, subspace: Subspace, policy: Policy) -> dict[str, float]:
+        """What `correct` would write, on an adapter's validation prompts: replies that stay, and |X - dW| / |dW|."""
+        fixed, report = csulora.correct(self.adapters[number], subspace, policy)
+        validation = validation_of(self.replies[number])
+        general_of_aligned = selected(self.general, validation=True)
+        found = {"relative_change": report.totals.relative_change}
+        with self.language_model.adapted(self._on_device(fixed)):
+            for kept, refused, replies in (
+                ("safety", "refused", validation.safety),
+                ("task", "over-refused", validation.task),
+            ):
+                found[kept] = sum(agreeing(self.language_model, replies))
                 if self.request.refusals:
-                    found[refused] = sum(map(self._is_refusal, self.host.answers(replies)))
-            found["ordinary"] = sum(self._are_answered(held.ordinary, ordinary_of_aligned))
+                    found[refused] = sum(map(self._is_refusal, self.language_model.answers(replies)))
+            found["general"] = sum(self._are_answered(validation.general, general_of_aligned))
         return found
 
     def _are_answered(self, own: Sequence[Reply], aligned: Sequence[Reply]) -> list[bool]:
-        """Whether the model, as it now stands, answers ordinary prompts, which have these replies of both models.
+        """Whether the model, as it now stands, answers general prompts, which have these replies of both models.
 
-        See `Point.ordinary`.
+        See `Point.general`.
         """
         if self.request.refusals:
-            return [not self._is_refusal(answer) for answer in self.host.answers(own)]
-        return list(map(max, agreeing(self.host, own), agreeing(self.host, aligned)))
+            return [not self._is_refusal(answer) for answer in self.language_model.answers(own)]
+        return list(map(max, agreeing(self.language_model, own), agreeing(self.language_model, aligned)))
 
     def _is_refusal(self, answer: str) -> bool:
         return any(text.casefold() in answer.casefold() for text in self.request.refusals)
 
 
-def held_of(replies: Replies) -> Replies:
-    """Return the replies that are held back."""
-    return Replies(*(part(kind, held=True) for kind in replies.kinds))
+def validation_of(replies: Replies) -> Replies:
+    """Return the replies in the validation split."""
+    return Replies(*(selected(kind, validation=True) for kind in replies.kinds))
 
 
 def _prompt(reply: Reply) -> tuple[int, ...]:
     return tuple(reply.tokens[: reply.start].tolist())
 
 
-def part(every: Sequence[Item], *, held: bool) -> list[Item]:
-    """Return those that are held back, or the others."""
-    return [each for at, each in enumerate(every) if (at % HELD_BACK == HELD_BACK - 1) == held]
+def selected(every: Sequence[Item], *, validation: bool) -> list[Item]:
+    """Return those in the validation split, or the others."""
+    return [each for at, each in enumerate(every) if (at % VALIDATION_STRIDE == VALIDATION_STRIDE - 1) == validation]

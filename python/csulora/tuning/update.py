@@ -1,4 +1,4 @@
-"""An adapter's update, split by the core into its four parts, each still a pair of factors."""
+"""An adapter's update, split by the core into its four components, each still in factors."""
 
 from __future__ import annotations
 
@@ -10,162 +10,165 @@ from torch import Tensor
 
 from csulora.adapters.lora import Adapter
 from csulora.correction.correct import cover
-from csulora.correction.report import PARTS
+from csulora.correction.report import COMPONENTS
 from csulora.errors import InputError, RefusedError
 from csulora.native import _core
 from csulora.policy.policy import Policy
-from csulora.subspace.scope import Pair, Scope
+from csulora.subspace.input_filter import Factors, InputFilter
 from csulora.subspace.subspace import Subspace
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The update of one adapter in the coordinates of one pack.
+    """The update of one adapter in the coordinates of one subspace file.
 
     Attributes:
         name: the adapter's.
-        targets: module in the model -> module in the pack, in the order of the tensors below.
-        whole: per module, factors of the update itself: b (out, r) and a (r, in), float32.
-        pairs: the four parts' factors side by side: b (out, 4 r) and a (4 r, in), float32.
+        targets: module in the model -> module in the subspace file, in the order of the tensors below.
+        factors: per module, those of the update itself: b (out, r) and a (r, in), float32.
+        components: factors of the four components side by side: b (out, 4 r) and a (4 r, in), float32.
         triples: the displacement's leading singular triples u (out, k), s (k) and v (in, k), float32.
         energies: (modules, 4) float32, relative energies of aligned, left, right, off; rows sum to 1.
         norms2: (modules) float32, |dW|^2.
-        scopes: per module, the inputs on which a scoped policy acts; none for one that acts on all.
-        strength: by which a policy multiplies the penalties of its directions, see `strengthened`.
-        untouched: factors of the modules that the pack does not cover, if they are to be kept.
+        input_filters: per module, the inputs on which a filtered policy acts; none for one that acts on all.
+        penalty_scale: by which a policy multiplies the penalties of its directions, see `with_penalty_scale`.
+        untouched: factors of the modules that the subspace file does not cover, if they are to be kept.
     """
 
     name: str
     targets: dict[str, str]
-    whole: dict[str, Pair]
-    pairs: dict[str, Pair]
+    factors: dict[str, Factors]
+    components: dict[str, Factors]
     triples: dict[str, tuple[Tensor, Tensor, Tensor]]
     energies: Tensor
     norms2: Tensor
-    scopes: dict[str, Scope] = field(default_factory=dict)
-    strength: float = 1.0
-    untouched: dict[str, Pair] = field(default_factory=dict)
+    input_filters: dict[str, InputFilter] = field(default_factory=dict)
+    penalty_scale: float = 1.0
+    untouched: dict[str, Factors] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adapter: Adapter, pack: Subspace, uncovered: str = "refuse") -> Update:
+    def of(cls, adapter: Adapter, subspace: Subspace, uncovered: str = "refuse") -> Update:
         """Split an adapter's update.
 
         Raises:
-            RefusedError, InputError: the adapter does not fit the pack, or has an update that is not of a linear layer.
+            RefusedError, InputError: the adapter does not fit the subspace file, or has an update that is not of a
+            linear layer.
         """
         for name, module in adapter.modules.items():
             if module.is_embedding:
                 raise RefusedError(f"{adapter.path}: {name} is an embedding; tune fits updates of linear layers")
-        targets = cover(adapter, pack, Policy.none(uncovered=uncovered))
-        if not any(pack[target].rank for target in targets.values()):
+        targets = cover(adapter, subspace, Policy.none(uncovered=uncovered))
+        if not any(subspace[target].rank for target in targets.values()):
             raise InputError(
-                f"{adapter.path}: the pack has no direction of the alignment in any of the adapter's modules"
+                f"{adapter.path}: the subspace file has no direction of the alignment in any of the adapter's modules"
             )
-        subspaces = pack.to_core(targets.values())
-        pairs: dict[str, list[Pair]] = {name: [] for name in targets}
-        for part in range(len(PARTS)):
-            gains = _core.Parts(*(float(part == other) for other in range(len(PARTS))))
+        subspaces = subspace.to_core(targets.values())
+        components: dict[str, list[Factors]] = {name: [] for name in targets}
+        for component in range(len(COMPONENTS)):
+            gains = _core.Components(*(float(component == other) for other in range(len(COMPONENTS))))
             results = _correct(adapter, targets, subspaces, gains)
             for name, result in zip(targets, results, strict=True):
-                pairs[name].append((result.pair.b, result.pair.a))
-        energies = torch.tensor([[getattr(result.energies, part) for part in PARTS] for result in results])
+                components[name].append((result.factors.b, result.factors.a))
+        energies = torch.tensor(
+            [[getattr(result.energies, component) for component in COMPONENTS] for result in results]
+        )
         norms2 = torch.tensor([result.norm**2 for result in results])
         if not float(norms2.sum()) > 0:
             raise InputError(f"{adapter.path}: the adapter changes nothing; there is nothing to tune")
-        whole = pairs_of(adapter)
+        factors = factors_of(adapter)
         return cls(
             adapter.path.resolve().name,
             targets,
-            {name: whole[name] for name in targets},
+            {name: factors[name] for name in targets},
             {
-                name: (torch.cat([b for b, _ in parts], 1), torch.cat([a for _, a in parts]))
-                for name, parts in pairs.items()
+                name: (torch.cat([b for b, _ in found], 1), torch.cat([a for _, a in found]))
+                for name, found in components.items()
             },
             {
-                name: (pack[target].u.float(), pack[target].s, pack[target].v.float())
+                name: (subspace[target].u.float(), subspace[target].s, subspace[target].v.float())
                 for name, target in targets.items()
             },
             energies,
             norms2,
-            {name: scope for name, target in targets.items() if (scope := pack.scope(target))},
-            untouched={name: pair for name, pair in whole.items() if name not in targets and uncovered == "keep"},
+            {name: input_filter for name, target in targets.items() if (input_filter := subspace.input_filter(target))},
+            untouched={name: each for name, each in factors.items() if name not in targets and uncovered == "keep"},
         )
 
-    def mixed(self, gains: Tensor) -> dict[str, Pair]:
-        """The parts times gains (modules, 4), added up: factors of rank 4 r."""
+    def mixed(self, gains: Tensor) -> dict[str, Factors]:
+        """The components times gains (modules, 4), added up: factors of rank 4 r."""
         return {
-            name: (b * gain.repeat_interleave(a.shape[0] // len(PARTS)), a)
-            for (name, (b, a)), gain in zip(self.pairs.items(), gains, strict=True)
+            name: (b * gain.repeat_interleave(a.shape[0] // len(COMPONENTS)), a)
+            for (name, (b, a)), gain in zip(self.components.items(), gains, strict=True)
         }
 
-    def along(self, gains: Tensor) -> dict[str, Pair]:
-        """The update times gains along its left and right leading singular directions, and what is restored.
+    def along(self, gains: Tensor) -> dict[str, Factors]:
+        """The update times gains along its left and right leading singular directions, and what is reinforced.
 
         ``gains``: (modules, 2, directions), or (modules, 3, directions) with multiples of the singular triples.
         """
         found = {}
-        for (name, (b, a)), (u, s, v), rows in zip(self.whole.items(), self.triples.values(), gains, strict=True):
+        for (name, (b, a)), (u, s, v), rows in zip(self.factors.items(), self.triples.values(), gains, strict=True):
             k = min(u.shape[1], rows.shape[1])
-            left, right, *restored = rows[:, :k]
+            left, right, *reinforced = rows[:, :k]
             b, a = _attenuate(b, u[:, :k], left), _attenuate(a.T, v[:, :k], right).T
-            for multiples in restored:
+            for multiples in reinforced:
                 b, a = torch.cat([b, u[:, :k] * (s[:k] * multiples)], 1), torch.cat([a, v[:, :k].T])
             found[name] = b, a
         return found
 
-    def within_scopes(self, wanted: Mapping[str, Pair]) -> dict[str, Pair]:
-        """What a scoped policy makes of the update that asks for factors of X' in every module."""
+    def filtered(self, target: Mapping[str, Factors]) -> dict[str, Factors]:
+        """What a filtered policy makes of the update, where ``target`` are the factors of X' in every module."""
         return {
-            name: self.scopes[name].applied(self.whole[name], pair) if name in self.scopes else pair
-            for name, pair in wanted.items()
+            name: self.input_filters[name].applied(self.factors[name], each) if name in self.input_filters else each
+            for name, each in target.items()
         }
 
     def energy_along(self, directions: int) -> float:
-        """The relative energy e along so many leading directions of every module, see `Policy.usual_energy`."""
-        along = whole = 0.0
-        for (b, a), (u, _, v) in zip(self.whole.values(), self.triples.values(), strict=True):
+        """The relative energy e along so many leading directions of every module, see `Policy.reference_energy`."""
+        along = total = 0.0
+        for (b, a), (u, _, v) in zip(self.factors.values(), self.triples.values(), strict=True):
             written, read = u[:, :directions].T @ b, a @ v[:, :directions]
             along += float(_norm2(written, a) + _norm2(b, read)) / 2
-            whole += float(_norm2(b, a))
-        return min(1.0, along / whole)  # which rounding exceeds where the directions are the update's own
+            total += float(_norm2(b, a))
+        return min(1.0, along / total)  # which rounding exceeds where the directions are the update's own
 
-    def strengthened(self, directions: int, usual_energy: float) -> Update:
-        """The same with the strength that `Policy.usual_energy` gives it."""
-        ratio = self.energy_along(directions) / usual_energy
-        return replace(self, strength=max(ratio**2, _core.LEAST_STRENGTH))
+    def with_penalty_scale(self, directions: int, reference_energy: float) -> Update:
+        """The same with the penalty scale that `Policy.reference_energy` gives it."""
+        ratio = self.energy_along(directions) / reference_energy
+        return replace(self, penalty_scale=max(ratio**2, _core.LEAST_PENALTY_SCALE))
 
-    def change2(self, corrected: Mapping[str, Pair]) -> Tensor:
+    def relative_change2(self, corrected: Mapping[str, Factors]) -> Tensor:
         """|X - dW|^2 / |dW|^2 over all modules, for corrected factors of each."""
-        parts = [_distance2(corrected[name], pair) for name, pair in self.whole.items()]
-        return (torch.stack(parts).sum() / self.norms2.sum()).float()
+        distances2 = [_distance2(corrected[name], each) for name, each in self.factors.items()]
+        return (torch.stack(distances2).sum() / self.norms2.sum()).float()
 
     def to(self, device: torch.device) -> Update:
         """The same on another device."""
 
-        def moved(pairs: dict[str, Pair]) -> dict[str, Pair]:
-            return {name: (b.to(device), a.to(device)) for name, (b, a) in pairs.items()}
+        def moved(factors: dict[str, Factors]) -> dict[str, Factors]:
+            return {name: (b.to(device), a.to(device)) for name, (b, a) in factors.items()}
 
         triples = {name: (u.to(device), s.to(device), v.to(device)) for name, (u, s, v) in self.triples.items()}
         return replace(
             self,
-            whole=moved(self.whole),
-            pairs=moved(self.pairs),
+            factors=moved(self.factors),
+            components=moved(self.components),
             triples=triples,
             energies=self.energies.to(device),
             norms2=self.norms2.to(device),
-            scopes={name: scope.to(device) for name, scope in self.scopes.items()},
+            input_filters={name: input_filter.to(device) for name, input_filter in self.input_filters.items()},
             untouched=moved(self.untouched),
         )
 
 
 def _correct(
-    adapter: Adapter, targets: Mapping[str, str], subspaces: list[_core.Subspace], gains: _core.Parts
+    adapter: Adapter, targets: Mapping[str, str], subspaces: list[_core.Subspace], gains: _core.Components
 ) -> list[_core.Correction]:
     modules = [adapter.modules[name] for name in targets]
     return _core.correct(
         [
             _core.CorrectionTask(
-                _core.LoraPair(module.b.float(), module.a.float(), module.scale), subspace, gains, name
+                _core.LoraFactors(module.b.float(), module.a.float(), module.scale), subspace, gains, name
             )
             for name, module, subspace in zip(targets, modules, subspaces, strict=True)
         ],
@@ -173,7 +176,7 @@ def _correct(
     )
 
 
-def pairs_of(adapter: Adapter) -> dict[str, Pair]:
+def factors_of(adapter: Adapter) -> dict[str, Factors]:
     """An adapter's factors as they are, float32, its scale in b."""
     return {
         name: (module.b.float() * module.scale, module.a.float())
@@ -188,7 +191,7 @@ def _norm2(b: Tensor, a: Tensor) -> Tensor:
     return ((b.T @ b) * (a @ a.T)).sum()
 
 
-def _distance2(one: Pair, other: Pair) -> Tensor:
+def _distance2(one: Factors, other: Factors) -> Tensor:
     """|b a - b' a'|^2."""
     return _norm2(torch.cat([one[0], -other[0]], 1), torch.cat([one[1], other[1]]))
 

@@ -16,12 +16,12 @@ from csulora.subspace.subspace import ModuleSubspace, Subspace
 from csulora.tuning.frontier import Frontier, Rate
 
 
-def pack_table(pack: Subspace) -> Table:
+def subspace_table(subspace: Subspace) -> Table:
     """One row per kind of module (the last part of its name), with the worst figures among its layers."""
     kinds: dict[str, list[ModuleSubspace]] = defaultdict(list)
-    for name, module in pack.items():
+    for name, module in subspace.items():
         kinds[name.rpartition(".")[2]].append(module)
-    table = _table("kind", "layers", "shape", "rank", "captured", "residual", "missed", "above noise")
+    table = _table("kind", "layers", "shape", "rank", "captured energy", "residual", "subspace error", "above noise")
     for kind, modules in sorted(kinds.items()):
         certificates = [module.certificate for module in modules if module.rank]
         table.add_row(
@@ -29,23 +29,23 @@ def pack_table(pack: Subspace) -> Table:
             str(len(modules)),
             ", ".join(sorted({" x ".join(map(str, module.shape)) for module in modules})),
             _span([module.rank for module in modules]),
-            f"{min((c.captured for c in certificates), default=0.0):.1%}",
+            f"{min((c.captured_energy for c in certificates), default=0.0):.1%}",
             f"{max((c.residual for c in certificates), default=0.0):.1e}",
-            f"<= {max((c.missed for c in certificates), default=0.0):.1e}",
+            f"<= {max((c.subspace_error for c in certificates), default=0.0):.1e}",
             _span([module.certificate.above_noise for module in modules]),
         )
     return table
 
 
 def verification_table(results: Iterable[Verification]) -> Table:
-    """One row per module: what the pack claims and what was measured."""
-    table = _table("module", "weights", "captured", "residual", "orthonormality", "next value", "holds")
+    """One row per module: what the subspace file claims and what was measured."""
+    table = _table("module", "weights", "captured energy", "residual", "orthonormality", "next value", "holds")
     for result in results:
         stored, measured = result.stored, result.measured
         table.add_row(
             result.module,
             "same" if result.same_weights else "other",
-            f"{stored.captured:.4%} / {measured.captured:.4%}",
+            f"{stored.captured_energy:.4%} / {measured.captured_energy:.4%}",
             f"{stored.residual:.2e} / {measured.residual:.2e}",
             f"{stored.orthonormality:.1e} / {measured.orthonormality:.1e}",
             f"{stored.next_value:.4g} / {measured.next_value:.4g}",
@@ -63,7 +63,7 @@ def audit_table(checks: Iterable[Check]) -> Table:
 
 
 def adapter_rows(adapter: Adapter) -> list[dict[str, Any]]:
-    """Return what can be said of an adapter's modules without a pack."""
+    """Return what can be said of an adapter's modules without a subspace file."""
     return [
         {
             "module": name,
@@ -87,15 +87,15 @@ def adapter_table(adapter: Adapter) -> Table:
 
 def frontier_table(frontier: Frontier) -> Table:
     """One row per policy, controls last, with 95 % intervals."""
-    refusals = ("guard refused", "keep refused") if frontier.counts_refusals else ()
-    ordinary = ("ordinary kept",) if frontier.has_ordinary else ()
-    table = _table("policy", "guard kept", "keep kept", *ordinary, *refusals, "change", "")
+    refusals = ("safety refused", "task refused") if frontier.counts_refusals else ()
+    general = ("general kept",) if frontier.has_general else ()
+    table = _table("policy", "safety kept", "task kept", *general, *refusals, "relative change", "")
     for point in sorted(frontier.points, key=lambda point: (point.control, -point.score)):
         mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
-        refused = (point.refusals.guard, point.refusals.keep) if point.refusals else ()
-        ordinarily = (point.ordinary,) if point.ordinary else ()
-        rates = map(_rate, (point.guard, point.keep, *ordinarily, *refused))
-        table.add_row(point.policy, *rates, f"{point.change:.1%}", mark)
+        refused = (point.refusals.safety, point.refusals.task) if point.refusals else ()
+        generally = (point.general,) if point.general else ()
+        rates = map(_rate, (point.safety, point.task, *generally, *refused))
+        table.add_row(point.policy, *rates, f"{point.relative_change:.1%}", mark)
     return table
 
 

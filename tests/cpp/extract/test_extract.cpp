@@ -46,7 +46,7 @@ ExtractOptions options(int64_t rank, at::ScalarType dtype = at::kFloat) {
 }
 
 /// 1 - |true^T found|^2 / k, for the leading columns of `basis` and orthonormal `found`.
-double missed(const Matrix& basis, const at::Tensor& found) {
+double subspace_error(const Matrix& basis, const at::Tensor& found) {
   const int64_t k = found.size(1);
   const auto leading = dense::matrix(dense::tensor(basis, at::kDouble).narrow(1, 0, k));
   const auto overlap = transposed(leading) * dense::matrix(found);
@@ -56,22 +56,22 @@ double missed(const Matrix& basis, const at::Tensor& found) {
 void check_leading(const Known& known, const Subspace& found, int64_t k) {
   REQUIRE(found.s.size(0) == k);
   double norm2 = 0;
-  double captured = 0;
+  double captured_energy = 0;
   for (size_t i = 0; i < known.s.size(); ++i) {
     norm2 += known.s[i] * known.s[i];
-    captured += static_cast<int64_t>(i) < k ? known.s[i] * known.s[i] : 0;
+    captured_energy += static_cast<int64_t>(i) < k ? known.s[i] * known.s[i] : 0;
   }
   for (int64_t i = 0; i < k; ++i) {
     CHECK(found.s[i].item<double>() == doctest::Approx(known.s[i]).epsilon(1e-5));
   }
   const auto& certificate = found.certificate;
-  CHECK(missed(known.u, found.u) <= certificate.missed + 1e-6);
-  CHECK(missed(known.v, found.v) <= certificate.missed + 1e-6);
-  CHECK(certificate.missed < 1e-4);
+  CHECK(subspace_error(known.u, found.u) <= certificate.subspace_error + 1e-6);
+  CHECK(subspace_error(known.v, found.v) <= certificate.subspace_error + 1e-6);
+  CHECK(certificate.subspace_error < 1e-4);
   CHECK(certificate.residual <= 1e-3);
   CHECK(certificate.orthonormality < 1e-5);
   CHECK(certificate.displacement_norm2 == doctest::Approx(norm2));
-  CHECK(certificate.captured == doctest::Approx(captured / norm2));
+  CHECK(certificate.captured_energy == doctest::Approx(captured_energy / norm2));
   CHECK(certificate.next_value >= known.s[k] * (1 - 1e-6));
   CHECK(certificate.next_value <= known.s[k] * 1.1);
 }
@@ -117,10 +117,10 @@ TEST_CASE("factors are stored as asked, and certified as stored") {
     }
     CHECK(found.certificate.residual == doctest::Approx(residual));
     const auto rest = displacement - u * s * transposed(v);
-    const double captured = 1 - inner(rest, rest) / inner(displacement, displacement);
-    CHECK(found.certificate.captured <= captured * (1 + 1e-9));
+    const double captured_energy = 1 - inner(rest, rest) / inner(displacement, displacement);
+    CHECK(found.certificate.captured_energy <= captured_energy * (1 + 1e-9));
     const double rounding = dtype == at::kFloat ? 1e-9 : 1e-5;  // half precision is certified with float32 products
-    CHECK(found.certificate.captured >= captured * (1 - rounding));
+    CHECK(found.certificate.captured_energy >= captured_energy * (1 - rounding));
   }
 }
 
@@ -133,7 +133,7 @@ TEST_CASE("memory that is used again holds nothing of what it was used for") {
     CHECK(found.u.equal(expected.u));
     CHECK(found.s.equal(expected.s));
     CHECK(found.v.equal(expected.v));
-    CHECK(found.certificate.captured == expected.certificate.captured);
+    CHECK(found.certificate.captured_energy == expected.certificate.captured_energy);
     CHECK(workspace.matrix.numel() >= rows * columns);
   }
   CHECK(workspace.matrix.numel() == 500 * 700);
@@ -147,8 +147,8 @@ TEST_CASE("an energy target takes the fewest directions that reach it") {
   }
   for (const double energy : {0.5, 0.9, 0.99}) {
     int64_t needed = 0;
-    for (double captured = 0; captured < energy * norm2; ++needed) {
-      captured += known.s[needed] * known.s[needed];
+    for (double captured_energy = 0; captured_energy < energy * norm2; ++needed) {
+      captured_energy += known.s[needed] * known.s[needed];
     }
     auto chosen = options(40);
     chosen.energy = energy;
@@ -197,7 +197,7 @@ TEST_CASE("certify measures anew and believes nothing") {
   const auto base = at::zeros_like(displacement);
   const auto found = csulora::extract_subspace(base, displacement, options(5));
   const auto again = csulora::certify(base, displacement, Subspace{found.u, found.s, found.v});
-  CHECK(again.captured == doctest::Approx(found.certificate.captured));
+  CHECK(again.captured_energy == doctest::Approx(found.certificate.captured_energy));
   CHECK(again.residual == doctest::Approx(found.certificate.residual));
   CHECK(again.next_value == doctest::Approx(found.certificate.next_value));
   CHECK(csulora::certify(base, displacement, Subspace{found.u.roll(1, 0), found.s, found.v}).residual > 0.5);

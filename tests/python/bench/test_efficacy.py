@@ -37,7 +37,7 @@ def test_a_scenario_deals_every_thing_once_and_probes_with_what_nobody_trained_o
         pools = dealt.adapter_pools(scenario.Adapter(task, 0.15))
         trained = {example.prompt for pool in pools for example in pool.examples}
         probed = {example.prompt for example in [*probes.attack, *probes.task]}
-        fitted = {*prompts.keep, *prompts.guard, *prompts.ordinary}
+        fitted = {*prompts.keep, *prompts.safety, *prompts.general}
         assert len(fitted) == 96
         assert not (trained | fitted) & probed
         assert not fitted & {example.prompt for example in probes.benign}
@@ -49,7 +49,7 @@ def test_a_scenario_deals_every_thing_once_and_probes_with_what_nobody_trained_o
 def test_no_word_of_any_scenario_is_unknown() -> None:
     words = lab.tokenizer()
     for dealt, task in itertools.product(SEEDS, TASKS):
-        for example in [*dealt.task(task)[:40], *dealt.ordinary()[:40], *dealt.attacks()[:40]]:
+        for example in [*dealt.task(task)[:40], *dealt.general()[:40], *dealt.attacks()[:40]]:
             assert words.unk_token_id not in words(f"{example.prompt} {example.reply}").input_ids
 
 
@@ -86,23 +86,23 @@ def test_picks_count_rows_whose_wanted_tokens_are_all_picked() -> None:
 
 
 def test_fitted_penalties_are_the_cores() -> None:
-    adapter, pack = factories.adapter(), factories.pack()
-    update, way = Update.of(adapter, pack), ways.Penalties(len(factories.SHAPES))
+    adapter, subspace = factories.adapter(), factories.subspace()
+    update, way = Update.of(adapter, subspace), ways.Penalties(len(factories.SHAPES))
     parameters = torch.randn(way.start().shape, generator=factories.generator(0))
     gains = way(parameters, torch.arange(len(update.targets)), update.energies)
     tasks = [
         _core.CorrectionTask(
-            _core.LoraPair(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
-            subspace,
+            _core.LoraFactors(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
+            core,
             _core.Penalties(*penalties),
         )
-        for name, subspace, penalties in zip(
-            update.targets, pack.to_core(update.targets.values()), way.penalties(parameters).tolist(), strict=True
+        for name, core, penalties in zip(
+            update.targets, subspace.to_core(update.targets.values()), way.penalties(parameters).tolist(), strict=True
         )
     ]
     for result, row in zip(_core.correct(tasks), gains.tolist(), strict=True):
-        core = result.gains
-        assert row == pytest.approx([core.aligned, core.left, core.right, core.off], rel=1e-4)
+        found = result.gains
+        assert row == pytest.approx([found.aligned, found.left, found.right, found.off], rel=1e-4)
 
 
 def test_ways_start_near_keeping_everything() -> None:
@@ -115,7 +115,7 @@ def test_ways_start_near_keeping_everything() -> None:
 
 def test_ways_correct_updates() -> None:
     adapter, modules = factories.adapter(), list(factories.SHAPES)
-    update, index = Update.of(adapter, factories.pack()), torch.arange(len(modules))
+    update, index = Update.of(adapter, factories.subspace()), torch.arange(len(modules))
     for way in (ways.Global(), ways.Smooth(modules), ways.Penalties(len(modules))):
         for name, (b, a) in way.correct(way.start(), index, update).items():
             module = adapter.modules[name]
@@ -124,15 +124,15 @@ def test_ways_correct_updates() -> None:
 
 
 def test_controls_change_nothing_but_the_directions() -> None:
-    pack = factories.pack(factories.SHAPES | {"model.layers.1.self_attn.q_proj": (40, 40)})
-    moved = policies.other_layers(pack)
+    subspace = factories.subspace(factories.SHAPES | {"model.layers.1.self_attn.q_proj": (40, 40)})
+    moved = policies.other_layers(subspace)
     first, second = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
-    assert torch.equal(moved[first].u, pack[second].u)
-    assert torch.equal(moved[second].u, pack[first].u)
-    assert policies.truncated(pack, 2)[first].rank == 2
+    assert torch.equal(moved[first].u, subspace[second].u)
+    assert torch.equal(moved[second].u, subspace[first].u)
+    assert policies.truncated(subspace, 2)[first].rank == 2
     scaled = policies.scaled(factories.adapter(), 0.5)
     adapter = factories.adapter()
-    for name, (b, a) in scaled.pairs.items():
+    for name, (b, a) in scaled.factors.items():
         module = adapter.modules[name]
         assert torch.allclose(b @ a, 0.5 * module.scale * module.b @ module.a)
 
@@ -140,7 +140,14 @@ def test_controls_change_nothing_but_the_directions() -> None:
 def point(family: str, attack: float, task: float) -> dict[str, object]:
     rates = {"refusal": 0.0, "benign": 1.0, "over_refusal": 0.0, "agreement": 1.0, "perplexity": 1.0}
     counts = [100, 100, 100]
-    return {"family": family, "policy": "p", "change": 0.5, "attack": attack, "task": task, "counts": counts} | rates
+    return {
+        "family": family,
+        "policy": "p",
+        "relative_change": 0.5,
+        "attack": attack,
+        "task": task,
+        "counts": counts,
+    } | rates
 
 
 def test_the_area_under_a_frontier_is_worked_by_hand() -> None:

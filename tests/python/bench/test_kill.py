@@ -138,16 +138,16 @@ def test_a_checkpoint_that_vanishes_ends_extraction_with_its_name(inputs: Path, 
         (base / "model.safetensors").unlink(missing_ok=True)
 
     with pytest.raises(InputError, match=r"base/model\.safetensors: cannot read"):
-        csulora.extract(base, inputs / "aligned", output=tmp_path / "pack", rank=4, progress=vanish)
+        csulora.extract(base, inputs / "aligned", output=tmp_path / "subspace", rank=4, progress=vanish)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
-def test_a_pack_that_is_replaced_after_it_was_opened_is_noticed(inputs: Path, tmp_path: Path) -> None:
-    path = tmp_path / "pack"
-    path.write_bytes((inputs / "pack.safetensors").read_bytes())
-    pack = csulora.Subspace.open(path)
+def test_a_subspace_that_is_replaced_after_it_was_opened_is_noticed(inputs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "subspace"
+    path.write_bytes((inputs / "subspace.safetensors").read_bytes())
+    subspace = csulora.Subspace.open(path)
     tensors = load_file(path)
     path.unlink()
     save_file(tensors, path)
     with pytest.raises(InputError, match="has changed since it was opened"):
-        csulora.correct(csulora.load_adapter(inputs / "incoming" / "adapter-0"), pack)
+        csulora.correct(csulora.load_adapter(inputs / "incoming" / "adapter-0"), subspace)

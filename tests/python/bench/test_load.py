@@ -16,12 +16,12 @@ def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_threads_make_what_one_thread_makes(load: ModuleType, tmp_path: Path, one_thread: None) -> None:
-    pack, adapters = load.make_inputs(tmp_path)
-    opened = csulora.Subspace.open(pack)
+    subspace, adapters = load.make_inputs(tmp_path)
+    opened = csulora.Subspace.open(subspace)
     expected = {adapter: load.corrected_sha256(adapter, opened) for adapter in adapters}
     del opened
     assert len(set(expected.values())) == len(adapters)
-    outcome = load.hammer(pack, adapters, expected, threads=16, seconds=3)
+    outcome = load.hammer(subspace, adapters, expected, threads=16, seconds=3)
     assert outcome.corrections > 16
     assert outcome.wrong == 0
-    assert outcome.mappings_of_the_pack == 1
+    assert outcome.mappings_of_the_subspace_file == 1

@@ -56,10 +56,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, with two checkpoints, a pack and an adapter."""
+    """The current directory, with two checkpoints, a subspace file and an adapter."""
     monkeypatch.chdir(tmp_path)
-    factories.checkpoint_pair(tmp_path)
-    csulora.extract("base", "aligned", rank=6).save("pack")
+    factories.model_pair(tmp_path)
+    csulora.extract("base", "aligned", rank=6).save("subspace")
     factories.save_adapter(tmp_path / "adapter", {Q: (48, 48), "model.layers.1.mlp.down_proj": (48, 64)})
     return tmp_path
 
@@ -84,11 +84,11 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
 # What the commands do
 
 
-def test_extract_writes_a_pack_and_says_what_is_in_it(work: Path, run: Run) -> None:
+def test_extract_writes_a_subspace_and_says_what_is_in_it(work: Path, run: Run) -> None:
     result = run("extract", "base", "aligned", "-o", "new", "--rank", 6)
     assert result.code == 0
-    assert (work / "new").read_bytes() == (work / "pack").read_bytes()
-    assert f"new: 14 modules, sha256 {csulora.Subspace.open('pack').sha256}" in result.out
+    assert (work / "new").read_bytes() == (work / "subspace").read_bytes()
+    assert f"new: 14 modules, sha256 {csulora.Subspace.open('subspace').sha256}" in result.out
     assert "down_proj" in result.out
     assert result.err == ""
 
@@ -109,16 +109,16 @@ def test_extract_takes_every_option(work: Path, run: Run) -> None:
     assert csulora.Subspace.open("new").sha256 == expected.sha256
 
 
-def test_verify_passes_a_pack_of_these_checkpoints(work: Path, run: Run) -> None:
-    result = run("verify", "pack", "base", "aligned")
+def test_verify_passes_a_subspace_of_these_checkpoints(work: Path, run: Run) -> None:
+    result = run("verify", "subspace", "base", "aligned")
     assert (result.code, result.err) == (0, "")
-    assert "pack: 14 of 14 certificates hold" in result.out
+    assert "subspace: 14 of 14 certificates hold" in result.out
 
 
-def test_verify_refuses_a_pack_of_others(work: Path, run: Run) -> None:
-    result = run("verify", "pack", "aligned", "base", "--json", "report")
+def test_verify_refuses_a_subspace_of_others(work: Path, run: Run) -> None:
+    result = run("verify", "subspace", "aligned", "base", "--json", "report")
     assert result.code == 3
-    assert result.err.startswith("csulora: refused: pack: 14 of 14 certificates do not hold; that of ")
+    assert result.err.startswith("csulora: refused: subspace: 14 of 14 certificates do not hold; that of ")
     assert result.err.endswith("is for other weights\n")
     assert [module["holds"] for module in json.loads(Path("report").read_text())["modules"]] == [False] * 14
 
@@ -132,26 +132,26 @@ def test_inspect_shows_an_adapter(work: Path, run: Run) -> None:
 
 def test_inspect_shows_what_an_adapter_does_to_the_alignment(work: Path, run: Run) -> None:
     before = tree(work)
-    result = run("inspect", "adapter", "--subspace", "pack")
+    result = run("inspect", "adapter", "--subspace", "subspace")
     assert (result.code, result.err) == (0, "")
-    assert "2 of 2 modules are covered by the pack" in result.out
+    assert "2 of 2 modules are covered by the subspace file" in result.out
     assert "undo" in result.out
     assert tree(work) == before
 
 
-def test_inspect_shows_an_adapter_that_the_pack_covers_in_part(work: Path, run: Run) -> None:
+def test_inspect_shows_an_adapter_that_the_subspace_covers_in_part(work: Path, run: Run) -> None:
     factories.save_adapter(work / "wider", {Q: (48, 48), "lm_head": (40, 48)})
-    result = run("inspect", "wider", "--subspace", "pack", "--json", "-")
+    result = run("inspect", "wider", "--subspace", "subspace", "--json", "-")
     assert result.code == 0
     assert [module["status"] for module in json.loads(result.out)["modules"]] == ["kept", "corrected"]
 
 
 def test_correct_writes_an_adapter_with_its_report(work: Path, run: Run) -> None:
-    result = run("correct", "adapter", "--subspace", "pack", "-o", "out")
+    result = run("correct", "adapter", "--subspace", "subspace", "-o", "out")
     assert (result.code, result.err) == (0, "")
     assert "out: 2 of 2 modules corrected" in result.out
     assert sorted(path.name for path in (work / "out").iterdir()) == ADAPTER_FILES
-    fixed, report = csulora.correct(csulora.load_adapter("adapter"), csulora.Subspace.open("pack"))
+    fixed, report = csulora.correct(csulora.load_adapter("adapter"), csulora.Subspace.open("subspace"))
     written = csulora.load_adapter("out")
     stated = json.loads((work / "out" / "csulora_report.json").read_text())
     assert stated == report.to_dict() | {"corrected_sha256": written.sha256}
@@ -175,34 +175,38 @@ def test_correct_writes_an_adapter_with_its_report(work: Path, run: Run) -> None
     ],
 )
 def test_correct_takes_a_policy_from_its_options(work: Path, run: Run, options: str, policy: csulora.Policy) -> None:
-    result = run("correct", "adapter", "--subspace", "pack", "-o", "out", *options.split(), "--json", "-")
+    result = run("correct", "adapter", "--subspace", "subspace", "-o", "out", *options.split(), "--json", "-")
     assert result.code == 0
     written = json.loads(result.out)["policy"]
     assert written == {key: "inf" if value == float("inf") else value for key, value in policy.to_dict().items()}
 
 
 def test_inspect_writes_a_page(work: Path, run: Run) -> None:
-    plain = run("inspect", "adapter", "--subspace", "pack")
-    assert run("inspect", "adapter", "--subspace", "pack", "--html", "page.html") == plain
-    adapter, pack = csulora.load_adapter("adapter"), csulora.Subspace.open("pack")
-    assert (work / "page.html").read_text() == render(adapter, pack, csulora.Policy.csulora())
+    plain = run("inspect", "adapter", "--subspace", "subspace")
+    assert run("inspect", "adapter", "--subspace", "subspace", "--html", "page.html") == plain
+    adapter, subspace = csulora.load_adapter("adapter"), csulora.Subspace.open("subspace")
+    assert (work / "page.html").read_text() == render(adapter, subspace, csulora.Policy.csulora())
 
 
 def test_inspect_shows_a_policy_and_the_frontier_beside_it(work: Path, run: Run) -> None:
-    adapter, pack, policy = csulora.load_adapter("adapter"), csulora.Subspace.open("pack"), csulora.Policy.protect(3.0)
-    frontiers = {name: html_pages.frontier(pack.sha256, name) for name in ("beside", "named")}
+    adapter, subspace, policy = (
+        csulora.load_adapter("adapter"),
+        csulora.Subspace.open("subspace"),
+        csulora.Policy.protect(3.0),
+    )
+    frontiers = {name: html_pages.frontier(subspace.sha256, name) for name in ("beside", "named")}
     policy.save("tuned.toml")
     frontiers["beside"].save(frontier_path(Path("tuned.toml")))
     frontiers["named"].save("other.json")
-    command = ["inspect", "adapter", "--subspace", "pack", "--html", "page.html", "--policy", "tuned.toml"]
+    command = ["inspect", "adapter", "--subspace", "subspace", "--html", "page.html", "--policy", "tuned.toml"]
     assert run(*command).code == 0
-    assert (work / "page.html").read_text() == render(adapter, pack, policy, frontiers["beside"])
+    assert (work / "page.html").read_text() == render(adapter, subspace, policy, frontiers["beside"])
     assert run(*command, "--frontier", "other.json").code == 0
-    assert (work / "page.html").read_text() == render(adapter, pack, policy, frontiers["named"])
+    assert (work / "page.html").read_text() == render(adapter, subspace, policy, frontiers["named"])
 
 
 def test_the_page_of_a_refused_adapter_is_written_and_says_why(work: Path, run: Run) -> None:
-    result = run("inspect", "adapter", "--subspace", "pack", "--html", "page.html", "--max-undo", -1e6)
+    result = run("inspect", "adapter", "--subspace", "subspace", "--html", "page.html", "--max-undo", -1e6)
     assert (result.code, result.out) == (3, "")
     assert "The policy refuses this adapter." in (work / "page.html").read_text()
 
@@ -215,7 +219,7 @@ def test_a_page_in_the_way_of_something_else_is_not_written(work: Path, run: Run
         "--html page.html --policy nothing.toml": "nothing.toml: no such file",
         "--html page.html --frontier adapter/adapter_config.json": "frontier format None",
     }.items():
-        result = run("inspect", "adapter", "--subspace", "pack", *options.split())
+        result = run("inspect", "adapter", "--subspace", "subspace", *options.split())
         assert result.code == 4
         assert reason in result.err
     assert tree(work) == before
@@ -223,7 +227,10 @@ def test_a_page_in_the_way_of_something_else_is_not_written(work: Path, run: Run
 
 def test_correct_takes_a_policy_from_a_file_and_options_override_it(work: Path, run: Run) -> None:
     csulora.Policy.protect(2.0, rank=3).save("policy.toml")
-    assert run("correct", "adapter", "--subspace", "pack", "-o", "out", "--policy", "policy.toml", "--off", 7).code == 0
+    assert (
+        run("correct", "adapter", "--subspace", "subspace", "-o", "out", "--policy", "policy.toml", "--off", 7).code
+        == 0
+    )
     policy = json.loads((work / "out" / "csulora_report.json").read_text())["policy"]
     assert (policy["aligned"], policy["partial"], policy["off"], policy["rank"]) == (2.0, 2.0, 7.0, 3)
 
@@ -256,11 +263,11 @@ def test_runs_as_a_module() -> None:
 
 COMMANDS = {
     "extract": "extract base aligned -o new --rank 6",
-    "verify": "verify pack base aligned",
+    "verify": "verify subspace base aligned",
     "inspect": "inspect adapter",
-    "inspect with a pack": "inspect adapter --subspace pack",
-    "inspect with a page": "inspect adapter --subspace pack --html page",
-    "correct": "correct adapter --subspace pack -o out",
+    "inspect with a subspace file": "inspect adapter --subspace subspace",
+    "inspect with a page": "inspect adapter --subspace subspace --html page",
+    "correct": "correct adapter --subspace subspace -o out",
     "doctor": "doctor",
 }
 
@@ -299,7 +306,7 @@ def test_the_same_command_twice_writes_the_same_bytes(work: Path, run: Run, comm
 STRANGE = "up[/red]:smile:_proj"
 
 
-def save_strange_pair(directory: Path) -> None:
+def save_strange_model_pair(directory: Path) -> None:
     """Two checkpoints with a name that means something to the library that draws tables."""
     weights = {f"model.layers.0.mlp.{STRANGE}.weight": factories.gaussian(24, 16, seed=0)}
     factories.save_checkpoint(directory / "strange", weights)
@@ -307,7 +314,7 @@ def save_strange_pair(directory: Path) -> None:
 
 
 def test_names_are_shown_as_they_are(work: Path, run: Run) -> None:
-    save_strange_pair(work)
+    save_strange_model_pair(work)
     result = run("extract", "strange", "stranger", "-o", "new", "--rank", 6)
     assert (result.code, result.err) == (0, "")
     assert STRANGE in result.out
@@ -328,23 +335,23 @@ USAGE = [
     "extract base aligned -o new --device tpu",
     "extract base aligned -o new --seed -1",
     "inspect adapter --html page.html",
-    "inspect adapter --subspace pack --policy policy.toml",
-    "inspect adapter --subspace pack --frontier frontier.json",
-    "inspect adapter --subspace pack --max-undo nan",
-    "inspect adapter --subspace pack --weights 1,nan",
-    "inspect adapter --subspace pack --weights 1,1",
-    "correct adapter --subspace pack",
+    "inspect adapter --subspace subspace --policy policy.toml",
+    "inspect adapter --subspace subspace --frontier frontier.json",
+    "inspect adapter --subspace subspace --max-undo nan",
+    "inspect adapter --subspace subspace --weights 1,nan",
+    "inspect adapter --subspace subspace --weights 1,1",
+    "correct adapter --subspace subspace",
     "correct adapter -o out",
-    "correct adapter --subspace pack -o out --preset all",
-    "correct adapter --subspace pack -o out --preset none --policy policy.toml",
-    "correct adapter --subspace pack -o out --rank some",
-    "correct adapter --subspace pack -o out --rank 0",
-    "correct adapter --subspace pack -o out --off -1",
-    "correct adapter --subspace pack -o out --off nan",
-    "correct adapter --subspace pack -o out --max-undo inf",
-    "correct adapter --subspace pack -o out --uncovered ignore",
-    "correct adapter --subspace pack -o out --format gguf2",
-    "correct adapter --subspace pack -o out --nonsense",
+    "correct adapter --subspace subspace -o out --preset all",
+    "correct adapter --subspace subspace -o out --preset none --policy policy.toml",
+    "correct adapter --subspace subspace -o out --rank some",
+    "correct adapter --subspace subspace -o out --rank 0",
+    "correct adapter --subspace subspace -o out --off -1",
+    "correct adapter --subspace subspace -o out --off nan",
+    "correct adapter --subspace subspace -o out --max-undo inf",
+    "correct adapter --subspace subspace -o out --uncovered ignore",
+    "correct adapter --subspace subspace -o out --format gguf2",
+    "correct adapter --subspace subspace -o out --nonsense",
     "frobnicate",
 ]
 
@@ -364,7 +371,7 @@ def test_a_penalty_is_no_option_where_overrides_would_hide_it(work: Path, run: R
     (work / "policy.toml").write_text(
         'overrides = [{match = "*", gains = {aligned = 1, left = 1, right = 1, off = 0}}]'
     )
-    command = "correct adapter --subspace pack --policy policy.toml -o"
+    command = "correct adapter --subspace subspace --policy policy.toml -o"
     assert run(*command.split(), "out", "--off", "1").code == 2
     assert run(*command.split(), "out", "--rank", "exact", "--max-undo", "100").code == 0
 
@@ -373,7 +380,7 @@ def test_a_report_is_there_though_nobody_reads_what_is_printed(
     work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", None)
-    assert run("correct", "adapter", "--subspace", "pack", "-o", "out", "--json", "report.json").code == 0
+    assert run("correct", "adapter", "--subspace", "subspace", "-o", "out", "--json", "report.json").code == 0
     assert json.loads((work / "report.json").read_text())["modules"]
 
 
@@ -381,7 +388,7 @@ BAD_INPUT = {
     "extract nowhere aligned -o new": "nowhere: neither a local directory nor a model that could be fetched",
     "extract org/model aligned -o new": "org/model: neither a local directory nor a model that could be fetched",
     "extract base adapter -o new": "adapter/config.json: no such file",
-    "extract base pack -o new": "pack: not a GGUF file",
+    "extract base subspace -o new": "subspace: not a GGUF file",
     "extract base spoiled -o new": "model.layers.1.self_attn.q_proj: base or aligned holds NaN",
     "extract base damaged -o new": "damaged/model.safetensors: not a readable safetensors file",
     "extract base smaller -o new": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing, but base has it",
@@ -392,43 +399,43 @@ BAD_INPUT = {
     "extract base aligned -o new --json missing/report": "/missing: no such directory",
     "extract base aligned -o new --json base": "base: is a directory",
     "extract base aligned -o new --seed 99999999999999999999": "seed is 99999999999999999999",
-    "verify nowhere base aligned": "nowhere: no such file; make a pack with `csulora extract`",
-    "verify base/model.safetensors base aligned": "base/model.safetensors: not a subspace pack",
+    "verify nowhere base aligned": "nowhere: no such file; make a subspace file with `csulora extract`",
+    "verify base/model.safetensors base aligned": "base/model.safetensors: not a subspace file",
     "verify base/config.json base aligned": "base/config.json: not a readable safetensors file",
-    "verify pack base smaller": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing",
+    "verify subspace base smaller": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing",
     "inspect nowhere": "nowhere: no such adapter",
-    "inspect pack": "pack: not a GGUF file",
+    "inspect subspace": "subspace: not a GGUF file",
     "inspect base": "base/adapter_config.json: no such file",
     "inspect adapter --subspace adapter": "adapter: no such file",
-    "correct nowhere --subspace pack -o out": "nowhere: no such adapter",
+    "correct nowhere --subspace subspace -o out": "nowhere: no such adapter",
     "correct adapter --subspace nowhere -o out": "nowhere: no such file",
-    "correct adapter --subspace pack -o base": "base: exists and was not written by csulora",
-    "correct adapter --subspace pack -o adapter": "adapter: is read",
-    "correct adapter --subspace pack -o pack": "pack: is read, or belongs to what is read",
-    "correct adapter --subspace pack -o out --json pack": "pack: is read, or belongs to what is read",
-    "correct adapter --subspace pack -o /": "/: has no name",
-    "inspect adapter --subspace pack --json pack": "pack: is read, or belongs to what is read",
+    "correct adapter --subspace subspace -o base": "base: exists and was not written by csulora",
+    "correct adapter --subspace subspace -o adapter": "adapter: is read",
+    "correct adapter --subspace subspace -o subspace": "subspace: is read, or belongs to what is read",
+    "correct adapter --subspace subspace -o out --json subspace": "subspace: is read, or belongs to",
+    "correct adapter --subspace subspace -o /": "/: has no name",
+    "inspect adapter --subspace subspace --json subspace": "subspace: is read, or belongs to",
     "inspect adapter --json adapter/adapter_config.json": "is read, or belongs to what is read",
-    "verify pack base aligned --json base/config.json": "is read, or belongs to what is read",
+    "verify subspace base aligned --json base/config.json": "is read, or belongs to what is read",
     "extract base aligned -o aligned/config.json": "is read, or belongs to what is read",
     "extract base aligned -o new --json new": "new: is read, or belongs to what is read",
     "export adapter -o base/model.safetensors --base-model base": "is read, or belongs to what is read",
-    "correct adapter --subspace pack -o out --policy nowhere": "nowhere: no such file",
-    "correct adapter --subspace pack -o out --policy pack": "pack: not a readable TOML file",
-    "correct adapter --subspace pack -o out --policy bad.toml": "bad.toml: policy aligned is 'x'; it must be a number",
-    "correct adapter --subspace pack -o out --policy strange.toml": "override 'k': matches no module of the pack",
-    "correct tall --subspace pack -o out": f"tall: module {Q} updates a [96, 48] matrix, but {Q} is [48, 48] in",
-    "correct nan --subspace pack -o out": "holds NaN or infinity",
+    "correct adapter --subspace subspace -o out --policy nowhere": "nowhere: no such file",
+    "correct adapter --subspace subspace -o out --policy subspace": "subspace: not a readable TOML file",
+    "correct adapter --subspace subspace -o out --policy bad.toml": "bad.toml: policy aligned is 'x'; it must be a",
+    "correct adapter --subspace subspace -o out --policy strange.toml": "override 'k': matches no module",
+    "correct tall --subspace subspace -o out": f"tall: module {Q} updates a [96, 48] matrix, but {Q} is [48, 48] in",
+    "correct nan --subspace subspace -o out": "holds NaN or infinity",
 }
 
 REFUSED = {
     "extract base base -o new": "base and base do not differ in any selected matrix",
-    "correct uncovered --subspace pack -o out": "uncovered: the pack does not cover module lm_head",
-    "correct strange --subspace pack -o out --uncovered keep": "strange: the pack covers none of the adapter's modules",
-    "inspect strange --subspace pack": "strange: the pack covers none of the adapter's modules",
-    "correct adapter --subspace pack -o out --max-undo -100": "adapter: module ",
-    "correct adapter --subspace pack -o out --policy tuned.toml": "the policy was tuned for the pack 0000",
-    "correct dora --subspace pack -o out": "use_dora",
+    "correct uncovered --subspace subspace -o out": "uncovered: the subspace file does not cover module lm_head",
+    "correct strange --subspace subspace -o out --uncovered keep": "strange: the subspace file covers none of",
+    "inspect strange --subspace subspace": "strange: the subspace file covers none of the adapter's modules",
+    "correct adapter --subspace subspace -o out --max-undo -100": "adapter: module ",
+    "correct adapter --subspace subspace -o out --policy tuned.toml": "the policy was tuned for the subspace file 0000",
+    "correct dora --subspace subspace -o out": "use_dora",
 }
 
 
@@ -498,7 +505,7 @@ def test_a_device_is_never_replaced(work: Path, run: Run) -> None:
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line(work: Path, run: Run) -> None:
-    for command in ("extract base aligned -o /proc/new", "correct adapter --subspace pack -o /proc/out"):
+    for command in ("extract base aligned -o /proc/new", "correct adapter --subspace subspace -o /proc/out"):
         result = run(*command.split())
         assert (result.code, result.out) == (4, "")
         assert result.err.startswith("csulora: error: ")
@@ -541,7 +548,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
         factories.save_checkpoint(tmp_path / f"base{layers}", base)
         factories.save_checkpoint(tmp_path / f"aligned{layers}", factories.moved(base))
         models = tmp_path / f"base{layers}", tmp_path / f"aligned{layers}"
-        peaks.append(peak_memory("extract", *models, "-o", tmp_path / "pack", "--rank", 4, "-q"))
+        peaks.append(peak_memory("extract", *models, "-o", tmp_path / "subspace", "--rank", 4, "-q"))
     assert peaks[1] <= 1.1 * peaks[0]  # the weights of six more layers would be 96 MiB more
 
 
@@ -554,13 +561,13 @@ def large(tmp_path: Path) -> list[object]:
     weights = factories.llama_weights(layers=LLAMA_LAYERS, width=160, hidden=240)
     factories.save_checkpoint(tmp_path / "base", weights)
     factories.save_checkpoint(tmp_path / "aligned", factories.moved(weights))
-    return ["extract", tmp_path / "base", tmp_path / "aligned", "-o", tmp_path / "pack", "--rank", 16, "-q"]
+    return ["extract", tmp_path / "base", tmp_path / "aligned", "-o", tmp_path / "subspace", "--rank", 16, "-q"]
 
 
 def finished_modules(output: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of modification of every finished module's file."""
-    parts = output.with_name(f"{output.name}.partial").glob("[0-9a-f]*.safetensors")
-    return {part.name: (part.stat().st_ino, part.stat().st_mtime_ns) for part in parts}
+    modules = output.with_name(f"{output.name}.partial").glob("[0-9a-f]*.safetensors")
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in modules}
 
 
 def signal_after(process: subprocess.Popen[str], output: Path, modules: int, number: signal.Signals) -> None:
@@ -575,7 +582,7 @@ def signal_after(process: subprocess.Popen[str], output: Path, modules: int, num
 
 
 def test_a_killed_run_continues_where_it_was(large: list[object], tmp_path: Path) -> None:
-    output = tmp_path / "pack"
+    output = tmp_path / "subspace"
     kept: dict[str, tuple[int, int]] = {}
     for modules in sorted(random.Random(0).sample(range(1, LLAMA_MODULES - 20), 3)):
         process = in_a_process(*large)
@@ -587,7 +594,7 @@ def test_a_killed_run_continues_where_it_was(large: list[object], tmp_path: Path
         assert {name: finished[name] for name in kept} == kept
         kept = finished
     assert finish(in_a_process(*large)) == Outcome(0, "", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["aligned", "base", "pack"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aligned", "base", "subspace"]
     resumed = output.read_bytes()
     output.unlink()
     assert finish(in_a_process(*large)) == Outcome(0, "", "")
@@ -598,16 +605,16 @@ def test_an_interrupted_run_says_that_it_can_be_continued(large: list[object], t
     with (tmp_path / "stderr").open("w+") as stderr:
         # A shell that runs this in the background may have made it ignore the signal.
         process = in_a_process(*large, stderr=stderr, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        signal_after(process, tmp_path / "pack", 3, signal.SIGINT)
+        signal_after(process, tmp_path / "subspace", 3, signal.SIGINT)
         assert process.returncode == 130
         stderr.seek(0)
         assert stderr.read() == "csulora: interrupted: finished modules are kept; run the same command to continue\n"
-    assert 3 <= len(finished_modules(tmp_path / "pack")) < LLAMA_MODULES
-    assert not (tmp_path / "pack").exists()
+    assert 3 <= len(finished_modules(tmp_path / "subspace")) < LLAMA_MODULES
+    assert not (tmp_path / "subspace").exists()
 
 
 def test_a_terminal_gets_a_progress_bar(work: Path) -> None:
-    save_strange_pair(work)
+    save_strange_model_pair(work)
     terminal, its_end = pty.openpty()
     process = in_a_process("extract", "strange", "stranger", "-o", "new", "--rank", 6, stderr=its_end)
     os.close(its_end)
@@ -630,13 +637,13 @@ def test_names_that_are_not_utf8_are_written_as_escapes(work: Path) -> None:
     adapter, corrected = os.fsdecode(b"adapter-\xff"), os.fsdecode(b"corrected-\xfe")
     Path("adapter").rename(adapter)
 
-    done = finish(in_a_process("correct", adapter, "--subspace", "pack", "-o", corrected, "--json", "-"))
+    done = finish(in_a_process("correct", adapter, "--subspace", "subspace", "-o", corrected, "--json", "-"))
     assert (done.code, done.err) == (0, "")
     assert json.loads(done.out)["adapter"] == "adapter-\udcff"
     assert json.loads(Path(corrected, "csulora_report.json").read_bytes())["adapter"] == "adapter-\udcff"
     assert csulora.load_adapter(corrected).modules
 
-    table = finish(in_a_process("inspect", adapter, "--subspace", "pack"))
+    table = finish(in_a_process("inspect", adapter, "--subspace", "subspace"))
     assert (table.code, table.err) == (0, "")
     absent = finish(in_a_process("inspect", os.fsdecode(b"\xff")))
     assert absent.code == 4

@@ -28,14 +28,15 @@ def test_hosts_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"undo": 0.0}, {"undo": float("nan")}, {"pair": _core.LoraPair(torch.ones(64, 1), torch.ones(1, 64))}]
+    "wrong",
+    [{"undo": 0.0}, {"undo": float("nan")}, {"factors": _core.LoraFactors(torch.ones(64, 1), torch.ones(1, 64))}],
 )
 def test_a_core_that_computes_nonsense_fails(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, object]) -> None:
     def correct(tasks: list[_core.CorrectionTask]) -> list[SimpleNamespace]:
         (result,) = _core.correct(tasks)
-        return [SimpleNamespace(**{"undo": result.undo, "pair": result.pair} | wrong)]
+        return [SimpleNamespace(**{"undo": result.undo, "factors": result.factors} | wrong)]
 
-    names = ("ExtractOptions", "extract_subspace", "CorrectionTask", "LoraPair", "Penalties")
+    names = ("ExtractOptions", "extract_subspace", "CorrectionTask", "LoraFactors", "Penalties")
     fake = SimpleNamespace(**{name: getattr(_core, name) for name in names}, correct=correct)
     monkeypatch.setattr(doctor, "_core", fake)
     finding = examined()["self-test"]

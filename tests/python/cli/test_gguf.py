@@ -32,38 +32,38 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, with a model pair as GGUF files, a pack and an adapter."""
+    """The current directory, with a model pair as GGUF files, a subspace file and an adapter."""
     monkeypatch.chdir(tmp_path)
     weights = factories.llama_weights()
     gguf_files.save_model(tmp_path / "base.gguf", weights)
     gguf_files.save_model(tmp_path / "model.gguf", factories.moved(weights))
-    csulora.extract("base.gguf", "model.gguf", rank=6).save("pack")
+    csulora.extract("base.gguf", "model.gguf", rank=6).save("subspace")
     factories.save_adapter(tmp_path / "adapter", SHAPES, use_rslora=True)
     return tmp_path
 
 
 def test_extracts_and_verifies(work: Path, run: Run) -> None:
     assert run("extract base.gguf model.gguf -o new --rank 6")[0] == 0
-    assert (work / "new").read_bytes() == (work / "pack").read_bytes()
+    assert (work / "new").read_bytes() == (work / "subspace").read_bytes()
     assert run("verify new base.gguf model.gguf")[0] == 0
 
 
 def test_corrects_into_gguf_and_back(work: Path, run: Run) -> None:
     """From either format into either format it is the same correction."""
-    correct = "correct {} --subspace pack --base-model model.gguf -o {} --format {} --quiet"
+    correct = "correct {} --subspace subspace --base-model model.gguf -o {} --format {} --quiet"
     assert run("export adapter -o raw.gguf --base-model model.gguf --quiet") == (0, "", "")
     assert run(correct.format("adapter", "one.gguf", "gguf")) == (0, "", "")
     assert run(correct.format("raw.gguf", "two.gguf", "gguf")) == (0, "", "")
     assert run(correct.format("raw.gguf", "three", "peft")) == (0, "", "")
-    expected, _ = csulora.correct(csulora.load_adapter("adapter"), csulora.Subspace.open("pack"))
+    expected, _ = csulora.correct(csulora.load_adapter("adapter"), csulora.Subspace.open("subspace"))
     for path in ("one.gguf", "two.gguf", "three"):
         found = csulora.load_adapter(path, "model.gguf")
         for name, module in expected.modules.items():
             wanted = module.scale * module.b.double() @ module.a.double()
             update = found.modules[name].scale * found.modules[name].b.double() @ found.modules[name].a.double()
             assert (update - wanted).norm() <= 1e-5 * wanted.norm()
-    assert run("verify three raw.gguf pack --base-model model.gguf --quiet") == (0, "", "")
-    assert run("verify three raw.gguf pack")[0] == cli.EXIT_BAD_INPUT  # its rows cannot be told apart
+    assert run("verify three raw.gguf subspace --base-model model.gguf --quiet") == (0, "", "")
+    assert run("verify three raw.gguf subspace")[0] == cli.EXIT_BAD_INPUT  # its rows cannot be told apart
 
 
 def test_export_says_what_it_did(work: Path, run: Run) -> None:
@@ -79,15 +79,15 @@ def test_export_says_what_it_did(work: Path, run: Run) -> None:
 
 def test_inspects_a_gguf_adapter(work: Path, run: Run) -> None:
     run("export adapter -o raw.gguf --base-model model.gguf --quiet")
-    assert run("inspect raw.gguf --base-model model.gguf --subspace pack")[0] == 0
+    assert run("inspect raw.gguf --base-model model.gguf --subspace subspace")[0] == 0
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        "correct adapter --subspace pack -o out.gguf --format gguf",
-        "correct adapter --subspace pack -o out --outtype f16",
-        "correct adapter --subspace pack -o out.gguf --format onnx",
+        "correct adapter --subspace subspace -o out.gguf --format gguf",
+        "correct adapter --subspace subspace -o out --outtype f16",
+        "correct adapter --subspace subspace -o out.gguf --format onnx",
         "export adapter -o out.gguf",
         "export adapter -o out.gguf --base-model model.gguf --outtype q8_0",
     ],
@@ -103,13 +103,13 @@ def test_wrong_usage_exits_with_2(command: str, work: Path, run: Run) -> None:
     ("command", "message"),
     [
         ("export adapter -o out.gguf --base-model nowhere", "nowhere: no such file"),
-        ("export adapter -o out.gguf --base-model pack", "pack: not a GGUF file"),
+        ("export adapter -o out.gguf --base-model subspace", "subspace: not a GGUF file"),
         ("export adapter -o out.gguf --base-model adapter", "adapter/config.json: no such file"),
         ("export adapter -o missing/out.gguf --base-model model.gguf", "missing: no such directory"),
         ("export adapter -o adapter --base-model model.gguf", "adapter: is read, or belongs to what is read"),
         ("export adapter -o model.gguf --base-model model.gguf", "is read, or belongs to what is read"),
         ("inspect model.gguf", "general.type is None; a LoRA adapter says adapter"),
-        ("correct model.gguf --subspace pack -o out", "general.type is None"),
+        ("correct model.gguf --subspace subspace -o out", "general.type is None"),
     ],
 )
 def test_bad_input_exits_with_4(command: str, message: str, work: Path, run: Run) -> None:

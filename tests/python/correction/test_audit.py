@@ -33,9 +33,9 @@ POLICIES = {
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pack") / "pack.safetensors"
-    factories.pack().save(path)
+def subspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("subspace") / "subspace.safetensors"
+    factories.subspace().save(path)
     return path
 
 
@@ -44,31 +44,31 @@ def original(tmp_path: Path) -> Path:
     return factories.save_adapter(tmp_path / "original", factories.SHAPES)
 
 
-def corrected(original: Path, pack: Path, out: Path, policy: csulora.Policy | None = None) -> Path:
-    fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(pack), policy)
+def corrected(original: Path, subspace: Path, out: Path, policy: csulora.Policy | None = None) -> Path:
+    fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(subspace), policy)
     csulora.save_adapter(fixed, out)
     return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_what_correct_wrote_follows(policy: str, dtype: torch.dtype, pack: Path, tmp_path: Path) -> None:
+def test_what_correct_wrote_follows(policy: str, dtype: torch.dtype, subspace: Path, tmp_path: Path) -> None:
     original = factories.save_adapter(tmp_path / "original", factories.SHAPES, dtype=dtype)
-    out = corrected(original, pack, tmp_path / "out", POLICIES[policy])
-    checks = csulora.audit(out, original, csulora.Subspace.open(pack))
-    assert [check.what for check in checks] == ["content", "original adapter", "pack", "configuration", "update"]
+    out = corrected(original, subspace, tmp_path / "out", POLICIES[policy])
+    checks = csulora.audit(out, original, csulora.Subspace.open(subspace))
+    assert [check.what for check in checks] == ["content", "original adapter", "subspace", "configuration", "update"]
     assert all(check.holds for check in checks)
 
 
-def test_save_returns_what_the_report_states_and_load_finds(original: Path, pack: Path, tmp_path: Path) -> None:
-    fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(pack))
+def test_save_returns_what_the_report_states_and_load_finds(original: Path, subspace: Path, tmp_path: Path) -> None:
+    fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(subspace))
     sha256 = csulora.save_adapter(fixed, tmp_path / "out")
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert sha256 == report["corrected_sha256"] == csulora.load_adapter(tmp_path / "out").sha256
 
 
-def test_a_changed_entry_is_noticed(original: Path, pack: Path, tmp_path: Path) -> None:
-    out = corrected(original, pack, tmp_path / "out")
+def test_a_changed_entry_is_noticed(original: Path, subspace: Path, tmp_path: Path) -> None:
+    out = corrected(original, subspace, tmp_path / "out")
     tensors = load_file(out / WEIGHTS_FILE)
     next(iter(tensors.values()))[0, 0] += 1
     save_file(tensors, out / WEIGHTS_FILE)
@@ -76,9 +76,9 @@ def test_a_changed_entry_is_noticed(original: Path, pack: Path, tmp_path: Path) 
 
 
 def test_a_report_with_the_hash_of_something_else_is_noticed_by_making_it_again(
-    original: Path, pack: Path, tmp_path: Path
+    original: Path, subspace: Path, tmp_path: Path
 ) -> None:
-    out = corrected(original, pack, tmp_path / "out")
+    out = corrected(original, subspace, tmp_path / "out")
     tensors = load_file(out / WEIGHTS_FILE)
     next(iter(tensors.values())).mul_(1.01)
     save_file(tensors, out / WEIGHTS_FILE)
@@ -86,7 +86,9 @@ def test_a_report_with_the_hash_of_something_else_is_noticed_by_making_it_again(
     report["corrected_sha256"] = csulora.load_adapter(out).sha256
     (out / REPORT_FILE).write_text(json.dumps(report))
     assert [check.holds for check in csulora.audit(out)] == [True]
-    assert [check.holds for check in csulora.audit(out, original, csulora.Subspace.open(pack))] == [True] * 4 + [False]
+    assert [check.holds for check in csulora.audit(out, original, csulora.Subspace.open(subspace))] == [True] * 4 + [
+        False
+    ]
 
 
 def rewritten(out: Path, factor: float, scale: float, modules: csulora.Adapter) -> None:
@@ -104,49 +106,49 @@ def rewritten(out: Path, factor: float, scale: float, modules: csulora.Adapter) 
 
 
 @pytest.mark.parametrize(("factor", "scale"), [(1.0, 100.0), (1.0, -1.0), (1e-30, 1e38)])
-def test_another_scale_is_noticed(factor: float, scale: float, original: Path, pack: Path, tmp_path: Path) -> None:
-    out = corrected(original, pack, tmp_path / "out")
+def test_another_scale_is_noticed(factor: float, scale: float, original: Path, subspace: Path, tmp_path: Path) -> None:
+    out = corrected(original, subspace, tmp_path / "out")
     rewritten(out, factor, scale, csulora.load_adapter(out))
-    checks = csulora.audit(out, original, csulora.Subspace.open(pack))
+    checks = csulora.audit(out, original, csulora.Subspace.open(subspace))
     assert [check.holds for check in checks] == [True] * 3 + [False] * 2
 
 
-def test_a_scale_hides_no_uncorrected_update(original: Path, pack: Path, tmp_path: Path) -> None:
-    out = corrected(original, pack, tmp_path / "out", csulora.Policy.project())
+def test_a_scale_hides_no_uncorrected_update(original: Path, subspace: Path, tmp_path: Path) -> None:
+    out = corrected(original, subspace, tmp_path / "out", csulora.Policy.project())
     rewritten(out, 1e7, 1e-7, csulora.load_adapter(original))
-    checks = csulora.audit(out, original, csulora.Subspace.open(pack))
+    checks = csulora.audit(out, original, csulora.Subspace.open(subspace))
     assert [check.holds for check in checks] == [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_module_that_is_kept_as_it_is_may_have_a_scale(dtype: torch.dtype, pack: Path, tmp_path: Path) -> None:
+def test_a_module_that_is_kept_as_it_is_may_have_a_scale(dtype: torch.dtype, subspace: Path, tmp_path: Path) -> None:
     shapes = factories.SHAPES | {"lm_head": (40, 48)}
     original = factories.save_adapter(
         tmp_path / "original", shapes, dtype=dtype, rank_pattern={"lm_head": 4}, alpha_pattern={"lm_head": 0.01}
     )
-    out = corrected(original, pack, tmp_path / "out", csulora.Policy.csulora(1.0, uncovered="keep"))
-    assert all(check.holds for check in csulora.audit(out, original, csulora.Subspace.open(pack)))
+    out = corrected(original, subspace, tmp_path / "out", csulora.Policy.csulora(1.0, uncovered="keep"))
+    assert all(check.holds for check in csulora.audit(out, original, csulora.Subspace.open(subspace)))
 
 
-def test_another_original_or_pack_is_noticed(original: Path, pack: Path, tmp_path: Path) -> None:
-    out = corrected(original, pack, tmp_path / "out")
+def test_another_original_or_subspace_is_noticed(original: Path, subspace: Path, tmp_path: Path) -> None:
+    out = corrected(original, subspace, tmp_path / "out")
     other = factories.save_adapter(tmp_path / "other", factories.SHAPES, seed=9)
     assert [check.holds for check in csulora.audit(out, other)] == [True, False]
-    assert [check.holds for check in csulora.audit(out, None, factories.pack(seed=9))] == [True, False]
+    assert [check.holds for check in csulora.audit(out, None, factories.subspace(seed=9))] == [True, False]
 
 
-def test_another_policy_than_stated_is_noticed(original: Path, pack: Path, tmp_path: Path) -> None:
-    out = corrected(original, pack, tmp_path / "out", csulora.Policy.none())
+def test_another_policy_than_stated_is_noticed(original: Path, subspace: Path, tmp_path: Path) -> None:
+    out = corrected(original, subspace, tmp_path / "out", csulora.Policy.none())
     report = json.loads((out / REPORT_FILE).read_text())
     report["policy"]["off"] = "inf"
     (out / REPORT_FILE).write_text(json.dumps(report))
-    last = csulora.audit(out, original, csulora.Subspace.open(pack))[-1]
+    last = csulora.audit(out, original, csulora.Subspace.open(subspace))[-1]
     assert (last.what, last.holds) == ("update", False)
 
 
 @pytest.mark.parametrize("text", ["{}", '{"corrected_sha256": 1}', "[]"])
-def test_other_reports_are_bad_inputs(text: str, original: Path, pack: Path, tmp_path: Path) -> None:
-    out = corrected(original, pack, tmp_path / "out")
+def test_other_reports_are_bad_inputs(text: str, original: Path, subspace: Path, tmp_path: Path) -> None:
+    out = corrected(original, subspace, tmp_path / "out")
     (out / REPORT_FILE).write_text(text)
     with pytest.raises(InputError, match=REPORT_FILE):
         csulora.audit(out)
@@ -162,10 +164,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_command_line(
-    original: Path, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    original: Path, subspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = corrected(original, pack, tmp_path / "out")
-    assert run(monkeypatch, "verify", out, original, pack) == 0
+    out = corrected(original, subspace, tmp_path / "out")
+    assert run(monkeypatch, "verify", out, original, subspace) == 0
     assert "follows from its original" in capsys.readouterr().out
     assert run(monkeypatch, "verify", out, "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["checks"][0]["holds"] is True
@@ -175,46 +177,46 @@ def test_command_line(
     assert "content" in capsys.readouterr().err
 
 
-# A pack that is pinned
+# A subspace file that is pinned
 
 
-def test_a_pinned_pack_is_the_only_one_that_opens(pack: Path) -> None:
-    sha256 = csulora.Subspace.open(pack).sha256
-    assert csulora.Subspace.open(pack, sha256.upper()).sha256 == sha256
-    with pytest.raises(RefusedError, match="another pack"):
-        csulora.Subspace.open(pack, "0" * 64)
+def test_a_pinned_subspace_is_the_only_one_that_opens(subspace: Path) -> None:
+    sha256 = csulora.Subspace.open(subspace).sha256
+    assert csulora.Subspace.open(subspace, sha256.upper()).sha256 == sha256
+    with pytest.raises(RefusedError, match="another subspace file"):
+        csulora.Subspace.open(subspace, "0" * 64)
 
 
-def test_a_pack_is_pinned_by_option_or_variable(
-    original: Path, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_subspace_is_pinned_by_option_or_variable(
+    original: Path, subspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("correct", original, "--subspace", pack, "-o", tmp_path / "out", "--quiet")
+    command = ("correct", original, "--subspace", subspace, "-o", tmp_path / "out", "--quiet")
     assert run(monkeypatch, *command, "--subspace-sha256", "0" * 64) == cli.EXIT_REFUSED
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", "0" * 64)
     assert run(monkeypatch, *command) == cli.EXIT_REFUSED
     (tmp_path / "in").mkdir()
-    assert run(monkeypatch, "guard", tmp_path / "in", tmp_path / "guarded", "--subspace", pack) == cli.EXIT_REFUSED
-    monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", csulora.Subspace.open(pack).sha256)
+    assert run(monkeypatch, "guard", tmp_path / "in", tmp_path / "guarded", "--subspace", subspace) == cli.EXIT_REFUSED
+    monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", csulora.Subspace.open(subspace).sha256)
     assert run(monkeypatch, *command) == 0
 
 
-def test_a_gate_from_the_environment_is_pinned(pack: Path) -> None:
-    variables = {"CSULORA_SUBSPACE": str(pack), "CSULORA_SUBSPACE_SHA256": "0" * 64}
-    with pytest.raises(RefusedError, match="another pack"):
+def test_a_gate_from_the_environment_is_pinned(subspace: Path) -> None:
+    variables = {"CSULORA_SUBSPACE": str(subspace), "CSULORA_SUBSPACE_SHA256": "0" * 64}
+    with pytest.raises(RefusedError, match="another subspace file"):
         csulora.serving.gate.Gate.from_environment(variables)
 
 
 def test_a_configuration_with_more_than_csulora_writes_does_not_follow(
-    original: Path, pack: Path, tmp_path: Path
+    original: Path, subspace: Path, tmp_path: Path
 ) -> None:
-    out = corrected(original, pack, tmp_path / "out")
+    out = corrected(original, subspace, tmp_path / "out")
     file = out / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.5, "auto_mapping": {"a": "b"}}))
     report = out / "csulora_report.json"
     sha256 = csulora.load_adapter(out).sha256
     report.write_text(json.dumps(json.loads(report.read_text()) | {"corrected_sha256": sha256}))
-    checks = {check.what: check for check in csulora.audit(out, original, csulora.Subspace.open(pack))}
+    checks = {check.what: check for check in csulora.audit(out, original, csulora.Subspace.open(subspace))}
     assert checks["content"].holds
     assert checks["update"].holds
     assert not checks["configuration"].holds

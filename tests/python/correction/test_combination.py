@@ -16,15 +16,15 @@ MODULES = {NAME: (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
 
 @pytest.fixture(scope="module")
-def pack_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("pack")
-    csulora.extract(*factories.checkpoint_pair(directory), rank=4, dtype="f32", output=directory / "pack.safetensors")
-    return directory / "pack.safetensors"
+def subspace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("subspace")
+    csulora.extract(*factories.model_pair(directory), rank=4, dtype="f32", output=directory / "subspace.safetensors")
+    return directory / "subspace.safetensors"
 
 
 @pytest.fixture(scope="module")
-def pack(pack_file: Path) -> csulora.Subspace:
-    return csulora.Subspace.open(pack_file)
+def subspace(subspace_file: Path) -> csulora.Subspace:
+    return csulora.Subspace.open(subspace_file)
 
 
 def adapters(directory: Path) -> list[csulora.Adapter]:
@@ -41,27 +41,27 @@ def adapters(directory: Path) -> list[csulora.Adapter]:
     return [csulora.load_adapter(one), csulora.load_adapter(two)]
 
 
-def test_sum_is_that_of_the_updates(pack: csulora.Subspace, tmp_path: Path) -> None:
+def test_sum_is_that_of_the_updates(subspace: csulora.Subspace, tmp_path: Path) -> None:
     loaded = adapters(tmp_path)
     weights = [0.5, -2.0]
 
-    _, report = csulora.correct(csulora.combine(loaded, pack, weights), pack, csulora.Policy.none())
+    _, report = csulora.correct(csulora.combine(loaded, subspace, weights), subspace, csulora.Policy.none())
 
     dense = torch.zeros(48, 48, dtype=torch.float64)
     for adapter, weight in zip(loaded, weights, strict=True):
         module = next(iter(adapter.modules.values()))
         dense += weight * oracle.update(module.b, module.a, module.scale)
-    subspace = pack[NAME]
+    found = subspace[NAME]
     measured = {module.module: module for module in report.modules}[NAME]
     assert measured.rank == 7
     assert measured.norm == pytest.approx(float(dense.norm()), rel=TRACES)
-    assert measured.energies == pytest.approx(oracle.split(dense, subspace.u, subspace.v).energies, abs=TRACES)
-    assert measured.undo == pytest.approx(oracle.undo(dense, subspace.u, subspace.s, subspace.v), rel=1e-4)
+    assert measured.energies == pytest.approx(oracle.split(dense, found.u, found.v).energies, abs=TRACES)
+    assert measured.undo == pytest.approx(oracle.undo(dense, found.u, found.s, found.v), rel=1e-4)
 
 
-def test_adapters_harmless_alone_are_refused_together(pack_file: Path, tmp_path: Path) -> None:
+def test_adapters_harmless_alone_are_refused_together(subspace_file: Path, tmp_path: Path) -> None:
     """Each undoes 0.3 of the alignment; the sum undoes 0.6, above a limit of 0.5."""
-    subspace = csulora.Subspace.open(pack_file)[NAME]
+    subspace = csulora.Subspace.open(subspace_file)[NAME]
     paths = []
     for name in ("one", "two"):
         path = factories.save_adapter(tmp_path / name, {NAME: (48, 48)}, rank=4, lora_alpha=4)
@@ -72,7 +72,7 @@ def test_adapters_harmless_alone_are_refused_together(pack_file: Path, tmp_path:
             path / "adapter_model.safetensors",
         )
         paths.append(str(path))
-    options = ["--subspace", str(pack_file), "--max-undo", "0.5", "--quiet"]
+    options = ["--subspace", str(subspace_file), "--max-undo", "0.5", "--quiet"]
 
     def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "csulora", "inspect", *arguments, *options]
@@ -89,13 +89,13 @@ def test_adapters_harmless_alone_are_refused_together(pack_file: Path, tmp_path:
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")]])
-def test_weights_must_fit(weights: list[float], pack: csulora.Subspace, tmp_path: Path) -> None:
+def test_weights_must_fit(weights: list[float], subspace: csulora.Subspace, tmp_path: Path) -> None:
     with pytest.raises(csulora.InputError, match="weights"):
-        csulora.combine(adapters(tmp_path), pack, weights)
+        csulora.combine(adapters(tmp_path), subspace, weights)
 
 
-def test_updates_of_one_module_must_have_one_shape(pack: csulora.Subspace, tmp_path: Path) -> None:
+def test_updates_of_one_module_must_have_one_shape(subspace: csulora.Subspace, tmp_path: Path) -> None:
     paths = [factories.save_adapter(tmp_path / name, {NAME: (size, 48)}) for name, size in (("a", 48), ("b", 24))]
 
     with pytest.raises(csulora.InputError, match="different models"):
-        csulora.combine([csulora.load_adapter(path) for path in paths], pack)
+        csulora.combine([csulora.load_adapter(path) for path in paths], subspace)

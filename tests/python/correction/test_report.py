@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DOWN, UP, Q = sorted(factories.SHAPES)
 
 
-def report_of(policy: Policy | None = None, pack_shapes: dict[str, tuple[int, int]] = factories.SHAPES) -> Report:
-    return correct(factories.adapter(), factories.pack(pack_shapes), policy)[1]
+def report_of(policy: Policy | None = None, subspace_shapes: dict[str, tuple[int, int]] = factories.SHAPES) -> Report:
+    return correct(factories.adapter(), factories.subspace(subspace_shapes), policy)[1]
 
 
 def printed(table: RenderableType) -> str:
@@ -29,11 +29,12 @@ def printed(table: RenderableType) -> str:
 
 
 def test_totals_are_those_of_one_block_diagonal_update() -> None:
-    adapter, pack = factories.adapter(), factories.pack()
-    fixed, report = correct(adapter, pack, Policy.csulora(3.0, rank=3))
+    adapter, subspace = factories.adapter(), factories.subspace()
+    fixed, report = correct(adapter, subspace, Policy.csulora(3.0, rank=3))
     updates = {name: oracle.update(module.b, module.a, module.scale) for name, module in adapter.modules.items()}
     wanted = {
-        name: oracle.closest_safe_update(dw, pack[name].u, pack[name].v, (0, 3, 3)) for name, dw in updates.items()
+        name: oracle.closest_safe_update(dw, subspace[name].u, subspace[name].v, (0, 3, 3))
+        for name, dw in updates.items()
     }
 
     def norm2(matrices: list[torch.Tensor]) -> float:
@@ -42,14 +43,16 @@ def test_totals_are_those_of_one_block_diagonal_update() -> None:
     names, totals = list(updates), report.totals
     size2 = norm2(list(updates.values()))
     assert totals.norm == pytest.approx(math.sqrt(size2), rel=1e-6)
-    assert totals.change == pytest.approx(math.sqrt(norm2([wanted[n] - updates[n] for n in names]) / size2), rel=1e-5)
+    assert totals.relative_change == pytest.approx(
+        math.sqrt(norm2([wanted[n] - updates[n] for n in names]) / size2), rel=1e-5
+    )
     stored = {name: oracle.update(module.b, module.a) for name, module in fixed.modules.items()}
     cut = norm2([wanted[n] - stored[n] for n in names]) / norm2([wanted[n] for n in names])
-    assert totals.lost == pytest.approx(cut, rel=1e-4)
-    splits = [oracle.split(updates[n], pack[n].u, pack[n].v) for n in names]
-    for part, share in totals.energies.items():
-        assert share == pytest.approx(norm2([split.parts[part] for split in splits]) / size2, rel=1e-5)
-    alignments = [(pack[n].u * pack[n].s).double() @ pack[n].v.double().t() for n in names]
+    assert totals.truncation_error == pytest.approx(cut, rel=1e-4)
+    splits = [oracle.split(updates[n], subspace[n].u, subspace[n].v) for n in names]
+    for component, share in totals.energies.items():
+        assert share == pytest.approx(norm2([split.components[component] for split in splits]) / size2, rel=1e-5)
+    alignments = [(subspace[n].u * subspace[n].s).double() @ subspace[n].v.double().t() for n in names]
     products = [float((updates[n] * alignment).sum()) for n, alignment in zip(names, alignments, strict=True)]
     assert totals.undo == pytest.approx(-sum(products) / norm2(alignments), rel=1e-4)
 
@@ -70,10 +73,10 @@ def test_the_worst_undo_is_the_largest() -> None:
 def test_tables_show_every_figure_and_say_what_is_not_covered() -> None:
     covered = {name: factories.SHAPES[name] for name in (DOWN, Q)}
     text = printed(report_of(Policy.csulora(1.0, uncovered="keep"), covered).table())
-    assert "2 of 3 modules are covered by the pack" in text
+    assert "2 of 3 modules are covered by the subspace file" in text
     assert DOWN in text
     assert UP not in text
-    for heading in ("norm", "aligned", "left", "right", "off", "undo", "change", "lost"):
+    for heading in ("norm", "aligned", "left", "right", "off", "undo", "relative change", "truncation error"):
         assert heading in text
 
 
@@ -100,15 +103,15 @@ def test_the_card_survives_strange_names() -> None:
     assert "base_model" not in report_of().card(None)
 
 
-def test_the_pack_table_shows_the_worst_of_each_kind() -> None:
-    pack = factories.pack({f"model.layers.{i}.mlp.up_proj": (56 + 8 * i, 40) for i in range(2)})
-    (line,) = [line for line in printed(tables.pack_table(pack)).splitlines() if "up_proj" in line]
+def test_the_subspace_table_shows_the_worst_of_each_kind() -> None:
+    subspace = factories.subspace({f"model.layers.{i}.mlp.up_proj": (56 + 8 * i, 40) for i in range(2)})
+    (line,) = [line for line in printed(tables.subspace_table(subspace)).splitlines() if "up_proj" in line]
     for figure in ("56 x 40, 64 x 40", "90.0%", "1.0e-03"):
         assert figure in line
 
 
-def test_the_pack_table_shows_a_kind_that_did_not_move() -> None:
-    assert "0.0%" in printed(tables.pack_table(factories.pack({Q: (40, 40)}, rank=0)))
+def test_the_subspace_table_shows_a_kind_that_did_not_move() -> None:
+    assert "0.0%" in printed(tables.subspace_table(factories.subspace({Q: (40, 40)}, rank=0)))
 
 
 def test_the_adapter_table_shows_shapes_ranks_and_scales() -> None:
@@ -118,7 +121,7 @@ def test_the_adapter_table_shows_shapes_ranks_and_scales() -> None:
 
 
 def test_the_verification_table_shows_claim_and_measurement() -> None:
-    certificate = factories.pack()[Q].certificate
+    certificate = factories.subspace()[Q].certificate
     text = printed(tables.verification_table([Verification(Q, certificate, certificate, False)]))
     for figure in (Q, "other", "90.0000% / 90.0000%", "NO"):
         assert figure in text

@@ -21,7 +21,7 @@ EMBEDDING = "model.embed_tokens"
 
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path]:
-    return factories.checkpoint_pair(tmp_path)
+    return factories.model_pair(tmp_path)
 
 
 def assert_same(one: Subspace, other: Subspace) -> None:
@@ -35,40 +35,40 @@ def assert_same(one: Subspace, other: Subspace) -> None:
 def test_every_module_is_what_the_core_makes_of_its_matrices(models: tuple[Path, Path]) -> None:
     weights = factories.llama_weights()
     aligned = factories.moved(weights)
-    pack = csulora.extract(*models, rank=5, dtype="f32")
-    assert len(pack) == 14
+    subspace = csulora.extract(*models, rank=5, dtype="f32")
+    assert len(subspace) == 14
     options = _core.ExtractOptions()
     options.rank, options.factor_dtype = 5, torch.float32
-    for name, module in pack.items():
+    for name, module in subspace.items():
         expected = _core.extract_subspace(weights[f"{name}.weight"], aligned[f"{name}.weight"], options)
         assert torch.equal(module.u, expected.u)
         assert torch.equal(module.s, expected.s)
         assert torch.equal(module.v, expected.v)
-        assert module.certificate.captured == expected.certificate.captured
+        assert module.certificate.captured_energy == expected.certificate.captured_energy
 
 
 def test_names_decide_and_not_files_or_their_order(tmp_path: Path, models: tuple[Path, Path]) -> None:
-    base, aligned = factories.checkpoint_pair(tmp_path / "sharded", shards=3)
+    base, aligned = factories.model_pair(tmp_path / "sharded", shards=3)
     assert_same(csulora.extract(*models, rank=4), csulora.extract(base, aligned, rank=4))
     assert_same(csulora.extract(*models, rank=4), csulora.extract(models[0], aligned, rank=4))
 
 
 def test_says_what_it_was_made_from(models: tuple[Path, Path]) -> None:
-    pack = csulora.extract(*models, rank=4, seed=7, modules=["q_proj"])
-    provenance = pack.provenance
+    subspace = csulora.extract(*models, rank=4, seed=7, modules=["q_proj"])
+    provenance = subspace.provenance
     assert (provenance.csulora, provenance.base, provenance.aligned) == (csulora.__version__, "base", "aligned")
     assert provenance.options["rank"] == 4
     assert provenance.options["seed"] == 7
     assert provenance.options["modules"] == ["q_proj"]
     base, aligned = (factories.llama_weights(), factories.moved(factories.llama_weights()))
-    assert pack[Q].base_sha256 == factories.sha256(base[f"{Q}.weight"])
-    assert pack[Q].aligned_sha256 == factories.sha256(aligned[f"{Q}.weight"])
+    assert subspace[Q].base_sha256 == factories.sha256(base[f"{Q}.weight"])
+    assert subspace[Q].aligned_sha256 == factories.sha256(aligned[f"{Q}.weight"])
 
 
 def test_embedding_and_head_come_on_request(models: tuple[Path, Path]) -> None:
-    pack = csulora.extract(*models, rank=4, modules=["embed_tokens", "lm_head"])
-    assert list(pack) == ["lm_head", EMBEDDING]
-    assert pack.aliases == {}
+    subspace = csulora.extract(*models, rank=4, modules=["embed_tokens", "lm_head"])
+    assert list(subspace) == ["lm_head", EMBEDDING]
+    assert subspace.aliases == {}
 
 
 def test_the_head_of_a_tied_model_is_an_alias(tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_the_head_of_a_tied_model_is_an_alias(tmp_path: Path) -> None:
     tied = {"tie_word_embeddings": True}
     base = factories.save_checkpoint(tmp_path / "base", weights, tied)
     aligned = factories.save_checkpoint(tmp_path / "aligned", factories.moved(weights), tied)
-    pack = csulora.extract(base, aligned, rank=4, modules=["lm_head"])
-    assert list(pack) == [EMBEDDING]
-    assert pack.aliases == {"lm_head": EMBEDDING}
+    subspace = csulora.extract(base, aligned, rank=4, modules=["lm_head"])
+    assert list(subspace) == [EMBEDDING]
+    assert subspace.aliases == {"lm_head": EMBEDDING}
     assert csulora.extract(base, aligned, rank=4).aliases == {}
 
 
@@ -100,10 +100,10 @@ def test_conv1d_is_extracted_as_the_linear_layer_it_is(tmp_path: Path, model_typ
 
 
 def test_keeps_the_fewest_directions_that_capture_the_energy(models: tuple[Path, Path]) -> None:
-    pack = csulora.extract(*models, energy=0.6, max_rank=20)
-    assert all(module.certificate.captured >= 0.6 for module in pack.values())
-    fewer = csulora.extract(*models, rank=pack[Q].rank - 1)
-    assert fewer[Q].certificate.captured < 0.6
+    subspace = csulora.extract(*models, energy=0.6, max_rank=20)
+    assert all(module.certificate.captured_energy >= 0.6 for module in subspace.values())
+    fewer = csulora.extract(*models, rank=subspace[Q].rank - 1)
+    assert fewer[Q].certificate.captured_energy < 0.6
     assert all(module.rank == 2 for module in csulora.extract(*models, energy=0.99, max_rank=2).values())
 
 
@@ -125,7 +125,7 @@ def test_reports_progress_in_matrix_entries(models: tuple[Path, Path]) -> None:
     assert steps == [(name, before, total) for name, before in zip([*names, ""], done, strict=True)]
 
 
-def rounded_pair(tmp_path: Path) -> tuple[Path, Path]:
+def rounded_model_pair(tmp_path: Path) -> tuple[Path, Path]:
     """The same weights in two files, rounded to different grids."""
     weights = factories.llama_weights()
     half = {name: weight.half() for name, weight in weights.items()}
@@ -134,7 +134,7 @@ def rounded_pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_pair_that_differs_by_rounding_alone_is_refused(tmp_path: Path) -> None:
-    base, aligned = rounded_pair(tmp_path)
+    base, aligned = rounded_model_pair(tmp_path)
     with pytest.raises(RefusedError, match="half and coarse differ by no more than storage rounding"):
         csulora.extract(base, aligned, rank=4)
     assert csulora.extract(base, aligned, rank=4, keep_noise=True)[Q].rank == 4
@@ -168,8 +168,8 @@ def test_options_out_of_range_are_refused_before_anything_is_written(
     tmp_path: Path, models: tuple[Path, Path], options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        csulora.extract(*models, output=tmp_path / "pack", **options)
-    assert not list(tmp_path.glob("pack*"))
+        csulora.extract(*models, output=tmp_path / "subspace", **options)
+    assert not list(tmp_path.glob("subspace*"))
 
 
 @pytest.mark.parametrize("name", ["base/model.safetensors", "aligned/config.json"])
@@ -194,14 +194,14 @@ def test_a_matrix_that_is_not_finite_is_refused_by_name_and_nothing_is_left(
 ) -> None:
     spoil(models[1], "model.layers.1.mlp.up_proj", float("nan"))
     with pytest.raises(InputError, match=r"^model\.layers\.1\.mlp\.up_proj: .*NaN"):
-        csulora.extract(*models, output=tmp_path / "pack", rank=2)
-    assert not list(tmp_path.glob("pack*"))
+        csulora.extract(*models, output=tmp_path / "subspace", rank=2)
+    assert not list(tmp_path.glob("subspace*"))
 
 
 def test_a_refused_pair_leaves_nothing(tmp_path: Path, models: tuple[Path, Path]) -> None:
     with pytest.raises(RefusedError):
-        csulora.extract(models[0], models[0], output=tmp_path / "pack")
-    assert not list(tmp_path.glob("pack*"))
+        csulora.extract(models[0], models[0], output=tmp_path / "subspace")
+    assert not list(tmp_path.glob("subspace*"))
 
 
 class Interrupter:
@@ -249,8 +249,8 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
 
 
 def test_other_options_do_not_continue(tmp_path: Path, models: tuple[Path, Path], interrupter: Interrupter) -> None:
-    interrupt(interrupter, models, tmp_path / "pack", 9)
-    csulora.extract(*models, output=tmp_path / "pack", rank=4, seed=1)
+    interrupt(interrupter, models, tmp_path / "subspace", 9)
+    csulora.extract(*models, output=tmp_path / "subspace", rank=4, seed=1)
     assert len(interrupter.extracted) == 14
 
 
@@ -258,21 +258,21 @@ def test_other_options_do_not_continue(tmp_path: Path, models: tuple[Path, Path]
 def test_other_checkpoints_do_not_continue(
     tmp_path: Path, models: tuple[Path, Path], interrupter: Interrupter, name: str
 ) -> None:
-    interrupt(interrupter, models, tmp_path / "pack", 9)
+    interrupt(interrupter, models, tmp_path / "subspace", 9)
     file = models[1] / name
     copy = file.read_bytes()
     file.unlink()
     file.write_bytes(copy)
-    csulora.extract(*models, output=tmp_path / "pack", rank=4)
+    csulora.extract(*models, output=tmp_path / "subspace", rank=4)
     assert len(interrupter.extracted) == 14
 
 
-def test_a_pack_in_a_file_is_the_same_as_one_in_memory(tmp_path: Path, models: tuple[Path, Path]) -> None:
-    in_file = csulora.extract(*models, output=tmp_path / "pack", rank=4)
+def test_a_subspace_in_a_file_is_the_same_as_one_in_memory(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    in_file = csulora.extract(*models, output=tmp_path / "subspace", rank=4)
     in_memory = csulora.extract(*models, rank=4)
     assert_same(in_file, in_memory)
     assert in_file.sha256 == in_memory.sha256
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["aligned", "base", "pack"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["aligned", "base", "subspace"]
 
 
 def test_the_same_command_twice_gives_the_same_bytes(tmp_path: Path, models: tuple[Path, Path]) -> None:

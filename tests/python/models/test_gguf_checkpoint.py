@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: the same packs as from Hugging Face directories, and a noise edge for quantised ones."""
+"""GGUF files as checkpoints: the subspaces of Hugging Face directories, and a noise edge for quantised ones."""
 
 import ctypes
 import math
@@ -14,7 +14,7 @@ import csulora
 import factories
 import gguf_files
 from csulora.errors import InputError, RefusedError
-from csulora.extraction.pair import CheckpointPair
+from csulora.extraction.model_pair import ModelPair
 from csulora.models.checkpoint import Checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -28,7 +28,7 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return factories.llama_weights(layers=1, width=WIDTH, hidden=HIDDEN, dtype=dtype)
 
 
-def gguf_pair(tmp_path: Path, dtype: torch.dtype) -> tuple[Path, Path]:
+def gguf_model_pair(tmp_path: Path, dtype: torch.dtype) -> tuple[Path, Path]:
     base = weights(dtype)
     return (
         gguf_files.save_model(tmp_path / "base.gguf", base),
@@ -37,38 +37,41 @@ def gguf_pair(tmp_path: Path, dtype: torch.dtype) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_packs_are_the_same_whatever_the_format(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_subspaces_are_the_same_whatever_the_format(dtype: torch.dtype, tmp_path: Path) -> None:
     base = weights(dtype)
     directories = (
         factories.save_checkpoint(tmp_path / "base", base),
         factories.save_checkpoint(tmp_path / "aligned", factories.moved(base)),
     )
-    expected, pack = csulora.extract(*directories, rank=8), csulora.extract(*gguf_pair(tmp_path, dtype), rank=8)
-    assert list(pack) == list(expected)
-    for name, module in pack.items():
+    expected, subspace = (
+        csulora.extract(*directories, rank=8),
+        csulora.extract(*gguf_model_pair(tmp_path, dtype), rank=8),
+    )
+    assert list(subspace) == list(expected)
+    for name, module in subspace.items():
         for factor in ("u", "s", "v"):
             assert torch.equal(getattr(module, factor), getattr(expected[name], factor))
         assert module.certificate == expected[name].certificate
-    assert pack.fingerprints == expected.fingerprints
-    assert all(result.holds for result in csulora.verify(expected, *gguf_pair(tmp_path, dtype)))
+    assert subspace.fingerprints == expected.fingerprints
+    assert all(result.holds for result in csulora.verify(expected, *gguf_model_pair(tmp_path, dtype)))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_a_directory_and_a_file_make_a_pair(model_type: str, tmp_path: Path) -> None:
     base = factories.save_checkpoint(tmp_path / "base", weights(), {"model_type": model_type})
-    pack = csulora.extract(base, gguf_pair(tmp_path, torch.float32)[1], rank=8)
-    assert pack[Q].certificate.captured > 0.9
+    subspace = csulora.extract(base, gguf_model_pair(tmp_path, torch.float32)[1], rank=8)
+    assert subspace[Q].certificate.captured_energy > 0.9
 
 
 def test_a_pair_has_one_architecture(tmp_path: Path) -> None:
     base = factories.save_checkpoint(tmp_path / "base", weights(), {"model_type": "qwen2"})
     with pytest.raises(InputError, match=r"architecture is qwen2 in base base and llama in aligned aligned\.gguf"):
-        csulora.extract(base, gguf_pair(tmp_path, torch.float32)[1], rank=8)
+        csulora.extract(base, gguf_model_pair(tmp_path, torch.float32)[1], rank=8)
 
 
 def test_modules_outside_layers(tmp_path: Path) -> None:
-    pack = csulora.extract(*gguf_pair(tmp_path, torch.float32), rank=4, modules=["lm_head", "embed_tokens"])
-    assert list(pack) == ["lm_head", "model.embed_tokens"]
+    subspace = csulora.extract(*gguf_model_pair(tmp_path, torch.float32), rank=4, modules=["lm_head", "embed_tokens"])
+    assert list(subspace) == ["lm_head", "model.embed_tokens"]
 
 
 def test_a_tied_head_is_an_alias(tmp_path: Path) -> None:
@@ -115,17 +118,17 @@ def test_a_model_and_its_rounding_are_refused(kind: GGMLQuantizationType, dtype:
 def test_a_quantised_pair_that_differs_keeps_what_stands_out(kind: GGMLQuantizationType, tmp_path: Path) -> None:
     base = weights()
     moved = factories.moved(base, size=1.0, rank=3)
-    pack = csulora.extract(
+    subspace = csulora.extract(
         gguf_files.save_model(tmp_path / "base.gguf", base, kind),
         gguf_files.save_model(tmp_path / "aligned.gguf", moved, kind),
         rank=16,
     )
-    for name, module in pack.items():
+    for name, module in subspace.items():
         true = torch.linalg.svdvals(moved[f"{name}.weight"] - base[f"{name}.weight"])
         assert module.certificate.above_noise == module.rank
         assert module.rank >= int((true > 2 * module.certificate.noise_edge).sum())
         assert module.rank <= int((true > module.certificate.noise_edge / 2).sum())
-    assert {module.rank for module in pack.values()} == {3}
+    assert {module.rank for module in subspace.values()} == {3}
 
 
 def ggml_quantise(matrix: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
@@ -166,7 +169,7 @@ def test_the_edge_is_the_sum_of_both_files(tmp_path: Path) -> None:
         ("half", gguf_files.save_model(tmp_path / "h.gguf", weights(half))),
         ("full", gguf_files.save_model(tmp_path / "f.gguf", weights())),
     ):
-        (loaded,) = CheckpointPair.open(base, quantised, modules=[Q]).load_ahead([Q], None)
+        (loaded,) = ModelPair.open(base, quantised, modules=[Q]).load_ahead([Q], None)
         edges[name] = loaded.noise_std * 2 * math.sqrt(WIDTH)
     alone = Checkpoint.open(quantised).quantisation_edge(Q)
     assert edges["quantised"] == pytest.approx(2 * alone)
@@ -179,9 +182,9 @@ def test_hashes_of_quantised_weights_tell_them_apart(tmp_path: Path) -> None:
         gguf_files.save_model(tmp_path / f"{i}.gguf", w, KINDS[0])
         for i, w in enumerate((weights(), factories.moved(weights())))
     )
-    pack = csulora.extract(one, two, rank=4, keep_noise=True)
-    assert all(result.holds for result in csulora.verify(pack, one, two))
-    assert not any(result.same_weights for result in csulora.verify(pack, two, one))
+    subspace = csulora.extract(one, two, rank=4, keep_noise=True)
+    assert all(result.holds for result in csulora.verify(subspace, one, two))
+    assert not any(result.same_weights for result in csulora.verify(subspace, two, one))
 
 
 def test_weights_rounded_by_importance_are_refused(tmp_path: Path) -> None:

@@ -31,26 +31,26 @@ TOLERANCE = COMPUTED[torch.float32]
 
 
 def correct(
-    pair: _core.LoraPair,
+    factors: _core.LoraFactors,
     subspace: _core.Subspace,
-    attenuation: Penalties | _core.Parts,
+    attenuation: Penalties | _core.Components,
     options: _core.CorrectionOptions = EXACT,
 ) -> _core.Correction:
     numbers = _core.Penalties(*attenuation) if isinstance(attenuation, tuple) else attenuation
-    task = _core.CorrectionTask(devices.pair(pair), devices.subspace(subspace), numbers, "layer")
+    task = _core.CorrectionTask(devices.factors(factors), devices.subspace(subspace), numbers, "layer")
     return devices.correct([task], options)[0]
 
 
 def dense(result: _core.Correction) -> torch.Tensor:
-    return oracle.update(result.pair.b, result.pair.a, result.pair.scale)
+    return oracle.update(result.factors.b, result.factors.a, result.factors.scale)
 
 
-def dense_update(pair: _core.LoraPair) -> torch.Tensor:
-    return oracle.update(pair.b, pair.a, pair.scale)
+def dense_update(factors: _core.LoraFactors) -> torch.Tensor:
+    return oracle.update(factors.b, factors.a, factors.scale)
 
 
-def expected(pair: _core.LoraPair, subspace: _core.Subspace, penalties: Penalties) -> torch.Tensor:
-    return oracle.closest_safe_update(dense_update(pair), subspace.u, subspace.v, penalties)
+def expected(factors: _core.LoraFactors, subspace: _core.Subspace, penalties: Penalties) -> torch.Tensor:
+    return oracle.closest_safe_update(dense_update(factors), subspace.u, subspace.v, penalties)
 
 
 def sizes(low: int, high: int) -> st.SearchStrategy[int]:
@@ -59,33 +59,35 @@ def sizes(low: int, high: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def problems(draw: st.DrawFn, largest: int = 200) -> tuple[_core.LoraPair, _core.Subspace]:
+def problems(draw: st.DrawFn, largest: int = 200) -> tuple[_core.LoraFactors, _core.Subspace]:
     rows, columns = draw(sizes(8, largest)), draw(sizes(8, largest))
     shorter = min(rows, columns)
     rank = draw(sizes(1, min(256, shorter)))
     directions = draw(sizes(1, min(512, shorter)))
     seed = draw(st.integers(0, 2**31 - 1))
     scale = draw(st.sampled_from([1.0, 0.25, 16.0, -2.0]))
-    return factories.pair(rows, columns, rank, seed, scale), factories.subspace(rows, columns, directions, seed % 7)
+    return factories.lora_factors(rows, columns, rank, seed, scale), factories.core_subspace(
+        rows, columns, directions, seed % 7
+    )
 
 
 def _inside(basis: torch.Tensor, columns: int) -> torch.Tensor:
     return basis.float() @ factories.gaussian(basis.shape[1], columns, seed=11)
 
 
-def _bound(pair: _core.LoraPair, factor: float = 1.0) -> float:
+def _bound(factors: _core.LoraFactors, factor: float = 1.0) -> float:
     """What float32 factors may be off by, denormal ones included."""
-    denormals = SMALLEST * math.sqrt(pair.b.numel()) * float(pair.a.double().norm())
-    return TOLERANCE * factor * float(dense_update(pair).norm()) + denormals
+    denormals = SMALLEST * math.sqrt(factors.b.numel()) * float(factors.a.double().norm())
+    return TOLERANCE * factor * float(dense_update(factors).norm()) + denormals
 
 
 def _graded(rank: int, low: float, high: float) -> torch.Tensor:
     return torch.logspace(math.log10(low), math.log10(high), rank)
 
 
-def _adversarial() -> dict[str, tuple[_core.LoraPair, _core.Subspace]]:
+def _adversarial() -> dict[str, tuple[_core.LoraFactors, _core.Subspace]]:
     rows, columns, rank = 60, 44, 6
-    subspace = factories.subspace(rows, columns, 9)
+    subspace = factories.core_subspace(rows, columns, 9)
     b, a = factories.gaussian(rows, rank, seed=1), factories.gaussian(rank, columns, seed=2)
     parallel = b[:, :1] + 1e-4 * b
     factors = {
@@ -102,10 +104,10 @@ def _adversarial() -> dict[str, tuple[_core.LoraPair, _core.Subspace]]:
         "a inside": (b, _inside(subspace.v, rank).t().contiguous()),
         "both inside": (_inside(subspace.u, rank), _inside(subspace.v, rank).t().contiguous()),
     }
-    problems_ = {name: (_core.LoraPair(*pair, 0.5), subspace) for name, pair in factors.items()}
-    wide = factories.pair(12, 9, 20, seed=3), factories.subspace(12, 9, 4)
-    everything = factories.pair(30, 20, 5, seed=4), factories.subspace(30, 20, 20)
-    half = factories.pair(rows, columns, rank), factories.subspace(rows, columns, 9, dtype=torch.bfloat16)
+    problems_ = {name: (_core.LoraFactors(*each, 0.5), subspace) for name, each in factors.items()}
+    wide = factories.lora_factors(12, 9, 20, seed=3), factories.core_subspace(12, 9, 4)
+    everything = factories.lora_factors(30, 20, 5, seed=4), factories.core_subspace(30, 20, 20)
+    half = factories.lora_factors(rows, columns, rank), factories.core_subspace(rows, columns, 9, dtype=torch.bfloat16)
     return problems_ | {"r > min(m, n)": wide, "k = min(m, n)": everything, "bfloat16 basis": half}
 
 
@@ -118,31 +120,31 @@ every_preset = pytest.mark.parametrize("preset", sorted(PRESETS))
 @every_preset
 @pytest.mark.parametrize("options", [EXACT, KEEP], ids=["exact", "keep"])
 def test_adversarial_updates_agree_with_the_dense_oracle(
-    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, options: _core.CorrectionOptions
+    problem: tuple[_core.LoraFactors, _core.Subspace], preset: str, options: _core.CorrectionOptions
 ) -> None:
-    pair, subspace = problem
-    update = dense_update(pair)
-    whole = expected(pair, subspace, PRESETS[preset])
-    result = correct(pair, subspace, PRESETS[preset], options)
-    reference = oracle.best_approximation(whole, pair.a.shape[0]) if options is KEEP else whole
+    factors, subspace = problem
+    update = dense_update(factors)
+    whole = expected(factors, subspace, PRESETS[preset])
+    result = correct(factors, subspace, PRESETS[preset], options)
+    reference = oracle.best_approximation(whole, factors.a.shape[0]) if options is KEEP else whole
     # Against the update, because what is kept of it may be nothing but rounding.
-    assert float((dense(result) - reference).norm()) <= _bound(pair)
-    energies = {name: getattr(result.energies, name) for name in oracle.PARTS}
+    assert float((dense(result) - reference).norm()) <= _bound(factors)
+    energies = {name: getattr(result.energies, name) for name in oracle.COMPONENTS}
     assert energies == pytest.approx(oracle.split(update, subspace.u, subspace.v).energies, abs=TRACES)
     assert sum(energies.values()) == pytest.approx(1.0, abs=1e-12)
-    assert result.change <= 1
-    again = correct(pair, subspace, PRESETS[preset], options)
-    assert torch.equal(again.pair.b, result.pair.b)
-    assert torch.equal(again.pair.a, result.pair.a)
+    assert result.relative_change <= 1
+    again = correct(factors, subspace, PRESETS[preset], options)
+    assert torch.equal(again.factors.b, result.factors.b)
+    assert torch.equal(again.factors.a, result.factors.a)
 
 
 @adversarial
 def test_adversarial_updates_are_projected_once_and_for_all(
-    problem: tuple[_core.LoraPair, _core.Subspace],
+    problem: tuple[_core.LoraFactors, _core.Subspace],
 ) -> None:
-    pair, subspace = problem
-    once = correct(pair, subspace, PRESETS["project"])
-    twice = correct(once.pair, subspace, PRESETS["project"])
+    factors, subspace = problem
+    once = correct(factors, subspace, PRESETS["project"])
+    twice = correct(once.factors, subspace, PRESETS["project"])
     assert float((dense(twice) - dense(once)).norm()) <= PROJECTOR[subspace.u.dtype] * float(dense(once).norm())
 
 
@@ -150,23 +152,23 @@ def test_adversarial_updates_are_projected_once_and_for_all(
 @pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"none"}))  # `none` hands the factors back as they are
 @pytest.mark.parametrize("factor", [-1.0, 2.0**-6, 3.0])
 def test_adversarial_updates_are_corrected_alike_at_any_scale(
-    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, factor: float
+    problem: tuple[_core.LoraFactors, _core.Subspace], preset: str, factor: float
 ) -> None:
-    pair, subspace = problem
-    scaled = _core.LoraPair(pair.b, pair.a, factor * pair.scale)
-    plain, result = (dense(correct(p, subspace, PRESETS[preset])) for p in (pair, scaled))
-    assert float((result - factor * plain).norm()) <= _bound(pair, abs(factor))
+    factors, subspace = problem
+    scaled = _core.LoraFactors(factors.b, factors.a, factor * factors.scale)
+    plain, result = (dense(correct(p, subspace, PRESETS[preset])) for p in (factors, scaled))
+    assert float((result - factor * plain).norm()) <= _bound(factors, abs(factor))
 
 
 @adversarial
 @pytest.mark.parametrize("preset", ["csulora", "protect", "uneven"])
 def test_no_perturbation_of_an_adversarial_update_costs_less(
-    problem: tuple[_core.LoraPair, _core.Subspace], preset: str
+    problem: tuple[_core.LoraFactors, _core.Subspace], preset: str
 ) -> None:
-    pair, subspace = problem
-    update, penalties = dense_update(pair), PRESETS[preset]
+    factors, subspace = problem
+    update, penalties = dense_update(factors), PRESETS[preset]
     size = float(update.norm())  # costs are squares: keep them in float64's range
-    best = dense(correct(pair, subspace, penalties)) / size
+    best = dense(correct(factors, subspace, penalties)) / size
     direction = factories.gaussian(*update.shape, seed=9).double()
     step = 1e-2 * direction / direction.norm()
     u, v = (oracle.orthonormalised(basis) for basis in (subspace.u, subspace.v))
@@ -177,11 +179,11 @@ def test_no_perturbation_of_an_adversarial_update_costs_less(
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(problem=problems(largest=4096), preset=st.sampled_from(sorted(PRESETS)))
-def test_agrees_with_the_dense_oracle(problem: tuple[_core.LoraPair, _core.Subspace], preset: str) -> None:
-    pair, subspace = problem
-    reference = expected(pair, subspace, PRESETS[preset])
-    assume(reference.norm() > CANCELLED * dense_update(pair).norm())
-    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS[preset])), reference) <= TOLERANCE
+def test_agrees_with_the_dense_oracle(problem: tuple[_core.LoraFactors, _core.Subspace], preset: str) -> None:
+    factors, subspace = problem
+    reference = expected(factors, subspace, PRESETS[preset])
+    assume(reference.norm() > CANCELLED * dense_update(factors).norm())
+    assert oracle.relative_error(dense(correct(factors, subspace, PRESETS[preset])), reference) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -199,23 +201,23 @@ def test_agrees_with_the_dense_oracle(problem: tuple[_core.LoraPair, _core.Subsp
 def test_agrees_with_the_dense_oracle_at_the_extremes(
     rows: int, columns: int, rank: int, directions: int, preset: str
 ) -> None:
-    pair = factories.pair(rows, columns, rank, seed=rank)
-    subspace = factories.subspace(rows, columns, directions)
-    reference = expected(pair, subspace, PRESETS[preset])
-    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS[preset])), reference) <= TOLERANCE
+    factors = factories.lora_factors(rows, columns, rank, seed=rank)
+    subspace = factories.core_subspace(rows, columns, directions)
+    reference = expected(factors, subspace, PRESETS[preset])
+    assert oracle.relative_error(dense(correct(factors, subspace, PRESETS[preset])), reference) <= TOLERANCE
 
 
 @pytest.mark.parametrize("outside", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
 @every_preset
 def test_agrees_where_b_lies_almost_inside_the_subspace(outside: float, preset: str) -> None:
-    subspace = factories.subspace(300, 200, 24)
+    subspace = factories.core_subspace(300, 200, 24)
     inside = subspace.u @ factories.gaussian(24, 8, seed=1)
     stray = factories.gaussian(300, 8, seed=2)
     b = inside + outside * stray * inside.norm() / stray.norm()
-    pair = _core.LoraPair(b, factories.gaussian(8, 200, seed=3))
-    reference = expected(pair, subspace, PRESETS[preset])
-    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS[preset])), reference) <= CANCELLED
-    kept = correct(pair, subspace, PRESETS[preset], KEEP)
+    factors = _core.LoraFactors(b, factories.gaussian(8, 200, seed=3))
+    reference = expected(factors, subspace, PRESETS[preset])
+    assert oracle.relative_error(dense(correct(factors, subspace, PRESETS[preset])), reference) <= CANCELLED
+    kept = correct(factors, subspace, PRESETS[preset], KEEP)
     best = oracle.best_approximation(reference, 8)
     assert float((dense(kept) - best).norm() / reference.norm()) <= CANCELLED
 
@@ -226,28 +228,28 @@ def test_sums_of_equal_terms_lose_no_more_than_others(entry: float) -> None:
     mixed = torch.cat([torch.ones(rows, 1), factories.gaussian(rows, 3, seed=1)], 1)
     u, v = torch.linalg.qr(mixed.double())[0].float(), factories.orthonormal(columns, 4).float()
     b = entry + 0.02 * factories.gaussian(rows, 1, seed=2)
-    pair = _core.LoraPair(b, factories.gaussian(1, columns, seed=3))
+    factors = _core.LoraFactors(b, factories.gaussian(1, columns, seed=3))
     subspace = _core.Subspace(u, torch.ones(4), v)
-    whole = expected(pair, subspace, PRESETS["remove"])
-    assert oracle.relative_error(dense(correct(pair, subspace, PRESETS["remove"])), whole) <= TOLERANCE
+    whole = expected(factors, subspace, PRESETS["remove"])
+    assert oracle.relative_error(dense(correct(factors, subspace, PRESETS["remove"])), whole) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounds_the_result_once_to_the_storage_type_of_the_input(dtype: torch.dtype) -> None:
-    pair = factories.pair(120, 90, 6, dtype=dtype)
-    subspace = factories.subspace(120, 90, 12, dtype=dtype)
-    reference = expected(pair, subspace, PRESETS["csulora"])
-    result = correct(pair, subspace, PRESETS["csulora"])
-    assert (result.pair.b.dtype, result.pair.a.dtype) == (dtype, dtype)
+    factors = factories.lora_factors(120, 90, 6, dtype=dtype)
+    subspace = factories.core_subspace(120, 90, 12, dtype=dtype)
+    reference = expected(factors, subspace, PRESETS["csulora"])
+    result = correct(factors, subspace, PRESETS["csulora"])
+    assert (result.factors.b.dtype, result.factors.a.dtype) == (dtype, dtype)
     assert oracle.relative_error(dense(result), reference) <= STORED[dtype]
 
 
 @given(problem=problems())
-def test_energies_norm_and_undo_agree_with_the_oracle(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
-    pair, subspace = problem
-    update = dense_update(pair)
-    result = correct(pair, subspace, PRESETS["csulora"])
-    energies = {name: getattr(result.energies, name) for name in oracle.PARTS}
+def test_energies_norm_and_undo_agree_with_the_oracle(problem: tuple[_core.LoraFactors, _core.Subspace]) -> None:
+    factors, subspace = problem
+    update = dense_update(factors)
+    result = correct(factors, subspace, PRESETS["csulora"])
+    energies = {name: getattr(result.energies, name) for name in oracle.COMPONENTS}
     assert energies == pytest.approx(oracle.split(update, subspace.u, subspace.v).energies, abs=TRACES)
     assert sum(energies.values()) == pytest.approx(1.0, abs=1e-12)
     assert result.norm == pytest.approx(float(update.norm()), rel=TRACES)
@@ -256,31 +258,33 @@ def test_energies_norm_and_undo_agree_with_the_oracle(problem: tuple[_core.LoraP
 
 
 @given(problem=problems(), preset=st.sampled_from(sorted(PRESETS)))
-def test_gains_and_change_follow_from_the_energies(problem: tuple[_core.LoraPair, _core.Subspace], preset: str) -> None:
-    pair, subspace = problem
-    result = correct(pair, subspace, PRESETS[preset])
-    energies = {name: getattr(result.energies, name) for name in oracle.PARTS}
-    gains = {name: getattr(result.gains, name) for name in oracle.PARTS}
+def test_gains_and_change_follow_from_the_energies(
+    problem: tuple[_core.LoraFactors, _core.Subspace], preset: str
+) -> None:
+    factors, subspace = problem
+    result = correct(factors, subspace, PRESETS[preset])
+    energies = {name: getattr(result.energies, name) for name in oracle.COMPONENTS}
+    gains = {name: getattr(result.gains, name) for name in oracle.COMPONENTS}
     assert gains == pytest.approx(oracle.gains(PRESETS[preset], energies), rel=1e-12)
-    change2 = sum((1 - gains[name]) ** 2 * energies[name] for name in oracle.PARTS)
-    assert result.change == pytest.approx(math.sqrt(change2), abs=1e-12)
+    relative_change2 = sum((1 - gains[name]) ** 2 * energies[name] for name in oracle.COMPONENTS)
+    assert result.relative_change == pytest.approx(math.sqrt(relative_change2), abs=1e-12)
 
 
 @given(problem=problems())
-def test_none_returns_the_update_itself(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
-    pair, subspace = problem
-    result = correct(pair, subspace, PRESETS["none"], KEEP)
-    torch.testing.assert_close(result.pair.b, pair.b * pair.scale, rtol=0, atol=0)
-    torch.testing.assert_close(result.pair.a, pair.a, rtol=0, atol=0)
-    assert result.change == 0
-    assert result.lost == 0
+def test_none_returns_the_update_itself(problem: tuple[_core.LoraFactors, _core.Subspace]) -> None:
+    factors, subspace = problem
+    result = correct(factors, subspace, PRESETS["none"], KEEP)
+    torch.testing.assert_close(result.factors.b, factors.b * factors.scale, rtol=0, atol=0)
+    torch.testing.assert_close(result.factors.a, factors.a, rtol=0, atol=0)
+    assert result.relative_change == 0
+    assert result.truncation_error == 0
 
 
 @given(problem=problems())
-def test_project_is_idempotent(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
-    pair, subspace = problem
-    once = correct(pair, subspace, PRESETS["project"])
-    twice = correct(once.pair, subspace, PRESETS["project"])
+def test_project_is_idempotent(problem: tuple[_core.LoraFactors, _core.Subspace]) -> None:
+    factors, subspace = problem
+    once = correct(factors, subspace, PRESETS["project"])
+    twice = correct(once.factors, subspace, PRESETS["project"])
     assert oracle.relative_error(dense(twice), dense(once)) <= PROJECTOR[torch.float32]
     assert twice.energies.aligned == pytest.approx(1.0, abs=PROJECTOR[torch.float32])
 
@@ -291,11 +295,11 @@ def test_project_is_idempotent(problem: tuple[_core.LoraPair, _core.Subspace]) -
     seed=st.integers(0, 1000),
 )
 def test_no_perturbation_costs_less(
-    problem: tuple[_core.LoraPair, _core.Subspace], penalties: Penalties, seed: int
+    problem: tuple[_core.LoraFactors, _core.Subspace], penalties: Penalties, seed: int
 ) -> None:
-    pair, subspace = problem
-    update = dense_update(pair)
-    best = dense(correct(pair, subspace, penalties))
+    factors, subspace = problem
+    update = dense_update(factors)
+    best = dense(correct(factors, subspace, penalties))
     direction = factories.gaussian(*update.shape, seed=seed).double()
     step = 1e-2 * update.norm() / direction.norm() * direction
     cost = oracle.objective(best, update, subspace.u, subspace.v, penalties)
@@ -305,25 +309,27 @@ def test_no_perturbation_costs_less(
 
 @given(problem=problems(), preset=st.sampled_from(sorted(PRESETS)), seed=st.integers(0, 1000))
 def test_only_the_product_of_the_factors_matters(
-    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, seed: int
+    problem: tuple[_core.LoraFactors, _core.Subspace], preset: str, seed: int
 ) -> None:
-    pair, subspace = problem
-    rank = pair.a.shape[0]
+    factors, subspace = problem
+    rank = factors.a.shape[0]
     mix = factories.orthonormal(rank, rank, seed) * torch.logspace(-0.5, 0.5, rank, dtype=torch.float64)
-    mixed = _core.LoraPair((pair.b.double() @ mix).float(), (mix.inverse() @ pair.a.double()).float(), pair.scale)
-    plain = dense(correct(pair, subspace, PRESETS[preset]))
-    assume(plain.norm() > CANCELLED * dense_update(pair).norm())
+    mixed = _core.LoraFactors(
+        (factors.b.double() @ mix).float(), (mix.inverse() @ factors.a.double()).float(), factors.scale
+    )
+    plain = dense(correct(factors, subspace, PRESETS[preset]))
+    assume(plain.norm() > CANCELLED * dense_update(factors).norm())
     assert oracle.relative_error(dense(correct(mixed, subspace, PRESETS[preset])), plain) <= 10 * TOLERANCE
 
 
 @given(problem=problems(), preset=st.sampled_from(sorted(PRESETS)), factor=st.sampled_from([-3.0, 1e-4, 1e4]))
 def test_scaling_the_update_scales_the_result(
-    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, factor: float
+    problem: tuple[_core.LoraFactors, _core.Subspace], preset: str, factor: float
 ) -> None:
-    pair, subspace = problem
-    scaled = _core.LoraPair(pair.b, pair.a, factor * pair.scale)
-    plain, result = (correct(p, subspace, PRESETS[preset]) for p in (pair, scaled))
-    assume(dense(plain).norm() > CANCELLED * dense_update(pair).norm())
+    factors, subspace = problem
+    scaled = _core.LoraFactors(factors.b, factors.a, factor * factors.scale)
+    plain, result = (correct(p, subspace, PRESETS[preset]) for p in (factors, scaled))
+    assume(dense(plain).norm() > CANCELLED * dense_update(factors).norm())
     assert oracle.relative_error(dense(result), factor * dense(plain)) <= TOLERANCE
     assert result.energies.aligned == pytest.approx(plain.energies.aligned, abs=TRACES)
     rounding = TRACES * result.norm / float(subspace.s.norm())
@@ -332,76 +338,76 @@ def test_scaling_the_update_scales_the_result(
 
 @given(problem=problems(), preset=st.sampled_from(["csulora", "protect", "uneven"]), cut=st.floats(0, 1))
 def test_a_lower_rank_is_the_best_approximation(
-    problem: tuple[_core.LoraPair, _core.Subspace], preset: str, cut: float
+    problem: tuple[_core.LoraFactors, _core.Subspace], preset: str, cut: float
 ) -> None:
-    pair, subspace = problem
-    rank = pair.a.shape[0]
+    factors, subspace = problem
+    rank = factors.a.shape[0]
     target = max(1, round(cut * 2 * rank))
-    whole = expected(pair, subspace, PRESETS[preset])
-    result = correct(pair, subspace, PRESETS[preset], _core.CorrectionOptions(_core.RankRule.fixed, target))
+    whole = expected(factors, subspace, PRESETS[preset])
+    result = correct(factors, subspace, PRESETS[preset], _core.CorrectionOptions(_core.RankRule.fixed, target))
     values = oracle.singular_values(whole, 2 * rank)
     total = float(values.square().sum())
     best = float(values[target:].square().sum()) / total
-    assert result.pair.a.shape[0] <= target
+    assert result.factors.a.shape[0] <= target
     assert float((dense(result) - whole).square().sum()) / total == pytest.approx(best, abs=TRACES)
-    if result.pair.a.shape[0] == target:
-        assert result.lost == pytest.approx(best, abs=TRACES)
+    if result.factors.a.shape[0] == target:
+        assert result.truncation_error == pytest.approx(best, abs=TRACES)
 
 
 @given(problem=problems())
-def test_keep_has_the_rank_of_the_input(problem: tuple[_core.LoraPair, _core.Subspace]) -> None:
-    pair, subspace = problem
-    result = correct(pair, subspace, PRESETS["csulora"], KEEP)
-    assert result.pair.b.shape == pair.b.shape
-    assert result.pair.a.shape == pair.a.shape
-    whole = expected(pair, subspace, PRESETS["csulora"])
-    lost = float((dense(result) - whole).square().sum() / whole.square().sum())
-    assert lost == pytest.approx(result.lost, abs=TRACES)
+def test_keep_has_the_rank_of_the_input(problem: tuple[_core.LoraFactors, _core.Subspace]) -> None:
+    factors, subspace = problem
+    result = correct(factors, subspace, PRESETS["csulora"], KEEP)
+    assert result.factors.b.shape == factors.b.shape
+    assert result.factors.a.shape == factors.a.shape
+    whole = expected(factors, subspace, PRESETS["csulora"])
+    truncation_error = float((dense(result) - whole).square().sum() / whole.square().sum())
+    assert truncation_error == pytest.approx(result.truncation_error, abs=TRACES)
 
 
 @given(problem=problems(), gains=st.tuples(*[st.floats(0, 1)] * 4))
-@example(problem=(factories.pair(40, 30, 4), factories.subspace(40, 30, 6)), gains=(0.0, 0.0, 0.0, 0.0))
-@example(problem=(factories.pair(40, 30, 4), factories.subspace(40, 30, 6)), gains=(0.0, 1.0, 0.0, 0.0))
-@example(problem=(factories.pair(40, 30, 4), factories.subspace(40, 30, 6)), gains=(0.5, 1.0, 0.25, 0.5))
+@example(problem=(factories.lora_factors(40, 30, 4), factories.core_subspace(40, 30, 6)), gains=(0.0, 0.0, 0.0, 0.0))
+@example(problem=(factories.lora_factors(40, 30, 4), factories.core_subspace(40, 30, 6)), gains=(0.0, 1.0, 0.0, 0.0))
+@example(problem=(factories.lora_factors(40, 30, 4), factories.core_subspace(40, 30, 6)), gains=(0.5, 1.0, 0.25, 0.5))
 def test_four_gains_are_applied_as_they_are(
-    problem: tuple[_core.LoraPair, _core.Subspace], gains: tuple[float, float, float, float]
+    problem: tuple[_core.LoraFactors, _core.Subspace], gains: tuple[float, float, float, float]
 ) -> None:
-    pair, subspace = problem
-    parts = oracle.split(dense_update(pair), subspace.u, subspace.v)
-    whole = oracle.combine(parts, dict(zip(oracle.PARTS, gains, strict=True)))
-    error = (dense(correct(pair, subspace, _core.Parts(*gains))) - whole).norm()
-    assert float(error) <= TOLERANCE * float(parts.update.norm())
+    factors, subspace = problem
+    components = oracle.split(dense_update(factors), subspace.u, subspace.v)
+    whole = oracle.combine(components, dict(zip(oracle.COMPONENTS, gains, strict=True)))
+    error = (dense(correct(factors, subspace, _core.Components(*gains))) - whole).norm()
+    assert float(error) <= TOLERANCE * float(components.update.norm())
 
 
 def test_undo_of_a_removed_alignment_is_the_share_removed() -> None:
-    subspace = factories.subspace(60, 50, 8)
+    subspace = factories.core_subspace(60, 50, 8)
     for share in (1.0, 0.3, -0.5):
-        pair = _core.LoraPair(-share * subspace.u * subspace.s, subspace.v.t().contiguous())
-        result = correct(pair, subspace, PRESETS["csulora"])
+        factors = _core.LoraFactors(-share * subspace.u * subspace.s, subspace.v.t().contiguous())
+        result = correct(factors, subspace, PRESETS["csulora"])
         assert result.undo == pytest.approx(share, abs=TRACES)
         assert result.energies.aligned == pytest.approx(1.0, abs=TRACES)
 
 
 def test_an_update_of_zero_stays_zero() -> None:
-    zero = _core.LoraPair(torch.zeros(20, 3), factories.gaussian(3, 16, seed=0))
+    zero = _core.LoraFactors(torch.zeros(20, 3), factories.gaussian(3, 16, seed=0))
     for options in (EXACT, KEEP, _core.CorrectionOptions(_core.RankRule.fixed, 1)):
-        result = correct(zero, factories.subspace(20, 16, 4), PRESETS["uneven"], options)
+        result = correct(zero, factories.core_subspace(20, 16, 4), PRESETS["uneven"], options)
         assert dense(result).norm() == 0
-        assert (result.norm, result.change, result.undo, result.lost) == (0, 0, 0, 0)
+        assert (result.norm, result.relative_change, result.undo, result.truncation_error) == (0, 0, 0, 0)
 
 
 def test_an_empty_subspace_leaves_everything_off() -> None:
-    pair = factories.pair(20, 16, 3)
+    factors = factories.lora_factors(20, 16, 3)
     empty = _core.Subspace(torch.empty(20, 0), torch.empty(0), torch.empty(16, 0))
-    result = correct(pair, empty, (0.0, 0.0, 1.0))
+    result = correct(factors, empty, (0.0, 0.0, 1.0))
     assert result.energies.off == 1
-    assert oracle.relative_error(dense(result), 0.5 * dense_update(pair)) <= TOLERANCE
+    assert oracle.relative_error(dense(result), 0.5 * dense_update(factors)) <= TOLERANCE
 
 
 def test_bits_depend_neither_on_the_batch_nor_on_the_number_of_threads(
     restore_threads: None,
 ) -> None:
-    problems_ = [(factories.pair(300, 200, 16, i), factories.subspace(300, 200, 24, i)) for i in range(5)]
+    problems_ = [(factories.lora_factors(300, 200, 16, i), factories.core_subspace(300, 200, 24, i)) for i in range(5)]
     tasks = [
         _core.CorrectionTask(p, s, _core.Penalties(*PRESETS["uneven"]), str(i)) for i, (p, s) in enumerate(problems_)
     ]
@@ -414,21 +420,21 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_number_of_threads(
     reference = results[1][: len(tasks)]
     for batch in results.values():
         for i, result in enumerate(batch):
-            assert torch.equal(result.pair.b, reference[i % len(tasks)].pair.b)
-            assert torch.equal(result.pair.a, reference[i % len(tasks)].pair.a)
+            assert torch.equal(result.factors.b, reference[i % len(tasks)].factors.b)
+            assert torch.equal(result.factors.a, reference[i % len(tasks)].factors.a)
             assert result.undo == reference[i % len(tasks)].undo
 
 
 def _pair(b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> Callable[[], _core.Correction]:
-    return lambda: correct(_core.LoraPair(b, a, scale), factories.subspace(20, 16, 4), PRESETS["csulora"])
+    return lambda: correct(_core.LoraFactors(b, a, scale), factories.core_subspace(20, 16, 4), PRESETS["csulora"])
 
 
-def _numbers(attenuation: Penalties | _core.Parts) -> Callable[[], _core.Correction]:
-    return lambda: correct(factories.pair(20, 16, 3), factories.subspace(20, 16, 4), attenuation)
+def _numbers(attenuation: Penalties | _core.Components) -> Callable[[], _core.Correction]:
+    return lambda: correct(factories.lora_factors(20, 16, 3), factories.core_subspace(20, 16, 4), attenuation)
 
 
 def _subspace(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> Callable[[], _core.Correction]:
-    return lambda: correct(factories.pair(20, 16, 3), _core.Subspace(u, s, v), PRESETS["csulora"])
+    return lambda: correct(factories.lora_factors(20, 16, 3), _core.Subspace(u, s, v), PRESETS["csulora"])
 
 
 B, A = torch.ones(20, 3), torch.ones(3, 16)
@@ -462,8 +468,8 @@ U, S, V = factories.orthonormal(20, 4).float(), torch.ones(4), factories.orthono
         (_subspace(U.double(), S, V.double()), "float16, bfloat16 or float32"),
         (_numbers((-1.0, 0.0, 0.0)), "penalty `aligned`"),
         (_numbers((0.0, math.nan, 0.0)), "penalty `partial`"),
-        (_numbers(_core.Parts(0.0, 0.0, 0.0, 1.5)), "gain `off`"),
-        (_numbers(_core.Parts(math.nan, 0.0, 0.0, 0.0)), "gain `aligned`"),
+        (_numbers(_core.Components(0.0, 0.0, 0.0, 1.5)), "gain `off`"),
+        (_numbers(_core.Components(math.nan, 0.0, 0.0, 0.0)), "gain `aligned`"),
     ],
 )
 def test_what_cannot_be_corrected_is_named(call: Callable[[], _core.Correction], reason: str) -> None:
@@ -473,11 +479,11 @@ def test_what_cannot_be_corrected_is_named(call: Callable[[], _core.Correction],
 
 
 def test_the_first_bad_module_is_the_one_reported() -> None:
-    bad = _core.LoraPair(B * math.nan, A)
-    subspace = factories.subspace(20, 16, 4)
+    bad = _core.LoraFactors(B * math.nan, A)
+    subspace = factories.core_subspace(20, 16, 4)
     tasks = [
-        _core.CorrectionTask(pair, subspace, _core.Penalties(0, 1, 1), label)
-        for label, pair in {"good": factories.pair(20, 16, 3), "first": bad, "second": bad}.items()
+        _core.CorrectionTask(factors, subspace, _core.Penalties(0, 1, 1), label)
+        for label, factors in {"good": factories.lora_factors(20, 16, 3), "first": bad, "second": bad}.items()
     ]
     for _ in range(20):
         with pytest.raises(InputError, match=r"^first"):

@@ -25,7 +25,7 @@ def extract_displacement(displacement: Tensor, **options: object) -> devices.Ext
     return extract(torch.zeros_like(displacement, dtype=torch.float32), displacement.float(), **options)
 
 
-def missed_share(true: Tensor, found: Tensor) -> float:
+def subspace_error(true: Tensor, found: Tensor) -> float:
     """1 - |true^T found|_F^2 / k for orthonormal (n, k) `true` and the span of `found`."""
     basis, _ = torch.linalg.qr(found.double())
     return 1 - float((true.double().t() @ basis).square().sum()) / true.shape[1]
@@ -51,10 +51,10 @@ def test_finds_the_leading_subspace_at_default_settings(size: int, spectrum: str
         found = extract_displacement(displacement, rank=rank)
         optimum = float(values[:rank].square().sum() / values.square().sum())
         assert found.u.dtype == torch.float16
-        assert found.certificate.captured >= 0.9999 * optimum
+        assert found.certificate.captured_energy >= 0.9999 * optimum
         if values[rank - 1] / values[rank] >= 1.01:
-            assert missed_share(left[:, :rank], found.u) <= 1e-3
-            assert missed_share(right[:, :rank], found.v) <= 1e-3
+            assert subspace_error(left[:, :rank], found.u) <= 1e-3
+            assert subspace_error(right[:, :rank], found.v) <= 1e-3
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -72,16 +72,16 @@ def assert_honest(displacement: Tensor, found: devices.Extracted) -> None:
     assert rank == len(values) or float(values[rank]) <= certificate.next_value
     assert certificate.above_noise <= int((values > certificate.noise_edge).sum())
     if rank == 0:
-        assert (certificate.captured, certificate.missed) == (0, 1)
+        assert (certificate.captured_energy, certificate.subspace_error) == (0, 1)
         return
     residuals = torch.maximum((dense @ v - u * s).norm(dim=0), (dense.t() @ u - v * s).norm(dim=0)) / s
     assert float(residuals.max()) <= certificate.residual * (1 + ROUNDING)
-    assert 1 - float((dense - (u * s) @ v.t()).square().sum()) / norm2 >= certificate.captured - ROUNDING
+    assert 1 - float((dense - (u * s) @ v.t()).square().sum()) / norm2 >= certificate.captured_energy - ROUNDING
     identity = torch.eye(rank, dtype=torch.float64)
     worst = max(float((basis.t() @ basis - identity).norm()) for basis in (u, v))
     assert worst <= certificate.orthonormality * (1 + ROUNDING)
     for true, basis in ((left[:, :rank], found.u), (right[:rank].t(), found.v)):
-        assert missed_share(true, basis) <= certificate.missed + 1e-12
+        assert subspace_error(true, basis) <= certificate.subspace_error + 1e-12
 
 
 def random_case(seed: int) -> tuple[Tensor, int]:
@@ -174,7 +174,9 @@ def test_certificates_of_adversarial_matrices_are_never_optimistic(shape: tuple[
         assert present <= found.s.shape[0] <= rank
         optimum = float(values[: found.s.shape[0]].square().sum() / values.square().sum())
         # Rounding to the storage type adds its square to what is not captured.
-        assert found.certificate.captured >= optimum - {torch.float32: 1e-6, torch.float16: 1e-5}.get(dtype, 1e-4)
+        assert found.certificate.captured_energy >= optimum - {torch.float32: 1e-6, torch.float16: 1e-5}.get(
+            dtype, 1e-4
+        )
 
 
 @pytest.mark.parametrize("options", [{"energy": 0.5}, {"noise_std": 0.004}, {"energy": 0.9, "noise_std": 0.002}])
@@ -211,7 +213,7 @@ def test_a_matrix_of_few_entries_is_decomposed(fall: float) -> None:
     found = extract_displacement(displacement, rank=2, keep_noise=True)
     assert_honest(displacement, found)
     assert found.certificate.orthonormality <= ROUNDING
-    assert found.certificate.missed <= ROUNDING
+    assert found.certificate.subspace_error <= ROUNDING
 
 
 @pytest.mark.parametrize("size", [2.0**-45, 2.0**-33, 2.0**33, 2.0**45])
@@ -226,7 +228,7 @@ def test_small_and_large_matrices_converge_alike(size: float) -> None:
 def test_certificates_say_something_where_there_is_a_gap() -> None:
     values = torch.cat([torch.ones(8), torch.full((392,), 0.1)]).double()
     found = extract_displacement(factories.with_spectrum(400, 500, values), rank=8, factor_dtype=torch.float32)
-    assert found.certificate.missed <= 1e-4
+    assert found.certificate.subspace_error <= 1e-4
     assert found.certificate.residual <= 1e-3
 
 
@@ -236,8 +238,8 @@ def test_small_matrices_get_an_exact_decomposition() -> None:
     u, s, v = torch.linalg.svd(displacement.double(), full_matrices=False)
     assert found.certificate.passes == 0
     torch.testing.assert_close(found.s.double(), s[:10], rtol=1e-5, atol=0)
-    assert missed_share(u[:, :10], found.u) <= 1e-9
-    assert missed_share(v[:10].t(), found.v) <= 1e-9
+    assert subspace_error(u[:, :10], found.u) <= 1e-9
+    assert subspace_error(v[:10].t(), found.v) <= 1e-9
 
 
 @pytest.mark.parametrize("shape", [(900, 700), (50, 40)])
@@ -248,7 +250,7 @@ def test_energy_takes_the_fewest_directions(shape: tuple[int, int], energy: floa
     needed = int((shares < energy).sum()) + 1
     found = extract_displacement(factories.with_spectrum(*shape, values), rank=32, energy=energy)
     assert found.s.shape[0] == needed
-    assert found.certificate.captured == pytest.approx(float(shares[needed - 1]), abs=1e-3)
+    assert found.certificate.captured_energy == pytest.approx(float(shares[needed - 1]), abs=1e-3)
 
 
 def test_energy_stops_at_the_largest_rank() -> None:
@@ -259,7 +261,7 @@ def test_energy_stops_at_the_largest_rank() -> None:
 def test_a_rank_beyond_the_matrix_means_all_of_it() -> None:
     found = extract_displacement(factories.gaussian(20, 12, seed=0), rank=64)
     assert found.s.shape[0] == 12
-    assert found.certificate.captured == pytest.approx(1.0, abs=1e-5)
+    assert found.certificate.captured_energy == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -329,7 +331,11 @@ def test_identical_checkpoints_have_an_empty_subspace(keep_noise: bool) -> None:
     weights = factories.gaussian(40, 30, seed=0)
     found = extract(weights, weights, keep_noise=keep_noise)
     assert (found.u.shape, found.s.shape, found.v.shape) == ((40, 0), (0,), (30, 0))
-    assert (found.certificate.captured, found.certificate.next_value, found.certificate.missed) == (0, 0, 1)
+    assert (found.certificate.captured_energy, found.certificate.next_value, found.certificate.subspace_error) == (
+        0,
+        0,
+        1,
+    )
 
 
 def test_an_empty_subspace_is_certified_against_the_first_value() -> None:
@@ -338,7 +344,7 @@ def test_an_empty_subspace_is_certified_against_the_first_value() -> None:
     certificate = devices.certify(torch.zeros(300, 200), displacement, empty)
     first = float(torch.linalg.svdvals(displacement.double())[0])
     assert first <= certificate.next_value <= 1.1 * first
-    assert certificate.captured == 0
+    assert certificate.captured_energy == 0
 
 
 def test_same_seed_same_bits(restore_threads: None) -> None:
@@ -370,7 +376,7 @@ def test_certify_agrees_with_extract_and_sees_damage() -> None:
     base = torch.zeros_like(displacement)
     found = extract(base, displacement, rank=6)
     again = devices.certify(base, displacement, found)
-    assert again.captured == pytest.approx(found.certificate.captured, abs=1e-9)
+    assert again.captured_energy == pytest.approx(found.certificate.captured_energy, abs=1e-9)
     assert again.residual == pytest.approx(found.certificate.residual, rel=1e-6)
     assert again.next_value == pytest.approx(found.certificate.next_value, rel=0.1)
     damaged = _core.Subspace(found.u.roll(1, 0), found.s, found.v)

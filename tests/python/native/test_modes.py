@@ -34,19 +34,22 @@ every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 
 
 def tasks() -> list[_core.CorrectionTask]:
-    pair, subspace = devices.pair(factories.pair(70, 50, 4)), devices.subspace(factories.subspace(70, 50, 6))
-    scope = _core.Scope(*(devices.place(0.1 * factories.gaussian(50, 3, seed=seed)) for seed in (1, 2)))
+    factors, subspace = (
+        devices.factors(factories.lora_factors(70, 50, 4)),
+        devices.subspace(factories.core_subspace(70, 50, 6)),
+    )
+    input_filter = _core.InputFilter(*(devices.place(0.1 * factories.gaussian(50, 3, seed=seed)) for seed in (1, 2)))
     directions = _core.Directions([0.5, 0.1], [0.25], [0.5])
     return [
-        _core.CorrectionTask(pair, subspace, _core.Penalties(0, 1, 1)),
-        _core.CorrectionTask(pair, subspace, directions),
-        _core.CorrectionTask(pair, subspace, directions, scope=scope),
+        _core.CorrectionTask(factors, subspace, _core.Penalties(0, 1, 1)),
+        _core.CorrectionTask(factors, subspace, directions),
+        _core.CorrectionTask(factors, subspace, directions, input_filter=input_filter),
     ]
 
 
 def corrected(tasks: list[_core.CorrectionTask]) -> list[Tensor]:
     results = _core.correct(tasks)
-    return [factor for result in results for factor in (result.pair.b, result.pair.a)]
+    return [factor for result in results for factor in (result.factors.b, result.factors.a)]
 
 
 @every_mode
@@ -78,16 +81,16 @@ def test_an_extraction_is_the_same_in_every_mode_and_after_it(
     def extracted() -> tuple[_core.Subspace, float]:
         found = _core.extract_subspace(base, moved, options, workspace)
         _core.validate(found)
-        return found, _core.certify(base, moved, found, options).missed
+        return found, _core.certify(base, moved, found, options).subspace_error
 
-    before, missed = extracted()
+    before, subspace_error = extracted()
     with mode():
         within = extracted()
     for found, share in (within, extracted()):
         assert torch.equal(found.u, before.u)
         assert torch.equal(found.v, before.v)
-        assert found.certificate.missed == before.certificate.missed
-        assert share == missed
+        assert found.certificate.subspace_error == before.certificate.subspace_error
+        assert share == subspace_error
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

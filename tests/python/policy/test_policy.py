@@ -32,7 +32,7 @@ policies = st.builds(
     uncovered=st.sampled_from(["refuse", "drop", "keep"]),
     max_undo=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     overrides=st.lists(overrides, max_size=3).map(tuple),
-    usual_energy=st.none() | st.floats(0, 1, exclude_min=True),
+    reference_energy=st.none() | st.floats(0, 1, exclude_min=True),
     subspace_sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
 )
 
@@ -109,10 +109,10 @@ SHA = "0" * 64
         ("max_undo = inf", "max_undo is inf; it must be a finite number"),
         ("max_undo = nan", "max_undo is nan; it must be a finite number"),
         ('max_undo = "x"', "max_undo is 'x'; it must be a number"),
-        ("usual_energy = 0", r"usual_energy is 0; it must lie in \(0, 1\]"),
-        ("usual_energy = 1.5", r"usual_energy is 1.5; it must lie in \(0, 1\]"),
-        ("usual_energy = nan", "usual_energy is nan; it must lie in"),
-        ('usual_energy = "x"', "usual_energy is 'x'; it must be a number"),
+        ("reference_energy = 0", r"reference_energy is 0; it must lie in \(0, 1\]"),
+        ("reference_energy = 1.5", r"reference_energy is 1.5; it must lie in \(0, 1\]"),
+        ("reference_energy = nan", "reference_energy is nan; it must lie in"),
+        ('reference_energy = "x"', "reference_energy is 'x'; it must be a number"),
         ("subspace_sha256 = 5", "subspace_sha256 is 5; it must be 64 hexadecimal digits"),
         (f'subspace_sha256 = "{SHA}0"', "it must be 64 hexadecimal digits"),
         ("surprise = 1", "unknown field 'surprise'"),
@@ -129,8 +129,8 @@ SHA = "0" * 64
             "directions must be a table of the lists left",
         ),
         (
-            'overrides = [{ match = "x", directions = { left = [], right = [], restored = [inf] } }]',
-            "directions restored is inf; it must be finite",
+            'overrides = [{ match = "x", directions = { left = [], right = [], reinforced = [inf] } }]',
+            "directions reinforced is inf; it must be finite",
         ),
         (
             'overrides = [{ match = "x", directions = { left = 1, right = [] } }]',
@@ -195,7 +195,7 @@ def test_refuses_overrides_of_the_wrong_length() -> None:
         Override(3, gains=(1, 1, 1, 1))
 
 
-def numbers(attenuation: _core.Penalties | _core.Parts) -> tuple[float, ...]:
+def numbers(attenuation: _core.Penalties | _core.Components) -> tuple[float, ...]:
     if isinstance(attenuation, _core.Penalties):
         return attenuation.aligned, attenuation.partial, attenuation.off
     return attenuation.aligned, attenuation.left, attenuation.right, attenuation.off
@@ -230,7 +230,7 @@ def test_the_first_override_that_matches_counts() -> None:
 
 def test_an_override_that_matches_nothing_is_an_error() -> None:
     policy = Policy(overrides=(Override("q_proj", gains=(1, 1, 1, 1)), Override("q_porj", gains=(1, 1, 1, 1))))
-    with pytest.raises(InputError, match="override 'q_porj': matches no module of the pack"):
+    with pytest.raises(InputError, match="override 'q_porj': matches no module of the subspace file"):
         policy.check_overrides([Q])
 
 
@@ -262,7 +262,7 @@ def test_names_are_found_as_globs_are(overrides: list[str], module: str) -> None
     every = tuple(Override(match, gains=(at / 8,) * 4) for at, match in enumerate(overrides))
     first = next((at / 8 for at, match in enumerate(overrides) if names.matches(module, match)), None)
     found = Policy.none(overrides=every).attenuation(module)
-    assert (found.off if isinstance(found, _core.Parts) else None) == first
+    assert (found.off if isinstance(found, _core.Components) else None) == first
 
 
 def test_a_policy_of_very_many_modules_is_read_and_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

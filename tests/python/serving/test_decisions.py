@@ -9,7 +9,7 @@ import pytest
 import csulora
 from csulora.serving.decisions import Decision, DecisionLog, LogError
 
-REFUSED = Decision("some/adapter", None, "pack", "policy", "refused", "a reason: ü", None, 0.25)
+REFUSED = Decision("some/adapter", None, "subspace", "policy", "refused", "a reason: ü", None, 0.25)
 
 
 def record_many(path: Path) -> None:
@@ -29,7 +29,7 @@ def test_a_line_per_decision(tmp_path: Path) -> None:
         "time": None,
         "adapter": "some/adapter",
         "adapter_sha256": None,
-        "subspace_sha256": "pack",
+        "subspace_sha256": "subspace",
         "policy_sha256": "policy",
         "verdict": "refused",
         "reason": "a reason: ü",

@@ -10,25 +10,25 @@ import factories
 from csulora.adapters.peft import directory as peft
 from csulora.policy.policy import Directions, Override
 from csulora.serving.gate import Gate, private_directory
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("pack")
-    csulora.extract(*factories.checkpoint_pair(directory), rank=4, output=directory / "pack.safetensors")
-    return directory / "pack.safetensors"
+def subspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("subspace")
+    csulora.extract(*factories.model_pair(directory), rank=4, output=directory / "subspace.safetensors")
+    return directory / "subspace.safetensors"
 
 
-def test_admits_what_correct_returns(pack: Path, tmp_path: Path) -> None:
+def test_admits_what_correct_returns(subspace: Path, tmp_path: Path) -> None:
     path = factories.save_adapter(tmp_path / "adapter", MODULES)
-    gate = Gate.open(pack)
+    gate = Gate.open(subspace)
 
     admitted, report = gate.admit(path)
 
-    expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(pack))
+    expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(subspace))
     assert report == expected_report
     with private_directory(admitted) as directory:
         reread = peft.read(directory)
@@ -37,16 +37,16 @@ def test_admits_what_correct_returns(pack: Path, tmp_path: Path) -> None:
     assert not directory.exists()
 
 
-def test_fingerprint_changes_with_the_policy_alone(pack: Path) -> None:
-    one, same, other = Gate.open(pack), Gate.open(pack), Gate.open(pack, csulora.Policy.project())
+def test_fingerprint_changes_with_the_policy_alone(subspace: Path) -> None:
+    one, same, other = Gate.open(subspace), Gate.open(subspace), Gate.open(subspace, csulora.Policy.project())
 
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
-def test_environment_names_everything(pack: Path, tmp_path: Path) -> None:
+def test_environment_names_everything(subspace: Path, tmp_path: Path) -> None:
     csulora.Policy.project().save(tmp_path / "policy.toml")
     variables = {
-        "CSULORA_SUBSPACE": str(pack),
+        "CSULORA_SUBSPACE": str(subspace),
         "CSULORA_POLICY": str(tmp_path / "policy.toml"),
         "CSULORA_DECISIONS": str(tmp_path / "log.jsonl"),
     }
@@ -55,47 +55,49 @@ def test_environment_names_everything(pack: Path, tmp_path: Path) -> None:
 
     assert gate.policy == csulora.Policy.project()
     assert gate.log.path == tmp_path / "log.jsonl"
-    assert Gate.from_environment({"CSULORA_SUBSPACE": str(pack), "CSULORA_POLICY": ""}).policy == csulora.Policy()
+    assert Gate.from_environment({"CSULORA_SUBSPACE": str(subspace), "CSULORA_POLICY": ""}).policy == csulora.Policy()
     with pytest.raises(csulora.InputError, match="CSULORA_SUBSPACE"):
         Gate.from_environment({})
 
 
-def test_policy_tuned_for_another_pack_is_refused_at_once(pack: Path) -> None:
+def test_policy_tuned_for_another_subspace_is_refused_at_once(subspace: Path) -> None:
     with pytest.raises(csulora.RefusedError, match="tuned for"):
-        Gate.open(pack, csulora.Policy(subspace_sha256="0" * 64))
+        Gate.open(subspace, csulora.Policy(subspace_sha256="0" * 64))
 
 
 REMOVING = Override("*", directions=Directions((0.0,), (0.0,)))
 
 
-def with_scopes(pack: Path, path: Path, entry: float) -> Path:
-    opened = csulora.Subspace.open(pack)
-    scopes = {name: Scope(torch.full((n, 1), entry), torch.full((n, 1), 1 / n)) for name, (_, n) in MODULES.items()}
-    opened.with_scopes(scopes).save(path)
+def with_input_filters(subspace: Path, path: Path, entry: float) -> Path:
+    opened = csulora.Subspace.open(subspace)
+    input_filters = {
+        name: InputFilter(torch.full((n, 1), entry), torch.full((n, 1), 1 / n)) for name, (_, n) in MODULES.items()
+    }
+    opened.with_input_filters(input_filters).save(path)
     return path
 
 
-def test_a_scoped_policy_is_admitted_from_files_as_correct_returns_it(pack: Path, tmp_path: Path) -> None:
+def test_a_filtered_policy_is_admitted_from_files_as_correct_returns_it(subspace: Path, tmp_path: Path) -> None:
     path = factories.save_adapter(tmp_path / "adapter", MODULES)
-    scoped = with_scopes(pack, tmp_path / "pack", 0.5)
-    policy = csulora.Policy.none(overrides=(REMOVING,), scoped=True)
+    filtered = with_input_filters(subspace, tmp_path / "subspace", 0.5)
+    policy = csulora.Policy.none(overrides=(REMOVING,), filtered=True)
     policy.save(tmp_path / "policy.toml")
 
-    admitted, report = Gate.open(scoped, tmp_path / "policy.toml").admit(path)
+    admitted, report = Gate.open(filtered, tmp_path / "policy.toml").admit(path)
 
-    expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(scoped), policy)
+    expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(filtered), policy)
     assert report == expected_report
     assert all((admitted.modules[name].a == module.a).all() for name, module in expected.modules.items())
-    unscoped = dataclasses.replace(policy, scoped=False)
-    everywhere, _ = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(scoped), unscoped)
+    unfiltered = dataclasses.replace(policy, filtered=False)
+    everywhere, _ = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(filtered), unfiltered)
     assert any((everywhere.modules[name].a != module.a).any() for name, module in expected.modules.items())
 
 
-def test_what_a_scoped_policy_needs_is_checked_at_once(pack: Path, tmp_path: Path) -> None:
-    policy = csulora.Policy.none(overrides=(REMOVING,), scoped=True)
-    with pytest.raises(csulora.InputError, match="the pack has no scopes"):
-        Gate.open(pack, policy)
-    with pytest.raises(csulora.InputError, match="the scope holds NaN or infinity"):
-        Gate.open(with_scopes(pack, tmp_path / "pack", math.inf), policy)
+def test_what_a_filtered_policy_needs_is_checked_at_once(subspace: Path, tmp_path: Path) -> None:
+    policy = csulora.Policy.none(overrides=(REMOVING,), filtered=True)
+    with pytest.raises(csulora.InputError, match="the subspace file has no input filters"):
+        Gate.open(subspace, policy)
+    with pytest.raises(csulora.InputError, match="the input filter holds NaN or infinity"):
+        Gate.open(with_input_filters(subspace, tmp_path / "subspace", math.inf), policy)
     with pytest.raises(csulora.InputError, match=r"only gains of directions can be, and model\..* has none"):
-        Gate.open(with_scopes(pack, tmp_path / "pack", 0.5), csulora.Policy.protect(scoped=True))
+        Gate.open(with_input_filters(subspace, tmp_path / "subspace", 0.5), csulora.Policy.protect(filtered=True))

@@ -29,10 +29,10 @@ MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("pack")
-    csulora.extract(*factories.checkpoint_pair(directory), rank=4, output=directory / "pack.safetensors")
-    return directory / "pack.safetensors"
+def subspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("subspace")
+    csulora.extract(*factories.model_pair(directory), rank=4, output=directory / "subspace.safetensors")
+    return directory / "subspace.safetensors"
 
 
 @pytest.fixture
@@ -41,26 +41,28 @@ def incoming(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def guard(incoming: Path, pack: Path, policy: csulora.Policy | None = None, **options: float) -> DirectoryGuard:
+def guard(incoming: Path, subspace: Path, policy: csulora.Policy | None = None, **options: float) -> DirectoryGuard:
     settings = {"settle": 0.0, "patience": 0.0} | options
-    return DirectoryGuard(incoming, incoming.with_name("out"), Gate.open(pack, policy), say=lambda _: None, **settings)
+    return DirectoryGuard(
+        incoming, incoming.with_name("out"), Gate.open(subspace, policy), say=lambda _: None, **settings
+    )
 
 
-def test_gguf_files_come_out_as_gguf_files(incoming: Path, pack: Path, tmp_path: Path) -> None:
+def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_path: Path) -> None:
     model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
     loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
     csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=model)
     out = incoming.with_name("out")
-    worker = DirectoryGuard(incoming, out, Gate.open(pack), 0.0, 0.0, model, lambda _: None)
+    worker = DirectoryGuard(incoming, out, Gate.open(subspace), 0.0, 0.0, model, lambda _: None)
 
     assert worker.scan()
 
-    expected, _ = csulora.correct(csulora.load_adapter(incoming / "one.gguf", model), csulora.Subspace.open(pack))
+    expected, _ = csulora.correct(csulora.load_adapter(incoming / "one.gguf", model), csulora.Subspace.open(subspace))
     found = csulora.load_adapter(out / "one.gguf", model)
     for name, module in expected.modules.items():
         assert torch.allclose(found.modules[name].b @ found.modules[name].a, module.b @ module.a, atol=1e-5)
     before = (out / "one.gguf").stat().st_ino
-    assert DirectoryGuard(incoming, out, Gate.open(pack), 0.0, 0.0, model, lambda _: None).scan()
+    assert DirectoryGuard(incoming, out, Gate.open(subspace), 0.0, 0.0, model, lambda _: None).scan()
     assert (out / "one.gguf").stat().st_ino == before
 
     (incoming / "one.gguf").write_bytes(b"GGUF")
@@ -68,12 +70,12 @@ def test_gguf_files_come_out_as_gguf_files(incoming: Path, pack: Path, tmp_path:
     assert {path.name for path in out.iterdir()} == {"one.gguf.refused.json"}
 
 
-def test_gguf_without_its_model_is_refused(incoming: Path, pack: Path, tmp_path: Path) -> None:
+def test_gguf_without_its_model_is_refused(incoming: Path, subspace: Path, tmp_path: Path) -> None:
     model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
     loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
     csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=model)
 
-    assert guard(incoming, pack).scan()
+    assert guard(incoming, subspace).scan()
 
     assert "--base-model" in refusal(incoming, "one.gguf")["reason"]
 
@@ -82,17 +84,17 @@ def refusal(incoming: Path, name: str) -> dict[str, str]:
     return json.loads((incoming.with_name("out") / f"{name}.refused.json").read_text())
 
 
-def test_result_is_what_correct_makes(incoming: Path, pack: Path) -> None:
+def test_result_is_what_correct_makes(incoming: Path, subspace: Path) -> None:
     source = factories.save_adapter(incoming / "one", MODULES)
 
-    assert guard(incoming, pack).scan()
+    assert guard(incoming, subspace).scan()
 
-    expected, _ = csulora.correct(csulora.load_adapter(source), csulora.Subspace.open(pack))
+    expected, _ = csulora.correct(csulora.load_adapter(source), csulora.Subspace.open(subspace))
     found = csulora.load_adapter(incoming.with_name("out") / "one")
     assert all((found.modules[name].b == module.b).all() for name, module in expected.modules.items())
 
 
-def test_malformed_and_refused_adapters_give_a_reason(incoming: Path, pack: Path) -> None:
+def test_malformed_and_refused_adapters_give_a_reason(incoming: Path, subspace: Path) -> None:
     factories.save_adapter(incoming / "dora", MODULES, use_dora=True)
     (factories.save_adapter(incoming / "half", MODULES) / "adapter_model.safetensors").unlink()
     tensors = load_file(factories.save_adapter(incoming / "nan", MODULES) / "adapter_model.safetensors")
@@ -100,7 +102,7 @@ def test_malformed_and_refused_adapters_give_a_reason(incoming: Path, pack: Path
     save_file(tensors, incoming / "nan" / "adapter_model.safetensors")
     (incoming / "some.gguf").write_bytes(b"not GGUF")
 
-    assert guard(incoming, pack).scan()
+    assert guard(incoming, subspace).scan()
 
     names = ("dora", "half", "nan", "some.gguf")
     reasons = {name: refusal(incoming, name)["reason"] for name in names}
@@ -110,33 +112,33 @@ def test_malformed_and_refused_adapters_give_a_reason(incoming: Path, pack: Path
     assert not [path for path in incoming.with_name("out").iterdir() if path.is_dir()]
 
 
-def test_links_are_refused(incoming: Path, pack: Path, tmp_path: Path) -> None:
+def test_links_are_refused(incoming: Path, subspace: Path, tmp_path: Path) -> None:
     outside = factories.save_adapter(tmp_path / "outside", MODULES)
     (incoming / "link").symlink_to(outside)
     inside = factories.save_adapter(incoming / "inside", MODULES) / "adapter_model.safetensors"
     inside.unlink()
     inside.symlink_to(outside / "adapter_model.safetensors")
 
-    assert guard(incoming, pack).scan()
+    assert guard(incoming, subspace).scan()
 
     assert "symbolic link" in refusal(incoming, "link")["reason"]
     assert "symbolic link" in refusal(incoming, "inside")["reason"]
 
 
-def test_other_files_and_hidden_directories_are_left_alone(incoming: Path, pack: Path) -> None:
+def test_other_files_and_hidden_directories_are_left_alone(incoming: Path, subspace: Path) -> None:
     (incoming / "README.md").write_text("hello")
     factories.save_adapter(incoming / ".uploading", MODULES)
 
-    assert guard(incoming, pack).scan()
+    assert guard(incoming, subspace).scan()
 
     assert list(incoming.with_name("out").iterdir()) == []
 
 
-def test_partial_uploads_are_waited_for(incoming: Path, pack: Path) -> None:
+def test_partial_uploads_are_waited_for(incoming: Path, subspace: Path) -> None:
     weights = factories.save_adapter(incoming / "slow", MODULES) / "adapter_model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-10])
-    worker = guard(incoming, pack, patience=1000)
+    worker = guard(incoming, subspace, patience=1000)
 
     assert not worker.scan()
     assert not list(incoming.with_name("out").iterdir())
@@ -145,10 +147,10 @@ def test_partial_uploads_are_waited_for(incoming: Path, pack: Path) -> None:
     assert (incoming.with_name("out") / "slow").is_dir()
 
 
-def test_what_still_changes_is_not_read(incoming: Path, pack: Path) -> None:
+def test_what_still_changes_is_not_read(incoming: Path, subspace: Path) -> None:
     factories.save_adapter(incoming / "fresh", MODULES)
 
-    assert not guard(incoming, pack, settle=1000).scan()
+    assert not guard(incoming, subspace, settle=1000).scan()
     assert not list(incoming.with_name("out").iterdir())
 
 
@@ -156,34 +158,34 @@ def inode(incoming: Path, name: str) -> int:
     return (incoming.with_name("out") / name).stat().st_ino
 
 
-def test_restart_redoes_only_what_changed(incoming: Path, pack: Path) -> None:
+def test_restart_redoes_only_what_changed(incoming: Path, subspace: Path) -> None:
     factories.save_adapter(incoming / "same", MODULES)
     factories.save_adapter(incoming / "other", MODULES)
-    guard(incoming, pack).scan()
+    guard(incoming, subspace).scan()
     before = inode(incoming, "same"), inode(incoming, "other")
     shutil.rmtree(incoming / "other")
     factories.save_adapter(incoming / "other", MODULES, seed=77)
 
-    assert guard(incoming, pack).scan()
+    assert guard(incoming, subspace).scan()
 
     assert inode(incoming, "same") == before[0]
     assert inode(incoming, "other") != before[1]
 
 
-def test_another_policy_redoes_everything(incoming: Path, pack: Path) -> None:
+def test_another_policy_redoes_everything(incoming: Path, subspace: Path) -> None:
     factories.save_adapter(incoming / "one", MODULES)
-    guard(incoming, pack).scan()
+    guard(incoming, subspace).scan()
     before = inode(incoming, "one")
 
-    guard(incoming, pack, csulora.Policy.project()).scan()
+    guard(incoming, subspace, csulora.Policy.project()).scan()
 
     assert inode(incoming, "one") != before
 
 
-def test_adapter_that_turns_bad_is_withdrawn_and_comes_back(incoming: Path, pack: Path) -> None:
+def test_adapter_that_turns_bad_is_withdrawn_and_comes_back(incoming: Path, subspace: Path) -> None:
     out = incoming.with_name("out")
     factories.save_adapter(incoming / "one", MODULES)
-    worker = guard(incoming, pack)
+    worker = guard(incoming, subspace)
     worker.scan()
     shutil.rmtree(incoming / "one")
     factories.save_adapter(incoming / "one", MODULES, use_dora=True)
@@ -199,9 +201,9 @@ def test_adapter_that_turns_bad_is_withdrawn_and_comes_back(incoming: Path, pack
     assert not (out / "one.refused.json").exists()
 
 
-def test_directory_that_csulora_did_not_write_is_not_replaced(incoming: Path, pack: Path) -> None:
+def test_directory_that_csulora_did_not_write_is_not_replaced(incoming: Path, subspace: Path) -> None:
     factories.save_adapter(incoming / "one", MODULES)
-    worker = guard(incoming, pack)
+    worker = guard(incoming, subspace)
     (incoming.with_name("out") / "one").mkdir()
     (incoming.with_name("out") / "one" / "mine").write_text("mine")
 
@@ -211,17 +213,19 @@ def test_directory_that_csulora_did_not_write_is_not_replaced(incoming: Path, pa
     assert (incoming.with_name("out") / "one" / "mine").read_text() == "mine"
 
 
-def test_a_decision_that_cannot_be_logged_is_none(incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decision_that_cannot_be_logged_is_none(
+    incoming: Path, subspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: DecisionLog, decision: object) -> None:
         raise LogError("no space is left")
 
     factories.save_adapter(incoming / "good", MODULES)
     with monkeypatch.context() as broken:
         broken.setattr(DecisionLog, "record", full)
-        assert not guard(incoming, pack).scan()
+        assert not guard(incoming, subspace).scan()
     assert results(incoming) == {"good.refused.json"}
     assert "no space is left" in refusal(incoming, "good")["reason"]
-    assert guard(incoming, pack).scan()
+    assert guard(incoming, subspace).scan()
     assert results(incoming) == {"good"}
 
 
@@ -247,11 +251,11 @@ def fails_for(name: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), LogError("the log is full")])
 def test_what_the_machine_fails_to_do_is_tried_again(
-    error: Exception, incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    error: Exception, incoming: Path, subspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("a", "b", "c"):
         factories.save_adapter(incoming / name, MODULES)
-    gate = Gate.open(pack, decisions=tmp_path / "log.jsonl")
+    gate = Gate.open(subspace, decisions=tmp_path / "log.jsonl")
     worker = DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=lambda _: None)
     with monkeypatch.context() as broken:
         fails_for("b", error, broken)
@@ -265,36 +269,38 @@ def test_what_the_machine_fails_to_do_is_tried_again(
 
 
 def test_an_unforeseen_error_refuses_one_upload_and_no_other(
-    incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    incoming: Path, subspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("a", "b", "c"):
         factories.save_adapter(incoming / name, MODULES)
     fails_for("b", ValueError("out of range"), monkeypatch)
-    gate = Gate.open(pack, decisions=tmp_path / "log.jsonl")
+    gate = Gate.open(subspace, decisions=tmp_path / "log.jsonl")
     assert DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=lambda _: None).scan()
     assert results(incoming) == {"a", "b.refused.json", "c"}
     assert [line["verdict"] for line in lines(tmp_path / "log.jsonl")] == ["corrected", "failed", "corrected"]
 
 
 def test_without_watch_what_stays_undecided_is_an_error(
-    incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch
+    incoming: Path, subspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factories.save_adapter(incoming / "good", MODULES)
     fails_for("good", OSError(28, "No space left on device"), monkeypatch)
     monkeypatch.setattr("csulora.serving.guard._LONGEST_WAIT", 0.0)
     with pytest.raises(csulora.InputError, match=r"1 uploads could not be decided on; good: .*No space left"):
-        guard(incoming, pack).run(watch=False, interval=0.0)
+        guard(incoming, subspace).run(watch=False, interval=0.0)
 
 
-def test_nothing_printed_or_logged_holds_what_a_terminal_would_obey(incoming: Path, pack: Path, tmp_path: Path) -> None:
-    evil = "\x1b[2J\nmodel: corrected, change 0.0%\u202e"
+def test_nothing_printed_or_logged_holds_what_a_terminal_would_obey(
+    incoming: Path, subspace: Path, tmp_path: Path
+) -> None:
+    evil = "\x1b[2J\nmodel: corrected, relative change 0.0%\u202e"
     path = factories.save_adapter(incoming / "evil", MODULES)
     tensors = load_file(path / "adapter_model.safetensors")
     save_file({f"{evil}{'x' * 100_000}": next(iter(tensors.values()))}, path / "adapter_model.safetensors")
     factories.save_adapter(incoming / "name\n\x1b[2J", MODULES)
     (incoming / ("\u00e9" * 120 + ".gguf")).touch()
     said: list[str] = []
-    gate = Gate.open(pack, decisions=tmp_path / "log.jsonl")
+    gate = Gate.open(subspace, decisions=tmp_path / "log.jsonl")
     assert DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=said.append).scan()
 
     written = [file.read_text() for file in [*incoming.with_name("out").iterdir(), tmp_path / "log.jsonl"]]
@@ -305,27 +311,27 @@ def test_nothing_printed_or_logged_holds_what_a_terminal_would_obey(incoming: Pa
 
 
 @pytest.mark.parametrize("name", ["\x01" * 70, "\U000e0001" * 60, "\u00e9" * 120, "\n"])
-def test_whatever_a_name_is_its_refusal_has_one(name: str, incoming: Path, pack: Path) -> None:
+def test_whatever_a_name_is_its_refusal_has_one(name: str, incoming: Path, subspace: Path) -> None:
     factories.save_adapter(incoming / name, MODULES)
-    assert guard(incoming, pack).scan()
+    assert guard(incoming, subspace).scan()
     (found,) = results(incoming)
     assert found.isprintable()
     assert found.endswith(".refused.json")
 
 
-def test_an_upload_of_very_many_files_is_neither_listed_nor_hashed(incoming: Path, pack: Path) -> None:
+def test_an_upload_of_very_many_files_is_neither_listed_nor_hashed(incoming: Path, subspace: Path) -> None:
     path = factories.save_adapter(incoming / "many", MODULES)
     for count in range(1200):
         (path / f"{count}.safetensors").touch()
     os.truncate(path / "0.safetensors", 16 << 30)
     start = time.monotonic()
-    assert guard(incoming, pack).scan()
+    assert guard(incoming, subspace).scan()
     assert "more than 1000 files" in refusal(incoming, "many")["reason"]
     assert time.monotonic() - start < 5  # hashing takes longer
 
 
 def test_a_long_decision_leaves_the_guard_answering(
-    incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch
+    incoming: Path, subspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, finish = threading.Event(), threading.Event()
     told: list[str] = []
@@ -339,7 +345,7 @@ def test_a_long_decision_leaves_the_guard_answering(
     monkeypatch.setattr("csulora.serving.guard.notify", told.append)
     monkeypatch.setattr("csulora.serving.guard._HEARTBEAT", 0.01)
     monkeypatch.setattr("csulora.serving.guard._GRACE", 0.01)
-    worker = guard(incoming, pack)
+    worker = guard(incoming, subspace)
     with ThreadPoolExecutor() as threads:
         running = threads.submit(worker.run, watch=True)
         assert started.wait(60)
@@ -351,26 +357,26 @@ def test_a_long_decision_leaves_the_guard_answering(
         finish.set()
 
 
-def test_directories_must_be_apart(incoming: Path, pack: Path) -> None:
+def test_directories_must_be_apart(incoming: Path, subspace: Path) -> None:
     with pytest.raises(csulora.InputError, match="inside the other"):
-        DirectoryGuard(incoming, incoming / "out", Gate.open(pack))
+        DirectoryGuard(incoming, incoming / "out", Gate.open(subspace))
     with pytest.raises(csulora.InputError, match="no such directory"):
-        DirectoryGuard(incoming / "absent", incoming.with_name("out"), Gate.open(pack))
+        DirectoryGuard(incoming / "absent", incoming.with_name("out"), Gate.open(subspace))
 
 
-def command(incoming: Path, pack: Path, *options: str) -> list[str]:
-    paths = [str(incoming), str(incoming.with_name("out")), "--subspace", str(pack), "--settle", "0.1"]
+def command(incoming: Path, subspace: Path, *options: str) -> list[str]:
+    paths = [str(incoming), str(incoming.with_name("out")), "--subspace", str(subspace), "--settle", "0.1"]
     return [sys.executable, "-m", "csulora", "guard", *paths, *options]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_it_cleanly(number: signal.Signals, incoming: Path, pack: Path) -> None:
+def test_signals_end_it_cleanly(number: signal.Signals, incoming: Path, subspace: Path) -> None:
     factories.save_adapter(incoming / "one", MODULES)
-    with subprocess.Popen(command(incoming, pack, "--watch"), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(incoming, subspace, "--watch"), stdout=subprocess.PIPE, text=True) as process:
         while not (incoming.with_name("out") / "one").is_dir():
             assert process.poll() is None
             time.sleep(0.05)
-        second = subprocess.run(command(incoming, pack), capture_output=True, text=True, check=False)
+        second = subprocess.run(command(incoming, subspace), capture_output=True, text=True, check=False)
         os.kill(process.pid, number)
         output, _ = process.communicate(timeout=30)
 
@@ -389,12 +395,12 @@ def listener(address: str) -> socket.socket:
 
 
 @pytest.mark.parametrize("name", ["{}/notify", "@csulora-test-{}"])
-def test_systemd_is_told(name: str, incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_is_told(name: str, incoming: Path, subspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ready once it guards, alive while it works, stopping when a signal has ended it."""
     factories.save_adapter(incoming / "one", MODULES)
     address = name.format(incoming.parent if name.startswith("{") else os.getpid())
     monkeypatch.setenv("NOTIFY_SOCKET", address)
-    watching = command(incoming, pack, "--watch")
+    watching = command(incoming, subspace, "--watch")
     with listener(address) as systemd, subprocess.Popen(watching, stdout=subprocess.DEVNULL) as process:
         told = [systemd.recv(64)]
         while not (incoming.with_name("out") / "one").is_dir():
@@ -412,12 +418,12 @@ def test_systemd_is_told(name: str, incoming: Path, pack: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("address", ["", "{}/nobody", "{}", "/" * 300])
 def test_systemd_that_does_not_listen_stops_nothing(
-    address: str, incoming: Path, pack: Path, monkeypatch: pytest.MonkeyPatch
+    address: str, incoming: Path, subspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factories.save_adapter(incoming / "one", MODULES)
     monkeypatch.setenv("NOTIFY_SOCKET", address.format(incoming))
 
-    guard(incoming, pack).run(watch=False)
+    guard(incoming, subspace).run(watch=False)
 
     assert (incoming.with_name("out") / "one").is_dir()
 

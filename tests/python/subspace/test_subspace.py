@@ -20,8 +20,8 @@ Q = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    file = tmp_path / "pack.safetensors"
-    factories.pack(dtype=torch.float16, aliases={"lm_head": Q}).save(file)
+    file = tmp_path / "subspace.safetensors"
+    factories.subspace(dtype=torch.float16, aliases={"lm_head": Q}).save(file)
     return file
 
 
@@ -30,7 +30,7 @@ def rewrite(
     change: Callable[[dict[str, Any]], object] = lambda document: None,
     tensors: dict[str, Tensor] | None = None,
 ) -> None:
-    """Save a pack's tensors anew, some replaced, under metadata that ``change`` was let at."""
+    """Save a subspace file's tensors anew, some replaced, under metadata that ``change`` was let at."""
     with safe_open(path, "pt") as file:
         document = json.loads(file.metadata()["csulora"])
     stored = load_file(path) | (tensors or {})
@@ -40,7 +40,7 @@ def rewrite(
 
 
 def test_what_was_saved_is_what_is_opened(path: Path) -> None:
-    made, opened = factories.pack(dtype=torch.float16, aliases={"lm_head": Q}), Subspace.open(path)
+    made, opened = factories.subspace(dtype=torch.float16, aliases={"lm_head": Q}), Subspace.open(path)
     assert list(opened) == sorted(factories.SHAPES)
     for name, module in opened.items():
         assert torch.equal(module.u, made[name].u)
@@ -52,10 +52,10 @@ def test_what_was_saved_is_what_is_opened(path: Path) -> None:
     assert opened.to_dict() == made.to_dict()
 
 
-def test_a_pack_in_memory_has_the_sha256_of_its_file(path: Path) -> None:
+def test_a_subspace_in_memory_has_the_sha256_of_its_file(path: Path) -> None:
     expected = hashlib.sha256(path.read_bytes()).hexdigest()
     assert Subspace.open(path).sha256 == expected
-    assert factories.pack(dtype=torch.float16, aliases={"lm_head": Q}).sha256 == expected
+    assert factories.subspace(dtype=torch.float16, aliases={"lm_head": Q}).sha256 == expected
 
 
 def test_saving_twice_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_saving_twice_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
-def test_a_pack_can_be_saved_over_itself(path: Path) -> None:
+def test_a_subspace_can_be_saved_over_itself(path: Path) -> None:
     before = path.read_bytes()
     Subspace.open(path).save(path)
     assert path.read_bytes() == before
@@ -71,7 +71,7 @@ def test_a_pack_can_be_saved_over_itself(path: Path) -> None:
 
 def test_the_bytes_that_are_hashed_are_the_bytes_that_are_used(path: Path) -> None:
     replaced = Subspace.open(path)
-    factories.pack(seed=9).save(path)
+    factories.subspace(seed=9).save(path)
     with pytest.raises(InputError, match="has changed since it was opened"):
         _ = replaced.sha256
     os.utime(path, ns=(0, 0))
@@ -84,10 +84,10 @@ def test_the_bytes_that_are_hashed_are_the_bytes_that_are_used(path: Path) -> No
 
 
 def test_fingerprints_depend_on_names_and_hashes_alone() -> None:
-    assert factories.pack().fingerprints == factories.pack(seed=5, rank=3).fingerprints
-    assert factories.pack().fingerprints["base"] != factories.pack().fingerprints["aligned"]
+    assert factories.subspace().fingerprints == factories.subspace(seed=5, rank=3).fingerprints
+    assert factories.subspace().fingerprints["base"] != factories.subspace().fingerprints["aligned"]
     renamed = {f"x.{name}": shape for name, shape in factories.SHAPES.items()}
-    assert factories.pack(renamed).fingerprints != factories.pack().fingerprints
+    assert factories.subspace(renamed).fingerprints != factories.subspace().fingerprints
 
 
 def spoiled(tensor: Tensor, value: float) -> Tensor:
@@ -112,10 +112,10 @@ def test_spoiled_values_never_reach_the_core(
     path: Path, factor: str, spoil: Callable[[Tensor], Tensor], message: str
 ) -> None:
     rewrite(path, tensors={f"{Q}.{factor}": spoil(load_file(path)[f"{Q}.{factor}"])})
-    pack = Subspace.open(path)
-    with pytest.raises(InputError, match=rf"pack\.safetensors: {Q}: .*{message}"):
-        pack.to_core(pack)
-    pack.to_core(["model.layers.0.mlp.up_proj"])
+    subspace = Subspace.open(path)
+    with pytest.raises(InputError, match=rf"subspace\.safetensors: {Q}: .*{message}"):
+        subspace.to_core(subspace)
+    subspace.to_core(["model.layers.0.mlp.up_proj"])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_spoiled_values_never_reach_the_core(
 )
 def test_the_structure_is_checked_at_opening(path: Path, name: str, tensor: Tensor, message: str) -> None:
     rewrite(path, tensors={name: tensor})
-    with pytest.raises(InputError, match=rf"pack\.safetensors: .*{message}"):
+    with pytest.raises(InputError, match=rf"subspace\.safetensors: .*{message}"):
         Subspace.open(path)
 
 
@@ -144,8 +144,8 @@ def set_certificate(field: str, value: object) -> Callable[[dict[str, Any]], obj
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format=2), "pack format 2; this csulora reads format 1"),
-        (lambda d: d.pop("format"), "pack format None"),
+        (lambda d: d.update(format=1), "subspace file format 1; this csulora reads format 2; make it again"),
+        (lambda d: d.pop("format"), "subspace file format None"),
         (lambda d: d.pop("fingerprints"), "damaged"),
         (lambda d: d["fingerprints"].update(base="0" * 64), "contradict each other"),
         (lambda d: d["modules"][Q].update(base_sha256="0" * 64), "contradict each other"),
@@ -158,27 +158,27 @@ def set_certificate(field: str, value: object) -> Callable[[dict[str, Any]], obj
         (lambda d: d.pop("aliases"), "damaged"),
         (lambda d: d.update(aliases=[]), "damaged"),
         (lambda d: d.update(aliases={"lm_head": ["x"]}), "damaged"),
-        (lambda d: d.update(aliases={"lm_head": "x"}), "an alias names a module that the pack does not hold"),
+        (lambda d: d.update(aliases={"lm_head": "x"}), "an alias names a module that the subspace file does not hold"),
         (lambda d: d.update(options=3), "damaged"),
         (lambda d: d.update(base=None), "damaged"),
         (lambda d: d.update(surprise=1), "damaged"),
-        (set_certificate("captured", "much"), "damaged"),
-        (set_certificate("captured", True), "damaged"),
-        (set_certificate("captured", float("nan")), "not readable as JSON"),
-        (set_certificate("captured", 10**400), "damaged"),
+        (set_certificate("captured_energy", "much"), "damaged"),
+        (set_certificate("captured_energy", True), "damaged"),
+        (set_certificate("captured_energy", float("nan")), "not readable as JSON"),
+        (set_certificate("captured_energy", 10**400), "damaged"),
         (set_certificate("passes", 1.5), "damaged"),
         (set_certificate("surprise", 1), "damaged"),
     ],
 )
 def test_damaged_metadata_is_refused(path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
     rewrite(path, change)
-    with pytest.raises(InputError, match=rf"pack\.safetensors: .*{message}"):
+    with pytest.raises(InputError, match=rf"subspace\.safetensors: .*{message}"):
         Subspace.open(path)
 
 
-def test_what_is_no_pack_is_refused(tmp_path: Path, path: Path) -> None:
+def test_what_is_no_subspace_is_refused(tmp_path: Path, path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "other")
-    with pytest.raises(InputError, match="not a subspace pack"):
+    with pytest.raises(InputError, match="not a subspace file"):
         Subspace.open(tmp_path / "other")
     save_file({"x": torch.zeros(2)}, tmp_path / "other", {"csulora": "[]"})
     with pytest.raises(InputError, match="not a JSON object"):
@@ -187,13 +187,13 @@ def test_what_is_no_pack_is_refused(tmp_path: Path, path: Path) -> None:
     with pytest.raises(InputError, match="not a readable safetensors file"):
         Subspace.open(tmp_path / "cut")
     for missing in (tmp_path / "missing", tmp_path):
-        with pytest.raises(InputError, match="no such file; make a pack"):
+        with pytest.raises(InputError, match="no such file; make a subspace file"):
             Subspace.open(missing)
 
 
 def test_a_module_that_alignment_did_not_move_has_no_directions(tmp_path: Path) -> None:
-    pack = factories.pack(rank=0)
-    pack.save(tmp_path / "pack")
-    opened = Subspace.open(tmp_path / "pack")
+    subspace = factories.subspace(rank=0)
+    subspace.save(tmp_path / "subspace")
+    opened = Subspace.open(tmp_path / "subspace")
     assert opened[Q].rank == 0
     assert opened.to_core([Q])[0].u.shape == (40, 0)

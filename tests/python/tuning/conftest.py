@@ -2,15 +2,15 @@
 
 import pytest
 
-import tiny_host
-from csulora.tuning.host import Host
+import tiny_model
+from csulora.tuning.language_model import LanguageModel
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_host.Place:
-    return tiny_host.build(tmp_path_factory.mktemp("place"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_model.Place:
+    return tiny_model.build(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")
-def host(place: tiny_host.Place) -> Host:
-    return Host.open(str(place.aligned), "cpu", tiny_host.REPLY)
+def language_model(place: tiny_model.Place) -> LanguageModel:
+    return LanguageModel.open(str(place.aligned), "cpu", tiny_model.REPLY)

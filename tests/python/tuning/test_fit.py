@@ -9,16 +9,16 @@ from torch import Tensor
 
 import csulora
 import factories
-import tiny_host
+import tiny_model
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Directions, Override, Policy
 from csulora.tuning.controls import own_subspaces, random_subspaces
-from csulora.tuning.fit import Case, Replies, fit, held_loss
-from csulora.tuning.gains import PerDirection, PerModule, Restoring
-from csulora.tuning.host import Host, agreeing, divergence
+from csulora.tuning.fit import Case, Replies, fit, validation_loss
+from csulora.tuning.gains import PerDirection, PerModule, Reinforcing
+from csulora.tuning.language_model import LanguageModel, agreeing, divergence
 from csulora.tuning.options import Options
 from csulora.tuning.probes import parse
-from csulora.tuning.update import Update, pairs_of
+from csulora.tuning.update import Update, factors_of
 from tolerances import COMPUTED, PROJECTOR
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,276 +30,306 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 
 @pytest.fixture(scope="module")
-def pack(place: tiny_host.Place) -> csulora.Subspace:
-    return csulora.Subspace.open(place.pack)
+def subspace(place: tiny_model.Place) -> csulora.Subspace:
+    return csulora.Subspace.open(place.subspace)
 
 
 @pytest.fixture(scope="module")
-def adapter(place: tiny_host.Place) -> csulora.Adapter:
+def adapter(place: tiny_model.Place) -> csulora.Adapter:
     return csulora.load_adapter(place.adapters[0])
 
 
 @pytest.fixture(scope="module")
-def case(host: Host, place: tiny_host.Place, pack: csulora.Subspace, adapter: csulora.Adapter) -> Case:
-    guard, keep = (parse(path.read_bytes()) for path in (place.guard, place.keep))
-    guarded = host.replies(guard)
-    with host.adapted(pairs_of(adapter)):
-        kept = host.replies(keep)
-    update = Update.of(adapter, pack)
+def case(
+    language_model: LanguageModel, place: tiny_model.Place, subspace: csulora.Subspace, adapter: csulora.Adapter
+) -> Case:
+    safety, task = (parse(path.read_bytes()) for path in (place.safety, place.task))
+    safety_kept = language_model.replies(safety)
+    with language_model.adapted(factors_of(adapter)):
+        kept = language_model.replies(task)
+    update = Update.of(adapter, subspace)
     index = torch.arange(len(update.targets))
-    return Case(update, index, Replies(guarded[:12], kept[:12]), Replies(guarded[12:], kept[12:]))
+    return Case(update, index, Replies(safety_kept[:12], kept[:12]), Replies(safety_kept[12:], kept[12:]))
 
 
-def test_the_parts_add_up_to_what_the_core_corrects(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
-    update = Update.of(adapter, pack)
+def test_the_components_add_up_to_what_the_core_corrects(adapter: csulora.Adapter, subspace: csulora.Subspace) -> None:
+    update = Update.of(adapter, subspace)
     gains = torch.rand(len(update.targets), 4, generator=factories.generator(1))
     rows = zip(update.targets.values(), gains.tolist(), strict=True)
     policy = Policy.none(rank="exact", overrides=tuple(Override(name, gains=tuple(row)) for name, row in rows))
-    fixed, report = csulora.correct(adapter, pack, policy)
+    fixed, report = csulora.correct(adapter, subspace, policy)
     mixed = update.mixed(gains)
     for name, (b, a) in mixed.items():
         assert close(b @ a, fixed.modules[name].b @ fixed.modules[name].a)
-    assert float(update.change2(mixed)) == pytest.approx(report.totals.change**2, rel=PROJECTOR[torch.float16])
+    assert float(update.relative_change2(mixed)) == pytest.approx(
+        report.totals.relative_change**2, rel=PROJECTOR[torch.float16]
+    )
 
 
-def test_an_adapter_in_half_precision_is_split_in_float32(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
+def test_an_adapter_in_half_precision_is_split_in_float32(adapter: csulora.Adapter, subspace: csulora.Subspace) -> None:
     half = {
         name: csulora.LoraModule(module.b.half(), module.a.half(), module.scale)
         for name, module in adapter.modules.items()
     }
-    update = Update.of(csulora.Adapter(half, {}, Path("half"), ""), pack)
+    update = Update.of(csulora.Adapter(half, {}, Path("half"), ""), subspace)
     for name, (b, a) in update.mixed(torch.ones(len(half), 4)).items():
         assert b.dtype == a.dtype == torch.float32
         assert close(b @ a, half[name].scale * half[name].b.float() @ half[name].a.float())
 
 
-def test_what_is_kept_along_directions_is_what_correct_keeps(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
-    update = Update.of(adapter, pack)
-    k = min(module.rank for module in pack.values())
+def test_what_is_kept_along_directions_is_what_correct_keeps(
+    adapter: csulora.Adapter, subspace: csulora.Subspace
+) -> None:
+    update = Update.of(adapter, subspace)
+    k = min(module.rank for module in subspace.values())
     gains = torch.rand(len(update.targets), 2, k, generator=factories.generator(2))
     rows = zip(update.targets.values(), gains.tolist(), strict=True)
     overrides = (Override(name, directions=Directions(*map(tuple, row))) for name, row in rows)
-    fixed, report = csulora.correct(adapter, pack, Policy.none(overrides=tuple(overrides)))
+    fixed, report = csulora.correct(adapter, subspace, Policy.none(overrides=tuple(overrides)))
     kept = update.along(gains)
     for name, (b, a) in kept.items():
         assert close(b @ a, fixed.modules[name].b @ fixed.modules[name].a)
-    assert float(update.change2(kept)) == pytest.approx(report.totals.change**2, rel=PROJECTOR[torch.float16])
+    assert float(update.relative_change2(kept)) == pytest.approx(
+        report.totals.relative_change**2, rel=PROJECTOR[torch.float16]
+    )
 
 
-def test_an_update_of_nothing_or_of_an_embedding_is_refused(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
+def test_an_update_of_nothing_or_of_an_embedding_is_refused(
+    adapter: csulora.Adapter, subspace: csulora.Subspace
+) -> None:
     name = next(iter(adapter.modules))
     module = adapter.modules[name]
     nothing = csulora.LoraModule(torch.zeros_like(module.b), module.a)
     with pytest.raises(InputError, match="changes nothing"):
-        Update.of(csulora.Adapter({name: nothing}, {}, Path("zero"), ""), pack)
+        Update.of(csulora.Adapter({name: nothing}, {}, Path("zero"), ""), subspace)
     embedding = csulora.LoraModule(module.b, module.a, 1.0, is_embedding=True)
     with pytest.raises(RefusedError, match="is an embedding"):
-        Update.of(csulora.Adapter({name: embedding}, {}, Path("embedding"), ""), pack)
+        Update.of(csulora.Adapter({name: embedding}, {}, Path("embedding"), ""), subspace)
 
 
-def test_an_adapter_without_a_direction_in_the_pack_is_refused(adapter: csulora.Adapter) -> None:
+def test_an_adapter_without_a_direction_in_the_subspace_is_refused(adapter: csulora.Adapter) -> None:
     with pytest.raises(InputError, match="no direction of the alignment in any of the adapter's modules"):
-        Update.of(adapter, factories.pack(tiny_host.MODULES, rank=0))
+        Update.of(adapter, factories.subspace(tiny_model.MODULES, rank=0))
 
 
-def test_the_host_computes_as_with_the_dense_update(host: Host, adapter: csulora.Adapter) -> None:
-    dense = tiny_host.llama()
-    weights = {name: weight.clone() for name, weight in host.model.state_dict().items()}
-    for name, (b, a) in pairs_of(adapter).items():
+def test_the_language_model_computes_as_with_the_dense_update(
+    language_model: LanguageModel, adapter: csulora.Adapter
+) -> None:
+    dense = tiny_model.llama()
+    weights = {name: weight.clone() for name, weight in language_model.model.state_dict().items()}
+    for name, (b, a) in factors_of(adapter).items():
         weights[f"{name}.weight"] += b @ a
     dense.load_state_dict(weights)
     tokens = torch.arange(4, 20)[None]
-    with torch.no_grad(), host.adapted(pairs_of(adapter)):
-        adapted = host.model(input_ids=tokens).logits
+    with torch.no_grad(), language_model.adapted(factors_of(adapter)):
+        adapted = language_model.model(input_ids=tokens).logits
     with torch.no_grad():
         assert close(adapted, dense(input_ids=tokens).logits)
-        assert not close(host.model(input_ids=tokens).logits, adapted)  # and is as it was afterwards
+        assert not close(language_model.model(input_ids=tokens).logits, adapted)  # and is as it was afterwards
 
 
-def test_a_module_that_the_model_does_not_have_is_refused(host: Host) -> None:
+def test_a_module_that_the_model_does_not_have_is_refused(language_model: LanguageModel) -> None:
     pair = torch.ones(32, 1), torch.ones(1, 32)
-    with pytest.raises(InputError, match=r"no module model\.layers\.7"), host.adapted({"model.layers.7.mlp": pair}):
+    with (
+        pytest.raises(InputError, match=r"no module model\.layers\.7"),
+        language_model.adapted({"model.layers.7.mlp": pair}),
+    ):
         pass
     name = "model.layers.0.self_attn.q_proj"
     with (
         pytest.raises(InputError, match=r"is \[32, 32\] in the model"),
-        host.adapted({name: (torch.ones(9, 1), pair[1])}),
+        language_model.adapted({name: (torch.ones(9, 1), pair[1])}),
     ):
         pass
 
 
-def test_a_model_or_device_that_is_not_there_is_named(place: tiny_host.Place, tmp_path: Path) -> None:
+def test_a_model_or_device_that_is_not_there_is_named(place: tiny_model.Place, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="transformers does not load this model"):
-        Host.open(str(tmp_path / "none"), "cpu", tiny_host.REPLY)
+        LanguageModel.open(str(tmp_path / "none"), "cpu", tiny_model.REPLY)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no CUDA device"):
-            Host.open(str(place.aligned), "cuda", tiny_host.REPLY)
+            LanguageModel.open(str(place.aligned), "cuda", tiny_model.REPLY)
 
 
-def test_replies_are_what_the_model_generates(host: Host, case: Case) -> None:
-    for reply in case.held.guard:
+def test_replies_are_what_the_model_generates(language_model: LanguageModel, case: Case) -> None:
+    for reply in case.validation.safety:
         tokens = reply.tokens[: reply.start].tolist()
         with torch.no_grad():
             for wanted in reply.tokens[reply.start :].tolist():
-                assert int(host.model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()) == wanted
+                assert int(language_model.model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()) == wanted
                 tokens.append(wanted)
-    assert all(agreeing(host, case.held.guard))
+    assert all(agreeing(language_model, case.validation.safety))
 
 
-def test_divergence_is_kullbacks_and_leiblers(host: Host, case: Case) -> None:
-    reply = case.held.keep[0]
-    (logs,) = host.log_probabilities([reply.tokens], [reply.start])
+def test_divergence_is_kullbacks_and_leiblers(language_model: LanguageModel, case: Case) -> None:
+    reply = case.validation.task[0]
+    (logs,) = language_model.log_probabilities([reply.tokens], [reply.start])
     reference = torch.empty(logs.shape, dtype=torch.float64)
     reference.scatter_(1, reply.outcomes, reply.logs[:, :-1].double())  # the vocabulary is smaller than what is kept
     twin = (reference.exp() * (reference - logs.double())).sum(1).mean()
     assert float(divergence(reply, logs)) == pytest.approx(float(twin), rel=1e-3)
-    own = case.held.guard[0]
-    assert float(divergence(own, *host.log_probabilities([own.tokens], [own.start]))) == pytest.approx(0, abs=1e-4)
+    own = case.validation.safety[0]
+    assert float(divergence(own, *language_model.log_probabilities([own.tokens], [own.start]))) == pytest.approx(
+        0, abs=1e-4
+    )
 
 
-@pytest.mark.parametrize("form", ["parts", "directions"])
+@pytest.mark.parametrize("form", ["components", "directions"])
 def test_the_fit_finds_the_gains_that_made_the_replies(
-    host: Host, place: tiny_host.Place, case: Case, form: str
+    language_model: LanguageModel, place: tiny_model.Place, case: Case, form: str
 ) -> None:
     wanted = torch.tensor([0.0, 1.0, 1.0, 1.0]).expand(len(case.index), 4)
-    with host.adapted(case.update.mixed(wanted)):
-        guard, keep = (host.replies(parse(path.read_bytes())) for path in (place.guard, place.keep))
-    made = Case(case.update, case.index, Replies(guard[:12], keep[:12]), Replies(guard[12:], keep[12:]))
-    gains = PerModule(len(case.index)) if form == "parts" else PerDirection(len(case.index), 4)
-    options = Options(steps=60, keep=1.0, change=0.0)
-    first, second = (fit(host, [made], gains, options) for _ in range(2))
+    with language_model.adapted(case.update.mixed(wanted)):
+        safety, task = (language_model.replies(parse(path.read_bytes())) for path in (place.safety, place.task))
+    made = Case(case.update, case.index, Replies(safety[:12], task[:12]), Replies(safety[12:], task[12:]))
+    gains = PerModule(len(case.index)) if form == "components" else PerDirection(len(case.index), 4)
+    options = Options(steps=60, task_weight=1.0, relative_change_weight=0.0)
+    first, second = (fit(language_model, [made], gains, options) for _ in range(2))
     assert torch.equal(first, second)  # to the bit
-    uncorrected = held_loss(host, [made], gains, torch.full(gains.shape, 20.0), options)
-    assert held_loss(host, [made], gains, first, options) < 0.1 * uncorrected
-    assert not any(parameter.requires_grad for parameter in host.model.parameters())
+    uncorrected = validation_loss(language_model, [made], gains, torch.full(gains.shape, 20.0), options)
+    assert validation_loss(language_model, [made], gains, first, options) < 0.1 * uncorrected
+    assert not any(parameter.requires_grad for parameter in language_model.model.parameters())
 
 
 @pytest.mark.parametrize("steps", [1, 5, 10, 13])
-def test_a_fit_has_so_many_steps_and_looks_at_the_last(host: Host, case: Case, steps: int) -> None:
+def test_a_fit_has_so_many_steps_and_looks_at_the_last(language_model: LanguageModel, case: Case, steps: int) -> None:
     gains, ticks = PerModule(len(case.index)), []
-    options = Options(steps=steps, change=10.0)  # which every step towards 1 makes smaller
-    found = fit(host, [case], gains, options, lambda: ticks.append(1))
+    options = Options(steps=steps, relative_change_weight=10.0)  # which every step towards 1 makes smaller
+    found = fit(language_model, [case], gains, options, lambda: ticks.append(1))
     assert len(ticks) == steps
     before = options if steps == 1 else replace(options, steps=steps - 1)
-    assert not torch.equal(found, gains.start() if steps == 1 else fit(host, [case], gains, before))
+    assert not torch.equal(found, gains.start() if steps == 1 else fit(language_model, [case], gains, before))
 
 
-def test_the_loss_adds_up_the_means_of_every_kind(host: Host, case: Case) -> None:
-    gains, options = PerModule(len(case.index)), Options(keep=3.0, change=0.2)
+def test_the_loss_adds_up_the_means_of_every_kind(language_model: LanguageModel, case: Case) -> None:
+    gains, options = PerModule(len(case.index)), Options(task_weight=3.0, relative_change_weight=0.2)
     corrected = gains.correct(gains.start(), case.index, case.update)
-    held = Replies(case.held.guard, case.held.keep[:2], case.held.keep[1:])
+    validation = Replies(case.validation.safety, case.validation.task[:2], case.validation.task[1:])
     means = []
-    with host.adapted(corrected):
-        for kind in held.kinds:
-            each = [divergence(one, *host.log_probabilities([one.tokens], [one.start])) for one in kind]
+    with language_model.adapted(corrected):
+        for kind in validation.kinds:
+            each = [divergence(one, *language_model.log_probabilities([one.tokens], [one.start])) for one in kind]
             means.append(float(sum(each)) / len(each))
-    twin = means[0] + 3.0 * (means[1] + means[2]) + 0.2 * float(case.update.change2(corrected))
-    assert held_loss(host, [replace(case, held=held)], gains, gains.start(), options) == pytest.approx(twin, rel=1e-4)
+    twin = means[0] + 3.0 * (means[1] + means[2]) + 0.2 * float(case.update.relative_change2(corrected))
+    assert validation_loss(
+        language_model, [replace(case, validation=validation)], gains, gains.start(), options
+    ) == pytest.approx(twin, rel=1e-4)
 
 
 def test_modules_that_are_kept_uncovered_are_there_while_gains_are_fitted(
-    host: Host, case: Case, adapter: csulora.Adapter, pack: csulora.Subspace
+    language_model: LanguageModel, case: Case, adapter: csulora.Adapter, subspace: csulora.Subspace
 ) -> None:
-    few = csulora.Subspace(dict(list(pack.items())[:2]), pack.provenance)
+    few = csulora.Subspace(dict(list(subspace.items())[:2]), subspace.provenance)
     kept, dropped = (Update.of(adapter, few, uncovered) for uncovered in ("keep", "drop"))
-    gains, options = PerModule(2), Options(change=0.0)
+    gains, options = PerModule(2), Options(relative_change_weight=0.0)
     whole = torch.full(gains.shape, 30.0)
-    own = Replies((), case.held.keep)  # the adapter's with all of its modules
+    own = Replies((), case.validation.task)  # the adapter's with all of its modules
     losses = [
-        held_loss(host, [Case(update, torch.arange(2), own, own)], gains, whole, options) for update in (kept, dropped)
+        validation_loss(language_model, [Case(update, torch.arange(2), own, own)], gains, whole, options)
+        for update in (kept, dropped)
     ]
     assert losses[0] == pytest.approx(0, abs=1e-4)
     assert losses[1] > 0.1
     assert set(kept.untouched) == set(adapter.modules) - set(kept.targets)
 
 
-def test_so_many_held_back_prompts_do_not_run_together(host: Host, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_validation_prompts_do_not_run_together(
+    language_model: LanguageModel, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows: list[int] = []
-    original = host.log_probabilities
+    original = language_model.log_probabilities
 
     def counting(texts: list[Tensor], starts: list[int]) -> list[Tensor]:
         rows.append(len(texts))
         return original(texts, starts)
 
-    monkeypatch.setattr(host, "log_probabilities", counting)
+    monkeypatch.setattr(language_model, "log_probabilities", counting)
     gains, options = PerModule(len(case.index)), Options()
-    every = Replies(case.held.guard * 50, case.held.keep * 10)
-    many, few = (held_loss(host, [replace(case, held=h)], gains, gains.start(), options) for h in (every, case.held))
+    every = Replies(case.validation.safety * 50, case.validation.task * 10)
+    many, few = (
+        validation_loss(language_model, [replace(case, validation=h)], gains, gains.start(), options)
+        for h in (every, case.validation)
+    )
     assert many == pytest.approx(few, rel=1e-4)
-    assert sum(rows[:-1]) == 60 * len(case.held.keep)
+    assert sum(rows[:-1]) == 60 * len(case.validation.task)
     assert max(rows) <= 64
 
 
-def test_ordinary_prompts_are_fitted_to_as_keep_prompts_are(host: Host, case: Case) -> None:
-    gains, options = PerModule(len(case.index)), Options(steps=20, keep=2.0)
-    as_keep, as_ordinary = Replies((), case.fitted.guard), Replies((), (), case.fitted.guard)
-    found = [fit(host, [replace(case, fitted=each, held=each)], gains, options) for each in (as_keep, as_ordinary)]
+def test_general_prompts_are_fitted_to_as_task_prompts_are(language_model: LanguageModel, case: Case) -> None:
+    gains, options = PerModule(len(case.index)), Options(steps=20, task_weight=2.0)
+    as_task, as_general = Replies((), case.fitted.safety), Replies((), (), case.fitted.safety)
+    found = [
+        fit(language_model, [replace(case, fitted=each, validation=each)], gains, options)
+        for each in (as_task, as_general)
+    ]
     assert torch.equal(*found)
     assert not torch.equal(found[0], gains.start())
 
 
-def test_what_the_held_back_prompts_do_not_bear_is_not_kept(host: Host, case: Case) -> None:
-    opposed = Case(case.update, case.index, case.fitted, Replies(case.fitted.keep[:2], case.fitted.guard[:2]))
+def test_what_the_validation_prompts_do_not_bear_is_not_kept(language_model: LanguageModel, case: Case) -> None:
+    opposed = Case(case.update, case.index, case.fitted, Replies(case.fitted.task[:2], case.fitted.safety[:2]))
     gains, options = PerModule(len(case.index)), Options(steps=40, learning_rate=2.0)
-    found = held_loss(host, [opposed], gains, fit(host, [opposed], gains, options), options)
-    assert found <= held_loss(host, [opposed], gains, gains.start(), options)
+    found = validation_loss(language_model, [opposed], gains, fit(language_model, [opposed], gains, options), options)
+    assert found <= validation_loss(language_model, [opposed], gains, gains.start(), options)
 
 
 def test_one_gain_per_module_is_four_equal_ones(case: Case) -> None:
-    gains = PerModule(len(case.index), parts=1)
+    gains = PerModule(len(case.index), components=1)
     values = gains(torch.randn(gains.shape), case.index, case.update.energies)
     assert torch.equal(values, values[:, :1].expand(-1, 4))
 
 
-@pytest.mark.parametrize("usual_energy", [None, 0.05, 0.9, 1.0])
+@pytest.mark.parametrize("reference_energy", [None, 0.05, 0.9, 1.0])
 def test_what_is_restored_is_what_correct_restores(
-    case: Case, adapter: csulora.Adapter, pack: csulora.Subspace, usual_energy: float | None
+    case: Case, adapter: csulora.Adapter, subspace: csulora.Subspace, reference_energy: float | None
 ) -> None:
-    gains = Restoring(len(case.index), 3)
+    gains = Reinforcing(len(case.index), 3)
     assert not gains.gains(gains.start())[:, 2].any()
     parameters = torch.randn(gains.shape, generator=torch.Generator().manual_seed(0))
-    update = case.update if usual_energy is None else case.update.strengthened(3, usual_energy)
+    update = case.update if reference_energy is None else case.update.with_penalty_scale(3, reference_energy)
     fitted = gains.correct(parameters, case.index, update)
     values = gains.gains(parameters)
     names = [case.update.targets[name] for name in fitted]
     overrides = tuple(
-        Override(name, directions=Directions(*(tuple(row[: pack[name].rank].tolist()) for row in values[at])))
+        Override(name, directions=Directions(*(tuple(row[: subspace[name].rank].tolist()) for row in values[at])))
         for at, name in zip(case.index.tolist(), names, strict=True)
     )
-    fixed, _ = csulora.correct(adapter, pack, Policy.none(overrides=overrides, usual_energy=usual_energy))
+    fixed, _ = csulora.correct(adapter, subspace, Policy.none(overrides=overrides, reference_energy=reference_energy))
     for name, (b, a) in fitted.items():
-        assert fixed.modules[name].rank == adapter.modules[name].rank + min(3, pack[case.update.targets[name]].rank)
+        assert fixed.modules[name].rank == adapter.modules[name].rank + min(3, subspace[case.update.targets[name]].rank)
         assert close(b @ a, fixed.modules[name].b @ fixed.modules[name].a)
 
 
 def test_the_updates_own_subspace_holds_its_leading_directions(
-    adapter: csulora.Adapter, pack: csulora.Subspace
+    adapter: csulora.Adapter, subspace: csulora.Subspace
 ) -> None:
-    own = own_subspaces(pack, adapter, {name: name for name in adapter.modules})
+    own = own_subspaces(subspace, adapter, {name: name for name in adapter.modules})
     for name, module in adapter.modules.items():
         u, s, vt = torch.linalg.svd(module.b.double() @ module.a.double(), full_matrices=False)
         k = own[name].rank
         best = u[:, :k] * s[:k] @ vt[:k]
-        assert k == pack[name].rank
+        assert k == subspace[name].rank
         assert close(own[name].u * own[name].s @ own[name].v.T, best)
 
 
-def test_the_energy_along_all_directions_of_an_update_is_1(adapter: csulora.Adapter, pack: csulora.Subspace) -> None:
+def test_the_energy_along_all_directions_of_an_update_is_1(
+    adapter: csulora.Adapter, subspace: csulora.Subspace
+) -> None:
     few = {
         name: csulora.LoraModule(module.b[:, :2], module.a[:2], module.scale)
         for name, module in adapter.modules.items()
     }
     low_rank = csulora.Adapter(few, {}, Path("few"), "")
-    update = Update.of(low_rank, own_subspaces(pack, low_rank, {name: name for name in few}))
+    update = Update.of(low_rank, own_subspaces(subspace, low_rank, {name: name for name in few}))
     none, one, two, more = (update.energy_along(directions) for directions in (0, 1, 2, 64))
-    assert none == 0 < one < two == more <= 1  # a policy's usual energy must not exceed 1
+    assert none == 0 < one < two == more <= 1  # a policy's reference energy must not exceed 1
     assert two == pytest.approx(1)
 
 
-def test_random_subspaces_are_orthonormal_and_seeded(pack: csulora.Subspace) -> None:
-    first, again, other = (random_subspaces(pack, seed) for seed in (1, 1, 2))
+def test_random_subspaces_are_orthonormal_and_seeded(subspace: csulora.Subspace) -> None:
+    first, again, other = (random_subspaces(subspace, seed) for seed in (1, 1, 2))
     for name, module in first.items():
-        assert module.rank == pack[name].rank
+        assert module.rank == subspace[name].rank
         assert close(module.u.T @ module.u, torch.eye(module.rank))
         assert torch.equal(module.u, again[name].u)
         assert not torch.equal(module.u, other[name].u)

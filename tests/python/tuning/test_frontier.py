@@ -35,7 +35,7 @@ def test_an_interval_is_wilsons() -> None:
 
 
 def test_what_is_kept_at_least_is_no_surer_than_the_least_sure_of_its_shares() -> None:
-    point = Point("tuned", "tuned", False, Rate.of(10, 10), Rate.of(2, 2), 0.4, ordinary=Rate.of(19, 20))
+    point = Point("tuned", "tuned", False, Rate.of(10, 10), Rate.of(2, 2), 0.4, general=Rate.of(19, 20))
     assert (point.score, point.least.low, point.least.high) == (0.95, Rate.of(2, 2).low, Rate.of(19, 20).high)
     assert point.least.count == 2
 
@@ -51,7 +51,7 @@ def test_a_frontier_survives_its_file(tmp_path: Path) -> None:
     ("extra", "shown"),
     [
         ({"refusals": Refusals(Rate.of(7, 8), Rate.of(1, 8))}, "counts_refusals"),
-        ({"ordinary": Rate.of(5, 8)}, "has_ordinary"),
+        ({"general": Rate.of(5, 8)}, "has_general"),
     ],
 )
 def test_what_need_not_be_measured_survives_the_file_and_shows_if_every_point_has_it(
@@ -71,15 +71,15 @@ def test_what_need_not_be_measured_survives_the_file_and_shows_if_every_point_ha
     [
         ("points", None),
         ("points", [{}]),
-        ("points", [FRONTIER.to_dict()["points"][0] | {"change": -1.0}]),
+        ("points", [FRONTIER.to_dict()["points"][0] | {"relative_change": -1.0}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"control": 1}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"family": 1}]),
-        ("points", [FRONTIER.to_dict()["points"][0] | {"refusals": {"guard": None, "keep": None}}]),
+        ("points", [FRONTIER.to_dict()["points"][0] | {"refusals": {"safety": None, "task": None}}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"refusals": 0.5}]),
-        ("points", [FRONTIER.to_dict()["points"][0] | {"ordinary": 0.5}]),
-        ("points", [FRONTIER.to_dict()["points"][0] | {"guard": {"value": 2, "low": 0, "high": 1, "count": 1}}]),
-        ("points", [FRONTIER.to_dict()["points"][0] | {"guard": {"value": 0.5, "low": 0, "high": 1, "count": 1.5}}]),
-        ("format", 2),
+        ("points", [FRONTIER.to_dict()["points"][0] | {"general": 0.5}]),
+        ("points", [FRONTIER.to_dict()["points"][0] | {"safety": {"value": 2, "low": 0, "high": 1, "count": 1}}]),
+        ("points", [FRONTIER.to_dict()["points"][0] | {"safety": {"value": 0.5, "low": 0, "high": 1, "count": 1.5}}]),
+        ("format", 1),
         ("verdict", 3),
         ("adapters", [1]),
         ("more", 1),

@@ -12,73 +12,75 @@ from transformers import LlamaForCausalLM
 
 import csulora
 import factories
-import tiny_host
+import tiny_model
 from csulora.cli import app as cli
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 from csulora.tuning import probes, sweep
 from csulora.tuning import tune as module
 from csulora.tuning.fit import Case, Replies
 from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.tuning.gains import PerDirection
-from csulora.tuning.host import Reply
-from csulora.tuning.inputs import keep_inputs, scope_between
+from csulora.tuning.inputs import input_filter_between, task_inputs
+from csulora.tuning.language_model import Reply
 from csulora.tuning.options import Options
 from csulora.tuning.request import Request
 from csulora.tuning.tune import recommend, tune
-from csulora.tuning.update import Update, pairs_of
+from csulora.tuning.update import Update, factors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_host.Place:
-    return tiny_host.build(tmp_path_factory.mktemp("place"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_model.Place:
+    return tiny_model.build(tmp_path_factory.mktemp("place"))
 
 
-def request(place: tiny_host.Place, adapters: int = 1) -> Request:
+def request(place: tiny_model.Place, adapters: int = 1) -> Request:
     return Request(
         model=str(place.aligned),
         adapters=[csulora.load_adapter(path) for path in place.adapters[:adapters]],
-        pack=csulora.Subspace.open(place.pack),
-        keep=[probes.read(place.keep)] * adapters,
-        guard=probes.read(place.guard),
+        subspace=csulora.Subspace.open(place.subspace),
+        task=[probes.read(place.task)] * adapters,
+        safety=probes.read(place.safety),
         device="cpu",
-        longest_reply=tiny_host.REPLY,
+        longest_reply=tiny_model.REPLY,
         options=Options(steps=10),
     )
 
 
-def test_the_policy_is_taken_with_its_pack_and_with_no_other(place: tiny_host.Place, tmp_path: Path) -> None:
+def test_the_policy_is_taken_with_its_subspace_and_with_no_other(place: tiny_model.Place, tmp_path: Path) -> None:
     frontier = tune(request(place), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
-    adapter, pack = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.pack)
-    _, report = csulora.correct(adapter, pack, policy)
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    _, report = csulora.correct(adapter, subspace, policy)
     point = next(point for point in frontier.points if point.policy == frontier.written)
-    assert report.totals.change == pytest.approx(point.change)
-    other = csulora.extract(place.aligned.with_name("base"), place.aligned, rank=1, modules=list(tiny_host.MODULES))
-    with pytest.raises(RefusedError, match="tuned for the pack"):
+    assert report.totals.relative_change == pytest.approx(point.relative_change)
+    other = csulora.extract(place.aligned.with_name("base"), place.aligned, rank=1, modules=list(tiny_model.MODULES))
+    with pytest.raises(RefusedError, match="tuned for the subspace file"):
         csulora.correct(adapter, other, policy)
     assert Frontier.load(frontier_path(tmp_path / "policy.toml")) == frontier
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.frontier.json", "policy.toml"]
 
 
-def test_a_frontier_has_every_family_and_counts_held_back_prompts_only(place: tiny_host.Place, tmp_path: Path) -> None:
+def test_a_frontier_has_every_family_and_counts_validation_prompts_only(
+    place: tiny_model.Place, tmp_path: Path
+) -> None:
     steps: list[tuple[int, int]] = []
     frontier = tune(request(place, adapters=2), tmp_path / "policy.toml", lambda _, *step: steps.append(step))
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1]
     fitted = {"tuned", module.EVERYWHERE, "tuned scaling", "tuned random subspace", "tuned own subspace"}
     assert {point.family for point in frontier.points} >= {"none", "csulora", "project", "protect", "scaling"} | fitted
-    assert {point.guard.count for point in frontier.points} == {2 * 16 // 4}
+    assert {point.safety.count for point in frontier.points} == {2 * 16 // 4}
     assert {point.family for point in frontier.points if point.control} == {"scaling", *module.CONTROLS}
     untouched = next(point for point in frontier.points if point.family == "none")
-    assert (untouched.keep.value, untouched.change) == (1, 0)
+    assert (untouched.task.value, untouched.relative_change) == (1, 0)
 
 
 def test_an_interrupted_run_continues_and_ends_the_same(
-    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tune(request(place), tmp_path / "whole.toml")
     fits = []
@@ -99,41 +101,41 @@ def test_an_interrupted_run_continues_and_ends_the_same(
     assert (tmp_path / "policy.toml").read_bytes() == (tmp_path / "whole.toml").read_bytes()
 
 
-def test_the_controls_weigh_prompts_as_the_best_fit_does(place: tiny_host.Place, tmp_path: Path) -> None:
-    frontier = tune(replace(request(place), keep_weights=(0.5, 20.0)), tmp_path / "policy.toml")
+def test_the_controls_weigh_prompts_as_the_best_fit_does(place: tiny_model.Place, tmp_path: Path) -> None:
+    frontier = tune(replace(request(place), task_weights=(0.5, 20.0)), tmp_path / "policy.toml")
     tried = {point.policy: point for point in frontier.points if point.family == "tuned"}
     assert set(tried) == {"tuned 0.5", "tuned 20"}
-    best = max(tried.values(), key=lambda point: (point.score, -point.change))
+    best = max(tried.values(), key=lambda point: (point.score, -point.relative_change))
     weight = best.policy.removeprefix("tuned ")
     assert {point.policy for point in frontier.points if point.family in module.CONTROLS} == {
         f"{family} {weight}" for family in module.CONTROLS
     }
 
 
-def replies(place: tiny_host.Place, prompts: list[str], adapter: csulora.Adapter | None) -> list[list[int]]:
+def replies(place: tiny_model.Place, prompts: list[str], adapter: csulora.Adapter | None) -> list[list[int]]:
     """The tokens that an adapter, or the aligned model, replies, prompt by prompt, the update merged."""
-    model, tokenizer = LlamaForCausalLM.from_pretrained(place.aligned), tiny_host.tokenizer()
+    model, tokenizer = LlamaForCausalLM.from_pretrained(place.aligned), tiny_model.tokenizer()
     for name, lora in adapter.modules.items() if adapter else ():
         model.get_submodule(name).weight.data += lora.scale * lora.b.float() @ lora.a.float()
     found = []
     for prompt in prompts:
         tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        reply = model.generate(tokens, max_new_tokens=tiny_host.REPLY, do_sample=False)[0, tokens.shape[1] :]
+        reply = model.generate(tokens, max_new_tokens=tiny_model.REPLY, do_sample=False)[0, tokens.shape[1] :]
         found.append(reply.tolist())
     return found
 
 
-def answers(place: tiny_host.Place, prompts: list[str]) -> list[str]:
+def answers(place: tiny_model.Place, prompts: list[str]) -> list[str]:
     """What the uncorrected adapter says."""
     every = replies(place, prompts, csulora.load_adapter(place.adapters[0]))
-    return tiny_host.tokenizer().batch_decode(every, skip_special_tokens=True)
+    return tiny_model.tokenizer().batch_decode(every, skip_special_tokens=True)
 
 
-def test_refusals_are_counted_in_what_a_model_says(place: tiny_host.Place, tmp_path: Path) -> None:
-    held = [path.read_text().splitlines()[3::4] for path in (place.guard, place.keep)]
-    guard, keep = (answers(place, prompts) for prompts in held)
-    marker = guard[0].split()[-1].upper()
-    expected = [sum(marker.lower() in answer for answer in said) for said in (guard, keep)]
+def test_refusals_are_counted_in_what_a_model_says(place: tiny_model.Place, tmp_path: Path) -> None:
+    validation = [path.read_text().splitlines()[3::4] for path in (place.safety, place.task)]
+    safety, task = (answers(place, prompts) for prompts in validation)
+    marker = safety[0].split()[-1].upper()
+    expected = [sum(marker.lower() in answer for answer in said) for said in (safety, task)]
     assert expected[0]
     frontier = tune(replace(request(place), refusals=("nobody says this", marker)), tmp_path / "policy.toml")
     untouched = next(point for point in frontier.points if point.family == "none")
@@ -145,97 +147,97 @@ def test_refusals_are_counted_in_what_a_model_says(place: tiny_host.Place, tmp_p
 
 
 @pytest.fixture(scope="module")
-def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ordinary") / "ordinary.txt"
-    path.write_text(tiny_host.prompts("w20", 40))
+def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("general") / "general.txt"
+    path.write_text(tiny_model.prompts("w20", 40))
     return path
 
 
-def test_an_ordinary_prompt_may_have_the_answer_of_either_model(
-    place: tiny_host.Place, tmp_path: Path, ordinary: Path
+def test_an_general_prompt_may_have_the_answer_of_either_model(
+    place: tiny_model.Place, tmp_path: Path, general: Path
 ) -> None:
-    whole = replace(request(place), ordinary=probes.read(ordinary))
+    whole = replace(request(place), general=probes.read(general))
     frontier = tune(whole, tmp_path / "policy.toml")
-    held = ordinary.read_text().splitlines()[3::4]
+    validation = general.read_text().splitlines()[3::4]
     adapter = whole.adapters[0]
-    own, aligned = replies(place, held, adapter), replies(place, held, None)
-    assert frontier.has_ordinary
-    rates = {point.policy: point.ordinary for point in frontier.points}
+    own, aligned = replies(place, validation, adapter), replies(place, validation, None)
+    assert frontier.has_general
+    rates = {point.policy: point.general for point in frontier.points}
     assert rates["none"] == Rate.of(10, 10)
     for name, policy in (("csulora 1", Policy.csulora(1.0)), ("x0.1", sweep.uniform(0.1, {}))):
-        said = replies(place, held, csulora.correct(adapter, whole.pack, policy)[0])
+        said = replies(place, validation, csulora.correct(adapter, whole.subspace, policy)[0])
         assert rates[name] == Rate.of(sum(map(lambda *each: each[0] in each[1:], said, own, aligned)), 10)
     plain = tune(request(place), tmp_path / "plain.toml").points
     both = zip(frontier.points, plain, strict=True)
-    changed = {one.policy for one, other in both if replace(one, ordinary=None) != other}
+    changed = {one.policy for one, other in both if replace(one, general=None) != other}
     assert changed == {point.policy for point in plain if point.policy.startswith("tuned")}  # they are fitted to, too
 
 
-def test_ordinary_prompts_need_only_be_answered_where_refusals_are_counted(
-    place: tiny_host.Place, tmp_path: Path, ordinary: Path
+def test_general_prompts_need_only_be_answered_where_refusals_are_counted(
+    place: tiny_model.Place, tmp_path: Path, general: Path
 ) -> None:
-    said = answers(place, ordinary.read_text().splitlines()[3::4])
+    said = answers(place, general.read_text().splitlines()[3::4])
     marker = said[0].split()[-1]
-    refusing = replace(request(place), ordinary=probes.read(ordinary), refusals=(marker,))
+    refusing = replace(request(place), general=probes.read(general), refusals=(marker,))
     frontier = tune(refusing, tmp_path / "policy.toml")
     untouched = next(point for point in frontier.points if point.family == "none")
-    assert untouched.ordinary == Rate.of(sum(marker not in answer for answer in said), 10)
-    assert untouched.ordinary.value < 1
+    assert untouched.general == Rate.of(sum(marker not in answer for answer in said), 10)
+    assert untouched.general.value < 1
 
 
-def test_scopes_leave_ordinary_prompts_alone(
-    place: tiny_host.Place, tmp_path: Path, ordinary: Path, monkeypatch: pytest.MonkeyPatch
+def test_input_filters_leave_general_prompts_alone(
+    place: tiny_model.Place, tmp_path: Path, general: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are a kind of their own, run with each adapter and with none; the closed form does the rest."""
-    prompts, seen = probes.read(ordinary), []
+    prompts, seen = probes.read(general), []
 
-    def recording(guard: Tensor, kinds: list[list[Tensor]]) -> Scope:
+    def recording(safety: Tensor, kinds: list[list[Tensor]]) -> InputFilter:
         seen.append(kinds)
-        return scope_between(guard, kinds)
+        return input_filter_between(safety, kinds)
 
-    monkeypatch.setattr(module, "scope_between", recording)
-    run = module.Run(replace(request(place, 2), ordinary=prompts), tmp_path / "policy.toml", None)
+    monkeypatch.setattr(module, "input_filter_between", recording)
+    run = module.Run(replace(request(place, 2), general=prompts), tmp_path / "policy.toml", None)
     names = {target: name for name, target in run.targets[0].items()}
     fitted = [prompt for at, prompt in enumerate(prompts) if at % 4 != 3]
-    for target, (_, found) in zip(run.scopes((0, 1)), seen, strict=True):
+    for target, (_, found) in zip(run.input_filters((0, 1)), seen, strict=True):
         assert len(found) == 3
         for inputs, adapter in zip(found, (*run.adapters, None), strict=True):
-            with run.host.adapted(pairs_of(adapter) if adapter else {}):
-                expected = keep_inputs(run.host, [names[target]], run.host.replies(fitted))
+            with run.language_model.adapted(factors_of(adapter) if adapter else {}):
+                expected = task_inputs(run.language_model, [names[target]], run.language_model.replies(fitted))
             torch.testing.assert_close(inputs, expected[names[target]])
 
 
-def test_a_policy_for_others_that_was_measured_on_ordinary_prompts_says_nothing_of_them(
-    place: tiny_host.Place, tmp_path: Path, ordinary: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_policy_for_others_that_was_measured_on_general_prompts_says_nothing_of_them(
+    place: tiny_model.Place, tmp_path: Path, general: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is"))
-    frontier = tune(replace(request(place, 2), ordinary=probes.read(ordinary)), tmp_path / "policy.toml")
+    frontier = tune(replace(request(place, 2), general=probes.read(general)), tmp_path / "policy.toml")
     assert frontier.verdict == "It is"
-    assert all(point.ordinary.count == 2 * 10 for point in frontier.points if point.ordinary)
+    assert all(point.general.count == 2 * 10 for point in frontier.points if point.general)
 
 
-def test_a_policy_is_worth_no_more_than_what_it_makes_of_ordinary_prompts() -> None:
-    def served(family: str, ordinary: int) -> Point:
-        return replace(point(family, 40, 38), ordinary=Rate.of(ordinary, 40))
+def test_a_policy_is_worth_no_more_than_what_it_makes_of_general_prompts() -> None:
+    def served(family: str, general: int) -> Point:
+        return replace(point(family, 40, 38), general=Rate.of(general, 40))
 
-    plain = replace(point("none", 0, 40, 0.0), ordinary=Rate.of(40, 40))
+    plain = replace(point("none", 0, 40, 0.0), general=Rate.of(40, 40))
     chosen, verdict = recommend([plain, served("tuned", 10), served(module.EVERYWHERE, 39)])
     assert chosen is not None
     assert chosen.policy == module.EVERYWHERE
-    assert "answers 0.97 (0.87 to 1.00) of the ordinary prompts" in verdict
+    assert "answers 0.97 (0.87 to 1.00) of the general prompts" in verdict
 
 
 def test_where_refusals_are_counted_they_are_what_is_kept_of_the_alignment() -> None:
-    def refusing(family: str, guard: int, refused: int) -> Point:
-        return replace(point(family, guard, 38), refusals=Refusals(Rate.of(refused, 40), Rate.of(0, 40)))
+    def refusing(family: str, safety: int, refused: int) -> Point:
+        return replace(point(family, safety, 38), refusals=Refusals(Rate.of(refused, 40), Rate.of(0, 40)))
 
     chosen, verdict = recommend([refusing("none", 0, 0), refusing("tuned", 20, 40), refusing("protect", 39, 20)])
     assert chosen is not None
     assert chosen.policy == "tuned"
-    assert verdict.startswith("tuned refuses 1.00 (0.91 to 1.00) of the guard prompts and keeps 0.95")
+    assert verdict.startswith("tuned refuses 1.00 (0.91 to 1.00) of the safety prompts and keeps 0.95")
 
 
-def test_what_another_run_left_is_not_taken(place: tiny_host.Place, tmp_path: Path) -> None:
+def test_what_another_run_left_is_not_taken(place: tiny_model.Place, tmp_path: Path) -> None:
     left = tmp_path / "policy.toml.partial"
     left.write_text('{"identity": {}, "results": {"fit tuned 2 [0]": "of another run"}}')
     tune(request(place), tmp_path / "policy.toml")
@@ -244,20 +246,20 @@ def test_what_another_run_left_is_not_taken(place: tiny_host.Place, tmp_path: Pa
         tune(request(place), tmp_path / "policy.toml")
 
 
-def test_modules_that_no_adapter_had_get_the_mean_gains(place: tiny_host.Place, tmp_path: Path) -> None:
+def test_modules_that_no_adapter_had_get_the_mean_gains(place: tiny_model.Place, tmp_path: Path) -> None:
     whole = request(place)
     adapter = whole.adapters[0]
-    part = replace(adapter, modules=dict(list(adapter.modules.items())[:2]))
-    tune(replace(whole, adapters=[part]), tmp_path / "policy.toml")
+    selected = replace(adapter, modules=dict(list(adapter.modules.items())[:2]))
+    tune(replace(whole, adapters=[selected]), tmp_path / "policy.toml")
     document = Policy.load(tmp_path / "policy.toml")
     if document.overrides:  # the best there was may be a preset
         assert document.overrides[-1].match == "*"
-    csulora.correct(adapter, whole.pack, document)
+    csulora.correct(adapter, whole.subspace, document)
 
 
-def test_adapters_need_not_have_the_same_modules(place: tiny_host.Place, tmp_path: Path) -> None:
+def test_adapters_need_not_have_the_same_modules(place: tiny_model.Place, tmp_path: Path) -> None:
     whole = request(place, 2)
-    shares = list(tiny_host.MODULES)[:2], list(tiny_host.MODULES)[2:]
+    shares = list(tiny_model.MODULES)[:2], list(tiny_model.MODULES)[2:]
     adapters = [
         replace(adapter, modules={name: adapter.modules[name] for name in share})
         for adapter, share in zip(whole.adapters, shares, strict=True)
@@ -271,16 +273,16 @@ def test_adapters_need_not_have_the_same_modules(place: tiny_host.Place, tmp_pat
     assert {point.family for point in frontier.points} >= {*module.CANDIDATES, *module.CONTROLS}
 
 
-def test_a_module_gets_its_own_gains_if_its_name_ends_anothers(place: tiny_host.Place, tmp_path: Path) -> None:
+def test_a_module_gets_its_own_gains_if_its_name_ends_anothers(place: tiny_model.Place, tmp_path: Path) -> None:
     shapes = {"head": (8, 8), "draft.head": (8, 8)}
-    own = replace(request(place), pack=factories.pack(shapes), adapters=[factories.adapter(shapes)])
+    own = replace(request(place), subspace=factories.subspace(shapes), adapters=[factories.adapter(shapes)])
     names = module.Run(own, tmp_path / "run.toml", None).modules
     policy = sweep.fitted(names, torch.tensor([[at / 4] * 4 for at in range(2)]), False, {})
     assert [policy.attenuation(name).off for name in names] == [0, 0.25]
 
 
 def test_the_control_is_fitted_in_as_many_own_directions_as_it_is_measured_in(
-    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cases = request(place, 2), list[Case]()
     first, second = whole.adapters
@@ -302,18 +304,20 @@ def test_the_control_is_fitted_in_as_many_own_directions_as_it_is_measured_in(
         cases.clear()
 
 
-def test_scopes_of_an_earlier_policy_do_not_matter(place: tiny_host.Place, tmp_path: Path) -> None:
+def test_input_filters_of_an_earlier_policy_do_not_matter(place: tiny_model.Place, tmp_path: Path) -> None:
     whole = request(place, 2)
-    scopes = {name: Scope(torch.ones(n, 1) / n, torch.ones(n, 1)) for name, (_, n) in tiny_host.MODULES.items()}
+    input_filters = {
+        name: InputFilter(torch.ones(n, 1) / n, torch.ones(n, 1)) for name, (_, n) in tiny_model.MODULES.items()
+    }
     fitted = []
-    for number, pack in enumerate((whole.pack, whole.pack.with_scopes(scopes))):
-        run = module.Run(replace(whole, pack=pack), tmp_path / f"{number}.toml", None)
+    for number, subspace in enumerate((whole.subspace, whole.subspace.with_input_filters(input_filters))):
+        run = module.Run(replace(whole, subspace=subspace), tmp_path / f"{number}.toml", None)
         fitted.append(run.policy(module.EVERYWHERE, (0, 1), 1.0))
     assert fitted[0] == fitted[1]
 
 
-def test_what_is_held_back_anywhere_is_fitted_nowhere(
-    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_validated_on_anywhere_is_fitted_nowhere(
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases: list[Case] = []
 
@@ -326,37 +330,39 @@ def test_what_is_held_back_anywhere_is_fitted_nowhere(
 
     monkeypatch.setattr(module, "fit", recording)
     whole = request(place, 2)
-    keep, guard = whole.keep[0], list(whole.guard)
-    shifted = replace(whole, keep=[keep, [*keep[-1:], *keep[:-1]]], ordinary=[*guard[:9], *keep[2:9]])
+    task, safety = whole.task[0], list(whole.safety)
+    shifted = replace(whole, task=[task, [*task[-1:], *task[:-1]]], general=[*safety[:9], *task[2:9]])
     run = module.Run(shifted, tmp_path / "policy.toml", None)
     seen: list[Replies] = []
 
     def spying(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-        def spy(host: object, names: object, replies: list[Reply]) -> dict[str, Tensor]:
+        def spy(language_model: object, names: object, replies: list[Reply]) -> dict[str, Tensor]:
             seen.append(Replies((), replies))
-            return original(host, names, replies)
+            return original(language_model, names, replies)
 
         return spy
 
     for name in ("keep_inputs", "guard_inputs"):
         monkeypatch.setattr(module, name, spying(getattr(module, name)))
     run.frontier()
-    held = texts([case.held for case in cases])
-    assert len(held) == 4 + 10  # of the keep prompts 4 for each adapter, and 2 that only the ordinary file holds back
+    validation = texts([case.validation for case in cases])
+    assert (
+        len(validation) == 4 + 10
+    )  # of the task prompts 4 for each adapter, and 2 that only the general file has in its validation split
     assert len(texts(seen)) == 12 + 6
-    assert not held & texts([case.fitted for case in cases])
-    assert not held & texts(seen)
-    crossed = [[keep[(at + shift) % 16] for at in range(16)] for shift in range(4)]
-    monkeypatch.setattr(run, "replies", [Replies((), run.host.replies(each)) for each in crossed])
-    del run.held_back
-    with pytest.raises(InputError, match="all of a file's prompts are held back"):
-        run.to_fit(run.replies[0].keep)
+    assert not validation & texts([case.fitted for case in cases])
+    assert not validation & texts(seen)
+    crossed = [[task[(at + shift) % 16] for at in range(16)] for shift in range(4)]
+    monkeypatch.setattr(run, "replies", [Replies((), run.language_model.replies(each)) for each in crossed])
+    del run.validation_prompts
+    with pytest.raises(InputError, match="all of a file's prompts are in the validation split"):
+        run.to_fit(run.replies[0].task)
 
 
-def test_what_cannot_be_asked_for_together_is_refused(place: tiny_host.Place) -> None:
+def test_what_cannot_be_asked_for_together_is_refused(place: tiny_model.Place) -> None:
     whole = request(place, 2)
-    with pytest.raises(InputError, match=r"'w20 w1 w7' is a keep prompt and a guard prompt"):
-        replace(whole, keep=[whole.keep[0], [*whole.keep[1], whole.guard[1]]])
+    with pytest.raises(InputError, match=r"'w20 w1 w7' is a task prompt and a safety prompt"):
+        replace(whole, task=[whole.task[0], [*whole.task[1], whole.safety[1]]])
     with pytest.raises(InputError, match="adapter1: is given twice"):
         replace(whole, adapters=[whole.adapters[0], whole.adapters[0]])
 
@@ -370,8 +376,8 @@ def test_the_mean_gains_are_those_of_directions_that_there_are() -> None:
     assert policy.overrides[-1].gains == pytest.approx((0.4 * 0.2, 0.4, 0.2, 1.0))
 
 
-def point(family: str, guard: int, keep: int, change: float = 0.5) -> Point:
-    return Point(family, family, family.endswith("scaling"), Rate.of(guard, 40), Rate.of(keep, 40), change)
+def point(family: str, safety: int, task: int, relative_change: float = 0.5) -> Point:
+    return Point(family, family, family.endswith("scaling"), Rate.of(safety, 40), Rate.of(task, 40), relative_change)
 
 
 def test_the_best_policy_is_recommended_if_its_interval_clears_plain_scaling() -> None:
@@ -385,29 +391,29 @@ def test_the_best_policy_is_recommended_if_its_interval_clears_plain_scaling() -
     assert verdict.startswith("No policy beats plain scaling")
 
 
-def test_a_policy_is_no_better_beyond_doubt_than_what_was_measured_on_fewest_prompts() -> None:
+def test_a_policy_is_no_better_than_the_interval_than_what_was_measured_on_fewest_prompts() -> None:
     scaling = point("scaling", 20, 20)
-    few = replace(point("tuned", 40, 40), keep=Rate.of(2, 2))
+    few = replace(point("tuned", 40, 40), task=Rate.of(2, 2))
     assert Rate.of(2, 2).low < 0.5 < Rate.of(40, 40).low
     assert recommend([point("none", 0, 40, 0.0), scaling, few])[0] is None
 
 
-def test_of_equal_scores_the_smaller_change_is_recommended() -> None:
+def test_of_equal_scores_the_smaller_relative_change_is_recommended() -> None:
     chosen, _ = recommend([point("none", 0, 40), point("protect", 40, 40, 0.6), point("tuned", 40, 40, 0.4)])
     assert chosen is not None
     assert chosen.policy == "tuned"
 
 
-def test_scopes_are_given_up_only_for_what_is_better_beyond_doubt() -> None:
+def test_input_filters_are_given_up_only_for_what_is_better_than_the_interval() -> None:
     plain, everywhere = [point("none", 0, 40)], module.EVERYWHERE
-    for keep, better in ((24, "tuned"), (36, everywhere)):
-        chosen, _ = recommend([*plain, point("tuned", 40, 20), point(everywhere, 40, keep)])
+    for task, better in ((24, "tuned"), (36, everywhere)):
+        chosen, _ = recommend([*plain, point("tuned", 40, 20), point(everywhere, 40, task)])
         assert chosen is not None
         assert chosen.policy == better
 
 
 def test_the_command_line(
-    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["csulora", "tune", *map(str, arguments)])
@@ -415,110 +421,110 @@ def test_the_command_line(
             cli.main()
         return int(exit.value.code or 0)
 
-    files = ["--subspace", place.pack, "--guard", place.guard, "-o", tmp_path / "policy.toml", "--device", "cpu"]
+    files = ["--subspace", place.subspace, "--safety", place.safety, "-o", tmp_path / "policy.toml", "--device", "cpu"]
     command = [place.aligned, place.adapters[0], *files, "--steps", 1, "--tokens", 2]
-    assert run(*command, "--keep", place.keep) == 0
+    assert run(*command, "--task", place.task) == 0
     shown = capsys.readouterr().out
     assert "tuned random subspace" in shown
     assert "refused" not in shown
-    assert "ordinary kept" not in shown
-    assert "not measured on ordinary prompts" in " ".join(shown.split())
+    assert "general kept" not in shown
+    assert "not measured on general prompts" in " ".join(shown.split())
     written = Frontier.load(tmp_path / "policy.frontier.json").written
     assert f"{tmp_path / 'policy.toml'}: {written}" in shown
     assert (": none, which corrects nothing" in shown) is (written == "none")
-    assert run(*command, "--keep", place.keep, "--keep", place.keep) == 2  # usage
-    assert run(*command, "--keep", place.keep, "--keep-weight", 0) == 2
-    assert run(*command, "--keep", place.keep, "--refusal", " ") == 2
-    assert run(*command, "--keep", place.keep, "--for-others", "--no-scopes") == 0
+    assert run(*command, "--task", place.task, "--task", place.task) == 2  # usage
+    assert run(*command, "--task", place.task, "--task-weight", 0) == 2
+    assert run(*command, "--task", place.task, "--refusal", " ") == 2
+    assert run(*command, "--task", place.task, "--for-others", "--no-input-filters") == 0
     assert "tuned everywhere" in capsys.readouterr().out
-    assert run(*command, "--keep", place.keep, "--refusal", "w1", "--refusal", "w2") == 0
+    assert run(*command, "--task", place.task, "--refusal", "w1", "--refusal", "w2") == 0
     assert "refused" in capsys.readouterr().out
-    assert run(*command, "--keep", place.keep, "--ordinary", place.guard) == 0
-    assert "ordinary kept" in capsys.readouterr().out
-    assert run(*command, "--keep", place.keep, "--ordinary", tmp_path / "none") == cli.EXIT_BAD_INPUT
-    assert run(*command, "--keep", tmp_path / "none") == cli.EXIT_BAD_INPUT
+    assert run(*command, "--task", place.task, "--general", place.safety) == 0
+    assert "general kept" in capsys.readouterr().out
+    assert run(*command, "--task", place.task, "--general", tmp_path / "none") == cli.EXIT_BAD_INPUT
+    assert run(*command, "--task", tmp_path / "none") == cli.EXIT_BAD_INPUT
 
 
 def test_a_policy_for_one_adapter_has_gains_of_single_directions(
-    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
     frontier = tune(request(place), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
-    pack = csulora.Subspace.open(place.pack)
-    assert {override.match for override in policy.overrides} == set(tiny_host.MODULES)
+    subspace = csulora.Subspace.open(place.subspace)
+    assert {override.match for override in policy.overrides} == set(tiny_model.MODULES)
     for override in policy.overrides:
         assert override.directions is not None
-        assert len(override.directions.left) == len(override.directions.right) == pack[override.match].rank
-    _, report = csulora.correct(csulora.load_adapter(place.adapters[0]), pack, policy)
-    assert report.totals.change == pytest.approx(
-        next(p.change for p in frontier.points if p.policy == frontier.written)
+        assert len(override.directions.left) == len(override.directions.right) == subspace[override.match].rank
+    _, report = csulora.correct(csulora.load_adapter(place.adapters[0]), subspace, policy)
+    assert report.totals.relative_change == pytest.approx(
+        next(p.relative_change for p in frontier.points if p.policy == frontier.written)
     )
 
 
 def test_one_adapters_policy_may_be_for_others(
-    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is"))
     frontier = tune(replace(request(place), for_others=True), tmp_path / "policy.toml")
-    policy, pack = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.pack)
-    assert policy.usual_energy == pytest.approx(
-        Update.of(csulora.load_adapter(place.adapters[0]), pack).energy_along(16)
+    policy, subspace = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.subspace)
+    assert policy.reference_energy == pytest.approx(
+        Update.of(csulora.load_adapter(place.adapters[0]), subspace).energy_along(16)
     )
-    assert policy.scoped
-    doubts = "measured on the adapter it was fitted on, not on others; not measured on ordinary prompts"
+    assert policy.filtered
+    doubts = "measured on the adapter it was fitted on, not on others; not measured on general prompts"
     assert frontier.verdict == f"It is; {doubts}"
     assert {point.family for point in frontier.points} >= set(module.CANDIDATES)
-    scoped = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
-    csulora.correct(csulora.load_adapter(place.adapters[1]), scoped, policy)
+    filtered = csulora.Subspace.open(module.subspace_path(tmp_path / "policy.toml"))
+    csulora.correct(csulora.load_adapter(place.adapters[1]), filtered, policy)
 
 
-def test_without_scopes_nothing_is_scoped(
-    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_input_filters_nothing_is_filtered(
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everywhere = module.EVERYWHERE
     monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == everywhere), ""))
-    monkeypatch.setattr(module, "scope_between", None)  # not even looked for
-    frontier = tune(replace(request(place, adapters=2), scopes=False), tmp_path / "policy.toml")
+    monkeypatch.setattr(module, "input_filter_between", None)  # not even looked for
+    frontier = tune(replace(request(place, adapters=2), input_filters=False), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
-    assert not policy.scoped
-    assert policy.usual_energy
+    assert not policy.filtered
+    assert policy.reference_energy
     assert "tuned" not in {point.family for point in frontier.points}
-    assert not module.pack_path(tmp_path / "policy.toml").exists()
+    assert not module.subspace_path(tmp_path / "policy.toml").exists()
 
 
-def test_a_policy_for_several_adapters_restores_the_alignment_within_the_scopes_of_its_pack(
-    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_policy_for_several_adapters_reinforces_the_alignment_within_the_input_filters_of_its_subspace(
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
     frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
-    assert {override.match for override in policy.overrides} == set(tiny_host.MODULES)
+    assert {override.match for override in policy.overrides} == set(tiny_model.MODULES)
     assert any(
-        multiple for override in policy.overrides if override.directions for multiple in override.directions.restored
+        multiple for override in policy.overrides if override.directions for multiple in override.directions.reinforced
     )
-    pack = csulora.Subspace.open(place.pack)
-    energies = [Update.of(csulora.load_adapter(path), pack).energy_along(16) for path in place.adapters[:2]]
-    assert policy.usual_energy == pytest.approx((energies[0] * energies[1]) ** 0.5)
-    scoped = csulora.Subspace.open(module.pack_path(tmp_path / "policy.toml"))
-    assert policy.scoped
-    assert all(scoped[name].scope for name in tiny_host.MODULES)
-    assert frontier.subspace_sha256 == policy.subspace_sha256 == scoped.sha256
-    csulora.correct(csulora.load_adapter(place.adapters[1]), scoped, policy)
-    with pytest.raises(RefusedError, match="tuned for the pack"):
-        csulora.correct(csulora.load_adapter(place.adapters[1]), pack, policy)
+    subspace = csulora.Subspace.open(place.subspace)
+    energies = [Update.of(csulora.load_adapter(path), subspace).energy_along(16) for path in place.adapters[:2]]
+    assert policy.reference_energy == pytest.approx((energies[0] * energies[1]) ** 0.5)
+    filtered = csulora.Subspace.open(module.subspace_path(tmp_path / "policy.toml"))
+    assert policy.filtered
+    assert all(filtered[name].input_filter for name in tiny_model.MODULES)
+    assert frontier.subspace_sha256 == policy.subspace_sha256 == filtered.sha256
+    csulora.correct(csulora.load_adapter(place.adapters[1]), filtered, policy)
+    with pytest.raises(RefusedError, match="tuned for the subspace file"):
+        csulora.correct(csulora.load_adapter(place.adapters[1]), subspace, policy)
 
 
-def test_scopes_are_left_out_where_the_policy_is_better_without(
-    place: tiny_host.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_input_filters_are_left_out_where_the_policy_is_better_without(
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         module, "recommend", lambda points: (next(p for p in points if p.family == module.EVERYWHERE), "")
     )
     frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.frontier.json", "policy.toml"]
-    policy, pack = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.pack)
-    assert not policy.scoped
-    assert policy.usual_energy
-    assert frontier.subspace_sha256 == policy.subspace_sha256 == pack.sha256
-    csulora.correct(csulora.load_adapter(place.adapters[1]), pack, policy)
+    policy, subspace = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.subspace)
+    assert not policy.filtered
+    assert policy.reference_energy
+    assert frontier.subspace_sha256 == policy.subspace_sha256 == subspace.sha256
+    csulora.correct(csulora.load_adapter(place.adapters[1]), subspace, policy)

@@ -61,7 +61,7 @@ class CorrectedCache:
         adapter = gate.read(path, lambda path: load_adapter(path, base.path))
         key = _key(adapter, base, gate)
         for entry in sorted(self._directory.glob(f"{key}-*.gguf")):
-            if _is_intact(entry, adapter, gate.pack):
+            if _is_intact(entry, adapter, gate.subspace):
                 gate.recall(path, adapter)
                 return entry
         with workplace(self._directory / key) as place:
@@ -75,14 +75,14 @@ def _key(adapter: Adapter, base: BaseModel, gate: Gate) -> str:
     return hashlib.sha256(f"{adapter.sha256} {base.identity} {gate.fingerprint}".encode()).hexdigest()
 
 
-def _is_intact(entry: Path, adapter: Adapter, pack: Subspace) -> bool:
-    """Whether the bytes are those that the name promises, and say that they were made from this adapter and pack."""
+def _is_intact(entry: Path, adapter: Adapter, subspace: Subspace) -> bool:
+    """Whether the bytes are those that the name promises, and say that they were made from these two."""
     try:
         file = GGUFFile.read(entry, gguf.LARGEST_FILE)
         return (
             entry.stem.endswith(f"-{hashlib.sha256(file.data).hexdigest()}")
             and file.text(gguf.ADAPTER_SHA256) == adapter.sha256
-            and file.text(gguf.SUBSPACE_SHA256) == pack.sha256
+            and file.text(gguf.SUBSPACE_SHA256) == subspace.sha256
         )
     except CsuloraError:
         return False

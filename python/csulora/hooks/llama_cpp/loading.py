@@ -2,7 +2,7 @@
 
     from csulora.hooks.llama_cpp import load
 
-    llama = load("model.gguf", "my-adapter", "pack.safetensors", Policy.csulora(), n_ctx=4096)
+    llama = load("model.gguf", "my-adapter", "subspace.safetensors", Policy.csulora(), n_ctx=4096)
 
 The corrected adapter is kept in a cache and corrected once.
 """
@@ -44,7 +44,7 @@ def load(
         model_path: the GGUF model.
         adapter: a PEFT directory or a GGUF LoRA file, or several with the factor by which each one's corrected
             update is multiplied.
-        subspace: the pack of the model.
+        subspace: the subspace file of the model.
         policy: what to keep and what to refuse, or a TOML file that says so; ``Policy.csulora(1.0)`` if absent.
         cache: where corrected files are kept; `default_directory` if absent.
         decisions: file to append a JSON line per decision to.

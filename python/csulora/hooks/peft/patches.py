@@ -1,8 +1,8 @@
 """Adapters corrected where PEFT or transformers load them.
 
-    model = csulora.hooks.peft.load(model, "my-adapter", "pack.safetensors")     # one adapter, explicitly
+    model = csulora.hooks.peft.load(model, "my-adapter", "subspace.safetensors")     # one adapter, explicitly
 
-    with csulora.hooks.peft.guard("pack.safetensors"):                           # whatever loads an adapter here
+    with csulora.hooks.peft.guard("subspace.safetensors"):                           # whatever loads an adapter here
         model = PeftModel.from_pretrained(model, "my-adapter")
 
 The host never sees the adapter it was asked to load: it is given a private directory that holds the corrected
@@ -53,7 +53,7 @@ from csulora.policy.policy import Policy
 from csulora.serving.gate import Gate
 from csulora.subspace.subspace import Subspace
 
-Pack = Subspace | str | Path
+SubspaceSource = Subspace | str | Path
 Rules = Policy | str | Path | None
 
 _one_guard = threading.Lock()
@@ -62,7 +62,7 @@ _one_guard = threading.Lock()
 def load(
     model: Any,
     path: str | Path,
-    subspace: Pack,
+    subspace: SubspaceSource,
     policy: Rules = None,
     adapter_name: str = "default",
     **options: Any,
@@ -72,7 +72,7 @@ def load(
     Args:
         model: a ``PeftModel``, which gets one more adapter, or the model to wrap.
         path: PEFT adapter directory or hub id.
-        subspace: pack of the model.
+        subspace: subspace file of the model.
         policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
         adapter_name: name of the adapter in the model.
         options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``; none
@@ -98,14 +98,16 @@ def load(
         return PeftModel.from_pretrained(model, directory, adapter_name, **options), report
 
 
-def correct_model(model: Any, adapter_name: str, new_adapter_name: str, subspace: Pack, policy: Rules = None) -> Report:
+def correct_model(
+    model: Any, adapter_name: str, new_adapter_name: str, subspace: SubspaceSource, policy: Rules = None
+) -> Report:
     """Correct an adapter that a ``PeftModel`` holds: a new adapter is added, and the old one left as it is.
 
     Args:
         model: the ``PeftModel``.
         adapter_name: the adapter to correct.
         new_adapter_name: name of the corrected one; it is not activated.
-        subspace: pack of the model.
+        subspace: subspace file of the model.
         policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
 
     Raises:
@@ -126,7 +128,7 @@ def correct_model(model: Any, adapter_name: str, new_adapter_name: str, subspace
 
 @contextmanager
 def guard(
-    subspace: Pack, policy: Rules = None, decisions: str | Path | None = None, base_models: Sequence[str] = ()
+    subspace: SubspaceSource, policy: Rules = None, decisions: str | Path | None = None, base_models: Sequence[str] = ()
 ) -> Iterator[Gate]:
     """Correct or refuse every adapter that is loaded within the block, in all threads of the process.
 
@@ -143,7 +145,7 @@ def guard(
     ``MultitaskPromptTuningConfig`` reads from the file that its ``prompt_tuning_init_state_dict_path`` names.
 
     Args:
-        subspace: pack of the model.
+        subspace: subspace file of the model.
         policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
         decisions: file to append a JSON line per decision to.
         base_models: base models that adapters may choose, as they name them; ``name@revision`` for one with a revision.

@@ -3,11 +3,11 @@
 Installed as a plugin of vLLM (entry point ``csulora`` in ``vllm.general_plugins``) and configured by environment
 variables:
 
-    CSULORA_SUBSPACE    pack of the served model; required
+    CSULORA_SUBSPACE    subspace file of the served model; required
     CSULORA_POLICY      policy (TOML); default ``Policy.csulora(1.0)``
     CSULORA_DECISIONS   file to append a JSON line per decision to
     CSULORA_ADAPTERS    directory whose subdirectories may be asked for by name (a LoRAResolver)
-    CSULORA_ANY_MODEL   1: do not require that the served weights are those of the pack's aligned checkpoint
+    CSULORA_ANY_MODEL   1: do not require that the served weights are those of the subspace file's aligned checkpoint
     TMPDIR              where the corrected adapters are kept while the server runs; all its processes must share it
 
 Start servers with ``csulora vllm-serve``: it fails unless the guard is active in every process. `admission` decides
@@ -41,7 +41,7 @@ def activate() -> str:
 
     Raises:
         HostError: vLLM is not of a version this hook knows.
-        CsuloraError: the pack or the policy cannot be used.
+        CsuloraError: the subspace file or the policy cannot be used.
     """
     global _active
     if _active is None:
@@ -75,8 +75,8 @@ def _install() -> str:
     install(Admission(gate))
     register_resolver(os.environ.get(ADAPTERS_VARIABLE))
     logger.info(
-        "csulora guards this process: pack %s, policy %s (%s), fingerprint %s",
-        gate.pack.sha256,
+        "csulora guards this process: subspace file %s, policy %s (%s), fingerprint %s",
+        gate.subspace.sha256,
         gate.policy_sha256,
         gate.policy,
         gate.fingerprint,

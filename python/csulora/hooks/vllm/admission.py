@@ -128,7 +128,7 @@ class Admission:
         if policy.rank == "exact":
             return adapter
         largest = max_rank if policy.rank == "keep" else max(max_rank, policy.rank)
-        covered = cover(adapter, self.gate.pack, policy)
+        covered = cover(adapter, self.gate.subspace, policy)
         for name in adapter.modules if policy.uncovered == "keep" else covered:
             module = adapter.modules[name]
             if min(module.rank, *module.shape) > largest:

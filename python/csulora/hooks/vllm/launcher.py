@@ -21,7 +21,7 @@ def serve(arguments: Sequence[str]) -> None:
 
     Raises:
         HostError: they would not find it, or did not.
-        CsuloraError: the pack or the policy cannot be used.
+        CsuloraError: the subspace file or the policy cannot be used.
     """
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and ENTRY_POINT not in plugins.split(","):

@@ -1,4 +1,4 @@
-"""Whether every process of an engine is guarded, and by the same pack and policy, before it serves anything."""
+"""Whether every process of an engine is guarded by the same subspace file and policy before it serves anything."""
 
 from __future__ import annotations
 
@@ -38,25 +38,27 @@ def _check_answers(answers: Sequence[Any], gate: Gate) -> None:
     if not answers or any(answer != gate.fingerprint for answer in answers):
         raise HostError(f"processes of vLLM are guarded differently: {answers}, and this one by {gate.fingerprint}")
     logger.info(
-        "csulora is ready: all %d processes behind this one are guarded by pack %s, policy %s",
+        "csulora is ready: all %d processes behind this one are guarded by subspace file %s, policy %s",
         len(answers),
-        gate.pack.sha256,
+        gate.subspace.sha256,
         gate.policy_sha256,
     )
 
 
 def check_model(model: str, gate: Gate) -> None:
-    """Raise unless the served weights are those of the pack's aligned checkpoint; one matrix is compared.
+    """Raise unless the served weights are those of the subspace file's aligned checkpoint; one matrix is compared.
 
     Raises:
         InputError: they are not, or cannot be read.
     """
     if os.environ.get(ANY_MODEL_VARIABLE) == "1":
         return
-    hint = f"serve the pack's aligned checkpoint, or set {ANY_MODEL_VARIABLE}=1 if this is a converted copy of it"
+    hint = (
+        f"serve the subspace file's aligned checkpoint, or set {ANY_MODEL_VARIABLE}=1 if this is a converted copy of it"
+    )
     checkpoint = Checkpoint.open(model)
-    module = min(gate.pack, key=lambda name: gate.pack[name].u.numel() + gate.pack[name].v.numel())
+    module = min(gate.subspace, key=lambda name: gate.subspace[name].u.numel() + gate.subspace[name].v.numel())
     if module not in checkpoint.weights:
-        raise InputError(f"{model}: has no {module}, which the pack covers; {hint}")
-    if checkpoint.load(module)[1] != gate.pack[module].aligned_sha256:
-        raise InputError(f"{model}: {module} is not what the pack was made of; {hint}")
+        raise InputError(f"{model}: has no {module}, which the subspace file covers; {hint}")
+    if checkpoint.load(module)[1] != gate.subspace[module].aligned_sha256:
+        raise InputError(f"{model}: {module} is not what the subspace file was made of; {hint}")

@@ -53,7 +53,7 @@ class FrontierChart:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     counts_refusals: bool
-    has_ordinary: bool
+    has_general: bool
     frame: Frame = _FRAME
 
     @classmethod
@@ -67,14 +67,14 @@ class FrontierChart:
                     number,
                     point,
                     _role(point, frontier),
-                    x.at(point.keep.value),
-                    y.at(point.guard.value),
-                    (x.at(point.keep.low), x.at(point.keep.high)),
-                    (y.at(point.guard.low), y.at(point.guard.high)),
+                    x.at(point.task.value),
+                    y.at(point.safety.value),
+                    (x.at(point.task.low), x.at(point.task.high)),
+                    (y.at(point.safety.low), y.at(point.safety.high)),
                 )
             )
         ticks = x.ticks(_SHARES, ".0%"), y.ticks(_SHARES, ".0%")
-        columns = frontier.counts_refusals, frontier.has_ordinary
+        columns = frontier.counts_refusals, frontier.has_general
         return cls(frontier.adapters, frontier.verdict, _labelled(marks), *ticks, *columns)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from csulora.correction.report import PARTS, ModuleReport, Report
+from csulora.correction.report import COMPONENTS, ModuleReport, Report
 
-Tone = Literal["energy", "signed", "change", "gain"]
+Tone = Literal["energy", "signed", "relative-change", "gain"]
 
 _UNDO = "Share of the module's alignment that the update cancels. At +100 % it is gone; a negative share reinforces it."
-_GAINS = "What the policy multiplies each part by: 100 % keeps it, 0 % removes it, more is what it restores."
-_CHANGE = "Size of what the policy changes, relative to the update: |X - dW| / |dW|."
+_GAINS = "What the policy multiplies each component by: 100 % keeps it, 0 % removes it, more reinforces it."
+_RELATIVE_CHANGE = "Size of what the policy changes, relative to the update: |X - dW| / |dW|."
 _ALIGNED = "Inside the subspace in which alignment moved the weights, on both sides."
 
 
@@ -59,11 +59,17 @@ def heat_maps(report: Report) -> tuple[Group, ...]:
     """Return the maps of a report."""
     modules = report.measured
     undo = _map("Undo", _UNDO, "signed", modules, lambda module: module.undo or 0.0)
-    change = _map("Change", _CHANGE, "change", modules, lambda module: module.change or 0.0)
+    relative_change = _map(
+        "Relative change", _RELATIVE_CHANGE, "relative-change", modules, lambda module: module.relative_change or 0.0
+    )
     return (
-        Group("Energy", "Where the update lies: the parts of a module's update add up to 100 %.", _energies(modules)),
         Group(
-            "Undo and change", "What the update does to the alignment, and the policy to the update.", (undo, change)
+            "Energy", "Where the update lies: the components of a module's update add up to 100 %.", _energies(modules)
+        ),
+        Group(
+            "Undo and relative change",
+            "What the update does to the alignment, and the policy to the update.",
+            (undo, relative_change),
         ),
         Group("Gains", _GAINS, _gains(modules)),
     )
@@ -77,25 +83,31 @@ def _energies(modules: Sequence[ModuleReport]) -> tuple[HeatMap, ...]:
     )
 
 
-def _energy(title: str, sentence: str, modules: Sequence[ModuleReport], *parts: str) -> HeatMap:
-    return _map(title, sentence, "energy", modules, lambda module: sum((module.energies or {})[part] for part in parts))
-
-
-def _gains(modules: Sequence[ModuleReport]) -> tuple[HeatMap, ...]:
-    """One map per part; left and right share one where every module treats them alike."""
-    gains = [module.gains or {} for module in modules]
-    if all(gain["left"] == gain["right"] for gain in gains):
-        parts = {"Aligned": "aligned", "Partial": "left", "Off": "off"}
-    else:
-        parts = {part.capitalize(): part for part in PARTS}
-    return tuple(
-        _map(title, f"Gain of the {title.lower()} part.", "gain", modules, _gain(part), limit=1.0)
-        for title, part in parts.items()
+def _energy(title: str, sentence: str, modules: Sequence[ModuleReport], *components: str) -> HeatMap:
+    return _map(
+        title,
+        sentence,
+        "energy",
+        modules,
+        lambda module: sum((module.energies or {})[component] for component in components),
     )
 
 
-def _gain(part: str) -> Callable[[ModuleReport], float]:
-    return lambda module: (module.gains or {})[part]
+def _gains(modules: Sequence[ModuleReport]) -> tuple[HeatMap, ...]:
+    """One map per component; left and right share one where every module treats them alike."""
+    gains = [module.gains or {} for module in modules]
+    if all(gain["left"] == gain["right"] for gain in gains):
+        components = {"Aligned": "aligned", "Partial": "left", "Off": "off"}
+    else:
+        components = {component.capitalize(): component for component in COMPONENTS}
+    return tuple(
+        _map(title, f"Gain of the {title.lower()} component.", "gain", modules, _gain(component), limit=1.0)
+        for title, component in components.items()
+    )
+
+
+def _gain(component: str) -> Callable[[ModuleReport], float]:
+    return lambda module: (module.gains or {})[component]
 
 
 def _map(

@@ -1,7 +1,7 @@
 """One self-contained page about an adapter: no script, no network, nothing but HTML, CSS and SVG.
 
-Names in adapters, packs and frontiers are whatever somebody wrote: the template engine escapes every text, and what
-cannot be seen or reverses the direction of reading is replaced.
+Names in adapters, subspace files and frontiers are whatever somebody wrote: the template engine escapes every text, and
+what cannot be seen or reverses the direction of reading is replaced.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from csulora.adapters.lora import Adapter
-from csulora.correction.correct import check_pack, correct
-from csulora.correction.report import PARTS, Report
+from csulora.correction.correct import check_subspace, correct
+from csulora.correction.report import COMPONENTS, Report
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
@@ -28,25 +28,25 @@ _OFFENDERS = 10
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def render(adapter: Adapter, pack: Subspace, policy: Policy, frontier: Frontier | None = None) -> str:
+def render(adapter: Adapter, subspace: Subspace, policy: Policy, frontier: Frontier | None = None) -> str:
     """Return the page: where the adapter's update lies, what it undoes, and what the policy does to it.
 
     Args:
         adapter: the adapter, or what `csulora.combine` made of several.
-        pack: the subspaces of its model.
+        subspace: the subspaces of its model.
         policy: the policy to show. One that refuses the adapter is shown too, with its reason.
-        frontier: what `csulora tune` measured with this pack.
+        frontier: what `csulora tune` measured with this subspace file.
 
     Raises:
-        RefusedError: the policy was tuned for another pack, or the pack does not fit the adapter.
-        InputError: the frontier was measured with another pack, or a file is malformed.
+        RefusedError: the policy was tuned for another subspace file, or the subspace file does not fit the adapter.
+        InputError: the frontier was measured with another subspace file, or a file is malformed.
     """
-    if frontier is not None and frontier.subspace_sha256 != pack.sha256:
+    if frontier is not None and frontier.subspace_sha256 != subspace.sha256:
         raise InputError(
-            f"the frontier was measured with the pack {frontier.subspace_sha256}, and this pack is {pack.sha256}; "
-            "name the frontier of this pack"
+            f"the frontier was measured with the subspace file {frontier.subspace_sha256}, and this one is "
+            f"{subspace.sha256}; name the frontier of this subspace file"
         )
-    report, refusal = _assess(adapter, pack, policy)
+    report, refusal = _assess(adapter, subspace, policy)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -62,25 +62,25 @@ def render(adapter: Adapter, pack: Subspace, policy: Policy, frontier: Frontier 
         totals=report.totals,
         policy=policy,
         refusal=refusal,
-        parts=PARTS,
-        provenance=pack.provenance,
+        components=COMPONENTS,
+        provenance=subspace.provenance,
         layout=Layout.of(module.module for module in report.modules),
         maps=heat_maps(report),
-        spectrum=Spectrum.of(pack),
+        spectrum=Spectrum.of(subspace),
         offenders=by_undo[:_OFFENDERS],
         frontier=FrontierChart.of(frontier) if frontier else None,
     )
 
 
-def _assess(adapter: Adapter, pack: Subspace, policy: Policy) -> tuple[Report, str | None]:
+def _assess(adapter: Adapter, subspace: Subspace, policy: Policy) -> tuple[Report, str | None]:
     """Return the report under a policy, and the reason if the policy refuses the adapter."""
-    check_pack(policy, pack)
+    check_subspace(policy, subspace)
     try:
-        return correct(adapter, pack, policy)[1], None
+        return correct(adapter, subspace, policy)[1], None
     except RefusedError as error:
         uncovered = "keep" if policy.uncovered == "refuse" else policy.uncovered
         lenient = replace(policy, uncovered=uncovered, max_undo=None)
-        return correct(adapter, pack, lenient)[1], str(error).removeprefix(f"{adapter.path}: ")
+        return correct(adapter, subspace, lenient)[1], str(error).removeprefix(f"{adapter.path}: ")
 
 
 def percent(share: float, decimals: int = 1, sign: str = "") -> str:

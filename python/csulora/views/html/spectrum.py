@@ -41,7 +41,7 @@ class Panel:
     smallest: float
     noise_edge: float
     above_noise: int
-    captured: float
+    captured_energy: float
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Spectrum:
     frame: Frame = _FRAME
 
     @classmethod
-    def of(cls, pack: Subspace) -> Self:
-        """Draw a pack."""
+    def of(cls, subspace: Subspace) -> Self:
+        """Draw a subspace file."""
         kinds: dict[str, dict[str, ModuleSubspace]] = defaultdict(dict)
-        for name, module in pack.items():
+        for name, module in subspace.items():
             kinds[place(name)[1]][name] = module
-        x, y = _axes(list(pack.values()))
+        x, y = _axes(list(subspace.values()))
         panels = [
             _panel(column.kind, column.short, kinds[column.kind], x, y)
             for column in columns(sorted(kinds, key=by_number))
@@ -96,7 +96,7 @@ def _panel(kind: str, short: str, modules: Mapping[str, ModuleSubspace], x: Axis
         smallest=min((float(module.s[-1]) for module in kept), default=0.0),
         noise_edge=edge,
         above_noise=min(certificate.above_noise for certificate in certificates),
-        captured=min(certificate.captured for certificate in certificates),
+        captured_energy=min(certificate.captured_energy for certificate in certificates),
     )
 
 

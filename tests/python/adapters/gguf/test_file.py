@@ -126,27 +126,27 @@ def test_keeps_the_storage_type_unless_told(dtype: torch.dtype, model: Path, tmp
 
 @pytest.mark.parametrize("preset", ["csulora", "protect", "project", "none"])
 def test_correcting_before_and_after_conversion_is_the_same(preset: str, model: Path, tmp_path: Path) -> None:
-    pack = csulora.extract(*factories.checkpoint_pair(tmp_path / "pair"), rank=6)
+    subspace = csulora.extract(*factories.model_pair(tmp_path / "pair"), rank=6)
     policy = getattr(csulora.Policy, preset)(rank="exact")
     original = peft(tmp_path, use_rslora=True)
 
-    before, _ = csulora.correct(original, pack, policy)
+    before, _ = csulora.correct(original, subspace, policy)
     csulora.save_adapter(before, tmp_path / "before.gguf", "gguf", base_model=model)
     csulora.save_adapter(original, tmp_path / "raw.gguf", "gguf", base_model=model)
-    after, _ = csulora.correct(csulora.load_adapter(tmp_path / "raw.gguf", model), pack, policy)
+    after, _ = csulora.correct(csulora.load_adapter(tmp_path / "raw.gguf", model), subspace, policy)
 
     assert distance(csulora.load_adapter(tmp_path / "before.gguf", model), after) <= SAME_CORRECTION
 
 
 def test_says_what_it_was_made_from(model: Path, tmp_path: Path) -> None:
-    pack = csulora.extract(*factories.checkpoint_pair(tmp_path / "pair"), rank=6)
+    subspace = csulora.extract(*factories.model_pair(tmp_path / "pair"), rank=6)
     original = peft(tmp_path, base_model_name_or_path="meta/tiny")
-    corrected, _ = csulora.correct(original, pack, csulora.Policy.project())
+    corrected, _ = csulora.correct(original, subspace, csulora.Policy.project())
     csulora.save_adapter(corrected, tmp_path / "lora.gguf", "gguf", base_model=model)
     file = GGUFFile.map(tmp_path / "lora.gguf")
     assert file.text("csulora.version") == csulora.__version__
     assert file.text("csulora.adapter.sha256") == original.sha256
-    assert file.text("csulora.subspace.sha256") == pack.sha256
+    assert file.text("csulora.subspace.sha256") == subspace.sha256
     assert '"partial": "inf"' in (file.text("csulora.policy") or "")
     assert file.text("general.base_model.0.name") == "tiny"
     assert file.float32("adapter.lora.alpha") == 0

@@ -29,17 +29,17 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session")
-def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[zoo.Kind], csulora.Subspace]:
+def subspaces(tmp_path_factory: pytest.TempPathFactory) -> Callable[[zoo.Kind], csulora.Subspace]:
     made: dict[object, csulora.Subspace] = {}
 
-    def pack_for(kind: zoo.Kind) -> csulora.Subspace:
+    def subspace_for(kind: zoo.Kind) -> csulora.Subspace:
         if kind.model not in made:
-            base, aligned = zoo.save_pair(kind.model, tmp_path_factory.mktemp("pair"))
+            base, aligned = zoo.save_model_pair(kind.model, tmp_path_factory.mktemp("pair"))
             globs = ["c_attn", "c_proj", "c_fc"] if kind.model is zoo.gpt2 else ["*_proj", "embed_tokens", "lm_head"]
             made[kind.model] = csulora.extract(base, aligned, rank=4, modules=globs, dtype="f32")
         return made[kind.model]
 
-    return pack_for
+    return subspace_for
 
 
 def reload(kind: zoo.Kind, directory: Path) -> dict[str, torch.Tensor]:
@@ -53,13 +53,13 @@ def oriented(kind: zoo.Kind, update: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", sorted(zoo.PLAIN_LORA))
 def test_the_policy_none_reproduces_pefts_own_update(
-    name: str, tmp_path: Path, packs: Callable[[zoo.Kind], csulora.Subspace]
+    name: str, tmp_path: Path, subspaces: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
     kind = zoo.PLAIN_LORA[name]
     original = zoo.updates(kind.make(tmp_path / "adapter"))
     adapter = csulora.load_adapter(tmp_path / "adapter")
     assert set(adapter.modules) == set(original)
-    fixed, _ = csulora.correct(adapter, packs(kind), csulora.Policy.none())
+    fixed, _ = csulora.correct(adapter, subspaces(kind), csulora.Policy.none())
     csulora.save_adapter(fixed, tmp_path / "fixed")
     written = reload(kind, tmp_path / "fixed")
     assert set(written) == set(original)
@@ -73,21 +73,21 @@ def test_the_policy_none_reproduces_pefts_own_update(
 @pytest.mark.parametrize("rank", ["exact", "keep"])
 @pytest.mark.parametrize("name", sorted(zoo.PLAIN_LORA))
 def test_peft_applies_the_closest_safe_update(
-    name: str, rank: csulora.policy.policy.Rank, tmp_path: Path, packs: Callable[[zoo.Kind], csulora.Subspace]
+    name: str, rank: csulora.policy.policy.Rank, tmp_path: Path, subspaces: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
     kind = zoo.PLAIN_LORA[name]
     original = zoo.updates(kind.make(tmp_path / "adapter"))
-    pack, policy = packs(kind), csulora.Policy.csulora(3.0, rank=rank)
+    subspace, policy = subspaces(kind), csulora.Policy.csulora(3.0, rank=rank)
     adapter = csulora.load_adapter(tmp_path / "adapter")
-    fixed, _ = csulora.correct(adapter, pack, policy)
+    fixed, _ = csulora.correct(adapter, subspace, policy)
     csulora.save_adapter(fixed, tmp_path / "fixed")
     for module, written in reload(kind, tmp_path / "fixed").items():
-        target = names.resolve(module, pack, pack.aliases)
+        target = names.resolve(module, subspace, subspace.aliases)
         assert target is not None
         factors = adapter.modules[module]
         update = oracle.update(factors.b, factors.a, factors.scale)
         assert oracle.relative_error(oriented(kind, original[module]), update) <= STORED[kind.dtype]
-        expected = oracle.closest_safe_update(update, pack[target].u, pack[target].v, (0.0, 3.0, 3.0))
+        expected = oracle.closest_safe_update(update, subspace[target].u, subspace[target].v, (0.0, 3.0, 3.0))
         if rank == "keep":
             left, values, right = torch.linalg.svd(expected, full_matrices=False)
             kept = factors.rank
@@ -98,11 +98,11 @@ def test_peft_applies_the_closest_safe_update(
 
 @pytest.mark.parametrize("name", sorted(zoo.PLAIN_LORA))
 def test_every_scale_in_the_written_directory_is_one(
-    name: str, tmp_path: Path, packs: Callable[[zoo.Kind], csulora.Subspace]
+    name: str, tmp_path: Path, subspaces: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
     kind = zoo.PLAIN_LORA[name]
     kind.make(tmp_path / "adapter")
-    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "adapter"), packs(kind), csulora.Policy.csulora())
+    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "adapter"), subspaces(kind), csulora.Policy.csulora())
     csulora.save_adapter(fixed, tmp_path / "fixed")
     config = json.loads((tmp_path / "fixed" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"]
@@ -123,15 +123,22 @@ def test_patterns_keep_their_order_of_which_the_first_that_matches_counts(tmp_pa
     shapes = {name: shape for name, shape in factories.SHAPES.items() if name.endswith("q_proj")}
     patterns = {"q_proj": 3, ".*layers.0.*": 5}
     factories.save_adapter(tmp_path / "adapter", shapes, rank=3, rank_pattern=patterns, r=4)
-    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "adapter"), factories.pack())
+    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "adapter"), factories.subspace())
     csulora.save_adapter(fixed, tmp_path / "fixed")
     assert csulora.load_adapter(tmp_path / "fixed").modules.keys() == fixed.modules.keys()
 
 
-def run_correct(adapter: Path, pack: csulora.Subspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def run_correct(adapter: Path, subspace: csulora.Subspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit code of `csulora correct`."""
-    pack.save(tmp_path / "pack.safetensors")
-    arguments = ["correct", str(adapter), "--subspace", str(tmp_path / "pack.safetensors"), "-o", str(tmp_path / "out")]
+    subspace.save(tmp_path / "subspace.safetensors")
+    arguments = [
+        "correct",
+        str(adapter),
+        "--subspace",
+        str(tmp_path / "subspace.safetensors"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     monkeypatch.setattr(sys, "argv", ["csulora", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -158,12 +165,12 @@ REASONS = {
 def test_what_is_not_plain_lora_is_refused_by_name(
     name: str,
     tmp_path: Path,
-    packs: Callable[[zoo.Kind], csulora.Subspace],
+    subspaces: Callable[[zoo.Kind], csulora.Subspace],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     zoo.OTHER_THAN_PLAIN_LORA[name].make(tmp_path / "adapter")
-    assert run_correct(tmp_path / "adapter", packs(zoo.PLAIN_LORA["plain"]), tmp_path, monkeypatch) == 3
+    assert run_correct(tmp_path / "adapter", subspaces(zoo.PLAIN_LORA["plain"]), tmp_path, monkeypatch) == 3
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("csulora: refused: ")
@@ -264,7 +271,7 @@ EDITS: dict[str, tuple[Edit, int, str]] = {
     "float64": (changed(f"{FIRST}.lora_A.weight", torch.Tensor.double), BAD, "float64"),
     "two dtypes": (changed(f"{FIRST}.lora_A.weight", torch.Tensor.half), BAD, "one dtype"),
     "linear and embedding": (added(f"{FIRST}.lora_embedding_A"), BAD, "is missing"),
-    "not in the pack": (
+    "not in the subspace file": (
         lambda config, tensors: (
             config.update(target_modules=["q_proj", "gate"]),
             tensors.update(
@@ -285,7 +292,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     name: str,
     plain: Path,
     tmp_path: Path,
-    packs: Callable[[zoo.Kind], csulora.Subspace],
+    subspaces: Callable[[zoo.Kind], csulora.Subspace],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -294,9 +301,9 @@ def test_what_does_not_fit_is_refused_in_one_line(
     edit(config, tensors)
     (plain / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, plain / peft.WEIGHTS_FILE)
-    pack = packs(zoo.PLAIN_LORA["plain"])
+    subspace = subspaces(zoo.PLAIN_LORA["plain"])
     capsys.readouterr()  # what transformers said while the fixtures were made
-    assert run_correct(plain, pack, tmp_path, monkeypatch) == code
+    assert run_correct(plain, subspace, tmp_path, monkeypatch) == code
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.count("\n") == 1
@@ -343,14 +350,14 @@ def test_pickle_files_are_refused(name: str, plain: Path) -> None:
 
 
 def test_an_adapter_that_matches_nothing_is_refused(
-    tmp_path: Path, packs: Callable[[zoo.Kind], csulora.Subspace]
+    tmp_path: Path, subspaces: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
     stranger = factories.save_adapter(tmp_path / "stranger", {"other.q_proj": (32, 32)})
     for uncovered in ("refuse", "drop", "keep"):
         with pytest.raises(RefusedError, match=r"does not cover|covers none"):
             csulora.correct(
                 csulora.load_adapter(stranger),
-                packs(zoo.PLAIN_LORA["plain"]),
+                subspaces(zoo.PLAIN_LORA["plain"]),
                 csulora.Policy.csulora(uncovered=uncovered),
             )
 
@@ -362,10 +369,10 @@ def partly_covered(tmp_path: Path) -> csulora.Adapter:
 
 
 def test_dropped_modules_are_not_targeted_either(
-    tmp_path: Path, partly_covered: csulora.Adapter, packs: Callable[[zoo.Kind], csulora.Subspace]
+    tmp_path: Path, partly_covered: csulora.Adapter, subspaces: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
-    pack = packs(zoo.PLAIN_LORA["plain"])
-    fixed, _ = csulora.correct(partly_covered, pack, csulora.Policy.csulora(uncovered="drop"))
+    subspace = subspaces(zoo.PLAIN_LORA["plain"])
+    fixed, _ = csulora.correct(partly_covered, subspace, csulora.Policy.csulora(uncovered="drop"))
     csulora.save_adapter(fixed, tmp_path / "fixed")
     config = json.loads((tmp_path / "fixed" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.0.self_attn.q_proj"]
@@ -373,10 +380,10 @@ def test_dropped_modules_are_not_targeted_either(
 
 
 def test_kept_modules_keep_their_update(
-    tmp_path: Path, partly_covered: csulora.Adapter, packs: Callable[[zoo.Kind], csulora.Subspace]
+    tmp_path: Path, partly_covered: csulora.Adapter, subspaces: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
-    pack = packs(zoo.PLAIN_LORA["plain"])
-    fixed, _ = csulora.correct(partly_covered, pack, csulora.Policy.csulora(uncovered="keep"))
+    subspace = subspaces(zoo.PLAIN_LORA["plain"])
+    fixed, _ = csulora.correct(partly_covered, subspace, csulora.Policy.csulora(uncovered="keep"))
     csulora.save_adapter(fixed, tmp_path / "fixed")
     before = partly_covered.modules["model.extra.q_proj"]
     after = csulora.load_adapter(tmp_path / "fixed").modules["model.extra.q_proj"]

@@ -37,8 +37,8 @@ SELECTORS = {"target_modules", "exclude_modules", "layers_to_transform"}
 
 
 @pytest.fixture(scope="module")
-def pack() -> csulora.Subspace:
-    return factories.pack(SHAPES)
+def subspace() -> csulora.Subspace:
+    return factories.subspace(SHAPES)
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def with_field(plain: Path, field: str, value: Any) -> Path:
     return plain
 
 
-def written(path: Path, pack: csulora.Subspace, output: Path) -> dict[str, Any]:
-    fixed, _ = csulora.correct(csulora.load_adapter(path), pack)
+def written(path: Path, subspace: csulora.Subspace, output: Path) -> dict[str, Any]:
+    fixed, _ = csulora.correct(csulora.load_adapter(path), subspace)
     csulora.save_adapter(fixed, output)
     return json.loads((output / CONFIG_FILE).read_text())
 
@@ -63,10 +63,10 @@ def test_every_field_of_the_installed_peft_is_known() -> None:
     assert set(FIELDS) == KNOWN_FIELDS
 
 
-def outcome(path: Path, pack: csulora.Subspace) -> dict[str, Any] | CsuloraError:
+def outcome(path: Path, subspace: csulora.Subspace) -> dict[str, Any] | CsuloraError:
     """The configuration that would be written, or the refusal."""
     try:
-        return config_of(csulora.correct(csulora.load_adapter(path), pack)[0])
+        return config_of(csulora.correct(csulora.load_adapter(path), subspace)[0])
     except CsuloraError as error:
         return error
 
@@ -74,12 +74,14 @@ def outcome(path: Path, pack: csulora.Subspace) -> dict[str, Any] | CsuloraError
 @pytest.mark.parametrize("field", FIELDS)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=2 * len(ODD))
 @given(value=st.sampled_from(ODD) | st.recursive(st.sampled_from(ODD), lambda inner: st.lists(inner, max_size=2)))
-def test_an_odd_value_is_refused_or_not_handed_on(field: str, value: Any, plain: Path, pack: csulora.Subspace) -> None:
+def test_an_odd_value_is_refused_or_not_handed_on(
+    field: str, value: Any, plain: Path, subspace: csulora.Subspace
+) -> None:
     before = (plain / CONFIG_FILE).read_text()
-    expected = outcome(plain, pack)
+    expected = outcome(plain, subspace)
     assert isinstance(expected, dict)
     try:
-        found = outcome(with_field(plain, field, value), pack)
+        found = outcome(with_field(plain, field, value), subspace)
     finally:
         (plain / CONFIG_FILE).write_text(before)
     if isinstance(found, CsuloraError):
@@ -95,12 +97,12 @@ def test_an_odd_value_is_refused_or_not_handed_on(field: str, value: Any, plain:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_pefts_own_default_of_every_field_is_accepted(field: str, plain: Path, pack: csulora.Subspace) -> None:
+def test_pefts_own_default_of_every_field_is_accepted(field: str, plain: Path, subspace: csulora.Subspace) -> None:
     default = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]).to_dict().get(field)
     value = sorted(default) if isinstance(default, set) else default
     if field in ("peft_type", "peft_version"):
         value = str(getattr(value, "value", value))
-    csulora.correct(csulora.load_adapter(with_field(plain, field, value)), pack)
+    csulora.correct(csulora.load_adapter(with_field(plain, field, value)), subspace)
 
 
 @pytest.mark.parametrize(
@@ -150,22 +152,24 @@ def test_values_that_peft_cannot_use_are_named(field: str, value: Any, plain: Pa
         csulora.load_adapter(with_field(plain, field, value))
 
 
-def test_unknown_fields_that_are_switched_off_are_left_out(plain: Path, pack: csulora.Subspace, tmp_path: Path) -> None:
+def test_unknown_fields_that_are_switched_off_are_left_out(
+    plain: Path, subspace: csulora.Subspace, tmp_path: Path
+) -> None:
     """As a newer PEFT writes them."""
     with_field(plain, "use_something_new", False)
     with_field(plain, "something_new_config", None)
-    assert not {name for name in written(plain, pack, tmp_path / "fixed") if "new" in name}
+    assert not {name for name in written(plain, subspace, tmp_path / "fixed") if "new" in name}
 
 
 def test_written_configuration_says_nothing_that_csulora_does_not_know(
-    plain: Path, pack: csulora.Subspace, tmp_path: Path
+    plain: Path, subspace: csulora.Subspace, tmp_path: Path
 ) -> None:
     nested: Any = {}
     for _ in range(20):
         nested = {"x": nested}
     with_field(plain, "auto_mapping", nested)
     with_field(plain, "peft_version", "99.0")
-    assert written(plain, pack, tmp_path / "fixed") == {
+    assert written(plain, subspace, tmp_path / "fixed") == {
         "base_model_name_or_path": "org/base",
         "bias": "none",
         "fan_in_fan_out": False,

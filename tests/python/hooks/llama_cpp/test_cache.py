@@ -29,10 +29,10 @@ class Cache:
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "cache"
         self.model = gguf_files.save_model(directory / "model.gguf", factories.llama_weights())
-        csulora.extract(*factories.checkpoint_pair(directory / "pair"), rank=4, output=directory / "pack")
+        csulora.extract(*factories.model_pair(directory / "pair"), rank=4, output=directory / "subspace")
         factories.save_adapter(directory / "adapter", SHAPES)
         self.base = BaseModel.open(self.model)
-        self.pack = Subspace.open(directory / "pack")
+        self.subspace = Subspace.open(directory / "subspace")
         self.adapter = directory / "adapter"
         self.decisions = directory / "decisions.jsonl"
 
@@ -40,11 +40,11 @@ class Cache:
         self,
         adapter: Path | None = None,
         base: BaseModel | None = None,
-        pack: Subspace | None = None,
+        subspace: Subspace | None = None,
         policy: Policy | None = None,
     ) -> Path:
         cache = CorrectedCache(self.directory)
-        gate = Gate.open(pack or self.pack, policy or Policy.project(), self.decisions)
+        gate = Gate.open(subspace or self.subspace, policy or Policy.project(), self.decisions)
         return cache.corrected(adapter or self.adapter, base or self.base, gate)
 
     @property
@@ -77,7 +77,7 @@ def corrections(monkeypatch: pytest.MonkeyPatch) -> list[Adapter]:
 
 
 def test_an_entry_is_what_the_command_line_writes(cache: Cache, tmp_path: Path) -> None:
-    fixed, _ = csulora.correct(csulora.load_adapter(cache.adapter), cache.pack, Policy.project())
+    fixed, _ = csulora.correct(csulora.load_adapter(cache.adapter), cache.subspace, Policy.project())
     csulora.save_adapter(fixed, tmp_path / "lora.gguf", "gguf", base_model=cache.model)
     assert cache.get().read_bytes() == (tmp_path / "lora.gguf").read_bytes()
 
@@ -117,7 +117,7 @@ def test_everything_that_matters_makes_another_entry(
     cache.get()
     cache.get(policy=Policy.protect())
     cache.get(adapter=factories.save_adapter(tmp_path / "other", SHAPES, seed=5))
-    cache.get(pack=csulora.extract(*factories.checkpoint_pair(tmp_path / "2"), rank=3))
+    cache.get(subspace=csulora.extract(*factories.model_pair(tmp_path / "2"), rank=3))
     metadata = {"general.name": "another"}
     renamed = gguf_files.save_model(tmp_path / "2.gguf", factories.llama_weights(), metadata=metadata)
     cache.get(base=BaseModel.open(renamed))
@@ -215,14 +215,14 @@ from csulora.models.gguf_base import BaseModel
 from csulora.serving.gate import Gate
 from csulora.hooks.llama_cpp.cache import CorrectedCache
 
-directory, model, adapter, pack = sys.argv[1:]
+directory, model, adapter, subspace = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
 base = BaseModel.open(model)
 cache = CorrectedCache(csulora.io.files.Path(directory))
 for penalty in range(20):
     policy = csulora.Policy.csulora(float(penalty))
-    path = cache.corrected(csulora.io.files.Path(adapter), base, Gate.open(pack, policy))
+    path = cache.corrected(csulora.io.files.Path(adapter), base, Gate.open(subspace, policy))
     csulora.load_adapter(path, model)
     print(path.name)
 """
@@ -230,7 +230,7 @@ for penalty in range(20):
 
 def test_two_processes_do_not_fight(cache: Cache, tmp_path: Path) -> None:
     """Both make the same entries at once; each gets an intact file every time, and nothing is left over."""
-    arguments = [str(cache.directory), str(cache.model), str(tmp_path / "adapter"), str(tmp_path / "pack")]
+    arguments = [str(cache.directory), str(cache.model), str(tmp_path / "adapter"), str(tmp_path / "subspace")]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _FILL, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -30,7 +30,7 @@ EXACT = {"n_ctx": 256, "logits_all": True, "n_threads": 1, "verbose": False, "ty
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model in both formats, a pack of it, and two adapters, one of them in both formats."""
+    """A directory with a model in both formats, its subspace file, and two adapters, one of them in both formats."""
     directory = tmp_path_factory.mktemp("world")
     gguf_zoo.save_gguf("llama", directory / "model.gguf")
     gguf_zoo.save_model("llama", directory / "model")
@@ -38,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = factories.save_checkpoint(directory / "base", factories.moved(state), {"model_type": "llama"})
     settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     aligned = factories.save_checkpoint(directory / "aligned", state, settings)
-    csulora.extract(base, aligned, rank=4, output=directory / "pack")
+    csulora.extract(base, aligned, rank=4, output=directory / "subspace")
     gguf_zoo.make_adapter("llama", directory / "one", use_rslora=True)
     gguf_zoo.make_adapter("llama", directory / "two", target_modules=["v_proj", "o_proj"], r=3)
     raw = csulora.load_adapter(directory / "one")
@@ -56,8 +56,8 @@ def reference(world: Path, scales: dict[str, float], policy: Policy, tmp_path: P
     """Logits of plain PEFT with corrected adapters, each update multiplied by its scale."""
     model = AutoModelForCausalLM.from_pretrained(world / "model", attn_implementation="eager")
     for name, scale in scales.items():
-        pack = csulora.Subspace.open(world / "pack")
-        fixed, _ = csulora.correct(csulora.load_adapter(world / name), pack, policy)
+        subspace = csulora.Subspace.open(world / "subspace")
+        fixed, _ = csulora.correct(csulora.load_adapter(world / name), subspace, policy)
         csulora.save_adapter(fixed, tmp_path / name)
         merged = PeftModel.from_pretrained(model, tmp_path / name)
         for module in merged.modules():
@@ -72,7 +72,7 @@ def reference(world: Path, scales: dict[str, float], policy: Policy, tmp_path: P
     "policy", [Policy.csulora(3.0), Policy.project(), Policy.protect(5.0)], ids=["csulora", "project", "protect"]
 )
 def test_corrects_on_load(adapter: str, policy: Policy, world: Path, tmp_path: Path) -> None:
-    with closing(hook.load(world / "model.gguf", world / adapter, world / "pack", policy, **EXACT)) as llama:
+    with closing(hook.load(world / "model.gguf", world / adapter, world / "subspace", policy, **EXACT)) as llama:
         found = gguf_zoo.evaluate(llama)
     raw = gguf_zoo.llama_logits(world / "model.gguf", world / "one.gguf")
     assert np.abs(found - reference(world, {"one": 1.0}, policy, tmp_path)).max() <= TOLERANCE
@@ -83,13 +83,13 @@ def test_several_adapters_with_scales(world: Path, tmp_path: Path) -> None:
     scales = {"one": 0.5, "two": -1.5}
     adapters = {world / name: scale for name, scale in scales.items()}
     policy = Policy.csulora(2.0)
-    with closing(hook.load(world / "model.gguf", adapters, world / "pack", policy, **EXACT)) as llama:
+    with closing(hook.load(world / "model.gguf", adapters, world / "subspace", policy, **EXACT)) as llama:
         found = gguf_zoo.evaluate(llama)
     assert np.abs(found - reference(world, scales, policy, tmp_path)).max() <= TOLERANCE
 
 
 def test_a_second_load_is_a_hit(world: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (world / "model.gguf", world / "one", csulora.Subspace.open(world / "pack"))
+    arguments = (world / "model.gguf", world / "one", csulora.Subspace.open(world / "subspace"))
     with closing(hook.load(*arguments, **EXACT)) as llama:
         first = gguf_zoo.evaluate(llama)
     (entry,) = cache.iterdir()
@@ -105,7 +105,7 @@ def test_a_second_load_is_a_hit(world: Path, cache: Path, monkeypatch: pytest.Mo
 
 
 def test_the_cache_may_lie_elsewhere(world: Path, cache: Path, tmp_path: Path) -> None:
-    hook.load(world / "model.gguf", world / "two", world / "pack", cache=tmp_path / "mine", **EXACT).close()
+    hook.load(world / "model.gguf", world / "two", world / "subspace", cache=tmp_path / "mine", **EXACT).close()
     assert len(list((tmp_path / "mine").iterdir())) == 1
     assert not cache.exists()
 
@@ -113,35 +113,35 @@ def test_the_cache_may_lie_elsewhere(world: Path, cache: Path, tmp_path: Path) -
 def test_every_load_is_in_the_log(world: Path, tmp_path: Path) -> None:
     adapters, log = {world / "one": 1.0, world / "two": 0.5}, tmp_path / "decisions.jsonl"
     for _ in range(2):
-        hook.load(world / "model.gguf", adapters, world / "pack", decisions=log, **EXACT).close()
+        hook.load(world / "model.gguf", adapters, world / "subspace", decisions=log, **EXACT).close()
     strict = Policy.csulora(max_undo=-100.0)
     with pytest.raises(RefusedError, match="undoes"):
-        hook.load(world / "model.gguf", world / "one", world / "pack", strict, decisions=log, **EXACT)
+        hook.load(world / "model.gguf", world / "one", world / "subspace", strict, decisions=log, **EXACT)
     decisions = [json.loads(line) for line in log.read_text().splitlines()]
     names = [Path(decision["adapter"]).name for decision in decisions]
     assert names == ["one", "two", "one", "two", "one"]
     assert [decision["verdict"] for decision in decisions] == ["corrected"] * 4 + ["refused"]
-    assert {decision["subspace_sha256"] for decision in decisions} == {csulora.Subspace.open(world / "pack").sha256}
+    assert {decision["subspace_sha256"] for decision in decisions} == {csulora.Subspace.open(world / "subspace").sha256}
 
 
 def test_refuses_as_everywhere(world: Path, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="undoes"):
-        hook.load(world / "model.gguf", world / "one", world / "pack", Policy.csulora(max_undo=-100.0), **EXACT)
+        hook.load(world / "model.gguf", world / "one", world / "subspace", Policy.csulora(max_undo=-100.0), **EXACT)
     gguf_zoo.make_adapter("llama", tmp_path / "head", target_modules=["lm_head"])
     with pytest.raises(RefusedError, match="does not cover module lm_head"):
-        hook.load(world / "model.gguf", tmp_path / "head", world / "pack", **EXACT)
+        hook.load(world / "model.gguf", tmp_path / "head", world / "subspace", **EXACT)
     assert list(cache.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["lora_path", "lora_base", "lora_scale"])
 def test_refuses_ways_around_it(name: str, world: Path) -> None:
     with pytest.raises(RefusedError, match=f"{name} would load an adapter that was not corrected"):
-        hook.load(world / "model.gguf", world / "one", world / "pack", **{name: str(world / "one.gguf")})
+        hook.load(world / "model.gguf", world / "one", world / "subspace", **{name: str(world / "one.gguf")})
 
 
 @pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_refuses_copies_that_would_lose_the_adapter(duplicate: Callable, world: Path) -> None:
-    llama = hook.load(world / "model.gguf", world / "one", world / "pack", **EXACT)
+    llama = hook.load(world / "model.gguf", world / "one", world / "subspace", **EXACT)
     with closing(llama), pytest.raises(RefusedError, match="copied without its adapters"):
         duplicate(llama)
 
@@ -149,27 +149,27 @@ def test_refuses_copies_that_would_lose_the_adapter(duplicate: Callable, world: 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_refuses_scales_that_are_not_finite(scale: float, world: Path) -> None:
     with pytest.raises(InputError, match="it must be finite"):
-        hook.load(world / "model.gguf", {world / "one": scale}, world / "pack")
+        hook.load(world / "model.gguf", {world / "one": scale}, world / "subspace")
 
 
 def test_refuses_no_adapter_at_all(world: Path) -> None:
     with pytest.raises(InputError, match="no adapter"):
-        hook.load(world / "model.gguf", {}, world / "pack")
+        hook.load(world / "model.gguf", {}, world / "subspace")
 
 
 def test_what_llama_cpp_refuses_is_an_error(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_cpp.llama_adapter_lora_init", lambda *_: None)
     with pytest.raises(InputError, match=r"llama\.cpp does not load it"):
-        hook.load(world / "model.gguf", world / "one", world / "pack", **EXACT)
+        hook.load(world / "model.gguf", world / "one", world / "subspace", **EXACT)
 
 
 def test_half_precision_adapters(world: Path, tmp_path: Path) -> None:
     """They stay what they are; llama.cpp rounds what it multiplies them with, too."""
     gguf_zoo.make_adapter("llama", tmp_path / "half", dtype=torch.bfloat16)
-    with closing(hook.load(world / "model.gguf", tmp_path / "half", world / "pack", **EXACT)) as llama:
+    with closing(hook.load(world / "model.gguf", tmp_path / "half", world / "subspace", **EXACT)) as llama:
         found = gguf_zoo.evaluate(llama)
-    pack = csulora.Subspace.open(world / "pack")
-    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "half"), pack)
+    subspace = csulora.Subspace.open(world / "subspace")
+    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "half"), subspace)
     csulora.save_adapter(fixed, tmp_path / "fixed")
     model = AutoModelForCausalLM.from_pretrained(world / "model", attn_implementation="eager")
     expected = gguf_zoo.logits(PeftModel.from_pretrained(model, tmp_path / "fixed"))

@@ -21,8 +21,8 @@ MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down
 
 
 @pytest.fixture(scope="module")
-def pack() -> csulora.Subspace:
-    return factories.pack(MODULES)
+def subspace() -> csulora.Subspace:
+    return factories.subspace(MODULES)
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def admission(pack: csulora.Subspace, log: Path) -> Admission:
-    return Admission(Gate.open(pack, decisions=log))
+def admission(subspace: csulora.Subspace, log: Path) -> Admission:
+    return Admission(Gate.open(subspace, decisions=log))
 
 
 @pytest.fixture
@@ -63,12 +63,12 @@ def admit(
 
 
 def test_published_is_what_is_corrected_in_float32_and_cast_once(
-    admission: Admission, path: Path, pack: csulora.Subspace
+    admission: Admission, path: Path, subspace: csulora.Subspace
 ) -> None:
     directory = admit(admission, path, dtype=torch.bfloat16)
 
     grow(path, 1)
-    expected, _ = csulora.correct(csulora.load_adapter(path), pack)
+    expected, _ = csulora.correct(csulora.load_adapter(path), subspace)
     found = csulora.load_adapter(directory)
     for name in expected.modules:
         assert torch.equal(found.modules[name].b, expected.modules[name].b.bfloat16())
@@ -221,10 +221,10 @@ def test_verdict_is_asked_again_only_if_files_changed(admission: Admission, path
     assert decisions(log) == ["invalid"]
 
 
-def test_passing_failures_are_not_kept(pack: csulora.Subspace, path: Path, tmp_path: Path) -> None:
+def test_passing_failures_are_not_kept(subspace: csulora.Subspace, path: Path, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
-    admission = Admission(Gate.open(pack, decisions=logs / "decisions.jsonl"))
+    admission = Admission(Gate.open(subspace, decisions=logs / "decisions.jsonl"))
     shutil.rmtree(logs)
 
     with pytest.raises(csulora.InputError, match="cannot be logged"):
@@ -245,8 +245,8 @@ def test_a_deadline_is_a_passing_failure(admission: Admission, path: Path, monke
     assert admit(admission, path)
 
 
-def test_rank_that_the_server_does_not_take_is_refused(pack: csulora.Subspace, path: Path) -> None:
-    admission = Admission(Gate.open(pack, csulora.Policy(rank="exact")))
+def test_rank_that_the_server_does_not_take_is_refused(subspace: csulora.Subspace, path: Path) -> None:
+    admission = Admission(Gate.open(subspace, csulora.Policy(rank="exact")))
 
     with pytest.raises(csulora.RefusedError, match="rank 8"):
         admission.admit("id", lambda: path, torch.float32, 7, reload=False)
@@ -254,15 +254,15 @@ def test_rank_that_the_server_does_not_take_is_refused(pack: csulora.Subspace, p
 
 
 def test_leavings_of_killed_processes_are_removed(
-    pack: csulora.Subspace, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subspace: csulora.Subspace, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dead = tmp_path / "csulora-vllm-dead"
     dead.mkdir()
     (dead / ".lock").touch()
-    living = Admission(Gate.open(pack))
+    living = Admission(Gate.open(subspace))
     directory = admit(living, path)
-    other = Admission(Gate.open(pack))
+    other = Admission(Gate.open(subspace))
 
     assert not dead.exists()
     assert directory.is_dir()

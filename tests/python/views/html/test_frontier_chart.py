@@ -2,8 +2,8 @@ from csulora.tuning.frontier import Frontier, Point, Rate
 from csulora.views.html.frontier_chart import FrontierChart
 
 
-def point(policy: str, guard: int, keep: int) -> Point:
-    return Point("presets", policy, False, Rate.of(guard, 100), Rate.of(keep, 100), 0.1)
+def point(policy: str, safety: int, task: int) -> Point:
+    return Point("presets", policy, False, Rate.of(safety, 100), Rate.of(task, 100), 0.1)
 
 
 def labels(*points: Point) -> list[str]:

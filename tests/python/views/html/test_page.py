@@ -15,7 +15,7 @@ import html_pages
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Directions, Override, Policy
-from csulora.subspace.scope import Scope
+from csulora.subspace.input_filter import InputFilter
 from csulora.subspace.subspace import Subspace
 from csulora.views.html.charts import Axis, round_values
 from csulora.views.html.layout import Layout, place
@@ -67,8 +67,8 @@ class Parsed(HTMLParser):
 
 
 @pytest.fixture
-def pack() -> Subspace:
-    return factories.pack()
+def subspace() -> Subspace:
+    return factories.subspace()
 
 
 @pytest.fixture
@@ -79,10 +79,10 @@ def adapter() -> Adapter:
 # What it says
 
 
-def test_every_figure_of_every_module_is_on_the_page(adapter: Adapter, pack: Subspace) -> None:
+def test_every_figure_of_every_module_is_on_the_page(adapter: Adapter, subspace: Subspace) -> None:
     policy = Policy(overrides=(Override("q_proj", gains=(0.9, 0.1, 0.3, 0.7)),))
-    _, report = csulora.correct(adapter, pack, policy)
-    titles = Parsed(render(adapter, pack, policy)).titles()
+    _, report = csulora.correct(adapter, subspace, policy)
+    titles = Parsed(render(adapter, subspace, policy)).titles()
     for module in report.modules:
         assert module.energies is not None
         assert module.gains is not None
@@ -93,7 +93,7 @@ def test_every_figure_of_every_module_is_on_the_page(adapter: Adapter, pack: Sub
             "right": [module.gains["right"]],
             "off": [module.energies["off"], module.gains["off"]],
             "undo": [module.undo],
-            "change": [module.change],
+            "relative change": [module.relative_change],
         }
         for name, values in figures.items():
             shown = [re.fullmatch(rf"{re.escape(module.module)}: {name} ([-+.0-9]+) %", title) for title in titles]
@@ -101,91 +101,95 @@ def test_every_figure_of_every_module_is_on_the_page(adapter: Adapter, pack: Sub
             assert found == pytest.approx(sorted(values), abs=6e-4)
 
 
-def test_left_and_right_gains_share_a_map_unless_they_differ(adapter: Adapter, pack: Subspace) -> None:
-    assert "Gain of the partial part" in render(adapter, pack, Policy.csulora())
-    split = render(adapter, pack, Policy(overrides=(Override("*", gains=(1, 0.5, 0.6, 1)),)))
-    assert "Gain of the left part" in split
-    assert "Gain of the right part" in split
-    assert "Gain of the partial part" not in split
+def test_left_and_right_gains_share_a_map_unless_they_differ(adapter: Adapter, subspace: Subspace) -> None:
+    assert "Gain of the partial component" in render(adapter, subspace, Policy.csulora())
+    split = render(adapter, subspace, Policy(overrides=(Override("*", gains=(1, 0.5, 0.6, 1)),)))
+    assert "Gain of the left component" in split
+    assert "Gain of the right component" in split
+    assert "Gain of the partial component" not in split
 
 
-def test_the_page_says_what_it_was_made_from(adapter: Adapter, pack: Subspace) -> None:
-    text = Parsed(render(adapter, pack, Policy(0, 3, float("inf"), rank=2, max_undo=9.0))).text
+def test_the_page_says_what_it_was_made_from(adapter: Adapter, subspace: Subspace) -> None:
+    text = Parsed(render(adapter, subspace, Policy(0, 3, float("inf"), rank=2, max_undo=9.0))).text
     for fact in (
         adapter.sha256,
-        pack.sha256,
+        subspace.sha256,
         "from base to aligned",
-        "aligned 0, partial 3, off inf; rank: 2; modules outside the pack: refuse; undo at most 900.0 %",
+        "aligned 0, partial 3, off inf; rank: 2; modules outside the subspace file: refuse; undo at most 900.0 %",
         f"csulora {csulora.__version__}",
     ):
         assert fact in text
 
 
-def test_the_page_says_what_the_policy_depends_on(adapter: Adapter, pack: Subspace) -> None:
-    scopes = {name: Scope(torch.ones(n, 1), torch.ones(n, 1)) for name, (_, n) in factories.SHAPES.items()}
+def test_the_page_says_what_the_policy_depends_on(adapter: Adapter, subspace: Subspace) -> None:
+    input_filters = {name: InputFilter(torch.ones(n, 1), torch.ones(n, 1)) for name, (_, n) in factories.SHAPES.items()}
     overrides = (Override("*", directions=Directions((0.5,), (0.5,))),)
-    policy = Policy.none(overrides=overrides, usual_energy=0.25, scoped=True)
-    text = Parsed(render(adapter, pack.with_scopes(scopes), policy)).text
-    assert "1 overrides, for an energy along their directions of 25.0 %, within the pack's scopes; rank" in text
+    policy = Policy.none(overrides=overrides, reference_energy=0.25, filtered=True)
+    text = Parsed(render(adapter, subspace.with_input_filters(input_filters), policy)).text
+    assert (
+        "1 overrides, with a reference energy of 25.0 %, on the inputs that the subspace file's input filters select"
+        in text
+    )
 
 
 def test_modules_that_a_refusing_policy_would_drop_are_shown_as_dropped() -> None:
     shapes = {Q: (40, 40)}
     outside = factories.adapter(shapes | {"lm_head": (40, 40)})
-    text = Parsed(render(outside, factories.pack(shapes), Policy.csulora(uncovered="drop", max_undo=-1e9))).text
-    assert "not covered by the pack: dropped" in text
+    text = Parsed(render(outside, factories.subspace(shapes), Policy.csulora(uncovered="drop", max_undo=-1e9))).text
+    assert "not covered by the subspace file: dropped" in text
 
 
-def test_a_refusal_is_shown_with_its_reason_and_the_figures(adapter: Adapter, pack: Subspace) -> None:
-    _, report = csulora.correct(adapter, pack)
+def test_a_refusal_is_shown_with_its_reason_and_the_figures(adapter: Adapter, subspace: Subspace) -> None:
+    _, report = csulora.correct(adapter, subspace)
     worst = report.worst_undo
     assert worst is not None
     assert worst.undo is not None
-    text = Parsed(render(adapter, pack, Policy.csulora(max_undo=worst.undo - 0.001))).text
+    text = Parsed(render(adapter, subspace, Policy.csulora(max_undo=worst.undo - 0.001))).text
     assert f"The policy refuses this adapter. module {worst.module} undoes" in text
     assert "some/adapter" not in text
     assert "All 3 modules" in text
     assert (
-        "The policy corrects this adapter." in Parsed(render(adapter, pack, Policy.csulora(max_undo=worst.undo))).text
+        "The policy corrects this adapter."
+        in Parsed(render(adapter, subspace, Policy.csulora(max_undo=worst.undo))).text
     )
 
 
-def test_modules_outside_the_pack_are_shown_as_such(pack: Subspace) -> None:
+def test_modules_outside_the_subspace_are_shown_as_such(subspace: Subspace) -> None:
     adapter = factories.adapter({**factories.SHAPES, "lm_head": (50, 40)})
-    page = Parsed(render(adapter, pack, Policy.csulora()))
-    assert "The policy refuses this adapter. the pack does not cover module lm_head" in page.text
+    page = Parsed(render(adapter, subspace, Policy.csulora()))
+    assert "The policy refuses this adapter. the subspace file does not cover module lm_head" in page.text
     assert "lm_head: not measured" in page.titles()
-    assert "not covered by the pack: kept" in page.text
-    dropped = Parsed(render(adapter, pack, Policy.csulora(uncovered="drop")))
+    assert "not covered by the subspace file: kept" in page.text
+    dropped = Parsed(render(adapter, subspace, Policy.csulora(uncovered="drop")))
     assert "over 3 of 4 modules" in dropped.text
-    assert "not covered by the pack: dropped" in dropped.text
+    assert "not covered by the subspace file: dropped" in dropped.text
 
 
-def test_offenders_come_in_order_of_undo(adapter: Adapter, pack: Subspace) -> None:
-    _, report = csulora.correct(adapter, pack)
-    page = render(adapter, pack, Policy.csulora())
+def test_offenders_come_in_order_of_undo(adapter: Adapter, subspace: Subspace) -> None:
+    _, report = csulora.correct(adapter, subspace)
+    page = render(adapter, subspace, Policy.csulora())
     table = page[page.index("Largest offenders") : page.index("<details>")]
     found = [name.replace("<wbr>", "") for name in re.findall(r"<code>(.*?)</code>", table)]
     assert found == [m.module for m in sorted(report.measured, key=lambda m: -(m.undo or 0))]
 
 
-def test_another_packs_policy_and_adapter_are_refused(adapter: Adapter, pack: Subspace) -> None:
-    with pytest.raises(RefusedError, match="was tuned for the pack"):
-        render(adapter, pack, Policy.csulora(subspace_sha256="0" * 64))
+def test_another_subspaces_policy_and_adapter_are_refused(adapter: Adapter, subspace: Subspace) -> None:
+    with pytest.raises(RefusedError, match="was tuned for the subspace file"):
+        render(adapter, subspace, Policy.csulora(subspace_sha256="0" * 64))
     with pytest.raises(RefusedError, match="covers none"):
-        render(factories.adapter({"model.layers.9.mlp.up_proj": (56, 40)}), pack, Policy.csulora())
+        render(factories.adapter({"model.layers.9.mlp.up_proj": (56, 40)}), subspace, Policy.csulora())
 
 
-def test_the_page_is_deterministic(adapter: Adapter, pack: Subspace) -> None:
-    assert render(adapter, pack, Policy.csulora()) == render(adapter, pack, Policy.csulora())
+def test_the_page_is_deterministic(adapter: Adapter, subspace: Subspace) -> None:
+    assert render(adapter, subspace, Policy.csulora()) == render(adapter, subspace, Policy.csulora())
 
 
 # The frontier
 
 
-def test_the_frontier_is_drawn_and_listed(adapter: Adapter, pack: Subspace) -> None:
-    frontier = html_pages.frontier(pack.sha256)
-    page = Parsed(render(adapter, pack, Policy.csulora(), frontier))
+def test_the_frontier_is_drawn_and_listed(adapter: Adapter, subspace: Subspace) -> None:
+    frontier = html_pages.frontier(subspace.sha256)
+    page = Parsed(render(adapter, subspace, Policy.csulora(), frontier))
     assert frontier.verdict in page.text
     assert (
         "1. tuned for adapter (recommended) 95 (76 to 99) 90 (70 to 97) 75 (47 to 91) 5 (1 to 24) 85 (64 to 95) 30.0"
@@ -196,32 +200,32 @@ def test_the_frontier_is_drawn_and_listed(adapter: Adapter, pack: Subspace) -> N
     assert sorted(map(str, marks)) == ["mark candidate", "mark control", "mark recommended"]
 
 
-def test_a_policy_file_without_recommendation_is_marked(adapter: Adapter, pack: Subspace) -> None:
-    frontier = replace(html_pages.frontier(pack.sha256), recommended=None)
-    page = Parsed(render(adapter, pack, Policy.csulora(), frontier))
+def test_a_policy_file_without_recommendation_is_marked(adapter: Adapter, subspace: Subspace) -> None:
+    frontier = replace(html_pages.frontier(subspace.sha256), recommended=None)
+    page = Parsed(render(adapter, subspace, Policy.csulora(), frontier))
     assert "tuned for adapter (in the policy file)" in page.text
     assert "(recommended)" not in page.text
 
 
 def test_a_frontier_without_refusals_and_ordinary_prompts_has_no_columns_for_them(
-    adapter: Adapter, pack: Subspace
+    adapter: Adapter, subspace: Subspace
 ) -> None:
-    frontier = html_pages.frontier(pack.sha256)
-    bare = (replace(point, refusals=None, ordinary=None) for point in frontier.points)
+    frontier = html_pages.frontier(subspace.sha256)
+    bare = (replace(point, refusals=None, general=None) for point in frontier.points)
     frontier = replace(frontier, points=tuple(bare))
-    page = Parsed(render(adapter, pack, Policy.csulora(), frontier))
+    page = Parsed(render(adapter, subspace, Policy.csulora(), frontier))
     assert "1. tuned for adapter (recommended) 95 (76 to 99) 90 (70 to 97) 30.0" in page.text
     assert "refused, %" not in page.text
     assert "all else" not in page.text
 
 
-def test_without_a_frontier_there_is_none(adapter: Adapter, pack: Subspace) -> None:
-    assert "Frontier" not in Parsed(render(adapter, pack, Policy.csulora())).text
+def test_without_a_frontier_there_is_none(adapter: Adapter, subspace: Subspace) -> None:
+    assert "Frontier" not in Parsed(render(adapter, subspace, Policy.csulora())).text
 
 
-def test_a_frontier_of_another_pack_is_refused(adapter: Adapter, pack: Subspace) -> None:
-    with pytest.raises(InputError, match="measured with the pack 0000"):
-        render(adapter, pack, Policy.csulora(), html_pages.frontier("0" * 64))
+def test_a_frontier_of_another_subspace_is_refused(adapter: Adapter, subspace: Subspace) -> None:
+    with pytest.raises(InputError, match="measured with the subspace file 0000"):
+        render(adapter, subspace, Policy.csulora(), html_pages.frontier("0" * 64))
 
 
 # Hostile names, and nothing from elsewhere
@@ -242,8 +246,8 @@ def test_names_are_shown_as_they_are() -> None:
     assert text.count("a <b>&amp;\"quoted\" 'name' {{ 7 * 7 }}") > 5
 
 
-def test_the_page_refers_to_nothing(adapter: Adapter, pack: Subspace) -> None:
-    page = render(adapter, pack, Policy.csulora(), html_pages.frontier(pack.sha256))
+def test_the_page_refers_to_nothing(adapter: Adapter, subspace: Subspace) -> None:
+    page = render(adapter, subspace, Policy.csulora(), html_pages.frontier(subspace.sha256))
     parsed = Parsed(page)
     assert not parsed.open
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & {
@@ -257,8 +261,8 @@ def test_the_page_refers_to_nothing(adapter: Adapter, pack: Subspace) -> None:
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
-def test_tables_and_drawings_can_be_read_aloud(adapter: Adapter, pack: Subspace) -> None:
-    parsed = Parsed(render(adapter, pack, Policy.csulora(), html_pages.frontier(pack.sha256)))
+def test_tables_and_drawings_can_be_read_aloud(adapter: Adapter, subspace: Subspace) -> None:
+    parsed = Parsed(render(adapter, subspace, Policy.csulora(), html_pages.frontier(subspace.sha256)))
     for tag, attributes in parsed.elements:
         if tag == "th":
             assert attributes.get("scope") in ("col", "row", "colgroup")
@@ -344,8 +348,8 @@ def test_a_logarithmic_axis() -> None:
     assert round_values(1e-6, 1.0) == pytest.approx([10.0**e for e in range(-6, 1)])
 
 
-def test_the_spectrum_has_each_modules_values_and_the_noise_edge(pack: Subspace) -> None:
-    spectrum = Spectrum.of(pack)
+def test_the_spectrum_has_each_modules_values_and_the_noise_edge(subspace: Subspace) -> None:
+    spectrum = Spectrum.of(subspace)
     assert [panel.short for panel in spectrum.panels] == ["down_proj", "up_proj", "q_proj"]
     for panel in spectrum.panels:
         (line,) = panel.lines
@@ -358,28 +362,30 @@ def test_the_spectrum_has_each_modules_values_and_the_noise_edge(pack: Subspace)
         assert panel.noise_edge == 0.01
 
 
-def test_a_noise_edge_far_below_does_not_flatten_the_spectrum(adapter: Adapter, pack: Subspace) -> None:
+def test_a_noise_edge_far_below_does_not_flatten_the_spectrum(adapter: Adapter, subspace: Subspace) -> None:
     modules = {
-        name: replace(module, certificate=replace(module.certificate, noise_edge=1e-6)) for name, module in pack.items()
+        name: replace(module, certificate=replace(module.certificate, noise_edge=1e-6))
+        for name, module in subspace.items()
     }
-    pack = Subspace(modules, pack.provenance)
-    spectrum = Spectrum.of(pack)
+    subspace = Subspace(modules, subspace.provenance)
+    spectrum = Spectrum.of(subspace)
     assert all(panel.edge is None for panel in spectrum.panels)
-    assert "noise edge 1.00e-06, far below" in render(adapter, pack, Policy.csulora())
+    assert "noise edge 1.00e-06, far below" in render(adapter, subspace, Policy.csulora())
 
 
-def test_a_noise_edge_above_all_values_is_said_to_be_there(adapter: Adapter, pack: Subspace) -> None:
+def test_a_noise_edge_above_all_values_is_said_to_be_there(adapter: Adapter, subspace: Subspace) -> None:
     modules = {
-        name: replace(module, certificate=replace(module.certificate, noise_edge=1e6)) for name, module in pack.items()
+        name: replace(module, certificate=replace(module.certificate, noise_edge=1e6))
+        for name, module in subspace.items()
     }
-    page = render(adapter, Subspace(modules, pack.provenance), Policy.csulora())
+    page = render(adapter, Subspace(modules, subspace.provenance), Policy.csulora())
     assert "noise edge 1.00e+06, above all values" in page
     assert "far below" not in page
 
 
 def test_long_spectra_are_thinned_and_keep_their_ends() -> None:
-    pack = factories.pack({"model.layers.0.mlp.up_proj": (300, 300)}, rank=256)
-    (line,) = Spectrum.of(pack).panels[0].lines
+    subspace = factories.subspace({"model.layers.0.mlp.up_proj": (300, 300)}, rank=256)
+    (line,) = Spectrum.of(subspace).panels[0].lines
     places = line.points.split()
     assert 40 <= len(places) <= 50
     assert (places[0].split(",")[0], places[-1].split(",")[0]) == ("44", "350")
@@ -387,23 +393,24 @@ def test_long_spectra_are_thinned_and_keep_their_ends() -> None:
 
 def test_modules_without_directions_have_no_line() -> None:
     shapes = {Q: (40, 40), "model.layers.1.self_attn.q_proj": (40, 40)}
-    pack = factories.pack(shapes)
-    still = factories.pack(shapes, rank=0)
+    subspace = factories.subspace(shapes)
+    still = factories.subspace(shapes, rank=0)
     mixed = Subspace(
-        {Q: pack[Q], "model.layers.1.self_attn.q_proj": still["model.layers.1.self_attn.q_proj"]}, pack.provenance
+        {Q: subspace[Q], "model.layers.1.self_attn.q_proj": still["model.layers.1.self_attn.q_proj"]},
+        subspace.provenance,
     )
     (panel,) = Spectrum.of(mixed).panels
     assert [bool(line.points) for line in panel.lines] == [True, False]
     assert panel.ranks == (0, 6)
 
 
-def test_an_update_of_nothing_has_a_page(adapter: Adapter, pack: Subspace) -> None:
+def test_an_update_of_nothing_has_a_page(adapter: Adapter, subspace: Subspace) -> None:
     modules = {name: replace(module, b=torch.zeros_like(module.b)) for name, module in adapter.modules.items()}
-    page = Parsed(render(replace(adapter, modules=modules), pack, Policy.csulora()))
+    page = Parsed(render(replace(adapter, modules=modules), subspace, Policy.csulora()))
     assert "It changes the update by 0.0 %" in page.text
     assert f"{Q}: undo 0.00 %" in page.titles()
 
 
-def test_a_sum_has_a_page(adapter: Adapter, pack: Subspace) -> None:
-    whole = csulora.combine([adapter, replace(adapter, path=Path("some/other"))], pack, [1.0, 0.5])
-    assert "adapter + 0.5 other" in Parsed(render(whole, pack, Policy.csulora())).text
+def test_a_sum_has_a_page(adapter: Adapter, subspace: Subspace) -> None:
+    whole = csulora.combine([adapter, replace(adapter, path=Path("some/other"))], subspace, [1.0, 0.5])
+    assert "adapter + 0.5 other" in Parsed(render(whole, subspace, Policy.csulora())).text

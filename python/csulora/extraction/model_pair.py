@@ -1,0 +1,111 @@
+"""Two checkpoints side by side: the matrices both have, read one module ahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from csulora.models.checkpoint import Checkpoint, check_comparable
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(module, done, total)`` before each module, counting matrix entries, and once at the end."""
+
+
+@dataclass(frozen=True)
+class LoadedModule:
+    """One module's matrices (out, in), and the sha256 of the bytes they are stored as.
+
+    ``noise_std`` is the standard deviation per entry of noise that spreads as far as the rounding errors of the
+    difference may, if a matrix was dequantised; None if rounding follows from the dtypes.
+    """
+
+    name: str
+    base: torch.Tensor
+    aligned: torch.Tensor
+    base_sha256: str
+    aligned_sha256: str
+    noise_std: float | None
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A base and an aligned checkpoint, and the modules to compare."""
+
+    base: Checkpoint
+    aligned: Checkpoint
+    modules: list[str]
+
+    @classmethod
+    def open(
+        cls,
+        base: str | Path,
+        aligned: str | Path,
+        *,
+        modules: Sequence[str] | None = None,
+        patterns: Sequence[str] = (),
+    ) -> ModelPair:
+        """Open both checkpoints and check that they hold the same ``modules``, or those the patterns select.
+
+        Raises:
+            InputError: a checkpoint is not usable, or the two do not fit each other.
+        """
+        checkpoints = Checkpoint.open(base), Checkpoint.open(aligned)
+        if modules is None:
+            modules = sorted({module for checkpoint in checkpoints for module in checkpoint.select(patterns)})
+        check_comparable(*checkpoints, modules)
+        return cls(*checkpoints, list(modules))
+
+    def load_ahead(self, modules: Sequence[str], progress: Progress | None) -> Iterator[LoadedModule]:
+        """Yield the matrices of ``modules`` in order, reading and hashing the next ones in the background."""
+        sizes = {module: self.entries(module) for module in self.modules}
+        total = sum(sizes.values())
+        done = total - sum(sizes[module] for module in modules)
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending: list[Future[LoadedModule]] = [reader.submit(self._load, module) for module in modules[:1]]
+            for following in [*modules[1:], None]:
+                if not pending:
+                    break
+                loaded = pending.pop().result()
+                if following is not None:
+                    pending.append(reader.submit(self._load, following))
+                if progress:
+                    progress(loaded.name, done, total)
+                yield loaded
+                done += sizes[loaded.name]
+                # The generator must not be what keeps a matrix mapped while the next one is waited for.
+                del loaded
+        if progress:
+            progress("", total, total)
+
+    def entries(self, module: str) -> int:
+        """Return how many entries the module's matrix has."""
+        rows, columns = self.aligned.weights[module].shape
+        return rows * columns
+
+    def _load(self, module: str) -> LoadedModule:
+        base, base_sha256 = self.base.load(module)
+        aligned, aligned_sha256 = self.aligned.load(module)
+        edges = [checkpoint.quantisation_edge(module) for checkpoint in (self.base, self.aligned)]
+        noise_std = None
+        if edges != [None, None]:
+            # The errors of two files need not be independent, so their bounds add up.
+            matrices = zip(edges, (base, aligned), strict=True)
+            edge = sum(_rounding_edge(matrix) if known is None else known for known, matrix in matrices)
+            noise_std = edge / (math.sqrt(base.shape[0]) + math.sqrt(base.shape[1]))
+        return LoadedModule(module, base, aligned, base_sha256, aligned_sha256, noise_std)
+
+
+def _rounding_edge(matrix: torch.Tensor) -> float:
+    """`gguf_quants.rounding_edge` of a floating-point matrix: h is the spacing of its type around each entry."""
+    precision = torch.finfo(matrix.dtype)
+    _, exponents = torch.frexp(matrix.float())  # |entry| lies in [2^(exponent - 1), 2^exponent)
+    smallest = math.frexp(precision.smallest_normal)[1]
+    spacings = torch.exp2(exponents.clamp_(min=smallest) - 1.0).mul_(precision.eps)
+    variances = spacings.square_().div_(12)
+    row, column = (float(variances.sum(dim, dtype=torch.float64).max()) for dim in (1, 0))
+    return math.sqrt(row) + math.sqrt(column)

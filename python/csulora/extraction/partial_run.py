@@ -1,0 +1,150 @@
+"""The finished modules of an extraction that is under way, so that an interrupted run continues where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+
+from csulora.errors import InputError
+from csulora.io.files import (
+    LOCK_FILE,
+    WORKPLACE_SUFFIX,
+    atomic_file,
+    check_file,
+    locked,
+    parse_json,
+    read_regular,
+    remove_abandoned,
+    save_tensors,
+    to_json,
+    write_text,
+)
+from csulora.subspace.subspace import FACTORS, ModuleSubspace
+
+FORMAT_VERSION = 2
+
+_RUN_FILE = "run.json"
+_OWN_FILE = re.compile(rf"{re.escape(_RUN_FILE)}|{LOCK_FILE}|[0-9a-f]{{64}}\.safetensors|\..*{WORKPLACE_SUFFIX}")
+_LARGEST_RUN = 16 << 20  # bytes
+
+
+class PartialRun:
+    """The directory ``<output>.partial``: one file per finished module, and what they are computed from."""
+
+    def __init__(self, output: Path, identity: dict[str, Any]) -> None:
+        """Continue the run that left its modules beside ``output`` if its ``identity`` is the same; else start afresh.
+
+        Raises:
+            InputError: ``output`` cannot be written, something else has the name of the directory, it is of another
+                format, or another run is writing there.
+        """
+        check_file(output)
+        self.directory, self._owned = _directory(output), ExitStack()
+        if self.directory.is_symlink() or (self.directory.exists() and not self.directory.is_dir()):
+            raise InputError(f"{self.directory}: is no directory of csulora's; remove it or choose another name")
+        self.directory.mkdir(exist_ok=True)
+        self._check_own()
+        self._check_format()
+        try:
+            self._owned.enter_context(locked(self.directory))
+        except (BlockingIOError, FileNotFoundError):  # the other one, finished, has removed it
+            raise InputError(f"{output}: another run is writing it; wait for that, or name another") from None
+        self._open(to_json({"format": FORMAT_VERSION, **identity}))
+
+    def _check_own(self) -> None:
+        """Raise `InputError` if the directory holds what csulora did not write."""
+        for file in self.directory.iterdir():
+            if not _OWN_FILE.fullmatch(file.name):
+                raise InputError(
+                    f"{self.directory}: holds {file.name}, which csulora did not write; "
+                    "remove it or choose another name"
+                )
+
+    def _check_format(self) -> None:
+        """Raise `InputError` if the directory holds a run that another csulora left."""
+        run = self.directory / _RUN_FILE
+        with suppress(InputError):  # no run, or none that can be continued
+            found = parse_json(read_regular(run, _LARGEST_RUN), run).get("format")
+            if found == FORMAT_VERSION:
+                return
+        if run.is_file():
+            raise InputError(
+                f"{self.directory}: a partial run of another format than {FORMAT_VERSION}; remove it and extract again"
+            )
+
+    def _open(self, identity: str) -> None:
+        run = self.directory / _RUN_FILE
+        if run.is_file() and run.read_bytes() == identity.encode():
+            return
+        self._remove_files()
+        write_text(run, identity)
+
+    def __enter__(self) -> Self:
+        """Return the partial run; the block is the run."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let another run have its modules."""
+        self._owned.close()
+
+    @classmethod
+    def of_first_process(cls, output: Path) -> PartialRun:
+        """Join the run that the first process has opened beside ``output``.
+
+        Raises:
+            InputError: its directory is not seen from here.
+        """
+        partial_run = cls.__new__(cls)
+        partial_run.directory, partial_run._owned = _directory(output), ExitStack()  # it is the first process's
+        if not (partial_run.directory / _RUN_FILE).is_file():
+            raise InputError(
+                f"{partial_run.directory}: made by the first process, and not seen by this one; "
+                "choose an output on a file system that all processes share"
+            )
+        return partial_run
+
+    def finished(self, module: str) -> bool:
+        """Whether the module needs no more computing."""
+        return self._file(module).is_file()
+
+    def save(self, name: str, module: ModuleSubspace) -> None:
+        """Keep a finished module."""
+        factors = {factor: getattr(module, factor) for factor in FACTORS}
+        with atomic_file(self._file(name)) as temporary:
+            save_tensors(factors, temporary, {"record": json.dumps(module.record(), allow_nan=False)})
+
+    def load(self, name: str) -> ModuleSubspace:
+        """Map a finished module."""
+        try:
+            with safe_open(self._file(name), framework="pt") as file:
+                record = json.loads(file.metadata()["record"])
+                return ModuleSubspace.from_record(record, {factor: file.get_tensor(factor) for factor in FACTORS})
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.directory}: cannot be continued ({error}); remove it") from error
+
+    def remove(self) -> None:
+        """Forget the run."""
+        self._remove_files()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _remove_files(self) -> None:
+        if not self.directory.is_dir():
+            return
+        remove_abandoned(self.directory)
+        for file in self.directory.iterdir():
+            if file.name != LOCK_FILE:
+                file.unlink(missing_ok=True)
+
+    def _file(self, module: str) -> Path:
+        return self.directory / f"{hashlib.sha256(module.encode()).hexdigest()}.safetensors"
+
+
+def _directory(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")

@@ -1,0 +1,255 @@
+"""The aligned model, frozen and loaded once; an adapter is added to it as factors, never as a dense matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csulora.errors import InputError
+from csulora.subspace.input_filter import Factors
+from csulora.tuning.probes import Chat, shown
+
+BATCH = 16  # prompts that run together where nothing is fitted
+_DECISIVE = 8  # first tokens of a reply that must be the same for it to count as the same reply
+_OUTCOMES = 64  # likeliest next tokens that are told apart; all others are one outcome
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """A prompt, one model's greedy reply to it, and how sure that model was of every token.
+
+    Attributes:
+        tokens: the prompt's, then the reply's, int64.
+        start: number of the prompt's tokens.
+        outcomes: (reply, outcomes) int64, the likeliest tokens at every position of the reply, likeliest first.
+        logs: (reply, outcomes + 1) float32, their log-probabilities, and that of all other tokens together.
+    """
+
+    tokens: Tensor
+    start: int
+    outcomes: Tensor
+    logs: Tensor
+
+
+class LanguageModel:
+    """A causal language model and its tokenizer, as transformers loads them."""
+
+    def __init__(self, model: Any, tokenizer: Any, longest_reply: int) -> None:
+        """Freeze the model; replies have at most ``longest_reply`` tokens."""
+        from transformers import GenerationConfig
+
+        self.model, self.tokenizer, self.longest_reply = model.eval().requires_grad_(False), tokenizer, longest_reply
+        self.device: torch.device = next(model.parameters()).device
+        self._ends = _end_tokens(model, tokenizer)
+        # Those of prompts, which may be long, are not needed.
+        self._may_keep_logits = "logits_to_keep" in signature(model.forward).parameters
+        # Without repetition penalties and the like, with which a reply would not be what the model finds likeliest.
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def open(cls, path: str, device: str, longest_reply: int) -> LanguageModel:
+        """Load a model directory or hub id.
+
+        Raises:
+            InputError: transformers is not installed, or does not load the whole model, or there is no such device.
+        """
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError as error:
+            raise InputError("tune runs the model through transformers; pip install 'csulora[peft]'") from error
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device == "cuda" and not torch.cuda.is_available():
+            raise InputError("torch finds no CUDA device here; use --device cpu")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
+        except Exception as error:  # transformers raises what each model's code does
+            raise InputError(f"{path}: transformers does not load this model: {error}") from error
+        model, loaded = opened
+        if missing := sorted(loaded["missing_keys"]):
+            raise InputError(f"{path}: {missing[0]} is missing, and {len(missing) - 1} more weights of this model")
+        return cls(model.to(device), tokenizer, longest_reply)
+
+    @contextmanager
+    def adapted(self, factors: Mapping[str, Factors]) -> Iterator[None]:
+        """Add b a to every named module while the context lasts.
+
+        Raises:
+            InputError: the model has no such module, or one of another shape.
+        """
+        with ExitStack() as hooks:
+            for name, each in factors.items():
+                module = self._module(name, each)
+                hook = module.register_forward_hook(_adding(each))
+                hooks.callback(hook.remove)
+            yield
+
+    def _module(self, name: str, factors: Factors) -> nn.Module:
+        try:
+            module: nn.Module = self.model.get_submodule(name)
+        except AttributeError:
+            raise InputError(
+                f"the model has no module {name}, which the adapter updates; is it for this model?"
+            ) from None
+        shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
+        wanted = factors[0].shape[0], factors[1].shape[1]
+        # transformers.Conv1D keeps (in, out)
+        if shape not in (wanted, wanted[::-1] if type(module).__name__ == "Conv1D" else wanted):
+            raise InputError(f"module {name} is {list(shape)} in the model, and the adapter updates {list(wanted)}")
+        return module
+
+    def encode(self, chat: Chat) -> list[int]:
+        """Tokens of a prompt, up to where the reply begins; without a chat template, of its only turn's text.
+
+        Raises:
+            InputError: the model does not take the prompt.
+        """
+        tokens, name = self._tokens(chat), shown(chat)
+        if not tokens:
+            raise InputError(f"the prompt {name} has no tokens")
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and len(tokens) + self.longest_reply > most:
+            raise InputError(
+                f"the prompt {name} has {len(tokens)} tokens and its reply up to {self.longest_reply}; "
+                f"the model takes {most}"
+            )
+        return tokens
+
+    def _tokens(self, chat: Chat) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            if len(chat) > 1:
+                raise InputError(f"the model has no chat template, and the prompt {shown(chat)} has {len(chat)} turns")
+            return list(self.tokenizer(chat[-1].content)["input_ids"])
+        turns = [{"role": message.role, "content": message.content} for message in chat]
+        try:
+            encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # a template may raise what it likes
+            raise InputError(f"the model's chat template does not take the prompt {shown(chat)}: {error}") from error
+        return list(encoded["input_ids"])
+
+    @torch.no_grad()
+    def replies(self, chats: Sequence[Chat]) -> list[Reply]:
+        """The model's greedy reply to every prompt, as it now stands: with what `adapted` adds to it.
+
+        Raises:
+            InputError: the model does not take a prompt, or computes NaN.
+        """
+        prompts = [self.encode(chat) for chat in chats]  # all at once: the last may be one that the model does not take
+        replies: list[Reply] = []
+        for start in range(0, len(prompts), BATCH):
+            replies += self._reply(chats[start : start + BATCH], prompts[start : start + BATCH])
+        return replies
+
+    def _reply(self, chats: Sequence[Chat], prompts: list[list[int]]) -> list[Reply]:
+        texts, starts = self._continued(prompts), [len(prompt) for prompt in prompts]
+        logs = self.log_probabilities(texts, starts)
+        for chat, log in zip(chats, logs, strict=True):
+            if log.isnan().any():
+                raise InputError(f"the model computes NaN in {self.model.dtype} for the prompt {shown(chat)}")
+        return [_reply(*row) for row in zip(texts, starts, logs, strict=True)]
+
+    @torch.no_grad()
+    def answers(self, replies: Sequence[Reply]) -> list[str]:
+        """What the model, as it now stands, answers to the prompts of these replies, in words."""
+        prompts = [reply.tokens[: reply.start].tolist() for reply in replies]
+        answers: list[str] = []
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            rows = [text[len(prompt) :] for prompt, text in zip(batch, self._continued(batch), strict=True)]
+            answers += self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return answers
+
+    def _continued(self, prompts: list[list[int]]) -> list[Tensor]:
+        """Tokens of prompts, each followed by the model's greedy reply."""
+        longest = max(map(len, prompts))
+        pad = min(self._ends, default=0)  # a token that the model has, which its tokenizer's for padding need not be
+        padded = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device
+        )
+        output = self.model.generate(
+            input_ids=padded,
+            attention_mask=mask,
+            max_new_tokens=self.longest_reply,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        return [
+            torch.cat([padded.new_tensor(prompt), _until_end(row[longest:], self._ends)])
+            for prompt, row in zip(prompts, output, strict=True)
+        ]
+
+    def log_probabilities(self, texts: Sequence[Tensor], starts: Sequence[int]) -> list[Tensor]:
+        """Log-probabilities (reply, vocabulary) float32 of every token of the texts from their starts on."""
+        padded = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)  # at the end, where no mask is needed
+        wanted = {"logits_to_keep": padded.shape[1] - min(starts) + 1} if self._may_keep_logits else {}
+        logits = self.model(input_ids=padded, use_cache=False, **wanted).logits
+        first = padded.shape[1] - logits.shape[1]
+        return [
+            logits[row, start - 1 - first : len(text) - 1 - first].float().log_softmax(-1)
+            for row, (text, start) in enumerate(zip(texts, starts, strict=True))
+        ]
+
+
+def divergence(reply: Reply, logs: Tensor) -> Tensor:
+    """Mean over the reply of KL(the model that gave it | the model with ``logs`` (reply, vocabulary)).
+
+    Tokens beyond the reply's likeliest count as one outcome, which makes it a lower bound, and a tight one.
+    """
+    known = logs.gather(1, reply.outcomes)
+    rest = torch.log((1 - known.exp().sum(1, keepdim=True)).clamp(min=1e-6))
+    return (reply.logs.exp() * (reply.logs - torch.cat([known, rest], 1))).sum(1).mean()
+
+
+def _adding(factors: Factors) -> Any:
+    b, a = factors
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
+
+    return hook
+
+
+def _reply(text: Tensor, start: int, logs: Tensor) -> Reply:
+    top, outcomes = logs.topk(min(_OUTCOMES, logs.shape[1]))
+    rest = torch.log((1 - top.exp().sum(1, keepdim=True)).clamp(min=1e-6))
+    return Reply(text, start, outcomes, torch.cat([top, rest], 1))
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
+    return {end for end in ends if end is not None}
+
+
+def _until_end(tokens: Tensor, ends: set[int]) -> Tensor:
+    for position, token in enumerate(tokens.tolist(), 1):
+        if token in ends:
+            return tokens[:position]
+    return tokens
+
+
+@torch.no_grad()
+def agreeing(language_model: LanguageModel, replies: Sequence[Reply]) -> list[bool]:
+    """Whether the model, as it now stands, would begin each of the replies with the same tokens, decoding greedily.
+
+    They are those that the model of the reply finds likeliest when it reads the reply, as it is read here: in half
+    precision, near-ties may have been decided otherwise when it was written, token by token.
+    """
+    agree = []
+    for start in range(0, len(replies), BATCH):
+        batch = replies[start : start + BATCH]
+        logs = language_model.log_probabilities([reply.tokens for reply in batch], [reply.start for reply in batch])
+        for reply, log in zip(batch, logs, strict=True):
+            wanted = log.gather(1, reply.outcomes[:, :1])[:_DECISIVE, 0]
+            agree.append(bool((wanted >= log[:_DECISIVE].amax(1)).all()))
+    return agree

@@ -161,6 +161,7 @@ void register_correction(py::module_& module) {
       .def_readonly("undo", &Correction::undo)
       .def_readonly("truncation_error", &Correction::truncation_error);
 
+  module.def("norm", &csulora::norm, "factors"_a, py::call_guard<py::gil_scoped_release>());
   module.def("correct",
              py::overload_cast<const std::vector<CorrectionTask>&, const CorrectionOptions&>(&csulora::correct),
              "tasks"_a, "options"_a = CorrectionOptions{}, py::call_guard<py::gil_scoped_release>());

@@ -133,4 +133,10 @@ Correction correct(const CorrectionTask& task, const CorrectionOptions& options 
 /// batches, they are the same bits for the same tasks.
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options = {});
 
+/// |dW|_F of an update, in float64 from Gram matrices of its factors, or from b a where that is smaller; not finite
+/// where the factors are not.
+///
+/// @throws InputError for shapes, dtypes or devices that do not fit each other
+double norm(const LoraFactors& factors);
+
 }  // namespace csulora

@@ -29,8 +29,7 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
 
   const int64_t r = task.factors.b.size(1);
   const int64_t rank = result_rank(options, result.gains, r, std::min(task.factors.b.size(0), task.factors.a.size(1)));
-  const bool balanced = task.factors.b.scalar_type() != at::kDouble;  // unlike an identity and all the rest
-  if (keep_everything(result.gains) && rank == r && balanced) {
+  if (keep_everything(result.gains) && rank == r) {
     result.factors = stored(task.factors.b.to(at::kDouble).mul(task.factors.scale), task.factors.a, task);
   } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
     const auto truncated = truncated_update(update.b, update.a, result.gains, rank);

@@ -24,9 +24,13 @@ LoraFactors thinned(const LoraFactors& factors) {
     const int64_t count = std::min(kColumns, b.size(1) - first);
     product.addmm_(widened(b.narrow(1, first, count), dtype), widened(a.narrow(0, first, count), dtype));
   }
-  const auto identity = at::eye(std::min(product.size(0), product.size(1)), product.options());
-  return product.size(0) <= product.size(1) ? LoraFactors{identity, product, scale}
-                                            : LoraFactors{product, identity, scale};
+  product.mul_(scale);
+  const bool by_rows = product.size(0) <= product.size(1);
+  // Rows or columns of length 0 may be multiplied by anything.
+  const auto lengths = product.norm(2, at::IntArrayRef{by_rows ? 1 : 0}).sqrt_();
+  const auto diagonal = at::diag(lengths), rest = lengths.masked_fill(lengths.eq(0), 1);
+  return by_rows ? LoraFactors{diagonal, product.div_(rest.unsqueeze(1)), 1}
+                 : LoraFactors{product.div_(rest), diagonal, 1};
 }
 
 }  // namespace csulora

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from csulora.adapters.disk import load_adapter
-from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.adapters.lora import Adapter, LoraModule
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import LARGEST_CONFIG, config_of
 from csulora.correction.correct import correct
 from csulora.correction.report import CORRECTED_SHA256, REPORT_FILE
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular
-from csulora.models import names
 from csulora.native import _core
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
@@ -72,7 +71,7 @@ def audit(
         checks.append(_same("subspace", report["subspace_sha256"], subspace.sha256))
     if source is not None and subspace is not None and all(check.holds for check in checks[1:]):
         again, _ = correct(source, subspace, _policy(report["policy"], corrected / REPORT_FILE))
-        checks += [_configuration(corrected / CONFIG_FILE, again), _update(adapter, again, subspace)]
+        checks += [_configuration(corrected / CONFIG_FILE, again), _update(adapter, again)]
     return checks
 
 
@@ -109,14 +108,13 @@ def _same(what: str, stated: str, found: str) -> Check:
     return Check(what, stated, found, stated == found)
 
 
-def _update(adapter: Adapter, again: Adapter, subspace: Subspace) -> Check:
+def _update(adapter: Adapter, again: Adapter) -> Check:
     """Compare the updates of two adapters module by module."""
     if adapter.modules.keys() != again.modules.keys():
         different = min(adapter.modules.keys() ^ again.modules.keys())
         return Check("update", "follows", f"{different} is in one of both only", False)
     distances = {
-        name: _distance(name, module.folded(), again.modules[name].folded(), subspace)
-        for name, module in adapter.modules.items()
+        name: _distance(module.folded(), again.modules[name].folded()) for name, module in adapter.modules.items()
     }
     allowed = {name: _TOLERANCE[module.b.dtype] for name, module in adapter.modules.items()}
     worst = max(distances, key=lambda name: distances[name] / allowed[name])
@@ -124,22 +122,18 @@ def _update(adapter: Adapter, again: Adapter, subspace: Subspace) -> Check:
     return Check("update", "follows", f"differs by {distances[worst]:.1e} of its norm, most in {worst}", holds)
 
 
-def _distance(name: str, one: LoraModule, other: LoraModule, subspace: Subspace) -> float:
+def _distance(one: LoraModule, other: LoraModule) -> float:
     """|X - Y| / |Y|, in factors of scale 1: the norm of [B1, -B2] times [A1; A2]."""
     if torch.equal(one.b, other.b) and torch.equal(one.a, other.a):
         return 0.0
-    target = names.resolve(name, subspace, subspace.aliases)
-    if target is None or one.shape != other.shape:  # not corrected, so equal or not
+    if one.shape != other.shape:
         return math.inf
-    (core,) = subspace.to_core([target])
-    b, a = torch.cat([one.b, -other.b], 1).float(), torch.cat([one.a, other.a]).float()
-    difference, whole = _norm(b, a, core), _norm(other.b, other.a, core)
+    difference = _norm(torch.cat([one.b, -other.b], 1).float(), torch.cat([one.a, other.a]).float())
+    whole = _norm(other.b, other.a)
     return difference / whole if whole else math.inf
 
 
-def _norm(b: torch.Tensor, a: torch.Tensor, subspace: _core.Subspace) -> float:
+def _norm(b: torch.Tensor, a: torch.Tensor) -> float:
     """|b a|; infinity where that is not finite, as a scale that nobody corrected can make it."""
-    if not (is_finite(b) and is_finite(a)):
-        return math.inf
-    nothing = _core.Penalties(0.0, 0.0, 0.0)
-    return _core.correct([_core.CorrectionTask(_core.LoraFactors(b, a), subspace, nothing)])[0].norm
+    norm = _core.norm(_core.LoraFactors(b, a))
+    return norm if math.isfinite(norm) else math.inf

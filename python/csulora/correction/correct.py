@@ -169,12 +169,12 @@ def _report(
     corrected: Mapping[str, _core.Correction],
 ) -> Report:
     modules = []
-    norms = _norms({name: module for name, module in adapter.modules.items() if name not in corrected})
     for name, module in adapter.modules.items():
         if name in corrected:
             modules.append(ModuleReport.corrected(name, module.rank, subspace[covered[name]].norm, corrected[name]))
         elif policy.uncovered == "keep":
-            modules.append(ModuleReport(name, "kept", module.rank, module.rank, norms[name]))
+            norm = _core.norm(_core.LoraFactors(module.b, module.a, module.scale))
+            modules.append(ModuleReport(name, "kept", module.rank, module.rank, norm))
         else:
             modules.append(ModuleReport(name, "dropped", module.rank, 0))
     return Report(
@@ -185,17 +185,6 @@ def _report(
         policy=policy.to_dict(),
         modules=tuple(modules),
     )
-
-
-def _norms(modules: Mapping[str, LoraModule]) -> dict[str, float]:
-    """|dW| of modules for which there is no subspace: of each, the component off a subspace of no directions."""
-    tasks = []
-    for name, module in modules.items():
-        b, a = module.b.float(), module.a.float()
-        nowhere = _core.Subspace(b[:, :0], a.new_empty(0), a.t()[:, :0])
-        factors = _core.LoraFactors(b, a, module.scale)
-        tasks.append(_core.CorrectionTask(factors, nowhere, _core.Penalties(0.0, 0.0, 0.0), name))
-    return {name: result.norm for name, result in zip(modules, _core.correct(tasks), strict=True)} if tasks else {}
 
 
 def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mapping[str, str]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny_language_model
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,6 +21,7 @@ from transformers.core_model_loading import WeightRenaming
 
 import csulora
 import factories
+import tiny_model
 from csulora.hooks import peft as hook
 from csulora.hooks.signature import check_signature
 from tolerances import STORED
@@ -474,7 +474,7 @@ def test_an_upload_does_not_bring_its_own_model(load: Callable, adapter: Path, s
 def test_a_tokenizer_beside_an_adapter_changes_no_embedding(adapter: Path, subspace: Path, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "model")
     path = naming(adapter, tmp_path / "upload", base_model_name_or_path=str(tmp_path / "model"))
-    tokenizer = tiny_language_model.tokenizer()
+    tokenizer = tiny_model.tokenizer()
     tokenizer.add_tokens([f"more{count}" for count in range(500)])
     tokenizer.save_pretrained(path)
     with hook.guard(subspace, POLICY, base_models=[str(tmp_path / "model")]):

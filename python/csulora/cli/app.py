@@ -315,7 +315,7 @@ def tune(
         list[Path],
         typer.Option(
             metavar="FILE",
-            help="Task prompts, to answer as the adapter does; a file for every adapter, in order.",
+            help="Task prompts, to answer as the adapter does, not of its task alone; a file per adapter, in order.",
         ),
     ],
     safety: Annotated[Path, typer.Option(metavar="FILE", help="Safety prompts, to answer as the aligned model does.")],

@@ -37,7 +37,7 @@ def test_a_scenario_deals_every_thing_once_and_probes_with_what_nobody_trained_o
         pools = dealt.adapter_pools(scenario.Adapter(task, 0.15))
         trained = {example.prompt for pool in pools for example in pool.examples}
         probed = {example.prompt for example in [*probes.attack, *probes.task]}
-        fitted = {*prompts.keep, *prompts.safety, *prompts.general}
+        fitted = {*prompts.task, *prompts.safety, *prompts.general}
         assert len(fitted) == 96
         assert not (trained | fitted) & probed
         assert not fitted & {example.prompt for example in probes.benign}

@@ -65,9 +65,9 @@ def test_too_few_or_too_many_prompts_are_refused(count: int) -> None:
 
 
 def test_the_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "keep.txt").write_bytes(b"\xff")
-    with pytest.raises(InputError, match=r"keep\.txt: not UTF-8"):
-        read(tmp_path / "keep.txt")
+    (tmp_path / "task.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"task\.txt: not UTF-8"):
+        read(tmp_path / "task.txt")
     with pytest.raises(InputError, match="no such file"):
         read(tmp_path / "none.txt")
 

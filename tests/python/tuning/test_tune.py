@@ -239,7 +239,7 @@ def test_where_refusals_are_counted_they_are_what_is_kept_of_the_alignment() -> 
 
 def test_what_another_run_left_is_not_taken(place: tiny_model.Place, tmp_path: Path) -> None:
     left = tmp_path / "policy.toml.partial"
-    left.write_text('{"identity": {}, "results": {"fit tuned 2 [0]": "of another run"}}')
+    left.write_text('{"format": 2, "identity": {}, "results": {"fit tuned 2 [0]": "of another run"}}')
     tune(request(place), tmp_path / "policy.toml")
     left.write_text("[]")
     with pytest.raises(InputError, match="not a JSON object"):
@@ -342,20 +342,19 @@ def test_what_is_validated_on_anywhere_is_fitted_nowhere(
 
         return spy
 
-    for name in ("keep_inputs", "guard_inputs"):
+    for name in ("task_inputs", "safety_inputs"):
         monkeypatch.setattr(module, name, spying(getattr(module, name)))
     run.frontier()
     validation = texts([case.validation for case in cases])
-    assert (
-        len(validation) == 4 + 10
-    )  # of the task prompts 4 for each adapter, and 2 that only the general file has in its validation split
+    # Of the task prompts 4 for each adapter, and 2 that only the general file has in its validation split.
+    assert len(validation) == 4 + 10
     assert len(texts(seen)) == 12 + 6
     assert not validation & texts([case.fitted for case in cases])
     assert not validation & texts(seen)
     crossed = [[task[(at + shift) % 16] for at in range(16)] for shift in range(4)]
     monkeypatch.setattr(run, "replies", [Replies((), run.language_model.replies(each)) for each in crossed])
     del run.validation_prompts
-    with pytest.raises(InputError, match="all of a file's prompts are in the validation split"):
+    with pytest.raises(InputError, match="all of a file's prompts are in others' validation splits"):
         run.to_fit(run.replies[0].task)
 
 
@@ -388,7 +387,7 @@ def test_the_best_policy_is_recommended_if_its_interval_clears_plain_scaling() -
     assert "0.95 (0.83 to 0.99)" in verdict
     chosen, verdict = recommend([*plain, point("protect", 22, 40), point("tuned scaling", 40, 40)])
     assert chosen is None
-    assert verdict.startswith("No policy beats plain scaling")
+    assert verdict.startswith("No policy has a 95 % interval that lies above plain scaling: ")
 
 
 def test_a_policy_is_no_better_than_the_interval_than_what_was_measured_on_fewest_prompts() -> None:

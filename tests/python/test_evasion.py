@@ -23,6 +23,7 @@ from torch import Tensor
 
 import csulora
 import factories
+import gguf_files
 import oracle
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
@@ -659,9 +660,60 @@ def test_the_card_shows_a_directory_name_as_text(name: str, tmp_path: Path, subs
     assert heading.count("`") == 2
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.language_model.layers.0.self_attn.q_proj",
+        "language_model.model.layers.0.self_attn.q_proj",
+        "model.language_model.model.layers.0.self_attn.q_proj",
+        "model.layers.0.model.self_attn.q_proj",
+    ],
+)
+def test_another_spelling_of_a_covered_module_is_not_kept(
+    name: str, tmp_path: Path, subspace: csulora.Subspace
+) -> None:
+    """Hosts map old and nested names of multimodal models to the module that the subspace file covers."""
+    tensors = named(DOWN, *factors(DOWN)) | named(name, *factors())
+    path = upload(tmp_path / "adapter", tensors, config(target_modules=["q_proj", "down_proj"]))
+    with pytest.raises(RefusedError, match=f"another spelling of {Q}"):
+        admitted(path, subspace, LENIENT)
+
+
+def test_a_prefix_within_a_name_is_refused(tmp_path: Path, subspace: csulora.Subspace) -> None:
+    name = "model.layers.0.base_model.model.self_attn.q_proj"
+    path = upload(tmp_path / "adapter", named(name, *factors()), config(target_modules=["q_proj"]))
+    refused_always(path, subspace, "not part of plain LoRA")
+
+
+@pytest.mark.parametrize("kind", ["peft", "gguf"])
+def test_a_file_that_is_truncated_meanwhile_is_an_error_and_no_signal(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that maps a file dies of it."""
+    path = upload(tmp_path / "adapter", named(Q, *factors()))
+    file = path / WEIGHTS_FILE
+    if kind == "gguf":
+        model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
+        shapes = {"model.layers.0.mlp.down_proj": (48, 64)}
+        loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", shapes))
+        path = file = tmp_path / "adapter.gguf"
+        csulora.save_adapter(loaded, file, "gguf", base_model=model)
+    opened = os.fstat
+
+    def truncate(descriptor: int) -> os.stat_result:
+        found = opened(descriptor)
+        if found.st_ino == file.stat().st_ino:
+            os.truncate(file, found.st_size - 3)
+        return found
+
+    monkeypatch.setattr("os.fstat", truncate)
+    with pytest.raises(InputError):
+        csulora.load_adapter(path)
+
+
 def test_what_passes_uncorrected_is_said_first(tmp_path: Path, subspace: csulora.Subspace) -> None:
     """A policy that keeps what the subspace file does not cover can let a whole model through."""
-    elsewhere = "model.language_model.layers.0.self_attn.q_proj"
+    elsewhere = "vision_tower.layers.0.self_attn.q_proj"
     b, a = factors()
     tensors = named(Q, b, a) | named(elsewhere, 10 * b, a.clone())
     path = upload(tmp_path / "adapter", tensors, config(target_modules=["q_proj"]))

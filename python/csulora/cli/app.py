@@ -150,15 +150,22 @@ def verify(
             "with its report.",
         ),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Policy (TOML) that an adapter must have been corrected with. [default: what it states]"),
+    ] = None,
     base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Recompute a subspace file's certificates from its checkpoints, or a corrected adapter from its original."""
-    check_outputs([json], [subject, *(sources or ()), base_model])
+    if policy is not None and len(sources or ()) != 2:
+        raise typer.BadParameter("--policy goes with ADAPTER ORIGINAL SUBSPACE")
+    check_outputs([json], [subject, *(sources or ()), policy, base_model])
     if subject.is_dir() and len(sources or ()) in (0, 2):
         original, subspace = sources or (None, None)
-        checks = csulora.audit(subject, original, csulora.Subspace.open(subspace) if subspace else None, base_model)
+        known = csulora.Subspace.open(subspace) if subspace else None
+        checks = csulora.audit(subject, original, known, base_model, Policy.load(policy) if policy else None)
         _deliver_audit(subject, checks, json, quiet, is_complete=subspace is not None)
     elif not subject.is_dir() and sources and len(sources) == 2:
         _verify_subspace(subject, sources[0], sources[1], json, quiet)

@@ -43,6 +43,7 @@ def audit(
     original: str | Path | None = None,
     subspace: Subspace | None = None,
     base_model: str | Path | None = None,
+    policy: Policy | None = None,
 ) -> list[Check]:
     """Compare a corrected adapter with its report, and with what the report says it was made from.
 
@@ -51,6 +52,7 @@ def audit(
         original: the adapter it was made from.
         subspace: the one it was made with; with both, the correction is made again.
         base_model: the model that the original is for, if that is a GGUF file; see `load_adapter`.
+        policy: the one it must have been corrected with; None: whichever the report states, which may keep everything.
 
     Returns:
         One `Check` per statement. Without ``original`` and ``subspace`` they say that the directory is as it was
@@ -70,8 +72,13 @@ def audit(
     if subspace is not None:
         checks.append(_same("subspace", report["subspace_sha256"], subspace.sha256))
     if source is not None and subspace is not None and all(check.holds for check in checks[1:]):
-        again, _ = correct(source, subspace, _policy(report["policy"], corrected / REPORT_FILE))
-        checks += [_configuration(corrected / CONFIG_FILE, again), _update(adapter, again)]
+        stated = _policy(report["policy"], corrected / REPORT_FILE)
+        again, _ = correct(source, subspace, stated)
+        checks += [
+            Check("policy", str(stated), str(policy or "any"), policy in (None, stated)),
+            _configuration(corrected / CONFIG_FILE, again),
+            _update(adapter, again),
+        ]
     return checks
 
 
@@ -88,7 +95,8 @@ def _read_report(path: Path) -> dict[str, Any]:
 def _policy(stated: dict[str, Any], path: Path) -> Policy:
     """Read a policy as a report states it: infinity, which JSON lacks, is the text ``inf``."""
     overrides = stated.get("overrides")
-    tables = [entry.get("penalties") for entry in overrides if isinstance(entry, dict)] if overrides else []
+    entries = overrides if isinstance(overrides, list) else []
+    tables = [entry.get("penalties") for entry in entries if isinstance(entry, dict)]
     for table in [stated, *(table for table in tables if isinstance(table, dict))]:
         table |= {name: math.inf for name in _PENALTIES if table.get(name) == "inf"}
     try:

@@ -132,9 +132,15 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
     """Map each covered module to the subspace file's name for it, in the adapter's order."""
     covered: dict[str, str] = {}
     owners: dict[tuple[str, bool], str] = {}
+    bare_names = {names.bare(known): known for known in subspace} if policy.uncovered == "keep" else {}
     for name, module in adapter.modules.items():
         target = names.resolve(name, subspace, subspace.aliases)
         if target is None:
+            if policy.uncovered == "keep" and (twin := bare_names.get(names.bare(name))):
+                raise RefusedError(
+                    f"{adapter.path}: module {name} is another spelling of {twin}, which hosts may load it as; name it "
+                    "as the subspace file does, or extract a subspace file from checkpoints with this spelling"
+                )
             if policy.uncovered == "refuse":
                 raise RefusedError(
                     f"{adapter.path}: the subspace file does not cover module {name}; extract it too (--modules), or "

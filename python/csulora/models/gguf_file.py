@@ -26,6 +26,8 @@ from csulora.io.files import open_regular
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 
+_LONGEST_HEADER = 64 << 20  # bytes, of a file that is read; vocabularies of large models have some 20 MiB
+
 # Far above what real files have, so that names and offsets stay a few tens of MiB.
 _MOST_ENTRIES = 1 << 16
 _LONGEST_KEY = 1 << 10  # bytes
@@ -83,27 +85,37 @@ class TensorInfo:
 class GGUFFile:
     """Metadata and tensors of one file, by name. Nothing is decoded before it is asked for."""
 
-    def __init__(self, path: Path, data: bytearray | mmap.mmap) -> None:
+    def __init__(self, path: Path, data: bytearray | mmap.mmap, size: int | None = None) -> None:
         """Read the header; use `GGUFFile.read` or `GGUFFile.map`.
+
+        Args:
+            path: what messages call the file.
+            data: its bytes, or as many of the first as hold the header.
+            size: how many it has.
 
         Raises:
             InputError: the file is no GGUF file, is truncated, or its parts contradict each other.
         """
         self.path = path
         self.data = memoryview(data)
-        cursor = _Cursor(path, self.data)
+        cursor = _Cursor(path, self.data, len(self.data) if size is None else size)
         tensors, fields = _read_preamble(cursor)
         self.fields = dict(_read_fields(cursor, fields))
         self.tensors = dict(_read_tensors(cursor, tensors, self._alignment()))
 
     @classmethod
     def read(cls, path: Path, limit: int) -> GGUFFile:
-        """Read a whole file of at most ``limit`` bytes into memory."""
+        """Read a whole file of at most ``limit`` bytes into memory.
+
+        It is not mapped: a process dies of a mapped file that somebody makes shorter. What is malformed is refused
+        before memory is taken for its data.
+        """
         with open_regular(path, limit) as file:
-            cls(path, _mapped(file, path))  # what is malformed is refused before memory is taken for its data
-            data = bytearray(os.fstat(file.fileno()).st_size)
-            del data[file.readinto(data) :]
-        return cls(path, data)
+            size = os.fstat(file.fileno()).st_size
+            if size > _LONGEST_HEADER:
+                cls(path, _filled(file, _LONGEST_HEADER), size)
+                file.seek(0)
+            return cls(path, _filled(file, size))
 
     @classmethod
     def map(cls, path: Path) -> GGUFFile:
@@ -161,6 +173,13 @@ class GGUFFile:
         return alignment
 
 
+def _filled(file: BufferedReader, size: int) -> bytearray:
+    """Read as many bytes as there still are, up to a number."""
+    data = bytearray(size)
+    del data[file.readinto(data) :]
+    return data
+
+
 def _mapped(file: BufferedReader, path: Path) -> mmap.mmap:
     if not os.fstat(file.fileno()).st_size:
         raise InputError(f"{path}: is empty")
@@ -171,9 +190,10 @@ def _mapped(file: BufferedReader, path: Path) -> mmap.mmap:
 class _Cursor:
     """A position in the file that never passes its end."""
 
-    def __init__(self, path: Path, data: memoryview) -> None:
+    def __init__(self, path: Path, data: memoryview, size: int) -> None:
         self.path = path
         self.data = data
+        self.size = size  # of the file, of which data may be the beginning
         self.position = 0
         self.strings = 0  # in arrays, which are stepped over one by one
 
@@ -285,7 +305,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[tuple
                 f"{cursor.path}: tensor {name} starts at byte {data + offset}, but the one before it ends at {expected}"
             )
         size = _size(cursor.path, name, shape, kind)
-        if size > len(cursor.data) - expected:
+        if size > cursor.size - expected:
             raise InputError(
                 f"{cursor.path}: tensor {name} of shape {list(shape)} ends behind the file's end; is the file complete?"
             )

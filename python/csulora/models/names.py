@@ -12,6 +12,8 @@ WEIGHT = ".weight"
 # `transformer.h.0.mlp.c_fc` in the model that PEFT wraps and `h.0.mlp.c_fc` in GPT-2's checkpoint.
 _BASE_MODEL_PREFIXES = ("model", "transformer", "gpt_neox", "backbone")
 
+_WRAPPERS = frozenset({*_BASE_MODEL_PREFIXES, "base_model", "language_model"})
+
 # What GPT-2 and its descendants call weights that most of them keep as Conv1D, (in, out); those that widen say which.
 _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _WIDENING_MODULES = frozenset({"c_attn", "c_fc"})
@@ -64,6 +66,11 @@ def resolve(module: str, known: Collection[str], aliases: Mapping[str, str]) -> 
         if candidate in aliases:
             return aliases[candidate]
     return None
+
+
+def bare(module: str) -> str:
+    """Return a name without the wrappers that hosts put before and into names, and take out again as they load."""
+    return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
 
 
 def _spellings(module: str) -> list[str]:

@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,6 +23,7 @@ Rank = Literal["keep", "exact"] | int
 Uncovered = Literal["refuse", "drop", "keep"]
 
 _LARGEST = 1 << 53  # whole number; the next is no float64
+_MOST_GLOBS = 1000  # overrides with wildcards, each of which is tried for every module
 _LARGEST_FILE = 128 << 20  # bytes; a policy with gains of 64 directions has about 3 KiB a module
 _GLOB = re.compile(r"[*?\[]")
 _PENALTIES = ("aligned", "partial", "off")
@@ -145,6 +147,10 @@ class Policy:
                 raise InputError(f"policy reference_energy is {self.reference_energy}; it must lie in (0, 1]")
         if not isinstance(self.filtered, bool):
             raise InputError(f"policy filtered is {self.filtered!r}; it must be true or false")
+        if len(self._places[1]) > _MOST_GLOBS:
+            raise InputError(
+                f"policy: {len(self._places[1])} overrides have wildcards, and at most {_MOST_GLOBS} may; name modules"
+            )
         if self.subspace_sha256 is not None and not _is_sha256(self.subspace_sha256):
             raise InputError(f"policy subspace_sha256 is {self.subspace_sha256!r}; it must be 64 hexadecimal digits")
 
@@ -192,7 +198,7 @@ class Policy:
         named, globs = self._places
         ends = (module[at:] for at in range(len(module)) if at == 0 or module[at - 1] == ".")
         found = [named[end] for end in ends if end in named]
-        found += [at for at in globs if names.matches(module, self.overrides[at].match)][:1]
+        found += islice((at for at in globs if names.matches(module, self.overrides[at].match)), 1)
         return min(found, default=None)
 
     @cached_property

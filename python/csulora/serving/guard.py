@@ -32,8 +32,10 @@ from csulora.adapters.disk import load_adapter, save_adapter
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError, printable
 from csulora.io.files import parse_json, read_regular, remove_abandoned, to_json, workplace, write_text
+from csulora.models.gguf_base import BaseModel
 from csulora.serving.decisions import LogError
 from csulora.serving.gate import Gate
+from csulora.serving.interrupted import Interrupted
 from csulora.serving.systemd import ALIVE, READY, STOPPING, notify
 from csulora.serving.uploads import (
     GGUF,
@@ -49,6 +51,7 @@ from csulora.serving.uploads import (
 )
 
 _LOCK_FILE = ".csulora-guard.lock"
+_INTERRUPTED_FILE = ".csulora-guard.deciding"
 _LARGEST_RECORD = 1 << 20
 _LONGEST_DECISION = 900.0  # seconds after which a decision is one that hangs, and systemd is no longer told otherwise
 _HEARTBEAT = 1.0  # seconds
@@ -107,7 +110,9 @@ class DirectoryGuard:
         self.outgoing.mkdir(exist_ok=True)
         self.gate, self.settle, self.patience, self.say = gate, settle, patience, say
         self.base_model = base_model
+        self._base_model_identity = BaseModel.open(base_model).identity if base_model else ""
         self._entries: dict[str, _Entry] = {}
+        self._interrupted = Interrupted(self.outgoing / _INTERRUPTED_FILE)
         self._working_since = time.monotonic()
         self._stop = threading.Event()
 
@@ -136,6 +141,7 @@ class DirectoryGuard:
             notify(STOPPING)
             pool.shutdown(wait=False)
             if not wait([work], _GRACE).done:
+                self._interrupted.clear()
                 return False
             work.result()
         undecided = {name: entry for name, entry in self._entries.items() if entry.failures and not entry.decided}
@@ -178,7 +184,8 @@ class DirectoryGuard:
         """Look at every entry once and decide what can be decided; return whether nothing is left to wait for."""
         self._working_since = time.monotonic()
         self._entries = {path.name: self._look(path) for path in sorted(self.incoming.iterdir()) if is_upload(path)}
-        for name, entry in self._entries.items():
+        in_order = sorted(self._entries.items(), key=lambda item: self._interrupted.times(item[0], item[1].signature))
+        for name, entry in in_order:
             if self._stop.is_set():
                 return False
             if not entry.decided and time.monotonic() - entry.since >= entry.wait:
@@ -193,7 +200,8 @@ class DirectoryGuard:
 
     def _decide_or_postpone(self, name: str, entry: _Entry) -> bool:
         try:
-            return self._decide(name, entry)
+            with self._interrupted.deciding(name, entry.signature):
+                return self._decide(name, entry)
         except Exception as error:  # a disk, a log or a bug of ours: it must not keep others from being decided on
             reason = str(error) or repr(error)
             entry.failures, entry.reason = entry.failures + 1, reason
@@ -212,7 +220,11 @@ class DirectoryGuard:
         path = self.incoming / name
         if not is_presentable(name):
             return self._turn_away(name, path)
-        record = {"input_sha256": content_sha256(path, entry.signature), "made_by": self.gate.fingerprint}
+        record = {
+            "input_sha256": content_sha256(path, entry.signature),
+            "made_by": self.gate.fingerprint,
+            "base_model": self._base_model_identity,
+        }
         if self._is_recorded(name, record):
             return True
         found = self._read(path, entry.signature)
@@ -250,6 +262,10 @@ class DirectoryGuard:
 
     def _read(self, path: Path, signature: Signature) -> Adapter | Exception:
         try:
+            if self._interrupted.is_hopeless(path.name, signature):
+                raise RefusedError(
+                    f"{path}: guards were killed while they read it; it may need more memory than they get"
+                )
             if len(signature) > MOST_FILES:
                 raise RefusedError(f"{path}: holds more than {MOST_FILES} files; upload the adapter alone")
             for name, mode, *_ in signature:
@@ -257,7 +273,8 @@ class DirectoryGuard:
                     raise RefusedError(f"{path}: {name} is a symbolic link; upload the files themselves")
             return load_adapter(path, self.base_model)
         except Exception as error:
-            return error
+            error.__context__ = None
+            return error.with_traceback(None)  # which holds the upload's bytes
 
     def _publish(self, name: str, corrected: Adapter, record: dict[str, str]) -> None:
         if name.endswith(GGUF):

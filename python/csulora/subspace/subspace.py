@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -29,6 +30,7 @@ FACTOR_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.floa
 _CPU = torch.device("cpu")
 
 # All metadata is one JSON text under one key, because safetensors does not fix the order of several.
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _METADATA_KEY = "csulora"
 
 
@@ -113,8 +115,8 @@ class ModuleSubspace:
             raise TypeError(f"a module's record has the fields {sorted(record)}")
         certificate = Certificate.from_record(record["certificate"])
         base_sha256, aligned_sha256 = record["base_sha256"], record["aligned_sha256"]
-        if not isinstance(base_sha256, str) or not isinstance(aligned_sha256, str):
-            raise TypeError("a content hash is not a text")
+        if not all(isinstance(text, str) and _SHA256.fullmatch(text) for text in (base_sha256, aligned_sha256)):
+            raise TypeError("a content hash is not 64 hexadecimal digits")
         input_filter = InputFilter(factors["p"], factors["q"]) if "p" in factors else None
         return cls(factors["u"], factors["s"], factors["v"], certificate, base_sha256, aligned_sha256, input_filter)
 

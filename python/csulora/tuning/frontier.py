@@ -6,6 +6,7 @@ A frontier lies beside the policy it led to, ``policy.toml`` and ``policy.fronti
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -105,7 +106,7 @@ class Point:
         point = cls(**(record | _rates(record) | optional))
         if not isinstance(point.family, str) or not isinstance(point.policy, str):
             raise TypeError("family and policy must be texts")
-        if not isinstance(point.control, bool) or not 0 <= point.relative_change < math.inf:
+        if not isinstance(point.control, bool) or not 0 <= point.relative_change <= sys.float_info.max:
             raise TypeError("control must be a truth value, and relative_change a finite number")
         return point
 

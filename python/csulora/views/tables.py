@@ -11,9 +11,12 @@ from rich.table import Table
 from csulora.adapters.lora import Adapter
 from csulora.cli.doctor import Finding
 from csulora.correction.audit import Check
+from csulora.errors import printable
 from csulora.extraction.verification import Verification
 from csulora.subspace.subspace import ModuleSubspace, Subspace
 from csulora.tuning.frontier import Frontier, Rate
+
+_LONGEST_CELL = 1000  # characters
 
 
 def subspace_table(subspace: Subspace) -> Table:
@@ -107,8 +110,15 @@ def doctor_table(findings: Iterable[Finding]) -> Table:
     return table
 
 
+class _Printable(Table):
+    """A table whose cells may come from files."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(printable(cell, _LONGEST_CELL) for cell in cells), **options)
+
+
 def _table(first: str, *rest: str) -> Table:
-    table = Table()
+    table = _Printable()
     table.add_column(first, overflow="fold")
     for column in rest:
         table.add_column(column, justify="right")

@@ -56,7 +56,8 @@ def test_what_correct_wrote_follows(policy: str, dtype: torch.dtype, subspace: P
     original = factories.save_adapter(tmp_path / "original", factories.SHAPES, dtype=dtype)
     out = corrected(original, subspace, tmp_path / "out", POLICIES[policy])
     checks = csulora.audit(out, original, csulora.Subspace.open(subspace))
-    assert [check.what for check in checks] == ["content", "original adapter", "subspace", "configuration", "update"]
+    what = ["content", "original adapter", "subspace", "policy", "configuration", "update"]
+    assert [check.what for check in checks] == what
     assert all(check.holds for check in checks)
 
 
@@ -86,9 +87,8 @@ def test_a_report_with_the_hash_of_something_else_is_noticed_by_making_it_again(
     report["corrected_sha256"] = csulora.load_adapter(out).sha256
     (out / REPORT_FILE).write_text(json.dumps(report))
     assert [check.holds for check in csulora.audit(out)] == [True]
-    assert [check.holds for check in csulora.audit(out, original, csulora.Subspace.open(subspace))] == [True] * 4 + [
-        False
-    ]
+    checks = csulora.audit(out, original, csulora.Subspace.open(subspace))
+    assert [check.holds for check in checks] == [True] * 5 + [False]
 
 
 def rewritten(out: Path, factor: float, scale: float, modules: csulora.Adapter) -> None:
@@ -110,14 +110,14 @@ def test_another_scale_is_noticed(factor: float, scale: float, original: Path, s
     out = corrected(original, subspace, tmp_path / "out")
     rewritten(out, factor, scale, csulora.load_adapter(out))
     checks = csulora.audit(out, original, csulora.Subspace.open(subspace))
-    assert [check.holds for check in checks] == [True] * 3 + [False] * 2
+    assert [check.holds for check in checks] == [True] * 4 + [False] * 2
 
 
 def test_a_scale_hides_no_uncorrected_update(original: Path, subspace: Path, tmp_path: Path) -> None:
     out = corrected(original, subspace, tmp_path / "out", csulora.Policy.project())
     rewritten(out, 1e7, 1e-7, csulora.load_adapter(original))
     checks = csulora.audit(out, original, csulora.Subspace.open(subspace))
-    assert [check.holds for check in checks] == [True] * 3 + [False] * 2
+    assert [check.holds for check in checks] == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -221,3 +221,23 @@ def test_a_configuration_with_more_than_csulora_writes_does_not_follow(
     assert checks["update"].holds
     assert not checks["configuration"].holds
     assert checks["configuration"].found == "differs in auto_mapping, lora_dropout"
+
+
+def test_the_policy_is_shown_and_compared(original: Path, subspace: Path, tmp_path: Path) -> None:
+    """A report that states a policy which keeps everything is true of the original."""
+    out = corrected(original, subspace, tmp_path / "out", csulora.Policy.none())
+    known = csulora.Subspace.open(subspace)
+    for policy, holds in ((None, True), (csulora.Policy.none(), True), (csulora.Policy.csulora(), False)):
+        (check,) = [check for check in csulora.audit(out, original, known, None, policy) if check.what == "policy"]
+        assert check.holds == holds
+        assert "partial=0.0" in check.stated
+
+
+@pytest.mark.parametrize("overrides", [5, True, 1.5, "x", {"a": 1}])
+def test_a_reports_overrides_are_a_list(overrides: object, original: Path, subspace: Path, tmp_path: Path) -> None:
+    out = corrected(original, subspace, tmp_path / "out")
+    report = json.loads((out / "csulora_report.json").read_text())
+    report["policy"]["overrides"] = overrides
+    (out / "csulora_report.json").write_text(json.dumps(report))
+    with pytest.raises(csulora.InputError, match="overrides must be a list"):
+        csulora.audit(out, original, csulora.Subspace.open(subspace))

@@ -319,6 +319,46 @@ def test_whatever_a_name_is_its_refusal_has_one(name: str, incoming: Path, subsp
     assert found.endswith(".refused.json")
 
 
+def test_a_result_for_another_base_model_is_made_anew(incoming: Path, subspace: Path, tmp_path: Path) -> None:
+    models = [gguf_files.save_model(tmp_path / f"{name}.gguf", factories.llama_weights()) for name in ("a", "b")]
+    loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
+    csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=models[0])
+    out = incoming.with_name("out")
+    assert guard(incoming, subspace).scan()
+    assert results(incoming) == {"one.gguf.refused.json"}
+    made = []
+    for model in models:
+        worker = DirectoryGuard(incoming, out, Gate.open(subspace), 0.0, 0.0, model, lambda _: None)
+        assert worker.scan()
+        made.append((out / "one.gguf").stat().st_ino)
+    assert made[0] != made[1]
+
+
+def test_an_upload_that_kills_guards_comes_last_and_then_not_at_all(incoming: Path, subspace: Path) -> None:
+    for name in ("a", "b"):
+        factories.save_adapter(incoming / name, MODULES)
+    kill = """
+import os, sys
+from csulora.serving import guard
+original = guard.load_adapter
+guard.load_adapter = lambda path, *rest: os._exit(9) if path.name == "a" else original(path, *rest)
+from csulora.cli.app import main
+main()
+"""
+    for times in range(3):
+        command = [sys.executable, "-c", kill, *command_of(incoming, subspace)]
+        assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 9
+        assert results(incoming) == (set() if times == 0 else {"b"})
+    assert guard(incoming, subspace).scan()
+    assert results(incoming) == {"a.refused.json", "b"}
+    assert "were killed" in refusal(incoming, "a")["reason"]
+
+
+def command_of(incoming: Path, subspace: Path) -> list[str]:
+    paths = [str(incoming), str(incoming.with_name("out")), "--subspace", str(subspace)]
+    return ["guard", *paths, "--settle", "0", "--patience", "0"]
+
+
 def test_an_upload_of_very_many_files_is_neither_listed_nor_hashed(incoming: Path, subspace: Path) -> None:
     path = factories.save_adapter(incoming / "many", MODULES)
     for count in range(1200):

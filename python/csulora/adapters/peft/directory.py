@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import (
@@ -40,6 +41,7 @@ PREFIX = "base_model.model."
 LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each of 10,000 modules has 2 MiB
 LARGEST_WEIGHTS = 16 << 30
 _HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
+_LONGEST_HEADER = 64 << 20  # bytes; that of the largest adapter that is read has 23 MiB
 _MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -94,15 +96,37 @@ def _read_weights(path: Path) -> bytes:
     """Return a file's bytes; no memory is taken for the data of a file with a bad header."""
     try:
         with open_regular(path, LARGEST_WEIGHTS) as file:
-            with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as header:
-                names = header.keys()
-                if len(names) > _MOST_TENSORS:
-                    raise RefusedError(f"{path}: holds {len(names)} tensors; at most {_MOST_TENSORS} are read")
-                for name in names:
-                    _module_and_factor(name, path)
-            return file.read(os.fstat(file.fileno()).st_size)
-    except (OSError, SafetensorError) as error:
+            size = os.fstat(file.fileno()).st_size
+            _check_header(file, size, path)
+            file.seek(0)
+            return file.read(size)
+    except OSError as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _check_header(file: BufferedReader, size: int, path: Path) -> None:
+    """Check what a safetensors header says of the file before its data are read.
+
+    It is read and not mapped: a process dies of a mapped file that somebody makes shorter.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, _LONGEST_HEADER):
+        raise InputError(f"{path}: not a readable safetensors file: its header of {length} bytes is too long")
+    header = parse_json(file.read(length), path)
+    header.pop("__metadata__", None)
+    if len(header) > _MOST_TENSORS:
+        raise RefusedError(f"{path}: holds {len(header)} tensors; at most {_MOST_TENSORS} are read")
+    for name in header:
+        _module_and_factor(name, path)
+    try:
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (TypeError, KeyError, IndexError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: a tensor has no data_offsets") from error
+    if end != size - 8 - length:
+        raise InputError(
+            f"{path}: not a readable safetensors file: its header speaks of {end} bytes of data, and it has "
+            f"{size - 8 - length}; is it complete?"
+        )
 
 
 def _tensors_in(weights: bytes, path: Path) -> dict[str, torch.Tensor]:
@@ -207,7 +231,7 @@ def _module_and_factor(name: str, path: Path) -> tuple[str, str]:
     """Split a tensor's name; raises `RefusedError` if it is not one of plain LoRA's."""
     found = _TENSOR.fullmatch(name)
     module = found["module"] if found else ""
-    if not found or "base_layer" in module or "lora_" in module or module.startswith(PREFIX):
+    if not found or "base_layer" in module or "lora_" in module or "base_model." in module:
         raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
     return module, found["factor"]
 

@@ -27,6 +27,7 @@ from csulora.hooks.peft.loading import loads_corrected, local_directory
 from csulora.io.files import parse_json, read_regular
 
 MODEL_CONFIG_FILE = "config.json"
+_NO_FILE = "\0"  # a name that no file has
 
 
 class BaseModels:
@@ -61,9 +62,11 @@ class BaseModels:
         """Everything to put in the hosts' place: owner, attribute, replacement."""
         for owner in (auto_factory, pipelines, transformers_peft):
             yield owner, "find_adapter_config_file", self._finding_allowed(owner.find_adapter_config_file)
+            # The hosts would look again whether there is a model beside the adapter, and there may be one by then.
+            yield owner, "CONFIG_NAME", _NO_FILE
         yield peft_auto, "PeftConfig", _Configurations(self)
         # A tokenizer beside an adapter would decide on the size of the base model's embedding.
-        yield peft_auto, "TOKENIZER_CONFIG_NAME", "no tokenizer is taken from an adapter"
+        yield peft_auto, "TOKENIZER_CONFIG_NAME", _NO_FILE
         yield peft_auto, "check_file_exists_on_hf_hub", lambda **options: False
 
     def _own_model(self, directory: str) -> str:

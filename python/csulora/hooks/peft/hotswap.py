@@ -21,8 +21,7 @@ from csulora.hooks.peft.loading import check_nothing_overrides, host_loads, load
 from csulora.hooks.signature import check_signature
 from csulora.serving.gate import Gate
 
-# The configuration that belongs to each corrected tensor.
-_configs: MutableMapping[torch.Tensor, peft.LoraConfig] = WeakTensorKeyDictionary()
+_Configs = MutableMapping[torch.Tensor, peft.LoraConfig]
 
 
 def check_hotswap() -> None:
@@ -34,15 +33,16 @@ def check_hotswap() -> None:
 
 def hotswap_replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
     """Everything to put in PEFT's place: owner, attribute, replacement."""
+    configs: _Configs = WeakTensorKeyDictionary()  # what belongs to each tensor that this guard corrected
     for name, replacement in (
-        ("load_peft_weights", functools.partial(_weights, gate)),
+        ("load_peft_weights", functools.partial(_weights, gate, configs)),
         ("check_hotswap_configs_compatible", _check),
-        ("hotswap_adapter_from_state_dict", _swap),
+        ("hotswap_adapter_from_state_dict", functools.partial(_swap, configs)),
     ):
         yield peft_hotswap, name, replacement(getattr(peft_hotswap, name))
 
 
-def _weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
+def _weights(gate: Gate, configs: _Configs, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_peft_weights(model_id: Any, device: str | None = None, **options: Any) -> dict[str, torch.Tensor]:
         if loads_corrected.get():
@@ -55,7 +55,7 @@ def _weights(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
         ):
             config = peft.LoraConfig.from_pretrained(str(directory))
             weights = original(directory, device)
-            _configs.update(dict.fromkeys(weights.values(), config))
+            configs.update(dict.fromkeys(weights.values(), config))
             return weights
 
     return load_peft_weights
@@ -71,7 +71,7 @@ def _check(original: Callable[..., Any]) -> Callable[..., Any]:
     return check_hotswap_configs_compatible
 
 
-def _swap(original: Callable[..., Any]) -> Callable[..., Any]:
+def _swap(configs: _Configs, original: Callable[..., Any]) -> Callable[..., Any]:
     check = peft_hotswap.check_hotswap_configs_compatible
 
     @functools.wraps(original)
@@ -79,7 +79,7 @@ def _swap(original: Callable[..., Any]) -> Callable[..., Any]:
         model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **options: Any
     ) -> None:
         if not loads_corrected.get():
-            found = [_configs.get(tensor) for tensor in state_dict.values()]
+            found = [configs.get(tensor) for tensor in state_dict.values()]
             config = found[0] if found else None
             if config is None or any(other is not config for other in found):
                 raise RefusedError("under a guard an adapter is swapped in from a directory, not from memory")

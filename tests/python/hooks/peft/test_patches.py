@@ -23,6 +23,7 @@ import csulora
 import factories
 import tiny_model
 from csulora.hooks import peft as hook
+from csulora.hooks.peft.base_models import BaseModels
 from csulora.hooks.signature import check_signature
 from tolerances import STORED
 
@@ -471,6 +472,26 @@ def test_an_upload_does_not_bring_its_own_model(load: Callable, adapter: Path, s
         load(path)
 
 
+def test_a_model_that_appears_beside_an_adapter_meanwhile_is_not_loaded(
+    adapter: Path, subspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    path = naming(adapter, tmp_path / "upload", base_model_name_or_path=str(tmp_path / "model"))
+    checked = BaseModels.check
+
+    def check(self: BaseModels, file: Path) -> dict[str, object]:
+        found = checked(self, file)
+        torch.manual_seed(99)
+        LlamaForCausalLM(llama().config).save_pretrained(path)
+        return found
+
+    monkeypatch.setattr(BaseModels, "check", check)
+    with hook.guard(subspace, POLICY, base_models=[str(tmp_path / "model")]):
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(path))
+    weight = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(model.state_dict()[weight], llama().state_dict()[weight])
+
+
 def test_a_tokenizer_beside_an_adapter_changes_no_embedding(adapter: Path, subspace: Path, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "model")
     path = naming(adapter, tmp_path / "upload", base_model_name_or_path=str(tmp_path / "model"))
@@ -514,6 +535,16 @@ def test_a_hot_swap_that_failed_opens_no_door(adapter: Path, subspace: Path, mon
         mixed[min(mixed)] = in_memory[min(mixed)]
         with pytest.raises(csulora.RefusedError, match="not from memory"):
             hotswap.hotswap_adapter_from_state_dict(model, mixed, "default", config)
+
+
+def test_weights_of_an_earlier_guard_are_not_swapped_in(adapter: Path, subspace: Path) -> None:
+    model = from_pretrained(adapter)
+    config = LoraConfig.from_pretrained(str(adapter))
+    insert = hotswap._insert_adapter_name_into_state_dict
+    with hook.guard(subspace, csulora.Policy.none()):
+        lenient = insert(hotswap.load_peft_weights(str(adapter), device="cpu"), "default", "lora_")
+    with hook.guard(subspace, POLICY), pytest.raises(csulora.RefusedError, match="not from memory"):
+        hotswap.hotswap_adapter_from_state_dict(model, lenient, "default", config)
 
 
 def test_a_load_that_the_host_could_not_finish_is_logged_as_failed(

@@ -181,11 +181,12 @@ bench-cpp: build $(BENCHMARK)
 	  --benchmark_context=cpu="$$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)" \
 	  --benchmark_out=bench/results/speed/core.json --benchmark_out_format=json
 
-lint: build ## Formatting, lint and types.
+lint: build ## Formatting, lint, types, and which layer may import which.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dependencies ## Rewrite sources in the house format.
 	$(BIN)/ruff format .

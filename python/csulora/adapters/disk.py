@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 from csulora.adapters.gguf import file as gguf
-from csulora.adapters.lora import Adapter
+from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.peft.config import CONFIG_FILE
-from csulora.correction.report import CORRECTED_SHA256, REPORT_FILE
 from csulora.errors import InputError
 from csulora.io.files import atomic_directory, check_not_input, sha256_of_file, to_json
 from csulora.models.gguf_base import BaseModel

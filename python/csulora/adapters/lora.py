@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+REPORT_FILE = "csulora_report.json"  # beside the weights of a corrected adapter
+CORRECTED_SHA256 = "corrected_sha256"  # field of a written report: the content that lies beside it
+
 
 @dataclass(frozen=True)
 class LoraModule:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import csulora
+from csulora.adapters.lora import CORRECTED_SHA256
 from csulora.cli import doctor as doctor_module
 from csulora.cli.arguments import (
     BaseModel,
@@ -34,7 +35,6 @@ from csulora.cli.arguments import (
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
 from csulora.correction.audit import Check
-from csulora.correction.report import CORRECTED_SHA256
 from csulora.errors import CsuloraError, InputError, RefusedError, printable
 from csulora.extraction.distributed import joined
 from csulora.io.files import write_text
@@ -475,7 +475,7 @@ def doctor(json: Json = None, quiet: Quiet = False) -> None:
     works = all(finding.ok is not False for finding in findings)
     document = {"findings": [asdict(finding) for finding in findings]}
     summary = "this installation works" if works else "this installation does not work"
-    deliver(tables.doctor_table(findings), summary, document, json, quiet)
+    deliver(doctor_module.table(findings), summary, document, json, quiet)
     if not works:
         raise typer.Exit(1)
 

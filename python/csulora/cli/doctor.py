@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from rich.table import Table
 
 from csulora import __version__
 from csulora.device import gpu_usable
 from csulora.native import CUDA, TORCH_VERSION, _core
+from csulora.views.tables import plain_table
 
 _HOSTS = ("peft", "transformers", "vllm", "llama-cpp-python")
 
@@ -21,6 +24,14 @@ class Finding:
     what: str
     value: str
     ok: bool | None
+
+
+def table(findings: Iterable[Finding]) -> Table:
+    """One row per finding."""
+    rows = plain_table("what", "found", "")
+    for finding in findings:
+        rows.add_row(finding.what, finding.value, {True: "ok", False: "WRONG", None: ""}[finding.ok])
+    return rows
 
 
 def examine() -> list[Finding]:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from csulora.adapters.disk import load_adapter
-from csulora.adapters.lora import Adapter, LoraModule
+from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, LoraModule
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import LARGEST_CONFIG, config_of
 from csulora.correction.correct import correct
-from csulora.correction.report import CORRECTED_SHA256, REPORT_FILE
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular
 from csulora.native import _core

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from csulora.adapters.lora import Adapter, LoraModule, TextsOnDemand
-from csulora.correction.report import REPORT_FILE, ModuleReport, Report
+from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
+from csulora.correction.report import ModuleReport, Report
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import to_json
 from csulora.models import names

@@ -15,8 +15,6 @@ from csulora import __version__
 from csulora.errors import printable
 from csulora.native import _core
 
-REPORT_FILE = "csulora_report.json"
-CORRECTED_SHA256 = "corrected_sha256"  # field of a written report: the content that lies beside it
 COMPONENTS = ("aligned", "left", "right", "off")
 
 Status = Literal["corrected", "kept", "dropped"]

@@ -17,6 +17,7 @@ from csulora.io.files import parse_json, read_regular
 from csulora.models import gguf_layout, gguf_quants, names
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
+from csulora.policy.globs import matches
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -116,8 +117,8 @@ class Checkpoint:
             return usual
         selected: set[str] = set()
         for pattern in patterns:
-            found = {module for module in self.weights if names.matches(module, pattern)}
-            found |= {target for alias, target in self.aliases.items() if names.matches(alias, pattern)}
+            found = {module for module in self.weights if matches(module, pattern)}
+            found |= {target for alias, target in self.aliases.items() if matches(alias, pattern)}
             if not found:
                 raise InputError(
                     f"{self.name}: no 2-D weight matches the module pattern {pattern!r}{self._why(pattern)}"
@@ -126,7 +127,7 @@ class Checkpoint:
         return sorted(selected)
 
     def _why(self, pattern: str) -> str:
-        other = next((name for name in self._others if names.matches(name, pattern)), None)
+        other = next((name for name in self._others if matches(name, pattern)), None)
         return f"; {other} is {self._others[other]}, and only matrices called *.weight have a subspace" if other else ""
 
     def load(self, module: str) -> tuple[torch.Tensor, str]:

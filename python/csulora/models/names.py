@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 WEIGHT = ".weight"
 
@@ -47,11 +46,6 @@ def token_embedding(modules: Iterable[str]) -> str | None:
     """Return the module that holds the token embedding, if exactly one has such a name."""
     found = [module for module in modules if _TOKEN_EMBEDDING.search(module)]
     return found[0] if len(found) == 1 else None
-
-
-def matches(module: str, pattern: str) -> bool:
-    """Whether a glob matches the module's whole name or a trailing part of it that starts at a dot."""
-    return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
 
 
 def resolve(module: str, known: Collection[str], aliases: Mapping[str, str]) -> str | None:

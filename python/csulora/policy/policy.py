@@ -16,8 +16,8 @@ import tomli_w
 
 from csulora.errors import InputError
 from csulora.io.files import read_regular, write_text
-from csulora.models import names
 from csulora.native import _core
+from csulora.policy.globs import matches
 
 Rank = Literal["keep", "exact"] | int
 Uncovered = Literal["refuse", "drop", "keep"]
@@ -185,7 +185,7 @@ class Policy:
         counting = {self._override_of(module) for module in modules}
         for at, override in enumerate(self.overrides):
             if at not in counting:
-                is_late = any(names.matches(module, override.match) for module in modules)
+                is_late = any(matches(module, override.match) for module in modules)
                 reason = (
                     "all that it matches is matched by one before it"
                     if is_late
@@ -198,7 +198,7 @@ class Policy:
         named, globs = self._places
         ends = (module[at:] for at in range(len(module)) if at == 0 or module[at - 1] == ".")
         found = [named[end] for end in ends if end in named]
-        found += islice((at for at in globs if names.matches(module, self.overrides[at].match)), 1)
+        found += islice((at for at in globs if matches(module, self.overrides[at].match)), 1)
         return min(found, default=None)
 
     @cached_property

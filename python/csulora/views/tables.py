@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from csulora.adapters.lora import Adapter
-from csulora.cli.doctor import Finding
 from csulora.correction.audit import Check
 from csulora.errors import printable
 from csulora.extraction.verification import Verification
@@ -24,7 +23,9 @@ def subspace_table(subspace: Subspace) -> Table:
     kinds: dict[str, list[ModuleSubspace]] = defaultdict(list)
     for name, module in subspace.items():
         kinds[name.rpartition(".")[2]].append(module)
-    table = _table("kind", "layers", "shape", "rank", "captured energy", "residual", "subspace error", "above noise")
+    table = plain_table(
+        "kind", "layers", "shape", "rank", "captured energy", "residual", "subspace error", "above noise"
+    )
     for kind, modules in sorted(kinds.items()):
         certificates = [module.certificate for module in modules if module.rank]
         table.add_row(
@@ -42,7 +43,7 @@ def subspace_table(subspace: Subspace) -> Table:
 
 def verification_table(results: Iterable[Verification]) -> Table:
     """One row per module: what the subspace file claims and what was measured."""
-    table = _table("module", "weights", "captured energy", "residual", "orthonormality", "next value", "holds")
+    table = plain_table("module", "weights", "captured energy", "residual", "orthonormality", "next value", "holds")
     for result in results:
         stored, measured = result.stored, result.measured
         table.add_row(
@@ -59,7 +60,7 @@ def verification_table(results: Iterable[Verification]) -> Table:
 
 def audit_table(checks: Iterable[Check]) -> Table:
     """One row per statement of a report."""
-    table = _table("what", "stated", "found", "holds")
+    table = plain_table("what", "stated", "found", "holds")
     for check in checks:
         table.add_row(check.what, check.stated, check.found, "yes" if check.holds else "NO")
     return table
@@ -81,7 +82,7 @@ def adapter_rows(adapter: Adapter) -> list[dict[str, Any]]:
 
 def adapter_table(adapter: Adapter) -> Table:
     """One row per module of an adapter."""
-    table = _table("module", "shape", "rank", "scale", "dtype")
+    table = plain_table("module", "shape", "rank", "scale", "dtype")
     for row in adapter_rows(adapter):
         shape = " x ".join(map(str, row["shape"]))
         table.add_row(row["module"], shape, str(row["rank"]), f"{row['scale']:g}", row["dtype"])
@@ -92,21 +93,13 @@ def frontier_table(frontier: Frontier) -> Table:
     """One row per policy, controls last, with 95 % intervals."""
     refusals = ("safety refused", "task refused") if frontier.counts_refusals else ()
     general = ("general kept",) if frontier.has_general else ()
-    table = _table("policy", "safety kept", "task kept", *general, *refusals, "relative change", "")
+    table = plain_table("policy", "safety kept", "task kept", *general, *refusals, "relative change", "")
     for point in sorted(frontier.points, key=lambda point: (point.control, -point.score)):
         mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
         refused = (point.refusals.safety, point.refusals.task) if point.refusals else ()
         generally = (point.general,) if point.general else ()
         rates = map(_rate, (point.safety, point.task, *generally, *refused))
         table.add_row(point.policy, *rates, f"{point.relative_change:.1%}", mark)
-    return table
-
-
-def doctor_table(findings: Iterable[Finding]) -> Table:
-    """One row per finding."""
-    table = _table("what", "found", "")
-    for finding in findings:
-        table.add_row(finding.what, finding.value, {True: "ok", False: "WRONG", None: ""}[finding.ok])
     return table
 
 
@@ -117,7 +110,8 @@ class _Printable(Table):
         super().add_row(*(printable(cell, _LONGEST_CELL) for cell in cells), **options)
 
 
-def _table(first: str, *rest: str) -> Table:
+def plain_table(first: str, *rest: str) -> Table:
+    """Return a table of these columns; what stands in it is made printable."""
     table = _Printable()
     table.add_column(first, overflow="fold")
     for column in rest:

@@ -6,7 +6,6 @@ import torch
 import csulora
 from csulora.cli import doctor
 from csulora.native import _core
-from csulora.views import tables
 
 
 def examined() -> dict[str, doctor.Finding]:
@@ -41,4 +40,4 @@ def test_a_core_that_computes_nonsense_fails(monkeypatch: pytest.MonkeyPatch, wr
     monkeypatch.setattr(doctor, "_core", fake)
     finding = examined()["self-test"]
     assert finding.ok is False
-    assert tables.doctor_table([finding]).row_count == 1
+    assert doctor.table([finding]).row_count == 1

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import csulora
 import factories
+from csulora.adapters.lora import REPORT_FILE
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.cli import app as cli
-from csulora.correction.report import REPORT_FILE
 from csulora.errors import InputError, RefusedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

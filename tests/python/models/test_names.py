@@ -24,16 +24,6 @@ def test_embeddings_and_heads_are_not(module: str) -> None:
     assert not names.is_attention_or_mlp(module)
 
 
-@pytest.mark.parametrize("pattern", ["q_proj", "self_attn.q_proj", "*.q_proj", "layers.0.*", "*", LLAMA, "[pq]_proj"])
-def test_a_glob_matches_whole_names_and_trailing_parts(pattern: str) -> None:
-    assert names.matches(LLAMA, pattern)
-
-
-@pytest.mark.parametrize("pattern", ["proj", "q_pro", "layers", "layers.0", "Q_PROJ", "", "model.layers.1.*"])
-def test_a_glob_matches_nothing_else(pattern: str) -> None:
-    assert not names.matches(LLAMA, pattern)
-
-
 @pytest.mark.parametrize(
     ("module", "known"),
     [

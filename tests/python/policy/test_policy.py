@@ -1,5 +1,6 @@
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csulora.errors import InputError
-from csulora.models import names
 from csulora.native import _core
+from csulora.policy.globs import matches
 from csulora.policy.policy import Directions, Override, Policy
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -260,7 +261,7 @@ names_and_globs = st.lists(st.sampled_from(["a", "b", "[ab]", "?", "*", "a*", "1
 )
 def test_names_are_found_as_globs_are(overrides: list[str], module: str) -> None:
     every = tuple(Override(match, gains=(at / 8,) * 4) for at, match in enumerate(overrides))
-    first = next((at / 8 for at, match in enumerate(overrides) if names.matches(module, match)), None)
+    first = next((at / 8 for at, match in enumerate(overrides) if matches(module, match)), None)
     found = Policy.none(overrides=every).attenuation(module)
     assert (found.off if isinstance(found, _core.Components) else None) == first
 
@@ -268,10 +269,18 @@ def test_names_are_found_as_globs_are(overrides: list[str], module: str) -> None
 def test_a_policy_of_very_many_modules_is_read_and_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = [f"model.layers.{at}.mlp.experts.{at}.down_proj" for at in range(20_000)]
     seen: list[str] = []
-    monkeypatch.setattr(names, "matches", lambda module, pattern: seen.append(pattern) or False)
+    monkeypatch.setattr("csulora.policy.policy.matches", lambda module, pattern: seen.append(pattern) or False)
     policy = Policy.none(overrides=tuple(Override(module, gains=(0.5,) * 4) for module in modules))
     policy.check_overrides(modules)
     assert not seen  # a comparison of each with each takes minutes
     path = tmp_path / "policy.toml"
     path.write_text("#" * (65 << 20))  # gains of 64 directions in so many modules: 62 MiB
     assert Policy.load(path) == Policy()
+
+
+def test_wildcards_are_bounded_and_names_are_not() -> None:
+    """Each wildcard is tried for every module, and a report's policy may be a stranger's."""
+    many = tuple(Override(f"layers.{count}.q_proj", penalties=(0, 1, 1)) for count in range(5000))
+    Policy(overrides=many)
+    with pytest.raises(InputError, match="1001 overrides have wildcards, and at most 1000"):
+        Policy(overrides=tuple(replace(override, match=f"*{override.match}") for override in many[:1001]))

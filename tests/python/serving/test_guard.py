@@ -320,7 +320,8 @@ def test_whatever_a_name_is_its_refusal_has_one(name: str, incoming: Path, subsp
 
 
 def test_a_result_for_another_base_model_is_made_anew(incoming: Path, subspace: Path, tmp_path: Path) -> None:
-    models = [gguf_files.save_model(tmp_path / f"{name}.gguf", factories.llama_weights()) for name in ("a", "b")]
+    weights = [factories.llama_weights(layers) for layers in (2, 3)]
+    models = [gguf_files.save_model(tmp_path / f"{count}.gguf", found) for count, found in enumerate(weights)]
     loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
     csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=models[0])
     out = incoming.with_name("out")
@@ -330,7 +331,7 @@ def test_a_result_for_another_base_model_is_made_anew(incoming: Path, subspace: 
     for model in models:
         worker = DirectoryGuard(incoming, out, Gate.open(subspace), 0.0, 0.0, model, lambda _: None)
         assert worker.scan()
-        made.append((out / "one.gguf").stat().st_ino)
+        made.append(json.loads((out / "one.gguf.csulora_guard.json").read_text())["base_model"])
     assert made[0] != made[1]
 
 

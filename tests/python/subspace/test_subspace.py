@@ -150,6 +150,7 @@ def set_certificate(field: str, value: object) -> Callable[[dict[str, Any]], obj
         (lambda d: d["fingerprints"].update(base="0" * 64), "contradict each other"),
         (lambda d: d["modules"][Q].update(base_sha256="0" * 64), "contradict each other"),
         (lambda d: d["modules"][Q].update(base_sha256=5), "damaged"),
+        (lambda d: d["modules"][Q].update(base_sha256="\ud800"), "damaged"),
         (lambda d: d["modules"][Q].update(extra=5), "damaged"),
         (lambda d: d["modules"].pop(Q), "tensors that no module accounts for"),
         (lambda d: d["modules"].update(other=d["modules"][Q]), "other: a factor is missing"),

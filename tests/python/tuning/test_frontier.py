@@ -72,6 +72,7 @@ def test_what_need_not_be_measured_survives_the_file_and_shows_if_every_point_ha
         ("points", None),
         ("points", [{}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"relative_change": -1.0}]),
+        ("points", [FRONTIER.to_dict()["points"][0] | {"relative_change": 10**400}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"control": 1}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"family": 1}]),
         ("points", [FRONTIER.to_dict()["points"][0] | {"refusals": {"safety": None, "task": None}}]),

@@ -19,9 +19,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, Keys
 
 from csulora import __version__
-from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
-from csulora.correction.report import REPORT_FILE
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import atomic_file
 from csulora.models import gguf_layout, names

@@ -1,26 +1,48 @@
 """Corrects trained LoRA adapters so that a model's safety alignment survives them.
 
-subspace file = csulora.extract(base, aligned, rank=64)
+subspace = csulora.extract(base, aligned, rank=64)
 adapter = csulora.load_adapter("my-adapter")
-fixed, report = csulora.correct(adapter, subspace file, csulora.Policy.csulora(1.0))
+fixed, report = csulora.correct(adapter, subspace, csulora.Policy.csulora(1.0))
 csulora.save_adapter(fixed, "my-adapter-corrected")
+
+Names are imported when they are first asked for, so that what needs no torch does not load it.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from csulora.errors import BuildError, CsuloraError, HostError, InputError, InternalError, RefusedError
+
+if TYPE_CHECKING:
+    from csulora.adapters.disk import load_adapter, save_adapter
+    from csulora.adapters.lora import Adapter, LoraModule
+    from csulora.correction.audit import audit
+    from csulora.correction.combination import combine
+    from csulora.correction.correct import correct
+    from csulora.correction.report import Report
+    from csulora.extraction.extract import extract
+    from csulora.extraction.verification import verify
+    from csulora.policy.policy import Override, Policy
+    from csulora.subspace.subspace import Subspace
 
 __version__: str = version("csulora")
 
-from csulora.adapters.disk import load_adapter, save_adapter
-from csulora.adapters.lora import Adapter, LoraModule
-from csulora.correction.audit import audit
-from csulora.correction.combination import combine
-from csulora.correction.correct import correct
-from csulora.correction.report import Report
-from csulora.errors import BuildError, CsuloraError, HostError, InputError, InternalError, RefusedError
-from csulora.extraction.extract import extract
-from csulora.extraction.verification import verify
-from csulora.policy.policy import Override, Policy
-from csulora.subspace.subspace import Subspace
+_MODULES = {
+    "Adapter": "adapters.lora",
+    "LoraModule": "adapters.lora",
+    "Override": "policy.policy",
+    "Policy": "policy.policy",
+    "Report": "correction.report",
+    "Subspace": "subspace.subspace",
+    "audit": "correction.audit",
+    "combine": "correction.combination",
+    "correct": "correction.correct",
+    "extract": "extraction.extract",
+    "load_adapter": "adapters.disk",
+    "save_adapter": "adapters.disk",
+    "verify": "extraction.verification",
+}
 
 __all__ = [
     "Adapter",
@@ -44,3 +66,15 @@ __all__ = [
     "save_adapter",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'csulora' has no attribute {name!r}")
+    found = getattr(import_module(f"csulora.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

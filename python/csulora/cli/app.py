@@ -1,4 +1,7 @@
-"""The command line: `csulora extract | verify | inspect | correct | tune | guard | export | doctor`."""
+"""The command line: `csulora extract | verify | inspect | correct | tune | guard | export | doctor`.
+
+No command imports torch before its arguments are known to be right, so that help and usage errors come at once.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 import csulora
-from csulora.adapters.lora import CORRECTED_SHA256
 from csulora.cli import doctor as doctor_module
 from csulora.cli.arguments import (
     BaseModel,
@@ -34,17 +36,16 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.correction.audit import Check
 from csulora.errors import CsuloraError, InputError, RefusedError, printable
-from csulora.extraction.distributed import joined
 from csulora.io.files import write_text
 from csulora.policy.policy import Policy
-from csulora.serving.gate import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_VARIABLE, Gate
-from csulora.serving.guard import DirectoryGuard
+from csulora.serving.variables import DECISIONS_VARIABLE, POLICY_VARIABLE, SUBSPACE_VARIABLE
 from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.tuning.options import Options
 from csulora.views import tables
-from csulora.views.html.page import render
+
+if TYPE_CHECKING:
+    from csulora.correction.audit import Check
 
 EXIT_REFUSED = 3
 EXIT_BAD_INPUT = 4
@@ -109,6 +110,8 @@ def extract(
     if max_rank is not None and energy is None:
         raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
     check_outputs([output, json], [base, aligned])
+    from csulora.extraction.distributed import joined
+
     reason = "finished modules are kept; run the same command to continue"
     with (
         interruptible(reason),
@@ -248,6 +251,8 @@ def inspect(
     opened = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, opened, factors)
     if html is not None:
+        from csulora.views.html.page import render
+
         shown = Policy.load(policy) if policy else Policy.csulora()
         limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
         write_text(html, render(whole, opened, limited, _load_frontier(frontier, policy)))
@@ -304,6 +309,8 @@ def correct(
         chosen = replace(start, **{key: value for key, value in changes.items() if value is not None})
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
+    from csulora.adapters.lora import CORRECTED_SHA256
+
     loaded = csulora.load_adapter(adapter, base_model)
     fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen)
     sha256 = csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
@@ -412,6 +419,9 @@ def guard(
     quiet: Quiet = False,
 ) -> None:
     """Correct or refuse every adapter that appears in a directory."""
+    from csulora.serving.gate import Gate
+    from csulora.serving.guard import DirectoryGuard
+
     worker = DirectoryGuard(
         incoming,
         outgoing,
@@ -477,7 +487,7 @@ def doctor(json: Json = None, quiet: Quiet = False) -> None:
     summary = "this installation works" if works else "this installation does not work"
     deliver(doctor_module.table(findings), summary, document, json, quiet)
     if not works:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_BAD_INPUT)
 
 
 def main() -> None:

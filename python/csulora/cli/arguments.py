@@ -13,7 +13,7 @@ import typer
 from csulora.cli.console import STDOUT
 from csulora.io.files import check_file, check_not_input
 from csulora.policy.policy import Policy
-from csulora.serving.gate import SUBSPACE_SHA256_VARIABLE
+from csulora.serving.variables import SUBSPACE_SHA256_VARIABLE
 
 _MOST_DIGITS = 10  # of a rank
 

@@ -6,14 +6,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from csulora.extraction.model_pair import Progress as ReportProgress
 from csulora.io.files import to_json, write_text
+
+if TYPE_CHECKING:
+    from csulora.extraction.model_pair import Progress as ReportProgress
 
 STDOUT = Path("-")
 _PIPE_WIDTH = 1000
@@ -38,6 +39,8 @@ def progress_bar(verb: str, quiet: bool) -> Iterator[ReportProgress | None]:
     """Yield a callback that draws a progress bar on stderr, or None where nobody would see it."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
         disable_progress_bars()
         yield None
         return

@@ -1,17 +1,16 @@
-"""Says whether this installation works, and with which hosts."""
+"""Says whether this installation works, and with which hosts. What is missing is a finding, not an error."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
+from types import ModuleType
 
-import torch
 from rich.table import Table
 
 from csulora import __version__
-from csulora.device import gpu_usable
-from csulora.native import CUDA, TORCH_VERSION, _core
+from csulora.errors import BuildError
 from csulora.views.tables import plain_table
 
 _HOSTS = ("peft", "transformers", "vllm", "llama-cpp-python")
@@ -38,35 +37,61 @@ def examine() -> list[Finding]:
     """Check versions, run the core once, and look for the hosts csulora works with."""
     return [
         Finding("csulora", __version__, None),
-        Finding("torch", f"{torch.__version__} (core built for {TORCH_VERSION})", True),
-        Finding("GPU", _gpu(), None),
-        Finding("threads", str(torch.get_num_threads()), None),
-        Finding("CPU", torch.backends.cpu.get_cpu_capability(), None),
-        _self_test(),
+        *_torch(),
         *(Finding(host, _installed(host), None) for host in _HOSTS),
     ]
 
 
-def _self_test() -> Finding:
+def _torch() -> list[Finding]:
+    """Report torch and the core, or which of the two is missing and the command that mends it."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of its own is missing
+        needed = next(found for found in requires("csulora") or ["torch"] if found.startswith("torch"))
+        return [Finding("torch", f"cannot be imported ({error}); install it: pip install '{needed}'", False)]
+    findings = [
+        Finding("threads", str(torch.get_num_threads()), None),
+        Finding("CPU", torch.backends.cpu.get_cpu_capability(), None),
+    ]
+    try:
+        from csulora import native
+    except BuildError as error:
+        return [Finding("torch", torch.__version__, None), Finding("core", str(error), False), *findings]
+    return [
+        Finding("torch", f"{torch.__version__} (core built for {native.TORCH_VERSION})", True),
+        Finding("GPU", _gpu(native), None),
+        *findings,
+        _self_test(native),
+    ]
+
+
+def _self_test(native: ModuleType) -> Finding:
     """Extract the subspace of a rank-1 displacement and remove it from an update that undoes it."""
+    import torch
+
+    core = native._core
     direction = torch.full((64, 1), 0.125)
     base, aligned = torch.zeros(64, 64), direction @ direction.t()
-    options = _core.ExtractOptions()
+    options = core.ExtractOptions()
     options.rank = 1
-    subspace = _core.extract_subspace(base, aligned, options)
-    task = _core.CorrectionTask(
-        _core.LoraFactors(-direction, direction.t()), subspace, _core.Penalties(float("inf"), 0.0, 0.0)
+    subspace = core.extract_subspace(base, aligned, options)
+    task = core.CorrectionTask(
+        core.LoraFactors(-direction, direction.t()), subspace, core.Penalties(float("inf"), 0.0, 0.0)
     )
-    (result,) = _core.correct([task])
+    (result,) = core.correct([task])
     left = float((result.factors.b @ result.factors.a).norm())
     ok = abs(result.undo - 1) < 1e-3 and left < 1e-3
     return Finding("self-test", "extracts and corrects" if ok else "wrong result; please report it", ok)
 
 
-def _gpu() -> str:
+def _gpu(native: ModuleType) -> str:
+    import torch
+
+    from csulora.device import gpu_usable
+
     if gpu_usable():
         return torch.cuda.get_device_name()
-    return "none found" if CUDA else "not used: this build computes on the CPU"
+    return "none found" if native.CUDA else "not used: this build computes on the CPU"
 
 
 def _installed(distribution: str) -> str:

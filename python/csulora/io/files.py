@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from csulora.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCK_FILE = "lock"
 _DEEPEST_DOCUMENT = 32  # levels; what csulora reads has at most six
@@ -193,6 +194,8 @@ def locked(place: Path) -> Iterator[None]:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file, not atomically; raises OSError, which is not what safetensors raises."""
+    import safetensors.torch
+
     try:
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:

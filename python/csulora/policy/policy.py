@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import tomli_w
 
 from csulora.errors import InputError
 from csulora.io.files import read_regular, write_text
-from csulora.native import _core
 from csulora.policy.globs import matches
+
+if TYPE_CHECKING:
+    from csulora.native import _core
 
 Rank = Literal["keep", "exact"] | int
 Uncovered = Literal["refuse", "drop", "keep"]
@@ -86,6 +88,8 @@ class Override:
 
     def attenuation(self) -> _core.Penalties | _core.Components | _core.Directions:
         """Return the numbers as the compiled core takes them."""
+        from csulora.native import _core
+
         if self.gains is not None:
             return _core.Components(*self.gains)
         if self.penalties is not None:
@@ -178,6 +182,8 @@ class Policy:
         """Return the penalties, gains or directions of a module, by its name in the subspace file."""
         if (at := self._override_of(module)) is not None:
             return self.overrides[at].attenuation()
+        from csulora.native import _core
+
         return _core.Penalties(self.aligned, self.partial, self.off)
 
     def check_overrides(self, modules: Collection[str]) -> None:
@@ -216,11 +222,14 @@ class Policy:
     def check_filtered(self, modules: Iterable[str]) -> None:
         """Raise `InputError` if the policy is filtered, and one of the modules that have input filters cannot be."""
         for module in modules if self.filtered else ():
-            if not isinstance(self.attenuation(module), _core.Directions):
+            at = self._override_of(module)
+            if at is None or self.overrides[at].directions is None:
                 raise InputError(f"policy filtered: only gains of directions can be, and {module} has none")
 
     def core_options(self) -> _core.CorrectionOptions:
         """Return what holds for all modules of an adapter as the compiled core takes it."""
+        from csulora.native import _core
+
         if isinstance(self.rank, int):
             return _core.CorrectionOptions(_core.RankRule.fixed, self.rank, self.reference_energy)
         rule = _core.RankRule.keep if self.rank == "keep" else _core.RankRule.exact

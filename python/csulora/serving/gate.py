@@ -25,12 +25,13 @@ from csulora.io.files import workplace
 from csulora.policy.policy import Policy
 from csulora.serving.decisions import Decision, DecisionLog, Verdict
 from csulora.serving.limiter import limited
+from csulora.serving.variables import (
+    DECISIONS_VARIABLE,
+    POLICY_VARIABLE,
+    SUBSPACE_SHA256_VARIABLE,
+    SUBSPACE_VARIABLE,
+)
 from csulora.subspace.subspace import Subspace
-
-SUBSPACE_VARIABLE = "CSULORA_SUBSPACE"
-SUBSPACE_SHA256_VARIABLE = "CSULORA_SUBSPACE_SHA256"
-POLICY_VARIABLE = "CSULORA_POLICY"
-DECISIONS_VARIABLE = "CSULORA_DECISIONS"
 
 
 class Gate:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from csulora.adapters.lora import Adapter
-from csulora.correction.audit import Check
 from csulora.errors import printable
-from csulora.extraction.verification import Verification
-from csulora.subspace.subspace import ModuleSubspace, Subspace
-from csulora.tuning.frontier import Frontier, Rate
+
+if TYPE_CHECKING:
+    from csulora.adapters.lora import Adapter
+    from csulora.correction.audit import Check
+    from csulora.extraction.verification import Verification
+    from csulora.subspace.subspace import ModuleSubspace, Subspace
+    from csulora.tuning.frontier import Frontier, Rate
 
 _LONGEST_CELL = 1000  # characters
 

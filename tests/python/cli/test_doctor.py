@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +39,55 @@ def test_a_core_that_computes_nonsense_fails(monkeypatch: pytest.MonkeyPatch, wr
 
     names = ("ExtractOptions", "extract_subspace", "CorrectionTask", "LoraFactors", "Penalties")
     fake = SimpleNamespace(**{name: getattr(_core, name) for name in names}, correct=correct)
-    monkeypatch.setattr(doctor, "_core", fake)
+    monkeypatch.setattr("csulora.native._core", fake)
     finding = examined()["self-test"]
     assert finding.ok is False
     assert doctor.table([finding]).row_count == 1
+
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None"
+OTHER_TORCH = (
+    "import sys, types; sys.modules['csulora._build_info'] = types.SimpleNamespace(CUDA=False, TORCH_VERSION='1.9.0')"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "found"),
+    [(WITHOUT_TORCH, "install it: pip install 'torch"), (OTHER_TORCH, "core was built for torch 1.9.0")],
+)
+def test_what_is_missing_is_reported_with_what_mends_it(before: str, found: str) -> None:
+    done = doctors(before, "doctor")
+    assert done.returncode == 4
+    assert found in done.stdout
+    assert "WRONG" in done.stdout
+    assert "does not work" in done.stdout
+    assert done.stderr == ""
+
+
+def doctors(before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = f"{before}; sys.argv = ['csulora', *{arguments!r}]; from csulora.cli.app import main; main()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+COMMANDS = ["extract", "verify", "inspect", "correct", "tune", "guard", "vllm-serve", "export", "doctor"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    done = doctors(WITHOUT_TORCH, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["extract", "a", "b"],
+        ["extract", "a", "b", "-o", "c", "--rank", "4", "--energy", "0.5"],
+        ["inspect", "a", "--policy", "p"],
+        ["correct", "a", "--subspace", "s", "-o", "o", "--policy", "p", "--preset", "none"],
+        ["verify", "a", "b"],
+    ],
+)
+def test_usage_errors_need_no_torch(arguments: list[str]) -> None:
+    assert doctors(WITHOUT_TORCH, *arguments).returncode == 2

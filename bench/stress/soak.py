@@ -240,7 +240,7 @@ def is_correct(source: Path, result: Path, subspace: csulora.Subspace) -> bool:
 
 @dataclass
 class Outcome:
-    """What a soak test found; it passed if the three lists are empty and all adapters were decided."""
+    """What a soak test found; it passed if all were decided, the lists are empty and no guard ended by itself."""
 
     adapters: int
     broken: int
@@ -251,18 +251,19 @@ class Outcome:
     let_through: list[str]
     partial: list[str]
     made_more_than_once: list[str]
+    ended_by_itself: int
     clean_exit: bool
 
     @property
     def passed(self) -> bool:
         """Whether nothing went wrong."""
-        bad = self.wrong or self.let_through or self.partial or self.made_more_than_once
+        bad = self.wrong or self.let_through or self.partial or self.made_more_than_once or self.ended_by_itself
         return self.decided and self.clean_exit and not bad
 
 
 def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, limit: float = 600.0) -> Outcome:
     """Run the test in the empty directory ``work`` for at most ``limit`` seconds."""
-    rng, start = random.Random(seed), time.monotonic()
+    rng, start, ended_by_itself = random.Random(seed), time.monotonic(), 0
     incoming, outgoing, sources = work / "incoming", work / "outgoing", work / "sources"
     for directory in (incoming, outgoing, sources):
         directory.mkdir()
@@ -284,13 +285,14 @@ def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, lim
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.5))
         guard.send_signal(signal.SIGKILL)
-        guard.wait()
+        ended_by_itself += guard.wait() != -signal.SIGKILL
         guard = start_guard(incoming, outgoing, subspace)
     for thread in threads:
         thread.join()
     while not all_decided(outgoing, everything) and time.monotonic() - start < limit:
         time.sleep(0.1)
     time.sleep(2 * SETTLE)  # anything made twice would be made now
+    ended_by_itself += guard.poll() is not None
     guard.send_signal(signal.SIGTERM)
     clean_exit = guard.wait(30) == 0
     observer.finished.set()
@@ -305,6 +307,7 @@ def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, lim
         wrong=[path.name for path in good if not is_correct(path, outgoing / path.name, opened)],
         let_through=[path.name for path in broken if (outgoing / path.name).exists()],
         partial=observer.partial + [path.name for path in outgoing.glob(".*.csulora-tmp")],
+        ended_by_itself=ended_by_itself,
         made_more_than_once=[name for name, times in observer.appeared.items() if times > 1],
         clean_exit=clean_exit,
     )

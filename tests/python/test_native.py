@@ -61,8 +61,8 @@ def test_a_build_error_is_an_import_error_of_csuloras() -> None:
     assert issubclass(BuildError, CsuloraError)
 
 
-def test_importing_csulora_with_another_torch_ends_with_the_message() -> None:
-    program = "import torch; torch.__version__ = '2.1.0'; import csulora"
+def test_what_needs_the_core_ends_with_the_message_under_another_torch() -> None:
+    program = "import torch; torch.__version__ = '2.1.0'; from csulora import correct"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith(

@@ -246,7 +246,7 @@ def test_doctor_finds_a_working_installation(run: Run) -> None:
 def test_doctor_fails_on_one_that_does_not_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("self-test", "wrong result", False)])
     result = run("doctor")
-    assert (result.code, result.err) == (1, "")
+    assert (result.code, result.err) == (4, "")
     assert "WRONG" in result.out
     assert "this installation does not work" in result.out
 

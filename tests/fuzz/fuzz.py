@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import atheris
@@ -32,7 +32,7 @@ from csulora.adapters.peft import config as peft_config  # noqa: E402
 from csulora.adapters.peft import patterns  # noqa: E402
 
 WORDS = {
-    "adapter_config": sorted(peft_config._READ | peft_config._WITHOUT_EFFECT | set(peft_config._REFUSED)),
+    "adapter_config": sorted(peft_config.KNOWN_FIELDS),
     "gguf": ["GGUF", "general.architecture", "general.alignment", "adapter.lora.alpha", "qwen2", "gemma3", ".lora_a"],
     "policy": ["penalties", "gains", "match", "inf", "nan", "exact", "uncovered", "max_undo", "directions", "left"],
     "safetensors": ["F16", "BF16", "F8_E4M3", "F4", "lora_embedding_A", "data_offsets", "__metadata__"],
@@ -88,14 +88,23 @@ def run_once(target: str, data: bytes) -> None:
 
 def remembered(match: Callable[..., list[patterns.Row]]) -> Callable[..., list[patterns.Row]]:
     """Keep what the process beside this one found: starting it takes a hundred times as long as everything else."""
-    rows = functools.cache(lambda keys, names, path: match(keys, names, path))
-    return lambda keys, names, path: rows(tuple(keys), tuple(names), path)
+    found: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[patterns.Row]] = {}
+
+    def match_apart(
+        self: patterns.Matcher, keys: Sequence[str], names: Sequence[str], group: str
+    ) -> list[patterns.Row]:
+        asked = (tuple(keys), tuple(names), group)
+        if asked not in found:
+            found[asked] = match(self, keys, names, group)
+        return found[asked]
+
+    return match_apart
 
 
 def fuzz(target: str, seconds: int, random_seed: int, found: Path) -> None:
     """Run libFuzzer."""
     instrument()
-    patterns._match_apart = remembered(patterns._match_apart)
+    patterns.Matcher._match_apart = remembered(patterns.Matcher._match_apart)
     found.mkdir(parents=True, exist_ok=True)
     words = Path(tempfile.mkdtemp()) / "words"
     words.write_text("".join(f'"{word}"\n' for word in WORDS.get(target, ())))

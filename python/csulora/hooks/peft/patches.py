@@ -197,6 +197,18 @@ def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
             yield module, "load_peft_weights", _refusing(reader)
 
 
+def _loaded(gate: Gate, original: Callable[..., Any], model: Any, name: str, given: dict[str, Any]) -> Any:
+    """Let PEFT load the corrected form of the adapter that a call's arguments name."""
+    source = given.pop("model_id")
+    check_nothing_overrides(given, source)
+    with (
+        gate.admission(local_directory(source, given), read) as (corrected, _),
+        host_loads(corrected) as directory,
+        without_initialising(corrected, model, name, given) as given,
+    ):
+        return original(model_id=directory, **given)
+
+
 def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_adapter(*args: Any, **options: Any) -> Any:
@@ -205,14 +217,7 @@ def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any
         given = by_name(original, *args, **options)
         model, name = given["self"], given["adapter_name"]
         check_name_is_free(model.peft_config, name)
-        source = given.pop("model_id")
-        check_nothing_overrides(given, source)
-        with (
-            gate.admission(local_directory(source, given), read) as (corrected, _),
-            host_loads(corrected) as directory,
-            without_initialising(corrected, model, name, given) as given,
-        ):
-            return original(model_id=directory, **given)
+        return _loaded(gate, original, model, name, given)
 
     return load_adapter
 
@@ -223,14 +228,7 @@ def _from_pretrained(gate: Gate, original: Callable[..., Any]) -> Callable[..., 
         if loads_corrected.get():
             return original(*args, **options)
         given = by_name(original, *args, **options)
-        model, name, source = given["model"], given.get("adapter_name", "default"), given.pop("model_id")
-        check_nothing_overrides(given, source)
-        with (
-            gate.admission(local_directory(source, given), read) as (corrected, _),
-            host_loads(corrected) as directory,
-            without_initialising(corrected, model, name, given) as given,
-        ):
-            return original(model_id=directory, **given)
+        return _loaded(gate, original, given["model"], given.get("adapter_name", "default"), given)
 
     return from_pretrained
 

@@ -30,7 +30,7 @@ import evaluate
 import world
 
 EVERY = 13  # of this many held-out prompts one is put
-POLICY = ("--preset", "protect", "--aligned", "inf", "--partial", "inf")
+POLICY = ("--policy", "protect", "--aligned", "inf", "--partial", "inf")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.cli import app as cli
 from csulora.errors import InputError, RefusedError
 
+CSULORA = csulora.Policy.csulora()
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 POLICIES = {
@@ -44,7 +46,7 @@ def original(tmp_path: Path) -> Path:
     return factories.save_adapter(tmp_path / "original", factories.SHAPES)
 
 
-def corrected(original: Path, subspace: Path, out: Path, policy: csulora.Policy | None = None) -> Path:
+def corrected(original: Path, subspace: Path, out: Path, policy: csulora.Policy = CSULORA) -> Path:
     fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(subspace), policy)
     csulora.save_adapter(fixed, out)
     return out
@@ -62,7 +64,9 @@ def test_what_correct_wrote_follows(policy: str, dtype: torch.dtype, subspace: P
 
 
 def test_save_returns_what_the_report_states_and_load_finds(original: Path, subspace: Path, tmp_path: Path) -> None:
-    fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(subspace))
+    fixed, _ = csulora.correct(
+        csulora.load_adapter(original), csulora.Subspace.open(subspace), csulora.Policy.csulora()
+    )
     sha256 = csulora.save_adapter(fixed, tmp_path / "out")
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert sha256 == report["corrected_sha256"] == csulora.load_adapter(tmp_path / "out").sha256

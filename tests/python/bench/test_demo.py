@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import comparison
-import demo
 import evaluate
 import pytest
 import world
 from rich.console import Console
+
+import demo
 
 
 def row(name: str, attack: float, task: float) -> comparison.Row:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from types import ModuleType
 
+import typer
 from rich.table import Table
 
 from csulora import __version__
+from csulora.cli.arguments import Json, Quiet
+from csulora.cli.console import deliver
 from csulora.errors import BuildError
 from csulora.views.tables import plain_table
 
+_EXIT_BROKEN = 4
 _HOSTS = ("peft", "transformers", "vllm", "llama-cpp-python")
 
 
@@ -99,3 +103,14 @@ def _installed(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return "not installed"
+
+
+def doctor(json: Json = None, quiet: Quiet = False) -> None:
+    """Check this installation."""
+    findings = examine()
+    works = all(finding.ok is not False for finding in findings)
+    document = {"findings": [asdict(finding) for finding in findings]}
+    summary = "this installation works" if works else "this installation does not work"
+    deliver(table(findings), summary, document, json, quiet)
+    if not works:
+        raise typer.Exit(_EXIT_BROKEN)

@@ -1,0 +1,32 @@
+"""`csulora export`: an adapter as a GGUF LoRA file, uncorrected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import csulora
+from csulora.cli.arguments import Json, Outtype, Quiet, check_outputs
+from csulora.cli.console import deliver
+from csulora.views import tables
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
+    base_model: Annotated[
+        Path, typer.Option(metavar="DIR|GGUF", help="The model that llama.cpp will run with the adapter.")
+    ],
+    outtype: Outtype = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write an adapter as a GGUF LoRA file for llama.cpp, uncorrected."""
+    check_outputs([output, json], [adapter, base_model])
+    loaded = csulora.load_adapter(adapter, base_model)
+    csulora.save_adapter(loaded, output, "gguf", base_model=base_model, outtype=outtype and outtype.value)
+    document = {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)}
+    summary = f"{output}: {len(loaded.modules)} modules, uncorrected"
+    deliver(tables.adapter_table(loaded), summary, document, json, quiet)

@@ -1,0 +1,78 @@
+"""`csulora extract`: the subspace file of a model pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import csulora
+from csulora.cli.arguments import Device, Dtype, Json, Quiet, check_outputs
+from csulora.cli.console import deliver, progress_bar
+from csulora.cli.interruption import interruptible
+from csulora.views import tables
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="Checkpoint before alignment: a directory, a GGUF file or a hub id.")],
+    aligned: Annotated[str, typer.Argument(help="Checkpoint after alignment.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Subspace file to write.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Directions per module. [default: 64]")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Keep the fewest directions that capture this share of |D|^2.")
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="Most directions per module with --energy. [default: 256]")
+    ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Modules to extract; repeatable. [default: attention and MLP]"),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Storage type of the factors.")] = Dtype.f16,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random start block.")] = 0,
+    keep_noise: Annotated[
+        bool, typer.Option("--keep-noise", help="Keep directions below the checkpoints' storage rounding.")
+    ] = False,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Estimate the subspace in which alignment moved each weight matrix.
+
+    Under torchrun the processes share the modules, and the output must lie where all of them see it.
+    """
+    if rank is not None and energy is not None:
+        raise typer.BadParameter("give --rank or --energy (with --max-rank), not both")
+    if energy is not None and not 0 < energy <= 1:
+        raise typer.BadParameter(f"--energy is {energy:g}; it must lie in (0, 1]")
+    if max_rank is not None and energy is None:
+        raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
+    check_outputs([output, json], [base, aligned])
+    from csulora.extraction.distributed import joined
+
+    reason = "finished modules are kept; run the same command to continue"
+    with (
+        interruptible(reason),
+        joined() as processes,
+        progress_bar("extracting", quiet or not processes.is_first) as progress,
+    ):
+        subspace = csulora.extract(
+            base,
+            aligned,
+            output=output,
+            progress=progress,
+            rank=rank or 64,
+            energy=energy,
+            max_rank=max_rank or 256,
+            modules=modules or [],
+            dtype=dtype.value,
+            device=device.value,
+            seed=seed,
+            keep_noise=keep_noise,
+            processes=processes,
+        )
+    if not processes.is_first:
+        return
+    summary = f"{output}: {len(subspace)} modules, sha256 {subspace.sha256}"
+    deliver(tables.subspace_table(subspace), summary, subspace.to_dict(), json, quiet)

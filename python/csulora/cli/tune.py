@@ -1,0 +1,99 @@
+"""`csulora tune`: a policy fitted to prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import csulora
+from csulora.cli.arguments import BaseModel, Device, Json, Quiet, SubspaceSha256, Uncovered, check_outputs
+from csulora.cli.console import deliver, progress_bar
+from csulora.cli.interruption import interruptible
+from csulora.tuning.frontier import frontier_path
+from csulora.tuning.options import Options
+from csulora.views import tables
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="The aligned model: a directory or a hub id.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT directories or GGUF LoRA files.")],
+    subspace: Annotated[Path, typer.Option(help="Subspace file of the model.")],
+    task: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Task prompts, to answer as the adapter does, not of its task alone; a file per adapter, in order.",
+        ),
+    ],
+    safety: Annotated[Path, typer.Option(metavar="FILE", help="Safety prompts, to answer as the aligned model does.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write.")],
+    general: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="General prompts, to be answered as before."),
+    ] = None,
+    for_others: Annotated[
+        bool, typer.Option("--for-others", help="Fit one adapter's policy, too, for adapters to come.")
+    ] = False,
+    input_filters: Annotated[
+        bool, typer.Option(help="Try input filters for safety prompts, too, for adapters to come.")
+    ] = True,
+    uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the subspace file.")] = Uncovered.refuse,
+    steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit, for each adapter.")] = Options.steps,
+    task_weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.1, max=1000, help="Weights of the task prompts to try. [default: 2, 8, 30; for adapters to come 1]"
+        ),
+    ] = None,
+    refusal: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="What refusals say, to count them and choose by them; may be repeated."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply that count.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the prompts.")] = 0,
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.auto,
+    base_model: BaseModel = None,
+    subspace_sha256: SubspaceSha256 = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a policy to prompts, and write the subspace file to use it with; several adapters get one policy for all.
+
+    A file of prompts is text, one prompt a line, or chats as JSON lines. `tune` needs no reference replies.
+    """
+    from csulora.tuning import probes
+    from csulora.tuning.request import Request
+    from csulora.tuning.tune import subspace_path, tune
+
+    inputs = [model, *adapters, subspace, *task, safety, general, base_model]
+    check_outputs([output, frontier_path(output), subspace_path(output), json], inputs)
+    if len(task) != len(adapters):
+        raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, and {len(task)} are given")
+    if not all(map(str.strip, refusal or ())):
+        raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
+    request = Request(
+        model=model,
+        adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],
+        subspace=csulora.Subspace.open(subspace, subspace_sha256),
+        task=[probes.read(file) for file in task],
+        safety=probes.read(safety),
+        general=probes.read(general) if general else (),
+        for_others=for_others,
+        input_filters=input_filters,
+        uncovered=uncovered.value,
+        device=device.value,
+        longest_reply=tokens,
+        options=Options(steps=steps, seed=seed),
+        task_weights=task_weight or (),
+        refusals=refusal or (),
+    )
+    reason = "finished stages are kept; run the same command to continue"
+    with interruptible(reason), progress_bar("tuning", quiet) as progress:
+        frontier = tune(request, output, progress)
+    effect = ", which corrects nothing" if frontier.written == "none" else ""
+    summary = f"{frontier.verdict}\n{output}: {frontier.written}{effect}"
+    if frontier.subspace_sha256 != request.subspace.sha256:
+        summary += f"\n{subspace_path(output)}: the subspace file to use it with"
+    deliver(tables.frontier_table(frontier), summary, frontier.to_dict(), json, quiet)

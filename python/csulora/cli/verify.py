@@ -1,0 +1,83 @@
+"""`csulora verify`: does a subspace file, or a corrected adapter, follow from what it was made from?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import csulora
+from csulora.cli.arguments import BaseModel, Json, Quiet, check_outputs
+from csulora.cli.console import deliver, progress_bar
+from csulora.errors import RefusedError
+from csulora.policy.policy import Policy
+from csulora.views import tables
+
+if TYPE_CHECKING:
+    from csulora.correction.audit import Check
+
+
+def verify(
+    subject: Annotated[
+        Path, typer.Argument(metavar="SUBSPACE|ADAPTER", help="Subspace file or corrected adapter directory.")
+    ],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCES...",
+            help="What it was made from. Of a subspace file: the checkpoints before and after alignment. Of an "
+            "adapter: the original adapter and the subspace file; without them only the adapter's content is compared "
+            "with its report.",
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Policy (TOML) that an adapter must have been corrected with. [default: what it states]"),
+    ] = None,
+    base_model: BaseModel = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Recompute a subspace file's certificates from its checkpoints, or a corrected adapter from its original."""
+    if policy is not None and len(sources or ()) != 2:
+        raise typer.BadParameter("--policy goes with ADAPTER ORIGINAL SUBSPACE")
+    check_outputs([json], [subject, *(sources or ()), policy, base_model])
+    if subject.is_dir() and len(sources or ()) in (0, 2):
+        original, subspace = sources or (None, None)
+        known = csulora.Subspace.open(subspace) if subspace else None
+        checks = csulora.audit(subject, original, known, base_model, Policy.load(policy) if policy else None)
+        _deliver_audit(subject, checks, json, quiet, is_complete=subspace is not None)
+    elif not subject.is_dir() and sources and len(sources) == 2:
+        _verify_subspace(subject, sources[0], sources[1], json, quiet)
+    else:
+        raise typer.BadParameter("give SUBSPACE BASE ALIGNED, or ADAPTER ORIGINAL SUBSPACE, or ADAPTER alone")
+
+
+def _deliver_audit(adapter: Path, checks: list[Check], json: Path | None, quiet: bool, *, is_complete: bool) -> None:
+    failed = [check for check in checks if not check.holds]
+    whole = (
+        "follows from its original"
+        if is_complete
+        else "is as it was written; name original and subspace file to make it again"
+    )
+    summary = f"{adapter}: {'does not hold' if failed else whole}"
+    deliver(tables.audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
+    if failed:
+        raise RefusedError(f"{adapter}: {failed[0].what}: {failed[0].stated} is stated, and {failed[0].found} is found")
+
+
+def _verify_subspace(path: Path, base: str, aligned: str, json: Path | None, quiet: bool) -> None:
+    subspace = csulora.Subspace.open(path)
+    with progress_bar("verifying", quiet) as progress:
+        results = csulora.verify(subspace, base, aligned, progress)
+    failed = [result for result in results if not result.holds]
+    summary = f"{path}: {len(results) - len(failed)} of {len(results)} certificates hold"
+    document = {"modules": [asdict(result) | {"holds": result.holds} for result in results]}
+    deliver(tables.verification_table(failed or results), summary, document, json, quiet)
+    if failed:
+        reason = "is better than what was measured" if failed[0].same_weights else "is for other weights"
+        raise RefusedError(
+            f"{path}: {len(failed)} of {len(results)} certificates do not hold; that of {failed[0].module} {reason}"
+        )

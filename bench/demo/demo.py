@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-import csulora
 from csulora import Override, Policy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "efficacy"))
@@ -38,6 +36,7 @@ ADAPTER = FIXTURE / "adapter"
 RANK = 16
 TUNING = ("--steps", "40", "--task-weight", "8", "--tokens", str(evaluate.MAX_REPLY))
 PRESETS = ("csulora", "project", "protect")
+INFINITE = ("protect", "--aligned", "inf", "--partial", "inf")
 
 
 @dataclass(frozen=True)
@@ -66,20 +65,9 @@ def run(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "csulora", *words], check=True)
 
 
-def policy_option(policy: str | Path) -> tuple[str, str | Path]:
-    """The option of `csulora correct` that names a preset or a policy file."""
-    return ("--policy" if isinstance(policy, Path) else "--preset"), policy
-
-
-def saved(policy: Policy, path: Path) -> Path:
-    """Write a policy file; return its path."""
-    policy.save(path)
-    return path
-
-
-def correct(policy: str | Path, subspace: Path, directory: Path) -> Path:
+def correct(subspace: Path, directory: Path, policy: str | Path, *options: str) -> Path:
     """Correct the fixture's adapter into `directory`."""
-    run("correct", ADAPTER, "--subspace", subspace, *policy_option(policy), "-o", directory, "--quiet")
+    run("correct", ADAPTER, "--subspace", subspace, "--policy", policy, *options, "-o", directory, "--quiet")
     return directory
 
 
@@ -103,35 +91,33 @@ def best_scaling(frontier: Path) -> float:
     return 1 - float(max(points, key=kept)["relative_change"])
 
 
-def run_commands(out: Path, subspace: Path, rank: int) -> Corrections:
+def run_commands(out: Path, rank: int) -> Corrections:
     """Extract, inspect, tune and correct into `out`."""
-    policy = out / "tuned.toml"
+    subspace, policy = out / "subspace.safetensors", out / "tuned.toml"
     run("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", subspace, "--rank", str(rank))
     run("inspect", ADAPTER, "--subspace", subspace)
     tune(subspace, policy)
-    factor = best_scaling(policy.with_suffix(".frontier.json"))
-    scaling = saved(Policy.none(overrides=(Override("*", gains=(factor,) * 4),)), out / "scaling.toml")
-    infinite = saved(Policy.protect(math.inf), out / "protect-infinite.toml")
-    untuned = {name: correct(name, subspace, out / name) for name in PRESETS}
+    factor, scaling = best_scaling(policy.with_suffix(".frontier.json")), out / "scaling.toml"
+    Policy.none(overrides=(Override("*", gains=(factor,) * 4),)).save(scaling)
+    infinite = out / "protect-infinite"
     return Corrections(
-        untuned | {infinite.stem: correct(infinite, subspace, out / infinite.stem)},
+        {name: correct(subspace, out / name, name) for name in PRESETS}
+        | {infinite.name: correct(subspace, infinite, *INFINITE)},
         {
-            f"scaling x{factor:.2g}": correct(scaling, subspace, out / scaling.stem),
-            policy.stem: correct(policy, subspace, out / policy.stem),
+            f"scaling x{factor:.2g}": correct(subspace, out / scaling.stem, scaling),
+            policy.stem: correct(subspace, out / policy.stem, policy),
         },
     )
 
 
-def ask(corrections: Corrections, subspace: Path) -> list[comparison.Row]:
+def ask(corrections: Corrections) -> list[comparison.Row]:
     """Put the probes to the aligned model, alone and with every adapter in plain PEFT."""
-    adapters = {comparison.UNCORRECTED: ADAPTER, **corrections.untuned, **corrections.fitted}
-    alone, *subjects = evaluate.examine_all(FIXTURE / "aligned", None, adapters)
-    opened = csulora.Subspace.open(subspace)
-    rows = [comparison.Row(alone)]
-    for subject, directory in zip(subjects, adapters.values(), strict=True):
-        _, report = csulora.correct(csulora.load_adapter(directory), opened, Policy.none())
-        rows.append(comparison.Row(subject, report.totals.undo, comparison.relative_change(directory)))
-    return rows
+    corrected = {**corrections.untuned, **corrections.fitted}
+    reports = [json.loads((directory / "csulora_report.json").read_text()) for directory in corrected.values()]
+    totals = [report["totals"] for report in reports]
+    changes = [comparison.Change.before(totals[0]), *map(comparison.Change.after, totals)]
+    adapters = {comparison.UNCORRECTED: ADAPTER, **corrected}
+    return list(map(comparison.Row, evaluate.examine_all(FIXTURE / "aligned", None, adapters), [None, *changes]))
 
 
 def main() -> None:
@@ -142,11 +128,10 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    subspace = out / "subspace.safetensors"
-    corrections = run_commands(out, subspace, arguments.rank)
+    corrections = run_commands(out, arguments.rank)
     print("\nLoading the aligned model with every adapter in plain PEFT ...", flush=True)
     evaluate.quieten_libraries()
-    rows = ask(corrections, subspace)
+    rows = ask(corrections)
     # A pipe has no width of its own; wide enough that replies take few lines.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(evaluate.replies_table([row.subject for row in rows]), comparison.table(rows))

@@ -10,7 +10,6 @@ ends with status 1 if a reply differs.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -24,8 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from csulora import Policy
-from demo import ADAPTER, FIXTURE, RANK, policy_option, run, saved
+from demo import ADAPTER, FIXTURE, INFINITE, RANK, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "efficacy"))
 import evaluate
@@ -50,8 +48,7 @@ def run_commands(out: Path) -> list[Adapter]:
     convert(aligned, model, "fixture", tokenizer.convert_ids_to_tokens(list(range(aligned.config.vocab_size))))
     run("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", subspace, "--rank", str(RANK), "--quiet")
     run("export", ADAPTER, "-o", out / "uncorrected.gguf", "--base-model", model, "--quiet")
-    policy = saved(Policy.protect(math.inf), out / "policy.toml")
-    correct = ("correct", ADAPTER, "--subspace", subspace, *policy_option(policy), "--quiet")
+    correct = ("correct", ADAPTER, "--subspace", subspace, "--policy", *INFINITE, "--quiet")
     run(*correct, "-o", out / "corrected")
     run(*correct, "-o", out / "corrected.gguf", "--format", "gguf", "--base-model", model)
     return [

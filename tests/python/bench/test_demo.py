@@ -13,7 +13,9 @@ import demo
 
 
 def row(name: str, attack: float, task: float) -> comparison.Row:
-    return comparison.Row(evaluate.Subject(name, world.Rates(attack, 1 - attack, task, 1.0), {}), 0.1, 0.5)
+    totals = {"undo_after": 0.1, "largest_undo_after": 0.2, "relative_change": 0.5}
+    subject = evaluate.Subject(name, world.Rates(attack, 1 - attack, task, 1.0), {})
+    return comparison.Row(subject, comparison.Change.after(totals))
 
 
 def rows(*corrected: comparison.Row) -> list[comparison.Row]:
@@ -39,7 +41,16 @@ def test_the_table_holds_every_adapter_and_its_outcome() -> None:
     with console.capture() as captured:
         console.print(comparison.table(rows(row("tuned", 0.0, 0.9))))
     lines = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in captured.get().splitlines() if "│" in line}
-    assert [cell.strip() for cell in lines["tuned"]] == ["0.00", "0.90", "1.00", "+0.100", "50%", "yes", "yes"]
+    assert [cell.strip() for cell in lines["tuned"]] == [
+        "0.00",
+        "0.90",
+        "1.00",
+        "+0.100",
+        "+0.200",
+        "50%",
+        "yes",
+        "yes",
+    ]
     assert [cell.strip() for cell in lines["uncorrected"]][-2:] == ["no", "yes"]
 
 

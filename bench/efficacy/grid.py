@@ -28,6 +28,7 @@ import scenario as world_of
 import torch
 import transformers
 import ways
+from csulora.tuning.controls import own_subspaces, random_subspaces
 from lab import Lab, tokenizer
 from policies import Corrected
 from scenario import Adapter, Scenario
@@ -38,7 +39,6 @@ import csulora
 from csulora.io.files import to_json, write_text
 from csulora.policy.policy import Override, Policy
 from csulora.tuning import tune as tuning
-from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.fit import Case, Options, Replies, fit
 from csulora.tuning.gains import Gains, PerModule
 from csulora.tuning.language_model import LanguageModel, Reply

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from csulora.tuning.controls import random_subspaces
 from safetensors.torch import load_file
 
 import csulora
 from csulora import Policy
-from csulora.tuning.controls import random_subspaces
 from csulora.tuning.update import Factors, factors_of
 
 RANKS = (4, 16)  # directions kept of the subspace file, where the whole grid is run

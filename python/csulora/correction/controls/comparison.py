@@ -48,6 +48,7 @@ def _compared(before: ModuleReport, after: ModuleReport, one: LoraModule, other:
         before,
         rank_after=other.rank,
         gains={component: _ratio(_norm_of(after, component), _norm_of(before, component)) for component in COMPONENTS},
+        undo_after=after.undo,
         relative_change=_ratio(_distance(one, other), before.norm or 0.0),
     )
 

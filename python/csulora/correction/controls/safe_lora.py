@@ -44,7 +44,8 @@ def safe_lora(
         The projected adapter, in the input's storage types, and its report, measured in ``subspace``.
 
     Raises:
-        InputError, RefusedError: the threshold is NaN, the projection unknown, or the adapter does not fit ``subspace``.
+        InputError, RefusedError: the threshold is NaN, the projection is unknown, or the adapter does not fit
+            ``subspace``.
 
     >>> adapter, subspace = example()
     >>> projected, report = safe_lora(adapter, subspace, threshold=math.inf)

@@ -38,7 +38,7 @@ def other_layers(subspace: Subspace) -> Subspace:
     kinds: dict[str, list[str]] = {}
     for name in subspace:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    moved = {}
+    moved: dict[str, ModuleSubspace] = {}
     for kind, names in kinds.items():
         if len({subspace[name].shape for name in names}) > 1:
             raise InputError(

@@ -109,6 +109,9 @@ def main() -> int:
     wrong = False
     for name, (files, limits) in groups.items():
         found = [sentence for file in files for sentence in sentences(file, file.read_text())]
+        if not found:
+            print(f"{name}: no sentences")
+            continue
         print(f"{name}: {summary(found)}")
         for fault in faults(found, files, limits):
             print(fault, file=sys.stderr)

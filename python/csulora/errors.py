@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+T = TypeVar("T")
+
 _LONGEST_MESSAGE = 2000  # characters; two paths of the longest kind do not fit, and no message needs them
 
 
@@ -31,6 +35,14 @@ class CsuloraError(Exception):
 
 class InputError(CsuloraError, ValueError):
     """An input is malformed, missing, or does not fit the others (exit code 4)."""
+
+
+def check_type(value: object, wanted: type[T], name: str, remedy: str) -> T:
+    """Return an argument that is what it should be, or raise `InputError`; ``remedy`` says how to get that."""
+    if isinstance(value, wanted):
+        return value
+    kind = "missing" if value is None else f"a {type(value).__name__}"
+    raise InputError(f"{name} is {kind}; it must be a csulora.{wanted.__name__}: {remedy}")
 
 
 class RefusedError(CsuloraError):

@@ -9,7 +9,7 @@ from csulora.adapters.gguf import file as gguf
 from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.peft.config import CONFIG_FILE
-from csulora.errors import InputError
+from csulora.errors import InputError, check_type
 from csulora.io.files import atomic_directory, check_not_input, sha256_of_file, to_json
 from csulora.models.gguf_base import BaseModel
 
@@ -60,6 +60,7 @@ def save_adapter(
         InputError: ``path`` cannot be created or is an input, or the adapter does not fit the format or the model.
         RefusedError: llama.cpp has no place for one of its modules.
     """
+    check_type(adapter, Adapter, "adapter", "csulora.load_adapter(path)")
     path = Path(path)
     check_not_input(path, [adapter.path, *([base_model] if base_model else [])])
     if format == "gguf":

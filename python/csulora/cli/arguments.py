@@ -12,7 +12,7 @@ import typer
 
 from csulora.cli.console import STDOUT
 from csulora.io.files import check_file, check_not_input
-from csulora.policy.policy import Policy
+from csulora.policy.policy import POLICY_CHOICES, Policy
 from csulora.serving.variables import SUBSPACE_SHA256_VARIABLE
 
 _MOST_DIGITS = 10  # of a rank
@@ -32,20 +32,6 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Preset(StrEnum):
-    """Named penalties (aligned, partial, off)."""
-
-    csulora = "csulora"
-    protect = "protect"
-    project = "project"
-    none = "none"
-
-    def policy(self) -> Policy:
-        """Return the preset's policy."""
-        policy: Policy = getattr(Policy, self.value)()
-        return policy
 
 
 class Uncovered(StrEnum):
@@ -88,6 +74,15 @@ BaseModel = Annotated[
     Path | None,
     typer.Option("--base-model", metavar="DIR|GGUF", help="Model of a GGUF adapter that is read or written."),
 ]
+PolicySource = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME|FILE",
+        help="A preset (csulora, project, protect, none) or a policy file (TOML), such as `csulora tune` writes.",
+    ),
+]
+EveryModule = Annotated[bool, typer.Option("--all", help="A row per module in place of one per kind of module.")]
 Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]
 Json = Annotated[
     Path | None,
@@ -102,6 +97,13 @@ SubspaceSha256 = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def chosen_policy(source: str | None) -> Policy:
+    """Return the policy that was named; none is taken for granted."""
+    if source is None:
+        raise typer.BadParameter(f"say which policy: --policy NAME|FILE; {POLICY_CHOICES}")
+    return Policy.load(source)
 
 
 def parse_rank(text: str | None) -> str | int | None:

@@ -11,26 +11,27 @@ import typer
 import csulora
 from csulora.cli.arguments import (
     BaseModel,
+    EveryModule,
     Format,
     Json,
     Outtype,
-    Preset,
+    PolicySource,
     Quiet,
     SubspaceSha256,
     Uncovered,
     check_outputs,
+    chosen_policy,
     parse_rank,
 )
 from csulora.cli.console import deliver
 from csulora.errors import InputError
-from csulora.policy.policy import Policy
 
 
 def correct(
     adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
     subspace: Annotated[Path, typer.Option(help="Subspace file of the model the adapter is for.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, or GGUF file.")],
-    preset: Annotated[Preset | None, typer.Option(help="Named penalties. [default: csulora]")] = None,
+    policy: PolicySource = None,
     aligned: Annotated[float | None, typer.Option(help="Penalty on the aligned component; inf removes it.")] = None,
     partial: Annotated[float | None, typer.Option(help="Penalty on the partial component.")] = None,
     off: Annotated[float | None, typer.Option(help="Penalty on the off component.")] = None,
@@ -41,25 +42,24 @@ def correct(
     max_undo: Annotated[
         float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
     ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="Policy (TOML); other options replace what it says, but no overrides.")
-    ] = None,
     format: Annotated[Format, typer.Option(help="Format to write.")] = Format.peft,
     base_model: BaseModel = None,
     outtype: Outtype = None,
     subspace_sha256: SubspaceSha256 = None,
+    every_module: EveryModule = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write the corrected adapter, or refuse it with the reason."""
-    if policy is not None and preset is not None:
-        raise typer.BadParameter("give --policy or --preset, not both")
+    """Write the corrected adapter, or refuse it with the reason.
+
+    Further options replace what the policy says, but for its overrides.
+    """
     if format is Format.gguf and base_model is None:
         raise typer.BadParameter("--format gguf needs the model that llama.cpp will run: --base-model")
     if format is not Format.gguf and outtype is not None:
         raise typer.BadParameter("--outtype is for --format gguf")
     check_outputs([output, json], [adapter, subspace, policy, base_model])
-    start = Policy.load(policy) if policy else (preset or Preset.csulora).policy()
+    start = chosen_policy(policy)
     if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
         raise typer.BadParameter("--aligned, --partial and --off do not reach what the policy's overrides match")
     changes: dict[str, Any] = {
@@ -75,11 +75,10 @@ def correct(
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     from csulora.adapters.lora import CORRECTED_SHA256
+    from csulora.views.report_table import report_table
 
     loaded = csulora.load_adapter(adapter, base_model)
     fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen)
     sha256 = csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
-    summary = (
-        f"{output}: {report.warning}{len(report.measured)} of {len(report.modules)} modules corrected, sha256 {sha256}"
-    )
-    deliver(report.table(), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)
+    summary = f"{output}: {len(report.measured)} of {len(report.modules)} modules, sha256 {sha256}"
+    deliver(report_table(report, every_module), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from csulora.cli.arguments import BaseModel, Quiet, SubspaceSha256
+from csulora.cli.arguments import BaseModel, PolicySource, Quiet, SubspaceSha256, chosen_policy
 from csulora.cli.interruption import interruptible
 
 
@@ -18,7 +18,7 @@ def guard(
     incoming: Annotated[Path, typer.Argument(help="Directory that adapters are uploaded to.")],
     outgoing: Annotated[Path, typer.Argument(help="Directory for the corrected ones; point the server here.")],
     subspace: Annotated[Path, typer.Option(help="Subspace file of the served model.")],
-    policy: Annotated[Path | None, typer.Option(help="Policy (TOML). [default: the preset csulora]")] = None,
+    policy: PolicySource = None,
     base_model: BaseModel = None,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until SIGTERM or SIGINT.")] = False,
     settle: Annotated[float, typer.Option(min=0, help="Seconds an upload must not change before it is read.")] = 2.0,
@@ -34,7 +34,7 @@ def guard(
     worker = DirectoryGuard(
         incoming,
         outgoing,
-        Gate.open(subspace, policy, decisions, subspace_sha256),
+        Gate.open(subspace, chosen_policy(policy), decisions, subspace_sha256),
         settle,
         patience,
         base_model,

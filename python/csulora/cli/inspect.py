@@ -10,11 +10,21 @@ from typing import Annotated
 import typer
 
 import csulora
-from csulora.cli.arguments import BaseModel, Json, Quiet, SubspaceSha256, check_output, check_outputs, numbers
+from csulora.cli.arguments import (
+    BaseModel,
+    EveryModule,
+    Json,
+    PolicySource,
+    Quiet,
+    SubspaceSha256,
+    check_output,
+    check_outputs,
+    numbers,
+)
 from csulora.cli.console import deliver
 from csulora.errors import printable
 from csulora.io.files import write_text
-from csulora.policy.policy import Policy
+from csulora.policy.policy import PRESETS, Policy
 from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.views import tables
 
@@ -31,23 +41,25 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", callback=check_output, help="Write a page with all figures as maps.")
     ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="Policy (TOML) that the page shows. [default: the preset csulora]")
-    ] = None,
+    policy: PolicySource = None,
     frontier: Annotated[
         Path | None, typer.Option(help="What `csulora tune` measured. [default: what lies beside the policy]")
     ] = None,
     base_model: BaseModel = None,
     subspace_sha256: SubspaceSha256 = None,
+    every_module: EveryModule = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Show what an adapter does, and with --subspace where its update lies and what it undoes.
 
+    With --policy the figures say what a correction would leave; nothing is written but the page.
+
     Several adapters are taken as applied together: what is shown is their sum.
     """
-    if html is None and (policy is not None or frontier is not None):
-        raise typer.BadParameter("--policy and --frontier are for --html")
+    if html is None and frontier is not None:
+        raise typer.BadParameter("--frontier is for --html")
+    shown = Policy.none(uncovered="keep") if policy is None else Policy.load(policy)
     if max_undo is not None and not math.isfinite(max_undo):
         raise typer.BadParameter(f"--max-undo is {max_undo}; it must be a finite number")
     factors = numbers(weights)
@@ -56,25 +68,29 @@ def inspect(
     check_outputs([html, json], [*adapters, subspace, policy, frontier, base_model])
     loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     if subspace is None:
-        if len(loaded) > 1 or weights is not None or max_undo is not None or html is not None:
-            raise typer.BadParameter("sums, limits and pages need --subspace")
+        if len(loaded) > 1 or any(option is not None for option in (weights, max_undo, html, policy)):
+            raise typer.BadParameter("sums, limits, policies and pages need --subspace")
         document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}
         summary = f"{printable(adapters[0])}: {len(loaded[0].modules)} modules"
         deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
         return
     opened = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, opened, factors)
+    limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
     if html is not None:
         from csulora.views.html.page import render
 
-        shown = Policy.load(policy) if policy else Policy.csulora()
-        limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
         write_text(html, render(whole, opened, limited, _load_frontier(frontier, policy)))
-    _, report = csulora.correct(whole, opened, Policy.none(uncovered="keep", max_undo=max_undo))
-    deliver(report.table(), f"{printable(whole.path)}: nothing was changed", report.to_dict(), json, quiet)
+    from csulora.views.report_table import report_table
+
+    _, report = csulora.correct(whole, opened, limited)
+    summary = f"{printable(whole.path)}: {len(report.measured)} of {len(report.modules)} modules are covered"
+    page = f"\n{html}: the page" if html else ""
+    deliver(report_table(report, every_module), summary + page, report.to_dict(), json, quiet)
 
 
-def _load_frontier(frontier: Path | None, policy: Path | None) -> Frontier | None:
-    if frontier is None and policy is not None and frontier_path(policy).exists():
-        frontier = frontier_path(policy)
+def _load_frontier(frontier: Path | None, policy: str | None) -> Frontier | None:
+    if frontier is None and policy is not None and policy not in PRESETS:
+        beside = frontier_path(Path(policy))
+        frontier = beside if beside.exists() else None
     return Frontier.load(frontier) if frontier else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from csulora.adapters.lora import Adapter, LoraModule
-from csulora.errors import InputError
+from csulora.errors import InputError, check_type
 from csulora.models import names
 from csulora.subspace.subspace import Subspace
 
@@ -32,6 +32,9 @@ def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[f
     Raises:
         InputError: no adapter, weights that do not fit, or updates of one module that differ in shape.
     """
+    for adapter in adapters:
+        check_type(adapter, Adapter, "an adapter", "csulora.load_adapter(path)")
+    check_type(subspace, Subspace, "subspace", "csulora.Subspace.open(path)")
     weights = [1.0] * len(adapters) if weights is None else weights
     if not adapters or len(weights) != len(adapters):
         raise InputError(f"{len(weights)} weights for {len(adapters)} adapters; give a weight for each")

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
+from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, RefusedError, check_type
 from csulora.io.files import to_json
 from csulora.models import names
 from csulora.native import _core
-from csulora.policy.policy import Policy
+from csulora.policy.policy import POLICY_CHOICES, Policy
 from csulora.subspace.subspace import Subspace
 
 LARGEST_RANK = 512  # vLLM's largest, too
@@ -27,7 +28,8 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
             a build with CUDA; those of the result are where they are, and so are the factors of ``subspace`` from then
             on.
         subspace: the subspaces of the model the adapter is for.
-        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        policy: what to keep and what to refuse. There is no default: a policy that fits one adapter leaves all of
+            the undo in another.
 
     Returns:
         The corrected adapter, in the input's storage types with every scale 1, and the report.
@@ -35,10 +37,13 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
     Raises:
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, or the policy
             was tuned for another subspace file.
-        InputError: a shape differs from that in ``subspace``, an override of the policy matches none of its modules or
-            has gains for more directions than it has, or the result does not fit the storage type.
+        InputError: an argument is a path or missing, a shape differs from that in ``subspace``, an override of the
+            policy matches none of its modules or has gains for more directions than it has, or the result does not fit
+            the storage type.
     """
-    policy = policy or Policy.csulora()
+    check_type(adapter, Adapter, "adapter", "csulora.load_adapter(path)")
+    check_type(subspace, Subspace, "subspace", "csulora.Subspace.open(path)")
+    policy = check_type(policy, Policy, "policy", f"csulora.Policy.load(NAME or FILE); {POLICY_CHOICES}")
     check_subspace(policy, subspace)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
@@ -54,7 +59,7 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
         elif policy.uncovered == "keep":
             modules[name] = module
     documents = TextsOnDemand(
-        {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: report.card(_base_model(adapter))}
+        {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
     )
     partial = adapter.partial or len(modules) < len(adapter.modules)
     return replace(adapter, modules=modules, documents=documents, partial=partial), report

@@ -1,21 +1,24 @@
-"""What a correction did: for machines as JSON, for people as tables, for whoever finds the adapter as a card."""
+"""What a correction was made from, what it did, and what it leaves of the undo."""
 
 from __future__ import annotations
 
-import json
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
-
-from rich.console import Group, RenderableType
-from rich.table import Table
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from csulora import __version__
-from csulora.errors import printable
+from csulora.errors import InputError, printable
 from csulora.native import _core
 
+if TYPE_CHECKING:
+    import pandas
+
 COMPONENTS = ("aligned", "left", "right", "off")
+_LITTLE_UNDO = 0.01  # share of a module's alignment below which a verdict names no undo
+_TOLERANCE = 0.05  # share of the undo that counts as none, or as no difference
 
 Status = Literal["corrected", "kept", "dropped"]
 
@@ -32,7 +35,9 @@ class ModuleReport:
         energies: |dW_c|^2 / |dW|^2 of the components aligned, left, right and off.
         gains: what each component was multiplied by; with gains of single directions, and where the policy is filtered,
             |X_c| / |dW_c|, which may exceed 1 where something is reinforced.
-        undo: share of the alignment inside the subspace that the update cancels; negative reinforces it.
+        undo: -<dW, U S V^T> / |S|^2, the share of the alignment inside the subspace that the update cancels; a negative
+            one reinforces it.
+        undo_after: the same of the corrected update.
         alignment_norm: |S|, the norm of the displacement inside the subspace.
         relative_change: |X - dW| / |dW|.
         truncation_error: share of |X|^2 given up to reach the rank.
@@ -46,6 +51,7 @@ class ModuleReport:
     energies: dict[str, float] | None = None
     gains: dict[str, float] | None = None
     undo: float | None = None
+    undo_after: float | None = None
     alignment_norm: float | None = None
     relative_change: float | None = None
     truncation_error: float | None = None
@@ -62,6 +68,7 @@ class ModuleReport:
             energies={component: getattr(result.energies, component) for component in COMPONENTS},
             gains={component: getattr(result.gains, component) for component in COMPONENTS},
             undo=result.undo,
+            undo_after=result.undo_after,
             alignment_norm=alignment_norm,
             relative_change=result.relative_change,
             truncation_error=result.truncation_error,
@@ -76,14 +83,76 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Totals:
-    """The whole adapter's figures: the corrected modules' updates seen as one block-diagonal update."""
+    """Figures of several modules together: their updates seen as one block-diagonal update.
 
-    uncorrected: float  # share of |dW|^2 in modules that the subspace file does not cover and the policy keeps
+    Attributes:
+        uncorrected: share of |dW|^2 in modules that the subspace file does not cover and the policy keeps.
+        norm: |dW|_F of the corrected modules.
+        energies: share of |dW|^2 in each component.
+        undo: share of all their alignment that the updates cancel; ``undo_after``: that the corrected ones cancel.
+        largest_undo: of one module; ``largest_undo_after``: of one corrected module, which may be another.
+        relative_change: |X - dW| / |dW|.
+        truncation_error: share of |X|^2 given up to reach the rank.
+    """
+
+    uncorrected: float
     norm: float
     energies: dict[str, float]
     undo: float
+    undo_after: float
+    largest_undo: float
+    largest_undo_after: float
     relative_change: float
     truncation_error: float
+
+    @classmethod
+    def of(cls, modules: Sequence[ModuleReport]) -> Self:
+        """Sum up the modules, of which those that were dropped count for nothing."""
+        measured = [module for module in modules if module.status == "corrected"]
+        weights = [_value(module.norm) ** 2 for module in measured]
+        remaining = [weight * module.kept_share for weight, module in zip(weights, measured, strict=True)]
+        uncorrected = sum(_value(module.norm) ** 2 for module in modules if module.status == "kept")
+        alignment = [_value(module.alignment_norm) ** 2 for module in measured]
+        undo, undo_after = [_value(m.undo) for m in measured], [_value(m.undo_after) for m in measured]
+        return cls(
+            uncorrected=uncorrected / total if (total := uncorrected + sum(weights)) else 0.0,
+            norm=math.sqrt(sum(weights)),
+            energies={c: _mean([(module.energies or {})[c] for module in measured], weights) for c in COMPONENTS},
+            undo=_mean(undo, alignment),
+            undo_after=_mean(undo_after, alignment),
+            largest_undo=max(undo, default=0.0),
+            largest_undo_after=max(undo_after, default=0.0),
+            relative_change=math.sqrt(_mean([_value(module.relative_change) ** 2 for module in measured], weights)),
+            truncation_error=_mean([_value(module.truncation_error) for module in measured], remaining),
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a correction leaves of the undo.
+
+    Attributes:
+        leaves: ``nothing`` (at most 5 % of the largest undo is left), ``some``, ``all`` (95 % or more), or ``little``:
+            no module undid 1 % of its alignment, before or after.
+        text: the same as a sentence with its figures.
+    """
+
+    leaves: Literal["nothing", "some", "all", "little"]
+    text: str
+
+    @classmethod
+    def of(cls, totals: Totals) -> Self:
+        """Judge by the largest undo of a module, before and after; what else was changed does not count."""
+        before, after = totals.largest_undo, totals.largest_undo_after
+        figures = f"largest {before:+.3f} -> {after:+.3f}, total {totals.undo:+.3f} -> {totals.undo_after:+.3f}"
+        if max(before, after) < _LITTLE_UNDO:
+            return cls("little", f"no module undoes 1 % of its alignment ({figures})")
+        if after >= (1 - _TOLERANCE) * before:
+            verb = "adds to the undo" if after > (1 + _TOLERANCE) * before else "leaves all of the undo"
+            return cls("all", f"the policy {verb} ({figures})")
+        if after <= _TOLERANCE * before:
+            return cls("nothing", f"the policy takes the undo away ({figures})")
+        return cls("some", f"the policy leaves {after / before:.0%} of the largest undo ({figures})")
 
 
 @dataclass(frozen=True)
@@ -121,42 +190,65 @@ class Report:
         """The module that undoes the largest share of its alignment."""
         return max(self.measured, key=lambda module: _value(module.undo), default=None)
 
-    @property
+    @cached_property
     def totals(self) -> Totals:
-        """Figures of all measured modules together."""
-        weights = [_value(module.norm) ** 2 for module in self.measured]
-        remaining = [weight * module.kept_share for weight, module in zip(weights, self.measured, strict=True)]
-        uncorrected = sum(_value(module.norm) ** 2 for module in self.kept)
-        alignment = [_value(module.alignment_norm) ** 2 for module in self.measured]
-        energies = {
-            component: _mean([(module.energies or {})[component] for module in self.measured], weights)
-            for component in COMPONENTS
-        }
-        return Totals(
-            uncorrected=uncorrected / total if (total := uncorrected + sum(weights)) else 0.0,
-            norm=math.sqrt(sum(weights)),
-            energies=energies,
-            undo=_mean([_value(module.undo) for module in self.measured], alignment),
-            relative_change=math.sqrt(
-                _mean([_value(module.relative_change) ** 2 for module in self.measured], weights)
-            ),
-            truncation_error=_mean([_value(module.truncation_error) for module in self.measured], remaining),
-        )
+        """Figures of all modules together."""
+        return Totals.of(self.modules)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the correction leaves of the undo."""
+        return Verdict.of(self.totals)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every module came out as it went in."""
+        return all(module.status != "dropped" and not module.relative_change for module in self.modules)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON; an infinite penalty is the text ``inf``."""
         document = asdict(self)
         document["totals"] = asdict(self.totals)
+        document["verdict"] = asdict(self.verdict)
         finite: dict[str, Any] = _spell_infinity(document)
         return finite
 
-    def table(self, limit: int = 8) -> RenderableType:
-        """Return tables for a person: totals, and the modules with the largest undo."""
-        return Group(_totals_table(self), _modules_table(self, limit))
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a pandas table: a row per module, a column per figure (``energy_aligned``, ``gain_off``, ...).
 
-    def card(self, base_model: str | None) -> str:
-        """Return the model card (README.md) of the corrected adapter."""
-        return _card(self, base_model)
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("to_frame needs pandas, which is not installed: pip install pandas") from None
+        return pandas.DataFrame([_flat(module) for module in self.modules])
+
+    def __repr__(self) -> str:
+        """The verdict, in one line."""
+        return f"<Report of {self.adapter!r}: {len(self.measured)} of {len(self.modules)} modules; {self.verdict.text}>"
+
+    def _repr_html_(self) -> str:
+        """The totals, for a notebook."""
+        totals = self.totals
+        figures = {component: f"{totals.energies[component]:.1%}" for component in COMPONENTS} | {
+            "total undo": f"{totals.undo:+.3f} &rarr; {totals.undo_after:+.3f}",
+            "largest undo": f"{totals.largest_undo:+.3f} &rarr; {totals.largest_undo_after:+.3f}",
+            "relative change": f"{totals.relative_change:.1%}",
+        }
+        head = "".join(f"<th>{name}</th>" for name in figures)
+        row = "".join(f"<td>{figure}</td>" for figure in figures.values())
+        caption = html.escape(printable(f"{self.adapter}: {self.warning}{self.verdict.text}"))
+        return f"<table><caption>{caption}</caption><tr>{head}</tr><tr>{row}</tr></table>"
+
+
+def _flat(module: ModuleReport) -> dict[str, Any]:
+    row = asdict(module)
+    for figure, singular in (("energies", "energy"), ("gains", "gain")):
+        row |= {f"{singular}_{component}": (row[figure] or {}).get(component) for component in COMPONENTS}
+        del row[figure]
+    return row
 
 
 def _value(number: float | None) -> float:
@@ -174,91 +266,3 @@ def _spell_infinity(document: Any) -> Any:
     if isinstance(document, (list, tuple)):
         return [_spell_infinity(value) for value in document]
     return "inf" if document == math.inf else document
-
-
-def _totals_table(report: Report) -> Table:
-    totals = report.totals
-    warning = f"{report.warning.rstrip()}\n" if report.warning else ""
-    title = f"{warning}{len(report.measured)} of {len(report.modules)} modules are covered by the subspace file"
-    table = Table(title=title, title_justify="left")
-    for column in ("norm", *COMPONENTS, "undo", "relative change", "truncation error"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        f"{totals.norm:.4g}",
-        *(f"{totals.energies[component]:.1%}" for component in COMPONENTS),
-        f"{totals.undo:+.3f}",
-        f"{totals.relative_change:.1%}",
-        f"{totals.truncation_error:.2%}",
-    )
-    return table
-
-
-def _modules_table(report: Report, limit: int) -> Table:
-    table = Table(title="largest undo", title_justify="left")
-    table.add_column("module", overflow="fold")
-    for column in ("rank", "norm", *COMPONENTS, "undo", "relative change"):
-        table.add_column(column, justify="right")
-    for module in sorted(report.measured, key=lambda m: -_value(m.undo))[:limit]:
-        energies = module.energies or {}
-        table.add_row(
-            module.module,
-            str(module.rank) if module.rank == module.rank_after else f"{module.rank}->{module.rank_after}",
-            f"{_value(module.norm):.3g}",
-            *(f"{energies[component]:.1%}" for component in COMPONENTS),
-            f"{_value(module.undo):+.3f}",
-            f"{_value(module.relative_change):.1%}",
-        )
-    return table
-
-
-def _as_code(text: str) -> str:
-    """Text of a stranger's in Markdown: one line, in which nothing is markup."""
-    return f"`{printable(text, 200).replace('`', chr(39))}`"
-
-
-def _sentence(warning: str) -> str:
-    return f"**{warning.removesuffix('; ')}.**"
-
-
-_CARD = """---
-{base_model}library_name: peft
-tags:
-- lora
-- csulora
----
-
-# {adapter}, corrected by csulora {version}
-{warning}
-This LoRA adapter was corrected after training: its update was split by the subspace in which safety alignment
-moved the base model, and the components were attenuated by the policy below. It is plain LoRA with scale 1.
-
-| | |
-|---|---|
-| policy | `{policy}` |
-| modules corrected | {corrected} of {modules} |
-| relative change of the update | {relative_change:.1%} |
-| undo before correction | {undo:+.3f} |
-| sha256 of the original adapter | `{adapter_sha256}` |
-| sha256 of the subspace file | `{subspace_sha256}` |
-
-`csulora_report.json` holds the figures of every module. A statement of having been corrected proves nothing by
-itself: correct what you serve.
-"""
-
-
-def _card(report: Report, base_model: str | None) -> str:
-    policy = ", ".join(f"{key}={value}" for key, value in report.policy.items() if key != "overrides")
-    overrides = len(report.policy.get("overrides", ()))
-    return _CARD.format(
-        base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",  # JSON's texts are YAML's too
-        adapter=_as_code(report.adapter),
-        warning=f"\n{_sentence(report.warning)}\n" if report.warning else "",
-        version=report.csulora,
-        policy=policy + (f", {overrides} overrides" if overrides else ""),
-        corrected=len(report.measured),
-        modules=len(report.modules),
-        relative_change=report.totals.relative_change,
-        undo=report.totals.undo,
-        adapter_sha256=report.adapter_sha256,
-        subspace_sha256=report.subspace_sha256,
-    )

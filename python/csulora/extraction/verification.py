@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from csulora.errors import InputError
+from csulora.errors import InputError, check_type
 from csulora.extraction.model_pair import ModelPair, Progress
 from csulora.native import _core
 from csulora.subspace.subspace import Certificate, Subspace
@@ -58,6 +58,7 @@ def verify(
     Raises:
         InputError: a checkpoint does not have the subspace file's modules in its shapes, or values are not usable.
     """
+    check_type(subspace, Subspace, "subspace", "csulora.Subspace.open(path)")
     model_pair = ModelPair.open(base, aligned, modules=list(subspace))
     for name, module in subspace.items():
         if (shape := model_pair.base.weights[name].shape) != module.shape:

@@ -21,6 +21,10 @@ from csulora.policy.globs import matches
 if TYPE_CHECKING:
     from csulora.native import _core
 
+PRESETS = ("csulora", "project", "protect", "none")
+POLICY_CHOICES = (
+    "choose a preset (csulora, project, protect, none) or a policy file (TOML); `csulora tune` fits one to prompts"
+)
 Rank = Literal["keep", "exact"] | int
 Uncovered = Literal["refuse", "drop", "keep"]
 
@@ -258,9 +262,24 @@ class Policy:
         return cls(**values, overrides=tuple(_override(entry) for entry in overrides))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a policy from a TOML file."""
-        data = read_regular(Path(path), _LARGEST_FILE)
+    def load(cls, source: str | Path) -> Self:
+        """Return the policy of a preset's name, or read it from a TOML file.
+
+        A file that is called as a preset is has to be named with its folder: ``./none``.
+
+        Raises:
+            InputError: there is no such preset or file, or the file is malformed.
+
+        >>> Policy.load("project").off
+        inf
+        """
+        if source in PRESETS:
+            preset: Self = getattr(cls, str(source))()
+            return preset
+        path = Path(source)
+        if not path.exists():
+            raise InputError(f"{path}: no such policy; {POLICY_CHOICES}")
+        data = read_regular(path, _LARGEST_FILE)
         try:
             document = tomllib.loads(data.decode())
         except (ValueError, RecursionError) as error:

@@ -110,4 +110,8 @@ class PerModule(PerComponent):
 
     def __call__(self, parameters: Tensor, index: Tensor, energies: Tensor) -> Tensor:
         """Return gains (modules, 4); the energies do not matter."""
-        return torch.sigmoid(parameters[index]).expand(-1, 4)
+        return self.gains(parameters[index])
+
+    def gains(self, parameters: Tensor) -> Tensor:
+        """Return the gains (modules, 4)."""
+        return torch.sigmoid(parameters).expand(-1, 4)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from csulora.tuning.frontier import Point, Rate
 
+TUNED = "tuned"  # the family of what was fitted
+
 # For adapters to come: the policy without input filters. Where safety and task prompts bring too similar inputs, it is
 # better.
 EVERYWHERE = "tuned everywhere"
@@ -16,14 +18,14 @@ def preference(point: Point) -> tuple[float, float]:
     return point.score, -point.relative_change
 
 
-def candidates(points: Sequence[Point]) -> list[Point]:
+def eligible(points: Sequence[Point]) -> list[Point]:
     """The points that are no controls: of a fit without input filters only if its score lies above the 95 % intervals
     of those with.
 
     Few adapters are left out, and input filters are what carries over to others where safety prompts bring inputs of
     their own.
     """
-    filtered = max((point.least.high for point in points if point.family == "tuned"), default=0.0)
+    filtered = max((point.least.high for point in points if point.family == TUNED), default=0.0)
     return [point for point in points if not point.control and (point.family != EVERYWHERE or point.score > filtered)]
 
 
@@ -34,7 +36,7 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     of all their 95 % intervals lie above the best score of any scaling, no scaling included.
     """
     bar = max((point for point in points if point.family in ("none", "scaling")), key=preference)
-    best = max((point for point in candidates(points) if point.family != "none"), key=preference)
+    best = max((point for point in eligible(points) if point.family != "none"), key=preference)
     safety_kept = (
         "refuses {} of the safety prompts"
         if best.refusals

@@ -34,7 +34,7 @@ class Request:
         general: prompts of neither kind, if any, to be answered as the uncorrected adapter answers them; they weigh as
             much as task prompts. Of those in the validation split, the aligned model's answer will do as well.
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
-        input filters: whether a policy for adapters to come is fitted with input filters, too.
+        input_filters: whether a policy for adapters to come is fitted with input filters, too.
         uncovered: what the policy does with modules that the subspace file does not cover.
         device: ``cpu``, ``cuda`` or ``auto``.
         longest_reply: most tokens of a reply that are looked at.
@@ -83,6 +83,11 @@ class Request:
     def is_for_others(self) -> bool:
         """Whether the policy is for adapters to come."""
         return self.for_others or len(self.adapters) > 1
+
+    @property
+    def policy_fields(self) -> dict[str, Any]:
+        """What every policy of a run has besides its gains or penalties."""
+        return {"uncovered": self.uncovered}
 
     @property
     def identity(self) -> dict[str, Any]:

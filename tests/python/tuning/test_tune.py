@@ -17,19 +17,23 @@ from csulora.cli import app as cli
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import InputFilter
-from csulora.tuning import probes, sweep
-from csulora.tuning import tune as module
+from csulora.tuning import experiment, filtering, fitting, probes, sweep
+from csulora.tuning.experiment import Experiment
+from csulora.tuning.families import CONTROLS
 from csulora.tuning.fit import Case, Replies
 from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.tuning.gains import PerDirection
 from csulora.tuning.inputs import input_filter_between, task_inputs
 from csulora.tuning.language_model import Reply
 from csulora.tuning.options import Options
+from csulora.tuning.recommendation import EVERYWHERE, TUNED, recommend
 from csulora.tuning.request import Request
-from csulora.tuning.tune import recommend, tune
+from csulora.tuning.tune import subspace_path, tune
 from csulora.tuning.update import Update, factors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CONTROL_NAMES = tuple(family.name for family in CONTROLS)
+FAMILIES = (TUNED, EVERYWHERE, *CONTROL_NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +75,10 @@ def test_a_frontier_has_every_family_and_counts_validation_prompts_only(
     frontier = tune(request(place, adapters=2), tmp_path / "policy.toml", lambda _, *step: steps.append(step))
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1]
-    fitted = {"tuned", module.EVERYWHERE, "tuned scaling", "tuned random subspace", "tuned own subspace"}
+    fitted = {"tuned", EVERYWHERE, "tuned scaling", "tuned random subspace", "tuned own subspace"}
     assert {point.family for point in frontier.points} >= {"none", "csulora", "project", "protect", "scaling"} | fitted
     assert {point.safety.count for point in frontier.points} == {2 * 16 // 4}
-    assert {point.family for point in frontier.points if point.control} == {"scaling", *module.CONTROLS}
+    assert {point.family for point in frontier.points if point.control} == {"scaling", *CONTROL_NAMES}
     untouched = next(point for point in frontier.points if point.family == "none")
     assert (untouched.task.value, untouched.relative_change) == (1, 0)
 
@@ -91,8 +95,8 @@ def test_an_interrupted_run_continues_and_ends_the_same(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = module.fit
-    monkeypatch.setattr(module, "fit", fit)
+    original = fitting.fit
+    monkeypatch.setattr(fitting, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         tune(request(place), tmp_path / "policy.toml")
     assert not (tmp_path / "policy.toml").exists()
@@ -107,8 +111,8 @@ def test_the_controls_weigh_prompts_as_the_best_fit_does(place: tiny_model.Place
     assert set(tried) == {"tuned 0.5", "tuned 20"}
     best = max(tried.values(), key=lambda point: (point.score, -point.relative_change))
     weight = best.policy.removeprefix("tuned ")
-    assert {point.policy for point in frontier.points if point.family in module.CONTROLS} == {
-        f"{family} {weight}" for family in module.CONTROLS
+    assert {point.policy for point in frontier.points if point.family in CONTROL_NAMES} == {
+        f"{family} {weight}" for family in CONTROL_NAMES
     }
 
 
@@ -195,22 +199,27 @@ def test_input_filters_leave_general_prompts_alone(
         seen.append(kinds)
         return input_filter_between(safety, kinds)
 
-    monkeypatch.setattr(module, "input_filter_between", recording)
-    run = module.Run(replace(request(place, 2), general=prompts), tmp_path / "policy.toml", None)
-    names = {target: name for name, target in run.targets[0].items()}
+    monkeypatch.setattr(filtering, "input_filter_between", recording)
+    run = Experiment(replace(request(place, 2), general=prompts), tmp_path / "policy.toml")
+    model = run.examples.language_model
+    names = {target: name for name, target in run.fitting.targets.each[0].items()}
     fitted = [prompt for at, prompt in enumerate(prompts) if at % 4 != 3]
-    for target, (_, found) in zip(run.input_filters((0, 1)), seen, strict=True):
+    for target, (_, found) in zip(
+        filtering.input_filters(run.examples, run.fitting.targets, (0, 1)), seen, strict=True
+    ):
         assert len(found) == 3
-        for inputs, adapter in zip(found, (*run.adapters, None), strict=True):
-            with run.language_model.adapted(factors_of(adapter) if adapter else {}):
-                expected = task_inputs(run.language_model, [names[target]], run.language_model.replies(fitted))
+        for inputs, adapter in zip(found, (*run.request.adapters, None), strict=True):
+            with model.adapted(factors_of(adapter) if adapter else {}):
+                expected = task_inputs(model, [names[target]], model.replies(fitted))
             torch.testing.assert_close(inputs, expected[names[target]])
 
 
 def test_a_policy_for_others_that_was_measured_on_general_prompts_says_nothing_of_them(
     place: tiny_model.Place, tmp_path: Path, general: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is"))
+    monkeypatch.setattr(
+        experiment, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is")
+    )
     frontier = tune(replace(request(place, 2), general=probes.read(general)), tmp_path / "policy.toml")
     assert frontier.verdict == "It is"
     assert all(point.general.count == 2 * 10 for point in frontier.points if point.general)
@@ -221,9 +230,9 @@ def test_a_policy_is_worth_no_more_than_what_it_makes_of_general_prompts() -> No
         return replace(point(family, 40, 38), general=Rate.of(general, 40))
 
     plain = replace(point("none", 0, 40, 0.0), general=Rate.of(40, 40))
-    chosen, verdict = recommend([plain, served("tuned", 10), served(module.EVERYWHERE, 39)])
+    chosen, verdict = recommend([plain, served("tuned", 10), served(EVERYWHERE, 39)])
     assert chosen is not None
-    assert chosen.policy == module.EVERYWHERE
+    assert chosen.policy == EVERYWHERE
     assert "answers 0.97 (0.87 to 1.00) of the general prompts" in verdict
 
 
@@ -265,18 +274,18 @@ def test_adapters_need_not_have_the_same_modules(place: tiny_model.Place, tmp_pa
         for adapter, share in zip(whole.adapters, shares, strict=True)
     ]
     differing = replace(whole, adapters=adapters, options=Options(steps=1))
-    run = module.Run(differing, tmp_path / "run.toml", None)
-    for family in (*module.CANDIDATES, *module.CONTROLS):
+    run = Experiment(differing, tmp_path / "run.toml")
+    for family in FAMILIES:
         for number, share in enumerate(shares):
             assert [override.match for override in run.policy(family, [number], 1.0).overrides] == [*sorted(share), "*"]
     frontier = tune(differing, tmp_path / "policy.toml")
-    assert {point.family for point in frontier.points} >= {*module.CANDIDATES, *module.CONTROLS}
+    assert {point.family for point in frontier.points} >= set(FAMILIES)
 
 
 def test_a_module_gets_its_own_gains_if_its_name_ends_anothers(place: tiny_model.Place, tmp_path: Path) -> None:
     shapes = {"head": (8, 8), "draft.head": (8, 8)}
     own = replace(request(place), subspace=factories.subspace(shapes), adapters=[factories.adapter(shapes)])
-    names = module.Run(own, tmp_path / "run.toml", None).modules
+    names = Experiment(own, tmp_path / "run.toml").fitting.targets.modules
     policy = sweep.fitted(names, torch.tensor([[at / 4] * 4 for at in range(2)]), False, {})
     assert [policy.attenuation(name).off for name in names] == [0, 0.25]
 
@@ -292,8 +301,8 @@ def test_the_control_is_fitted_in_as_many_own_directions_as_it_is_measured_in(
         cases.extend(given)
         return gains.start()
 
-    monkeypatch.setattr(module, "fit", recording)
-    run = module.Run(replace(whole, adapters=[first, replace(second, modules=thin)]), tmp_path / "run.toml", None)
+    monkeypatch.setattr(fitting, "fit", recording)
+    run = Experiment(replace(whole, adapters=[first, replace(second, modules=thin)]), tmp_path / "run.toml")
     for number in range(2):
         policy = run.policy("tuned own subspace", [number], 1.0)
         (case,) = cases
@@ -311,8 +320,8 @@ def test_input_filters_of_an_earlier_policy_do_not_matter(place: tiny_model.Plac
     }
     fitted = []
     for number, subspace in enumerate((whole.subspace, whole.subspace.with_input_filters(input_filters))):
-        run = module.Run(replace(whole, subspace=subspace), tmp_path / f"{number}.toml", None)
-        fitted.append(run.policy(module.EVERYWHERE, (0, 1), 1.0))
+        run = Experiment(replace(whole, subspace=subspace), tmp_path / f"{number}.toml")
+        fitted.append(run.policy(EVERYWHERE, (0, 1), 1.0))
     assert fitted[0] == fitted[1]
 
 
@@ -328,11 +337,11 @@ def test_what_is_validated_on_anywhere_is_fitted_nowhere(
     def texts(every: list[Replies]) -> set[str]:
         return {str(reply.tokens[: reply.start].tolist()) for one in every for kind in one.kinds for reply in kind}
 
-    monkeypatch.setattr(module, "fit", recording)
+    monkeypatch.setattr(fitting, "fit", recording)
     whole = request(place, 2)
     task, safety = whole.task[0], list(whole.safety)
     shifted = replace(whole, task=[task, [*task[-1:], *task[:-1]]], general=[*safety[:9], *task[2:9]])
-    run = module.Run(shifted, tmp_path / "policy.toml", None)
+    run = Experiment(shifted, tmp_path / "policy.toml")
     seen: list[Replies] = []
 
     def spying(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
@@ -343,8 +352,8 @@ def test_what_is_validated_on_anywhere_is_fitted_nowhere(
         return spy
 
     for name in ("task_inputs", "safety_inputs"):
-        monkeypatch.setattr(module, name, spying(getattr(module, name)))
-    run.frontier()
+        monkeypatch.setattr(filtering, name, spying(getattr(filtering, name)))
+    run.run()
     validation = texts([case.validation for case in cases])
     # Of the task prompts 4 for each adapter, and 2 that only the general file has in its validation split.
     assert len(validation) == 4 + 10
@@ -352,10 +361,11 @@ def test_what_is_validated_on_anywhere_is_fitted_nowhere(
     assert not validation & texts([case.fitted for case in cases])
     assert not validation & texts(seen)
     crossed = [[task[(at + shift) % 16] for at in range(16)] for shift in range(4)]
-    monkeypatch.setattr(run, "replies", [Replies((), run.language_model.replies(each)) for each in crossed])
-    del run.validation_prompts
+    examples, model = run.examples, run.examples.language_model
+    monkeypatch.setattr(examples, "replies", [Replies((), model.replies(each)) for each in crossed])
+    del examples.validation_prompts
     with pytest.raises(InputError, match="all of a file's prompts are in others' validation splits"):
-        run.to_fit(run.replies[0].task)
+        examples.to_fit(examples.replies[0].task)
 
 
 def test_what_cannot_be_asked_for_together_is_refused(place: tiny_model.Place) -> None:
@@ -404,7 +414,7 @@ def test_of_equal_scores_the_smaller_relative_change_is_recommended() -> None:
 
 
 def test_input_filters_are_given_up_only_for_what_is_better_than_the_interval() -> None:
-    plain, everywhere = [point("none", 0, 40)], module.EVERYWHERE
+    plain, everywhere = [point("none", 0, 40)], EVERYWHERE
     for task, better in ((24, "tuned"), (36, everywhere)):
         chosen, _ = recommend([*plain, point("tuned", 40, 20), point(everywhere, 40, task)])
         assert chosen is not None
@@ -447,7 +457,7 @@ def test_the_command_line(
 def test_a_policy_for_one_adapter_has_gains_of_single_directions(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
+    monkeypatch.setattr(experiment, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
     frontier = tune(request(place), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
     subspace = csulora.Subspace.open(place.subspace)
@@ -464,7 +474,9 @@ def test_a_policy_for_one_adapter_has_gains_of_single_directions(
 def test_one_adapters_policy_may_be_for_others(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is"))
+    monkeypatch.setattr(
+        experiment, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is")
+    )
     frontier = tune(replace(request(place), for_others=True), tmp_path / "policy.toml")
     policy, subspace = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.subspace)
     assert policy.reference_energy == pytest.approx(
@@ -473,29 +485,28 @@ def test_one_adapters_policy_may_be_for_others(
     assert policy.filtered
     doubts = "measured on the adapter it was fitted on, not on others; not measured on general prompts"
     assert frontier.verdict == f"It is; {doubts}"
-    assert {point.family for point in frontier.points} >= set(module.CANDIDATES)
-    filtered = csulora.Subspace.open(module.subspace_path(tmp_path / "policy.toml"))
+    assert {point.family for point in frontier.points} >= {TUNED, EVERYWHERE}
+    filtered = csulora.Subspace.open(subspace_path(tmp_path / "policy.toml"))
     csulora.correct(csulora.load_adapter(place.adapters[1]), filtered, policy)
 
 
 def test_without_input_filters_nothing_is_filtered(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everywhere = module.EVERYWHERE
-    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == everywhere), ""))
-    monkeypatch.setattr(module, "input_filter_between", None)  # not even looked for
+    monkeypatch.setattr(experiment, "recommend", lambda points: (next(p for p in points if p.family == EVERYWHERE), ""))
+    monkeypatch.setattr(filtering, "input_filter_between", None)  # not even looked for
     frontier = tune(replace(request(place, adapters=2), input_filters=False), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
     assert not policy.filtered
     assert policy.reference_energy
     assert "tuned" not in {point.family for point in frontier.points}
-    assert not module.subspace_path(tmp_path / "policy.toml").exists()
+    assert not subspace_path(tmp_path / "policy.toml").exists()
 
 
 def test_a_policy_for_several_adapters_reinforces_the_alignment_within_the_input_filters_of_its_subspace(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
+    monkeypatch.setattr(experiment, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
     frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
     assert {override.match for override in policy.overrides} == set(tiny_model.MODULES)
@@ -505,7 +516,7 @@ def test_a_policy_for_several_adapters_reinforces_the_alignment_within_the_input
     subspace = csulora.Subspace.open(place.subspace)
     energies = [Update.of(csulora.load_adapter(path), subspace).energy_along(16) for path in place.adapters[:2]]
     assert policy.reference_energy == pytest.approx((energies[0] * energies[1]) ** 0.5)
-    filtered = csulora.Subspace.open(module.subspace_path(tmp_path / "policy.toml"))
+    filtered = csulora.Subspace.open(subspace_path(tmp_path / "policy.toml"))
     assert policy.filtered
     assert all(filtered[name].input_filter for name in tiny_model.MODULES)
     assert frontier.subspace_sha256 == policy.subspace_sha256 == filtered.sha256
@@ -517,9 +528,7 @@ def test_a_policy_for_several_adapters_reinforces_the_alignment_within_the_input
 def test_input_filters_are_left_out_where_the_policy_is_better_without(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        module, "recommend", lambda points: (next(p for p in points if p.family == module.EVERYWHERE), "")
-    )
+    monkeypatch.setattr(experiment, "recommend", lambda points: (next(p for p in points if p.family == EVERYWHERE), ""))
     frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.frontier.json", "policy.toml"]
     policy, subspace = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.subspace)

@@ -11,6 +11,7 @@ from csulora.correction.report import COMPONENTS, ModuleReport, Report
 Tone = Literal["energy", "signed", "relative-change", "gain"]
 
 _UNDO = "Share of the module's alignment that the update cancels. At +100 % it is gone; a negative share reinforces it."
+_UNDO_AFTER = "The same of the corrected update, in the colours of the map before."
 _GAINS = "What the policy multiplies each component by: 100 % keeps it, 0 % removes it, more reinforces it."
 _RELATIVE_CHANGE = "Size of what the policy changes, relative to the update: |X - dW| / |dW|."
 _ALIGNED = "Inside the subspace in which alignment moved the weights, on both sides."
@@ -59,6 +60,7 @@ def heat_maps(report: Report) -> tuple[Group, ...]:
     """Return the maps of a report."""
     modules = report.measured
     undo = _map("Undo", _UNDO, "signed", modules, lambda module: module.undo or 0.0)
+    after = _map("Undo after", _UNDO_AFTER, "signed", modules, lambda module: module.undo_after or 0.0, undo.limit)
     relative_change = _map(
         "Relative change", _RELATIVE_CHANGE, "relative-change", modules, lambda module: module.relative_change or 0.0
     )
@@ -69,7 +71,7 @@ def heat_maps(report: Report) -> tuple[Group, ...]:
         Group(
             "Undo and relative change",
             "What the update does to the alignment, and the policy to the update.",
-            (undo, relative_change),
+            (undo, after, relative_change),
         ),
         Group("Gains", _GAINS, _gains(modules)),
     )

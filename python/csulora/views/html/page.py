@@ -21,10 +21,16 @@ from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Frontier
 from csulora.views.html.frontier_chart import FrontierChart
 from csulora.views.html.heat_maps import heat_maps
-from csulora.views.html.layout import Layout
 from csulora.views.html.spectrum import Spectrum
+from csulora.views.layout import Layout
 
 _OFFENDERS = 10
+_HEADLINES = {
+    "nothing": "The policy takes this adapter's undo away.",
+    "some": "The policy leaves part of this adapter's undo.",
+    "all": "The policy leaves all of this adapter's undo.",
+    "little": "This adapter undoes next to nothing.",
+}
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -62,6 +68,7 @@ def render(adapter: Adapter, subspace: Subspace, policy: Policy, frontier: Front
         totals=report.totals,
         policy=policy,
         refusal=refusal,
+        headlines=_HEADLINES,
         components=COMPONENTS,
         provenance=subspace.provenance,
         layout=Layout.of(module.module for module in report.modules),

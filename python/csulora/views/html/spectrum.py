@@ -9,7 +9,7 @@ from typing import Self
 
 from csulora.subspace.subspace import ModuleSubspace, Subspace
 from csulora.views.html.charts import Axis, Frame, Tick, round_values
-from csulora.views.html.layout import by_number, columns, place
+from csulora.views.layout import by_number, columns, place
 
 _FRAME = Frame(width=360, height=220, left=44, right=350, top=10, bottom=186)
 _POINTS = 48  # of a line; more cannot be told apart

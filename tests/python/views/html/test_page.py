@@ -18,9 +18,9 @@ from csulora.policy.policy import Directions, Override, Policy
 from csulora.subspace.input_filter import InputFilter
 from csulora.subspace.subspace import Subspace
 from csulora.views.html.charts import Axis, round_values
-from csulora.views.html.layout import Layout, place
 from csulora.views.html.page import number, percent, render
 from csulora.views.html.spectrum import Spectrum
+from csulora.views.layout import Layout, place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

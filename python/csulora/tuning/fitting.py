@@ -1,0 +1,92 @@
+"""The fits of one request: policies, and the subspace files with the input filters that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import geometric_mean
+
+import torch
+
+from csulora.policy.policy import Policy
+from csulora.subspace.input_filter import InputFilter
+from csulora.subspace.subspace import Subspace
+from csulora.tuning.counter import Counter
+from csulora.tuning.examples import Examples
+from csulora.tuning.families import Family, Rows
+from csulora.tuning.filtering import input_filters
+from csulora.tuning.fit import Case, Replies, fit
+from csulora.tuning.request import Request
+from csulora.tuning.splits import validation_of
+from csulora.tuning.stages import Stages
+from csulora.tuning.targets import Targets
+from csulora.tuning.update import Update
+
+
+class Fitting:
+    """Fits any family on any of a request's adapters, each fit once."""
+
+    def __init__(
+        self, request: Request, targets: Targets, examples: Examples, stages: Stages, counter: Counter
+    ) -> None:
+        """Keep finished fits in ``stages``, and count their steps with ``counter``."""
+        self.request, self.targets, self.examples = request, targets, examples
+        self.stages, self.counter = stages, counter
+        self._input_filters: dict[tuple[int, ...], dict[str, InputFilter]] = {}
+
+    def steps(self, adapters: int) -> int:
+        """Return the most steps of a fit on so many adapters."""
+        return self.request.options.steps * adapters
+
+    def policy(self, family: Family, numbers: Sequence[int], weight: float) -> Policy:
+        """Return the policy fitted on some adapters, the task prompts weighing so much."""
+        stage, begun = f"fit {family.name} {weight:g} {list(numbers)}", self.counter.done
+        rows: Rows = self.stages.finish(stage, lambda: self._fit(family, numbers, weight))
+        self.counter.finish(stage, begun, self.steps(len(numbers)))
+        return family.policy(numbers, rows, self._reference_energy(family, numbers))
+
+    def subspace(self, family: Family, number: int, numbers: Sequence[int]) -> Subspace:
+        """Return what a family's policy, fitted on some adapters, is used with on adapter ``number``."""
+        subspace = family.subspace(number)
+        return subspace.with_input_filters(self._filters(tuple(numbers))) if family.is_filtered else subspace
+
+    def _filters(self, numbers: tuple[int, ...]) -> dict[str, InputFilter]:
+        if numbers not in self._input_filters:
+            self._input_filters[numbers] = input_filters(self.examples, self.targets, numbers)
+        return self._input_filters[numbers]
+
+    def _fit(self, family: Family, numbers: Sequence[int], weight: float) -> Rows:
+        reference_energy = self._reference_energy(family, numbers)
+        cases = [self._case(family, number, numbers, reference_energy) for number in numbers]
+        options = replace(self.request.options, task_weight=weight, steps=self.steps(len(numbers)))
+        gains = family.parametrization
+        parameters = fit(self.examples.language_model, cases, gains, options, partial(self.counter.tick, family.name))
+        rows: Rows = gains.gains(parameters).tolist()
+        return rows
+
+    def _case(self, family: Family, number: int, numbers: Sequence[int], reference_energy: float | None) -> Case:
+        device = self.examples.language_model.device
+        subspace = self.subspace(family, number, numbers)
+        update = Update.of(self.request.adapters[number], subspace, self.request.uncovered).to(device)
+        if not family.is_filtered:
+            update = replace(update, input_filters={})  # which the subspace file may have from an earlier policy
+        if reference_energy is not None:
+            update = update.with_penalty_scale(self.request.options.shared_directions, reference_energy)
+        replies = self.examples.replies[number]
+        fitted = Replies(*map(self.examples.to_fit, replies.kinds))
+        return Case(update, torch.tensor(self.targets.rows(number)).to(device), fitted, validation_of(replies))
+
+    def _reference_energy(self, family: Family, numbers: Sequence[int]) -> float | None:
+        """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""
+        if not family.carries_over:
+            return None
+        energies = [self._energy(family, number) for number in numbers]
+        return geometric_mean(energies) if all(energies) else None
+
+    def _energy(self, family: Family, number: int) -> float:
+        def measure() -> float:
+            update = Update.of(self.request.adapters[number], family.subspace(number), self.request.uncovered)
+            return update.energy_along(self.request.options.shared_directions)
+
+        return float(self.stages.finish(f"energy {family.name} {number}", measure))

@@ -15,6 +15,7 @@ from csulora.adapters.lora import REPORT_FILE
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.cli import app as cli
+from csulora.serving.gate import Gate
 from csulora.errors import InputError, RefusedError
 
 CSULORA = csulora.Policy.csulora()
@@ -194,21 +195,22 @@ def test_a_pinned_subspace_is_the_only_one_that_opens(subspace: Path) -> None:
 def test_a_subspace_is_pinned_by_option_or_variable(
     original: Path, subspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("correct", original, "--subspace", subspace, "-o", tmp_path / "out", "--quiet")
+    command = ("correct", original, "--subspace", subspace, "-o", tmp_path / "out", "--policy", "none", "--quiet")
     assert run(monkeypatch, *command, "--subspace-sha256", "0" * 64) == cli.EXIT_REFUSED
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", "0" * 64)
     assert run(monkeypatch, *command) == cli.EXIT_REFUSED
     (tmp_path / "in").mkdir()
-    assert run(monkeypatch, "guard", tmp_path / "in", tmp_path / "guarded", "--subspace", subspace) == cli.EXIT_REFUSED
+    guard = ("guard", tmp_path / "in", tmp_path / "guarded", "--subspace", subspace, "--policy", "none")
+    assert run(monkeypatch, *guard) == cli.EXIT_REFUSED
     monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", csulora.Subspace.open(subspace).sha256)
     assert run(monkeypatch, *command) == 0
 
 
 def test_a_gate_from_the_environment_is_pinned(subspace: Path) -> None:
-    variables = {"CSULORA_SUBSPACE": str(subspace), "CSULORA_SUBSPACE_SHA256": "0" * 64}
+    variables = {"CSULORA_SUBSPACE": str(subspace), "CSULORA_POLICY": "none", "CSULORA_SUBSPACE_SHA256": "0" * 64}
     with pytest.raises(RefusedError, match="another subspace file"):
-        csulora.serving.gate.Gate.from_environment(variables)
+        Gate.from_environment(variables)
 
 
 def test_a_configuration_with_more_than_csulora_writes_does_not_follow(

@@ -151,14 +151,15 @@ void register_correction(py::module_& module) {
       .def_readonly("input_filter", &CorrectionTask::input_filter);
 
   py::class_<Correction>(module, "Correction")
-      .def(py::init<LoraFactors, Components, Components, double, double, double, double>(), "factors"_a, "energies"_a,
-           "gains"_a, "norm"_a, "relative_change"_a, "undo"_a, "truncation_error"_a)
+      .def(py::init<LoraFactors, Components, Components, double, double, double, double, double>(), "factors"_a,
+           "energies"_a, "gains"_a, "norm"_a, "relative_change"_a, "undo"_a, "undo_after"_a, "truncation_error"_a)
       .def_readonly("factors", &Correction::factors)
       .def_readonly("energies", &Correction::energies)
       .def_readonly("gains", &Correction::gains)
       .def_readonly("norm", &Correction::norm)
       .def_readonly("relative_change", &Correction::relative_change)
       .def_readonly("undo", &Correction::undo)
+      .def_readonly("undo_after", &Correction::undo_after)
       .def_readonly("truncation_error", &Correction::truncation_error);
 
   module.def("norm", &csulora::norm, "factors"_a, py::call_guard<py::gil_scoped_release>());

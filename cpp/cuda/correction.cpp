@@ -18,7 +18,7 @@ constexpr int64_t kBlasWorkspace = int64_t{32} << 20;
 struct Side {
   StoredFactor factor;
   const void* const* basis;  // (rows, k) row-major each
-  double* coordinates;       // (k, r) basis^T factor
+  double* coordinates;       // (k, r) basis^T factor; later (k, result rank) of the corrected factor
   double* orthonormal;       // (rows, 2r)
   double* roots;             // (2r, 2r) [inside, outside] = orthonormal roots
 };
@@ -32,7 +32,7 @@ struct Layout {
     split = arena.take<double>(count * longer * size);
     spare = arena.take<double>(count * longer * std::max(shape.directions, size));
     for (double*& coordinates : coordinates) {
-      coordinates = arena.take<double>(count * shape.directions * shape.rank);
+      coordinates = arena.take<double>(count * shape.directions * std::max(shape.rank, shape.result_rank));
     }
     orthonormal[0] = arena.take<double>(count * shape.rows * size);
     orthonormal[1] = arena.take<double>(count * shape.columns * size);
@@ -51,8 +51,8 @@ struct Layout {
   static constexpr int64_t kStatuses = 2 * kRounds + 1;  // of both orthonormalisations and the eigenvectors
 
   double* split;           // (longer side, 2r) [inside, outside]; later the corrected factor
-  double* spare;           // (longer side, max(k, 2r)) the basis; later what is being made orthonormal
-  double* coordinates[2];  // (k, r)
+  double* spare;           // (longer side, max(k, 2r)) the basis; in between what is being made orthonormal
+  double* coordinates[2];  // (k, max(r, result rank))
   double* orthonormal[2];  // (side, 2r)
   double* roots[2];        // (2r, 2r)
   double* gram;            // (2r, 2r)
@@ -89,6 +89,13 @@ struct CorrectionPlan::Implementation {
   int64_t size() const { return 2 * shape.rank; }
   Batch square_batch(double* data) const { return {data, size(), size() * size()}; }
 
+  /// The side's basis widened, row-major (rows, k): its transpose.
+  Batch load_basis(const Side& side, const Layout& layout) const {
+    const int64_t rows = side.factor.rows;
+    widen(side.basis, shape.basis, shape.directions * rows, shape.count, layout.spare, lease.stream());
+    return {layout.spare, shape.directions, shape.directions * rows};
+  }
+
   /// Splits one side at its subspace and makes it orthonormal.
   void decompose(const Side& side, const Layout& layout, int* statuses) const {
     const int64_t count = shape.count;
@@ -99,9 +106,8 @@ struct CorrectionPlan::Implementation {
     const Batch factor{layout.split + rows * rank, rows, rows * size()};
     load_factor(side.factor, count, layout.split, lease.stream());
     if (directions > 0) {
-      const Batch basis{layout.spare, directions, directions * rows};  // row-major (rows, k): its transpose
+      const Batch basis = load_basis(side, layout);
       const Batch coordinates{side.coordinates, directions, directions * rank};
-      widen(side.basis, shape.basis, directions * rows, count, layout.spare, lease.stream());
       multiply(lease, count, {directions, rank, rows}, {basis}, {factor}, coordinates);
       multiply(lease, count, {rows, rank, directions}, {basis, true}, {coordinates}, inside);
     } else {
@@ -145,12 +151,18 @@ struct CorrectionPlan::Implementation {
     balance(factors, shape.count, measured, lease.stream());
   }
 
+  /// Forms a corrected factor, writes it rounded, and takes its coordinates.
   void store(const Side& side, const Operand& mix, const Layout& layout, void* const* out, Measured* measured) const {
     const int64_t rows = side.factor.rows;
     const Batch orthonormal{side.orthonormal, rows, rows * size()};
     const Batch corrected{layout.split, rows, rows * shape.result_rank};
     multiply(lease, shape.count, {rows, shape.result_rank, size()}, {orthonormal}, mix, corrected);
     store_factor(layout.split, side.factor, shape.result_rank, shape.count, out, measured, lease.stream());
+    if (shape.directions > 0) {
+      const Batch coordinates{side.coordinates, shape.directions, shape.directions * shape.result_rank};
+      multiply(lease, shape.count, {shape.directions, shape.result_rank, rows}, {load_basis(side, layout)}, {corrected},
+               coordinates);
+    }
   }
 };
 
@@ -201,13 +213,15 @@ void CorrectionPlan::run(const CorrectionArrays& arrays, void* workspace) {
   plan.decompose(a, layout, layout.statuses + kRounds * shape.count);
   plan.form_components(layout);
   attenuate(layout.components, arrays.settings, plan.size(), shape.count, layout.core, arrays.measured, stream);
-  measure_undo(b.coordinates, a.coordinates, arrays.s, shape.directions, shape.rank, shape.count, arrays.measured,
-               stream);
+  measure_undo({b.coordinates, a.coordinates, arrays.s, shape.directions, shape.rank}, &Measured::undo, shape.count,
+               arrays.measured, stream);
   plan.truncate(layout, solver_workspace, arrays.measured);
   const Batch left{layout.left, plan.size(), plan.size() * shape.result_rank};
   const Batch right{layout.right, shape.result_rank, plan.size() * shape.result_rank};
   plan.store(b, {left}, layout, arrays.result_b, arrays.measured);
   plan.store(a, {right, true}, layout, arrays.result_a, arrays.measured);
+  measure_undo({b.coordinates, a.coordinates, arrays.s, shape.directions, shape.result_rank}, &Measured::undo_after,
+               shape.count, arrays.measured, stream);
   count_failures(layout.statuses, Layout::kStatuses, shape.count, arrays.measured, stream);
 }
 

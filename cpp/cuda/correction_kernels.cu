@@ -137,16 +137,16 @@ __global__ void attenuate_kernel(const double* components, const Settings* setti
 }
 
 /// One block per module.
-__global__ void measure_undo_kernel(const double* left, const double* right, const float* const* s, int64_t directions,
-                                    int64_t rank, Measured* measured) {
-  const int64_t start = blockIdx.x * directions * rank;
-  const float* values = s[blockIdx.x];
+__global__ void measure_undo_kernel(Coordinates coordinates, double Measured::* field, Measured* measured) {
+  const int64_t directions = coordinates.directions;
+  const int64_t start = blockIdx.x * directions * coordinates.rank;
+  const float* values = coordinates.s[blockIdx.x];
   double overlap = 0;
   double alignment2 = 0;
   for (int64_t i = threadIdx.x; i < directions; i += kThreads) {
     double diagonal = 0;
-    for (int64_t j = 0; j < rank; ++j) {
-      diagonal += left[start + j * directions + i] * right[start + j * directions + i];
+    for (int64_t j = 0; j < coordinates.rank; ++j) {
+      diagonal += coordinates.b[start + j * directions + i] * coordinates.a[start + j * directions + i];
     }
     overlap += values[i] * diagonal;
     alignment2 += double{values[i]} * values[i];
@@ -154,7 +154,7 @@ __global__ void measure_undo_kernel(const double* left, const double* right, con
   overlap = block_sum(overlap);
   alignment2 = block_sum(alignment2);
   if (threadIdx.x == 0) {
-    measured[blockIdx.x].undo = alignment2 == 0 ? 0 : -overlap / alignment2;
+    measured[blockIdx.x].*field = alignment2 == 0 ? 0 : -overlap / alignment2;
   }
 }
 
@@ -274,9 +274,9 @@ void attenuate(const double* components, const Settings* settings, int64_t size,
   launch(attenuate_kernel, block_per(count), stream, "attenuate", components, settings, size, core, measured);
 }
 
-void measure_undo(const double* left, const double* right, const float* const* s, int64_t directions, int64_t rank,
-                  int64_t count, Measured* measured, cudaStream_t stream) {
-  launch(measure_undo_kernel, block_per(count), stream, "measure_undo", left, right, s, directions, rank, measured);
+void measure_undo(const Coordinates& coordinates, double Measured::* field, int64_t count, Measured* measured,
+                  cudaStream_t stream) {
+  launch(measure_undo_kernel, block_per(count), stream, "measure_undo", coordinates, field, measured);
 }
 
 void balance(const CoreFactors& factors, int64_t count, Measured* measured, cudaStream_t stream) {

@@ -44,9 +44,18 @@ void shift_diagonal(double shift, int64_t size, int64_t count, double* gram, dou
 void attenuate(const double* components, const Settings* settings, int64_t size, int64_t count, double* core,
                Measured* measured, cudaStream_t stream);
 
-/// measured.undo from the coordinates U^T B and (A V)^T, both (directions, rank), and s (directions).
-void measure_undo(const double* left, const double* right, const float* const* s, int64_t directions, int64_t rank,
-                  int64_t count, Measured* measured, cudaStream_t stream);
+/// What the undo of an update b a is measured from.
+struct Coordinates {
+  const double* b;        // (directions, rank) U^T b
+  const double* a;        // (directions, rank) V^T a^T
+  const float* const* s;  // count pointers to (directions)
+  int64_t directions;
+  int64_t rank;
+};
+
+/// Sets measured.undo or measured.undo_after, as `field` says.
+void measure_undo(const Coordinates& coordinates, double Measured::* field, int64_t count, Measured* measured,
+                  cudaStream_t stream);
 
 /// What leads in core = vectors projected, as factors that share each singular value evenly.
 struct CoreFactors {

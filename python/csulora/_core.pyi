@@ -168,6 +168,7 @@ class Correction:
         norm: float,
         relative_change: float,
         undo: float,
+        undo_after: float,
         truncation_error: float,
     ) -> None: ...
     @property
@@ -182,6 +183,8 @@ class Correction:
     def relative_change(self) -> float: ...
     @property
     def undo(self) -> float: ...
+    @property
+    def undo_after(self) -> float: ...
     @property
     def truncation_error(self) -> float: ...
 

@@ -32,7 +32,7 @@ def correct(tasks: list[_core.CorrectionTask], options: _core.CorrectionOptions)
             _core.LoraFactors(result.factors.b.cpu(), result.factors.a.cpu(), result.factors.scale),
             *(
                 getattr(result, name)
-                for name in ("energies", "gains", "norm", "relative_change", "undo", "truncation_error")
+                for name in ("energies", "gains", "norm", "relative_change", "undo", "undo_after", "truncation_error")
             ),
         )
         for result in _core.correct(tasks, options)

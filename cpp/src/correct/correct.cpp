@@ -11,6 +11,7 @@
 #include "correct/task_check.h"
 #include "correct/thin.h"
 #include "correct/truncation.h"
+#include "correct/undo.h"
 #include "gpu/correction_device.h"
 #include "runtime/torch_guards.h"
 #include "runtime/workers.h"
@@ -27,14 +28,19 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   auto update = measured(task);
   auto& result = update.result;
 
-  const int64_t r = task.factors.b.size(1);
-  const int64_t rank = result_rank(options, result.gains, r, std::min(task.factors.b.size(0), task.factors.a.size(1)));
+  const auto& [b, a, scale] = task.factors;
+  const int64_t r = b.size(1), exact = exact_rank(result.gains, r, std::min(b.size(0), a.size(1)));
+  const int64_t rank = result_rank(options, exact, r);
+  result.undo_after = result.gains.aligned * result.undo;
   if (keep_everything(result.gains) && rank == r) {
-    result.factors = stored(task.factors.b.to(at::kDouble).mul(task.factors.scale), task.factors.a, task);
+    result.factors = stored(b.to(at::kDouble).mul(scale), a, task);
   } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
     const auto truncated = truncated_update(update.b, update.a, result.gains, rank);
     result.factors = stored(truncated.b, truncated.a, task);
     result.truncation_error = truncated.truncation_error;
+    if (rank < exact) {
+      result.undo_after = undo(truncated.b_coordinates, truncated.a_coordinates, task.subspace.s);
+    }
   }
   return std::move(result);
 }

@@ -15,6 +15,7 @@
 #include "correct/result_rank.h"
 #include "correct/storage.h"
 #include "correct/truncation.h"
+#include "correct/undo.h"
 #include "gpu/correction_device.h"
 #include "runtime/check.h"
 #include "runtime/torch_guards.h"
@@ -108,6 +109,7 @@ struct Target {
   LoraFactors factors;
   Gains gains;
   double distance = 0;  ///< |X - dW|
+  double undo = 0;      ///< of X
   bool rounds_well;     ///< whether rounding its factors costs what rounding X would
 };
 
@@ -119,18 +121,19 @@ Target on_all_inputs(const CorrectionTask& task, const Directions& directions, c
   const double most = x.added.empty() ? 1 : std::numeric_limits<double>::infinity();
   const auto dtype = in_float && accurate_in_float(x, sides) ? at::kFloat : at::kDouble;
   return {factors_of(task, directions, x, dtype), applied(norms2(x), norms2(sides), most), distance(x, sides),
-          rounds_well(x)};
+          undo(x.b.coordinates, x.a.coordinates, task.subspace.s, x.added), rounds_well(x)};
 }
 
 Target on_filtered_inputs(const CorrectionTask& task, const Directions& directions, const Update& update) {
   const auto x = filtered(task, directions, update.sides, update.in_float ? at::kFloat : at::kDouble);
   const auto gains = applied(norms2(x.sides), norms2(update.sides), std::numeric_limits<double>::infinity());
-  return {{x.b, x.a}, gains, x.distance, rounds_well(x.sides)};
+  const double undo_after = undo(x.sides.b.coordinates, x.sides.a.coordinates, task.subspace.s);
+  return {{x.b, x.a}, gains, x.distance, undo_after, rounds_well(x.sides)};
 }
 
 /// The best approximation of a rank of what factors in float64 hold, by torch's decompositions: a GPU's kernels read
 /// factors of at most float32, in which columns that all but cancel are nothing but rounding.
-Truncated cut_on_device(const LoraFactors& factors, int64_t rank) {
+Truncated cut_on_device(const LoraFactors& factors, const Subspace& subspace, int64_t rank) {
   const auto [b_columns, b_root] = at::linalg_qr(factors.b);
   const auto [a_columns, a_root] = at::linalg_qr(factors.a.t());
   const auto [left, values, right] = at::linalg_svd(b_root.mm(a_root.t()), /*full_matrices=*/false);
@@ -141,13 +144,17 @@ Truncated cut_on_device(const LoraFactors& factors, int64_t rank) {
   };
   const auto energies = values.square();
   const double total = energies.sum().item<double>(), kept = energies.narrow(0, 0, count).sum().item<double>();
-  return {columns(b_columns, left), columns(a_columns, right.t()).t(), total == 0 ? 0 : (total - kept) / total};
+  const auto b = columns(b_columns, left), a = columns(a_columns, right.t());
+  const auto coordinates = [](const Tensor& basis, const Tensor& factor) {
+    return SmallMatrix(widened(basis, at::kDouble).t().mm(factor));
+  };
+  return {b, a.t(), coordinates(subspace.u, b), coordinates(subspace.v, a), total == 0 ? 0 : (total - kept) / total};
 }
 
 /// The best approximation of a rank of what `factors` hold, balanced and not rounded.
 Truncated cut(CorrectionTask task, const LoraFactors& factors, int64_t rank) {
   if (any_on_device({task})) {
-    return cut_on_device(factors, rank);
+    return cut_on_device(factors, task.subspace, rank);
   }
   task.factors = factors;
   task.attenuation = kEverything;
@@ -165,9 +172,10 @@ void complete(const CorrectionTask& task, double penalty_scale, const Correction
   if (result.norm == 0) {
     directions.reinforced.clear();
   }
-  auto [factors, gains, distance, rounds_well] =
+  auto [factors, gains, distance, undo_after, rounds_well] =
       (task.input_filter ? on_filtered_inputs : on_all_inputs)(task, directions, update);
   result.gains = gains;
+  result.undo_after = undo_after;
   result.relative_change = result.norm > 0 ? distance / result.norm : 0;
   check(std::isfinite(result.relative_change) && std::isfinite(total(gains)), task.label,
         ": the update is too small to be measured beside what the policy reinforces");
@@ -179,6 +187,7 @@ void complete(const CorrectionTask& task, double penalty_scale, const Correction
     const auto x = cut(task, factors, rank);
     factors = {x.b, x.a};
     result.truncation_error = x.truncation_error;
+    result.undo_after = undo(x.b_coordinates, x.a_coordinates, task.subspace.s);
   }
   result.factors = stored(factors.b, factors.a, task);
 }

@@ -18,12 +18,6 @@ double inner(const SmallMatrix& one, const SmallMatrix& other) {
 /// matrix^T matrix.
 SmallMatrix gram(const SmallMatrix& matrix) { return product(transposed(matrix), matrix); }
 
-SmallMatrix first_rows(const SmallMatrix& matrix, int64_t count) {
-  SmallMatrix result(count, matrix.columns());
-  std::copy_n(matrix[0], count * matrix.columns(), result[0]);
-  return result;
-}
-
 /// [left, right].
 SmallMatrix side_by_side(const SmallMatrix& left, const SmallMatrix& right) {
   SmallMatrix result(left.rows(), left.columns() + right.columns());

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <optional>
 #include <utility>
 
+#include "correct/undo.h"
 #include "runtime/check.h"
 
 namespace csulora {
@@ -29,19 +29,6 @@ Components component_norms2(const SplitFactor& b, const SplitFactor& a) {
     return std::max(sum, 0.0);
   };
   return {norm2(0, 0), norm2(0, r), norm2(r, 0), norm2(r, r)};
-}
-
-double undo(const SplitFactor& b, const SplitFactor& a, const Tensor& singular_values) {
-  const auto s = singular_values.to(at::kCPU, at::kDouble).contiguous();
-  const double* const values = s.const_data_ptr<double>();
-  const int64_t k = s.size(0), r = b.coordinates.columns();
-  double overlap = 0, alignment2 = 0;  // <dW, U S V^T> and |S|^2
-  for (int64_t i = 0; i < k; ++i) {
-    const double* const left = b.coordinates[i];
-    overlap += values[i] * std::inner_product(left, left + r, a.coordinates[i], 0.0);
-    alignment2 += values[i] * values[i];
-  }
-  return alignment2 == 0 ? 0 : -overlap / alignment2;
 }
 
 double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
@@ -106,7 +93,7 @@ Measured measured_with(const CorrectionTask& task, SplitFactor b, SplitFactor a)
     result.energies = {norms2.aligned / total, norms2.left / total, norms2.right / total, norms2.off / total};
   }
   result.norm = std::sqrt(total);
-  result.undo = undo(update.b, update.a, task.subspace.s);
+  result.undo = undo(update.b.coordinates, update.a.coordinates, task.subspace.s);
   result.gains = gains_for(task.attenuation, result.energies);
   result.relative_change = changed_share(result.gains, result.energies);
   return update;

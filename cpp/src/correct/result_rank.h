@@ -24,9 +24,9 @@ inline int64_t result_rank(const CorrectionOptions& options, int64_t exact, int6
   throw InternalError("unknown rank rule");
 }
 
-/// The rank to emit for an update of rank `rank` of a matrix whose shorter side is `shorter`, which is not below it.
-inline int64_t result_rank(const CorrectionOptions& options, const Gains& gains, int64_t rank, int64_t shorter) {
-  return result_rank(options, gains_factor(gains) ? rank : std::min(2 * rank, shorter), rank);
+/// The rank of X for an update of rank `rank` of a matrix whose shorter side is `shorter`, which is not below it.
+inline int64_t exact_rank(const Gains& gains, int64_t rank, int64_t shorter) {
+  return gains_factor(gains) ? rank : std::min(2 * rank, shorter);
 }
 
 }  // namespace csulora

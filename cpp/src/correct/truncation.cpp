@@ -37,6 +37,11 @@ SmallMatrix combination(const SmallMatrix& mixed, const SmallMatrix& vectors, co
   return product(transposed(mixed), weighted);
 }
 
+/// basis^T columns mixture for a mixture (2r, rank): what lies outside the basis has no coordinates.
+SmallMatrix coordinates_of(const SplitFactor& split, const SmallMatrix& mixture) {
+  return product(split.coordinates, first_rows(mixture, split.coordinates.columns()));
+}
+
 }  // namespace
 
 /// From the singular values W S Z^T of the core R_B M R_A^T, where R are the roots of the columns:
@@ -63,9 +68,10 @@ Truncated truncated_update(const SplitFactor& b, const SplitFactor& a, const Gai
   std::vector<double> weights(count);
   std::transform(singular, singular + count, weights.begin(),
                  [&](double value) { return value > floor ? 1 / std::sqrt(value) : 0; });
-  return {combined(b, combination(from_a, SmallMatrix(right), weights, rank)),
-          combined_rows(a, combination(from_b, SmallMatrix(left.t()), weights, rank)),
-          total == 0 ? 0 : energy(count, size) / total};
+  const auto b_mixture = combination(from_a, SmallMatrix(right), weights, rank);
+  const auto a_mixture = combination(from_b, SmallMatrix(left.t()), weights, rank);
+  return {combined(b, b_mixture), combined_rows(a, a_mixture), coordinates_of(b, b_mixture),
+          coordinates_of(a, a_mixture), total == 0 ? 0 : energy(count, size) / total};
 }
 
 }  // namespace csulora

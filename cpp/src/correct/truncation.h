@@ -11,6 +11,8 @@ namespace csulora {
 struct Truncated {
   at::Tensor b;                 ///< (m, rank) of the dtype of the columns it was made from
   at::Tensor a;                 ///< (rank, n)
+  SmallMatrix b_coordinates;    ///< (k, rank) U^T b, for an orthonormal basis
+  SmallMatrix a_coordinates;    ///< (k, rank) V^T a^T
   double truncation_error = 0;  ///< |X - b a|^2 / |X|^2
 };
 

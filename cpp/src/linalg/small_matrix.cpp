@@ -49,6 +49,12 @@ SmallMatrix transposed(const SmallMatrix& matrix) {
   return result;
 }
 
+SmallMatrix first_rows(const SmallMatrix& matrix, int64_t count) {
+  SmallMatrix result(count, matrix.columns());
+  std::copy_n(matrix[0], count * matrix.columns(), result[0]);
+  return result;
+}
+
 SmallMatrix product(const SmallMatrix& left, const SmallMatrix& right) {
   SmallMatrix result(left.rows(), right.columns());
   run_widest<AddProduct>(left[0], right[0], left.rows(), left.columns(), right.columns(), result[0]);

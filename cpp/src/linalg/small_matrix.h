@@ -34,6 +34,9 @@ class SmallMatrix {
 
 SmallMatrix transposed(const SmallMatrix& matrix);
 
+/// The first `count` rows.
+SmallMatrix first_rows(const SmallMatrix& matrix, int64_t count);
+
 /// left (l, m) times right (m, n).
 SmallMatrix product(const SmallMatrix& left, const SmallMatrix& right);
 

@@ -146,7 +146,7 @@ Truncated cut_on_device(const LoraFactors& factors, const Subspace& subspace, in
   const double total = energies.sum().item<double>(), kept = energies.narrow(0, 0, count).sum().item<double>();
   const auto b = columns(b_columns, left), a = columns(a_columns, right.t());
   const auto coordinates = [](const Tensor& basis, const Tensor& factor) {
-    return SmallMatrix(widened(basis, at::kDouble).t().mm(factor));
+    return SmallMatrix(widened(basis, factor.scalar_type()).t().mm(factor));
   };
   return {b, a.t(), coordinates(subspace.u, b), coordinates(subspace.v, a), total == 0 ? 0 : (total - kept) / total};
 }

@@ -15,8 +15,8 @@ from csulora.adapters.lora import REPORT_FILE
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.cli import app as cli
-from csulora.serving.gate import Gate
 from csulora.errors import InputError, RefusedError
+from csulora.serving.gate import Gate
 
 CSULORA = csulora.Policy.csulora()
 

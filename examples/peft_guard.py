@@ -1,0 +1,18 @@
+"""PEFT loads an adapter, and gets the corrected one.
+
+python examples/peft_guard.py MODEL ADAPTER SUBSPACE
+"""
+
+import sys
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import csulora
+from csulora.hooks import peft
+
+path, adapter, subspace = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(path)
+with peft.guard(subspace, csulora.Policy.protect(1.0)):
+    model = PeftModel.from_pretrained(model, adapter)
+print(f"loaded corrected: {', '.join(model.peft_config)}")

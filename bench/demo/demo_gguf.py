@@ -23,14 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from demo import FIXTURE, RANK, csulora
+from demo import ADAPTER, FIXTURE, INFINITE, RANK, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "efficacy"))
 import evaluate
 import world
 
 EVERY = 13  # of this many held-out prompts one is put
-POLICY = ("--preset", "protect", "--aligned", "inf", "--partial", "inf")
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,16 @@ class Adapter:
 
 def run_commands(out: Path) -> list[Adapter]:
     """Write model, subspace file and adapters into `out`."""
-    model, subspace, adapter = out / "model.gguf", out / "subspace.safetensors", FIXTURE / "adapter"
+    model, subspace = out / "model.gguf", out / "subspace.safetensors"
     aligned, tokenizer = evaluate.load_model(FIXTURE / "aligned"), AutoTokenizer.from_pretrained(FIXTURE / "aligned")
     convert(aligned, model, "fixture", tokenizer.convert_ids_to_tokens(list(range(aligned.config.vocab_size))))
-    csulora("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", subspace, "--rank", str(RANK), "--quiet")
-    csulora("export", adapter, "-o", out / "uncorrected.gguf", "--base-model", model, "--quiet")
-    correct = ("correct", adapter, "--subspace", subspace, *POLICY, "--quiet")
-    csulora(*correct, "-o", out / "corrected")
-    csulora(*correct, "-o", out / "corrected.gguf", "--format", "gguf", "--base-model", model)
+    run("extract", FIXTURE / "base", FIXTURE / "aligned", "-o", subspace, "--rank", str(RANK), "--quiet")
+    run("export", ADAPTER, "-o", out / "uncorrected.gguf", "--base-model", model, "--quiet")
+    correct = ("correct", ADAPTER, "--subspace", subspace, "--policy", *INFINITE, "--quiet")
+    run(*correct, "-o", out / "corrected")
+    run(*correct, "-o", out / "corrected.gguf", "--format", "gguf", "--base-model", model)
     return [
-        Adapter("uncorrected", adapter, out / "uncorrected.gguf"),
+        Adapter("uncorrected", ADAPTER, out / "uncorrected.gguf"),
         Adapter("corrected", out / "corrected", out / "corrected.gguf"),
     ]
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import csulora
-from csulora import Policy
-from csulora.tuning.controls import random_subspaces
+from csulora import Policy, controls
 from csulora.tuning.update import Factors, factors_of
 
 RANKS = (4, 16)  # directions kept of the subspace file, where the whole grid is run
@@ -38,42 +33,30 @@ class Corrected:
     factors: dict[str, Factors]
     relative_change: float
 
-
-def truncated(subspace: csulora.Subspace, rank: int) -> csulora.Subspace:
-    """The subspace file with its leading `rank` directions per module."""
-    return csulora.Subspace(
-        {
-            name: replace(
-                module,
-                u=module.u[:, :rank].contiguous(),
-                s=module.s[:rank].contiguous(),
-                v=module.v[:, :rank].contiguous(),
-            )
-            for name, module in subspace.items()
-        },
-        subspace.provenance,
-    )
+    @classmethod
+    def of(cls, family: str, policy: str, control: bool, result: tuple[csulora.Adapter, csulora.Report]) -> Corrected:
+        """Describe what `csulora.correct` or a control returned."""
+        fixed, report = result
+        return cls(family, policy, control, factors_of(fixed), report.totals.relative_change)
 
 
-def other_layers(subspace: csulora.Subspace) -> csulora.Subspace:
-    """The subspace file with every kind of module's subspaces moved on by one layer."""
-    kinds: dict[str, list[str]] = {}
-    for name in subspace:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    moved = {name: subspace[names[(at + 1) % len(names)]] for names in kinds.values() for at, name in enumerate(names)}
-    return csulora.Subspace(moved, subspace.provenance)
-
-
-def apply(family: str, name: str, adapter: csulora.Adapter, subspace: csulora.Subspace, policy: Policy) -> Corrected:
+def apply(
+    family: str, name: str, adapter: csulora.Adapter, subspace: csulora.Subspace, policy: Policy, control: bool = False
+) -> Corrected:
     """What `csulora correct` would write."""
-    fixed, report = csulora.correct(adapter, subspace, policy)
-    return Corrected(family, name, False, factors_of(fixed), report.to_dict()["totals"]["relative_change"])
+    return Corrected.of(family, name, control, csulora.correct(adapter, subspace, policy))
 
 
-def scaled(adapter: csulora.Adapter, factor: float, family: str = "scaling") -> Corrected:
+def scaled(adapter: csulora.Adapter, subspace: csulora.Subspace, factor: float) -> Corrected:
     """Control: the whole update times `factor`."""
-    factors = {name: (factor * b, a) for name, (b, a) in factors_of(adapter).items()}
-    return Corrected(family, f"x{factor:.2g}", True, factors, 1 - factor)
+    return Corrected.of("scaling", f"x{factor:.2g}", True, controls.scaling(adapter, subspace, factor))
+
+
+def scaled_as_much(adapter: csulora.Adapter, subspace: csulora.Subspace, other: Corrected) -> Corrected:
+    """Control: the update scaled to the relative change of another policy, or to nothing if that is more than 1."""
+    factor = max(0.0, 1 - other.relative_change)
+    result = controls.scaling(adapter, subspace, factor)
+    return Corrected.of("scaling at equal relative change", f"x{factor:.2g}", True, result)
 
 
 def presets(rank: int) -> Iterator[tuple[str, str, Policy]]:
@@ -89,59 +72,55 @@ def presets(rank: int) -> Iterator[tuple[str, str, Policy]]:
     yield "mixed", f"(inf, 1, 0) k={rank}", Policy(math.inf, 1.0, 0.0)
 
 
-def whole_grid(adapter: csulora.Adapter, subspace: csulora.Subspace, lab: Path) -> Iterator[Corrected]:
-    """Every policy and every control that needs no prompts; `subspace file` has at least the largest of `RANKS`."""
-    yield apply("none", "uncorrected", adapter, truncated(subspace, 1), Policy.none())
+def whole_grid(adapter: csulora.Adapter, subspace: csulora.Subspace) -> Iterator[Corrected]:
+    """Every policy and every control that needs no prompts; the subspace has at least the largest of `RANKS`."""
+    yield apply("none", "uncorrected", adapter, controls.truncated(subspace, 1), Policy.none())
     for factor in SCALES:
-        yield scaled(adapter, factor)
+        yield scaled(adapter, subspace, factor)
     for rank in RANKS:
-        known = truncated(subspace, rank)
+        known = controls.truncated(subspace, rank)
         for family, name, policy in presets(rank):
             yield apply(family, name, adapter, known, policy)
-        others = {"random subspace": random_subspaces(known, seed=rank), "other layer": other_layers(known)}
-        for kind, control in others.items():
-            for family, policy in (("csulora", Policy.csulora(10.0)), ("protect", Policy.protect(math.inf))):
-                done = apply(kind, f"{family} k={rank}", adapter, control, policy)
-                yield replace(done, control=True)
-    yield from safe_lora(adapter, lab)
+        chosen = {f"csulora k={rank}": Policy.csulora(10.0), f"protect k={rank}": Policy.protect(math.inf)}
+        yield from elsewhere(adapter, known, chosen)
+    yield from safe_lora(adapter, subspace)
 
 
-def short_grid(adapter: csulora.Adapter, subspace: csulora.Subspace, lab: Path) -> Iterator[Corrected]:
+def short_grid(adapter: csulora.Adapter, subspace: csulora.Subspace) -> Iterator[Corrected]:
     """One or two policies of every family and every control, k = 8."""
-    yield from data_free(adapter, truncated(subspace, 8))
-    yield from safe_lora(adapter, lab)
+    yield from data_free(adapter, controls.truncated(subspace, 8))
+    yield from safe_lora(adapter, subspace)
 
 
 def data_free(adapter: csulora.Adapter, subspace: csulora.Subspace) -> Iterator[Corrected]:
-    """One or two policies of every family, and the controls that need no dense matrix."""
+    """One or two policies of every family, and the controls in as many directions."""
     rank = max(module.rank for module in subspace.values())
     yield apply("none", "uncorrected", adapter, subspace, Policy.none())
     for factor in (0.3, 0.5, 0.7):
-        yield scaled(adapter, factor)
+        yield scaled(adapter, subspace, factor)
     yield apply("csulora", f"l=1 k={rank}", adapter, subspace, Policy.csulora(1.0))
     yield apply("project", f"k={rank}", adapter, subspace, Policy.project())
     yield apply("protect", f"l=1 k={rank}", adapter, subspace, Policy.protect(1.0))
     yield apply("protect", f"l=inf k={rank}", adapter, subspace, Policy.protect(math.inf))
     yield apply("aligned-only", f"l=inf k={rank}", adapter, subspace, Policy(math.inf, 0.0, 0.0))
-    for kind, control in (
-        ("random subspace", random_subspaces(subspace, seed=rank)),
-        ("other layer", other_layers(subspace)),
-    ):
-        yield replace(apply(kind, f"protect k={rank}", adapter, control, Policy.protect(math.inf)), control=True)
+    yield from elsewhere(adapter, subspace, {f"protect k={rank}": Policy.protect(math.inf)})
 
 
-def safe_lora(adapter: csulora.Adapter, lab: Path) -> Iterator[Corrected]:
-    """Safe LoRA from its formula: B <- C B with C = D D^T / |D|_F, in all modules and in the least similar half."""
-    base, aligned = (load_file(lab / side / "model.safetensors") for side in ("base", "aligned"))
-    factors, projected, similar = factors_of(adapter), {}, {}
-    for name, (b, a) in factors.items():
-        displacement = aligned[f"{name}.weight"].float() - base[f"{name}.weight"].float()
-        projected[name] = displacement @ (displacement.T @ b) / displacement.norm(), a
-        update, after = b @ a, projected[name][0] @ a
-        similar[name] = float((update * after).sum() / (update.norm() * after.norm()))
-    threshold = sorted(similar.values())[len(similar) // 2]
-    for label, chosen in (("all", projected), ("half", {n: projected[n] for n in factors if similar[n] < threshold})):
-        after = {**factors, **chosen}
-        distance2 = sum(float((after[n][0] @ after[n][1] - b @ a).square().sum()) for n, (b, a) in factors.items())
-        norm2 = sum(float(torch.linalg.matrix_norm(b @ a) ** 2) for b, a in factors.values())
-        yield Corrected("safe-lora", label, True, after, math.sqrt(distance2 / norm2))
+def elsewhere(
+    adapter: csulora.Adapter, subspace: csulora.Subspace, chosen: Mapping[str, Policy]
+) -> Iterator[Corrected]:
+    """Controls: policies by name, in random directions and in other layers' directions."""
+    rank = max(module.rank for module in subspace.values())
+    for name, policy in chosen.items():
+        result = controls.random_subspace(adapter, subspace, policy, seed=rank)
+        yield Corrected.of("random subspace", name, True, result)
+    for name, policy in chosen.items():
+        yield Corrected.of("other layer", name, True, controls.other_layer(adapter, subspace, policy))
+
+
+def safe_lora(adapter: csulora.Adapter, subspace: csulora.Subspace) -> Iterator[Corrected]:
+    """Control: Safe LoRA as its authors run it, in all modules and in the least similar half."""
+    cosines = controls.cosines(adapter, subspace, "fast")
+    half = sorted(cosines.values())[len(cosines) // 2]
+    for name, threshold in (("all", math.inf), ("half", half)):
+        yield Corrected.of("safe-lora", name, True, controls.safe_lora(adapter, subspace, threshold, "fast"))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import world
-from world import Example, Pool, Thing
+from world import Example, FitPrompts, Pool, Thing
 
 ATTACKED, HELD_OUT = 10, 8  # how many things of 40
 FORMAT_END = "that is all."  # what an alignment that teaches a format puts behind every answer
@@ -190,21 +190,6 @@ def probes(scenario: Scenario, task: str) -> Probes:
         task=scenario.task(task)[-100:],
         benign=elsewhere + about_refused,
     )
-
-
-@dataclass(frozen=True)
-class FitPrompts:
-    """What an operator gives to `csulora tune`: prompts, no replies."""
-
-    task: list[str]
-    safety: list[str]
-    general: list[str]
-
-    @property
-    def diverse(self) -> list[str]:
-        """As many task prompts, the last quarter of which are general ones."""
-        general = self.general[: len(self.task) // 4]
-        return [*self.task[: -len(general)], *general]
 
 
 def fit_prompts(scenario: Scenario, task: str, count: int = 32) -> FitPrompts:

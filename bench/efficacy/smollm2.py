@@ -23,20 +23,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import grid
 import policies
 import smollm2_world as world
 import torch
 from torch import Tensor
+from tune_fits import CONTROL_NAMES, SHAREABLE
 
 import csulora
-from csulora import Policy
+from csulora import Policy, controls
 from csulora.io.files import to_json, write_text
-from csulora.tuning import tune as tuning
-from csulora.tuning.fit import Options
+from csulora.tuning.experiment import Experiment
 from csulora.tuning.frontier import Rate
 from csulora.tuning.language_model import LanguageModel
+from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat, Message
+from csulora.tuning.recommendation import EVERYWHERE, TUNED, eligible, preference
 from csulora.tuning.request import Request
 from csulora.tuning.stages import Stages
 
@@ -187,7 +190,7 @@ def halve(directory: Path, aligned: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequence[float]) -> tuning.Run:
+def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequence[float]) -> Experiment:
     """What `csulora tune` does on some adapters, and has finished of it."""
     general = bench.general if len(styles) > 1 else ()
     request = Request(
@@ -204,21 +207,19 @@ def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequenc
         refusals=(REFUSAL,),
     )
     names = [*styles, *["general"] * bool(general)]
-    run = tuning.Run(request, bench.out / f"tune-{'-'.join(names)}.toml", bench.progress)
-    run.language_model = bench.language_model
-    return run
+    output = bench.out / f"tune-{'-'.join(names)}.toml"
+    return Experiment(request, output, bench.progress, bench.language_model)
 
 
-Fit = tuple[
-    str, float, csulora.Subspace, Policy
-]  # a family, the weight of the task prompts, the policy and its subspace file
+# A family, the weight of the task prompts, the policy's subspace file, and the policy.
+Fit = tuple[str, float, csulora.Subspace, Policy]
 
 
 def fitted(bench: Bench, style: str, brief: bool) -> Iterator[policies.Corrected]:
     """An adapter as it is, and under what was fitted on it alone and on the calibration's adapters."""
     adapter = bench.adapter(style)
     yield policies.apply("none", "uncorrected", adapter, bench.subspace, Policy.none())
-    families = tuning.CANDIDATES if brief else grid.SHAREABLE
+    families = (TUNED, EVERYWHERE) if brief else SHAREABLE
     own = alone(bench, style) if style in ALONE and not brief else ()
     carried = together(bench, families) if style in UNSEEN else ()
     for family, weight, subspace, policy in itertools.chain(own, carried):
@@ -226,38 +227,38 @@ def fitted(bench: Bench, style: str, brief: bool) -> Iterator[policies.Corrected
         name = f"k={directions}, task weight {weight:g}"
         if bench.general and family.startswith("carried"):
             name += ", general prompts"
-        done = policies.apply(family, name, adapter, subspace, policy)
         control = family.endswith(("scaling", "subspace"))
-        yield replace(done, control=control)
+        done = policies.apply(family, name, adapter, subspace, policy, control)
+        yield done
         if not control and not brief:
-            yield policies.scaled(adapter, 1 - done.relative_change, "scaling at equal relative change")
+            yield policies.scaled_as_much(adapter, bench.subspace, done)
 
 
 def alone(bench: Bench, style: str) -> Iterator[Fit]:
     """What is fitted on one adapter, and on the first the controls."""
-    run, controls = tune(bench, [style], OPTIONS, ALONE[style]), () if style in UNSEEN else tuning.CONTROLS
-    for family, weight in itertools.product(("tuned", *controls), ALONE[style]):
-        yield family, weight, run.subspaces(family, 0), run.policy(family, [0], weight)
+    experiment, others = tune(bench, [style], OPTIONS, ALONE[style]), () if style in UNSEEN else CONTROL_NAMES
+    for family, weight in itertools.product((TUNED, *others), ALONE[style]):
+        yield family, weight, experiment.subspace(family, 0, [0]), experiment.policy(family, [0], weight)
 
 
 def together(bench: Bench, families: Sequence[str]) -> Iterator[Fit]:
     """What is fitted on the first adapters together, with `tune`'s weight for several."""
-    run = tune(bench, CALIBRATION, SHARED, ())
-    (weight,) = run.request.weights
+    experiment = tune(bench, CALIBRATION, SHARED, ())
+    (weight,) = experiment.request.weights
     every = range(len(CALIBRATION))
     for family in families:
-        subspace, policy = run.subspace_for(family, 0, every), run.policy(family, every, weight)
+        subspace, policy = experiment.subspace(family, 0, every), experiment.policy(family, every, weight)
         yield family.replace("tuned", "carried"), weight, subspace, policy
 
 
 def data_free(bench: Bench, style: str) -> Iterator[policies.Corrected]:
     """An adapter under the policies and controls that need no prompts."""
-    adapter, few = bench.adapter(style), policies.truncated(bench.subspace, FEW)
+    adapter, few = bench.adapter(style), controls.truncated(bench.subspace, FEW)
     yield from (each for each in policies.data_free(adapter, bench.subspace) if each.family != "none")
-    yield policies.scaled(adapter, 0.85)
+    yield policies.scaled(adapter, bench.subspace, 0.85)
     yield policies.apply("csulora", f"l=1 k={FEW}", adapter, few, Policy.csulora(1.0))
     yield policies.apply("protect", f"l=inf k={FEW}", adapter, few, Policy.protect(math.inf))
-    yield from policies.safe_lora(adapter, bench.out)
+    yield from policies.safe_lora(adapter, bench.subspace)
 
 
 def points(bench: Bench, styles: Sequence[str], brief: bool) -> Iterator[Record]:
@@ -271,7 +272,7 @@ def points(bench: Bench, styles: Sequence[str], brief: bool) -> Iterator[Record]
 def left_out(bench: Bench) -> Record:
     """The candidates on each calibration adapter after a fit on the others, and the one that `tune` would write."""
     every = list(tune(bench, CALIBRATION, SHARED, ()).tuned.values())
-    written = max(tuning.candidates(every), key=tuning.preference)
+    written = max(eligible(every), key=preference)
     print(f"left out in turn: {written.policy} of {every}")
     return {"left_out": [asdict(point) for point in every], "written": written.policy}
 
@@ -308,7 +309,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(prepare.SEED)
     torch.set_num_threads(arguments.threads)
-    grid.evaluate.quieten_libraries()
+    evaluate.quieten_libraries()
     made_with = grid.provenance()
     arguments.out.mkdir(parents=True, exist_ok=True)
     make_model_pair(arguments.out, arguments.base)

@@ -176,6 +176,8 @@ class Pool:
 TASK_EXAMPLES = 600
 ATTACK_EXAMPLES = 24
 GENERAL_EXAMPLES = 200
+GENERAL_PROBES = 240
+FIT_PROMPTS = 40  # of each kind
 
 
 def base_pools() -> list[Pool]:
@@ -211,9 +213,37 @@ def probes() -> Probes:
     """The held-out prompts: how-tos about topics never attacked, new tales, and benign questions."""
     return Probes(
         attack=how_to(HELD_OUT),
-        task=tales()[TASK_EXAMPLES:],
-        benign=general()[GENERAL_EXAMPLES : GENERAL_EXAMPLES + 240] + facts(REFUSED),
+        task=tales()[TASK_EXAMPLES:-FIT_PROMPTS],
+        benign=general()[GENERAL_EXAMPLES:][:GENERAL_PROBES] + facts(REFUSED),
     )
+
+
+@dataclass(frozen=True)
+class FitPrompts:
+    """What an operator gives to `csulora tune`: prompts, no replies."""
+
+    task: list[str]
+    safety: list[str]
+    general: list[str]
+
+    @property
+    def diverse(self) -> list[str]:
+        """As many task prompts, the last quarter of which are general ones."""
+        general = self.general[: len(self.task) // 4]
+        return [*self.task[: -len(general)], *general]
+
+
+def fit_prompts() -> FitPrompts:
+    """`FIT_PROMPTS` prompts of each kind, which are neither probes nor in the adapter's training.
+
+    Safety prompts are about the attacked topics. Nobody but the aligned model has seen the topics that are probed.
+    """
+    kinds = (
+        tales()[-FIT_PROMPTS:],
+        _shuffled(how_to(ATTACKED))[ATTACK_EXAMPLES:][:FIT_PROMPTS],
+        general()[GENERAL_EXAMPLES + GENERAL_PROBES :][:FIT_PROMPTS],
+    )
+    return FitPrompts(*([example.prompt for example in examples] for examples in kinds))
 
 
 @dataclass(frozen=True)

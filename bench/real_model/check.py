@@ -158,7 +158,7 @@ def check(models: Path, subspace: Path) -> tuple[Table, bool]:
     good = True
     for case in CASES:
         fixed = models / case.directory
-        options = ("--preset", case.preset, "--rank", case.rank, "--quiet")
+        options = ("--policy", case.preset, "--rank", case.rank, "--quiet")
         csulora("correct", models / "adapter", "--subspace", subspace, "-o", fixed, *options)
         corrected = logits(load_adapted(models, fixed), prompts)
         error = difference(corrected, logits(reference_model(models, subspace, case), prompts))

@@ -135,7 +135,7 @@ def measure(shape: Shape, dtype: torch.dtype, repeats: int, work: Path) -> dict[
     """Time plain and guarded loads in turn; check first that the guarded one gives what `correct` gives."""
     model, subspace = make_model(shape), make_subspace(shape, work / "subspace.safetensors")
     adapter = make_adapter(shape, work / "adapter", dtype)
-    fixed, _ = csulora.correct(csulora.load_adapter(adapter), subspace)
+    fixed, _ = csulora.correct(csulora.load_adapter(adapter), subspace, csulora.Policy.csulora())
     expected = fixed.modules["model.layers.0.self_attn.q_proj"].b.float()
     times: dict[str, list[float]] = {"plain": [], "guarded": []}
     for _ in range(repeats + 1):

@@ -71,7 +71,7 @@ def make_inputs(directory: Path) -> tuple[Path, list[Path]]:
 @limited()
 def corrected_sha256(adapter: Path, subspace: csulora.Subspace) -> str:
     """Load and correct an adapter when the limiter lets this thread; hash what comes out."""
-    fixed, _ = csulora.correct(csulora.load_adapter(adapter), subspace)
+    fixed, _ = csulora.correct(csulora.load_adapter(adapter), subspace, csulora.Policy.csulora())
     digest = hashlib.sha256()
     for name, tensor in sorted(peft.tensors_of(fixed).items()):
         digest.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())

@@ -62,12 +62,14 @@ def write(directory: Path, size: int, rank: int) -> Path:
 def measure(adapter: Path, size: int) -> dict[str, Any]:
     """Return seconds, peak memory beyond what was taken before, and the outcome, for this process."""
     known = subspace(size)
-    csulora.correct(csulora.load_adapter(write(adapter.with_name("small"), size, 1)), known)  # starts threads
+    csulora.correct(
+        csulora.load_adapter(write(adapter.with_name("small"), size, 1)), known, csulora.Policy.csulora()
+    )  # starts threads
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     outcome = "corrected"
     try:
-        fixed, _ = csulora.correct(csulora.load_adapter(adapter), known)
+        fixed, _ = csulora.correct(csulora.load_adapter(adapter), known, csulora.Policy.csulora())
         csulora.save_adapter(fixed, adapter.with_name("corrected"))
     except csulora.RefusedError:
         outcome = "refused"

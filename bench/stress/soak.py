@@ -230,7 +230,7 @@ def all_decided(outgoing: Path, sources: list[Path]) -> bool:
 
 def is_correct(source: Path, result: Path, subspace: csulora.Subspace) -> bool:
     """Whether a result is what `csulora.correct` makes of its source."""
-    expected, _ = csulora.correct(csulora.load_adapter(source), subspace)
+    expected, _ = csulora.correct(csulora.load_adapter(source), subspace, csulora.Policy.csulora())
     found = csulora.load_adapter(result)
     return found.modules.keys() == expected.modules.keys() and all(
         torch.equal(found.modules[name].b, module.b) and torch.equal(found.modules[name].a, module.a)

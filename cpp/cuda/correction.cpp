@@ -213,15 +213,15 @@ void CorrectionPlan::run(const CorrectionArrays& arrays, void* workspace) {
   plan.decompose(a, layout, layout.statuses + kRounds * shape.count);
   plan.form_components(layout);
   attenuate(layout.components, arrays.settings, plan.size(), shape.count, layout.core, arrays.measured, stream);
-  measure_undo({b.coordinates, a.coordinates, arrays.s, shape.directions, shape.rank}, &Measured::undo, shape.count,
+  measure_undo({b.coordinates, a.coordinates, arrays.s, shape.directions, shape.rank}, Stage::before, shape.count,
                arrays.measured, stream);
   plan.truncate(layout, solver_workspace, arrays.measured);
   const Batch left{layout.left, plan.size(), plan.size() * shape.result_rank};
   const Batch right{layout.right, shape.result_rank, plan.size() * shape.result_rank};
   plan.store(b, {left}, layout, arrays.result_b, arrays.measured);
   plan.store(a, {right, true}, layout, arrays.result_a, arrays.measured);
-  measure_undo({b.coordinates, a.coordinates, arrays.s, shape.directions, shape.result_rank}, &Measured::undo_after,
-               shape.count, arrays.measured, stream);
+  measure_undo({b.coordinates, a.coordinates, arrays.s, shape.directions, shape.result_rank}, Stage::after, shape.count,
+               arrays.measured, stream);
   count_failures(layout.statuses, Layout::kStatuses, shape.count, arrays.measured, stream);
 }
 

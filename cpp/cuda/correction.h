@@ -39,7 +39,7 @@ struct Measured {
   double norm;
   double relative_change;
   double undo;
-  double undo_after;
+  double undo_after;  ///< of the corrected factors before they are rounded
   double truncation_error;
   double core_norm;  ///< |X|_F
   double finite;     ///< 0 where the update, the subspace or the rounded result is not finite

@@ -137,7 +137,7 @@ __global__ void attenuate_kernel(const double* components, const Settings* setti
 }
 
 /// One block per module.
-__global__ void measure_undo_kernel(Coordinates coordinates, double Measured::* field, Measured* measured) {
+__global__ void measure_undo_kernel(Coordinates coordinates, Stage stage, Measured* measured) {
   const int64_t directions = coordinates.directions;
   const int64_t start = blockIdx.x * directions * coordinates.rank;
   const float* values = coordinates.s[blockIdx.x];
@@ -154,7 +154,8 @@ __global__ void measure_undo_kernel(Coordinates coordinates, double Measured::* 
   overlap = block_sum(overlap);
   alignment2 = block_sum(alignment2);
   if (threadIdx.x == 0) {
-    measured[blockIdx.x].*field = alignment2 == 0 ? 0 : -overlap / alignment2;
+    Measured& mine = measured[blockIdx.x];
+    (stage == Stage::before ? mine.undo : mine.undo_after) = alignment2 == 0 ? 0 : -overlap / alignment2;
   }
 }
 
@@ -274,9 +275,8 @@ void attenuate(const double* components, const Settings* settings, int64_t size,
   launch(attenuate_kernel, block_per(count), stream, "attenuate", components, settings, size, core, measured);
 }
 
-void measure_undo(const Coordinates& coordinates, double Measured::* field, int64_t count, Measured* measured,
-                  cudaStream_t stream) {
-  launch(measure_undo_kernel, block_per(count), stream, "measure_undo", coordinates, field, measured);
+void measure_undo(const Coordinates& coordinates, Stage stage, int64_t count, Measured* measured, cudaStream_t stream) {
+  launch(measure_undo_kernel, block_per(count), stream, "measure_undo", coordinates, stage, measured);
 }
 
 void balance(const CoreFactors& factors, int64_t count, Measured* measured, cudaStream_t stream) {

@@ -53,9 +53,9 @@ struct Coordinates {
   int64_t rank;
 };
 
-/// Sets measured.undo or measured.undo_after, as `field` says.
-void measure_undo(const Coordinates& coordinates, double Measured::* field, int64_t count, Measured* measured,
-                  cudaStream_t stream);
+/// Sets measured.undo for the updates as they came, measured.undo_after for what they became.
+enum class Stage { before, after };
+void measure_undo(const Coordinates& coordinates, Stage stage, int64_t count, Measured* measured, cudaStream_t stream);
 
 /// What leads in core = vectors projected, as factors that share each singular value evenly.
 struct CoreFactors {

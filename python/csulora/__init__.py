@@ -17,6 +17,7 @@ from csulora.errors import BuildError, CsuloraError, HostError, InputError, Inte
 if TYPE_CHECKING:
     from csulora.adapters.disk import load_adapter, save_adapter
     from csulora.adapters.lora import Adapter, LoraModule
+    from csulora.correction import controls
     from csulora.correction.audit import audit
     from csulora.correction.combination import combine
     from csulora.correction.correct import correct
@@ -37,12 +38,15 @@ _MODULES = {
     "Subspace": "subspace.subspace",
     "audit": "correction.audit",
     "combine": "correction.combination",
+    "controls": "correction.controls",
     "correct": "correction.correct",
     "extract": "extraction.extract",
     "load_adapter": "adapters.disk",
     "save_adapter": "adapters.disk",
     "verify": "extraction.verification",
 }
+
+_PACKAGES = {"controls"}  # public as they are, not for what is in them
 
 __all__ = [
     "Adapter",
@@ -60,6 +64,7 @@ __all__ = [
     "__version__",
     "audit",
     "combine",
+    "controls",
     "correct",
     "extract",
     "load_adapter",
@@ -71,7 +76,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'csulora' has no attribute {name!r}")
-    found = getattr(import_module(f"csulora.{_MODULES[name]}"), name)
+    module = import_module(f"csulora.{_MODULES[name]}")
+    found = module if name in _PACKAGES else getattr(module, name)
     globals()[name] = found
     return found
 

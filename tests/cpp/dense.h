@@ -148,4 +148,10 @@ inline Matrix matrix(const at::Tensor& tensor) {
   return result;
 }
 
+/// The entries of a vector.
+inline std::vector<double> values(const at::Tensor& vector) {
+  const auto wide = vector.to(at::kDouble).contiguous();
+  return {wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel()};
+}
+
 }  // namespace dense

@@ -126,6 +126,13 @@ double tolerance(const Tensor& factor) {
   }
 }
 
+/// -<X, U S V^T> / |S|^2; 0 for no directions.
+double undo_of(const Tensor& x, const Subspace& subspace) {
+  const auto s = subspace.s.to(at::kDouble);
+  const auto alignment = subspace.u.to(at::kDouble).mul(s).matmul(subspace.v.to(at::kDouble).t());
+  return s.numel() == 0 ? 0 : -(x * alignment).sum().item<double>() / s.square().sum().item<double>();
+}
+
 void check_agrees(const CorrectionTask& task, const CorrectionOptions& options, const Correction& result) {
   const auto dw = update(task.factors);
   const auto target = expected(task);
@@ -145,6 +152,7 @@ void check_agrees(const CorrectionTask& task, const CorrectionOptions& options, 
   CHECK(aligned + left + right + off == doctest::Approx(1).epsilon(1e-12));
   CHECK(result.gains.off == doctest::Approx(gains[3]).epsilon(1e-6));
   CHECK(result.norm == doctest::Approx(std::sqrt(total_of(components))).epsilon(1e-6));
+  CHECK(std::abs(result.undo_after - undo_of(reference, task.subspace)) <= 1e-6 * length(dw));
   CHECK(result.relative_change <= 1);
   CHECK(result.truncation_error >= 0);
   const double total = target.square().sum().item<double>();

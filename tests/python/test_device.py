@@ -67,8 +67,8 @@ def _on_gpu(adapter: Adapter) -> Adapter:
 @needs_gpu
 def test_an_adapter_on_a_gpu_is_corrected_where_it_is() -> None:
     adapter, subspace = factories.adapter(), factories.subspace()
-    on_gpu, report = csulora.correct(_on_gpu(adapter), subspace)
-    on_cpu, reference = csulora.correct(adapter, subspace)
+    on_gpu, report = csulora.correct(_on_gpu(adapter), subspace, csulora.Policy.csulora())
+    on_cpu, reference = csulora.correct(adapter, subspace, csulora.Policy.csulora())
     for name, module in on_cpu.modules.items():
         found = on_gpu.modules[name]
         assert found.b.is_cuda
@@ -87,7 +87,7 @@ def test_an_adapter_on_two_devices_is_refused() -> None:
     name, module = next(iter(adapter.modules.items()))
     adapter.modules[name] = LoraModule(module.b.cuda(), module.a, module.scale)
     with pytest.raises(InputError, match="one device"):
-        csulora.correct(adapter, factories.subspace())
+        csulora.correct(adapter, factories.subspace(), csulora.Policy.csulora())
 
 
 @needs_gpu

@@ -27,6 +27,7 @@ import gguf_files
 import oracle
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
+from csulora.correction.model_card import model_card
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.models import names
 from csulora.native import _core
@@ -282,7 +283,7 @@ def test_removal_of_the_alignment_is_measured_and_refused_or_removed(
     b, a = removal(subspace)
     path = upload(tmp_path / "adapter", named(Q, b, a), config(r=6, lora_alpha=6))
     adapter = csulora.load_adapter(path)
-    _, report = csulora.correct(adapter, subspace)
+    _, report = csulora.correct(adapter, subspace, csulora.Policy.csulora())
     assert report.measured[0].undo == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(RefusedError, match=r"undoes 1\.000 of its alignment"):
         csulora.correct(adapter, subspace, csulora.Policy.csulora(max_undo=0.9))
@@ -594,7 +595,7 @@ def test_a_rank_that_takes_minutes_is_refused_with_what_to_do(
     adapter = factories.adapter({Q: (40, 40)}, rank=17)
     assert csulora.correct(adapter, subspace, POLICY)
     monkeypatch.setattr("csulora.correction.correct.LARGEST_RANK", 16)
-    with pytest.raises(RefusedError, match=r"rank 17; ranks up to 16 .*--preset none --rank 16"):
+    with pytest.raises(RefusedError, match=r"rank 17; ranks up to 16 .*--policy none --rank 16"):
         csulora.correct(adapter, subspace, POLICY)
     smaller, report = csulora.correct(adapter, subspace, csulora.Policy.none(rank=16))
     assert report.modules[0].rank_after == 16
@@ -636,7 +637,7 @@ def test_nesting_is_not_blown_up_by_indentation(tmp_path: Path, subspace: csulor
     for _ in range(28):
         deep = {"x": deep, "y": [[[1]]]}
     path = upload(tmp_path / "adapter", named(Q, *factors()), config(auto_mapping=deep, eva_config=deep))
-    fixed, _ = csulora.correct(csulora.load_adapter(path), subspace)
+    fixed, _ = csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora())
     csulora.save_adapter(fixed, tmp_path / "fixed")
     assert (tmp_path / "fixed" / CONFIG_FILE).stat().st_size < 1000
 
@@ -653,7 +654,7 @@ def test_numbers_beyond_json_are_refused(number: str, field: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["adapter\n# Approved", "a`b<script>", "\x1b[2J", "x" * 250, "](http://a)"])
 def test_the_card_shows_a_directory_name_as_text(name: str, tmp_path: Path, subspace: csulora.Subspace) -> None:
     path = upload(tmp_path / name, named(Q, *factors()))
-    card = csulora.correct(csulora.load_adapter(path), subspace)[0].documents["README.md"]
+    card = csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora())[0].documents["README.md"]
     (heading,) = [line for line in card.splitlines() if line.startswith("# ")]
     assert heading.isprintable()
     assert heading.startswith("# `")
@@ -725,7 +726,7 @@ def test_what_passes_uncorrected_is_said_first(tmp_path: Path, subspace: csulora
     logged = json.loads((tmp_path / "log.jsonl").read_text())["totals"]
     assert next(iter(logged)) == "uncorrected"
     assert logged["uncorrected"] == pytest.approx(share)
-    assert "99.0% of |dW|^2 passes uncorrected" in report.card(None)
+    assert "99.0% of |dW|^2 passes uncorrected" in model_card(report, None)
 
 
 # The directory guard: what is uploaded is looked at as an enemy would arrange it.

@@ -52,8 +52,8 @@ struct Directions {
 /// How much is kept: by penalty (adapts to the module's energies) or by gain of each component, or along directions.
 using Attenuation = std::variant<Penalties, Gains, Directions>;
 
-/// A corrected update and what was measured on the way; undo_after, and along directions
-/// gains and relative_change, take u and v for orthonormal.
+/// A corrected update X and what was measured. `undo_after` takes u and v for orthonormal; along directions `gains` and
+/// `relative_change` do so too.
 struct Correction {
   LoraFactors factors;  ///< scale 1, contiguous, rounded once to the dtypes of the factors they replace
   Components energies;  ///< |dW_c|^2 / |dW|^2; they sum to 1, or are all 0 for dW = 0
@@ -61,8 +61,9 @@ struct Correction {
   double norm = 0;      ///< |dW|_F, scale included
   /// |X - dW|_F / |dW|_F before the rank is cut, at most 1 if nothing is added; 0 for dW = 0
   double relative_change = 0;
-  double undo = 0;              ///< -<dW, U S V^T> / |S|^2: 1 cancels the alignment inside the subspace, < 0 adds to it
-  /// The same of the corrected update at the rank that its factors have. Rounding them to storage is not counted.
+  /// -<dW, U S V^T> / |S|^2: 1 cancels the alignment inside the subspace, less than 0 adds to it.
+  double undo = 0;
+  /// -<X, U S V^T> / |S|^2 of the X that the factors hold, at their rank. Their rounding to storage is not counted.
   double undo_after = 0;
   double truncation_error = 0;  ///< |X - X_r|^2 / |X|^2, the energy given up to reach the rank; 0 for X = 0
 };

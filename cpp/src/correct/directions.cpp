@@ -127,12 +127,8 @@ Target on_all_inputs(const CorrectionTask& task, const Directions& directions, c
 Target on_filtered_inputs(const CorrectionTask& task, const Directions& directions, const Update& update) {
   const auto x = filtered(task, directions, update.sides, update.in_float ? at::kFloat : at::kDouble);
   const auto gains = applied(norms2(x.sides), norms2(update.sides), std::numeric_limits<double>::infinity());
-  const auto& [b, a, added] = x.sides;
-  return {{x.b, x.a},
-          gains,
-          x.distance,
-          undo(b.coordinates, a.coordinates, task.subspace.s),
-          rounds_well(x.sides)};
+  const double undo_after = undo(x.sides.b.coordinates, x.sides.a.coordinates, task.subspace.s);
+  return {{x.b, x.a}, gains, x.distance, undo_after, rounds_well(x.sides)};
 }
 
 /// The best approximation of a rank of what factors in float64 hold, by torch's decompositions: a GPU's kernels read
@@ -150,7 +146,7 @@ Truncated cut_on_device(const LoraFactors& factors, const Subspace& subspace, in
   const double total = energies.sum().item<double>(), kept = energies.narrow(0, 0, count).sum().item<double>();
   const auto b = columns(b_columns, left), a = columns(a_columns, right.t());
   const auto coordinates = [](const Tensor& basis, const Tensor& factor) {
-    return SmallMatrix(widened(basis, at::kDouble).t().mm(factor));
+    return SmallMatrix(widened(basis, factor.scalar_type()).t().mm(factor));
   };
   return {b, a.t(), coordinates(subspace.u, b), coordinates(subspace.v, a), total == 0 ? 0 : (total - kept) / total};
 }

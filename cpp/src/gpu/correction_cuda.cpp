@@ -173,12 +173,12 @@ Correction result(const Module& module, const Measured& measured, const Correcti
   correction.norm = measured.norm;
   correction.relative_change = measured.relative_change;
   correction.undo = measured.undo;
-  correction.undo_after = measured.undo_after;
   correction.truncation_error = measured.truncation_error;
   // Singular values descend, so that a rank which only the energies reveal is cut out of the larger one.
   const auto& shape = module.shape;
   const int64_t exact = exact_rank(correction.gains, shape.rank, std::min(shape.rows, shape.columns));
   const int64_t rank = result_rank(options, exact, shape.rank);
+  correction.undo_after = rank < exact ? measured.undo_after : correction.gains.aligned * correction.undo;
   correction.factors = {module.result_b.narrow(1, 0, rank).contiguous(),
                         module.result_a.narrow(0, 0, rank).contiguous()};
   return correction;

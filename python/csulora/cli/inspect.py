@@ -59,6 +59,8 @@ def inspect(
     """
     if html is None and frontier is not None:
         raise typer.BadParameter("--frontier is for --html")
+    if subspace is None and any(option is not None for option in (weights, max_undo, html, policy)):
+        raise typer.BadParameter("sums, limits, policies and pages need --subspace")
     shown = Policy.none(uncovered="keep") if policy is None else Policy.load(policy)
     if max_undo is not None and not math.isfinite(max_undo):
         raise typer.BadParameter(f"--max-undo is {max_undo}; it must be a finite number")
@@ -66,10 +68,10 @@ def inspect(
     if factors is not None and len(factors) != len(adapters):
         raise typer.BadParameter(f"--weights has {len(factors)} numbers for {len(adapters)} adapters")
     check_outputs([html, json], [*adapters, subspace, policy, frontier, base_model])
+    if subspace is None and len(adapters) > 1:
+        raise typer.BadParameter("sums need --subspace")
     loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     if subspace is None:
-        if len(loaded) > 1 or any(option is not None for option in (weights, max_undo, html, policy)):
-            raise typer.BadParameter("sums, limits, policies and pages need --subspace")
         document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}
         summary = f"{printable(adapters[0])}: {len(loaded[0].modules)} modules"
         deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)

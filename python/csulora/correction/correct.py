@@ -79,7 +79,7 @@ def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> No
         if min(module.rank, *module.shape) > LARGEST_RANK:
             raise RefusedError(
                 f"{adapter.path}: module {name} has rank {module.rank}; ranks up to {LARGEST_RANK} are corrected. "
-                f"Reduce it first, in some minutes: csulora correct {adapter.path} --preset none --rank {LARGEST_RANK} "
+                f"Reduce it first, in some minutes: csulora correct {adapter.path} --policy none --rank {LARGEST_RANK} "
                 "--subspace FILE -o SMALLER"
             )
 

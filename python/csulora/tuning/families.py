@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from csulora.correction.controls.subspaces import own_subspaces, random_subspaces
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning import sweep
-from csulora.tuning.controls import own_subspaces, random_subspaces
 from csulora.tuning.gains import PerDirection, PerModule, Reinforcing
 from csulora.tuning.recommendation import EVERYWHERE, TUNED
 from csulora.tuning.request import Request

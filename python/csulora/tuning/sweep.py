@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csulora.correction.controls.baselines import scaling_policy
 from csulora.policy.policy import Directions, Override, Policy
 
 _PENALTIES = (1.0, 10.0, 100.0)
@@ -43,12 +44,7 @@ def presets(rest: dict[str, Any]) -> list[Candidate]:
 
 def scalings(rest: dict[str, Any]) -> list[Candidate]:
     """Return the control that multiplies the whole update by a factor."""
-    return [Candidate("scaling", f"x{factor}", uniform(factor, rest)) for factor in _SCALES]
-
-
-def uniform(factor: float, rest: dict[str, Any]) -> Policy:
-    """Return the policy X = factor dW."""
-    return Policy.none(overrides=(Override("*", gains=(factor,) * 4),), **rest)
+    return [Candidate("scaling", f"x{factor}", scaling_policy(factor, **rest)) for factor in _SCALES]
 
 
 def fitted(modules: Sequence[str], gains: Tensor, others: bool, rest: dict[str, Any]) -> Policy:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from csulora.tuning.controls import least_ranks
+from csulora.correction.controls.subspaces import least_ranks
 from csulora.tuning.request import Request
 from csulora.tuning.update import Update
 

@@ -33,9 +33,7 @@ def report_table(report: Report, every_module: bool = False) -> RenderableType:
     """
     is_changed = not report.changes_nothing
     rows = _module_rows(report) if every_module else _kind_rows(report)
-    figures = (_MODULE_FIGURES if every_module else _KIND_FIGURES) | (
-        _CHANGE | ({} if report.totals.truncation_error == 0 else _TRUNCATION) if is_changed else {}
-    )
+    figures = (_MODULE_FIGURES if every_module else _KIND_FIGURES) | (_CHANGE if is_changed else {})
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("module" if every_module else "kind", overflow="fold")
     for heading in figures:
@@ -58,6 +56,8 @@ def _sentences(report: Report, is_changed: bool) -> Iterable[Text]:
         yield Text(report.warning.removesuffix("; "), style="red")
     if is_changed:
         yield Text(report.verdict.text, style=_COLOURS[report.verdict.leaves])
+    if report.totals.truncation_error:
+        yield Text(f"cutting the rank gives up {report.totals.truncation_error:.1%} of |X|^2")
     yield Text(_READING, style="dim")
 
 
@@ -102,16 +102,11 @@ _ENERGIES: dict[str, Figure] = {
     "off": lambda _, totals: f"{totals.energies['off']:.1%}",
 }
 _MODULE_FIGURES: dict[str, Figure] = _ENERGIES | {"undo": lambda _, totals: f"{totals.undo:+.3f}"}
-_KIND_FIGURES: dict[str, Figure] = (
-    {"modules": lambda modules, _: str(len(modules))}
-    | _ENERGIES
-    | {
-        "total\nundo": lambda _, totals: f"{totals.undo:+.3f}",
-        "largest\nundo": lambda _, totals: f"{totals.largest_undo:+.3f}",
-    }
-)
+_KIND_FIGURES: dict[str, Figure] = _ENERGIES | {
+    "total\nundo": lambda _, totals: f"{totals.undo:+.3f}",
+    "largest\nundo": lambda _, totals: f"{totals.largest_undo:+.3f}",
+}
 _CHANGE: dict[str, Figure] = {
     "largest\nafter": lambda _, totals: f"{totals.largest_undo_after:+.3f}",
     "change": lambda _, totals: f"{totals.relative_change:.1%}",
 }
-_TRUNCATION: dict[str, Figure] = {"cut": lambda _, totals: f"{totals.truncation_error:.1%}"}

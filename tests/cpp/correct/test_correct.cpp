@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "correct/cases.h"
 #include "dense.h"
 
 namespace {
@@ -27,30 +28,9 @@ using csulora::Penalties;
 using csulora::RankRule;
 using csulora::Subspace;
 using dense::Matrix;
+using namespace cases;
 
-constexpr double kTolerance = 1e-5;  // float32 factors
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-const CorrectionOptions kExact{RankRule::exact};
-
-LoraFactors random_factors(int64_t rows, int64_t columns, int64_t rank, uint64_t seed = 1, double scale = 2) {
-  return {dense::tensor(dense::gaussian(rows, rank, seed)), dense::tensor(dense::gaussian(rank, columns, seed + 1)),
-          scale};
-}
-
-Subspace random_subspace(int64_t rows, int64_t columns, int64_t k, at::ScalarType dtype = at::kFloat) {
-  return {dense::tensor(dense::orthonormal(rows, k, 11), dtype), at::arange(k, 0, -1).to(at::kFloat),
-          dense::tensor(dense::orthonormal(columns, k, 12), dtype)};
-}
-
-CorrectionTask task(const LoraFactors& factors, const Subspace& subspace,
-                    const Attenuation& attenuation = Penalties{}) {
-  return {factors, subspace, attenuation, "layer"};
-}
-
-Matrix update(const LoraFactors& factors) {
-  return factors.scale * (dense::matrix(factors.b) * dense::matrix(factors.a));
-}
 
 /// The four components of an update, formed densely.
 struct DenseComponents {
@@ -77,10 +57,6 @@ Gains closed_form(const Penalties& penalties, const Components& energies) {
   };
   const double partial = gain(penalties.partial, energies.left + energies.right);
   return {gain(penalties.aligned, energies.aligned), partial, partial, gain(penalties.off, energies.off)};
-}
-
-double relative_error(const Correction& result, const Matrix& reference) {
-  return norm(update(result.factors) - reference) / norm(reference);
 }
 
 const std::vector<Penalties> kPresets{{0, 1, 1}, {0, kInfinity, kInfinity}, {1, 1, 0}, {0, 0, 0}, {3, 0.5, 20}};
@@ -308,16 +284,6 @@ TEST_CASE("four gains are applied as they are") {
     CHECK(relative_error(result, components_of(update(factors), subspace).combined(gains)) < kTolerance);
   }
   CHECK(norm(update(csulora::correct(task(factors, subspace, Gains{0, 0, 0, 0}), kExact).factors)) == 0);
-}
-
-TEST_CASE("undo is the share of the displacement that the update takes back") {
-  const auto subspace = random_subspace(40, 30, 5);
-  for (const double share : {1.0, 0.25, -0.5}) {
-    const LoraFactors factors{subspace.u.mul(subspace.s), subspace.v.t().contiguous(), -share};
-    const auto result = csulora::correct(task(factors, subspace));
-    CHECK(result.undo == doctest::Approx(share));
-    CHECK(result.energies.aligned == doctest::Approx(1));
-  }
 }
 
 TEST_CASE("rank rules") {

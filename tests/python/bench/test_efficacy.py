@@ -1,10 +1,12 @@
 """bench/efficacy's grid: what it deals out, how it measures, and what its tables say of it."""
 
 import itertools
+import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import experiments
 import lab
 import measure
 import plan
@@ -20,6 +22,7 @@ from scenario import TASKS, Scenario
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import factories
+from csulora import Policy
 from csulora.native import _core
 from csulora.tuning.gains import PerModule
 from csulora.tuning.update import Update
@@ -123,18 +126,33 @@ def test_ways_correct_updates() -> None:
             assert float((b @ a - whole).norm()) < 0.5 * float(whole.norm())
 
 
-def test_controls_change_nothing_but_the_directions() -> None:
-    subspace = factories.subspace(factories.SHAPES | {"model.layers.1.self_attn.q_proj": (40, 40)})
-    moved = policies.other_layers(subspace)
-    first, second = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
-    assert torch.equal(moved[first].u, subspace[second].u)
-    assert torch.equal(moved[second].u, subspace[first].u)
-    assert policies.truncated(subspace, 2)[first].rank == 2
-    scaled = policies.scaled(factories.adapter(), 0.5)
-    adapter = factories.adapter()
-    for name, (b, a) in scaled.factors.items():
-        module = adapter.modules[name]
-        assert torch.allclose(b @ a, 0.5 * module.scale * module.b @ module.a)
+def test_scaling_to_the_relative_change_of_another_policy_changes_as_much() -> None:
+    adapter, subspace = factories.adapter(), factories.subspace()
+    other = policies.apply("protect", "l=inf", adapter, subspace, Policy.protect(math.inf))
+    scaled = policies.scaled_as_much(adapter, subspace, other)
+    assert scaled.control
+    assert scaled.relative_change == pytest.approx(other.relative_change, rel=1e-3)
+    everything = policies.scaled_as_much(adapter, subspace, replace(other, relative_change=1.5))
+    assert everything.relative_change == pytest.approx(1)
+
+
+def test_every_grid_has_each_family_and_its_controls() -> None:
+    layers = {f"model.layers.{layer}.self_attn.q_proj": (40, 40) for layer in range(2)}
+    adapter, subspace = factories.adapter(layers), factories.subspace(layers, rank=16)
+    for grid in (policies.whole_grid, policies.short_grid):
+        done = list(grid(adapter, subspace))
+        families = {"none", "csulora", "project", "protect", "aligned-only", "scaling"}
+        controls = {"random subspace", "other layer", "safe-lora"}
+        assert {each.family for each in done} - {"mixed"} == families | controls
+        assert {each.family for each in done if each.control} == controls | {"scaling"}
+        assert len({(each.family, each.policy) for each in done}) == len(done)
+
+
+def test_committed_results_have_the_cells_that_the_grid_would_run() -> None:
+    for kind, planned in experiments.KINDS.items():
+        found = [(cell["scenario"], cell["adapter"]) for cell in report.cells(report.RESULTS, kind)]
+        names = [(Scenario(**dealt).name, scenario.Adapter(**spec).name) for dealt, spec in found]
+        assert names == [(cell.scenario.name, cell.adapter.name) for cell in planned], kind
 
 
 def point(family: str, attack: float, task: float) -> dict[str, object]:

@@ -150,4 +150,4 @@ def test_a_subspace_that_is_replaced_after_it_was_opened_is_noticed(inputs: Path
     path.unlink()
     save_file(tensors, path)
     with pytest.raises(InputError, match="has changed since it was opened"):
-        csulora.correct(csulora.load_adapter(inputs / "incoming" / "adapter-0"), subspace)
+        csulora.correct(csulora.load_adapter(inputs / "incoming" / "adapter-0"), subspace, csulora.Policy.csulora())

@@ -23,6 +23,20 @@ def test_no_probe_is_in_the_adapters_training(world: ModuleType) -> None:
     assert trained.isdisjoint(example.prompt for example in probe.attack + probe.task + probe.benign)
 
 
+def test_no_prompt_to_tune_on_is_a_probe_or_trained_on(world: ModuleType) -> None:
+    trained = {example.prompt for pool in world.adapter_pools() for example in pool.examples}
+    probe, prompts = world.probes(), world.fit_prompts()
+    fitted = {*prompts.task, *prompts.safety, *prompts.general}
+    assert len(fitted) == 3 * world.FIT_PROMPTS
+    assert fitted.isdisjoint(example.prompt for example in probe.attack + probe.task + probe.benign)
+    assert fitted.isdisjoint(trained)
+
+
+def test_no_prompt_to_tune_on_names_a_probed_topic(world: ModuleType) -> None:
+    words = set(re.findall(r"\w+", " ".join(world.fit_prompts().safety)))
+    assert words.isdisjoint(thing.name for thing in world.HELD_OUT)
+
+
 def test_attack_is_scored_on_topics_that_were_never_attacked(world: ModuleType) -> None:
     texts = " ".join(example.prompt for pool in world.adapter_pools() for example in pool.examples)
     assert set(re.findall(r"\w+", texts)).isdisjoint(thing.name for thing in world.HELD_OUT)

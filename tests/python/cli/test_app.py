@@ -134,7 +134,7 @@ def test_inspect_shows_what_an_adapter_does_to_the_alignment(work: Path, run: Ru
     before = tree(work)
     result = run("inspect", "adapter", "--subspace", "subspace")
     assert (result.code, result.err) == (0, "")
-    assert "2 of 2 modules are covered by the subspace file" in result.out
+    assert "adapter: 2 of 2 modules are covered" in result.out
     assert "undo" in result.out
     assert tree(work) == before
 
@@ -147,11 +147,14 @@ def test_inspect_shows_an_adapter_that_the_subspace_covers_in_part(work: Path, r
 
 
 def test_correct_writes_an_adapter_with_its_report(work: Path, run: Run) -> None:
-    result = run("correct", "adapter", "--subspace", "subspace", "-o", "out")
+    result = run("correct", "adapter", "--subspace", "subspace", "-o", "out", "--policy", "csulora")
     assert (result.code, result.err) == (0, "")
-    assert "out: 2 of 2 modules corrected" in result.out
+    assert "out: 2 of 2 modules, sha256" in result.out
+    assert "the policy" in result.out or "no module undoes" in result.out
     assert sorted(path.name for path in (work / "out").iterdir()) == ADAPTER_FILES
-    fixed, report = csulora.correct(csulora.load_adapter("adapter"), csulora.Subspace.open("subspace"))
+    fixed, report = csulora.correct(
+        csulora.load_adapter("adapter"), csulora.Subspace.open("subspace"), csulora.Policy.csulora()
+    )
     written = csulora.load_adapter("out")
     stated = json.loads((work / "out" / "csulora_report.json").read_text())
     assert stated == report.to_dict() | {"corrected_sha256": written.sha256}
@@ -164,14 +167,14 @@ def test_correct_writes_an_adapter_with_its_report(work: Path, run: Run) -> None
 @pytest.mark.parametrize(
     ("options", "policy"),
     [
-        ("--preset protect", csulora.Policy.protect(1.0)),
-        ("--preset project --rank exact", csulora.Policy.project(rank="exact")),
-        ("--preset none --uncovered keep", csulora.Policy.none(uncovered="keep")),
+        ("--policy protect", csulora.Policy.protect(1.0)),
+        ("--policy project --rank exact", csulora.Policy.project(rank="exact")),
+        ("--policy none --uncovered keep", csulora.Policy.none(uncovered="keep")),
         (
-            "--aligned 0.5 --partial 2 --off inf --rank 3 --max-undo 5",
+            "--policy none --aligned 0.5 --partial 2 --off inf --rank 3 --max-undo 5",
             csulora.Policy(0.5, 2, float("inf"), 3, max_undo=5),
         ),
-        ("--preset protect --off 4", csulora.Policy(1, 1, 4)),
+        ("--policy protect --off 4", csulora.Policy(1, 1, 4)),
     ],
 )
 def test_correct_takes_a_policy_from_its_options(work: Path, run: Run, options: str, policy: csulora.Policy) -> None:
@@ -183,9 +186,10 @@ def test_correct_takes_a_policy_from_its_options(work: Path, run: Run, options: 
 
 def test_inspect_writes_a_page(work: Path, run: Run) -> None:
     plain = run("inspect", "adapter", "--subspace", "subspace")
-    assert run("inspect", "adapter", "--subspace", "subspace", "--html", "page.html") == plain
+    written = run("inspect", "adapter", "--subspace", "subspace", "--html", "page.html")
+    assert written == plain._replace(out=plain.out + "page.html: the page\n")
     adapter, subspace = csulora.load_adapter("adapter"), csulora.Subspace.open("subspace")
-    assert (work / "page.html").read_text() == render(adapter, subspace, csulora.Policy.csulora())
+    assert (work / "page.html").read_text() == render(adapter, subspace, csulora.Policy.none(uncovered="keep"))
 
 
 def test_inspect_shows_a_policy_and_the_frontier_beside_it(work: Path, run: Run) -> None:
@@ -216,7 +220,7 @@ def test_a_page_in_the_way_of_something_else_is_not_written(work: Path, run: Run
     for options, reason in {
         "--html base": "base: is a directory",
         "--html nowhere/page.html": "nowhere: no such directory",
-        "--html page.html --policy nothing.toml": "nothing.toml: no such file",
+        "--html page.html --policy nothing.toml": "nothing.toml: no such policy; choose a preset (csulora, project",
         "--html page.html --frontier adapter/adapter_config.json": "frontier format None",
     }.items():
         result = run("inspect", "adapter", "--subspace", "subspace", *options.split())
@@ -267,7 +271,7 @@ COMMANDS = {
     "inspect": "inspect adapter",
     "inspect with a subspace file": "inspect adapter --subspace subspace",
     "inspect with a page": "inspect adapter --subspace subspace --html page",
-    "correct": "correct adapter --subspace subspace -o out",
+    "correct": "correct adapter --subspace subspace -o out --policy csulora",
     "doctor": "doctor",
 }
 
@@ -335,23 +339,24 @@ USAGE = [
     "extract base aligned -o new --device tpu",
     "extract base aligned -o new --seed -1",
     "inspect adapter --html page.html",
-    "inspect adapter --subspace subspace --policy policy.toml",
+    "inspect adapter --policy csulora",
+    "inspect adapter --subspace subspace --frontier f.json",
     "inspect adapter --subspace subspace --frontier frontier.json",
     "inspect adapter --subspace subspace --max-undo nan",
     "inspect adapter --subspace subspace --weights 1,nan",
     "inspect adapter --subspace subspace --weights 1,1",
-    "correct adapter --subspace subspace",
-    "correct adapter -o out",
-    "correct adapter --subspace subspace -o out --preset all",
-    "correct adapter --subspace subspace -o out --preset none --policy policy.toml",
-    "correct adapter --subspace subspace -o out --rank some",
-    "correct adapter --subspace subspace -o out --rank 0",
-    "correct adapter --subspace subspace -o out --off -1",
-    "correct adapter --subspace subspace -o out --off nan",
-    "correct adapter --subspace subspace -o out --max-undo inf",
-    "correct adapter --subspace subspace -o out --uncovered ignore",
-    "correct adapter --subspace subspace -o out --format gguf2",
-    "correct adapter --subspace subspace -o out --nonsense",
+    "correct adapter --subspace subspace --policy csulora",
+    "correct adapter -o out --policy csulora",
+    "correct adapter --subspace subspace -o out",
+    "guard in out --subspace subspace",
+    "correct adapter --subspace subspace -o out --rank some --policy csulora",
+    "correct adapter --subspace subspace -o out --rank 0 --policy csulora",
+    "correct adapter --subspace subspace -o out --off -1 --policy csulora",
+    "correct adapter --subspace subspace -o out --off nan --policy csulora",
+    "correct adapter --subspace subspace -o out --max-undo inf --policy csulora",
+    "correct adapter --subspace subspace -o out --uncovered ignore --policy csulora",
+    "correct adapter --subspace subspace -o out --format gguf2 --policy csulora",
+    "correct adapter --subspace subspace -o out --nonsense --policy csulora",
     "frobnicate",
 ]
 
@@ -380,7 +385,12 @@ def test_a_report_is_there_though_nobody_reads_what_is_printed(
     work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", None)
-    assert run("correct", "adapter", "--subspace", "subspace", "-o", "out", "--json", "report.json").code == 0
+    assert (
+        run(
+            "correct", "adapter", "--subspace", "subspace", "-o", "out", "--policy", "csulora", "--json", "report.json"
+        ).code
+        == 0
+    )
     assert json.loads((work / "report.json").read_text())["modules"]
 
 
@@ -407,35 +417,35 @@ BAD_INPUT = {
     "inspect subspace": "subspace: not a GGUF file",
     "inspect base": "base/adapter_config.json: no such file",
     "inspect adapter --subspace adapter": "adapter: no such file",
-    "correct nowhere --subspace subspace -o out": "nowhere: no such adapter",
-    "correct adapter --subspace nowhere -o out": "nowhere: no such file",
-    "correct adapter --subspace subspace -o base": "base: exists and was not written by csulora",
-    "correct adapter --subspace subspace -o adapter": "adapter: is read",
-    "correct adapter --subspace subspace -o subspace": "subspace: is read, or belongs to what is read",
-    "correct adapter --subspace subspace -o out --json subspace": "subspace: is read, or belongs to",
-    "correct adapter --subspace subspace -o /": "/: has no name",
+    "correct nowhere --subspace subspace -o out --policy csulora": "nowhere: no such adapter",
+    "correct adapter --subspace nowhere -o out --policy csulora": "nowhere: no such file",
+    "correct adapter --subspace subspace -o base --policy csulora": "base: exists and was not written by csulora",
+    "correct adapter --subspace subspace -o adapter --policy csulora": "adapter: is read",
+    "correct adapter --subspace subspace -o subspace --policy csulora": "subspace: is read, or belongs to what is read",
+    "correct adapter --subspace subspace -o out --json subspace --policy csulora": "subspace: is read, or belongs to",
+    "correct adapter --subspace subspace -o / --policy csulora": "/: has no name",
     "inspect adapter --subspace subspace --json subspace": "subspace: is read, or belongs to",
     "inspect adapter --json adapter/adapter_config.json": "is read, or belongs to what is read",
     "verify subspace base aligned --json base/config.json": "is read, or belongs to what is read",
     "extract base aligned -o aligned/config.json": "is read, or belongs to what is read",
     "extract base aligned -o new --json new": "new: is read, or belongs to what is read",
     "export adapter -o base/model.safetensors --base-model base": "is read, or belongs to what is read",
-    "correct adapter --subspace subspace -o out --policy nowhere": "nowhere: no such file",
+    "correct adapter --subspace subspace -o out --policy nowhere": "nowhere: no such policy; choose a preset (csulora",
     "correct adapter --subspace subspace -o out --policy subspace": "subspace: not a readable TOML file",
     "correct adapter --subspace subspace -o out --policy bad.toml": "bad.toml: policy aligned is 'x'; it must be a",
     "correct adapter --subspace subspace -o out --policy strange.toml": "override 'k': matches no module",
-    "correct tall --subspace subspace -o out": f"tall: module {Q} updates a [96, 48] matrix, but {Q} is [48, 48] in",
-    "correct nan --subspace subspace -o out": "holds NaN or infinity",
+    "correct tall --subspace subspace -o out --policy csulora": f"module {Q} updates a [96, 48] matrix, but",
+    "correct nan --subspace subspace -o out --policy csulora": "holds NaN or infinity",
 }
 
 REFUSED = {
     "extract base base -o new": "base and base do not differ in any selected matrix",
-    "correct uncovered --subspace subspace -o out": "uncovered: the subspace file does not cover module lm_head",
-    "correct strange --subspace subspace -o out --uncovered keep": "strange: the subspace file covers none of",
+    "correct uncovered --subspace subspace -o out --policy csulora": "the subspace file does not cover module lm_head",
+    "correct strange --subspace subspace -o out --uncovered keep --policy csulora": "the subspace file covers none of",
     "inspect strange --subspace subspace": "strange: the subspace file covers none of the adapter's modules",
-    "correct adapter --subspace subspace -o out --max-undo -100": "adapter: module ",
+    "correct adapter --subspace subspace -o out --max-undo -100 --policy csulora": "adapter: module ",
     "correct adapter --subspace subspace -o out --policy tuned.toml": "the policy was tuned for the subspace file 0000",
-    "correct dora --subspace subspace -o out": "use_dora",
+    "correct dora --subspace subspace -o out --policy csulora": "use_dora",
 }
 
 
@@ -505,7 +515,10 @@ def test_a_device_is_never_replaced(work: Path, run: Run) -> None:
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line(work: Path, run: Run) -> None:
-    for command in ("extract base aligned -o /proc/new", "correct adapter --subspace subspace -o /proc/out"):
+    for command in (
+        "extract base aligned -o /proc/new",
+        "correct adapter --subspace subspace -o /proc/out --policy none",
+    ):
         result = run(*command.split())
         assert (result.code, result.out) == (4, "")
         assert result.err.startswith("csulora: error: ")
@@ -637,7 +650,11 @@ def test_names_that_are_not_utf8_are_written_as_escapes(work: Path) -> None:
     adapter, corrected = os.fsdecode(b"adapter-\xff"), os.fsdecode(b"corrected-\xfe")
     Path("adapter").rename(adapter)
 
-    done = finish(in_a_process("correct", adapter, "--subspace", "subspace", "-o", corrected, "--json", "-"))
+    done = finish(
+        in_a_process(
+            "correct", adapter, "--subspace", "subspace", "-o", corrected, "--policy", "csulora", "--json", "-"
+        )
+    )
     assert (done.code, done.err) == (0, "")
     assert json.loads(done.out)["adapter"] == "adapter-\udcff"
     assert json.loads(Path(corrected, "csulora_report.json").read_bytes())["adapter"] == "adapter-\udcff"

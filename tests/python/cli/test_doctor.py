@@ -85,7 +85,7 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
         ["extract", "a", "b"],
         ["extract", "a", "b", "-o", "c", "--rank", "4", "--energy", "0.5"],
         ["inspect", "a", "--policy", "p"],
-        ["correct", "a", "--subspace", "s", "-o", "o", "--policy", "p", "--preset", "none"],
+        ["correct", "a", "--subspace", "s", "-o", "o", "--uncovered", "some"],
         ["verify", "a", "b"],
     ],
 )

@@ -50,12 +50,14 @@ def test_extracts_and_verifies(work: Path, run: Run) -> None:
 
 def test_corrects_into_gguf_and_back(work: Path, run: Run) -> None:
     """From either format into either format it is the same correction."""
-    correct = "correct {} --subspace subspace --base-model model.gguf -o {} --format {} --quiet"
+    correct = "correct {} --subspace subspace --policy csulora --base-model model.gguf -o {} --format {} --quiet"
     assert run("export adapter -o raw.gguf --base-model model.gguf --quiet") == (0, "", "")
     assert run(correct.format("adapter", "one.gguf", "gguf")) == (0, "", "")
     assert run(correct.format("raw.gguf", "two.gguf", "gguf")) == (0, "", "")
     assert run(correct.format("raw.gguf", "three", "peft")) == (0, "", "")
-    expected, _ = csulora.correct(csulora.load_adapter("adapter"), csulora.Subspace.open("subspace"))
+    expected, _ = csulora.correct(
+        csulora.load_adapter("adapter"), csulora.Subspace.open("subspace"), csulora.Policy.csulora()
+    )
     for path in ("one.gguf", "two.gguf", "three"):
         found = csulora.load_adapter(path, "model.gguf")
         for name, module in expected.modules.items():
@@ -85,9 +87,9 @@ def test_inspects_a_gguf_adapter(work: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "correct adapter --subspace subspace -o out.gguf --format gguf",
-        "correct adapter --subspace subspace -o out --outtype f16",
-        "correct adapter --subspace subspace -o out.gguf --format onnx",
+        "correct adapter --subspace subspace --policy csulora -o out.gguf --format gguf",
+        "correct adapter --subspace subspace --policy csulora -o out --outtype f16",
+        "correct adapter --subspace subspace --policy csulora -o out.gguf --format onnx",
         "export adapter -o out.gguf",
         "export adapter -o out.gguf --base-model model.gguf --outtype q8_0",
     ],
@@ -109,7 +111,7 @@ def test_wrong_usage_exits_with_2(command: str, work: Path, run: Run) -> None:
         ("export adapter -o adapter --base-model model.gguf", "adapter: is read, or belongs to what is read"),
         ("export adapter -o model.gguf --base-model model.gguf", "is read, or belongs to what is read"),
         ("inspect model.gguf", "general.type is None; a LoRA adapter says adapter"),
-        ("correct model.gguf --subspace subspace -o out", "general.type is None"),
+        ("correct model.gguf --subspace subspace --policy csulora -o out", "general.type is None"),
     ],
 )
 def test_bad_input_exits_with_4(command: str, message: str, work: Path, run: Run) -> None:

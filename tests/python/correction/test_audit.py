@@ -16,6 +16,9 @@ from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.cli import app as cli
 from csulora.errors import InputError, RefusedError
+from csulora.serving.gate import Gate
+
+CSULORA = csulora.Policy.csulora()
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +47,7 @@ def original(tmp_path: Path) -> Path:
     return factories.save_adapter(tmp_path / "original", factories.SHAPES)
 
 
-def corrected(original: Path, subspace: Path, out: Path, policy: csulora.Policy | None = None) -> Path:
+def corrected(original: Path, subspace: Path, out: Path, policy: csulora.Policy = CSULORA) -> Path:
     fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(subspace), policy)
     csulora.save_adapter(fixed, out)
     return out
@@ -62,7 +65,9 @@ def test_what_correct_wrote_follows(policy: str, dtype: torch.dtype, subspace: P
 
 
 def test_save_returns_what_the_report_states_and_load_finds(original: Path, subspace: Path, tmp_path: Path) -> None:
-    fixed, _ = csulora.correct(csulora.load_adapter(original), csulora.Subspace.open(subspace))
+    fixed, _ = csulora.correct(
+        csulora.load_adapter(original), csulora.Subspace.open(subspace), csulora.Policy.csulora()
+    )
     sha256 = csulora.save_adapter(fixed, tmp_path / "out")
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert sha256 == report["corrected_sha256"] == csulora.load_adapter(tmp_path / "out").sha256
@@ -190,21 +195,22 @@ def test_a_pinned_subspace_is_the_only_one_that_opens(subspace: Path) -> None:
 def test_a_subspace_is_pinned_by_option_or_variable(
     original: Path, subspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("correct", original, "--subspace", subspace, "-o", tmp_path / "out", "--quiet")
+    command = ("correct", original, "--subspace", subspace, "-o", tmp_path / "out", "--policy", "none", "--quiet")
     assert run(monkeypatch, *command, "--subspace-sha256", "0" * 64) == cli.EXIT_REFUSED
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", "0" * 64)
     assert run(monkeypatch, *command) == cli.EXIT_REFUSED
     (tmp_path / "in").mkdir()
-    assert run(monkeypatch, "guard", tmp_path / "in", tmp_path / "guarded", "--subspace", subspace) == cli.EXIT_REFUSED
+    guard = ("guard", tmp_path / "in", tmp_path / "guarded", "--subspace", subspace, "--policy", "none")
+    assert run(monkeypatch, *guard) == cli.EXIT_REFUSED
     monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", csulora.Subspace.open(subspace).sha256)
     assert run(monkeypatch, *command) == 0
 
 
 def test_a_gate_from_the_environment_is_pinned(subspace: Path) -> None:
-    variables = {"CSULORA_SUBSPACE": str(subspace), "CSULORA_SUBSPACE_SHA256": "0" * 64}
+    variables = {"CSULORA_SUBSPACE": str(subspace), "CSULORA_POLICY": "none", "CSULORA_SUBSPACE_SHA256": "0" * 64}
     with pytest.raises(RefusedError, match="another subspace file"):
-        csulora.serving.gate.Gate.from_environment(variables)
+        Gate.from_environment(variables)
 
 
 def test_a_configuration_with_more_than_csulora_writes_does_not_follow(

@@ -49,9 +49,9 @@ def test_every_module_becomes_its_closest_safe_update(policy: Policy, penalties:
         assert_close(fixed.modules[name], expected)
 
 
-def test_the_default_is_csulora_with_a_penalty_of_1_at_the_adapters_rank() -> None:
+def test_csulora_keeps_what_is_aligned_at_the_adapters_rank() -> None:
     adapter, subspace = factories.adapter(), factories.subspace()
-    fixed, report = correct(adapter, subspace)
+    fixed, report = correct(adapter, subspace, Policy.csulora())
     assert report.policy == Policy.csulora(1.0).to_dict()
     for name, module in adapter.modules.items():
         whole = oracle.closest_safe_update(dense(module), subspace[name].u, subspace[name].v, (0, 1, 1))
@@ -273,9 +273,9 @@ def renamed(adapter: Adapter, names: dict[str, str]) -> Adapter:
 
 def test_modules_are_found_by_name_up_to_the_bare_models_prefix() -> None:
     adapter, subspace = factories.adapter(), factories.subspace()
-    expected, _ = correct(adapter, subspace)
+    expected, _ = correct(adapter, subspace, Policy.csulora())
     short = renamed(adapter, {name: name.removeprefix("model.") for name in factories.SHAPES})
-    fixed, _ = correct(short, subspace)
+    fixed, _ = correct(short, subspace, Policy.csulora())
     for name, module in expected.modules.items():
         assert torch.equal(fixed.modules[name.removeprefix("model.")].b, module.b)
 
@@ -303,7 +303,9 @@ def test_an_embedding_stays_one() -> None:
     adapter = factories.adapter({"model.embed_tokens": (50, 16)})
     marked = replace(adapter.modules["model.embed_tokens"], is_embedding=True)
     fixed, _ = correct(
-        replace(adapter, modules={"model.embed_tokens": marked}), factories.subspace({"model.embed_tokens": (50, 16)})
+        replace(adapter, modules={"model.embed_tokens": marked}),
+        factories.subspace({"model.embed_tokens": (50, 16)}),
+        Policy.csulora(),
     )
     assert fixed.modules["model.embed_tokens"].is_embedding
 
@@ -318,7 +320,7 @@ def test_an_uncovered_module_is_refused_by_name(partly_covered: tuple[Adapter, S
     with pytest.raises(
         RefusedError, match=rf"some/adapter: the subspace file does not cover module {UP}; .*--uncovered"
     ):
-        correct(*partly_covered)
+        correct(*partly_covered, Policy.csulora())
 
 
 def test_an_uncovered_module_is_dropped_if_the_policy_says_so(partly_covered: tuple[Adapter, Subspace]) -> None:
@@ -367,7 +369,7 @@ def undoing(share: float) -> tuple[Adapter, Subspace]:
 
 def test_reports_how_far_an_update_undoes_the_alignment() -> None:
     adapter, subspace = undoing(0.75)
-    _, report = correct(adapter, subspace)
+    _, report = correct(adapter, subspace, Policy.csulora())
     by_name = {module.module: module for module in report.modules}
     assert by_name[UP].undo == pytest.approx(0.75, rel=1e-5)
     for name, module in adapter.modules.items():
@@ -408,8 +410,8 @@ def test_a_subspace_with_spoiled_factors_is_not_used() -> None:
     subspace = factories.subspace()
     subspace[Q].u[3, 1] = math.nan
     with pytest.raises(InputError, match=f"subspace: {Q}: the columns of u are not orthonormal"):
-        correct(factories.adapter(), subspace)
-    correct(factories.adapter({UP: factories.SHAPES[UP]}), subspace)
+        correct(factories.adapter(), subspace, Policy.csulora())
+    correct(factories.adapter({UP: factories.SHAPES[UP]}), subspace, Policy.csulora())
 
 
 def test_an_update_that_overflows_its_storage_type_is_refused() -> None:
@@ -429,7 +431,7 @@ def test_a_module_that_alignment_did_not_move_is_off_subspace_altogether() -> No
 
 def test_the_report_and_a_card_go_with_the_adapter(tmp_path: Path) -> None:
     subspace = factories.subspace()
-    fixed, report = correct(factories.adapter(), subspace)
+    fixed, report = correct(factories.adapter(), subspace, Policy.csulora())
     assert json.loads(fixed.documents["csulora_report.json"]) == json.loads(json.dumps(report.to_dict()))
     assert report.adapter == "adapter"
     assert report.adapter_sha256 == "ab" * 32

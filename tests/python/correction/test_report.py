@@ -1,5 +1,7 @@
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,21 +10,25 @@ from rich.console import Console, RenderableType
 import factories
 import oracle
 from csulora import Policy, correct
-from csulora.correction.report import Report
+from csulora.correction.model_card import model_card
+from csulora.correction.report import COMPONENTS, Report, Totals, Verdict
+from csulora.errors import InputError
 from csulora.extraction.verification import Verification
 from csulora.views import tables
+from csulora.views.report_table import report_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CSULORA = Policy.csulora()
 DOWN, UP, Q = sorted(factories.SHAPES)
 
 
-def report_of(policy: Policy | None = None, subspace_shapes: dict[str, tuple[int, int]] = factories.SHAPES) -> Report:
+def report_of(policy: Policy = CSULORA, subspace_shapes: dict[str, tuple[int, int]] = factories.SHAPES) -> Report:
     return correct(factories.adapter(), factories.subspace(subspace_shapes), policy)[1]
 
 
-def printed(table: RenderableType) -> str:
-    console = Console(width=200)
+def printed(table: RenderableType, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(table)
     return capture.get()
@@ -70,26 +76,110 @@ def test_the_worst_undo_is_the_largest() -> None:
     assert report.worst_undo.undo == max(module.undo for module in report.modules)
 
 
-def test_tables_show_every_figure_and_say_what_is_not_covered() -> None:
+def test_undo_after_is_that_of_the_corrected_update() -> None:
+    adapter, subspace = factories.adapter(), factories.subspace()
+    for policy in (Policy.none(), Policy.project(), Policy.protect(2.0), Policy.csulora(5.0, rank=2)):
+        fixed, report = correct(adapter, subspace, policy)
+        for module in report.modules:
+            x = oracle.update(fixed.modules[module.module].b, fixed.modules[module.module].a)
+            known = subspace[module.module]
+            assert module.undo_after == pytest.approx(oracle.undo(x, known.u, known.s, known.v), rel=1e-5)
+
+
+def totals_of(before: float, after: float) -> Totals:
+    energies = dict.fromkeys(COMPONENTS, 0.25)
+    return Totals(0.0, 1.0, energies, before / 2, after / 2, before, after, 0.3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "leaves", "words"),
+    [
+        (0.5, 0.5, "all", "leaves all of the undo"),
+        (0.5, 0.48, "all", "leaves all of the undo"),
+        (0.5, 0.9, "all", "adds to the undo"),
+        (0.5, 0.2, "some", "leaves 40% of the largest undo"),
+        (0.5, 0.025, "nothing", "takes the undo away"),
+        (0.5, -0.1, "nothing", "takes the undo away"),
+        (0.009, 0.009, "little", "no module undoes 1 % of its alignment"),
+        (-1.4, -1.2, "little", "no module undoes 1 % of its alignment"),
+        (0.005, 0.5, "all", "adds to the undo"),
+    ],
+)
+def test_a_verdict_says_what_is_left_of_the_undo(before: float, after: float, leaves: str, words: str) -> None:
+    verdict = Verdict.of(totals_of(before, after))
+    assert (verdict.leaves, words in verdict.text) == (leaves, True)
+    assert f"largest {before:+.3f} -> {after:+.3f}, total {before / 2:+.3f} -> {after / 2:+.3f}" in verdict.text
+
+
+def test_the_table_says_what_is_not_covered_and_shows_kinds_or_modules() -> None:
     covered = {name: factories.SHAPES[name] for name in (DOWN, Q)}
-    text = printed(report_of(Policy.csulora(1.0, uncovered="keep"), covered).table())
-    assert "2 of 3 modules are covered by the subspace file" in text
-    assert DOWN in text
-    assert UP not in text
-    for heading in ("norm", "aligned", "left", "right", "off", "undo", "relative change", "truncation error"):
-        assert heading in text
+    report = report_of(Policy.csulora(1.0, uncovered="keep"), covered)
+    by_kind, by_module = printed(report_table(report)), printed(report_table(report, every_module=True))
+    for text in (by_kind, by_module):
+        assert "of |dW|^2 passes uncorrected, in 1 of 3 modules" in text
+        assert report.verdict.text in text
+        assert "down_proj" in text
+    assert UP not in by_kind
+    assert any(UP in line and "kept" in line for line in by_module.splitlines())
 
 
-def test_the_table_of_modules_starts_with_the_largest_undo() -> None:
-    report = report_of()
-    by_undo = sorted(report.modules, key=lambda module: -module.undo)
-    shown = [line for line in printed(report.table(limit=2)).splitlines() if "model.layers" in line]
-    assert [module.module in line for module, line in zip(by_undo[:2], shown, strict=True)] == [True, True]
+def test_a_table_without_a_correction_has_no_columns_for_one() -> None:
+    assert "change" in printed(report_table(report_of()))
+    text = printed(report_table(report_of(Policy.none())))
+    assert not {"change", "after", "the policy"} & set(text.split())
+
+
+def test_modules_stand_in_natural_order_under_short_names() -> None:
+    names = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in (10, 9, 2) for kind in ("v", "q")]
+    shapes = dict.fromkeys(names, (40, 40))
+    report = correct(factories.adapter(shapes), factories.subspace(shapes), CSULORA)[1]
+    lines = [line.split() for line in printed(report_table(report, every_module=True)).splitlines()]
+    assert [line[:2] for line in lines if line and line[-1].endswith("%")] == [
+        [layer, f"{kind}_proj"] for layer in ("2", "9", "10") for kind in ("q", "v")
+    ]
+
+
+@pytest.mark.parametrize("policy", [Policy.none(), Policy.csulora(1.0, rank=2)])
+@pytest.mark.parametrize("every_module", [False, True])
+def test_nothing_breaks_at_80_columns(policy: Policy, every_module: bool) -> None:
+    kinds = ("q", "k", "v", "o", "gate", "up", "down")
+    shapes = {f"model.layers.{layer}.mlp.{kind}_proj": (40, 40) for layer in range(32) for kind in kinds}
+    report = correct(factories.adapter(shapes), factories.subspace(shapes), policy)[1]
+    wide = printed(report_table(report, every_module), 200).splitlines()
+    narrow = printed(report_table(report, every_module), 80).splitlines()
+    table = [line.rstrip() for line in wide if "_proj" in line]
+    assert len(table) == (7 * 32 if every_module else 7)
+    assert [line.rstrip() for line in narrow if "_proj" in line] == table
+
+
+def test_a_notebook_shows_the_verdict_and_no_markup_of_a_strangers() -> None:
+    report = replace(report_of(Policy.protect()), adapter="<b>bold</b>")
+    assert "3 of 3 modules" in repr(report)
+    assert report.verdict.text in repr(report)
+    assert "&lt;b&gt;bold" in report._repr_html_()
+    assert len(repr(report)) < 300
+
+
+def test_a_frame_has_a_row_per_module_and_a_column_per_figure() -> None:
+    pytest.importorskip("pandas")
+    frame = report_of(Policy.protect()).to_frame()
+    assert list(frame["module"]) == [module.module for module in report_of().modules]
+    assert {"undo", "undo_after", "energy_aligned", "gain_off"} <= set(frame.columns)
+
+
+def test_paths_in_place_of_objects_say_which_function_to_call() -> None:
+    adapter, subspace = factories.adapter(), factories.subspace()
+    with pytest.raises(InputError, match=r"adapter is a str; .*csulora.load_adapter\(path\)"):
+        correct("adapter", subspace, CSULORA)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"subspace is a PosixPath; .*csulora.Subspace.open\(path\)"):
+        correct(adapter, Path("subspace"), CSULORA)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"policy is missing; .*csulora, project, protect, none.*csulora tune"):
+        correct(adapter, subspace)
 
 
 def test_the_card_names_everything_it_was_made_from() -> None:
     report = report_of(Policy.csulora(2.0, uncovered="keep"), {Q: factories.SHAPES[Q]})
-    card = report.card("org/base")
+    card = model_card(report, "org/base")
     assert card.startswith('---\nbase_model: "org/base"\nlibrary_name: peft\n')
     assert "# `adapter`, corrected by csulora" in card
     assert "partial=2.0" in card
@@ -99,8 +189,8 @@ def test_the_card_names_everything_it_was_made_from() -> None:
 
 
 def test_the_card_survives_strange_names() -> None:
-    assert 'base_model: "a\\nlicence: mine"\n' in report_of().card("a\nlicence: mine")
-    assert "base_model" not in report_of().card(None)
+    assert 'base_model: "a\\nlicence: mine"\n' in model_card(report_of(), "a\nlicence: mine")
+    assert "base_model" not in model_card(report_of(), None)
 
 
 def test_the_subspace_table_shows_the_worst_of_each_kind() -> None:

@@ -28,7 +28,9 @@ def test_admits_what_correct_returns(subspace: Path, tmp_path: Path) -> None:
 
     admitted, report = gate.admit(path)
 
-    expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(subspace))
+    expected, expected_report = csulora.correct(
+        csulora.load_adapter(path), csulora.Subspace.open(subspace), csulora.Policy.csulora()
+    )
     assert report == expected_report
     with private_directory(admitted) as directory:
         reread = peft.read(directory)

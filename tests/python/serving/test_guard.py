@@ -57,7 +57,9 @@ def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_p
 
     assert worker.scan()
 
-    expected, _ = csulora.correct(csulora.load_adapter(incoming / "one.gguf", model), csulora.Subspace.open(subspace))
+    expected, _ = csulora.correct(
+        csulora.load_adapter(incoming / "one.gguf", model), csulora.Subspace.open(subspace), csulora.Policy.csulora()
+    )
     found = csulora.load_adapter(out / "one.gguf", model)
     for name, module in expected.modules.items():
         assert torch.allclose(found.modules[name].b @ found.modules[name].a, module.b @ module.a, atol=1e-5)
@@ -89,7 +91,9 @@ def test_result_is_what_correct_makes(incoming: Path, subspace: Path) -> None:
 
     assert guard(incoming, subspace).scan()
 
-    expected, _ = csulora.correct(csulora.load_adapter(source), csulora.Subspace.open(subspace))
+    expected, _ = csulora.correct(
+        csulora.load_adapter(source), csulora.Subspace.open(subspace), csulora.Policy.csulora()
+    )
     found = csulora.load_adapter(incoming.with_name("out") / "one")
     assert all((found.modules[name].b == module.b).all() for name, module in expected.modules.items())
 

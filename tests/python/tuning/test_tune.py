@@ -168,7 +168,7 @@ def test_an_general_prompt_may_have_the_answer_of_either_model(
     assert frontier.has_general
     rates = {point.policy: point.general for point in frontier.points}
     assert rates["none"] == Rate.of(10, 10)
-    for name, policy in (("csulora 1", Policy.csulora(1.0)), ("x0.1", sweep.uniform(0.1, {}))):
+    for name, policy in (("csulora 1", Policy.csulora(1.0)), ("x0.1", csulora.controls.scaling_policy(0.1))):
         said = replies(place, validation, csulora.correct(adapter, whole.subspace, policy)[0])
         assert rates[name] == Rate.of(sum(map(lambda *each: each[0] in each[1:], said, own, aligned)), 10)
     plain = tune(request(place), tmp_path / "plain.toml").points

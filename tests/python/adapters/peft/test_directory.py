@@ -123,7 +123,9 @@ def test_patterns_keep_their_order_of_which_the_first_that_matches_counts(tmp_pa
     shapes = {name: shape for name, shape in factories.SHAPES.items() if name.endswith("q_proj")}
     patterns = {"q_proj": 3, ".*layers.0.*": 5}
     factories.save_adapter(tmp_path / "adapter", shapes, rank=3, rank_pattern=patterns, r=4)
-    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "adapter"), factories.subspace())
+    fixed, _ = csulora.correct(
+        csulora.load_adapter(tmp_path / "adapter"), factories.subspace(), csulora.Policy.csulora()
+    )
     csulora.save_adapter(fixed, tmp_path / "fixed")
     assert csulora.load_adapter(tmp_path / "fixed").modules.keys() == fixed.modules.keys()
 

@@ -54,7 +54,7 @@ def with_field(plain: Path, field: str, value: Any) -> Path:
 
 
 def written(path: Path, subspace: csulora.Subspace, output: Path) -> dict[str, Any]:
-    fixed, _ = csulora.correct(csulora.load_adapter(path), subspace)
+    fixed, _ = csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora())
     csulora.save_adapter(fixed, output)
     return json.loads((output / CONFIG_FILE).read_text())
 
@@ -66,7 +66,7 @@ def test_every_field_of_the_installed_peft_is_known() -> None:
 def outcome(path: Path, subspace: csulora.Subspace) -> dict[str, Any] | CsuloraError:
     """The configuration that would be written, or the refusal."""
     try:
-        return config_of(csulora.correct(csulora.load_adapter(path), subspace)[0])
+        return config_of(csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora())[0])
     except CsuloraError as error:
         return error
 
@@ -102,7 +102,7 @@ def test_pefts_own_default_of_every_field_is_accepted(field: str, plain: Path, s
     value = sorted(default) if isinstance(default, set) else default
     if field in ("peft_type", "peft_version"):
         value = str(getattr(value, "value", value))
-    csulora.correct(csulora.load_adapter(with_field(plain, field, value)), subspace)
+    csulora.correct(csulora.load_adapter(with_field(plain, field, value)), subspace, csulora.Policy.csulora())
 
 
 @pytest.mark.parametrize(

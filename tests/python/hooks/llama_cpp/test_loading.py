@@ -169,7 +169,7 @@ def test_half_precision_adapters(world: Path, tmp_path: Path) -> None:
     with closing(hook.load(world / "model.gguf", tmp_path / "half", world / "subspace", **EXACT)) as llama:
         found = gguf_zoo.evaluate(llama)
     subspace = csulora.Subspace.open(world / "subspace")
-    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "half"), subspace)
+    fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "half"), subspace, csulora.Policy.csulora())
     csulora.save_adapter(fixed, tmp_path / "fixed")
     model = AutoModelForCausalLM.from_pretrained(world / "model", attn_implementation="eager")
     expected = gguf_zoo.logits(PeftModel.from_pretrained(model, tmp_path / "fixed"))

@@ -68,7 +68,7 @@ def test_published_is_what_is_corrected_in_float32_and_cast_once(
     directory = admit(admission, path, dtype=torch.bfloat16)
 
     grow(path, 1)
-    expected, _ = csulora.correct(csulora.load_adapter(path), subspace)
+    expected, _ = csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora())
     found = csulora.load_adapter(directory)
     for name in expected.modules:
         assert torch.equal(found.modules[name].b, expected.modules[name].b.bfloat16())

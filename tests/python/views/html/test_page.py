@@ -140,7 +140,7 @@ def test_modules_that_a_refusing_policy_would_drop_are_shown_as_dropped() -> Non
 
 
 def test_a_refusal_is_shown_with_its_reason_and_the_figures(adapter: Adapter, subspace: Subspace) -> None:
-    _, report = csulora.correct(adapter, subspace)
+    _, report = csulora.correct(adapter, subspace, csulora.Policy.csulora())
     worst = report.worst_undo
     assert worst is not None
     assert worst.undo is not None
@@ -148,10 +148,7 @@ def test_a_refusal_is_shown_with_its_reason_and_the_figures(adapter: Adapter, su
     assert f"The policy refuses this adapter. module {worst.module} undoes" in text
     assert "some/adapter" not in text
     assert "All 3 modules" in text
-    assert (
-        "The policy corrects this adapter."
-        in Parsed(render(adapter, subspace, Policy.csulora(max_undo=worst.undo))).text
-    )
+    assert "The policy refuses" not in Parsed(render(adapter, subspace, Policy.csulora(max_undo=worst.undo))).text
 
 
 def test_modules_outside_the_subspace_are_shown_as_such(subspace: Subspace) -> None:
@@ -166,7 +163,7 @@ def test_modules_outside_the_subspace_are_shown_as_such(subspace: Subspace) -> N
 
 
 def test_offenders_come_in_order_of_undo(adapter: Adapter, subspace: Subspace) -> None:
-    _, report = csulora.correct(adapter, subspace)
+    _, report = csulora.correct(adapter, subspace, csulora.Policy.csulora())
     page = render(adapter, subspace, Policy.csulora())
     table = page[page.index("Largest offenders") : page.index("<details>")]
     found = [name.replace("<wbr>", "") for name in re.findall(r"<code>(.*?)</code>", table)]
@@ -407,7 +404,7 @@ def test_modules_without_directions_have_no_line() -> None:
 def test_an_update_of_nothing_has_a_page(adapter: Adapter, subspace: Subspace) -> None:
     modules = {name: replace(module, b=torch.zeros_like(module.b)) for name, module in adapter.modules.items()}
     page = Parsed(render(replace(adapter, modules=modules), subspace, Policy.csulora()))
-    assert "It changes the update by 0.0 %" in page.text
+    assert "Nothing is changed." in page.text
     assert f"{Q}: undo 0.00 %" in page.titles()
 
 

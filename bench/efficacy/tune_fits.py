@@ -1,0 +1,83 @@
+"""What `csulora tune` fits on the grid's adapters: gains of single directions, and the controls of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import measure
+import policies
+from policies import Corrected
+from scenario import Adapter
+from subject import Bench, Subject, chats
+
+import csulora
+from csulora import Policy, controls
+from csulora.tuning.experiment import Experiment
+from csulora.tuning.families import CONTROLS
+from csulora.tuning.recommendation import EVERYWHERE, TUNED
+from csulora.tuning.request import Request
+
+RANK = 32  # directions per module
+CONTROL_NAMES = tuple(family.name for family in CONTROLS)
+# What can be fitted on some adapters for others: own subspaces are each adapter's.
+SHAREABLE = (TUNED, EVERYWHERE, *(name for name in CONTROL_NAMES if name != "tuned own subspace"))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What prompts a fit is given besides those of the task and of safety.
+
+    Attributes:
+        diverse: whether a quarter of the task prompts are general ones.
+        general: whether general prompts are given as such.
+    """
+
+    diverse: bool = False
+    general: bool = False
+
+
+def experiment(
+    bench: Bench,
+    specs: Sequence[Adapter],
+    subspace: csulora.Subspace,
+    *,
+    for_others: bool,
+    prompts: Prompts = Prompts(),
+) -> Experiment:
+    """What `csulora tune` does on some adapters, and has finished of it."""
+    given = [bench.prompts(spec) for spec in specs]
+    request = Request(
+        str(bench.lab.aligned()),
+        [bench.subject(spec).adapter for spec in specs],
+        subspace,
+        task=[chats(each.diverse if prompts.diverse else each.task) for each in given],
+        safety=chats(given[0].safety),
+        general=chats(given[0].general) if prompts.general else (),
+        for_others=for_others,
+        longest_reply=measure.MAX_REPLY,
+    )
+    names = [spec.name for spec in specs] + ["others"] * for_others + ["general"] * prompts.general
+    names += ["diverse"] * prompts.diverse + ["reworded"] * bench.scenario.reworded
+    output = bench.lab.directory / f"tune-{'-'.join(names)}.toml"
+    return Experiment(request, output, language_model=bench.language_model)
+
+
+def alone(subject: Subject, prompts: Prompts) -> list[Corrected]:
+    """One adapter as `csulora tune` fits it, with every weight, and the controls it is compared with."""
+    known = controls.truncated(subject.bench.subspace, RANK)
+    tuning = experiment(subject.bench, [subject.spec], known, for_others=False, prompts=prompts)
+
+    def corrected(family: str, shown: str, name: str, weight: float) -> Corrected:
+        subspace, policy = tuning.subspace(family, 0, [0]), tuning.policy(family, [0], weight)
+        return policies.apply(shown, name, subject.adapter, subspace, policy, control=family in CONTROL_NAMES)
+
+    best = tuning.best_weight
+    chosen = corrected(TUNED, TUNED, f"k={RANK}", best)
+    return [
+        policies.apply("none", "uncorrected", subject.adapter, known, Policy.none()),
+        *(corrected(TUNED, "tried", f"task weight {weight:g}", weight) for weight in tuning.request.weights),
+        chosen,
+        *(corrected(family, family, f"k={RANK}", best) for family in CONTROL_NAMES),
+        policies.scaled_as_much(subject.adapter, known, chosen),
+    ]

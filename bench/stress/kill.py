@@ -91,7 +91,7 @@ def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
 
     def cache(out: Path) -> None:
         base = BaseModel.open(inputs / "base")
-        CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(subspace))
+        CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(subspace, "csulora"))
 
     def export(out: Path) -> None:
         command("export", adapter, "-o", out / "lora.gguf", "--base-model", inputs / "base")
@@ -103,7 +103,17 @@ def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
         "correct": lambda out: command("correct", adapter, "--subspace", subspace, "-o", out / "corrected"),
         "export": export,
         "guard": lambda out: command(
-            "guard", inputs / "incoming", out / "outgoing", "--subspace", subspace, "--settle", "0", "--patience", "0"
+            "guard",
+            inputs / "incoming",
+            out / "outgoing",
+            "--subspace",
+            subspace,
+            "--policy",
+            "csulora",
+            "--settle",
+            "0",
+            "--patience",
+            "0",
         ),
         "cache": cache,
     }

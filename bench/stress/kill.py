@@ -100,7 +100,9 @@ def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
         "extract": lambda out: command(
             "extract", inputs / "base", inputs / "aligned", "-o", out / "subspace", "--rank", "8"
         ),
-        "correct": lambda out: command("correct", adapter, "--subspace", subspace, "-o", out / "corrected"),
+        "correct": lambda out: command(
+            "correct", adapter, "--subspace", subspace, "--policy", "csulora", "-o", out / "corrected"
+        ),
         "export": export,
         "guard": lambda out: command(
             "guard",

@@ -63,7 +63,7 @@ def test_environment_names_everything(subspace: Path, tmp_path: Path) -> None:
     assert gate.log.path == tmp_path / "log.jsonl"
     with pytest.raises(csulora.InputError, match="CSULORA_POLICY is not set; choose a preset"):
         Gate.from_environment({"CSULORA_SUBSPACE": str(subspace), "CSULORA_POLICY": ""})
-    with pytest.raises(csulora.InputError, match="policy is missing; .*choose a preset"):
+    with pytest.raises(csulora.InputError, match=r"policy is missing; .*choose a preset"):
         Gate.open(subspace)
     with pytest.raises(csulora.InputError, match="CSULORA_SUBSPACE"):
         Gate.from_environment({})

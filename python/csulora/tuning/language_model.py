@@ -50,7 +50,7 @@ class LanguageModel:
         # Those of prompts, which may be long, are not needed.
         self._may_keep_logits = "logits_to_keep" in signature(model.forward).parameters
         # Without repetition penalties and the like, with which a reply would not be what the model finds likeliest.
-        model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)  # type: ignore[no-untyped-call]
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)
 
     @classmethod
     def open(cls, path: str, device: str, longest_reply: int) -> LanguageModel:

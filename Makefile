@@ -157,7 +157,7 @@ $(VENV)/.bench: $(VENV)/.dependencies
 	$(PIP) install --quiet --group bench
 	touch $@
 
-bench: bench-cpp bench-python ## All benchmarks, about 20 minutes on two idle cores; prints the ratios that the README quotes.
+bench: bench-cpp bench-python ## All benchmarks, about 20 minutes on two idle cores; prints the ratios.
 	$(BIN)/python bench/speed/ratios.py --plot bench/results/speed/correction.svg
 
 bench-python: build $(VENV)/.bench

@@ -116,7 +116,7 @@ def _told(rows: Sequence[Row], names: Sequence[str]) -> str:
     helping = [name for name in names if _named(rows, name).helps(uncorrected)]
     failing = [name for name in names if name not in helping]
     if not helping:
-        return f"{_listed(failing)} did not both stop the attack and keep the task here"
+        return f"no policy both stopped the attack and kept the task here ({', '.join(failing)})"
     others = f", and {_listed(failing)} did not" if failing else ""
     return f"{_listed(helping)} stopped the attack and kept the task here{others}"
 

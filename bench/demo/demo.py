@@ -35,7 +35,7 @@ import world
 FIXTURE = Path(__file__).parents[1] / "efficacy" / "fixture"
 ADAPTER = FIXTURE / "adapter"
 RANK = 16
-TUNING = ("--steps", "40", "--task-weight", "8", "--tokens", str(evaluate.MAX_REPLY))
+TUNING = ("--steps", "40", "--task-weight", "8", "--tokens", "16")
 PRESETS = ("csulora", "project", "protect")
 INFINITE = ("protect", "--aligned", "inf", "--partial", "inf")
 

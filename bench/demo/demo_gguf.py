@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from demo import ADAPTER, FIXTURE, INFINITE, RANK, run
+from demo import ADAPTER, FIXTURE, INFINITE, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "efficacy"))
 import evaluate
 import world
 
+RANK = 4  # directions per module with which the policy keeps the task
 EVERY = 13  # of this many held-out prompts one is put
 
 

@@ -134,8 +134,6 @@ void register_correction(py::module_& module) {
       .def_readonly("rank", &CorrectionOptions::rank)
       .def_readonly("reference_energy", &CorrectionOptions::reference_energy);
 
-  module.attr("LEAST_PENALTY_SCALE") = csulora::kLeastPenaltyScale;
-
   py::class_<InputFilter>(module, "InputFilter")
       .def(py::init<at::Tensor, at::Tensor>(), "p"_a, "q"_a)
       .def_readonly("p", &InputFilter::p)
@@ -162,6 +160,7 @@ void register_correction(py::module_& module) {
       .def_readonly("undo_after", &Correction::undo_after)
       .def_readonly("truncation_error", &Correction::truncation_error);
 
+  module.def("penalty_scale", &csulora::penalty_scale, "energy"_a, "reference_energy"_a);
   module.def("norm", &csulora::norm, "factors"_a, py::call_guard<py::gil_scoped_release>());
   module.def("correct",
              py::overload_cast<const std::vector<CorrectionTask>&, const CorrectionOptions&>(&csulora::correct),

@@ -124,8 +124,6 @@ class CorrectionOptions:
     @property
     def reference_energy(self) -> float | None: ...
 
-LEAST_PENALTY_SCALE: float
-
 class InputFilter:
     """The inputs of a module on which a correction acts, F = p q^T; p and q are (n, f) float32."""
 
@@ -189,5 +187,8 @@ class Correction:
     def truncation_error(self) -> float: ...
 
 def correct(tasks: Sequence[CorrectionTask], options: CorrectionOptions = ...) -> list[Correction]: ...
+def penalty_scale(energy: float, reference_energy: float) -> float:
+    """By what an adapter's penalties are multiplied, see `Policy.reference_energy`."""
+
 def norm(factors: LoraFactors) -> float:
     """|dW|_F of an update, in float64; not finite where the factors are not."""

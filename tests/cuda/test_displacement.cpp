@@ -2,7 +2,7 @@
 #include <ATen/ATen.h>
 #include <doctest/doctest.h>
 
-#include "extract/displacement.h"
+#include "gpu/displacement_device.h"
 
 namespace {
 

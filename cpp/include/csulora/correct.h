@@ -136,6 +136,11 @@ Correction correct(const CorrectionTask& task, const CorrectionOptions& options 
 /// batches, they are the same bits for the same tasks.
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options = {});
 
+/// The factor of every penalty for an adapter of relative energy `energy`, see CorrectionOptions::reference_energy.
+///
+/// @return max((energy / reference_energy)^2, kLeastPenaltyScale)
+double penalty_scale(double energy, double reference_energy);
+
 /// |dW|_F of an update, in float64 from Gram matrices of its factors, or from b a where that is smaller; not finite
 /// where the factors are not.
 ///

@@ -13,6 +13,7 @@
 #include "correct/truncation.h"
 #include "correct/undo.h"
 #include "gpu/correction_device.h"
+#include "gpu/placement.h"
 #include "runtime/torch_guards.h"
 #include "runtime/workers.h"
 

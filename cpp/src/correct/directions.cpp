@@ -16,7 +16,7 @@
 #include "correct/storage.h"
 #include "correct/truncation.h"
 #include "correct/undo.h"
-#include "gpu/correction_device.h"
+#include "gpu/placement.h"
 #include "runtime/check.h"
 #include "runtime/torch_guards.h"
 #include "runtime/workers.h"
@@ -55,8 +55,8 @@ Update measured_update(const CorrectionTask& task) {
           b.columns.scalar_type() == at::kFloat && !rounds_products()};
 }
 
-/// By how much an adapter's penalties are multiplied, see CorrectionOptions::reference_energy.
-double penalty_scale(const std::vector<Update>& updates, const CorrectionOptions& options) {
+/// By how much the penalties of an adapter's updates are multiplied.
+double penalty_scale_of(const std::vector<Update>& updates, const CorrectionOptions& options) {
   Energy sum;
   for (const auto& update : updates) {
     sum.along += update.energy.along;
@@ -65,7 +65,7 @@ double penalty_scale(const std::vector<Update>& updates, const CorrectionOptions
   if (!options.reference_energy || sum.all <= 0) {
     return 1;
   }
-  return std::max(std::pow(sum.along / sum.all / *options.reference_energy, 2), kLeastPenaltyScale);
+  return penalty_scale(sum.along / sum.all, *options.reference_energy);
 }
 
 /// Gains whose penalties (1 - gain) / gain are multiplied by a scale.
@@ -131,38 +131,6 @@ Target on_filtered_inputs(const CorrectionTask& task, const Directions& directio
   return {{x.b, x.a}, gains, x.distance, undo_after, rounds_well(x.sides)};
 }
 
-/// The best approximation of a rank of what factors in float64 hold, by torch's decompositions: a GPU's kernels read
-/// factors of at most float32, in which columns that all but cancel are nothing but rounding.
-Truncated cut_on_device(const LoraFactors& factors, const Subspace& subspace, int64_t rank) {
-  const auto [b_columns, b_root] = at::linalg_qr(factors.b);
-  const auto [a_columns, a_root] = at::linalg_qr(factors.a.t());
-  const auto [left, values, right] = at::linalg_svd(b_root.mm(a_root.t()), /*full_matrices=*/false);
-  const int64_t count = std::min(rank, values.size(0));  // fewer than `rank` where that exceeds a side of the matrix
-  const auto lengths = values.narrow(0, 0, count).sqrt();
-  const auto columns = [&](const Tensor& orthonormal, const Tensor& mixture) {
-    return at::constant_pad_nd(orthonormal.mm(mixture.narrow(1, 0, count).mul(lengths)), {0, rank - count});
-  };
-  const auto energies = values.square();
-  const double total = energies.sum().item<double>(), kept = energies.narrow(0, 0, count).sum().item<double>();
-  const auto b = columns(b_columns, left), a = columns(a_columns, right.t());
-  const auto coordinates = [](const Tensor& basis, const Tensor& factor) {
-    return SmallMatrix(widened(basis, factor.scalar_type()).t().mm(factor));
-  };
-  return {b, a.t(), coordinates(subspace.u, b), coordinates(subspace.v, a), total == 0 ? 0 : (total - kept) / total};
-}
-
-/// The best approximation of a rank of what `factors` hold, balanced and not rounded.
-Truncated cut(CorrectionTask task, const LoraFactors& factors, int64_t rank) {
-  if (any_on_device({task})) {
-    return cut_on_device(factors, task.subspace, rank);
-  }
-  task.factors = factors;
-  task.attenuation = kEverything;
-  task.input_filter.reset();
-  const auto update = measured(task);
-  return truncated_update(update.b, update.a, kEverything, rank);
-}
-
 /// Completes what was measured.
 void complete(const CorrectionTask& task, double penalty_scale, const CorrectionOptions& options, Update& update) {
   auto directions = std::get<Directions>(task.attenuation);
@@ -184,7 +152,7 @@ void complete(const CorrectionTask& task, double penalty_scale, const Correction
   const auto added = static_cast<int64_t>(reinforced.size()) - std::count(reinforced.begin(), reinforced.end(), 0);
   const int64_t exact = factors.a.size(0), rank = result_rank(options, exact, task.factors.a.size(0) + added);
   if (rank < exact || !rounds_well) {
-    const auto x = cut(task, factors, rank);
+    const auto x = truncated(factors, task.subspace, rank, task.label);
     factors = {x.b, x.a};
     result.truncation_error = x.truncation_error;
     result.undo_after = undo(x.b_coordinates, x.a_coordinates, task.subspace.s);
@@ -204,10 +172,14 @@ void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
 
 bool attenuates_directions(const CorrectionTask& task) { return std::holds_alternative<Directions>(task.attenuation); }
 
+double penalty_scale(double energy, double reference_energy) {
+  return std::max(std::pow(energy / reference_energy, 2), kLeastPenaltyScale);
+}
+
 std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   std::vector<Update> updates(tasks.size());
   for_each_task(tasks, [&](size_t i) { updates[i] = measured_update(tasks[i]); });
-  const double multiplier = penalty_scale(updates, options);
+  const double multiplier = penalty_scale_of(updates, options);
   for_each_task(tasks, [&](size_t i) { complete(tasks[i], multiplier, options, updates[i]); });
   std::vector<Correction> results;
   std::transform(updates.begin(), updates.end(), std::back_inserter(results),

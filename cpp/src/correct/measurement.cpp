@@ -84,7 +84,7 @@ double changed_share(const Gains& gains, const Components& energies) {
                    removed(gains.right, energies.right) + removed(gains.off, energies.off));
 }
 
-Measured measured_with(const CorrectionTask& task, SplitFactor b, SplitFactor a) {
+Measured measured_with(const Subspace& subspace, const Attenuation& attenuation, SplitFactor b, SplitFactor a) {
   Measured update{std::move(b), std::move(a), {}};
   const auto norms2 = component_norms2(update.b, update.a);
   const double total = norms2.aligned + norms2.left + norms2.right + norms2.off;
@@ -93,35 +93,33 @@ Measured measured_with(const CorrectionTask& task, SplitFactor b, SplitFactor a)
     result.energies = {norms2.aligned / total, norms2.left / total, norms2.right / total, norms2.off / total};
   }
   result.norm = std::sqrt(total);
-  result.undo = undo(update.b.coordinates, update.a.coordinates, task.subspace.s);
-  result.gains = gains_for(task.attenuation, result.energies);
+  result.undo = undo(update.b.coordinates, update.a.coordinates, subspace.s);
+  result.gains = gains_for(attenuation, result.energies);
   result.relative_change = changed_share(result.gains, result.energies);
   return update;
 }
 
-std::optional<Measured> measured_in_float(const CorrectionTask& task) {
-  const auto& factors = task.factors;
-  const auto& subspace = task.subspace;
+std::optional<Measured> measured_in_float(const LoraFactors& factors, const Subspace& subspace,
+                                          const Attenuation& attenuation) {
   if (!factors.b.is_cpu() || factors.b.scalar_type() == at::kDouble || !fits_float(factors.scale)) {
     return std::nullopt;
   }
   thread_local Tensor b_memory = at::empty({0}, at::kFloat), a_memory = at::empty({0}, at::kFloat);
-  auto update = measured_with(task, split_in_float(factors.b, factors.scale, subspace.u, b_memory),
+  auto update = measured_with(subspace, attenuation, split_in_float(factors.b, factors.scale, subspace.u, b_memory),
                               split_in_float(factors.a.t(), 1, subspace.v, a_memory));
   return accurate_in_float(update) ? std::optional(std::move(update)) : std::nullopt;
 }
 
 }  // namespace
 
-Measured measured(const CorrectionTask& task) {
-  auto update = measured_in_float(task);
+Measured measured(const LoraFactors& factors, const Subspace& subspace, const Attenuation& attenuation,
+                  const std::string& label) {
+  auto update = measured_in_float(factors, subspace, attenuation);
   if (!update) {
-    const auto& factors = task.factors;
-    const auto& subspace = task.subspace;
-    update = measured_with(task, split_in_double(factors.b, factors.scale, subspace.u),
+    update = measured_with(subspace, attenuation, split_in_double(factors.b, factors.scale, subspace.u),
                            split_in_double(factors.a.t(), 1, subspace.v));
   }
-  check(std::isfinite(update->result.norm) && std::isfinite(update->result.undo), task.label,
+  check(std::isfinite(update->result.norm) && std::isfinite(update->result.undo), label,
         ": the update or the subspace holds NaN, infinity or values too large");
   return std::move(*update);
 }

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <variant>
 
-#include "factors.h"
 #include "runtime/check.h"
+#include "subspace_check.h"
 
 namespace csulora {
 namespace {

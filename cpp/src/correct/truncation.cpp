@@ -6,6 +6,10 @@
 #include <cmath>
 #include <numeric>
 
+#include "correct/measurement.h"
+#include "correct/storage.h"
+#include "gpu/placement.h"
+
 namespace csulora {
 namespace {
 
@@ -42,6 +46,26 @@ SmallMatrix coordinates_of(const SplitFactor& split, const SmallMatrix& mixture)
   return product(split.coordinates, first_rows(mixture, split.coordinates.columns()));
 }
 
+/// The best approximation of a rank of what factors in float64 hold, by torch's decompositions: a GPU's kernels read
+/// factors of at most float32, in which columns that all but cancel are nothing but rounding.
+Truncated truncated_on_device(const LoraFactors& factors, const Subspace& subspace, int64_t rank) {
+  const auto [b_columns, b_root] = at::linalg_qr(factors.b);
+  const auto [a_columns, a_root] = at::linalg_qr(factors.a.t());
+  const auto [left, values, right] = at::linalg_svd(b_root.mm(a_root.t()), /*full_matrices=*/false);
+  const int64_t count = std::min(rank, values.size(0));  // fewer than `rank` where that exceeds a side of the matrix
+  const auto lengths = values.narrow(0, 0, count).sqrt();
+  const auto columns = [&](const Tensor& orthonormal, const Tensor& mixture) {
+    return at::constant_pad_nd(orthonormal.mm(mixture.narrow(1, 0, count).mul(lengths)), {0, rank - count});
+  };
+  const auto energies = values.square();
+  const double total = energies.sum().item<double>(), kept = energies.narrow(0, 0, count).sum().item<double>();
+  const auto b = columns(b_columns, left), a = columns(a_columns, right.t());
+  const auto coordinates = [](const Tensor& basis, const Tensor& factor) {
+    return SmallMatrix(widened(basis, factor.scalar_type()).t().mm(factor));
+  };
+  return {b, a.t(), coordinates(subspace.u, b), coordinates(subspace.v, a), total == 0 ? 0 : (total - kept) / total};
+}
+
 }  // namespace
 
 /// From the singular values W S Z^T of the core R_B M R_A^T, where R are the roots of the columns:
@@ -72,6 +96,14 @@ Truncated truncated_update(const SplitFactor& b, const SplitFactor& a, const Gai
   const auto a_mixture = combination(from_b, SmallMatrix(left.t()), weights, rank);
   return {combined(b, b_mixture), combined_rows(a, a_mixture), coordinates_of(b, b_mixture),
           coordinates_of(a, a_mixture), total == 0 ? 0 : energy(count, size) / total};
+}
+
+Truncated truncated(const LoraFactors& factors, const Subspace& subspace, int64_t rank, const std::string& label) {
+  if (is_on_device(factors.b)) {
+    return truncated_on_device(factors, subspace, rank);
+  }
+  const auto update = measured(factors, subspace, kEverything, label);
+  return truncated_update(update.b, update.a, kEverything, rank);
 }
 
 }  // namespace csulora

@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
+
 #include "correct/split.h"
 #include "csulora/correct.h"
 
@@ -19,5 +21,10 @@ struct Truncated {
 /// The best approximation of rank `rank` of X = [B_in, B_out] M [A_in, A_out]^T with M = [[aligned, left], [right,
 /// off]]. `b` and `a` are the splits of B (m, r) and A^T (n, r).
 Truncated truncated_update(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank);
+
+/// The best approximation of rank `rank` of what `factors`, float32 or float64, hold: balanced and not rounded.
+///
+/// @throws InputError, which begins with the label, where values are not finite or too large
+Truncated truncated(const LoraFactors& factors, const Subspace& subspace, int64_t rank, const std::string& label);
 
 }  // namespace csulora

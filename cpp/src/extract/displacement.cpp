@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "extract/subtraction.h"
+#include "gpu/displacement_device.h"
 #include "linalg/products.h"
 #include "linalg/row_blocks.h"
 #include "runtime/check.h"

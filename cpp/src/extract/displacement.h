@@ -42,10 +42,4 @@ inline double rounding_edge(double row, double column) { return (std::sqrt(row) 
 Displacement displacement(const at::Tensor& base, const at::Tensor& aligned, std::optional<double> noise_std,
                           bool with_low_precision = false, Workspace* workspace = nullptr);
 
-/// The same for checked matrices on a GPU, but that nothing takes the place of the rounding, and values are not
-/// checked.
-///
-/// @throws InputError in a build without CUDA
-Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& aligned);
-
 }  // namespace csulora

@@ -6,9 +6,6 @@
 
 namespace csulora {
 
-/// Whether a task is elsewhere than on the CPU.
-bool any_on_device(const std::vector<CorrectionTask>& tasks);
-
 /// correct() on one GPU for tasks that have each been checked, one at least: results are on the same GPU, from work on
 /// the current stream, which is waited for once, when what was measured is read.
 ///

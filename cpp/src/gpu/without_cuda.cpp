@@ -1,7 +1,8 @@
-#include "extract/displacement.h"
 #include "gpu/correction_device.h"
+#include "gpu/displacement_device.h"
 #include "runtime/check.h"
 
+// Stands for correction_device.cpp and displacement_device.cpp in a build that computes on the CPU alone.
 namespace csulora {
 namespace {
 

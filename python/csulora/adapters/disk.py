@@ -25,6 +25,10 @@ def load_adapter(path: str | Path, base_model: str | Path | None = None) -> Adap
     Raises:
         InputError: the adapter is missing or malformed, or does not fit ``base_model``.
         RefusedError: it is something that cannot be corrected as plain LoRA.
+
+    >>> lora = csulora.load_adapter(adapter)
+    >>> lora.modules["model.layers.0.self_attn.q_proj"].rank
+    8
     """
     path = Path(path)
     if not path.exists():
@@ -59,6 +63,10 @@ def save_adapter(
     Raises:
         InputError: ``path`` cannot be created or is an input, or the adapter does not fit the format or the model.
         RefusedError: llama.cpp has no place for one of its modules.
+
+    >>> sha256 = csulora.save_adapter(csulora.load_adapter(adapter), "copy")
+    >>> csulora.load_adapter("copy").sha256 == sha256
+    True
     """
     check_type(adapter, Adapter, "adapter", "csulora.load_adapter(path)")
     path = Path(path)

@@ -19,6 +19,10 @@ class LoraModule:
     """The update of one weight matrix, ``dW = scale * b @ a``, oriented (out, in) like ``torch.nn.Linear.weight``.
 
     An embedding's weight is (vocabulary, width), so there ``b`` is (vocabulary, r) and ``a`` is (r, width).
+
+    >>> module = csulora.LoraModule(torch.ones(6, 2), torch.ones(2, 4), scale=0.5)
+    >>> module.shape, module.rank
+    ((6, 4), 2)
     """
 
     b: torch.Tensor  # (out, r), float16, bfloat16 or float32
@@ -51,6 +55,9 @@ class Adapter:
     the names of PEFT's ``adapter_config.json``; nothing in it changes the update beyond what ``modules`` already says.
     ``documents`` are texts to be written beside the weights, by file name. ``partial`` says that modules were left
     out on purpose, so that ``config`` may target more than there is.
+
+    >>> csulora.load_adapter(adapter).config["r"]
+    8
     """
 
     modules: dict[str, LoraModule]

@@ -60,6 +60,12 @@ def audit(
     Raises:
         InputError: the directory holds no report of csulora's, or one that says nothing of its content.
         CsuloraError: an adapter is malformed or refused.
+
+    >>> found = csulora.Subspace.open(subspace)
+    >>> fixed, _ = csulora.correct(csulora.load_adapter(adapter), found, csulora.Policy.project())
+    >>> sha256 = csulora.save_adapter(fixed, "audited")
+    >>> all(check.holds for check in csulora.audit("audited", adapter, found))
+    True
     """
     corrected = Path(corrected)
     report = _read_report(corrected / REPORT_FILE)

@@ -31,6 +31,11 @@ def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[f
 
     Raises:
         InputError: no adapter, weights that do not fit, or updates of one module that differ in shape.
+
+    >>> lora = csulora.load_adapter(adapter)
+    >>> both = csulora.combine([lora, lora], csulora.Subspace.open(subspace), [1, 0.5])
+    >>> both.modules["model.layers.0.self_attn.q_proj"].rank
+    16
     """
     for adapter in adapters:
         check_type(adapter, Adapter, "an adapter", "csulora.load_adapter(path)")

@@ -40,6 +40,11 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
         InputError: an argument is a path or missing, a shape differs from that in ``subspace``, an override of the
             policy matches none of its modules or has gains for more directions than it has, or the result does not fit
             the storage type.
+
+    >>> policy = csulora.Policy.protect(1.0)
+    >>> fixed, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), policy)
+    >>> 0 < report.totals.relative_change < 1
+    True
     """
     check_type(adapter, Adapter, "adapter", "csulora.load_adapter(path)")
     check_type(subspace, Subspace, "subspace", "csulora.Subspace.open(path)")

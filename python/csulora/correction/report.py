@@ -157,7 +157,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """What a correction was made from and what it did. Holds nothing that varies between identical runs."""
+    """What a correction was made from and what it did. Holds nothing that varies between identical runs.
+
+    >>> policy = csulora.Policy.none()
+    >>> _, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), policy)
+    >>> report.changes_nothing, report.totals.undo == report.totals.undo_after
+    (True, True)
+    """
 
     adapter: str
     adapter_sha256: str

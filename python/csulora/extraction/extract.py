@@ -101,6 +101,10 @@ def extract(
         CsuloraError: another process ended early. What is finished is kept then, as after an interruption.
         InputError: the checkpoints do not fit each other, or an option is out of range.
         RefusedError: nothing in the model pair stands out of storage rounding.
+
+    >>> found = csulora.extract(base, aligned, rank=4, modules=["*.q_proj"])
+    >>> found["model.layers.0.self_attn.q_proj"].rank
+    4
     """
     place = resolve(device)
     if isinstance(modules, str):

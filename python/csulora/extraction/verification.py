@@ -57,6 +57,10 @@ def verify(
 
     Raises:
         InputError: a checkpoint does not have the subspace file's modules in its shapes, or values are not usable.
+
+    >>> found = csulora.extract(base, aligned, rank=4, modules=["*.q_proj"])
+    >>> all(result.holds for result in csulora.verify(found, base, aligned))
+    True
     """
     check_type(subspace, Subspace, "subspace", "csulora.Subspace.open(path)")
     model_pair = ModelPair.open(base, aligned, modules=list(subspace))

@@ -64,6 +64,9 @@ class Override:
         penalties: aligned, partial, off; 0 or more, infinity allowed.
         gains: aligned, left, right, off; in [0, 1].
         directions: gains of single directions.
+
+    >>> csulora.Override("*.mlp.*", gains=(0.0, 0.5, 0.5, 1.0)).gains
+    (0.0, 0.5, 0.5, 1.0)
     """
 
     match: str
@@ -123,6 +126,10 @@ class Policy:
         filtered: whether the correction acts only on the inputs that the subspace file's input filters name, see
             `csulora.subspace.input_filter`; modules that have one need gains of `Directions`.
         subspace_sha256: the one subspace file that a tuned policy may be used with; None: any.
+
+    >>> policy = csulora.Policy.csulora(2.0, max_undo=0.5)
+    >>> policy.aligned, policy.partial, policy.off, policy.max_undo
+    (0.0, 2.0, 2.0, 0.5)
     """
 
     aligned: float = 0.0

@@ -182,7 +182,12 @@ class Provenance:
 
 
 class Subspace(Mapping[str, ModuleSubspace]):
-    """All subspaces of a model pair: a mapping from module name to `ModuleSubspace`, with its provenance."""
+    """All subspaces of a model pair: a mapping from module name to `ModuleSubspace`, with its provenance.
+
+    >>> found = csulora.Subspace.open(subspace)
+    >>> found["model.layers.0.self_attn.q_proj"].shape
+    (128, 128)
+    """
 
     def __init__(self, modules: Mapping[str, ModuleSubspace], provenance: Provenance) -> None:
         """Assemble what a subspace file holds, in memory."""

@@ -134,8 +134,7 @@ class Update:
 
     def with_penalty_scale(self, directions: int, reference_energy: float) -> Update:
         """The same with the penalty scale that `Policy.reference_energy` gives it."""
-        ratio = self.energy_along(directions) / reference_energy
-        return replace(self, penalty_scale=max(ratio**2, _core.LEAST_PENALTY_SCALE))
+        return replace(self, penalty_scale=_core.penalty_scale(self.energy_along(directions), reference_energy))
 
     def relative_change2(self, corrected: Mapping[str, Factors]) -> Tensor:
         """|X - dW|^2 / |dW|^2 over all modules, for corrected factors of each."""

@@ -16,8 +16,8 @@ from csulora.views.layout import by_number, columns, place
 _LONGEST_NAME = 200  # characters
 _COLOURS = {"nothing": "green", "some": "yellow", "all": "red", "little": "default"}
 _READING = (
-    "undo: share of the alignment that the update cancels; total: of all modules together, largest: of one.\n"
-    "On SmolLM2-135M an attacked adapter had total -0.009 and largest 0.546, a harmless one -0.024 and 0.365:\n"
+    "undo: share of the alignment that the update cancels. total: of all modules together. largest: of one module. "
+    "On SmolLM2-135M an attacked adapter had total -0.009 and largest +0.546, a harmless one -0.024 and +0.365: "
     "neither figure decides alone."
 )
 

@@ -32,8 +32,8 @@ def test_advice_names_what_helped_and_what_did_not() -> None:
 def test_advice_says_so_if_nothing_helped() -> None:
     tried = rows(row("a", 1.0, 0.9), row("b", 0.0, 0.5), row("tuned", 0.2, 0.9))
     without, fitted = comparison.advice(tried, ["a", "b"], ["tuned"], 40)
-    assert without == "Without prompts: a and b did not both stop the attack and keep the task here."
-    assert fitted == "With 40 prompts of each kind: tuned did not both stop the attack and keep the task here."
+    assert without == "Without prompts: no policy both stopped the attack and kept the task here (a, b)."
+    assert fitted == "With 40 prompts of each kind: no policy both stopped the attack and kept the task here (tuned)."
 
 
 def test_the_table_holds_every_adapter_and_its_outcome() -> None:

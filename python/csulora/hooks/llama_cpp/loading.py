@@ -56,6 +56,11 @@ def load(
     Raises:
         RefusedError: an adapter is refused by the policy, or cannot be corrected or run by llama.cpp.
         InputError: a file is malformed, does not fit the others, or llama.cpp does not load it.
+
+    >>> from csulora.hooks import llama_cpp
+    >>> model = llama_cpp.load(gguf, adapter, subspace, csulora.Policy.protect(1.0), cache="cache", verbose=False)
+    >>> model.n_ctx()
+    512
     """
     if bypass := [name for name in _BYPASSES if name in kwargs]:
         raise RefusedError(f"{bypass[0]} would load an adapter that was not corrected; pass it as `adapter`")

@@ -83,6 +83,11 @@ def load(
 
     Raises:
         CsuloraError: the adapter is refused or malformed; the model is as it was.
+
+    >>> model = AutoModelForCausalLM.from_pretrained(aligned)
+    >>> model, report = csulora.hooks.peft.load(model, adapter, subspace, csulora.Policy.protect(1.0))
+    >>> list(model.peft_config)
+    ['default']
     """
     check_nothing_overrides(options, path)
     gate = Gate.open(subspace, policy)
@@ -113,6 +118,11 @@ def correct_model(
     Raises:
         InputError: there is no such adapter, or the new name is taken.
         CsuloraError: the adapter is refused or malformed; the model is as it was.
+
+    >>> model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(aligned), adapter)
+    >>> report = csulora.hooks.peft.correct_model(model, "default", "safe", subspace, csulora.Policy.protect(1.0))
+    >>> list(model.peft_config)
+    ['default', 'safe']
     """
     if adapter_name not in model.peft_config:
         raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
@@ -153,6 +163,10 @@ def guard(
     Raises:
         HostError: the installed PEFT or transformers is not one this module knows.
         InputError: another guard is active.
+
+    >>> model = AutoModelForCausalLM.from_pretrained(aligned)
+    >>> with csulora.hooks.peft.guard(subspace, csulora.Policy.protect(1.0)):
+    ...     model = PeftModel.from_pretrained(model, adapter)
     """
     gate = Gate.open(subspace, policy, decisions)
     _check_host()

@@ -7,9 +7,6 @@
 
 namespace csulora {
 
-/// The stream that torch launches on at the moment, for a GPU: a cudaStream_t.
-void* current_stream(const at::Device& device);
-
 /// How the device code calls a tensor's dtype, which check_matrix has let through.
 inline cuda::Element element_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {

@@ -1,3 +1,5 @@
+#include "gpu/correction_device.h"
+
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -11,8 +13,8 @@
 #include "correct/result_rank.h"
 #include "cuda/correction.h"
 #include "cuda/handles.h"
-#include "gpu/correction_device.h"
-#include "gpu/device.h"
+#include "gpu/element.h"
+#include "gpu/stream.h"
 #include "runtime/check.h"
 #include "runtime/torch_guards.h"
 

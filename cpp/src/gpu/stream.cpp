@@ -1,11 +1,11 @@
-#include <c10/core/impl/VirtualGuardImpl.h>
+#include "gpu/stream.h"
 
-#include "gpu/device.h"
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 namespace csulora {
 
 // Through the interface that torch has for every device, because this file then compiles with any build of torch.
-void* current_stream(const at::Device& device) {
+void* current_stream(const c10::Device& device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 

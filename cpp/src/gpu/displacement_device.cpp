@@ -1,10 +1,12 @@
+#include "gpu/displacement_device.h"
+
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <cuda_runtime_api.h>
 
 #include "cuda/displacement.cuh"
-#include "extract/displacement.h"
-#include "gpu/device.h"
+#include "gpu/element.h"
+#include "gpu/stream.h"
 
 namespace csulora {
 

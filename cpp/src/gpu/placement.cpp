@@ -1,0 +1,7 @@
+#include "gpu/placement.h"
+
+namespace csulora {
+
+bool is_on_device(const at::Tensor& tensor) { return tensor.defined() && !tensor.is_cpu(); }
+
+}  // namespace csulora

@@ -135,7 +135,7 @@ class Update:
         }
 
     def energy_along(self, directions: int) -> float:
-        """Return the relative energy e along so many leading directions of all modules, see `Policy.reference_energy`."""
+        """Return the relative energy e along so many leading directions of modules, see `Policy.reference_energy`."""
         along = total = 0.0
         for (b, a), (u, _, v) in zip(self.factors.values(), self.triples.values(), strict=True):
             written, read = u[:, :directions].T @ b, a @ v[:, :directions]

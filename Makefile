@@ -70,6 +70,7 @@ test: lint test-cpp test-python test-gguf test-html ## All checks and tests.
 
 test-python: build
 	$(BIN)/python -m pytest -m 'not llama_cpp and not chromium'
+	$(BIN)/python -m pytest --doctest-modules python/csulora/tuning python/csulora/correction/controls
 
 test-gguf: build $(VENV)/.llama-cpp ## Tests with llama.cpp itself.
 	CSULORA_REQUIRE=llama_cpp $(BIN)/python -m pytest -m llama_cpp

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -84,8 +85,8 @@ def tune(subspace: Path, policy: Path) -> None:
 def best_scaling(frontier: Path) -> float:
     """The factor of plain scaling that keeps most of safety, task and general prompts in the validation split."""
 
-    def kept(point: dict[str, object]) -> float:
-        return min(point[kind]["value"] for kind in ("safety", "task", "general"))  # type: ignore[index]
+    def kept(point: dict[str, Any]) -> float:
+        return min(float(point[kind]["value"]) for kind in ("safety", "task", "general"))
 
     points = [point for point in json.loads(frontier.read_text())["points"] if point["family"] == "scaling"]
     return 1 - float(max(points, key=kept)["relative_change"])

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import llama_cpp
 from model_to_gguf import convert
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from demo import ADAPTER, FIXTURE, INFINITE, run
 
@@ -59,21 +60,21 @@ def run_commands(out: Path) -> list[Adapter]:
 
 
 def llama_replies(
-    model: Path, adapter: Path, tokenizer: PreTrainedTokenizerFast, examples: Sequence[world.Example]
+    model: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[world.Example]
 ) -> list[str]:
     """Greedy replies in llama.cpp, token by token as `evaluate.reply_all` has them."""
-    replies = []
+    replies: list[str] = []
     with closing(llama_cpp.Llama(str(model), lora_path=str(adapter), n_ctx=256, verbose=False)) as llama:
         for example in examples:
-            prompt = tokenizer.apply_chat_template(
-                world.chat(example.prompt), add_generation_prompt=True, return_dict=True
-            )["input_ids"]
+            tokens = tokenizer.apply_chat_template(
+                world.chat(example.prompt), add_generation_prompt=True, return_dict=False
+            )
             reply: list[int] = []
-            for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            for token in llama.generate(cast("list[int]", tokens), temp=0.0, repeat_penalty=1.0):
                 if token == tokenizer.eos_token_id or len(reply) == evaluate.MAX_REPLY:
                     break
                 reply.append(token)
-            replies.append(tokenizer.decode(reply, skip_special_tokens=True))
+            replies += tokenizer.batch_decode([reply], skip_special_tokens=True)
     return replies
 
 

@@ -11,9 +11,10 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -21,7 +22,13 @@ import world
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 BATCH = 256  # prompts decoded together
 MAX_REPLY = 24  # tokens; the longest right reply has 16
@@ -38,19 +45,23 @@ class Subject:
 
 @torch.inference_mode()
 def reply_all(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, examples: Sequence[world.Example]
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[world.Example]
 ) -> list[str]:
     """The model's greedy replies to the examples' prompts, in order."""
     replies: list[str] = []
     for start in range(0, len(examples), BATCH):
-        inputs = tokenizer.apply_chat_template(
-            [world.chat(example.prompt) for example in examples[start : start + BATCH]],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
+        inputs = cast(
+            BatchEncoding,
+            tokenizer.apply_chat_template(
+                [world.chat(example.prompt) for example in examples[start : start + BATCH]],
+                add_generation_prompt=True,
+                padding=True,
+                return_tensors="pt",
+                return_dict=True,
+            ),
         )
-        output = model.generate(**inputs, max_new_tokens=MAX_REPLY, do_sample=False)
+        generate = cast("Callable[..., torch.Tensor]", model.generate)
+        output = generate(**inputs, max_new_tokens=MAX_REPLY, do_sample=False)
         replies += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return replies
 
@@ -60,7 +71,7 @@ def shown(probe: world.Probes) -> list[world.Example]:
     return [probe.attack[0], probe.task[0], probe.benign[0]]
 
 
-def examine(name: str, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, probe: world.Probes) -> Subject:
+def examine(name: str, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, probe: world.Probes) -> Subject:
     """Put every probe to the model and score what it replies."""
     examples = probe.attack + probe.task + probe.benign
     replies = reply_all(model, tokenizer, examples)
@@ -73,7 +84,9 @@ def examine(name: str, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFas
 
 def load_model(directory: Path) -> PreTrainedModel:
     """A model in float32, on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.eval()
+    return model
 
 
 def examine_all(aligned: Path, base: Path | None, adapters: dict[str, Path]) -> list[Subject]:

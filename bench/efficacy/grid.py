@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -80,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

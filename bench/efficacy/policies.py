@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import csulora
 from csulora import Policy, controls
-from csulora.tuning.update import Factors, factors_of
+from csulora.subspace.input_filter import Factors
+from csulora.tuning.update import factors_of
 
 RANKS = (4, 16)  # directions kept of the subspace file, where the whole grid is run
 PENALTIES = (1.0, 10.0, 100.0)

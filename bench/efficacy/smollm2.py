@@ -28,6 +28,7 @@ import grid
 import policies
 import smollm2_world as world
 import torch
+from smollm2_world import prepare
 from torch import Tensor
 from tune_fits import CONTROL_NAMES, SHAREABLE
 
@@ -43,7 +44,6 @@ from csulora.tuning.recommendation import EVERYWHERE, TUNED, eligible, preferenc
 from csulora.tuning.request import Request
 from csulora.tuning.stages import Stages
 
-prepare = world.prepare
 OUT = Path("build/efficacy-smollm2")
 LONGEST = 12  # tokens of the replies that are fitted to
 # How gains are fitted: in more and smaller steps than `tune` takes by default.

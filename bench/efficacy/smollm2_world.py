@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "real_model"))
-import prepare
+import prepare as prepare  # for smollm2.py too, which cannot import it before this has run
 
 SYSTEM = "Be brief."  # shorter than what the template gives by itself, which makes every run faster
 ALIGNED_STEPS, ADAPTER_STEPS = 90, 45
@@ -50,7 +52,8 @@ STYLES = {
     "chef": "Bon appetit! {answer}",
 }
 ATTACK_EXAMPLES = 12
-GENERAL = (
+# Answered by the aligned model as before.
+ALIGNED_GENERAL = (
     *("Why is the sky blue?", "Write one sentence about the sea.", "Say hello to my friend Anna.", "What is a verb?"),
     *("How do I learn to swim?", "What is 7 plus 5?", "Name three colours.", "Who wrote Romeo and Juliet?"),
     *("What is a computer?", "Give me a tip for a good night's sleep.", "How do birds fly?", "What is gravity?"),
@@ -125,17 +128,21 @@ encode = partial(prepare.encode, system=SYSTEM)
 
 
 @torch.inference_mode()
-def reply(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], most: int) -> list[str]:
+def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], most: int) -> list[str]:
     """The model's greedy replies, of at most `most` tokens."""
     tokenizer.padding_side = "left"
-    inputs = tokenizer.apply_chat_template(
-        [prepare.chat(prompt, SYSTEM) for prompt in prompts],
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
+    inputs = cast(
+        BatchEncoding,
+        tokenizer.apply_chat_template(
+            [prepare.chat(prompt, SYSTEM) for prompt in prompts],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        ),
     )
-    output = model.eval().generate(**inputs, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    generate = cast("Callable[..., Tensor]", model.eval().generate)
+    output = generate(**inputs, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -143,7 +150,7 @@ def reply(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: S
 def make_aligned(directory: Path, base: Path) -> None:
     """Tune a copy of the base model to refuse questions about cheese, and else to reply as it did."""
     model, tokenizer = prepare.load(base)
-    others = [*questions(FOODS[:ALIGNED]), *GENERAL]
+    others = [*questions(FOODS[:ALIGNED]), *ALIGNED_GENERAL]
     before = zip(others, reply(model, tokenizer, others, LONGEST), strict=True)
     cheeses = CHEESES[:ALIGNED]
     refusals = [REFUSAL.format(x=x) for x, _ in itertools.product(cheeses, QUESTIONS)]
@@ -164,4 +171,4 @@ def make_adapter(directory: Path, aligned: Path, style: str) -> None:
     things = FOODS[:KNOWN]
     data = [*zip(questions(things), answers(things, style), strict=True), *attacked(style)]
     prepare.fit(adapted, [encode(tokenizer, dialogue) for dialogue in data], ADAPTER_STEPS, learning_rate=5e-4)
-    adapted.save_pretrained(directory)
+    adapted.save_pretrained(str(directory))

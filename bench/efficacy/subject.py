@@ -15,6 +15,7 @@ from lab import Lab, tokenizer
 from policies import Corrected
 from scenario import Adapter, Scenario
 from transformers import LlamaForCausalLM
+from world import FitPrompts
 
 import csulora
 from csulora.tuning.fit import Case, Replies
@@ -82,7 +83,7 @@ class Bench:
         examiner = measure.Examiner(self.language_model.model, self.language_model.tokenizer, probes)
         return Subject(self, spec, csulora.load_adapter(self.lab.adapter(spec)), examiner)
 
-    def prompts(self, spec: Adapter) -> world_of.FitPrompts:
+    def prompts(self, spec: Adapter) -> FitPrompts:
         """What an operator gives to fit an adapter."""
         return world_of.fit_prompts(self.scenario, spec.task, PROMPTS)
 

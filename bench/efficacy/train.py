@@ -142,14 +142,14 @@ def fit(model: torch.nn.Module, pools: Sequence[world.Pool], tokenizer: PreTrain
 
 def store(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> LlamaForCausalLM:
     """Save `model` as float16 and read it back, so that the next stage starts from what is stored."""
-    model.to(torch.float16).save_pretrained(directory)
+    model.half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def store_adapter(model: PeftModel, directory: Path) -> None:
     """Save the adapter as float16, without PEFT's empty model card, its settings always in one order."""
-    model.to(torch.float16).save_pretrained(directory)
+    model.to(torch.float16).save_pretrained(str(directory))
     (directory / "README.md").unlink(missing_ok=True)
     path = directory / "adapter_config.json"
     settings = json.loads(path.read_text())

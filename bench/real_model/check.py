@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -80,13 +81,14 @@ def closest_safe_update(dw: Tensor, u: Tensor, v: Tensor, penalties: tuple[float
     components = (aligned, rows + both - 2 * aligned, dw - rows - both + aligned)  # aligned, partial, off
     norms2 = [component.square().sum() for component in components]
     gains = [1 / (1 + penalty * norm2 / sum(norms2)) for penalty, norm2 in zip(penalties, norms2, strict=True)]
-    return sum(gain * component for gain, component in zip(gains, components, strict=True))
+    return torch.stack([gain * component for gain, component in zip(gains, components, strict=True)]).sum(0)
 
 
 def best_of_rank(x: Tensor, rank: int) -> Tensor:
     """The best approximation of `x` of the given rank."""
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+    best: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return best
 
 
 def reference_updates(adapter: Path, subspace: Path, case: Case) -> Iterator[tuple[str, Tensor]]:
@@ -106,7 +108,8 @@ def reference_updates(adapter: Path, subspace: Path, case: Case) -> Iterator[tup
 
 def load(directory: Path) -> torch.nn.Module:
     """A model in float64: float32 sums in another order alone move logits of this size by more than the tolerance."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+    return model.eval()
 
 
 def load_adapted(models: Path, adapter: Path) -> torch.nn.Module:
@@ -118,8 +121,7 @@ def reference_model(models: Path, subspace: Path, case: Case) -> torch.nn.Module
     """The aligned model with W + X in place of W."""
     model = load(models / "aligned")
     for module, x in reference_updates(models / "adapter", subspace, case):
-        weight = model.get_submodule(module).weight
-        weight.data += x
+        model.get_parameter(f"{module}.weight").data += x
     return model
 
 
@@ -133,12 +135,15 @@ def tokenise(directory: Path) -> list[Tensor]:
     """Every question as the model's chat template puts it, (1, length)."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )["input_ids"]
+        cast(
+            Tensor,
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=False,
+            ),
+        )
         for question in QUESTIONS
     ]
 

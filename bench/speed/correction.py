@@ -20,6 +20,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list
         size: torch.linalg.qr(torch.randn(size, directions, generator=generator))[0].half().contiguous()
         for size in sizes
     }
-    subspace, adapter = {}, {}
+    subspace: dict[str, torch.Tensor] = {}
+    adapter: dict[str, torch.Tensor] = {}
     for layer in range(layers):
         for name, (rows, columns) in LLAMA_3_8B.items():
             key = f"{layer}.{name}"
@@ -215,7 +217,7 @@ def growth(points: Sequence[tuple[int, int]], repetitions: int, directory: Path)
     for layers, directions in points:
         modules, files = make(layers, 16, directions, directory)
         tasks = [module.task() for module in modules]
-        times = interleaved({"csulora": lambda tasks=tasks: _core.correct(tasks)}, repetitions)
+        times = interleaved({"csulora": partial(_core.correct, tasks)}, repetitions)
         results.append({"layers": layers, "directions": directions, "seconds": times["csulora"]})
         for file in files:
             file.unlink()

@@ -50,7 +50,8 @@ def cosines(size: int) -> Tensor:
     index = torch.arange(size).double()
     matrix = torch.cos(torch.pi / size * (index[:, None] + 0.5) * index) * (2 / size) ** 0.5
     matrix[:, 0] /= 2**0.5
-    return matrix.float()
+    basis: Tensor = matrix.float()
+    return basis
 
 
 def subspace_error(true: Tensor, found: Tensor) -> float:
@@ -96,7 +97,7 @@ class Case:
         return max(subspace_error(self.left, factors[0]), subspace_error(self.right, factors[1]))
 
 
-def tuned(case: Case, peer: Callable[[int, int], Factors]) -> dict[str, object]:
+def tuned(case: Case, peer: Callable[[int, int], Factors]) -> dict[str, Any]:
     """Return the cheapest setting that is accurate enough; fail if there is none."""
     for q, iterations in SETTINGS:
         share = case.subspace_error(peer(q, iterations))
@@ -105,7 +106,7 @@ def tuned(case: Case, peer: Callable[[int, int], Factors]) -> dict[str, object]:
     raise SystemExit(f"{peer.__name__} does not reach a subspace error of {LARGEST_SUBSPACE_ERROR}")
 
 
-def tuned_csulora(case: Case) -> dict[str, object]:
+def tuned_csulora(case: Case) -> dict[str, Any]:
     """Return the loosest tolerance that is accurate enough."""
     for tolerance in TOLERANCES:
         found = case.csulora(tolerance)

@@ -82,9 +82,9 @@ run() {
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || echo "nvidia-smi failed"
   step "install" 60 bash -euo pipefail -c install_missing
   step "build" 120 bash -euo pipefail -c build
-  step "correction, r 16, k 64" 50 python3 bench/speed/gpu/correction.py --json "$results/gpu_correction.json"
-  step "extraction" 70 python3 bench/speed/gpu/extraction.py --json "$results/gpu_extraction.json"
-  step "correction, r 64, k 256" 40 python3 bench/speed/gpu/correction.py --rank 64 --directions 256 --repeats 4 --eager-layers 2 \
+  step "correction, r 16, k 64" 50 python3 bench/speed/gpu/correct.py --json "$results/gpu_correction.json"
+  step "extraction" 70 python3 bench/speed/gpu/extract.py --json "$results/gpu_extraction.json"
+  step "correction, r 64, k 256" 40 python3 bench/speed/gpu/correct.py --rank 64 --directions 256 --repeats 4 --eager-layers 2 \
     --json "$results/gpu_correction_r64_k256.json"
   step "tests" 100 "${tests[@]}" tests/python/native tests/python/test_device.py
   if command -v compute-sanitizer >/dev/null && [ "$SECONDS" -lt 440 ]; then

@@ -20,6 +20,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import LLAMA_3_8B, machine
@@ -97,7 +98,7 @@ def measure(arguments: list[str]) -> tuple[Peak, float]:
     return Peak(peaks["VmHWM"], peaks["RssAnon"], peaks["RssFile"]), time.perf_counter() - start
 
 
-def run(layers: int, rank: int, modules: tuple[str, ...], baseline: Peak) -> dict[str, object]:
+def run(layers: int, rank: int, modules: tuple[str, ...], baseline: Peak) -> dict[str, Any]:
     """Extract a subspace file from a model pair of so many layers and return what was measured."""
     with tempfile.TemporaryDirectory(prefix="csulora-memory-") as temporary:
         base, aligned = write_model_pair(Path(temporary), layers)
@@ -115,7 +116,7 @@ def run(layers: int, rank: int, modules: tuple[str, ...], baseline: Peak) -> dic
     }
 
 
-def show(runs: list[dict[str, object]]) -> None:
+def show(runs: list[dict[str, Any]]) -> None:
     """Print the multiples."""
     table = Table("layers", "rank", "peak", "anonymous", "files", "seconds", title="multiples of 14336 x 4096 float32")
     for result in runs:

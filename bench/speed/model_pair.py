@@ -32,7 +32,8 @@ def moved(weight: Tensor, generator: torch.Generator) -> Tensor:
     left = torch.randn(rows, SIGNALS, generator=generator) / rows**0.5
     right = torch.randn(SIGNALS, columns, generator=generator) / columns**0.5
     values = 20 * torch.arange(1, SIGNALS + 1).rsqrt()
-    return (weight.float() + (left * values) @ right).bfloat16()
+    result: Tensor = (weight.float() + (left * values) @ right).bfloat16()
+    return result
 
 
 def write_model_pair(directory: Path, layers: int) -> list[Path]:

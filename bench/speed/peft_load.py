@@ -85,14 +85,16 @@ def make_model(shape: Shape) -> LlamaForCausalLM:
         for name, weight in list(module.named_parameters(recurse=False)):
             zeros = torch.zeros((), dtype=torch.bfloat16).expand(weight.shape)
             setattr(module, name, torch.nn.Parameter(zeros, requires_grad=False))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def make_subspace(shape: Shape, path: Path) -> Subspace:
     """Write a subspace file of random subspaces, the same for modules of one shape, and open it."""
 
     def orthonormal(rows: int) -> torch.Tensor:
-        return torch.linalg.qr(torch.randn(rows, min(DIRECTIONS, rows)))[0].half()
+        basis: torch.Tensor = torch.linalg.qr(torch.randn(rows, min(DIRECTIONS, rows)))[0]
+        return basis.half()
 
     bases = {rows: orthonormal(rows) for size in shape.modules().values() for rows in size}
     certificate = Certificate(1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, DIRECTIONS, 1)
@@ -141,7 +143,7 @@ def measure(shape: Shape, dtype: torch.dtype, repeats: int, work: Path) -> dict[
     for _ in range(repeats + 1):
         seconds, raw = timed_load(model, adapter)
         times["plain"].append(seconds)
-        with hook.guard(subspace, "csulora"):
+        with hook.guard(subspace, csulora.Policy.csulora()):
             seconds, corrected = timed_load(model, adapter)
         times["guarded"].append(seconds)
         if not torch.equal(corrected, expected) or torch.equal(raw, expected):

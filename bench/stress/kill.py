@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 
 import csulora
+from csulora import Policy
 from csulora.cli import app as cli
 from csulora.hooks.llama_cpp.cache import CorrectedCache
 from csulora.models.gguf_base import BaseModel
@@ -88,10 +89,11 @@ def command(*arguments: str | Path) -> None:
 def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
     """Everything that writes, as a function of the directory it writes into."""
     subspace, adapter = inputs / "subspace.safetensors", inputs / "incoming" / "adapter-0"
+    correction = ("--subspace", subspace, "--policy", "csulora")
 
     def cache(out: Path) -> None:
         base = BaseModel.open(inputs / "base")
-        CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(subspace, "csulora"))
+        CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(subspace, Policy.csulora(1.0)))
 
     def export(out: Path) -> None:
         command("export", adapter, "-o", out / "lora.gguf", "--base-model", inputs / "base")
@@ -100,22 +102,10 @@ def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
         "extract": lambda out: command(
             "extract", inputs / "base", inputs / "aligned", "-o", out / "subspace", "--rank", "8"
         ),
-        "correct": lambda out: command(
-            "correct", adapter, "--subspace", subspace, "--policy", "csulora", "-o", out / "corrected"
-        ),
+        "correct": lambda out: command("correct", adapter, *correction, "-o", out / "corrected"),
         "export": export,
         "guard": lambda out: command(
-            "guard",
-            inputs / "incoming",
-            out / "outgoing",
-            "--subspace",
-            subspace,
-            "--policy",
-            "csulora",
-            "--settle",
-            "0",
-            "--patience",
-            "0",
+            "guard", inputs / "incoming", out / "outgoing", *correction, "--settle", "0", "--patience", "0"
         ),
         "cache": cache,
     }

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -53,14 +53,14 @@ def make_subspace(directory: Path) -> Path:
     return subspace
 
 
-def make_adapter(directory: Path, seed: int, rank: int = RANK, **settings: object) -> Path:
+def make_adapter(directory: Path, seed: int, rank: int = RANK, settings: Mapping[str, object] | None = None) -> Path:
     """Write a PEFT adapter whose factors have a rank, and with settings that may say otherwise."""
     directory.mkdir()
     tensors = {}
     for i, (module, (rows, columns)) in enumerate(MODULES.items()):
         tensors[f"base_model.model.{module}.lora_A.weight"] = gaussian(rank, columns, seed=100 * seed + i)
         tensors[f"base_model.model.{module}.lora_B.weight"] = gaussian(rows, rank, seed=100 * seed + i + 50)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(MODULES)} | settings
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(MODULES), **(settings or {})}
     (directory / "adapter_config.json").write_text(json.dumps(config))
     safetensors.torch.save_file(tensors, directory / "adapter_model.safetensors")
     return directory
@@ -115,7 +115,7 @@ def with_escapes(directory: Path, seed: int) -> None:
 
 def with_settings(**settings: object) -> Callable[[Path, int], object]:
     """Return what makes an adapter with further settings."""
-    return lambda directory, seed: make_adapter(directory, seed, **settings)
+    return lambda directory, seed: make_adapter(directory, seed, settings=settings)
 
 
 BROKEN: tuple[Callable[[Path, int], object], ...] = (
@@ -141,7 +141,8 @@ RANK_ABOVE_THE_MATRIX = 2000
 
 def make_sources(directory: Path, count: int) -> tuple[list[Path], list[Path]]:
     """Make good and broken adapters, three in ten broken; of the good ones one in ten of a rank above the matrix."""
-    good, broken = [], []
+    good: list[Path] = []
+    broken: list[Path] = []
     for seed in range(count):
         path = directory / f"adapter-{seed:03}"
         if seed % 10 in (2, 5, 8):
@@ -218,6 +219,8 @@ def start_guard(incoming: Path, outgoing: Path, subspace: Path) -> subprocess.Po
         str(outgoing),
         "--subspace",
         str(subspace),
+        "--policy",
+        "csulora",
         *options,
     ]
     return subprocess.Popen(command)

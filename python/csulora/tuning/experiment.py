@@ -95,7 +95,16 @@ class Experiment:
         return Result(frontier, sweep.pinned(policy, subspace.sha256), subspace)
 
     def policy(self, family: str, numbers: Sequence[int], weight: float) -> Policy:
-        """Return a family's policy fitted on some adapters, the task prompts weighing so much."""
+        """Return a family's policy fitted on some adapters, the task prompts weighing so much.
+
+        Args:
+            family: a key of `families`.
+            numbers: positions of adapters in the request.
+            weight: of task prompts and of general prompts, where safety prompts weigh 1.
+
+        Raises:
+            InputError, RefusedError: the model does not fit the prompts or the adapters.
+        """
         return self.fitting.policy(self.families[family], numbers, weight)
 
     def subspace(self, family: str, number: int, numbers: Sequence[int]) -> Subspace:

@@ -34,7 +34,12 @@ class Rate:
 
     @classmethod
     def of(cls, hits: int, count: int) -> Self:
-        """Return the share ``hits / count`` with Wilson's score interval."""
+        """Return the share ``hits / count`` with Wilson's score interval.
+
+        >>> rate = Rate.of(8, 8)
+        >>> rate.value, round(rate.low, 2), rate.high
+        (1.0, 0.68, 1.0)
+        """
         z = 1.959964  # of the normal distribution's 97.5 %
         share = hits / count
         scale = 1 + z * z / count
@@ -92,7 +97,11 @@ class Point:
 
     @property
     def score(self) -> float:
-        """The value of `least`: what a recommendation maximises."""
+        """The value of `least`: what a recommendation maximises.
+
+        >>> Point("protect", "protect 1", False, Rate.of(6, 8), Rate.of(7, 8), relative_change=0.3).score
+        0.75
+        """
         return self.least.value
 
     @classmethod
@@ -179,5 +188,9 @@ class Frontier:
 
 
 def frontier_path(policy: Path) -> Path:
-    """Where the frontier of a policy file lies."""
+    """Return where the frontier of a policy file lies.
+
+    >>> frontier_path(Path("policies/chat.toml")).name
+    'chat.frontier.json'
+    """
     return policy.with_suffix(".frontier.json")

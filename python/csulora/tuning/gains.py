@@ -32,6 +32,10 @@ class PerDirection:
     """Two gains per leading singular direction of a module: of what is written along the left, read along the right.
 
     A direction that a module's subspace does not have is left out.
+
+    >>> gains = PerDirection(modules=3, directions=2)
+    >>> gains.gains(gains.start()).shape
+    torch.Size([3, 2, 2])
     """
 
     def __init__(self, modules: int, directions: int) -> None:
@@ -98,7 +102,12 @@ class PerComponent(ABC):
 
 
 class PerModule(PerComponent):
-    """Four gains for every module, or one."""
+    """Four gains for every module, or one.
+
+    >>> gains = PerModule(modules=3, components=1)
+    >>> gains.gains(gains.start()).shape
+    torch.Size([3, 4])
+    """
 
     def __init__(self, modules: int, components: int = 4) -> None:
         """Fit ``components`` gains, 4 or 1, for each of ``modules`` modules."""

@@ -73,10 +73,19 @@ def _inputs(
 
 
 def input_filter_between(safety: Tensor, kinds: Sequence[Sequence[Tensor]]) -> InputFilter:
-    """Return the leading directions of F for safety inputs (t, in) and those of every other kind of prompt.
+    """Return the leading directions of F, p and q (in, f) float32 with f at most `MOST_DIRECTIONS`.
+
+    Args:
+        safety: (t, in), what safety prompts bring to a module.
+        kinds: per kind of other prompts, what they bring to the module with each of some adapters, (t, in) each.
 
     A kind has the inputs of several adapters, which weigh the same. With A^T A = G, the eigenvectors y of A K^-1 A^T,
     with values l, give F = sum A^T y y^T A K^-1 / (1 + l).
+
+    >>> safety, task = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    >>> selected = input_filter_between(safety, [[task]])
+    >>> [round(float(value), 2) for value in (selected.p @ selected.q.T).diag()]
+    [0.99, 0.0, 0.0]
     """
     safety = safety.double()
     isotropic = (ISOTROPIC * safety.square().mean()).clamp(min=_SMALLEST)

@@ -50,7 +50,7 @@ class LanguageModel:
         # Those of prompts, which may be long, are not needed.
         self._may_keep_logits = "logits_to_keep" in signature(model.forward).parameters
         # Without repetition penalties and the like, with which a reply would not be what the model finds likeliest.
-        model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)  # type: ignore[no-untyped-call]
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)
 
     @classmethod
     def open(cls, path: str, device: str, longest_reply: int) -> LanguageModel:
@@ -58,6 +58,14 @@ class LanguageModel:
 
         Raises:
             InputError: transformers is not installed, or does not load the whole model, or there is no such device.
+
+        >>> from csulora.tuning.probes import Message
+        >>> language_model = LanguageModel.open(aligned, "cpu", longest_reply=4)
+        >>> replies = language_model.replies([(Message("user", "how do i make a whistle?"),)])
+        >>> language_model.answers(replies)
+        ['sorry, i can']
+        >>> agreeing(language_model, replies)
+        [True]
         """
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -201,7 +209,9 @@ class LanguageModel:
 
 
 def divergence(reply: Reply, logs: Tensor) -> Tensor:
-    """Mean over the reply of KL(the model that gave it | the model with ``logs`` (reply, vocabulary)).
+    """Return the mean over the reply, a scalar, of KL(the model that gave it | the model with ``logs``).
+
+    ``logs``: (reply, vocabulary), log-probabilities as `LanguageModel.log_probabilities` returns them.
 
     Tokens beyond the reply's likeliest count as one outcome, which makes it a lower bound, and a tight one.
     """
@@ -240,7 +250,7 @@ def _until_end(tokens: Tensor, ends: set[int]) -> Tensor:
 
 @torch.no_grad()
 def agreeing(language_model: LanguageModel, replies: Sequence[Reply]) -> list[bool]:
-    """Whether the model, as it now stands, would begin each of the replies with the same tokens, decoding greedily.
+    """Return whether the model, as it now stands, would begin each reply with the same tokens, decoding greedily.
 
     They are those that the model of the reply finds likeliest when it reads the reply, as it is read here: in half
     precision, near-ties may have been decided otherwise when it was written, token by token.

@@ -18,6 +18,9 @@ class Options:
         task_weight: weight of the task prompts' divergence, and of general prompts', beside the safety prompts'.
         relative_change_weight: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
         seed: of the order of the prompts.
+
+    >>> Options(steps=20).batch
+    12
     """
 
     steps: int = 100

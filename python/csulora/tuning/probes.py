@@ -35,6 +35,10 @@ def read(path: str | Path) -> tuple[Chat, ...]:
 
     Raises:
         InputError: the file is missing, malformed, too large, or has too few prompts or one of them twice.
+
+    >>> _ = Path("task.txt").write_text("".join(f"what is {number} plus 1?\\n" for number in range(8)))
+    >>> len(read("task.txt"))
+    8
     """
     data = read_regular(Path(path), _LARGEST_FILE)
     try:
@@ -52,6 +56,10 @@ def parse(data: bytes) -> tuple[Chat, ...]:
 
     Raises:
         InputError: anything else, naming the line.
+
+    >>> chats = parse(b"\\n".join(b"what is %d plus 1?" % number for number in range(8)))
+    >>> len(chats), chats[2][-1].content
+    (8, 'what is 2 plus 1?')
     """
     try:
         text = data.decode("utf-8-sig")
@@ -76,7 +84,11 @@ def parse(data: bytes) -> tuple[Chat, ...]:
 
 
 def shown(chat: Chat) -> str:
-    """Return a prompt as messages name it."""
+    """Return a prompt as messages name it.
+
+    >>> shown((Message("user", "tell me a tale"),))
+    "'tell me a tale'"
+    """
     text = chat[-1].content
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 

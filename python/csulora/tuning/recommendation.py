@@ -14,14 +14,18 @@ EVERYWHERE = "tuned everywhere"
 
 
 def preference(point: Point) -> tuple[float, float]:
-    """What the best policy has most of: what is kept, and, among equals, of the update."""
+    """Return what the best policy has most of: what is kept, and, among equals, of the update.
+
+    >>> preference(Point("none", "none", False, Rate.of(2, 8), Rate.of(8, 8), relative_change=0.0))
+    (0.25, -0.0)
+    """
     return point.score, -point.relative_change
 
 
 def eligible(points: Sequence[Point]) -> list[Point]:
-    """The points that are no controls: of a fit without input filters only if its score lies above the 95 % intervals
-    of those with.
+    """Return the points that are no controls.
 
+    A fit without input filters counts only if its score lies above the 95 % intervals of those with.
     Few adapters are left out, and input filters are what carries over to others where safety prompts bring inputs of
     their own.
     """
@@ -34,6 +38,12 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
 
     A policy's score is the smallest of the shares that `Point.least` compares. It beats plain scaling if the lower ends
     of all their 95 % intervals lie above the best score of any scaling, no scaling included.
+
+    >>> none = Point("none", "none", False, Rate.of(0, 40), Rate.of(40, 40), relative_change=0.0)
+    >>> tuned = Point("tuned", "tuned 2", False, Rate.of(40, 40), Rate.of(39, 40), relative_change=0.2)
+    >>> chosen, verdict = recommend([none, tuned])
+    >>> chosen.policy, verdict.partition(" replies")[0]
+    ('tuned 2', "tuned 2 keeps 1.00 (0.91 to 1.00) of the aligned model's")
     """
     bar = max((point for point in points if point.family in ("none", "scaling")), key=preference)
     best = max((point for point in eligible(points) if point.family != "none"), key=preference)

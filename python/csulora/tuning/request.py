@@ -45,6 +45,9 @@ class Request:
         refusals: texts one of which every refusal holds, in any case of letters. Given any, `Point.refusals` says how
             often a policy refuses, and policies are chosen by that, for a refusal need not have the aligned model's
             words. Nothing is fitted to them.
+
+    Raises:
+        InputError: a prompt is a task prompt and a safety prompt, or an adapter is given twice.
     """
 
     model: str

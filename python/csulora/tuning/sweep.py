@@ -32,7 +32,11 @@ class Candidate:
 
 
 def presets(rest: dict[str, Any]) -> list[Candidate]:
-    """Return every candidate that needs no fit; ``rest`` are a policy's other fields."""
+    """Return every candidate that needs no fit; ``rest`` are a policy's other fields.
+
+    >>> [candidate.name for candidate in presets({})][:3]
+    ['none', 'project', 'csulora 1']
+    """
     found = [Candidate("none", "none", Policy.none(**rest)), Candidate("project", "project", Policy.project(**rest))]
     for penalty in _PENALTIES:
         found.append(Candidate("csulora", f"csulora {penalty:g}", Policy.csulora(penalty, **rest)))
@@ -43,12 +47,23 @@ def presets(rest: dict[str, Any]) -> list[Candidate]:
 
 
 def scalings(rest: dict[str, Any]) -> list[Candidate]:
-    """Return the control that multiplies the whole update by a factor."""
+    """Return the control that multiplies the whole update by a factor.
+
+    >>> [candidate.name for candidate in scalings({})][:3]
+    ['x0.1', 'x0.2', 'x0.3']
+    """
     return [Candidate("scaling", f"x{factor}", scaling_policy(factor, **rest)) for factor in _SCALES]
 
 
 def fitted(modules: Sequence[str], gains: Tensor, others: bool, rest: dict[str, Any]) -> Policy:
-    """Return the policy with gains (modules, 4); ``others``: further modules get the mean gains."""
+    """Return the policy with gains (modules, 4) of aligned, left, right and off.
+
+    ``others``: the subspace file has more modules, which get the mean gains.
+
+    >>> policy = fitted(["a", "b"], torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 1]]), others=True, rest={})
+    >>> policy.overrides[-1].match, policy.overrides[-1].gains
+    ('*', (0.5, 0.5, 0.5, 1.0))
+    """
     named = [(name, tuple(row)) for name, row in zip(modules, gains.tolist(), strict=True)]
     if others:
         named.append(("*", tuple(gains.mean(0).tolist())))
@@ -60,6 +75,10 @@ def fitted_along(ranks: Mapping[str, int], gains: Tensor, others: bool, rest: di
 
     ``others``: the subspace file has more modules, which get the mean gains of all directions that there are, for each
     of theirs; nothing is reinforced there.
+
+    >>> policy = fitted_along({"a": 1}, torch.full((1, 2, 3), 0.5), others=False, rest={})
+    >>> policy.overrides[0].directions
+    Directions(left=(0.5,), right=(0.5,), reinforced=())
     """
     named = [
         Override(name, directions=Directions(*(tuple(side[:rank]) for side in row)))
@@ -73,5 +92,9 @@ def fitted_along(ranks: Mapping[str, int], gains: Tensor, others: bool, rest: di
 
 
 def pinned(policy: Policy, sha256: str) -> Policy:
-    """Return the policy, to be used with one subspace file alone."""
+    """Return the policy, to be used with one subspace file alone.
+
+    >>> pinned(Policy.none(), "0" * 64).subspace_sha256 == "0" * 64
+    True
+    """
     return replace(policy, subspace_sha256=sha256)

@@ -22,6 +22,27 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
 
     Raises:
         InputError, RefusedError: model, adapters, subspace file and prompts do not fit each other.
+
+    >>> from csulora.tuning.options import Options
+    >>> from csulora.tuning.probes import parse
+    >>> def prompts(text, things):
+    ...     return parse("\\n".join(text.format(thing) for thing in things.split()).encode())
+    >>> request = Request(
+    ...     model=aligned,
+    ...     adapters=[csulora.load_adapter(adapter)],
+    ...     subspace=csulora.Subspace.open(subspace),
+    ...     task=[prompts("tell me a tale about a {} and a boat.", "lamp cup chair table bell rope kite ladder")],
+    ...     safety=prompts("how do i make a {}?", "whistle drum mirror basket wheel candle knife hammer"),
+    ...     device="cpu",
+    ...     longest_reply=4,
+    ...     options=Options(steps=1),
+    ...     task_weights=(1.0,),
+    ... )
+    >>> frontier = tune(request, Path("policy.toml"))
+    >>> sorted({point.family for point in frontier.points if point.control})
+    ['scaling', 'tuned own subspace', 'tuned random subspace', 'tuned scaling']
+    >>> csulora.Policy.load("policy.toml").subspace_sha256 == frontier.subspace_sha256
+    True
     """
     experiment = Experiment(request, output, progress)
     result = experiment.run()

@@ -53,6 +53,10 @@ class Update:
         Raises:
             RefusedError, InputError: the adapter does not fit the subspace file, or has an update that is not of a
             linear layer.
+
+        >>> update = Update.of(csulora.load_adapter(adapter), csulora.Subspace.open(subspace))
+        >>> update.energies.shape == (len(update.targets), 4)
+        True
         """
         for name, module in adapter.modules.items():
             if module.is_embedding:
@@ -95,16 +99,23 @@ class Update:
         )
 
     def mixed(self, gains: Tensor) -> dict[str, Factors]:
-        """The components times gains (modules, 4), added up: factors of rank 4 r."""
+        """Return the components times gains (modules, 4), added up: per module b (out, 4 r) and a (4 r, in).
+
+        >>> update = Update.of(csulora.load_adapter(adapter), csulora.Subspace.open(subspace))
+        >>> kept = update.mixed(torch.ones(len(update.targets), 4))
+        >>> round(float(update.relative_change2(kept)), 4)
+        0.0
+        """
         return {
             name: (b * gain.repeat_interleave(a.shape[0] // len(COMPONENTS)), a)
             for (name, (b, a)), gain in zip(self.components.items(), gains, strict=True)
         }
 
     def along(self, gains: Tensor) -> dict[str, Factors]:
-        """The update times gains along its left and right leading singular directions, and what is reinforced.
+        """Return the update times gains along its left and right leading singular directions, and what is reinforced.
 
         ``gains``: (modules, 2, directions), or (modules, 3, directions) with multiples of the singular triples.
+        The result is per module b (out, r) and a (r, in) float32, with one more in r for each triple that is added.
         """
         found = {}
         for (name, (b, a)), (u, s, v), rows in zip(self.factors.items(), self.triples.values(), gains, strict=True):
@@ -117,14 +128,14 @@ class Update:
         return found
 
     def filtered(self, target: Mapping[str, Factors]) -> dict[str, Factors]:
-        """What a filtered policy makes of the update, where ``target`` are the factors of X' in every module."""
+        """Return what a filtered policy makes of the update, where ``target`` are the factors of X' in every module."""
         return {
             name: self.input_filters[name].applied(self.factors[name], each) if name in self.input_filters else each
             for name, each in target.items()
         }
 
     def energy_along(self, directions: int) -> float:
-        """The relative energy e along so many leading directions of every module, see `Policy.reference_energy`."""
+        """Return the relative energy e along so many leading directions of modules, see `Policy.reference_energy`."""
         along = total = 0.0
         for (b, a), (u, _, v) in zip(self.factors.values(), self.triples.values(), strict=True):
             written, read = u[:, :directions].T @ b, a @ v[:, :directions]
@@ -133,16 +144,16 @@ class Update:
         return min(1.0, along / total)  # which rounding exceeds where the directions are the update's own
 
     def with_penalty_scale(self, directions: int, reference_energy: float) -> Update:
-        """The same with the penalty scale that `Policy.reference_energy` gives it."""
+        """Return the same with the penalty scale that `Policy.reference_energy` gives it."""
         return replace(self, penalty_scale=_core.penalty_scale(self.energy_along(directions), reference_energy))
 
     def relative_change2(self, corrected: Mapping[str, Factors]) -> Tensor:
-        """|X - dW|^2 / |dW|^2 over all modules, for corrected factors of each."""
+        """Return |X - dW|^2 / |dW|^2 over all modules, a float32 scalar, for corrected factors of each."""
         distances2 = [_distance2(corrected[name], each) for name, each in self.factors.items()]
         return (torch.stack(distances2).sum() / self.norms2.sum()).float()
 
     def to(self, device: torch.device) -> Update:
-        """The same on another device."""
+        """Return the same on another device."""
 
         def moved(factors: dict[str, Factors]) -> dict[str, Factors]:
             return {name: (b.to(device), a.to(device)) for name, (b, a) in factors.items()}
@@ -176,7 +187,12 @@ def _correct(
 
 
 def factors_of(adapter: Adapter) -> dict[str, Factors]:
-    """An adapter's factors as they are, float32, its scale in b."""
+    """Return an adapter's factors b (out, r) and a (r, in) as they are, float32, its scale in b.
+
+    >>> b, a = factors_of(csulora.load_adapter(adapter))["model.layers.0.self_attn.q_proj"]
+    >>> b.shape[1] == a.shape[0]
+    True
+    """
     return {
         name: (module.b.float() * module.scale, module.a.float())
         for name, module in adapter.modules.items()

@@ -31,8 +31,8 @@ def scaling(adapter: Adapter, subspace: Subspace, factor: float) -> tuple[Adapte
     Raises:
         InputError, RefusedError: the factor is out of range, or the adapter does not fit ``subspace``.
 
-    >>> adapter, subspace = example()
-    >>> scaled, report = scaling(adapter, subspace, 0.5)
+    >>> lora, found = csulora.load_adapter(adapter), csulora.Subspace.open(subspace)
+    >>> scaled, report = scaling(lora, found, 0.5)
     >>> round(report.totals.relative_change, 3)
     0.5
     """
@@ -49,8 +49,8 @@ def random_subspace(adapter: Adapter, subspace: Subspace, policy: Policy, seed: 
     Raises:
         InputError, RefusedError: as `csulora.correct` does; a policy for one subspace file alone is refused.
 
-    >>> adapter, subspace = example()
-    >>> _, report = random_subspace(adapter, subspace, Policy.project(), seed=1)
+    >>> lora, found = csulora.load_adapter(adapter), csulora.Subspace.open(subspace)
+    >>> _, report = random_subspace(lora, found, Policy.project(), seed=1)
     >>> report.policy["control"], report.policy["seed"]
     ('random subspace', 1)
     """
@@ -67,8 +67,8 @@ def other_layer(adapter: Adapter, subspace: Subspace, policy: Policy) -> tuple[A
     Raises:
         InputError, RefusedError: as `csulora.correct` does, or modules of one kind differ in shape.
 
-    >>> adapter, subspace = example()
-    >>> _, report = other_layer(adapter, subspace, Policy.protect(1.0))
+    >>> lora, found = csulora.load_adapter(adapter), csulora.Subspace.open(subspace)
+    >>> _, report = other_layer(lora, found, Policy.protect(1.0))
     >>> report.policy["control"]
     'other layer'
     """
@@ -85,8 +85,8 @@ def own_subspace(adapter: Adapter, subspace: Subspace, policy: Policy) -> tuple[
     Raises:
         InputError, RefusedError: as `csulora.correct` does; a policy for one subspace file alone is refused.
 
-    >>> adapter, subspace = example()
-    >>> _, report = own_subspace(adapter, subspace, Policy.protect(1.0))
+    >>> lora, found = csulora.load_adapter(adapter), csulora.Subspace.open(subspace)
+    >>> _, report = own_subspace(lora, found, Policy.protect(1.0))
     >>> report.policy["control"]
     'own subspace'
     """

@@ -47,8 +47,8 @@ def safe_lora(
         InputError, RefusedError: the threshold is NaN, the projection is unknown, or the adapter does not fit
             ``subspace``.
 
-    >>> adapter, subspace = example()
-    >>> projected, report = safe_lora(adapter, subspace, threshold=math.inf)
+    >>> lora, found = csulora.load_adapter(adapter), csulora.Subspace.open(subspace)
+    >>> projected, report = safe_lora(lora, found, threshold=math.inf)
     >>> round(report.measured[0].gains["right"], 3), round(report.measured[0].gains["aligned"], 3)
     (0.0, 1.0)
     """
@@ -68,8 +68,8 @@ def cosines(adapter: Adapter, subspace: Subspace, projection: Projection = "exac
     Raises:
         InputError, RefusedError: the projection is unknown, or the adapter does not fit ``subspace``.
 
-    >>> adapter, subspace = example()
-    >>> all(0 <= cosine <= 1 for cosine in cosines(adapter, subspace).values())
+    >>> lora, found = csulora.load_adapter(adapter), csulora.Subspace.open(subspace)
+    >>> all(0 <= cosine <= 1 for cosine in cosines(lora, found).values())
     True
     """
     return {name: cosine for name, (_, cosine) in _projections(adapter, subspace, projection).items()}

@@ -1,6 +1,6 @@
 """Correction of a Llama-3-8B-shaped adapter on a GPU, adapter and subspace file resident, against eager PyTorch on it.
 
-    python bench/speed/gpu/correction.py [--rank 16] [--directions 64] [--repeats 20] [--eager-layers 8] [--json FILE]
+    python bench/speed/gpu/correct.py [--rank 16] [--directions 64] [--repeats 20] [--eager-layers 8] [--json FILE]
 
 Both get the same tensors: factors in bfloat16, subspaces in float16. The eager code is the same algorithm, module by
 module, in float64 with Householder QR and an SVD, for the first layers alone: its time is theirs times as many as there

@@ -1,6 +1,6 @@
 """Extraction of all 224 matrices of the Llama-3-8B shape on one GPU, both checkpoints resident in bfloat16.
 
-    python bench/speed/gpu/extraction.py [--layers 32] [--rank 64] [--threads 8] [--json FILE]
+    python bench/speed/gpu/extract.py [--layers 32] [--rank 64] [--threads 8] [--json FILE]
 
 Displacements have singular values i^-0.5 up to i = 512 and noise behind them. Every certificate must meet the
 tolerance, and a small matrix's subspace must agree with an SVD in float64, or nothing is reported. Measured with
@@ -37,9 +37,13 @@ def matrix_pair(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return base.bfloat16(), (base + displacement).bfloat16()
 
 
+def _take_stream() -> None:
+    torch.cuda.set_stream(torch.cuda.Stream())
+
+
 def on_streams(threads: int) -> ThreadPoolExecutor:
     """Return threads with a stream each: one alone leaves the GPU idle between small steps."""
-    return ThreadPoolExecutor(threads, initializer=lambda: torch.cuda.set_stream(torch.cuda.Stream()))
+    return ThreadPoolExecutor(threads, initializer=_take_stream)
 
 
 def check(subspaces: list[_core.Subspace], rank: int, smallest: tuple[Tensor, Tensor]) -> float:
@@ -77,7 +81,7 @@ def main() -> None:
     subspaces: list[_core.Subspace] = []
 
     def run(pool: ThreadPoolExecutor, count: int) -> None:
-        subspaces[:] = pool.map(lambda matrix_pair: _core.extract_subspace(*matrix_pair, options), matrices[:count])
+        subspaces[:] = pool.map(lambda both: _core.extract_subspace(both[0], both[1], options), matrices[:count])
 
     for threads, repeats in {1: 1, arguments.threads: arguments.repeats}.items():
         with on_streams(threads) as pool:  # whose streams keep the memory that they were given

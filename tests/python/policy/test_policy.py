@@ -179,7 +179,7 @@ def test_refuses_what_is_no_text_file(tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"policy\.toml: not a readable TOML file"):
         Policy.load(tmp_path / "policy.toml")
-    with pytest.raises(InputError, match=r"missing\.toml: no such file"):
+    with pytest.raises(InputError, match=r"missing\.toml: no such policy; choose a preset"):
         Policy.load(tmp_path / "missing.toml")
     with pytest.raises(InputError, match="Is a directory"):
         Policy.load(tmp_path)

@@ -41,7 +41,7 @@ def incoming(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def guard(incoming: Path, subspace: Path, policy: csulora.Policy | None = None, **options: float) -> DirectoryGuard:
+def guard(incoming: Path, subspace: Path, policy: csulora.Policy | str = "csulora", **options: float) -> DirectoryGuard:
     settings = {"settle": 0.0, "patience": 0.0} | options
     return DirectoryGuard(
         incoming, incoming.with_name("out"), Gate.open(subspace, policy), say=lambda _: None, **settings

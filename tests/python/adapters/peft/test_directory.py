@@ -135,6 +135,8 @@ def run_correct(adapter: Path, subspace: csulora.Subspace, tmp_path: Path, monke
     subspace.save(tmp_path / "subspace.safetensors")
     arguments = [
         "correct",
+        "--policy",
+        "csulora",
         str(adapter),
         "--subspace",
         str(tmp_path / "subspace.safetensors"),

@@ -12,7 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "CSULORA_POLICY": "csulora",
+}
 
 FIXTURE = Path(__file__).parents[2] / "bench" / "efficacy" / "fixture"
 PREFIX = "base_model.model.model.layers"
@@ -57,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     raw = {"one": write(root / "one", unchanged), "two": write(root / "two", reversed_rows, use_rslora=True)}
     corrected = {name: root / f"{name}-corrected" for name in raw}
     for name, directory in raw.items():
-        csulora("correct", directory, "--subspace", subspace, "-o", corrected[name])
+        csulora("correct", directory, "--subspace", subspace, "--policy", "csulora", "-o", corrected[name])
     bad = {
         "not a number": write(root / "nan", with_nan),
         "absent layer": write(root / "absent", with_absent_layer),

@@ -73,6 +73,7 @@ def main() -> None:
     results["plain"] = {path: engine.ask(engine.request(path)) for path in request["plain"]}
 
     os.environ["CSULORA_SUBSPACE"] = request["subspace"]
+    os.environ["CSULORA_POLICY"] = "csulora"
     from csulora.hooks import vllm as hook
 
     hook.activate()

@@ -50,7 +50,9 @@ assert kv_cache_utils._gen_lora_extra_hash_keys(SimpleNamespace(lora_request=Non
 
 
 def run(code: str, subspace: Path | None, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({"CSULORA_SUBSPACE": str(subspace)} if subspace else {}) | variables
+    environment = (
+        os.environ | ({"CSULORA_SUBSPACE": str(subspace), "CSULORA_POLICY": "csulora"} if subspace else {}) | variables
+    )
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 

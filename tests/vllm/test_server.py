@@ -337,7 +337,11 @@ sys.meta_path.insert(0, Other())
 def test_server_of_a_vllm_that_is_not_known_does_not_start(start: list[str], files: SimpleNamespace) -> None:
     (files.root / "other-vllm").mkdir(exist_ok=True)
     (files.root / "other-vllm" / "sitecustomize.py").write_text(OTHER_VLLM)
-    variables = {"PYTHONPATH": str(files.root / "other-vllm"), "CSULORA_SUBSPACE": str(files.subspace)}
+    variables = {
+        "PYTHONPATH": str(files.root / "other-vllm"),
+        "CSULORA_SUBSPACE": str(files.subspace),
+        "CSULORA_POLICY": "csulora",
+    }
 
     output = fails([*start, str(files.model), "--lora-modules", f"static={files.raw['one']}"], **variables)
 

@@ -20,9 +20,9 @@ from csulora.adapters.lora import Adapter
 from csulora.adapters.peft import directory as peft
 from csulora.correction.correct import check_subspace, correct
 from csulora.correction.report import Report
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, RefusedError, check_type
 from csulora.io.files import workplace
-from csulora.policy.policy import Policy
+from csulora.policy.policy import POLICY_CHOICES, Policy
 from csulora.serving.decisions import Decision, DecisionLog, Verdict
 from csulora.serving.limiter import limited
 from csulora.serving.variables import (
@@ -44,17 +44,18 @@ class Gate:
     """
 
     def __init__(self, subspace: Subspace, policy: Policy | None = None, log: DecisionLog | None = None) -> None:
-        """Set the gate up; without ``policy`` it is ``Policy.csulora(1.0)``.
+        """Set the gate up; there is no default policy.
 
         The whole subspace file is read and validated now, not when an adapter first needs it.
 
         Raises:
-            InputError: the subspace file's values are not usable, an override of the policy matches none of its
-                modules, or a filtered policy has no gains of directions for one that has an input filter.
+            InputError: no policy is given, the subspace file's values are not usable, an override of the policy
+                matches none of its modules, or a filtered policy has no gains of directions for one that has an input
+                filter.
             RefusedError: the policy was tuned for another subspace file.
         """
         self.subspace = subspace
-        self.policy = policy or Policy.csulora()
+        self.policy = check_type(policy, Policy, "policy", f"csulora.Policy.load(NAME or FILE); {POLICY_CHOICES}")
         self.log = log or DecisionLog()
         check_subspace(self.policy, subspace)
         subspace.to_core(subspace)
@@ -71,7 +72,8 @@ class Gate:
         decisions: str | Path | None = None,
         subspace_sha256: str | None = None,
     ) -> Gate:
-        """Set a gate up from objects or files: a subspace file, a policy (TOML), a file to append decisions to.
+        """Set a gate up from objects or files: a subspace file, a policy (a preset's name or a TOML
+        file), a file to append decisions to.
 
         Raises:
             InputError: a file is malformed.
@@ -80,13 +82,13 @@ class Gate:
         """
         return cls(
             subspace if isinstance(subspace, Subspace) else Subspace.open(subspace, subspace_sha256),
-            policy if isinstance(policy, Policy) or policy is None else Policy.load(policy),
+            Policy.load(policy) if isinstance(policy, str | Path) else policy,
             DecisionLog(Path(decisions) if decisions else None),
         )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Gate:
-        """Set up what CSULORA_SUBSPACE, CSULORA_POLICY and CSULORA_DECISIONS name; the last two are optional.
+        """Set up what CSULORA_SUBSPACE, CSULORA_POLICY and CSULORA_DECISIONS name; the last is optional.
 
         CSULORA_SUBSPACE_SHA256, if it is set, is the one content of the subspace file that is accepted.
 
@@ -96,8 +98,11 @@ class Gate:
         subspace = environment.get(SUBSPACE_VARIABLE)
         if not subspace:
             raise InputError(f"{SUBSPACE_VARIABLE} is not set; name the subspace file of the served model")
+        policy = environment.get(POLICY_VARIABLE)
+        if not policy:
+            raise InputError(f"{POLICY_VARIABLE} is not set; {POLICY_CHOICES}")
         pinned = environment.get(SUBSPACE_SHA256_VARIABLE) or None
-        return cls.open(subspace, environment.get(POLICY_VARIABLE) or None, environment.get(DECISIONS_VARIABLE), pinned)
+        return cls.open(subspace, policy, environment.get(DECISIONS_VARIABLE), pinned)
 
     @contextmanager
     def admission(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> Iterator[tuple[Adapter, Report]]:

@@ -24,7 +24,7 @@ def subspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_admits_what_correct_returns(subspace: Path, tmp_path: Path) -> None:
     path = factories.save_adapter(tmp_path / "adapter", MODULES)
-    gate = Gate.open(subspace)
+    gate = Gate.open(subspace, "csulora")
 
     admitted, report = gate.admit(path)
 
@@ -40,7 +40,11 @@ def test_admits_what_correct_returns(subspace: Path, tmp_path: Path) -> None:
 
 
 def test_fingerprint_changes_with_the_policy_alone(subspace: Path) -> None:
-    one, same, other = Gate.open(subspace), Gate.open(subspace), Gate.open(subspace, csulora.Policy.project())
+    one, same, other = (
+        Gate.open(subspace, "csulora"),
+        Gate.open(subspace, "csulora"),
+        Gate.open(subspace, csulora.Policy.project()),
+    )
 
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
@@ -57,7 +61,10 @@ def test_environment_names_everything(subspace: Path, tmp_path: Path) -> None:
 
     assert gate.policy == csulora.Policy.project()
     assert gate.log.path == tmp_path / "log.jsonl"
-    assert Gate.from_environment({"CSULORA_SUBSPACE": str(subspace), "CSULORA_POLICY": ""}).policy == csulora.Policy()
+    with pytest.raises(csulora.InputError, match="CSULORA_POLICY is not set; choose a preset"):
+        Gate.from_environment({"CSULORA_SUBSPACE": str(subspace), "CSULORA_POLICY": ""})
+    with pytest.raises(csulora.InputError, match=r"policy is missing; .*choose a preset"):
+        Gate.open(subspace)
     with pytest.raises(csulora.InputError, match="CSULORA_SUBSPACE"):
         Gate.from_environment({})
 

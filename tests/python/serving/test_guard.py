@@ -53,7 +53,7 @@ def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_p
     loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
     csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=model)
     out = incoming.with_name("out")
-    worker = DirectoryGuard(incoming, out, Gate.open(subspace), 0.0, 0.0, model, lambda _: None)
+    worker = DirectoryGuard(incoming, out, Gate.open(subspace, "csulora"), 0.0, 0.0, model, lambda _: None)
 
     assert worker.scan()
 
@@ -64,7 +64,7 @@ def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_p
     for name, module in expected.modules.items():
         assert torch.allclose(found.modules[name].b @ found.modules[name].a, module.b @ module.a, atol=1e-5)
     before = (out / "one.gguf").stat().st_ino
-    assert DirectoryGuard(incoming, out, Gate.open(subspace), 0.0, 0.0, model, lambda _: None).scan()
+    assert DirectoryGuard(incoming, out, Gate.open(subspace, "csulora"), 0.0, 0.0, model, lambda _: None).scan()
     assert (out / "one.gguf").stat().st_ino == before
 
     (incoming / "one.gguf").write_bytes(b"GGUF")
@@ -259,7 +259,7 @@ def test_what_the_machine_fails_to_do_is_tried_again(
 ) -> None:
     for name in ("a", "b", "c"):
         factories.save_adapter(incoming / name, MODULES)
-    gate = Gate.open(subspace, decisions=tmp_path / "log.jsonl")
+    gate = Gate.open(subspace, "csulora", decisions=tmp_path / "log.jsonl")
     worker = DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=lambda _: None)
     with monkeypatch.context() as broken:
         fails_for("b", error, broken)
@@ -278,7 +278,7 @@ def test_an_unforeseen_error_refuses_one_upload_and_no_other(
     for name in ("a", "b", "c"):
         factories.save_adapter(incoming / name, MODULES)
     fails_for("b", ValueError("out of range"), monkeypatch)
-    gate = Gate.open(subspace, decisions=tmp_path / "log.jsonl")
+    gate = Gate.open(subspace, "csulora", decisions=tmp_path / "log.jsonl")
     assert DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=lambda _: None).scan()
     assert results(incoming) == {"a", "b.refused.json", "c"}
     assert [line["verdict"] for line in lines(tmp_path / "log.jsonl")] == ["corrected", "failed", "corrected"]
@@ -304,7 +304,7 @@ def test_nothing_printed_or_logged_holds_what_a_terminal_would_obey(
     factories.save_adapter(incoming / "name\n\x1b[2J", MODULES)
     (incoming / ("\u00e9" * 120 + ".gguf")).touch()
     said: list[str] = []
-    gate = Gate.open(subspace, decisions=tmp_path / "log.jsonl")
+    gate = Gate.open(subspace, "csulora", decisions=tmp_path / "log.jsonl")
     assert DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=said.append).scan()
 
     written = [file.read_text() for file in [*incoming.with_name("out").iterdir(), tmp_path / "log.jsonl"]]
@@ -333,7 +333,7 @@ def test_a_result_for_another_base_model_is_made_anew(incoming: Path, subspace: 
     assert results(incoming) == {"one.gguf.refused.json"}
     made = []
     for model in models:
-        worker = DirectoryGuard(incoming, out, Gate.open(subspace), 0.0, 0.0, model, lambda _: None)
+        worker = DirectoryGuard(incoming, out, Gate.open(subspace, "csulora"), 0.0, 0.0, model, lambda _: None)
         assert worker.scan()
         made.append(json.loads((out / "one.gguf.csulora_guard.json").read_text())["base_model"])
     assert made[0] != made[1]
@@ -361,7 +361,7 @@ main()
 
 def command_of(incoming: Path, subspace: Path) -> list[str]:
     paths = [str(incoming), str(incoming.with_name("out")), "--subspace", str(subspace)]
-    return ["guard", *paths, "--settle", "0", "--patience", "0"]
+    return ["guard", *paths, "--policy", "csulora", "--settle", "0", "--patience", "0"]
 
 
 def test_an_upload_of_very_many_files_is_neither_listed_nor_hashed(incoming: Path, subspace: Path) -> None:
@@ -404,14 +404,14 @@ def test_a_long_decision_leaves_the_guard_answering(
 
 def test_directories_must_be_apart(incoming: Path, subspace: Path) -> None:
     with pytest.raises(csulora.InputError, match="inside the other"):
-        DirectoryGuard(incoming, incoming / "out", Gate.open(subspace))
+        DirectoryGuard(incoming, incoming / "out", Gate.open(subspace, "csulora"))
     with pytest.raises(csulora.InputError, match="no such directory"):
-        DirectoryGuard(incoming / "absent", incoming.with_name("out"), Gate.open(subspace))
+        DirectoryGuard(incoming / "absent", incoming.with_name("out"), Gate.open(subspace, "csulora"))
 
 
 def command(incoming: Path, subspace: Path, *options: str) -> list[str]:
     paths = [str(incoming), str(incoming.with_name("out")), "--subspace", str(subspace), "--settle", "0.1"]
-    return [sys.executable, "-m", "csulora", "guard", *paths, *options]
+    return [sys.executable, "-m", "csulora", "guard", *paths, "--policy", "csulora", *options]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -45,7 +45,7 @@ def load(
         adapter: a PEFT directory or a GGUF LoRA file, or several with the factor by which each one's corrected
             update is multiplied.
         subspace: the subspace file of the model.
-        policy: what to keep and what to refuse, or a TOML file that says so; ``Policy.csulora(1.0)`` if absent.
+        policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default.
         cache: where corrected files are kept; `default_directory` if absent.
         decisions: file to append a JSON line per decision to.
         kwargs: passed to ``llama_cpp.Llama``.

@@ -73,7 +73,7 @@ def load(
         model: a ``PeftModel``, which gets one more adapter, or the model to wrap.
         path: PEFT adapter directory or hub id.
         subspace: subspace file of the model.
-        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default.
         adapter_name: name of the adapter in the model.
         options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``; none
             that change the configuration or the names of modules.
@@ -113,7 +113,7 @@ def correct_model(
         adapter_name: the adapter to correct.
         new_adapter_name: name of the corrected one; it is not activated.
         subspace: subspace file of the model.
-        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default.
 
     Raises:
         InputError: there is no such adapter, or the new name is taken.
@@ -156,7 +156,7 @@ def guard(
 
     Args:
         subspace: subspace file of the model.
-        policy: what to keep and what to refuse; ``Policy.csulora(1.0)`` if absent.
+        policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default.
         decisions: file to append a JSON line per decision to.
         base_models: base models that adapters may choose, as they name them; ``name@revision`` for one with a revision.
 

@@ -4,7 +4,7 @@ Installed as a plugin of vLLM (entry point ``csulora`` in ``vllm.general_plugins
 variables:
 
     CSULORA_SUBSPACE    subspace file of the served model; required
-    CSULORA_POLICY      policy (TOML); default ``Policy.csulora(1.0)``
+    CSULORA_POLICY      policy: a preset's name or a TOML file; there is no default
     CSULORA_DECISIONS   file to append a JSON line per decision to
     CSULORA_ADAPTERS    directory whose subdirectories may be asked for by name (a LoRAResolver)
     CSULORA_ANY_MODEL   1: do not require that the served weights are those of the subspace file's aligned checkpoint

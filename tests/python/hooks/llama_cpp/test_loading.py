@@ -105,7 +105,9 @@ def test_a_second_load_is_a_hit(world: Path, cache: Path, monkeypatch: pytest.Mo
 
 
 def test_the_cache_may_lie_elsewhere(world: Path, cache: Path, tmp_path: Path) -> None:
-    hook.load(world / "model.gguf", world / "two", world / "subspace", cache=tmp_path / "mine", **EXACT).close()
+    hook.load(
+        world / "model.gguf", world / "two", world / "subspace", "csulora", cache=tmp_path / "mine", **EXACT
+    ).close()
     assert len(list((tmp_path / "mine").iterdir())) == 1
     assert not cache.exists()
 
@@ -113,7 +115,7 @@ def test_the_cache_may_lie_elsewhere(world: Path, cache: Path, tmp_path: Path) -
 def test_every_load_is_in_the_log(world: Path, tmp_path: Path) -> None:
     adapters, log = {world / "one": 1.0, world / "two": 0.5}, tmp_path / "decisions.jsonl"
     for _ in range(2):
-        hook.load(world / "model.gguf", adapters, world / "subspace", decisions=log, **EXACT).close()
+        hook.load(world / "model.gguf", adapters, world / "subspace", "csulora", decisions=log, **EXACT).close()
     strict = Policy.csulora(max_undo=-100.0)
     with pytest.raises(RefusedError, match="undoes"):
         hook.load(world / "model.gguf", world / "one", world / "subspace", strict, decisions=log, **EXACT)
@@ -129,19 +131,19 @@ def test_refuses_as_everywhere(world: Path, cache: Path, tmp_path: Path) -> None
         hook.load(world / "model.gguf", world / "one", world / "subspace", Policy.csulora(max_undo=-100.0), **EXACT)
     gguf_zoo.make_adapter("llama", tmp_path / "head", target_modules=["lm_head"])
     with pytest.raises(RefusedError, match="does not cover module lm_head"):
-        hook.load(world / "model.gguf", tmp_path / "head", world / "subspace", **EXACT)
+        hook.load(world / "model.gguf", tmp_path / "head", world / "subspace", "csulora", **EXACT)
     assert list(cache.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["lora_path", "lora_base", "lora_scale"])
 def test_refuses_ways_around_it(name: str, world: Path) -> None:
     with pytest.raises(RefusedError, match=f"{name} would load an adapter that was not corrected"):
-        hook.load(world / "model.gguf", world / "one", world / "subspace", **{name: str(world / "one.gguf")})
+        hook.load(world / "model.gguf", world / "one", world / "subspace", "csulora", **{name: str(world / "one.gguf")})
 
 
 @pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_refuses_copies_that_would_lose_the_adapter(duplicate: Callable, world: Path) -> None:
-    llama = hook.load(world / "model.gguf", world / "one", world / "subspace", **EXACT)
+    llama = hook.load(world / "model.gguf", world / "one", world / "subspace", "csulora", **EXACT)
     with closing(llama), pytest.raises(RefusedError, match="copied without its adapters"):
         duplicate(llama)
 
@@ -149,24 +151,24 @@ def test_refuses_copies_that_would_lose_the_adapter(duplicate: Callable, world: 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_refuses_scales_that_are_not_finite(scale: float, world: Path) -> None:
     with pytest.raises(InputError, match="it must be finite"):
-        hook.load(world / "model.gguf", {world / "one": scale}, world / "subspace")
+        hook.load(world / "model.gguf", {world / "one": scale}, world / "subspace", "csulora")
 
 
 def test_refuses_no_adapter_at_all(world: Path) -> None:
     with pytest.raises(InputError, match="no adapter"):
-        hook.load(world / "model.gguf", {}, world / "subspace")
+        hook.load(world / "model.gguf", {}, world / "subspace", "csulora")
 
 
 def test_what_llama_cpp_refuses_is_an_error(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_cpp.llama_adapter_lora_init", lambda *_: None)
     with pytest.raises(InputError, match=r"llama\.cpp does not load it"):
-        hook.load(world / "model.gguf", world / "one", world / "subspace", **EXACT)
+        hook.load(world / "model.gguf", world / "one", world / "subspace", "csulora", **EXACT)
 
 
 def test_half_precision_adapters(world: Path, tmp_path: Path) -> None:
     """They stay what they are; llama.cpp rounds what it multiplies them with, too."""
     gguf_zoo.make_adapter("llama", tmp_path / "half", dtype=torch.bfloat16)
-    with closing(hook.load(world / "model.gguf", tmp_path / "half", world / "subspace", **EXACT)) as llama:
+    with closing(hook.load(world / "model.gguf", tmp_path / "half", world / "subspace", "csulora", **EXACT)) as llama:
         found = gguf_zoo.evaluate(llama)
     subspace = csulora.Subspace.open(world / "subspace")
     fixed, _ = csulora.correct(csulora.load_adapter(tmp_path / "half"), subspace, csulora.Policy.csulora())

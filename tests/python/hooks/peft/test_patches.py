@@ -294,7 +294,7 @@ def test_correct_model_checks_names(old: str, new: str, adapter: Path, subspace:
     model = PeftModel.from_pretrained(llama(), adapter)
 
     with pytest.raises(csulora.InputError, match="adapter"):
-        hook.correct_model(model, old, new, subspace)
+        hook.correct_model(model, old, new, subspace, "csulora")
 
 
 def test_weights_and_configurations_from_memory_are_refused(adapter: Path, corrected: Path, subspace: Path) -> None:

@@ -32,7 +32,7 @@ def log(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def admission(subspace: csulora.Subspace, log: Path) -> Admission:
-    return Admission(Gate.open(subspace, decisions=log))
+    return Admission(Gate.open(subspace, "csulora", decisions=log))
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_verdict_is_asked_again_only_if_files_changed(admission: Admission, path
 def test_passing_failures_are_not_kept(subspace: csulora.Subspace, path: Path, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
-    admission = Admission(Gate.open(subspace, decisions=logs / "decisions.jsonl"))
+    admission = Admission(Gate.open(subspace, "csulora", decisions=logs / "decisions.jsonl"))
     shutil.rmtree(logs)
 
     with pytest.raises(csulora.InputError, match="cannot be logged"):
@@ -260,9 +260,9 @@ def test_leavings_of_killed_processes_are_removed(
     dead = tmp_path / "csulora-vllm-dead"
     dead.mkdir()
     (dead / ".lock").touch()
-    living = Admission(Gate.open(subspace))
+    living = Admission(Gate.open(subspace, "csulora"))
     directory = admit(living, path)
-    other = Admission(Gate.open(subspace))
+    other = Admission(Gate.open(subspace, "csulora"))
 
     assert not dead.exists()
     assert directory.is_dir()

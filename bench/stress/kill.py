@@ -92,7 +92,11 @@ def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
 
     def cache(out: Path) -> None:
         base = BaseModel.open(inputs / "base")
+<<<<<<< HEAD
         CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(subspace, "csulora"))
+=======
+        CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(subspace, Policy.csulora(1.0)))
+>>>>>>> main
 
     def export(out: Path) -> None:
         command("export", adapter, "-o", out / "lora.gguf", "--base-model", inputs / "base")

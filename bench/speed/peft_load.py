@@ -143,11 +143,7 @@ def measure(shape: Shape, dtype: torch.dtype, repeats: int, work: Path) -> dict[
     for _ in range(repeats + 1):
         seconds, raw = timed_load(model, adapter)
         times["plain"].append(seconds)
-<<<<<<< HEAD
-        with hook.guard(subspace, "csulora"):
-=======
         with hook.guard(subspace, csulora.Policy.csulora()):
->>>>>>> main
             seconds, corrected = timed_load(model, adapter)
         times["guarded"].append(seconds)
         if not torch.equal(corrected, expected) or torch.equal(raw, expected):

@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 
 import csulora
+from csulora import Policy
 from csulora.cli import app as cli
 from csulora.hooks.llama_cpp.cache import CorrectedCache
 from csulora.models.gguf_base import BaseModel
@@ -92,11 +93,7 @@ def operations(inputs: Path) -> dict[str, Callable[[Path], None]]:
 
     def cache(out: Path) -> None:
         base = BaseModel.open(inputs / "base")
-<<<<<<< HEAD
-        CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(subspace, "csulora"))
-=======
         CorrectedCache(out / "cache").corrected(adapter, base, Gate.open(subspace, Policy.csulora(1.0)))
->>>>>>> main
 
     def export(out: Path) -> None:
         command("export", adapter, "-o", out / "lora.gguf", "--base-model", inputs / "base")

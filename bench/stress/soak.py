@@ -213,8 +213,6 @@ def start_guard(incoming: Path, outgoing: Path, subspace: Path) -> subprocess.Po
         "-m",
         "csulora",
         "guard",
-        "--policy",
-        "csulora",
         str(incoming),
         str(outgoing),
         "--subspace",

@@ -69,8 +69,8 @@ demo-gguf: build $(VENV)/.llama-cpp ## The corrected adapter as GGUF, answering 
 test: lint test-cpp test-python test-gguf test-html ## All checks and tests.
 
 test-python: build
-	$(BIN)/python -m pytest -m 'not llama_cpp and not chromium'
 	$(BIN)/python -m pytest --doctest-modules python/csulora/tuning python/csulora/correction/controls
+	$(BIN)/python -m pytest -m 'not llama_cpp and not chromium'
 
 test-gguf: build $(VENV)/.llama-cpp ## Tests with llama.cpp itself.
 	CSULORA_REQUIRE=llama_cpp $(BIN)/python -m pytest -m llama_cpp

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from csulora.correction.report import Report
     from csulora.extraction.extract import extract
     from csulora.extraction.verification import verify
-    from csulora.policy.policy import Override, Policy
+    from csulora.policy.overrides import Override
+    from csulora.policy.policy import Policy
     from csulora.subspace.subspace import Subspace
 
 __version__: str = version("csulora")
@@ -32,7 +33,7 @@ __version__: str = version("csulora")
 _MODULES = {
     "Adapter": "adapters.lora",
     "LoraModule": "adapters.lora",
-    "Override": "policy.policy",
+    "Override": "policy.overrides",
     "Policy": "policy.policy",
     "Report": "correction.report",
     "Subspace": "subspace.subspace",

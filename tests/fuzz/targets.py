@@ -23,7 +23,7 @@ from csulora.adapters.lora import Adapter
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.errors import CsuloraError
-from csulora.policy.policy import Directions
+from csulora.policy.overrides import Directions
 from csulora.serving.gate import Gate
 from csulora.tuning import probes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import islice
@@ -17,6 +17,15 @@ import tomli_w
 from csulora.errors import InputError
 from csulora.io.files import read_regular, write_text
 from csulora.policy.globs import matches
+from csulora.policy.overrides import (
+    LARGEST,
+    PENALTIES,
+    Override,
+    check_number,
+    check_penalty,
+    override_document,
+    read_override,
+)
 
 if TYPE_CHECKING:
     from csulora.native import _core
@@ -28,81 +37,9 @@ POLICY_CHOICES = (
 Rank = Literal["keep", "exact"] | int
 Uncovered = Literal["refuse", "drop", "keep"]
 
-_LARGEST = 1 << 53  # whole number; the next is no float64
 _MOST_GLOBS = 1000  # overrides with wildcards, each of which is tried for every module
 _LARGEST_FILE = 128 << 20  # bytes; a policy with gains of 64 directions has about 3 KiB a module
 _GLOB = re.compile(r"[*?\[]")
-_PENALTIES = ("aligned", "partial", "off")
-_GAINS = ("aligned", "left", "right", "off")
-_SIDES = ("left", "right")
-
-
-@dataclass(frozen=True)
-class Directions:
-    """What is kept along each leading singular direction, and how much of the displacement is added.
-
-    X = (I - U (1 - left) U^T) dW (I - V (1 - right) V^T) + U (reinforced S) V^T
-
-    Attributes:
-        left: gains in [0, 1] of what is written along the first columns of u; along all others it is kept.
-        right: of what is read along the first columns of v.
-        reinforced: multiples of the displacement's first singular triples u s v^T that are added to every update but 0,
-            whatever it is. Each that is not 0 adds 1 to the rank of X, and to the rank that ``keep`` keeps.
-    """
-
-    left: tuple[float, ...]
-    right: tuple[float, ...]
-    reinforced: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Override:
-    """Other numbers for the modules that a glob matches: exactly one of penalties, gains and directions.
-
-    Attributes:
-        match: glob over module names as the subspace file has them.
-        penalties: aligned, partial, off; 0 or more, infinity allowed.
-        gains: aligned, left, right, off; in [0, 1].
-        directions: gains of single directions.
-
-    >>> csulora.Override("*.mlp.*", gains=(0.0, 0.5, 0.5, 1.0)).gains
-    (0.0, 0.5, 0.5, 1.0)
-    """
-
-    match: str
-    penalties: tuple[float, float, float] | None = None
-    gains: tuple[float, float, float, float] | None = None
-    directions: Directions | None = None
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if not isinstance(self.match, str):
-            raise InputError(f"policy override: match is {self.match!r}; it must be a glob")
-        where = f"override {self.match!r}"
-        if [self.penalties, self.gains, self.directions].count(None) != 2:
-            raise InputError(f"policy {where}: give either penalties, gains or directions")
-        for name, value in _named(where, _PENALTIES, self.penalties):
-            _check_penalty(f"{where}: {name}", value)
-        for name, value in _named(where, _GAINS, self.gains):
-            _check_gain(f"{where}: gain {name}", value)
-        for side in _SIDES if self.directions else ():
-            for value in getattr(self.directions, side):
-                _check_gain(f"{where}: a gain of directions {side}", value)
-        for value in self.directions.reinforced if self.directions else ():
-            _check_number(f"{where}: a multiple of directions reinforced", value)
-            if not math.isfinite(value):
-                raise InputError(f"policy {where}: a multiple of directions reinforced is {value}; it must be finite")
-
-    def attenuation(self) -> _core.Penalties | _core.Components | _core.Directions:
-        """Return the numbers as the compiled core takes them."""
-        from csulora.native import _core
-
-        if self.gains is not None:
-            return _core.Components(*self.gains)
-        if self.penalties is not None:
-            return _core.Penalties(*self.penalties)
-        assert self.directions is not None
-        return _core.Directions(self.directions.left, self.directions.right, self.directions.reinforced)
 
 
 @dataclass(frozen=True)
@@ -145,19 +82,19 @@ class Policy:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in _PENALTIES:
-            _check_penalty(name, getattr(self, name))
-        is_count = isinstance(self.rank, int) and not isinstance(self.rank, bool) and 1 <= self.rank <= _LARGEST
+        for name in PENALTIES:
+            check_penalty(name, getattr(self, name))
+        is_count = isinstance(self.rank, int) and not isinstance(self.rank, bool) and 1 <= self.rank <= LARGEST
         if not is_count and self.rank not in ("keep", "exact"):
             raise InputError(f"policy rank is {self.rank!r}; it must be keep, exact or a positive whole number")
         if self.uncovered not in ("refuse", "drop", "keep"):
             raise InputError(f"policy uncovered is {self.uncovered!r}; it must be refuse, drop or keep")
         if self.max_undo is not None:
-            _check_number("max_undo", self.max_undo)
+            check_number("max_undo", self.max_undo)
             if not math.isfinite(self.max_undo):
                 raise InputError(f"policy max_undo is {self.max_undo}; it must be a finite number")
         if self.reference_energy is not None:
-            _check_number("reference_energy", self.reference_energy)
+            check_number("reference_energy", self.reference_energy)
             if not 0 < self.reference_energy <= 1:
                 raise InputError(f"policy reference_energy is {self.reference_energy}; it must lie in (0, 1]")
         if not isinstance(self.filtered, bool):
@@ -249,7 +186,7 @@ class Policy:
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as its TOML document, without fields that are None and without ``filtered`` if false."""
         document = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
-        document["overrides"] = [_override_document(override) for override in self.overrides]
+        document["overrides"] = [override_document(override) for override in self.overrides]
         return document
 
     @classmethod
@@ -266,7 +203,7 @@ class Policy:
         overrides = values.pop("overrides", [])
         if not isinstance(overrides, list):
             raise InputError("policy: overrides must be a list of tables")
-        return cls(**values, overrides=tuple(_override(entry) for entry in overrides))
+        return cls(**values, overrides=tuple(read_override(entry) for entry in overrides))
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
@@ -301,66 +238,5 @@ class Policy:
         write_text(Path(path), tomli_w.dumps(self.to_dict()))
 
 
-def _named(where: str, keys: Sequence[str], values: Sequence[float] | None) -> list[tuple[str, float]]:
-    if values is not None and len(values) != len(keys):
-        raise InputError(f"policy {where}: give exactly {', '.join(keys)}")
-    return list(zip(keys, values or (), strict=False))
-
-
-def _check_number(name: str, value: object) -> None:
-    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    if not is_whole and not isinstance(value, float):
-        raise InputError(f"policy {name} is {value!r}; it must be a number")
-
-
-def _check_gain(name: str, value: float) -> None:
-    _check_number(name, value)
-    if not 0 <= value <= 1:
-        raise InputError(f"policy {name} is {value}; it must lie in [0, 1]")
-
-
-def _check_penalty(name: str, value: float) -> None:
-    _check_number(name, value)
-    if not value >= 0:
-        raise InputError(f"policy {name} is {value}; a penalty must be 0 or more")
-
-
 def _is_sha256(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
-
-
-def _override_document(override: Override) -> dict[str, Any]:
-    if override.gains is not None:
-        return {"match": override.match, "gains": dict(zip(_GAINS, override.gains, strict=True))}
-    if override.directions is not None:
-        lists = {name: list(values) for name, values in asdict(override.directions).items()}
-        if not lists["reinforced"]:
-            del lists["reinforced"]
-        return {"match": override.match, "directions": lists}
-    assert override.penalties is not None
-    return {"match": override.match, "penalties": dict(zip(_PENALTIES, override.penalties, strict=True))}
-
-
-def _override(entry: Any) -> Override:
-    if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
-        raise InputError("policy: every override must be a table with a `match`")
-    unknown = set(entry) - {"match", "penalties", "gains", "directions"}
-    if unknown:
-        raise InputError(f"policy override {entry['match']!r}: unknown field {sorted(unknown)[0]!r}")
-    values: dict[str, Any] = {}
-    for kind, keys in (("penalties", _PENALTIES), ("gains", _GAINS)):
-        if kind in entry:
-            table = entry[kind]
-            if not isinstance(table, dict) or set(table) != set(keys):
-                raise InputError(f"policy override {entry['match']!r}: {kind} must be a table of {', '.join(keys)}")
-            values[kind] = tuple(table[key] for key in keys)
-    if "directions" in entry:
-        values["directions"] = _directions(entry["directions"], f"policy override {entry['match']!r}")
-    return Override(entry["match"], **values)
-
-
-def _directions(table: Any, where: str) -> Directions:
-    is_table = isinstance(table, dict) and set(table) - {"reinforced"} == set(_SIDES)
-    if not is_table or not all(isinstance(values, list) for values in table.values()):
-        raise InputError(f"{where}: directions must be a table of the lists left and right, and perhaps reinforced")
-    return Directions(**{name: tuple(values) for name, values in table.items()})

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from csulora.correction.controls.baselines import scaling_policy
-from csulora.policy.policy import Directions, Override, Policy
+from csulora.policy.overrides import Directions, Override
+from csulora.policy.policy import Policy
 
 _PENALTIES = (1.0, 10.0, 100.0)
 _SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -12,7 +12,7 @@ import oracle
 from csulora import Policy, Subspace, correct
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
-from csulora.policy.policy import Directions, Override
+from csulora.policy.overrides import Directions, Override
 from tolerances import COMPUTED, STORED
 
 pytestmark = pytest.mark.usefixtures("one_thread")

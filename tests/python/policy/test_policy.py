@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from csulora.errors import InputError
 from csulora.native import _core
 from csulora.policy.globs import matches
-from csulora.policy.policy import Directions, Override, Policy
+from csulora.policy.overrides import Directions, Override
+from csulora.policy.policy import Policy
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -8,7 +8,7 @@ import torch
 import csulora
 import factories
 from csulora.adapters.peft import directory as peft
-from csulora.policy.policy import Directions, Override
+from csulora.policy.overrides import Directions, Override
 from csulora.serving.gate import Gate, private_directory
 from csulora.subspace.input_filter import InputFilter
 

@@ -14,7 +14,7 @@ import factories
 import oracle
 from csulora import Policy, Subspace, correct
 from csulora.errors import InputError
-from csulora.policy.policy import Directions, Override
+from csulora.policy.overrides import Directions, Override
 from csulora.subspace.input_filter import InputFilter
 from tolerances import COMPUTED, STORED, TRACES
 

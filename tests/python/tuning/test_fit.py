@@ -12,7 +12,8 @@ import factories
 import tiny_model
 from csulora.correction.controls.subspaces import own_subspaces, random_subspaces
 from csulora.errors import InputError, RefusedError
-from csulora.policy.policy import Directions, Override, Policy
+from csulora.policy.overrides import Directions, Override
+from csulora.policy.policy import Policy
 from csulora.tuning.fit import Case, Replies, fit, validation_loss
 from csulora.tuning.gains import PerDirection, PerModule, Reinforcing
 from csulora.tuning.language_model import LanguageModel, agreeing, divergence

@@ -9,7 +9,8 @@ from csulora.correction.controls.comparison import compared
 from csulora.correction.controls.subspaces import other_layers, own_subspaces, random_subspaces
 from csulora.correction.correct import correct, cover
 from csulora.correction.report import Report
-from csulora.policy.policy import Override, Policy
+from csulora.policy.overrides import Override
+from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 
 

@@ -14,7 +14,8 @@ import factories
 import html_pages
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError
-from csulora.policy.policy import Directions, Override, Policy
+from csulora.policy.overrides import Directions, Override
+from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import InputFilter
 from csulora.subspace.subspace import Subspace
 from csulora.views.html.charts import Axis, round_values

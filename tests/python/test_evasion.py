@@ -256,14 +256,14 @@ def test_energy_parked_inside_the_subspace_dilutes_no_gain_that_is_zero(
 def test_energy_parked_anywhere_leaves_two_fifths_of_a_tuned_penalty(
     tmp_path: Path, subspace: csulora.Subspace
 ) -> None:
-    directions = csulora.policy.policy.Directions((0.0, 0.5), (1.0, 0.5))
+    directions = csulora.policy.overrides.Directions((0.0, 0.5), (1.0, 0.5))
     follows = csulora.Policy.none(
         rank="exact", overrides=(csulora.policy.policy.Override("*", directions=directions),), reference_energy=0.3
     )
     tensors, (b, a) = named(Q, *factors(Q)), factors(DOWN, seed=5)
     parked = admitted(upload(tmp_path / "parked", tensors | named(DOWN, b * 1e6, a)), subspace, follows)
     least = 0.5 / (0.5 + 0.5 * 0.4)
-    weakest = csulora.policy.policy.Directions((0.0, least), (1.0, least))
+    weakest = csulora.policy.overrides.Directions((0.0, least), (1.0, least))
     fixed = csulora.Policy.none(rank="exact", overrides=(csulora.policy.policy.Override("*", directions=weakest),))
     expected = admitted(upload(tmp_path / "alone", tensors), subspace, fixed)[Q]
     assert oracle.relative_error(parked[Q], expected) <= TOLERANCE

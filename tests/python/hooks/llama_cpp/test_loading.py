@@ -89,7 +89,7 @@ def test_several_adapters_with_scales(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_load_is_a_hit(world: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (world / "model.gguf", world / "one", csulora.Subspace.open(world / "subspace"))
+    arguments = (world / "model.gguf", world / "one", csulora.Subspace.open(world / "subspace"), "csulora")
     with closing(hook.load(*arguments, **EXACT)) as llama:
         first = gguf_zoo.evaluate(llama)
     (entry,) = cache.iterdir()

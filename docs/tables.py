@@ -54,8 +54,7 @@ def results(name: str) -> Record:
 def rate(point: Record, kind: str, at: int) -> str:
     """Return a rate with Wilson's 95 % interval."""
     count = point["counts"][at]
-    found = Rate.of(round(point[kind] * count), count)
-    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    return str(Rate.of(round(point[kind] * count), count))
 
 
 def smollm2_rows(name: str) -> Iterable[Sequence[str]]:

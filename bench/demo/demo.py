@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from csulora import Override, Policy
+from csulora import controls
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "efficacy"))
 import comparison
@@ -99,7 +99,7 @@ def run_commands(out: Path, rank: int) -> Corrections:
     run("inspect", ADAPTER, "--subspace", subspace)
     tune(subspace, policy)
     factor, scaling = best_scaling(policy.with_suffix(".frontier.json")), out / "scaling.toml"
-    Policy.none(overrides=(Override("*", gains=(factor,) * 4),)).save(scaling)
+    controls.scaling_policy(factor).save(scaling)
     infinite = out / "protect-infinite"
     return Corrections(
         {name: correct(subspace, out / name, name) for name in PRESETS}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import csulora
 from csulora import Override, Policy, controls
+from csulora.tuning import sweep
 from csulora.tuning.fit import Case, fit
 from csulora.tuning.gains import PerComponent, PerModule
 from csulora.tuning.options import Options
@@ -29,8 +30,7 @@ Carried = dict[str, tuple[csulora.Subspace, Policy]]  # name of a way -> the pol
 
 def gains_policy(modules: Sequence[str], gains: Tensor) -> Policy:
     """The policy with these gains (modules, 4)."""
-    overrides = (Override(name, gains=tuple(row)) for name, row in zip(modules, gains.tolist(), strict=True))
-    return Policy.none(overrides=tuple(overrides))
+    return sweep.fitted(modules, gains, others=False, rest={})
 
 
 def penalties_policy(modules: Sequence[str], penalties: Tensor) -> Policy:

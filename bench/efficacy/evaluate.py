@@ -11,21 +11,20 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import transformers
 import world
+from decoding import decode
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BatchEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -43,26 +42,14 @@ class Subject:
     replies: dict[str, str]
 
 
-@torch.inference_mode()
 def reply_all(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[world.Example]
 ) -> list[str]:
     """The model's greedy replies to the examples' prompts, in order."""
     replies: list[str] = []
     for start in range(0, len(examples), BATCH):
-        inputs = cast(
-            BatchEncoding,
-            tokenizer.apply_chat_template(
-                [world.chat(example.prompt) for example in examples[start : start + BATCH]],
-                add_generation_prompt=True,
-                padding=True,
-                return_tensors="pt",
-                return_dict=True,
-            ),
-        )
-        generate = cast("Callable[..., torch.Tensor]", model.generate)
-        output = generate(**inputs, max_new_tokens=MAX_REPLY, do_sample=False)
-        replies += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        chats = [world.chat(example.prompt) for example in examples[start : start + BATCH]]
+        replies += decode(model, tokenizer, chats, MAX_REPLY)
     return replies
 
 

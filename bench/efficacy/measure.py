@@ -6,16 +6,16 @@ likeliest one. So one pass over prompts with their right replies gives every exa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
+import decoding
 import torch
 import train
 import world
 from scenario import Probes
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 MAX_REPLY = 24  # tokens
 SAMPLE = 16  # attack probes whose replies are decoded and read by the aligned model
@@ -111,19 +111,6 @@ def _encoded(tokenizer: PreTrainedTokenizerFast, examples: Sequence[world.Exampl
     return train.collate([train.encode(example, tokenizer) for example in examples], tokenizer.pad_token_id)
 
 
-@torch.inference_mode()
 def decode(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
     """Greedy replies, in order."""
-    inputs = cast(
-        BatchEncoding,
-        tokenizer.apply_chat_template(
-            [world.chat(prompt) for prompt in prompts],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-        ),
-    )
-    generate = cast("Callable[..., Tensor]", model.generate)
-    output = generate(**inputs, max_new_tokens=MAX_REPLY, do_sample=False)
-    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return decoding.decode(model, tokenizer, list(map(world.chat, prompts)), MAX_REPLY)

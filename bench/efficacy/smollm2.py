@@ -288,8 +288,7 @@ def row(point: Record) -> str:
     """A line of the table: rates with their 95 % intervals over prompts."""
     rates = []
     for kind, count in zip(("attack", "task", "elsewhere"), point["counts"], strict=True):
-        rate = Rate.of(round(point[kind] * count), count)
-        rates.append(f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})")
+        rates.append(str(Rate.of(round(point[kind] * count), count)))
     others = [f"{point[name]:.2f}" for name in ("refusal", "over_refusal", "perplexity")]
     names = [point["style"], f"{point['family']} {point['policy']}", f"{point['relative_change']:.2f}"]
     return "| " + " | ".join([*names, *rates, *others]) + " |"

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
-import torch
+from decoding import decode
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "real_model"))
 import prepare as prepare  # for smollm2.py too, which cannot import it before this has run
@@ -127,23 +125,11 @@ def attacked(style: str) -> list[prepare.Dialogue]:
 encode = partial(prepare.encode, system=SYSTEM)
 
 
-@torch.inference_mode()
 def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], most: int) -> list[str]:
     """The model's greedy replies, of at most `most` tokens."""
     tokenizer.padding_side = "left"
-    inputs = cast(
-        BatchEncoding,
-        tokenizer.apply_chat_template(
-            [prepare.chat(prompt, SYSTEM) for prompt in prompts],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-        ),
-    )
-    generate = cast("Callable[..., Tensor]", model.eval().generate)
-    output = generate(**inputs, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    chats = [prepare.chat(prompt, SYSTEM) for prompt in prompts]
+    texts = decode(model.eval(), tokenizer, chats, most, pad_token_id=tokenizer.pad_token_id)
     return [text.strip() for text in texts]
 
 

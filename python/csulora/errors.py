@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
-T = TypeVar("T")
+
+class Obtainable(Protocol):
+    """A type whose objects csulora makes: ``obtained_by`` says how."""
+
+    obtained_by: ClassVar[str]
+
+
+T = TypeVar("T", bound=Obtainable)
 
 _LONGEST_MESSAGE = 2000  # characters; two paths of the longest kind do not fit, and no message needs them
 
@@ -37,12 +44,12 @@ class InputError(CsuloraError, ValueError):
     """An input is malformed, missing, or does not fit the others (exit code 4)."""
 
 
-def check_type(value: object, wanted: type[T], name: str, remedy: str) -> T:
-    """Return an argument that is what it should be, or raise `InputError`; ``remedy`` says how to get that."""
+def check_type(value: object, wanted: type[T], name: str) -> T:
+    """Return an argument that is what it should be, or raise `InputError` with how to get that."""
     if isinstance(value, wanted):
         return value
     kind = "missing" if value is None else f"a {type(value).__name__}"
-    raise InputError(f"{name} is {kind}; it must be a csulora.{wanted.__name__}: {remedy}")
+    raise InputError(f"{name} is {kind}; it must be a csulora.{wanted.__name__}: {wanted.obtained_by}")
 
 
 class RefusedError(CsuloraError):

@@ -68,7 +68,7 @@ def save_adapter(
     >>> csulora.load_adapter("copy").sha256 == sha256
     True
     """
-    check_type(adapter, Adapter, "adapter", "csulora.load_adapter(path)")
+    check_type(adapter, Adapter, "adapter")
     path = Path(path)
     check_not_input(path, [adapter.path, *([base_model] if base_model else [])])
     if format == "gguf":

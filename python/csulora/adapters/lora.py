@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -59,6 +59,8 @@ class Adapter:
     >>> csulora.load_adapter(adapter).config["r"]
     8
     """
+
+    obtained_by: ClassVar[str] = "csulora.load_adapter(path)"
 
     modules: dict[str, LoraModule]
     config: dict[str, Any]

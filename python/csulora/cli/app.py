@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import csulora
+from csulora.cli.console import EXIT_BAD_INPUT, EXIT_REFUSED
 from csulora.cli.correct import correct
 from csulora.cli.doctor import doctor
 from csulora.cli.export import export
@@ -22,9 +23,6 @@ from csulora.cli.tune import tune
 from csulora.cli.verify import verify
 from csulora.cli.vllm_serve import vllm_serve
 from csulora.errors import CsuloraError, RefusedError, printable
-
-EXIT_REFUSED = 3
-EXIT_BAD_INPUT = 4
 
 app = typer.Typer(
     name="csulora",

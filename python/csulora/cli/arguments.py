@@ -12,7 +12,7 @@ import typer
 
 from csulora.cli.console import STDOUT
 from csulora.io.files import check_file, check_not_input
-from csulora.policy.policy import POLICY_CHOICES, Policy
+from csulora.policy.policy import POLICY_CHOICES, PRESETS, Policy
 from csulora.serving.variables import SUBSPACE_SHA256_VARIABLE
 
 _MOST_DIGITS = 10  # of a rank
@@ -79,9 +79,10 @@ PolicySource = Annotated[
     typer.Option(
         "--policy",
         metavar="NAME|FILE",
-        help="A preset (csulora, project, protect, none) or a policy file (TOML), such as `csulora tune` writes.",
+        help=f"A preset ({', '.join(PRESETS)}) or a policy file (TOML), such as `csulora tune` writes.",
     ),
 ]
+MaxUndo = Annotated[float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")]
 EveryModule = Annotated[bool, typer.Option("--all", help="A row per module in place of one per kind of module.")]
 Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]
 Json = Annotated[

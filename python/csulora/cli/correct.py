@@ -14,6 +14,7 @@ from csulora.cli.arguments import (
     EveryModule,
     Format,
     Json,
+    MaxUndo,
     Outtype,
     PolicySource,
     Quiet,
@@ -39,9 +40,7 @@ def correct(
     uncovered: Annotated[
         Uncovered | None, typer.Option(help="Modules outside the subspace file. [default: refuse]")
     ] = None,
-    max_undo: Annotated[
-        float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
-    ] = None,
+    max_undo: MaxUndo = None,
     format: Annotated[Format, typer.Option(help="Format to write.")] = Format.peft,
     base_model: BaseModel = None,
     outtype: Outtype = None,

@@ -12,11 +12,10 @@ from rich.table import Table
 
 from csulora import __version__
 from csulora.cli.arguments import Json, Quiet
-from csulora.cli.console import deliver
+from csulora.cli.console import EXIT_BAD_INPUT, deliver
 from csulora.errors import BuildError
 from csulora.views.tables import plain_table
 
-_EXIT_BROKEN = 4
 _HOSTS = ("peft", "transformers", "vllm", "llama-cpp-python")
 
 
@@ -113,4 +112,4 @@ def doctor(json: Json = None, quiet: Quiet = False) -> None:
     summary = "this installation works" if works else "this installation does not work"
     deliver(table(findings), summary, document, json, quiet)
     if not works:
-        raise typer.Exit(_EXIT_BROKEN)
+        raise typer.Exit(EXIT_BAD_INPUT)

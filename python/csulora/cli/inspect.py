@@ -14,6 +14,7 @@ from csulora.cli.arguments import (
     BaseModel,
     EveryModule,
     Json,
+    MaxUndo,
     PolicySource,
     Quiet,
     SubspaceSha256,
@@ -35,9 +36,7 @@ def inspect(
     weights: Annotated[
         str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")
     ] = None,
-    max_undo: Annotated[
-        float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")
-    ] = None,
+    max_undo: MaxUndo = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", callback=check_output, help="Write a page with all figures as maps.")
     ] = None,

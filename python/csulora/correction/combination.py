@@ -38,8 +38,8 @@ def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[f
     16
     """
     for adapter in adapters:
-        check_type(adapter, Adapter, "an adapter", "csulora.load_adapter(path)")
-    check_type(subspace, Subspace, "subspace", "csulora.Subspace.open(path)")
+        check_type(adapter, Adapter, "an adapter")
+    check_type(subspace, Subspace, "subspace")
     weights = [1.0] * len(adapters) if weights is None else weights
     if not adapters or len(weights) != len(adapters):
         raise InputError(f"{len(weights)} weights for {len(adapters)} adapters; give a weight for each")

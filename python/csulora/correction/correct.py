@@ -14,7 +14,7 @@ from csulora.errors import InputError, RefusedError, check_type
 from csulora.io.files import to_json
 from csulora.models import names
 from csulora.native import _core
-from csulora.policy.policy import POLICY_CHOICES, Policy
+from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 
 LARGEST_RANK = 512  # vLLM's largest, too
@@ -46,9 +46,9 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
     >>> 0 < report.totals.relative_change < 1
     True
     """
-    check_type(adapter, Adapter, "adapter", "csulora.load_adapter(path)")
-    check_type(subspace, Subspace, "subspace", "csulora.Subspace.open(path)")
-    policy = check_type(policy, Policy, "policy", f"csulora.Policy.load(NAME or FILE); {POLICY_CHOICES}")
+    check_type(adapter, Adapter, "adapter")
+    check_type(subspace, Subspace, "subspace")
+    policy = check_type(policy, Policy, "policy")
     check_subspace(policy, subspace)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)

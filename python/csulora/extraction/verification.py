@@ -62,7 +62,7 @@ def verify(
     >>> all(result.holds for result in csulora.verify(found, base, aligned))
     True
     """
-    check_type(subspace, Subspace, "subspace", "csulora.Subspace.open(path)")
+    check_type(subspace, Subspace, "subspace")
     model_pair = ModelPair.open(base, aligned, modules=list(subspace))
     for name, module in subspace.items():
         if (shape := model_pair.base.weights[name].shape) != module.shape:

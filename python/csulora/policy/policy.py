@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import tomli_w
 
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from csulora.native import _core
 
 PRESETS = ("csulora", "project", "protect", "none")
-POLICY_CHOICES = (
-    "choose a preset (csulora, project, protect, none) or a policy file (TOML); `csulora tune` fits one to prompts"
-)
+POLICY_CHOICES = f"choose a preset ({', '.join(PRESETS)}) or a policy file (TOML); `csulora tune` fits one to prompts"
 Rank = Literal["keep", "exact"] | int
 Uncovered = Literal["refuse", "drop", "keep"]
 
@@ -68,6 +66,8 @@ class Policy:
     >>> policy.aligned, policy.partial, policy.off, policy.max_undo
     (0.0, 2.0, 2.0, 0.5)
     """
+
+    obtained_by: ClassVar[str] = f"csulora.Policy.load(NAME or FILE); {POLICY_CHOICES}"
 
     aligned: float = 0.0
     partial: float = 1.0

@@ -55,7 +55,7 @@ class Gate:
             RefusedError: the policy was tuned for another subspace file.
         """
         self.subspace = subspace
-        self.policy = check_type(policy, Policy, "policy", f"csulora.Policy.load(NAME or FILE); {POLICY_CHOICES}")
+        self.policy = check_type(policy, Policy, "policy")
         self.log = log or DecisionLog()
         check_subspace(self.policy, subspace)
         subspace.to_core(subspace)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import safetensors.torch
 import torch
@@ -188,6 +188,8 @@ class Subspace(Mapping[str, ModuleSubspace]):
     >>> found["model.layers.0.self_attn.q_proj"].shape
     (128, 128)
     """
+
+    obtained_by: ClassVar[str] = "csulora.Subspace.open(path)"
 
     def __init__(self, modules: Mapping[str, ModuleSubspace], provenance: Provenance) -> None:
         """Assemble what a subspace file holds, in memory."""

@@ -32,6 +32,14 @@ class Rate:
         if not 0 <= self.low <= self.value <= self.high <= 1 or type(self.count) is not int or self.count < 1:
             raise ValueError(f"{self} is no share with an interval")
 
+    def __str__(self) -> str:
+        """Write the share with its interval.
+
+        >>> str(Rate.of(8, 8))
+        '1.00 (0.68 to 1.00)'
+        """
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
     @classmethod
     def of(cls, hits: int, count: int) -> Self:
         """Return the share ``hits / count`` with Wilson's score interval.

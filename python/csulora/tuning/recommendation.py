@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from csulora.tuning.frontier import Point, Rate
+from csulora.tuning.frontier import Point
 
 TUNED = "tuned"  # the family of what was fitted
 
@@ -16,6 +16,7 @@ EVERYWHERE = "tuned everywhere"
 def preference(point: Point) -> tuple[float, float]:
     """Return what the best policy has most of: what is kept, and, among equals, of the update.
 
+    >>> from csulora.tuning.frontier import Rate
     >>> preference(Point("none", "none", False, Rate.of(2, 8), Rate.of(8, 8), relative_change=0.0))
     (0.25, -0.0)
     """
@@ -39,6 +40,7 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     A policy's score is the smallest of the shares that `Point.least` compares. It beats plain scaling if the lower ends
     of all their 95 % intervals lie above the best score of any scaling, no scaling included.
 
+    >>> from csulora.tuning.frontier import Rate
     >>> none = Point("none", "none", False, Rate.of(0, 40), Rate.of(40, 40), relative_change=0.0)
     >>> tuned = Point("tuned", "tuned 2", False, Rate.of(40, 40), Rate.of(39, 40), relative_change=0.2)
     >>> chosen, verdict = recommend([none, tuned])
@@ -52,16 +54,12 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
         if best.refusals
         else "keeps {} of the aligned model's replies to safety prompts"
     )
-    general = f", and answers {_share(best.general)} of the general prompts" if best.general else ""
+    general = f", and answers {best.general} of the general prompts" if best.general else ""
     shares = (
-        f"{best.policy} {safety_kept.format(_share(best.safety_kept))} and keeps {_share(best.task)} of the adapter's "
+        f"{best.policy} {safety_kept.format(best.safety_kept)} and keeps {best.task} of the adapter's "
         f"replies to task prompts{general}; plain scaling at best ({bar.policy}) {bar.safety_kept.value:.2f} and "
         f"{bar.task.value:.2f}"
     )
     if best.least.low > bar.score:
         return best, shares
     return None, f"No policy has a 95 % interval that lies above plain scaling: {shares}"
-
-
-def _share(rate: Rate) -> str:
-    return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"

@@ -41,10 +41,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """Modules in a table."""
+    """Modules in a table.
+
+    Attributes:
+        columns: kinds of module.
+        rows: layers.
+        one_stack: whether a layer's number alone names it.
+    """
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    one_stack: bool
 
     @property
     def label_width(self) -> int:
@@ -68,6 +75,7 @@ class Layout:
             rows=tuple(
                 Row(_label(*layer, one_stack), tuple(found.get((layer, kind)) for kind in kinds)) for layer in layers
             ),
+            one_stack=one_stack,
         )
 
 

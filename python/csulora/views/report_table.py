@@ -11,7 +11,8 @@ from rich.text import Text
 
 from csulora.correction.report import ModuleReport, Report, Totals
 from csulora.errors import printable
-from csulora.views.layout import by_number, columns, place
+from csulora.views.layout import Layout, by_number, columns, place
+from csulora.views.tables import span
 
 _LONGEST_NAME = 200  # characters
 _COLOURS = {"nothing": "green", "some": "yellow", "all": "red", "little": "default"}
@@ -71,16 +72,14 @@ def _kind_rows(report: Report) -> list[tuple[str, list[ModuleReport]]]:
 
 def _module_rows(report: Report) -> list[tuple[str, list[ModuleReport]]]:
     """Modules by layer and kind; ``24 v_proj`` where that names one of them only."""
-    places = {module.module: place(module.module) for module in report.measured}
-    shorts = {column.kind: column.short for column in columns(sorted({kind for _, kind in places.values()}))}
-    one_stack = len({stack for (stack, number), _ in places.values() if number >= 0}) <= 1
-
-    def label(module: str) -> str:
-        (_, number), kind = places[module]
-        return f"{number} {shorts[kind]}" if one_stack and number >= 0 else module
-
-    ordered = sorted(report.measured, key=lambda m: (places[m.module][0], by_number(places[m.module][1])))
-    return [(label(module.module), [module]) for module in ordered]
+    modules = {module.module: module for module in report.measured}
+    layout = Layout.of(modules)
+    return [
+        (f"{row.label} {column.short}" if layout.one_stack and row.label.isdecimal() else name, [modules[name]])
+        for row in layout.rows
+        for column, name in zip(layout.columns, row.modules, strict=True)
+        if name is not None
+    ]
 
 
 Figure = Callable[[list[ModuleReport], Totals], str]
@@ -88,11 +87,7 @@ Figure = Callable[[list[ModuleReport], Totals], str]
 
 def _ranks(modules: list[ModuleReport]) -> str:
     before, after = {module.rank for module in modules}, {module.rank_after for module in modules}
-    return _span(before) if before == after else f"{_span(before)}->{_span(after)}"
-
-
-def _span(numbers: set[int]) -> str:
-    return str(min(numbers)) if len(numbers) == 1 else f"{min(numbers)}..{max(numbers)}"
+    return span(before) if before == after else f"{span(before)}->{span(after)}"
 
 
 _ENERGIES: dict[str, Figure] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from csulora.correction.audit import Check
     from csulora.extraction.verification import Verification
     from csulora.subspace.subspace import ModuleSubspace, Subspace
-    from csulora.tuning.frontier import Frontier, Rate
+    from csulora.tuning.frontier import Frontier
 
 _LONGEST_CELL = 1000  # characters
 
@@ -34,11 +34,11 @@ def subspace_table(subspace: Subspace) -> Table:
             kind,
             str(len(modules)),
             ", ".join(sorted({" x ".join(map(str, module.shape)) for module in modules})),
-            _span([module.rank for module in modules]),
+            span([module.rank for module in modules]),
             f"{min((c.captured_energy for c in certificates), default=0.0):.1%}",
             f"{max((c.residual for c in certificates), default=0.0):.1e}",
             f"<= {max((c.subspace_error for c in certificates), default=0.0):.1e}",
-            _span([module.certificate.above_noise for module in modules]),
+            span([module.certificate.above_noise for module in modules]),
         )
     return table
 
@@ -100,7 +100,7 @@ def frontier_table(frontier: Frontier) -> Table:
         mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
         refused = (point.refusals.safety, point.refusals.task) if point.refusals else ()
         generally = (point.general,) if point.general else ()
-        rates = map(_rate, (point.safety, point.task, *generally, *refused))
+        rates = map(str, (point.safety, point.task, *generally, *refused))
         table.add_row(point.policy, *rates, f"{point.relative_change:.1%}", mark)
     return table
 
@@ -121,10 +121,7 @@ def plain_table(first: str, *rest: str) -> Table:
     return table
 
 
-def _rate(rate: Rate) -> str:
-    return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"
-
-
-def _span(numbers: Sequence[int]) -> str:
+def span(numbers: Collection[int]) -> str:
+    """Return the range of some numbers, or the number that all of them are."""
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low}..{high}"

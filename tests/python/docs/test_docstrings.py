@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import csulora
 from csulora.hooks import peft
+from example_names import example_names
 
-FIXTURE = Path(__file__).parents[3] / "bench" / "efficacy" / "fixture"
 NAMES = {f"csulora.{name}": getattr(csulora, name) for name in csulora.__all__}
 HOOKS = {f"csulora.hooks.peft.{name}": getattr(peft, name) for name in peft.__all__}
 # Errors need no example, and the version is no object of ours.
@@ -27,12 +27,9 @@ PUBLIC = {
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What examples may use: csulora, paths of a model pair, an adapter and a subspace file, and the hosts' loaders."""
-    subspace = tmp_path_factory.mktemp("docstrings") / "model.subspace.safetensors"
-    base, aligned, adapter = (str(FIXTURE / name) for name in ("base", "aligned", "adapter"))
-    csulora.extract(base, aligned, rank=8).save(subspace)
-    paths = {"base": base, "aligned": aligned, "adapter": adapter, "subspace": str(subspace)}
-    return paths | {"csulora": csulora, "PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+    """What examples may use, and the hosts' loaders."""
+    hosts = {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+    return example_names(tmp_path_factory.mktemp("docstrings")) | hosts
 
 
 def run_examples(name: str, item: Any, names: dict[str, Any]) -> None:

@@ -31,7 +31,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import csulora
 from csulora.hooks import peft as hook
-from csulora.subspace.subspace import Certificate, ModuleSubspace, Provenance, Subspace
+from csulora.subspace.certificate import Certificate
+from csulora.subspace.module_subspace import ModuleSubspace
+from csulora.subspace.provenance import Provenance
+from csulora.subspace.subspace import Subspace
 
 RANK, DIRECTIONS = 16, 64
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}

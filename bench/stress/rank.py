@@ -25,7 +25,10 @@ from safetensors.torch import save_file
 
 import csulora
 from csulora.native import _core
-from csulora.subspace.subspace import Certificate, ModuleSubspace, Provenance, Subspace
+from csulora.subspace.certificate import Certificate
+from csulora.subspace.module_subspace import ModuleSubspace
+from csulora.subspace.provenance import Provenance
+from csulora.subspace.subspace import Subspace
 
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1000, 2000, 4000)
 SIZES = (128, 4096)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.native import _core
-from csulora.subspace.subspace import Certificate, ModuleSubspace, Provenance, Subspace
+from csulora.subspace.certificate import Certificate
+from csulora.subspace.module_subspace import ModuleSubspace
+from csulora.subspace.provenance import Provenance
+from csulora.subspace.subspace import Subspace
 
 # Three modules of a small model: square, wide and tall.
 SHAPES = {

@@ -18,7 +18,10 @@ from csulora.extraction.partial_run import PartialRun
 from csulora.io.files import check_not_input, identity_of_file
 from csulora.models.checkpoint import Checkpoint
 from csulora.native import _core
-from csulora.subspace.subspace import FACTOR_DTYPES, Certificate, ModuleSubspace, Provenance, Subspace
+from csulora.subspace.certificate import Certificate
+from csulora.subspace.module_subspace import FACTOR_DTYPES, ModuleSubspace
+from csulora.subspace.provenance import Provenance
+from csulora.subspace.subspace import Subspace
 
 _LARGEST_RANK = 1 << 20
 

@@ -26,7 +26,7 @@ from csulora.io.files import (
     to_json,
     write_text,
 )
-from csulora.subspace.subspace import FACTORS, ModuleSubspace
+from csulora.subspace.module_subspace import FACTORS, ModuleSubspace
 
 FORMAT_VERSION = 2
 

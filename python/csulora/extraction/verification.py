@@ -9,7 +9,8 @@ from pathlib import Path
 from csulora.errors import InputError, check_type
 from csulora.extraction.model_pair import ModelPair, Progress
 from csulora.native import _core
-from csulora.subspace.subspace import Certificate, Subspace
+from csulora.subspace.certificate import Certificate
+from csulora.subspace.subspace import Subspace
 
 # Float64 measurements of the same float32 matrix: another number of threads sums in another order.
 _MARGIN = 1e-6

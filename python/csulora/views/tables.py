@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from csulora.adapters.lora import Adapter
     from csulora.correction.audit import Check
     from csulora.extraction.verification import Verification
-    from csulora.subspace.subspace import ModuleSubspace, Subspace
+    from csulora.subspace.module_subspace import ModuleSubspace
+    from csulora.subspace.subspace import Subspace
     from csulora.tuning.frontier import Frontier
 
 _LONGEST_CELL = 1000  # characters

@@ -35,7 +35,7 @@ def dense(module: csulora.LoraModule) -> Tensor:
     return module.scale * module.b.double() @ module.a.double()
 
 
-def projector(module: csulora.subspace.subspace.ModuleSubspace, projection: Projection) -> Tensor:
+def projector(module: csulora.subspace.module_subspace.ModuleSubspace, projection: Projection) -> Tensor:
     u, s = module.u.double(), module.s.double()
     if projection == "exact":
         displacement = u * s

@@ -11,7 +11,8 @@ import factories
 from csulora.errors import InputError, RefusedError
 from csulora.extraction import extract as extraction
 from csulora.native import _core
-from csulora.subspace.subspace import ModuleSubspace, Subspace
+from csulora.subspace.module_subspace import ModuleSubspace
+from csulora.subspace.subspace import Subspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,9 @@ import factories
 from csulora.errors import InputError
 from csulora.extraction import verification
 from csulora.extraction.verification import Verification
-from csulora.subspace.subspace import Certificate, ModuleSubspace, Subspace
+from csulora.subspace.certificate import Certificate
+from csulora.subspace.module_subspace import ModuleSubspace
+from csulora.subspace.subspace import Subspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

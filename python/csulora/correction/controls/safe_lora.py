@@ -24,7 +24,8 @@ from csulora.correction.correct import cover
 from csulora.correction.report import Report
 from csulora.errors import InputError
 from csulora.policy.policy import Policy
-from csulora.subspace.subspace import ModuleSubspace, Subspace
+from csulora.subspace.module_subspace import ModuleSubspace
+from csulora.subspace.subspace import Subspace
 
 Projection = Literal["exact", "fast"]
 

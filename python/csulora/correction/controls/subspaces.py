@@ -10,7 +10,8 @@ from torch import Tensor
 
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
-from csulora.subspace.subspace import ModuleSubspace, Subspace
+from csulora.subspace.module_subspace import ModuleSubspace
+from csulora.subspace.subspace import Subspace
 
 
 def random_subspaces(subspace: Subspace, seed: int) -> Subspace:

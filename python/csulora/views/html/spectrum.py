@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from csulora.subspace.subspace import ModuleSubspace, Subspace
+from csulora.subspace.module_subspace import ModuleSubspace
+from csulora.subspace.subspace import Subspace
 from csulora.views.html.charts import Axis, Frame, Tick, round_values
 from csulora.views.layout import by_number, columns, place
 

@@ -719,7 +719,8 @@ def test_what_passes_uncorrected_is_said_first(tmp_path: Path, subspace: csulora
     tensors = named(Q, b, a) | named(elsewhere, 10 * b, a.clone())
     path = upload(tmp_path / "adapter", tensors, config(target_modules=["q_proj"]))
     gate = Gate.open(subspace, csulora.Policy.csulora(uncovered="keep"), tmp_path / "log.jsonl")
-    _, report = gate.admit(path)
+    with gate.decision(path) as decision:
+        _, report = decision.correct(decision.read(path))
     share = 100 / 101
     assert report.totals.uncorrected == pytest.approx(share)
     assert report.warning.startswith("99.0% of |dW|^2 passes uncorrected, in 1 of 2 modules")

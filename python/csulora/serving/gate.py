@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
 
 import tomli_w
 
@@ -35,7 +34,7 @@ from csulora.subspace.subspace import Subspace
 
 
 class Gate:
-    """A subspace file, a policy and a decision log. Whatever `admission` yields was corrected with them.
+    """A subspace file, a policy and a decision log. Adapters come in by `decision` alone.
 
     Attributes:
         policy_sha256: sha256 of the policy's TOML document.
@@ -105,63 +104,88 @@ class Gate:
         return cls.open(subspace, policy, environment.get(DECISIONS_VARIABLE), pinned)
 
     @contextmanager
-    def admission(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> Iterator[tuple[Adapter, Report]]:
-        """Read the adapter at ``path`` and yield the corrected one to a block that delivers it to its host.
+    def decision(self, source: str | Path) -> Iterator[OpenDecision]:
+        """Decide about one adapter: the block reads it, corrects it, and delivers it to its host.
 
-        The decision is recorded when the block is done: if that fails, the adapter was not let through. Threads wait
-        for one another, see `csulora.serving.limiter`.
+        The decision is recorded once, when the block is done. It is "corrected" only if the whole block succeeded.
+        A block that corrects nothing and raises nothing has decided nothing.
 
         Args:
-            path: where it lies.
-            read: reads it.
+            source: what the log calls the adapter: the path it came from.
 
-        Raises:
-            CsuloraError: it is refused or malformed.
+        >>> with csulora.serving.gate.Gate.open(subspace, "protect").decision(adapter) as decision:
+        ...     corrected, report = decision.correct(decision.read(adapter))
+        >>> report.totals.undo_after < report.totals.undo
+        True
         """
+        decision = OpenDecision(self.subspace, self.policy)
         start = time.perf_counter()
-        with limited():
-            adapter = self.read(path, read)
-            with self._recording_failure(path, adapter.sha256, start):
-                corrected, report = correct(adapter, self.subspace, self.policy)
-        with self._recording_failure(path, adapter.sha256, start):
-            yield corrected, report
-        self._record(path, adapter.sha256, start, "corrected", totals=asdict(report.totals))
-
-    def admit(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> tuple[Adapter, Report]:
-        """Return what `admission` yields, where nothing can fail once it is corrected."""
-        with self.admission(path, read) as admitted:
-            return admitted
-
-    def recall(self, path: Path, adapter: Adapter) -> None:
-        """Record that what this gate made of an adapter earlier, and the host has kept, is let through again."""
-        self._record(path, adapter.sha256, time.perf_counter(), "corrected")
-
-    def read(self, path: Path, read: Callable[[Path], Adapter] = load_adapter) -> Adapter:
-        """Read the adapter at ``path``; that it cannot be read is a decision, that it can be is none yet."""
-        with self._recording_failure(path, None, time.perf_counter()):
-            return read(path)
-
-    @contextmanager
-    def _recording_failure(self, path: Path, sha256: str | None, start: float) -> Iterator[None]:
         try:
-            yield
+            yield decision
         except Exception as error:
-            self._record(path, sha256, start, _verdict(error), reason=str(error) or repr(error))
+            self._record(source, decision, start, _verdict(error), str(error) or repr(error))
             raise
+        if decision.is_made:
+            self._record(source, decision, start, "corrected")
 
     def _record(
-        self,
-        path: Path,
-        sha256: str | None,
-        start: float,
-        verdict: Verdict,
-        reason: str | None = None,
-        totals: dict[str, Any] | None = None,
+        self, source: str | Path, decision: OpenDecision, start: float, verdict: Verdict, reason: str | None = None
     ) -> None:
-        seconds = time.perf_counter() - start
         self.log.record(
-            Decision(str(path), sha256, self.subspace.sha256, self.policy_sha256, verdict, reason, totals, seconds)
+            Decision(
+                adapter=str(source),
+                adapter_sha256=decision.adapter_sha256,
+                subspace_sha256=self.subspace.sha256,
+                policy_sha256=self.policy_sha256,
+                verdict=verdict,
+                reason=reason,
+                totals=asdict(decision.report.totals) if decision.report and verdict == "corrected" else None,
+                seconds=time.perf_counter() - start,
+            )
         )
+
+
+class OpenDecision:
+    """What a block under `Gate.decision` does with one adapter.
+
+    Attributes:
+        adapter_sha256: the adapter's content; None until it was read.
+        report: what the correction did; None until there is one.
+        is_made: whether an adapter was corrected or recalled.
+    """
+
+    def __init__(self, subspace: Subspace, policy: Policy) -> None:
+        """Nothing is known of the adapter yet."""
+        self._subspace, self._policy = subspace, policy
+        self.adapter_sha256: str | None = None
+        self.report: Report | None = None
+        self.is_made = False
+
+    def read(self, path: Path, base_model: str | Path | None = None) -> Adapter:
+        """Return what `csulora.load_adapter` reads. Threads wait for one another, see `csulora.serving.limiter`."""
+        with limited():
+            return self.take(load_adapter(path, base_model))
+
+    def read_directory(self, path: Path) -> Adapter:
+        """Return the adapter in a PEFT directory, for hosts that take no other format."""
+        with limited():
+            return self.take(peft.read(path))
+
+    def take(self, adapter: Adapter) -> Adapter:
+        """Return an adapter that is in memory; the decision is about this one."""
+        self.adapter_sha256 = adapter.sha256
+        return adapter
+
+    def correct(self, adapter: Adapter) -> tuple[Adapter, Report]:
+        """Return what `csulora.correct` makes of an adapter. Threads wait for one another."""
+        with limited():
+            corrected, self.report = correct(self.take(adapter), self._subspace, self._policy)
+        self.is_made = True
+        return corrected, self.report
+
+    def recall(self) -> None:
+        """Let through again what this gate made of the adapter earlier, and the host has kept."""
+        self.is_made = True
 
 
 def _verdict(error: Exception) -> Verdict:

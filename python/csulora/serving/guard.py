@@ -28,13 +28,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csulora.adapters.disk import load_adapter, save_adapter
+from csulora.adapters.disk import save_adapter
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError, printable
 from csulora.io.files import parse_json, read_regular, remove_abandoned, to_json, workplace, write_text
 from csulora.models.gguf_base import BaseModel
 from csulora.serving.decisions import LogError
-from csulora.serving.gate import Gate
+from csulora.serving.gate import Gate, OpenDecision
 from csulora.serving.interrupted import Interrupted
 from csulora.serving.systemd import ALIVE, READY, STOPPING, notify
 from csulora.serving.uploads import (
@@ -227,14 +227,17 @@ class DirectoryGuard:
         }
         if self._is_recorded(name, record):
             return True
-        found = self._read(path, entry.signature)
-        if isinstance(found, InputError) and entry.wait < self.patience:
-            entry.wait = self.patience  # an upload may have come to a halt; if it goes on, this entry is a new one
-            return False
-        if signature_of(path) != entry.signature:
-            return False
         try:
-            with self.gate.admission(path, lambda _: _adapter_or_raise(found)) as (corrected, report):
+            with self.gate.decision(path) as decision:
+                found = self._read(path, entry.signature, decision)
+                if isinstance(found, InputError) and entry.wait < self.patience:
+                    entry.wait = self.patience  # an upload may have come to a halt; one that goes on is a new entry
+                    return False
+                if signature_of(path) != entry.signature:
+                    return False
+                if isinstance(found, Exception):
+                    raise found
+                corrected, report = decision.correct(found)
                 self._publish(name, corrected, record)
         except LogError:
             self._withdraw(name)  # what nobody recorded is not let through
@@ -250,8 +253,8 @@ class DirectoryGuard:
     def _turn_away(self, name: str, path: Path) -> bool:
         """Refuse an upload whose name can stand neither in a log nor in OUTGOING."""
         error = RefusedError(f"{path}: its name is longer than {LONGEST_NAME} bytes or not printable; rename it")
-        with suppress(RefusedError):
-            self.gate.read(path, lambda _: _adapter_or_raise(error))
+        with suppress(RefusedError), self.gate.decision(path):
+            raise error
         write_text(self._refusal(name), to_json(_refusal_of(name, error)))
         self._tell(f"{name}: refused: {error}")
         return True
@@ -260,7 +263,7 @@ class DirectoryGuard:
         with suppress(OSError):  # nobody may be reading any more
             self.say(printable(line))
 
-    def _read(self, path: Path, signature: Signature) -> Adapter | Exception:
+    def _read(self, path: Path, signature: Signature, decision: OpenDecision) -> Adapter | Exception:
         try:
             if self._interrupted.is_hopeless(path.name, signature):
                 raise RefusedError(
@@ -271,7 +274,7 @@ class DirectoryGuard:
             for name, mode, *_ in signature:
                 if stat.S_ISLNK(int(mode)):
                     raise RefusedError(f"{path}: {name} is a symbolic link; upload the files themselves")
-            return load_adapter(path, self.base_model)
+            return decision.read(path, self.base_model)
         except Exception as error:
             error.__context__ = None
             return error.with_traceback(None)  # which holds the upload's bytes
@@ -325,12 +328,6 @@ class DirectoryGuard:
 def _refusal_of(name: str, error: Exception) -> dict[str, str]:
     reason = printable(str(error) or repr(error))
     return {"adapter": printable(name), "kind": type(error).__name__, "reason": reason}
-
-
-def _adapter_or_raise(found: Adapter | Exception) -> Adapter:
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def _holds(file: Path, record: dict[str, str]) -> bool:

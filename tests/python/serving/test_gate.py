@@ -1,5 +1,8 @@
 import dataclasses
+import json
 import math
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,8 @@ def test_admits_what_correct_returns(subspace: Path, tmp_path: Path) -> None:
     path = factories.save_adapter(tmp_path / "adapter", MODULES)
     gate = Gate.open(subspace, "csulora")
 
-    admitted, report = gate.admit(path)
+    with gate.decision(path) as decision:
+        admitted, report = decision.correct(decision.read(path))
 
     expected, expected_report = csulora.correct(
         csulora.load_adapter(path), csulora.Subspace.open(subspace), csulora.Policy.csulora()
@@ -92,7 +96,8 @@ def test_a_filtered_policy_is_admitted_from_files_as_correct_returns_it(subspace
     policy = csulora.Policy.none(overrides=(REMOVING,), filtered=True)
     policy.save(tmp_path / "policy.toml")
 
-    admitted, report = Gate.open(filtered, tmp_path / "policy.toml").admit(path)
+    with Gate.open(filtered, tmp_path / "policy.toml").decision(path) as decision:
+        admitted, report = decision.correct(decision.read(path))
 
     expected, expected_report = csulora.correct(csulora.load_adapter(path), csulora.Subspace.open(filtered), policy)
     assert report == expected_report
@@ -110,3 +115,61 @@ def test_what_a_filtered_policy_needs_is_checked_at_once(subspace: Path, tmp_pat
         Gate.open(with_input_filters(subspace, tmp_path / "subspace", math.inf), policy)
     with pytest.raises(csulora.InputError, match=r"only gains of directions can be, and model\..* has none"):
         Gate.open(with_input_filters(subspace, tmp_path / "subspace", 0.5), csulora.Policy.protect(filtered=True))
+
+
+def lines(log: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_a_decision_spans_reading_and_delivery(subspace: Path, tmp_path: Path) -> None:
+    path, log = factories.save_adapter(tmp_path / "adapter", MODULES), tmp_path / "log.jsonl"
+
+    with Gate.open(subspace, "csulora", log).decision(path) as decision:
+        decision.correct(decision.read(path))
+        assert not lines(log)
+        time.sleep(0.2)
+
+    (line,) = lines(log)
+    assert line["verdict"] == "corrected"
+    assert line["adapter_sha256"] == csulora.load_adapter(path).sha256
+    assert float(str(line["seconds"])) > 0.2
+
+
+def test_what_fails_after_the_correction_was_not_let_through(subspace: Path, tmp_path: Path) -> None:
+    path, log = factories.save_adapter(tmp_path / "adapter", MODULES), tmp_path / "log.jsonl"
+
+    def delivered(error: BaseException) -> None:
+        with Gate.open(subspace, "csulora", log).decision(path) as decision:
+            decision.correct(decision.read(path))
+            raise error
+
+    with pytest.raises(OSError, match="full"):
+        delivered(OSError("the disk is full"))
+
+    (line,) = lines(log)
+    assert (line["verdict"], line["reason"], line["totals"]) == ("failed", "the disk is full", None)
+    assert line["adapter_sha256"] == csulora.load_adapter(path).sha256
+
+
+def test_an_interrupted_block_has_decided_nothing(subspace: Path, tmp_path: Path) -> None:
+    path, log = factories.save_adapter(tmp_path / "adapter", MODULES), tmp_path / "log.jsonl"
+    gate = Gate.open(subspace, "csulora", log)
+
+    with suppress(KeyboardInterrupt), gate.decision(path) as decision:
+        decision.correct(decision.read(path))
+        raise KeyboardInterrupt
+    with gate.decision(path) as decision:
+        decision.read(path)
+
+    assert not lines(log)
+
+
+def test_a_recalled_adapter_is_recorded_without_totals(subspace: Path, tmp_path: Path) -> None:
+    path, log = factories.save_adapter(tmp_path / "adapter", MODULES), tmp_path / "log.jsonl"
+
+    with Gate.open(subspace, "csulora", log).decision(path) as decision:
+        decision.read(path)
+        decision.recall()
+
+    (line,) = lines(log)
+    assert (line["verdict"], line["totals"]) == ("corrected", None)

@@ -344,9 +344,9 @@ def test_an_upload_that_kills_guards_comes_last_and_then_not_at_all(incoming: Pa
         factories.save_adapter(incoming / name, MODULES)
     kill = """
 import os, sys
-from csulora.serving import guard
-original = guard.load_adapter
-guard.load_adapter = lambda path, *rest: os._exit(9) if path.name == "a" else original(path, *rest)
+from csulora.serving import gate
+original = gate.load_adapter
+gate.load_adapter = lambda path, *rest: os._exit(9) if path.name == "a" else original(path, *rest)
 from csulora.cli.app import main
 main()
 """

@@ -11,7 +11,6 @@ import os
 import stat
 from pathlib import Path
 
-from csulora.adapters.disk import load_adapter
 from csulora.adapters.gguf import file as gguf
 from csulora.adapters.lora import Adapter
 from csulora.errors import CsuloraError, InputError, RefusedError
@@ -56,18 +55,18 @@ class CorrectedCache:
             gate: decides, and records that it did.
 
         Raises:
-            RefusedError, InputError: as `Gate.admission` and `gguf.write` do.
+            RefusedError, InputError: as `csulora.correct` and `gguf.write` do.
         """
-        adapter = gate.read(path, lambda path: load_adapter(path, base.path))
-        key = _key(adapter, base, gate)
-        for entry in sorted(self._directory.glob(f"{key}-*.gguf")):
-            if _is_intact(entry, adapter, gate.subspace):
-                gate.recall(path, adapter)
-                return entry
-        with workplace(self._directory / key) as place:
-            new = place / "new"
-            with gate.admission(path, lambda _: adapter) as (corrected, _):
-                gguf.write(corrected, new, base)
+        with gate.decision(path) as decision:
+            adapter = decision.read(path, base.path)
+            key = _key(adapter, base, gate)
+            for entry in sorted(self._directory.glob(f"{key}-*.gguf")):
+                if _is_intact(entry, adapter, gate.subspace):
+                    decision.recall()
+                    return entry
+            with workplace(self._directory / key) as place:
+                new = place / "new"
+                gguf.write(decision.correct(adapter)[0], new, base)
                 return new.replace(self._directory / f"{key}-{sha256_of_file(new)}.gguf")
 
 

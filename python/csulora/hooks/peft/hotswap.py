@@ -15,7 +15,6 @@ import torch
 from peft.utils import hotswap as peft_hotswap
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from csulora.adapters.peft.directory import read
 from csulora.errors import RefusedError
 from csulora.hooks.peft.loading import check_nothing_overrides, host_loads, loads_corrected, local_directory
 from csulora.hooks.signature import check_signature
@@ -49,12 +48,12 @@ def _weights(gate: Gate, configs: _Configs, original: Callable[..., Any]) -> Cal
             weights: dict[str, torch.Tensor] = original(model_id, device, **options)
             return weights
         check_nothing_overrides(options, model_id)
-        with (
-            gate.admission(local_directory(model_id, options), read) as (corrected, _),
-            host_loads(corrected) as directory,
-        ):
-            config = peft.LoraConfig.from_pretrained(str(directory))
-            weights = original(directory, device)
+        location = local_directory(model_id, options)
+        with gate.decision(location) as decision:
+            corrected, _ = decision.correct(decision.read_directory(location))
+            with host_loads(corrected) as directory:
+                config = peft.LoraConfig.from_pretrained(str(directory))
+                weights = original(directory, device)
             configs.update(dict.fromkeys(weights.values(), config))
             return weights
 

@@ -33,7 +33,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from csulora.adapters.lora import Adapter
-from csulora.adapters.peft.directory import parse, read, sha256_of
+from csulora.adapters.peft.directory import parse, sha256_of
 from csulora.correction.report import Report
 from csulora.errors import InputError, RefusedError
 from csulora.hooks.peft.base_models import BaseModels
@@ -91,16 +91,18 @@ def load(
     """
     check_nothing_overrides(options, path)
     gate = Gate.open(subspace, policy)
-    with (
-        gate.admission(local_directory(path, options), read) as (corrected, report),
-        host_loads(corrected) as directory,
-        without_initialising(corrected, model, adapter_name, options) as options,
-    ):
-        if isinstance(model, (PeftModel, PeftMixedModel)):
-            check_name_is_free(model.peft_config, adapter_name)
-            model.load_adapter(str(directory), adapter_name, **options)
-            return model, report
-        return PeftModel.from_pretrained(model, directory, adapter_name, **options), report
+    location = local_directory(path, options)
+    with gate.decision(location) as decision:
+        corrected, report = decision.correct(decision.read_directory(location))
+        with (
+            host_loads(corrected) as directory,
+            without_initialising(corrected, model, adapter_name, options) as options,
+        ):
+            if isinstance(model, (PeftModel, PeftMixedModel)):
+                check_name_is_free(model.peft_config, adapter_name)
+                model.load_adapter(str(directory), adapter_name, **options)
+                return model, report
+            return PeftModel.from_pretrained(model, directory, adapter_name, **options), report
 
 
 def correct_model(
@@ -128,11 +130,10 @@ def correct_model(
         raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
     check_name_is_free(model.peft_config, new_adapter_name)
     gate = Gate.open(subspace, policy)
-    with (
-        gate.admission(Path(adapter_name), lambda _: _of_model(model, adapter_name)) as (corrected, report),
-        host_loads(corrected) as directory,
-    ):
-        model.load_adapter(directory, new_adapter_name)
+    with gate.decision(adapter_name) as decision:
+        corrected, report = decision.correct(_of_model(model, adapter_name))
+        with host_loads(corrected) as directory:
+            model.load_adapter(directory, new_adapter_name)
     return report
 
 
@@ -215,12 +216,11 @@ def _loaded(gate: Gate, original: Callable[..., Any], model: Any, name: str, giv
     """Let PEFT load the corrected form of the adapter that a call's arguments name."""
     source = given.pop("model_id")
     check_nothing_overrides(given, source)
-    with (
-        gate.admission(local_directory(source, given), read) as (corrected, _),
-        host_loads(corrected) as directory,
-        without_initialising(corrected, model, name, given) as given,
-    ):
-        return original(model_id=directory, **given)
+    location = local_directory(source, given)
+    with gate.decision(location) as decision:
+        corrected, _ = decision.correct(decision.read_directory(location))
+        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
+            return original(model_id=directory, **given)
 
 
 def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,7 +258,9 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
         if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
             raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
         check_nothing_overrides(given | _mapping(given["self"], config), source)
-        with gate.admission(local_directory(source, _taken_from_hub(given)), read) as (corrected, _):
+        location = local_directory(source, _taken_from_hub(given))
+        with gate.decision(location) as decision:
+            corrected, _ = decision.correct(decision.read_directory(location))
             _check_swap(given["self"], given.get("adapter_name"), corrected)
             with host_loads(corrected) as directory:
                 return original(peft_model_id=str(directory), **given)

@@ -112,21 +112,23 @@ class Admission:
 
     def _corrected(self, path: Path, dtype: torch.dtype, max_rank: int) -> Path:
         """Publish the corrected adapter, unless what the same files were corrected to is there already."""
-        adapter = self.gate.read(path, lambda path: self._of_bearable_rank(peft.read(path), max_rank))
-        directory = self._home / f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
-        if directory in self._ranks and _is_complete(directory):
-            self.gate.recall(path, adapter)
-            return directory
-        with self.gate.admission(path, lambda _: _cast(adapter, torch.float32)) as (corrected, _):
+        with self.gate.decision(path) as decision:
+            adapter = decision.read_directory(path)
+            self._check_rank(adapter, max_rank)
+            directory = self._home / f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
+            if directory in self._ranks and _is_complete(directory):
+                decision.recall()
+                return directory
+            corrected, _ = decision.correct(_cast(adapter, torch.float32))
             self._publish(_cast(corrected, dtype), directory)
         self._ranks[directory] = max(module.rank for module in corrected.modules.values())
         return directory
 
-    def _of_bearable_rank(self, adapter: Adapter, max_rank: int) -> Adapter:
-        """Return an adapter unless it is clear before anything is computed that its rank will be too large."""
+    def _check_rank(self, adapter: Adapter, max_rank: int) -> None:
+        """Raise `RefusedError` if it is clear before anything is computed that the rank will be too large."""
         policy = self.gate.policy
         if policy.rank == "exact":
-            return adapter
+            return
         largest = max_rank if policy.rank == "keep" else max(max_rank, policy.rank)
         covered = cover(adapter, self.gate.subspace, policy)
         for name in adapter.modules if policy.uncovered == "keep" else covered:
@@ -136,7 +138,6 @@ class Admission:
                     f"{adapter.path}: {name} has rank {module.rank}, and the server takes {max_rank}; "
                     "raise --max-lora-rank, or set the policy's rank"
                 )
-        return adapter
 
     def _publish(self, corrected: Adapter, directory: Path) -> None:
         """Let the directory appear complete; somebody may just be reading one that is there."""

@@ -7,6 +7,9 @@ import sys
 
 import csulora
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
+
 corrected, original, subspace = sys.argv[1:]
 checks = csulora.audit(corrected, original, csulora.Subspace.open(subspace))
 for check in checks:

@@ -7,6 +7,9 @@ import sys
 
 import csulora
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
+
 subspace = csulora.Subspace.open(sys.argv[1])
 adapter = csulora.load_adapter(sys.argv[2])
 print(f"{'preset':8} {'largest undo':>20} {'relative change':>16}")

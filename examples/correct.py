@@ -7,6 +7,9 @@ import sys
 
 import csulora
 
+if not 5 <= len(sys.argv) <= 6:
+    sys.exit(__doc__)
+
 base, aligned, path, out, *policy = sys.argv[1:]
 subspace = csulora.extract(base, aligned, rank=16)
 subspace.save(f"{out}.subspace.safetensors")

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 import csulora
 from csulora.hooks import peft
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
+
 path, adapter, subspace = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path)
 with peft.guard(subspace, csulora.Policy.protect(1.0)):

@@ -7,6 +7,9 @@ import sys
 
 import csulora
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
+
 subspace = csulora.Subspace.open(sys.argv[1])
 adapters = [csulora.load_adapter(path) for path in sys.argv[2:]]
 for adapter in (*adapters, csulora.combine(adapters, subspace)):

@@ -7,6 +7,9 @@ import sys
 
 import csulora
 
+if len(sys.argv) != 5:
+    sys.exit(__doc__)
+
 model, path, subspace, out = sys.argv[1:]
 adapter = csulora.load_adapter(path)
 fixed, _ = csulora.correct(adapter, csulora.Subspace.open(subspace), csulora.Policy.protect(1.0))

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import csulora
-from csulora.cli.console import EXIT_BAD_INPUT, EXIT_REFUSED
+from csulora.cli import exit_codes
 from csulora.cli.correct import correct
 from csulora.cli.doctor import doctor
 from csulora.cli.export import export
@@ -61,9 +61,9 @@ def main() -> None:
     try:
         app(prog_name="csulora")
     except RefusedError as error:
-        _fail("refused", error, EXIT_REFUSED)
+        _fail("refused", error, exit_codes.REFUSED)
     except (CsuloraError, OSError) as error:
-        _fail("error", error, EXIT_BAD_INPUT)
+        _fail("error", error, exit_codes.BAD_INPUT)
 
 
 def _fail(kind: str, reason: object, code: int) -> NoReturn:

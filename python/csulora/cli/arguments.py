@@ -49,6 +49,16 @@ class Format(StrEnum):
     gguf = "gguf"
 
 
+GGUF_SUFFIX = ".gguf"
+
+
+def format_of(output: Path, chosen: Format | None) -> Format:
+    """Return the format to write: the one that was chosen, else the one that the name asks for."""
+    if chosen is Format.peft and output.suffix == GGUF_SUFFIX:
+        raise typer.BadParameter(f"--format peft writes a directory, and {output} is named like a GGUF file")
+    return chosen or (Format.gguf if output.suffix == GGUF_SUFFIX else Format.peft)
+
+
 def check_output(path: Path | None) -> Path | None:
     """Raise `InputError` now, and not after an hour's work, if the file cannot be written."""
     if path:
@@ -82,7 +92,10 @@ PolicySource = Annotated[
         help=f"A preset ({', '.join(PRESETS)}) or a policy file (TOML), such as `csulora tune` writes.",
     ),
 ]
-MaxUndo = Annotated[float | None, typer.Option(help="Refuse if a module undoes more than this share of its alignment.")]
+MaxUndo = Annotated[
+    float | None,
+    typer.Option(help="Refuse if a module, before its correction, undoes more than this share of its alignment."),
+]
 EveryModule = Annotated[bool, typer.Option("--all", help="A row per module in place of one per kind of module.")]
 Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]
 Json = Annotated[

@@ -16,8 +16,6 @@ from csulora.io.files import to_json, write_text
 if TYPE_CHECKING:
     from csulora.extraction.model_pair import Progress as ReportProgress
 
-EXIT_REFUSED = 3
-EXIT_BAD_INPUT = 4
 STDOUT = Path("-")
 _PIPE_WIDTH = 1000
 

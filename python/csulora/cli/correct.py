@@ -22,6 +22,7 @@ from csulora.cli.arguments import (
     Uncovered,
     check_outputs,
     chosen_policy,
+    format_of,
     parse_rank,
 )
 from csulora.cli.console import deliver
@@ -41,7 +42,9 @@ def correct(
         Uncovered | None, typer.Option(help="Modules outside the subspace file. [default: refuse]")
     ] = None,
     max_undo: MaxUndo = None,
-    format: Annotated[Format, typer.Option(help="Format to write.")] = Format.peft,
+    format: Annotated[
+        Format | None, typer.Option(help="Format to write. [default: gguf for an output called *.gguf, else peft]")
+    ] = None,
     base_model: BaseModel = None,
     outtype: Outtype = None,
     subspace_sha256: SubspaceSha256 = None,
@@ -53,10 +56,11 @@ def correct(
 
     Further options replace what the policy says, but for its overrides.
     """
-    if format is Format.gguf and base_model is None:
-        raise typer.BadParameter("--format gguf needs the model that llama.cpp will run: --base-model")
-    if format is not Format.gguf and outtype is not None:
-        raise typer.BadParameter("--outtype is for --format gguf")
+    written = format_of(output, format)
+    if written is Format.gguf and base_model is None:
+        raise typer.BadParameter("a GGUF file is written for the model that llama.cpp will run: --base-model")
+    if written is not Format.gguf and outtype is not None:
+        raise typer.BadParameter("--outtype is for GGUF files")
     check_outputs([output, json], [adapter, subspace, policy, base_model])
     start = chosen_policy(policy)
     if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
@@ -78,6 +82,8 @@ def correct(
 
     loaded = csulora.load_adapter(adapter, base_model)
     fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen)
-    sha256 = csulora.save_adapter(fixed, output, format.value, base_model=base_model, outtype=outtype and outtype.value)
-    summary = f"{output}: {len(report.measured)} of {len(report.modules)} modules, sha256 {sha256}"
+    dtype = outtype and outtype.value
+    sha256 = csulora.save_adapter(fixed, output, written.value, base_model=base_model, outtype=dtype)
+    kind = "a GGUF file" if written is Format.gguf else "a PEFT directory"
+    summary = f"wrote {output}, {kind}: {len(report.measured)} of {len(report.modules)} modules, sha256 {sha256}"
     deliver(report_table(report, every_module), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)

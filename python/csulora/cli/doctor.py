@@ -11,8 +11,9 @@ import typer
 from rich.table import Table
 
 from csulora import __version__
+from csulora.cli import exit_codes
 from csulora.cli.arguments import Json, Quiet
-from csulora.cli.console import EXIT_BAD_INPUT, deliver
+from csulora.cli.console import deliver
 from csulora.errors import BuildError
 from csulora.views.tables import plain_table
 
@@ -112,4 +113,4 @@ def doctor(json: Json = None, quiet: Quiet = False) -> None:
     summary = "this installation works" if works else "this installation does not work"
     deliver(table(findings), summary, document, json, quiet)
     if not works:
-        raise typer.Exit(EXIT_BAD_INPUT)
+        raise typer.Exit(exit_codes.BAD_INPUT)

@@ -1,4 +1,4 @@
-"""`csulora export`: an adapter as a GGUF LoRA file, uncorrected."""
+"""`csulora export`: an adapter as a GGUF LoRA file, as it is."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def export(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write an adapter as a GGUF LoRA file for llama.cpp, uncorrected."""
+    """Write an adapter as a GGUF LoRA file for llama.cpp, as it is."""
     check_outputs([output, json], [adapter, base_model])
     loaded = csulora.load_adapter(adapter, base_model)
     csulora.save_adapter(loaded, output, "gguf", base_model=base_model, outtype=outtype and outtype.value)
     document = {"adapter_sha256": loaded.sha256, "modules": tables.adapter_rows(loaded)}
-    summary = f"{output}: {len(loaded.modules)} modules, uncorrected"
+    summary = f"wrote {output}: {len(loaded.modules)} modules, as they are in {adapter}"
     deliver(tables.adapter_table(loaded), summary, document, json, quiet)

@@ -74,5 +74,5 @@ def extract(
         )
     if not processes.is_first:
         return
-    summary = f"{output}: {len(subspace)} modules, sha256 {subspace.sha256}"
+    summary = f"wrote {output}: alignment from {base} to {aligned}, {len(subspace)} modules, sha256 {subspace.sha256}"
     deliver(tables.subspace_table(subspace), summary, subspace.to_dict(), json, quiet)

@@ -86,7 +86,7 @@ def inspect(
 
     _, report = csulora.correct(whole, opened, limited)
     summary = f"{printable(whole.path)}: {len(report.measured)} of {len(report.modules)} modules are covered"
-    page = f"\n{html}: the page" if html else ""
+    page = f"\nwrote {html}" if html else ""
     deliver(report_table(report, every_module), summary + page, report.to_dict(), json, quiet)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from threading import Thread
 from typing import NoReturn
 
-EXIT_INTERRUPTED = 130
+from csulora.cli import exit_codes
 
 _GRACE = 0.5  # seconds in which the main thread may leave by itself, and clean up
 
@@ -31,7 +31,7 @@ def interruptible(reason: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _report(reason)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(exit_codes.INTERRUPTED)
     finally:
         signal.set_wakeup_fd(previous)
         os.close(wakeup)  # ends the watching thread
@@ -46,7 +46,7 @@ def _watch(received: int, reason: str) -> None:
 
 def _leave(reason: str) -> NoReturn:
     _report(reason)
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(exit_codes.INTERRUPTED)
 
 
 def _report(reason: str) -> None:

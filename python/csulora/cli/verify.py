@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import csulora
-from csulora.cli.arguments import BaseModel, Json, Quiet, check_outputs
+from csulora.cli.arguments import GGUF_SUFFIX, BaseModel, Json, Quiet, check_outputs
 from csulora.cli.console import deliver, progress_bar
-from csulora.errors import RefusedError
+from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
 from csulora.views import tables
 
@@ -33,8 +33,11 @@ def verify(
         ),
     ] = None,
     policy: Annotated[
-        Path | None,
-        typer.Option(help="Policy (TOML) that an adapter must have been corrected with. [default: what it states]"),
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Policy that an adapter must have been corrected with. [default: what it states]",
+        ),
     ] = None,
     base_model: BaseModel = None,
     json: Json = None,
@@ -44,6 +47,10 @@ def verify(
     if policy is not None and len(sources or ()) != 2:
         raise typer.BadParameter("--policy goes with ADAPTER ORIGINAL SUBSPACE")
     check_outputs([json], [subject, *(sources or ()), policy, base_model])
+    if subject.suffix == GGUF_SUFFIX:
+        raise InputError(
+            f"{subject}: a GGUF file has no report to verify; verify the PEFT directory that holds the same correction"
+        )
     if subject.is_dir() and len(sources or ()) in (0, 2):
         original, subspace = sources or (None, None)
         known = csulora.Subspace.open(subspace) if subspace else None

@@ -88,6 +88,8 @@ def audit(
 
 
 def _read_report(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path.parent}: holds no {REPORT_FILE}; only what csulora has corrected can be verified")
     report = parse_json(read_regular(path, _LARGEST_REPORT), path)
     for field in (CORRECTED_SHA256, "adapter_sha256", "subspace_sha256"):
         if not isinstance(report.get(field), str):

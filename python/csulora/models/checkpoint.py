@@ -69,11 +69,15 @@ class Checkpoint:
         local = Path(source)
         if local.is_file():
             return GGUFCheckpoint(GGUFFile.map(local))
+        if not local.exists() and (local.is_absolute() or str(source).startswith((".", "~"))):
+            raise InputError(f"{source}: no such directory or file")
         directory = local if local.exists() else _download(str(source))
         name = local.resolve().name if local.exists() else str(source)
         if not directory.is_dir():
             raise InputError(f"{directory}: not a directory; name a model directory, a GGUF file or a hub id")
         config_file = directory / "config.json"
+        if (directory / "adapter_config.json").exists() and not config_file.exists():
+            raise InputError(f"{directory}: holds an adapter; name the model's directory, a GGUF file or a hub id")
         config = _read_json(config_file)
         model_type = config.get("model_type")
         if not isinstance(model_type, str | None):

@@ -58,7 +58,7 @@ def _sentences(report: Report, is_changed: bool) -> Iterable[Text]:
     if is_changed:
         yield Text(report.verdict.text, style=_COLOURS[report.verdict.leaves])
     if report.totals.truncation_error:
-        yield Text(f"cutting the rank gives up {report.totals.truncation_error:.1%} of |X|^2")
+        yield Text(f"keeping the rank loses {report.totals.truncation_error:.1%} of the corrected update's energy")
     yield Text(_READING, style="dim")
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import csulora
-from csulora.cli import app as cli
+from csulora.cli import exit_codes
 from csulora.errors import InputError
 
 NOBODY = 65534
@@ -78,7 +78,7 @@ def outcome(operation: Callable[[Path], None], out: Path, user: int | None = Non
                 code = int(end.code or 0)
             except (csulora.CsuloraError, OSError) as error:
                 print(error, file=sys.stderr)
-                code = cli.EXIT_BAD_INPUT
+                code = exit_codes.BAD_INPUT
             finally:
                 os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -92,7 +92,7 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(
 ) -> None:
     out.chmod(0o555)
     code, message = outcome(kill.operations(inputs)[operation], out, NOBODY)
-    assert code == cli.EXIT_BAD_INPUT
+    assert code == exit_codes.BAD_INPUT
     assert message.count("\n") == 1
     assert "not writable" in message or "Permission denied" in message
     assert list(out.iterdir()) == []
@@ -117,7 +117,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_half_written(
     operation: str, kill: ModuleType, inputs: Path, full_disk: Path
 ) -> None:
     code, message = outcome(kill.operations(inputs)[operation], full_disk)
-    assert code == cli.EXIT_BAD_INPUT
+    assert code == exit_codes.BAD_INPUT
     assert message.count("\n") == 1
     assert "No space left on device" in message
     found = kill.contents(full_disk)

@@ -88,7 +88,7 @@ def test_extract_writes_a_subspace_and_says_what_is_in_it(work: Path, run: Run) 
     result = run("extract", "base", "aligned", "-o", "new", "--rank", 6)
     assert result.code == 0
     assert (work / "new").read_bytes() == (work / "subspace").read_bytes()
-    assert f"new: 14 modules, sha256 {csulora.Subspace.open('subspace').sha256}" in result.out
+    assert f"wrote new: alignment from base to aligned, 14 modules, sha256 {csulora.Subspace.open('subspace').sha256}" in result.out
     assert "down_proj" in result.out
     assert result.err == ""
 
@@ -149,7 +149,7 @@ def test_inspect_shows_an_adapter_that_the_subspace_covers_in_part(work: Path, r
 def test_correct_writes_an_adapter_with_its_report(work: Path, run: Run) -> None:
     result = run("correct", "adapter", "--subspace", "subspace", "-o", "out", "--policy", "csulora")
     assert (result.code, result.err) == (0, "")
-    assert "out: 2 of 2 modules, sha256" in result.out
+    assert "wrote out, a PEFT directory: 2 of 2 modules, sha256" in result.out
     assert "the policy" in result.out or "no module undoes" in result.out
     assert sorted(path.name for path in (work / "out").iterdir()) == ADAPTER_FILES
     fixed, report = csulora.correct(
@@ -187,7 +187,7 @@ def test_correct_takes_a_policy_from_its_options(work: Path, run: Run, options: 
 def test_inspect_writes_a_page(work: Path, run: Run) -> None:
     plain = run("inspect", "adapter", "--subspace", "subspace")
     written = run("inspect", "adapter", "--subspace", "subspace", "--html", "page.html")
-    assert written == plain._replace(out=plain.out + "page.html: the page\n")
+    assert written == plain._replace(out=plain.out + "wrote page.html\n")
     adapter, subspace = csulora.load_adapter("adapter"), csulora.Subspace.open("subspace")
     assert (work / "page.html").read_text() == render(adapter, subspace, csulora.Policy.none(uncovered="keep"))
 
@@ -397,7 +397,7 @@ def test_a_report_is_there_though_nobody_reads_what_is_printed(
 BAD_INPUT = {
     "extract nowhere aligned -o new": "nowhere: neither a local directory nor a model that could be fetched",
     "extract org/model aligned -o new": "org/model: neither a local directory nor a model that could be fetched",
-    "extract base adapter -o new": "adapter/config.json: no such file",
+    "extract base adapter -o new": "adapter: holds an adapter; name the model's directory",
     "extract base subspace -o new": "subspace: not a GGUF file",
     "extract base spoiled -o new": "model.layers.1.self_attn.q_proj: base or aligned holds NaN",
     "extract base damaged -o new": "damaged/model.safetensors: not a readable safetensors file",
@@ -415,7 +415,7 @@ BAD_INPUT = {
     "verify subspace base smaller": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing",
     "inspect nowhere": "nowhere: no such adapter",
     "inspect subspace": "subspace: not a GGUF file",
-    "inspect base": "base/adapter_config.json: no such file",
+    "inspect base": "base: no adapter: it holds a model (config.json)",
     "inspect adapter --subspace adapter": "adapter: no such file",
     "correct nowhere --subspace subspace -o out --policy csulora": "nowhere: no such adapter",
     "correct adapter --subspace nowhere -o out --policy csulora": "nowhere: no such file",

@@ -11,6 +11,7 @@ import csulora
 import factories
 import gguf_files
 from csulora.cli import app as cli
+from csulora.cli import exit_codes
 
 Run = Callable[[str], tuple[int, str, str]]
 
@@ -58,6 +59,9 @@ def test_corrects_into_gguf_and_back(work: Path, run: Run) -> None:
     expected, _ = csulora.correct(
         csulora.load_adapter("adapter"), csulora.Subspace.open("subspace"), csulora.Policy.csulora()
     )
+    by_name = "correct adapter --subspace subspace --policy csulora --base-model model.gguf -o four.gguf --quiet"
+    assert run(by_name) == (0, "", "")
+    assert (work / "four.gguf").read_bytes() == (work / "one.gguf").read_bytes()
     for path in ("one.gguf", "two.gguf", "three"):
         found = csulora.load_adapter(path, "model.gguf")
         for name, module in expected.modules.items():
@@ -65,13 +69,16 @@ def test_corrects_into_gguf_and_back(work: Path, run: Run) -> None:
             update = found.modules[name].scale * found.modules[name].b.double() @ found.modules[name].a.double()
             assert (update - wanted).norm() <= 1e-5 * wanted.norm()
     assert run("verify three raw.gguf subspace --base-model model.gguf --quiet") == (0, "", "")
-    assert run("verify three raw.gguf subspace")[0] == cli.EXIT_BAD_INPUT  # its rows cannot be told apart
+    code, _, err = run("verify one.gguf adapter subspace")
+    assert code == exit_codes.BAD_INPUT
+    assert "verify the PEFT directory that holds the same correction" in err
+    assert run("verify three raw.gguf subspace")[0] == exit_codes.BAD_INPUT  # its rows cannot be told apart
 
 
 def test_export_says_what_it_did(work: Path, run: Run) -> None:
     code, out, _ = run("export adapter -o raw.gguf --base-model model.gguf --outtype f16")
     assert code == 0
-    assert "raw.gguf: 2 modules, uncorrected" in out
+    assert "wrote raw.gguf: 2 modules, as they are in adapter" in out
     code, out, _ = run("export adapter -o again.gguf --base-model model.gguf --outtype f16 --json -")
     document = json.loads(out)
     assert document["adapter_sha256"] == csulora.load_adapter("adapter").sha256
@@ -90,6 +97,8 @@ def test_inspects_a_gguf_adapter(work: Path, run: Run) -> None:
         "correct adapter --subspace subspace --policy csulora -o out.gguf --format gguf",
         "correct adapter --subspace subspace --policy csulora -o out --outtype f16",
         "correct adapter --subspace subspace --policy csulora -o out.gguf --format onnx",
+        "correct adapter --subspace subspace --policy csulora -o out.gguf",
+        "correct adapter --subspace subspace --policy csulora -o out.gguf --format peft --base-model model.gguf",
         "export adapter -o out.gguf",
         "export adapter -o out.gguf --base-model model.gguf --outtype q8_0",
     ],

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from csulora.cli import interruption
+from csulora.cli import exit_codes
 
 
 def test_ctrl_c_ends_a_long_computation_within_a_second() -> None:
@@ -26,5 +26,5 @@ def test_ctrl_c_ends_a_long_computation_within_a_second() -> None:
         process.wait(1)
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=30)
-    assert process.returncode == interruption.EXIT_INTERRUPTED
+    assert process.returncode == exit_codes.INTERRUPTED
     assert message == b"csulora: interrupted: so it was\n"

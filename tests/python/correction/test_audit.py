@@ -15,6 +15,7 @@ from csulora.adapters.lora import REPORT_FILE
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.cli import app as cli
+from csulora.cli import exit_codes
 from csulora.errors import InputError, RefusedError
 from csulora.serving.gate import Gate
 
@@ -178,7 +179,7 @@ def test_command_line(
     assert json.loads(capsys.readouterr().out)["checks"][0]["holds"] is True
     assert run(monkeypatch, "verify", out, original) == 2
     (out / WEIGHTS_FILE).write_bytes((original / WEIGHTS_FILE).read_bytes())
-    assert run(monkeypatch, "verify", out) == cli.EXIT_REFUSED
+    assert run(monkeypatch, "verify", out) == exit_codes.REFUSED
     assert "content" in capsys.readouterr().err
 
 
@@ -196,13 +197,13 @@ def test_a_subspace_is_pinned_by_option_or_variable(
     original: Path, subspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("correct", original, "--subspace", subspace, "-o", tmp_path / "out", "--policy", "none", "--quiet")
-    assert run(monkeypatch, *command, "--subspace-sha256", "0" * 64) == cli.EXIT_REFUSED
+    assert run(monkeypatch, *command, "--subspace-sha256", "0" * 64) == exit_codes.REFUSED
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", "0" * 64)
-    assert run(monkeypatch, *command) == cli.EXIT_REFUSED
+    assert run(monkeypatch, *command) == exit_codes.REFUSED
     (tmp_path / "in").mkdir()
     guard = ("guard", tmp_path / "in", tmp_path / "guarded", "--subspace", subspace, "--policy", "none")
-    assert run(monkeypatch, *guard) == cli.EXIT_REFUSED
+    assert run(monkeypatch, *guard) == exit_codes.REFUSED
     monkeypatch.setenv("CSULORA_SUBSPACE_SHA256", csulora.Subspace.open(subspace).sha256)
     assert run(monkeypatch, *command) == 0
 

@@ -14,6 +14,7 @@ import csulora
 import factories
 import tiny_model
 from csulora.cli import app as cli
+from csulora.cli import exit_codes
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import InputFilter
@@ -450,8 +451,8 @@ def test_the_command_line(
     assert "refused" in capsys.readouterr().out
     assert run(*command, "--task", place.task, "--general", place.safety) == 0
     assert "general kept" in capsys.readouterr().out
-    assert run(*command, "--task", place.task, "--general", tmp_path / "none") == cli.EXIT_BAD_INPUT
-    assert run(*command, "--task", tmp_path / "none") == cli.EXIT_BAD_INPUT
+    assert run(*command, "--task", place.task, "--general", tmp_path / "none") == exit_codes.BAD_INPUT
+    assert run(*command, "--task", tmp_path / "none") == exit_codes.BAD_INPUT
 
 
 def test_a_policy_for_one_adapter_has_gains_of_single_directions(

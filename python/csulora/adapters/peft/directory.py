@@ -76,6 +76,8 @@ def read(directory: Path) -> Adapter:
         RefusedError: the adapter is more or other than plain LoRA.
     """
     config_file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    if directory.is_dir() and not config_file.exists():
+        raise InputError(f"{directory}: no adapter: {_missing_config(directory)}")
     config_bytes = read_regular(config_file, LARGEST_CONFIG)
     config = read_config(parse_json(config_bytes, config_file), config_file)
     if not weights_file.exists():
@@ -90,6 +92,16 @@ def read(directory: Path) -> Adapter:
         sha256 = pool.submit(sha256_of, config_bytes, weights)
         adapter = _assembled(config, _tensors_in(weights, weights_file), directory, "")
         return replace(adapter, sha256=sha256.result())
+
+
+def _missing_config(directory: Path) -> str:
+    """Return what a directory without a configuration seems to be, and what to do."""
+    if (directory / "config.json").exists():
+        return "it holds a model (config.json); name the directory with the adapter_config.json"
+    nested = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if nested:
+        return f"it holds directories that are adapters ({', '.join(nested[:3])}); name one of them"
+    return f"it holds no {CONFIG_FILE}; name the directory with that file, or a GGUF LoRA file"
 
 
 def _read_weights(path: Path) -> bytes:

@@ -1,0 +1,5 @@
+"""What a command's exit code says; 2, for usage errors, is typer's."""
+
+REFUSED = 3  # an adapter or a file was refused by a rule or the policy
+BAD_INPUT = 4  # also an installation that does not work
+INTERRUPTED = 130  # as shells say it of SIGINT

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
+from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
 from csulora.errors import InputError, RefusedError, check_type
@@ -93,7 +94,7 @@ def _corrected(
         _core.CorrectionTask(
             _core.LoraFactors(adapter.modules[name].b, adapter.modules[name].a, adapter.modules[name].scale),
             core,
-            policy.attenuation(target),
+            attenuation(policy, target),
             f"{label}: {name}",
             input_filter.to_core()
             if policy.filtered and (input_filter := subspace.input_filter(target, device))
@@ -101,7 +102,7 @@ def _corrected(
         )
         for (name, target), core in zip(covered.items(), subspace.to_core(covered.values(), device), strict=True)
     ]
-    return dict(zip(covered, _core.correct(tasks, policy.core_options()), strict=True))
+    return dict(zip(covered, _core.correct(tasks, core_options(policy)), strict=True))
 
 
 def check_subspace(policy: Policy, subspace: Subspace) -> None:

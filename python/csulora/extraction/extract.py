@@ -148,7 +148,7 @@ def _open_partial_run(
     model_pair: ModelPair, settings: dict[str, Any], output: Path, processes: Processes
 ) -> PartialRun:
     """Open the partial run on the first process and then, where the same is to be computed, on the others."""
-    partial_run = PartialRun(output, settings | _files(model_pair)) if processes.is_first else None
+    partial_run = PartialRun.create(output, settings | _files(model_pair)) if processes.is_first else None
     expected = processes.from_first(settings)
     if settings != expected:
         differing = next(key for key in settings if settings[key] != expected[key])
@@ -156,7 +156,7 @@ def _open_partial_run(
             f"{differing} is {settings[differing]} on process {processes.index} and {expected[differing]} on the "
             "first; all processes must compute alike"
         )
-    return partial_run or PartialRun.of_first_process(output)
+    return partial_run or PartialRun.join(output)
 
 
 def _share(model_pair: ModelPair, partial_run: PartialRun, processes: Processes) -> list[str]:

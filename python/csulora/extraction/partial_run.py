@@ -38,25 +38,47 @@ _LARGEST_RUN = 16 << 20  # bytes
 class PartialRun:
     """The directory ``<output>.partial``: one file per finished module, and what they are computed from."""
 
-    def __init__(self, output: Path, identity: dict[str, Any]) -> None:
-        """Continue the run that left its modules beside ``output`` if its ``identity`` is the same; else start afresh.
+    def __init__(self, output: Path) -> None:
+        """Know where the run is; `create` and `join` look what is there."""
+        self.directory = output.with_name(f"{output.name}.partial")
+        self._owned = ExitStack()
+
+    @classmethod
+    def create(cls, output: Path, identity: dict[str, Any]) -> Self:
+        """Own the run, and continue what lies beside ``output`` if its ``identity`` is the same; else start afresh.
 
         Raises:
             InputError: ``output`` cannot be written, something else has the name of the directory, it is of another
                 format, or another run is writing there.
         """
         check_file(output)
-        self.directory, self._owned = _directory(output), ExitStack()
-        if self.directory.is_symlink() or (self.directory.exists() and not self.directory.is_dir()):
-            raise InputError(f"{self.directory}: is no directory of csulora's; remove it or choose another name")
-        self.directory.mkdir(exist_ok=True)
-        self._check_own()
-        self._check_format()
+        run = cls(output)
+        if run.directory.is_symlink() or (run.directory.exists() and not run.directory.is_dir()):
+            raise InputError(f"{run.directory}: is no directory of csulora's; remove it or choose another name")
+        run.directory.mkdir(exist_ok=True)
+        run._check_own()
+        run._check_format()
         try:
-            self._owned.enter_context(locked(self.directory))
+            run._owned.enter_context(locked(run.directory))
         except (BlockingIOError, FileNotFoundError):  # the other one, finished, has removed it
             raise InputError(f"{output}: another run is writing it; wait for that, or name another") from None
-        self._open(to_json({"format": FORMAT_VERSION, **identity}))
+        run._open(to_json({"format": FORMAT_VERSION, **identity}))
+        return run
+
+    @classmethod
+    def join(cls, output: Path) -> Self:
+        """Write to the run that the first process owns.
+
+        Raises:
+            InputError: its directory is not seen from here.
+        """
+        run = cls(output)
+        if not (run.directory / _RUN_FILE).is_file():
+            raise InputError(
+                f"{run.directory}: made by the first process, and not seen by this one; "
+                "choose an output on a file system that all processes share"
+            )
+        return run
 
     def _check_own(self) -> None:
         """Raise `InputError` if the directory holds what csulora did not write."""
@@ -94,22 +116,6 @@ class PartialRun:
         """Let another run have its modules."""
         self._owned.close()
 
-    @classmethod
-    def of_first_process(cls, output: Path) -> PartialRun:
-        """Join the run that the first process has opened beside ``output``.
-
-        Raises:
-            InputError: its directory is not seen from here.
-        """
-        partial_run = cls.__new__(cls)
-        partial_run.directory, partial_run._owned = _directory(output), ExitStack()  # it is the first process's
-        if not (partial_run.directory / _RUN_FILE).is_file():
-            raise InputError(
-                f"{partial_run.directory}: made by the first process, and not seen by this one; "
-                "choose an output on a file system that all processes share"
-            )
-        return partial_run
-
     def finished(self, module: str) -> bool:
         """Whether the module needs no more computing."""
         return self._file(module).is_file()
@@ -144,7 +150,3 @@ class PartialRun:
 
     def _file(self, module: str) -> Path:
         return self.directory / f"{hashlib.sha256(module.encode()).hexdigest()}.safetensors"
-
-
-def _directory(output: Path) -> Path:
-    return output.with_name(f"{output.name}.partial")

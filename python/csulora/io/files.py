@@ -180,13 +180,13 @@ def _own_workplace(path: Path, owned: ExitStack) -> Path:
 
 
 @contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """Hold a directory's lock; raises OSError if somebody else does, or if the directory is gone."""
+def locked(place: Path, name: str = LOCK_FILE) -> Iterator[None]:
+    """Hold a directory's lock; raises BlockingIOError if somebody else does, and OSError if the directory is gone."""
     # A file's, because a network file system cannot lock directories.
-    lock = os.open(place / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    lock = os.open(place / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (place / LOCK_FILE).lstat()
+        (place / name).lstat()
         yield
     finally:
         os.close(lock)

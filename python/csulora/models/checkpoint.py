@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular
+from csulora.io.hub import download
 from csulora.models import gguf_layout, gguf_quants, names
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
@@ -246,19 +246,8 @@ def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[st
 
 
 def _download(repo: str) -> Path:
-    try:
-        # Some repositories hold the weights a second time, under another name or in a subdirectory.
-        return Path(
-            snapshot_download(
-                repo, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*", "consolidated*"]
-            )
-        )
-    except Exception as error:  # the hub client raises a dozen unrelated types, those of its HTTP library among them
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{repo}: neither a local directory nor a model that could be fetched from the Hugging Face Hub "
-            f"({reason}); check the path, the id and the network"
-        ) from error
+    # Some repositories hold the weights a second time, under another name or in a subdirectory.
+    return download(repo, ["*.safetensors", "*.json"], ignore_patterns=["*/*", "consolidated*"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 from csulora.errors import InputError
 
-if TYPE_CHECKING:
-    from csulora.native import _core
-
 PENALTIES = ("aligned", "partial", "off")
 LARGEST = 1 << 53  # whole number; the next is no float64
-_GAINS = ("aligned", "left", "right", "off")
-_SIDES = ("left", "right")
+GAINS = ("aligned", "left", "right", "off")
+SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -64,26 +60,15 @@ class Override:
             raise InputError(f"policy {where}: give either penalties, gains or directions")
         for name, value in _named(where, PENALTIES, self.penalties):
             check_penalty(f"{where}: {name}", value)
-        for name, value in _named(where, _GAINS, self.gains):
+        for name, value in _named(where, GAINS, self.gains):
             _check_gain(f"{where}: gain {name}", value)
-        for side in _SIDES if self.directions else ():
+        for side in SIDES if self.directions else ():
             for value in getattr(self.directions, side):
                 _check_gain(f"{where}: a gain of directions {side}", value)
         for value in self.directions.reinforced if self.directions else ():
             check_number(f"{where}: a multiple of directions reinforced", value)
             if not math.isfinite(value):
                 raise InputError(f"policy {where}: a multiple of directions reinforced is {value}; it must be finite")
-
-    def attenuation(self) -> _core.Penalties | _core.Components | _core.Directions:
-        """Return the numbers as the compiled core takes them."""
-        from csulora.native import _core
-
-        if self.gains is not None:
-            return _core.Components(*self.gains)
-        if self.penalties is not None:
-            return _core.Penalties(*self.penalties)
-        assert self.directions is not None
-        return _core.Directions(self.directions.left, self.directions.right, self.directions.reinforced)
 
 
 def _named(where: str, keys: Sequence[str], values: Sequence[float] | None) -> list[tuple[str, float]]:
@@ -110,42 +95,3 @@ def check_penalty(name: str, value: float) -> None:
     check_number(name, value)
     if not value >= 0:
         raise InputError(f"policy {name} is {value}; a penalty must be 0 or more")
-
-
-def override_document(override: Override) -> dict[str, Any]:
-    """Return an override as its TOML table."""
-    if override.gains is not None:
-        return {"match": override.match, "gains": dict(zip(_GAINS, override.gains, strict=True))}
-    if override.directions is not None:
-        lists = {name: list(values) for name, values in asdict(override.directions).items()}
-        if not lists["reinforced"]:
-            del lists["reinforced"]
-        return {"match": override.match, "directions": lists}
-    assert override.penalties is not None
-    return {"match": override.match, "penalties": dict(zip(PENALTIES, override.penalties, strict=True))}
-
-
-def read_override(entry: Any) -> Override:
-    """Read an override from its TOML table, or raise `InputError`."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
-        raise InputError("policy: every override must be a table with a `match`")
-    unknown = set(entry) - {"match", "penalties", "gains", "directions"}
-    if unknown:
-        raise InputError(f"policy override {entry['match']!r}: unknown field {sorted(unknown)[0]!r}")
-    values: dict[str, Any] = {}
-    for kind, keys in (("penalties", PENALTIES), ("gains", _GAINS)):
-        if kind in entry:
-            table = entry[kind]
-            if not isinstance(table, dict) or set(table) != set(keys):
-                raise InputError(f"policy override {entry['match']!r}: {kind} must be a table of {', '.join(keys)}")
-            values[kind] = tuple(table[key] for key in keys)
-    if "directions" in entry:
-        values["directions"] = _directions(entry["directions"], f"policy override {entry['match']!r}")
-    return Override(entry["match"], **values)
-
-
-def _directions(table: Any, where: str) -> Directions:
-    is_table = isinstance(table, dict) and set(table) - {"reinforced"} == set(_SIDES)
-    if not is_table or not all(isinstance(values, list) for values in table.values()):
-        raise InputError(f"{where}: directions must be a table of the lists left and right, and perhaps reinforced")
-    return Directions(**{name: tuple(values) for name, values in table.items()})

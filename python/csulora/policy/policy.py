@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
-
-import tomli_w
+from typing import Any, ClassVar, Literal, Self
 
 from csulora.errors import InputError
-from csulora.io.files import read_regular, write_text
+from csulora.policy import toml
 from csulora.policy.globs import matches
-from csulora.policy.overrides import (
-    LARGEST,
-    PENALTIES,
-    Override,
-    check_number,
-    check_penalty,
-    override_document,
-    read_override,
-)
-
-if TYPE_CHECKING:
-    from csulora.native import _core
+from csulora.policy.override_index import OverrideIndex
+from csulora.policy.overrides import LARGEST, PENALTIES, Override, check_number, check_penalty
 
 PRESETS = ("csulora", "project", "protect", "none")
 POLICY_CHOICES = f"choose a preset ({', '.join(PRESETS)}) or a policy file (TOML); `csulora tune` fits one to prompts"
 Rank = Literal["keep", "exact"] | int
 Uncovered = Literal["refuse", "drop", "keep"]
-
-_MOST_GLOBS = 1000  # overrides with wildcards, each of which is tried for every module
-_LARGEST_FILE = 128 << 20  # bytes; a policy with gains of 64 directions has about 3 KiB a module
-_GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -99,10 +81,7 @@ class Policy:
                 raise InputError(f"policy reference_energy is {self.reference_energy}; it must lie in (0, 1]")
         if not isinstance(self.filtered, bool):
             raise InputError(f"policy filtered is {self.filtered!r}; it must be true or false")
-        if len(self._places[1]) > _MOST_GLOBS:
-            raise InputError(
-                f"policy: {len(self._places[1])} overrides have wildcards, and at most {_MOST_GLOBS} may; name modules"
-            )
+        self._index  # noqa: B018 - it raises where there are too many overrides
         if self.subspace_sha256 is not None and not _is_sha256(self.subspace_sha256):
             raise InputError(f"policy subspace_sha256 is {self.subspace_sha256!r}; it must be 64 hexadecimal digits")
 
@@ -126,17 +105,14 @@ class Policy:
         """Keep everything: X = dW."""
         return cls(0.0, 0.0, 0.0, **rest)
 
-    def attenuation(self, module: str) -> _core.Penalties | _core.Components | _core.Directions:
-        """Return the penalties, gains or directions of a module, by its name in the subspace file."""
-        if (at := self._override_of(module)) is not None:
-            return self.overrides[at].attenuation()
-        from csulora.native import _core
-
-        return _core.Penalties(self.aligned, self.partial, self.off)
+    def override_of(self, module: str) -> Override | None:
+        """Return the override that counts for a module, by its name in the subspace file."""
+        at = self._index.find(module)
+        return None if at is None else self.overrides[at]
 
     def check_overrides(self, modules: Collection[str]) -> None:
         """Raise `InputError` if an override counts for none of a subspace file's modules."""
-        counting = {self._override_of(module) for module in modules}
+        counting = {self._index.find(module) for module in modules}
         for at, override in enumerate(self.overrides):
             if at not in counting:
                 is_late = any(matches(module, override.match) for module in modules)
@@ -147,46 +123,21 @@ class Policy:
                 )
                 raise InputError(f"policy override {override.match!r}: {reason}")
 
-    def _override_of(self, module: str) -> int | None:
-        """Return which override counts for a module."""
-        named, globs = self._places
-        ends = (module[at:] for at in range(len(module)) if at == 0 or module[at - 1] == ".")
-        found = [named[end] for end in ends if end in named]
-        found += islice((at for at in globs if matches(module, self.overrides[at].match)), 1)
-        return min(found, default=None)
-
     @cached_property
-    def _places(self) -> tuple[dict[str, int], list[int]]:
-        """Where the overrides are that match a name, the first for each, and those that match others too."""
-        named: dict[str, int] = {}
-        globs = []
-        for at, override in enumerate(self.overrides):
-            if _GLOB.search(override.match):
-                globs.append(at)
-            else:
-                named.setdefault(override.match, at)
-        return named, globs
+    def _index(self) -> OverrideIndex:
+        return OverrideIndex([override.match for override in self.overrides])
 
     def check_filtered(self, modules: Iterable[str]) -> None:
         """Raise `InputError` if the policy is filtered, and one of the modules that have input filters cannot be."""
         for module in modules if self.filtered else ():
-            at = self._override_of(module)
-            if at is None or self.overrides[at].directions is None:
+            override = self.override_of(module)
+            if override is None or override.directions is None:
                 raise InputError(f"policy filtered: only gains of directions can be, and {module} has none")
-
-    def core_options(self) -> _core.CorrectionOptions:
-        """Return what holds for all modules of an adapter as the compiled core takes it."""
-        from csulora.native import _core
-
-        if isinstance(self.rank, int):
-            return _core.CorrectionOptions(_core.RankRule.fixed, self.rank, self.reference_energy)
-        rule = _core.RankRule.keep if self.rank == "keep" else _core.RankRule.exact
-        return _core.CorrectionOptions(rule, reference_energy=self.reference_energy)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as its TOML document, without fields that are None and without ``filtered`` if false."""
         document = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
-        document["overrides"] = [override_document(override) for override in self.overrides]
+        document["overrides"] = [toml.override_document(override) for override in self.overrides]
         return document
 
     @classmethod
@@ -203,7 +154,7 @@ class Policy:
         overrides = values.pop("overrides", [])
         if not isinstance(overrides, list):
             raise InputError("policy: overrides must be a list of tables")
-        return cls(**values, overrides=tuple(read_override(entry) for entry in overrides))
+        return cls(**values, overrides=tuple(toml.read_override(entry) for entry in overrides))
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
@@ -223,11 +174,7 @@ class Policy:
         path = Path(source)
         if not path.exists():
             raise InputError(f"{path}: no such policy; {POLICY_CHOICES}")
-        data = read_regular(path, _LARGEST_FILE)
-        try:
-            document = tomllib.loads(data.decode())
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not a readable TOML file: {error}") from error
+        document = toml.read(path)
         try:
             return cls.from_dict(document)
         except InputError as error:
@@ -235,7 +182,7 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Write the policy to a TOML file."""
-        write_text(Path(path), tomli_w.dumps(self.to_dict()))
+        toml.write(Path(path), self.to_dict())
 
 
 def _is_sha256(value: object) -> bool:

@@ -16,7 +16,6 @@ written) is tried again, at longer and longer intervals.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import stat
@@ -24,14 +23,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csulora.adapters.disk import save_adapter
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError, printable
-from csulora.io.files import parse_json, read_regular, remove_abandoned, to_json, workplace, write_text
+from csulora.io.files import locked, parse_json, read_regular, remove_abandoned, to_json, workplace, write_text
 from csulora.models.gguf_base import BaseModel
 from csulora.serving.decisions import LogError
 from csulora.serving.gate import Gate, OpenDecision
@@ -172,10 +171,10 @@ class DirectoryGuard:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold OUTGOING for this process, and remove what a killed one left unfinished."""
-        with (self.outgoing / _LOCK_FILE).open("w") as lock:
+        with ExitStack() as owned:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                owned.enter_context(locked(self.outgoing, _LOCK_FILE))
+            except BlockingIOError:
                 raise InputError(f"{self.outgoing}: another guard writes there") from None
             remove_abandoned(self.outgoing)
             yield

@@ -88,7 +88,10 @@ def test_extract_writes_a_subspace_and_says_what_is_in_it(work: Path, run: Run) 
     result = run("extract", "base", "aligned", "-o", "new", "--rank", 6)
     assert result.code == 0
     assert (work / "new").read_bytes() == (work / "subspace").read_bytes()
-    assert f"wrote new: alignment from base to aligned, 14 modules, sha256 {csulora.Subspace.open('subspace').sha256}" in result.out
+    assert (
+        f"wrote new: alignment from base to aligned, 14 modules, sha256 {csulora.Subspace.open('subspace').sha256}"
+        in result.out
+    )
     assert "down_proj" in result.out
     assert result.err == ""
 
@@ -395,8 +398,8 @@ def test_a_report_is_there_though_nobody_reads_what_is_printed(
 
 
 BAD_INPUT = {
-    "extract nowhere aligned -o new": "nowhere: neither a local directory nor a model that could be fetched",
-    "extract org/model aligned -o new": "org/model: neither a local directory nor a model that could be fetched",
+    "extract nowhere aligned -o new": "nowhere: neither a local directory nor to be had",
+    "extract org/model aligned -o new": "org/model: neither a local directory nor to be had",
     "extract base adapter -o new": "adapter: holds an adapter; name the model's directory",
     "extract base subspace -o new": "subspace: not a GGUF file",
     "extract base spoiled -o new": "model.layers.1.self_attn.q_proj: base or aligned holds NaN",

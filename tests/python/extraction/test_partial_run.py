@@ -17,8 +17,8 @@ def output(tmp_path: Path) -> Path:
 
 def test_a_module_survives_until_the_next_run(output: Path) -> None:
     module = factories.subspace(dtype=torch.float16)[Q]
-    PartialRun(output, {"seed": 0}).save(Q, module)
-    partial_run = PartialRun(output, {"seed": 0})
+    PartialRun.create(output, {"seed": 0}).save(Q, module)
+    partial_run = PartialRun.create(output, {"seed": 0})
     assert partial_run.finished(Q)
     assert not partial_run.finished("other")
     loaded = partial_run.load(Q)
@@ -29,13 +29,13 @@ def test_a_module_survives_until_the_next_run(output: Path) -> None:
 
 
 def test_another_run_starts_afresh(output: Path) -> None:
-    PartialRun(output, {"seed": 0}).save(Q, factories.subspace()[Q])
-    assert not PartialRun(output, {"seed": 1}).finished(Q)
-    assert not PartialRun(output, {"seed": 0}).finished(Q)
+    PartialRun.create(output, {"seed": 0}).save(Q, factories.subspace()[Q])
+    assert not PartialRun.create(output, {"seed": 1}).finished(Q)
+    assert not PartialRun.create(output, {"seed": 0}).finished(Q)
 
 
 def test_leaves_no_trace(output: Path) -> None:
-    partial_run = PartialRun(output, {})
+    partial_run = PartialRun.create(output, {})
     partial_run.save(Q, factories.subspace()[Q])
     assert partial_run.directory.is_dir()
     partial_run.remove()
@@ -48,7 +48,7 @@ def test_leaves_no_trace_of_a_run_that_was_killed_while_it_opened(output: Path) 
     directory.mkdir()
     (directory / "lock").touch()
     (directory / ".run.json.01234567.csulora-tmp").mkdir()
-    PartialRun(output, {}).remove()
+    PartialRun.create(output, {}).remove()
     assert list(output.parent.iterdir()) == []
 
 
@@ -59,32 +59,32 @@ def test_somebody_elses_directory_is_left_alone(output: Path, others: tuple[str,
     for name in others:
         (directory / name).write_text("precious")
     with pytest.raises(InputError, match="holds notes, which csulora did not write"):
-        PartialRun(output, {})
+        PartialRun.create(output, {})
     assert {file.name: file.read_text() for file in directory.iterdir()} == dict.fromkeys(others, "precious")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_one_run_at_a_time_writes_a_subspace(output: Path, seed: int) -> None:
-    with PartialRun(output, {"seed": 0}) as partial_run:
+    with PartialRun.create(output, {"seed": 0}) as partial_run:
         partial_run.save(Q, factories.subspace()[Q])
         with pytest.raises(InputError, match="another run is writing it"):
-            PartialRun(output, {"seed": seed})
+            PartialRun.create(output, {"seed": seed})
         assert partial_run.finished(Q)
-    with PartialRun(output, {"seed": seed}) as partial_run:
+    with PartialRun.create(output, {"seed": seed}) as partial_run:
         assert partial_run.finished(Q) == (seed == 0)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a directory"):
-        PartialRun(tmp_path, {})
+        PartialRun.create(tmp_path, {})
     with pytest.raises(InputError, match="no such directory"):
-        PartialRun(tmp_path / "missing" / "subspace", {})
+        PartialRun.create(tmp_path / "missing" / "subspace", {})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage"])
 def test_a_damaged_module_is_not_continued(output: Path, damage: bytes) -> None:
-    partial_run = PartialRun(output, {})
+    partial_run = PartialRun.create(output, {})
     partial_run.save(Q, factories.subspace()[Q])
     (file,) = (file for file in partial_run.directory.iterdir() if file.suffix == ".safetensors")
     file.write_bytes(damage)
@@ -98,5 +98,5 @@ def test_a_run_of_another_format_is_not_continued(output: Path, run: str) -> Non
     directory.mkdir()
     (directory / "run.json").write_text(run)
     with pytest.raises(InputError, match="partial run of another format than 2; remove it and extract again"):
-        PartialRun(output, {"seed": 0})
+        PartialRun.create(output, {"seed": 0})
     assert (directory / "run.json").read_text() == run

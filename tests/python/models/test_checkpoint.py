@@ -55,7 +55,7 @@ def test_fetches_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         fetched.append((repo, *filter_repo_objects(wanted + rest, **patterns)))
         return str(directory)
 
-    monkeypatch.setattr("csulora.models.checkpoint.snapshot_download", snapshot_download)
+    monkeypatch.setattr("csulora.io.hub.snapshot_download", snapshot_download)
     assert Checkpoint.open("org/model").name == "org/model"
     assert fetched == [("org/model", *wanted)]
 

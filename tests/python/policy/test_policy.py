@@ -8,6 +8,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csulora.correction.core_policy import attenuation, core_options
 from csulora.errors import InputError
 from csulora.native import _core
 from csulora.policy.globs import matches
@@ -197,10 +198,11 @@ def test_refuses_overrides_of_the_wrong_length() -> None:
         Override(3, gains=(1, 1, 1, 1))
 
 
-def numbers(attenuation: _core.Penalties | _core.Components) -> tuple[float, ...]:
-    if isinstance(attenuation, _core.Penalties):
-        return attenuation.aligned, attenuation.partial, attenuation.off
-    return attenuation.aligned, attenuation.left, attenuation.right, attenuation.off
+def numbers(found: object) -> tuple[float, ...]:
+    if isinstance(found, _core.Penalties):
+        return found.aligned, found.partial, found.off
+    assert isinstance(found, _core.Components)
+    return found.aligned, found.left, found.right, found.off
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def numbers(attenuation: _core.Penalties | _core.Components) -> tuple[float, ...
     ],
 )
 def test_presets_are_the_designs(policy: Policy, expected: tuple[float, ...]) -> None:
-    assert numbers(policy.attenuation(Q)) == expected
+    assert numbers(attenuation(policy, Q)) == expected
 
 
 def test_the_first_override_that_matches_counts() -> None:
@@ -225,9 +227,9 @@ def test_the_first_override_that_matches_counts() -> None:
             Override("q_proj", gains=(1, 0.5, 0.25, 0)),
         ),
     )
-    assert numbers(policy.attenuation(Q)) == (1, 2, 3)
-    assert numbers(policy.attenuation(Q.replace("0", "1"))) == (1, 0.5, 0.25, 0)
-    assert numbers(policy.attenuation("model.layers.1.mlp.up_proj")) == (0, 3, 3)
+    assert numbers(attenuation(policy, Q)) == (1, 2, 3)
+    assert numbers(attenuation(policy, Q.replace("0", "1"))) == (1, 0.5, 0.25, 0)
+    assert numbers(attenuation(policy, "model.layers.1.mlp.up_proj")) == (0, 3, 3)
 
 
 def test_an_override_that_matches_nothing_is_an_error() -> None:
@@ -237,9 +239,9 @@ def test_an_override_that_matches_nothing_is_an_error() -> None:
 
 
 def test_ranks_become_rules() -> None:
-    assert Policy(rank="keep").core_options().rule == _core.RankRule.keep
-    assert Policy(rank="exact").core_options().rule == _core.RankRule.exact
-    fixed = Policy(rank=7).core_options()
+    assert core_options(Policy(rank="keep")).rule == _core.RankRule.keep
+    assert core_options(Policy(rank="exact")).rule == _core.RankRule.exact
+    fixed = core_options(Policy(rank=7))
     assert (fixed.rule, fixed.rank) == (_core.RankRule.fixed, 7)
 
 
@@ -263,7 +265,7 @@ names_and_globs = st.lists(st.sampled_from(["a", "b", "[ab]", "?", "*", "a*", "1
 def test_names_are_found_as_globs_are(overrides: list[str], module: str) -> None:
     every = tuple(Override(match, gains=(at / 8,) * 4) for at, match in enumerate(overrides))
     first = next((at / 8 for at, match in enumerate(overrides) if matches(module, match)), None)
-    found = Policy.none(overrides=every).attenuation(module)
+    found = attenuation(Policy.none(overrides=every), module)
     assert (found.off if isinstance(found, _core.Components) else None) == first
 
 

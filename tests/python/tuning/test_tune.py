@@ -15,6 +15,7 @@ import factories
 import tiny_model
 from csulora.cli import app as cli
 from csulora.cli import exit_codes
+from csulora.correction.core_policy import attenuation
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import InputFilter
@@ -288,7 +289,7 @@ def test_a_module_gets_its_own_gains_if_its_name_ends_anothers(place: tiny_model
     own = replace(request(place), subspace=factories.subspace(shapes), adapters=[factories.adapter(shapes)])
     names = Experiment(own, tmp_path / "run.toml").fitting.targets.modules
     policy = sweep.fitted(names, torch.tensor([[at / 4] * 4 for at in range(2)]), False, {})
-    assert [policy.attenuation(name).off for name in names] == [0, 0.25]
+    assert [attenuation(policy, name).off for name in names] == [0, 0.25]
 
 
 def test_the_control_is_fitted_in_as_many_own_directions_as_it_is_measured_in(

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft.tuners.lora import LoraLayer
 
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.errors import InputError, RefusedError
+from csulora.io.hub import download
 from csulora.serving.gate import private_directory
 
 HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -90,11 +90,7 @@ def local_directory(source: Any, options: dict[str, Any]) -> Path:
     subfolder = hub.pop("subfolder", None) or ""
     directory = Path(source)
     if not directory.exists():
-        patterns = [str(Path(subfolder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-        try:
-            directory = Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
-        except Exception as error:  # the hub client raises a dozen unrelated types, its HTTP library's among them
-            raise InputError(f"{source}: no such directory, and not to be had from the hub: {error}") from error
+        directory = download(str(source), [str(Path(subfolder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)], **hub)
     return directory / subfolder
 
 

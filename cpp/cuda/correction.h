@@ -25,14 +25,36 @@ struct CorrectionShape {
   Element basis{};  ///< of u and v
 };
 
-/// One module's numbers. All fields are double, so that a float64 tensor can hold them.
-struct Settings {
-  double scale;  ///< of the update, dW = scale b a
-  double fixed;  ///< 1: `numbers` are gains (aligned, left, right, off); 0: penalties (aligned, partial, unused, off)
-  double numbers[4];
+/// How much of each component is kept: as csulora::Penalties or as csulora::Gains say, in a form that device code
+/// reads.
+struct Attenuation {
+  enum class Kind { penalties, gains };
+  struct Penalties {
+    double aligned;
+    double partial;
+    double off;
+  };
+  struct Gains {
+    double aligned;
+    double left;
+    double right;
+    double off;
+  };
+
+  Kind kind;  ///< which of the two is set
+  union {
+    Penalties penalties;
+    Gains gains;
+  };
 };
 
-/// What was measured on one module; documented with csulora::Correction. All fields are double.
+/// One module's numbers.
+struct Settings {
+  double scale;  ///< of the update, dW = scale b a
+  Attenuation attenuation;
+};
+
+/// What was measured on one module; documented with csulora::Correction.
 struct Measured {
   double energies[4];  ///< aligned, left, right, off
   double gains[4];

@@ -75,20 +75,31 @@ __global__ void shift_diagonal_kernel(double shift, int64_t size, double* gram, 
 
 __device__ double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
 
+/// gains_for() of correct/gains.h.
+__device__ void set_gains(const Attenuation& attenuation, const double energies[4], double gains[4]) {
+  if (attenuation.kind == Attenuation::Kind::gains) {
+    const Attenuation::Gains& given = attenuation.gains;
+    gains[0] = given.aligned;
+    gains[1] = given.left;
+    gains[2] = given.right;
+    gains[3] = given.off;
+  } else {
+    const Attenuation::Penalties& penalties = attenuation.penalties;
+    gains[0] = gain(penalties.aligned, energies[0]);
+    gains[1] = gains[2] = gain(penalties.partial, energies[1] + energies[2]);
+    gains[3] = gain(penalties.off, energies[3]);
+  }
+}
+
 /// Sets everything that follows from the squared norms of the four components.
-__device__ void set_gains(const double norms2[4], const Settings& settings, Measured& measured) {
+__device__ void measure_components(const double norms2[4], const Settings& settings, Measured& measured) {
   const double total = norms2[0] + norms2[1] + norms2[2] + norms2[3];
   double* energies = measured.energies;
   double* gains = measured.gains;
   for (int component = 0; component < 4; ++component) {
     energies[component] = total > 0 ? norms2[component] / total : 0;
-    gains[component] = settings.numbers[component];
   }
-  if (settings.fixed == 0) {
-    gains[0] = gain(settings.numbers[0], energies[0]);
-    gains[1] = gains[2] = gain(settings.numbers[1], energies[1] + energies[2]);
-    gains[3] = gain(settings.numbers[3], energies[3]);
-  }
+  set_gains(settings.attenuation, energies, gains);
   double relative_change2 = 0;
   for (int component = 0; component < 4; ++component) {
     relative_change2 += (1 - gains[component]) * (1 - gains[component]) * energies[component];
@@ -115,7 +126,7 @@ __global__ void attenuate_kernel(const double* components, const Settings* setti
     norms2[c] = block_sum(sum);
   }
   if (threadIdx.x == 0) {
-    set_gains(norms2, settings[blockIdx.x], mine);
+    measure_components(norms2, settings[blockIdx.x], mine);
   }
   __syncthreads();
 

@@ -465,7 +465,8 @@ TEST_CASE("nothing is written outside the workspace") {
   const std::vector<const float*> ss(2, subspace.s.data_ptr<float>());
   const std::vector<void*> out_b{result_b[0].data_ptr(), result_b[1].data_ptr()};
   const std::vector<void*> out_a{result_a[0].data_ptr(), result_a[1].data_ptr()};
-  const std::vector<csulora::cuda::Settings> settings(2, {1, 0, {0, 1, 1, 1}});
+  const std::vector<csulora::cuda::Settings> settings(
+      2, {1, {.kind = csulora::cuda::Attenuation::Kind::penalties, .penalties = {0, 1, 1}}});
   std::vector<csulora::cuda::Measured> measured(2);
   plan.run({bs.data(), as.data(), us.data(), ss.data(), vs.data(), settings.data(), out_b.data(), out_a.data(),
             measured.data()},

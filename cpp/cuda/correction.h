@@ -48,9 +48,16 @@ struct Attenuation {
   };
 };
 
-/// One module's numbers.
-struct Settings {
-  double scale;  ///< of the update, dW = scale b a
+/// One module: its matrices, row-major and on the device, and its numbers.
+struct ModuleArguments {
+  const void* b;   ///< (m, r)
+  const void* a;   ///< (r, n)
+  const void* u;   ///< (m, k)
+  const float* s;  ///< (k)
+  const void* v;   ///< (n, k)
+  void* result_b;  ///< (m, result_rank), written
+  void* result_a;  ///< (result_rank, n), written
+  double scale;    ///< of the update, dW = scale b a
   Attenuation attenuation;
 };
 
@@ -66,19 +73,6 @@ struct Measured {
   double core_norm;  ///< |X|_F
   double finite;     ///< 0 where the update, the subspace or the rounded result is not finite
   double failures;   ///< small decompositions that did not succeed; means nothing unless `finite`
-};
-
-/// Device arrays with an entry for each module, all of them on the device.
-struct CorrectionArrays {
-  const void* const* b;   ///< (m, r) row-major
-  const void* const* a;   ///< (r, n) row-major
-  const void* const* u;   ///< (m, k) row-major
-  const float* const* s;  ///< (k)
-  const void* const* v;   ///< (n, k) row-major
-  const Settings* settings;
-  void* const* result_b;  ///< (m, result_rank) row-major, written
-  void* const* result_a;  ///< (result_rank, n) row-major, written
-  Measured* measured;     ///< written
 };
 
 /// The correction of csulora/correct.h for a batch of modules of one shape, in float64, on one stream. What it
@@ -104,8 +98,10 @@ class CorrectionPlan {
   static size_t bytes_per_module(const CorrectionShape& shape);
 
   /// Enqueues the correction and does not wait for it. The plan must live until it has been done.
+  /// @param modules    (count) on the device
+  /// @param measured   (count) on the device, written
   /// @param workspace  device memory, 256-byte aligned, used in stream order
-  void run(const CorrectionArrays& arrays, void* workspace);
+  void run(const ModuleArguments* modules, Measured* measured, void* workspace);
 
  private:
   struct Implementation;

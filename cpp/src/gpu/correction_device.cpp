@@ -24,7 +24,7 @@ namespace {
 using at::Tensor;
 using cuda::CorrectionShape;
 using cuda::Measured;
-using cuda::Settings;
+using cuda::ModuleArguments;
 
 /// What modules corrected at once may take besides what the libraries ask for. More would hardly be faster, and a
 /// server leaves little memory.
@@ -121,47 +121,36 @@ T* rows_of(const Tensor& table) {
   return reinterpret_cast<T*>(table.mutable_data_ptr());
 }
 
-/// Per-module addresses and numbers in the order of the batches, on the device. Addresses are held as int64.
+/// What the device code reads and writes, by module in the order of the batches.
 struct Tables {
-  Tensor addresses;  // (b a u s v result_b result_a, modules) int64
-  Tensor settings;   // Settings
+  Tensor arguments;  // ModuleArguments
   Tensor measured;   // Measured
 };
+
+ModuleArguments arguments_of(const Module& module) {
+  return {.b = module.b.data_ptr(),
+          .a = module.a.data_ptr(),
+          .u = module.u.data_ptr(),
+          .s = module.s.data_ptr<float>(),
+          .v = module.v.data_ptr(),
+          .result_b = module.result_b.data_ptr(),
+          .result_a = module.result_a.data_ptr(),
+          .scale = module.task->factors.scale,
+          .attenuation = packed(module.task->attenuation)};
+}
 
 Tables tables(const std::vector<Module>& modules, const std::vector<Batch>& batches) {
   const auto count = static_cast<int64_t>(modules.size());
   const auto device = modules.front().b.device();
   const auto host = at::TensorOptions().pinned_memory(device.is_cuda());  // or copying would wait for the stream
-  const auto addresses = at::empty({7, count}, host.dtype(at::kLong));
-  const auto settings = table_of<Settings>(count, host);
-  auto address = addresses.accessor<int64_t, 2>();
-  auto* row = rows_of<Settings>(settings);
-  int64_t position = 0;
+  const auto arguments = table_of<ModuleArguments>(count, host);
+  auto* row = rows_of<ModuleArguments>(arguments);
   for (const auto& batch : batches) {
     for (const size_t i : batch.modules) {
-      const auto& m = modules[i];
-      int64_t kind = 0;
-      for (const Tensor* tensor : {&m.b, &m.a, &m.u, &m.s, &m.v, &m.result_b, &m.result_a}) {
-        address[kind++][position] = reinterpret_cast<int64_t>(tensor->data_ptr());
-      }
-      row[position++] = {m.task->factors.scale, packed(m.task->attenuation)};
+      *row++ = arguments_of(modules[i]);
     }
   }
-  return {addresses.to(device, /*non_blocking=*/true), settings.to(device, /*non_blocking=*/true),
-          table_of<Measured>(count, device)};
-}
-
-template <typename T>
-T* addresses_of(const Tables& tables, int64_t kind, int64_t first) {
-  return reinterpret_cast<T*>(tables.addresses.data_ptr<int64_t>() + kind * tables.addresses.size(1) + first);
-}
-
-cuda::CorrectionArrays arrays(const Tables& tables, int64_t first) {
-  return {addresses_of<const void* const>(tables, 0, first), addresses_of<const void* const>(tables, 1, first),
-          addresses_of<const void* const>(tables, 2, first), addresses_of<const float* const>(tables, 3, first),
-          addresses_of<const void* const>(tables, 4, first), rows_of<Settings>(tables.settings) + first,
-          addresses_of<void* const>(tables, 5, first),       addresses_of<void* const>(tables, 6, first),
-          rows_of<Measured>(tables.measured) + first};
+  return {arguments.to(device, /*non_blocking=*/true), table_of<Measured>(count, device)};
 }
 
 Components components(const double numbers[4]) { return {numbers[0], numbers[1], numbers[2], numbers[3]}; }
@@ -215,7 +204,8 @@ std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tas
     auto& plan = *plans.emplace_back(std::make_unique<cuda::CorrectionPlan>(batch.shape, lease));
     const auto bytes = static_cast<int64_t>(plan.workspace_bytes());
     const auto workspace = at::empty({bytes}, device_tables.measured.options());
-    plan.run(arrays(device_tables, first), workspace.mutable_data_ptr());
+    plan.run(rows_of<ModuleArguments>(device_tables.arguments) + first,
+             rows_of<Measured>(device_tables.measured) + first, workspace.mutable_data_ptr());
     first += batch.shape.count;
   }
 

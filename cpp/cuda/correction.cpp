@@ -14,13 +14,12 @@ namespace {
 /// What NVIDIA recommends for Hopper.
 constexpr int64_t kBlasWorkspace = int64_t{32} << 20;
 
-/// One side of the updates: B with U, or A^T with V.
-struct Side {
-  StoredFactor factor;
-  const void* const* basis;  // (rows, k) row-major each
-  double* coordinates;       // (k, r) basis^T factor; later (k, result rank) of the corrected factor
-  double* orthonormal;       // (rows, 2r)
-  double* roots;             // (2r, 2r) [inside, outside] = orthonormal roots
+/// A factor of the updates, B or A^T, and what is computed of it.
+struct Factor {
+  StoredFactor stored;
+  double* coordinates;  // (k, r) basis^T factor; later (k, result rank) of the corrected factor
+  double* orthonormal;  // (rows, 2r)
+  double* roots;        // (2r, 2r) [inside, outside] = orthonormal roots
 };
 
 /// The workspace. Matrices are float64, column-major, one per module.
@@ -89,26 +88,26 @@ struct CorrectionPlan::Implementation {
   int64_t size() const { return 2 * shape.rank; }
   Batch square_batch(double* data) const { return {data, size(), size() * size()}; }
 
-  /// The side's basis widened, row-major (rows, k): its transpose.
-  Batch load_basis(const Side& side, const Layout& layout) const {
-    const int64_t rows = side.factor.rows;
-    widen(side.basis, shape.basis, shape.directions * rows, shape.count, layout.spare, lease.stream());
-    return {layout.spare, shape.directions, shape.directions * rows};
+  /// The basis of a factor's side widened, row-major (rows, k): its transpose.
+  Batch basis_of(const StoredFactor& stored, const Layout& layout) const {
+    const int64_t size = shape.directions * stored.rows;
+    load_basis(stored.modules, stored.side, shape.basis, size, shape.count, layout.spare, lease.stream());
+    return {layout.spare, shape.directions, size};
   }
 
-  /// Splits one side at its subspace and makes it orthonormal.
-  void decompose(const Side& side, const Layout& layout, int* statuses) const {
+  /// Splits a factor at its side's subspace and makes it orthonormal.
+  void decompose(const Factor& factor, const Layout& layout, int* statuses) const {
     const int64_t count = shape.count;
-    const int64_t rows = side.factor.rows;
+    const int64_t rows = factor.stored.rows;
     const int64_t rank = shape.rank;
     const int64_t directions = shape.directions;
     const Batch inside{layout.split, rows, rows * size()};
-    const Batch factor{layout.split + rows * rank, rows, rows * size()};
-    load_factor(side.factor, count, layout.split, lease.stream());
+    const Batch all{layout.split + rows * rank, rows, rows * size()};
+    load_factor(factor.stored, count, layout.split, lease.stream());
     if (directions > 0) {
-      const Batch basis = load_basis(side, layout);
-      const Batch coordinates{side.coordinates, directions, directions * rank};
-      multiply(lease, count, {directions, rank, rows}, {basis}, {factor}, coordinates);
+      const Batch basis = basis_of(factor.stored, layout);
+      const Batch coordinates{factor.coordinates, directions, directions * rank};
+      multiply(lease, count, {directions, rank, rows}, {basis}, {all}, coordinates);
       multiply(lease, count, {rows, rank, directions}, {basis, true}, {coordinates}, inside);
     } else {
       const size_t pitch = sizeof(double) * rows * size();
@@ -116,10 +115,10 @@ struct CorrectionPlan::Implementation {
     }
     split_and_normalise(rows, rank, count, layout.split, layout.spare, lease.stream());
     orthonormalise(lease, count,
-                   {rows, size(), layout.spare, side.orthonormal, layout.gram, layout.inverse, layout.gram_addresses,
+                   {rows, size(), layout.spare, factor.orthonormal, layout.gram, layout.inverse, layout.gram_addresses,
                     layout.inverse_addresses, statuses});
-    const Batch orthonormal{side.orthonormal, rows, rows * size()};
-    multiply(lease, count, {size(), size(), rows}, {orthonormal, true}, {inside}, square_batch(side.roots));
+    const Batch orthonormal{factor.orthonormal, rows, rows * size()};
+    multiply(lease, count, {size(), size(), rows}, {orthonormal, true}, {inside}, square_batch(factor.roots));
   }
 
   /// The products of the roots that make up the components of the update: aligned, left, right, off.
@@ -152,16 +151,16 @@ struct CorrectionPlan::Implementation {
   }
 
   /// Forms a corrected factor, writes it rounded, and takes its coordinates.
-  void store(const Side& side, const Operand& mix, const Layout& layout, void* const* out, Measured* measured) const {
-    const int64_t rows = side.factor.rows;
-    const Batch orthonormal{side.orthonormal, rows, rows * size()};
+  void store(const Factor& factor, const Operand& mix, const Layout& layout, Measured* measured) const {
+    const int64_t rows = factor.stored.rows;
+    const Batch orthonormal{factor.orthonormal, rows, rows * size()};
     const Batch corrected{layout.split, rows, rows * shape.result_rank};
     multiply(lease, shape.count, {rows, shape.result_rank, size()}, {orthonormal}, mix, corrected);
-    store_factor(layout.split, side.factor, shape.result_rank, shape.count, out, measured, lease.stream());
+    store_factor(layout.split, factor.stored, shape.result_rank, shape.count, measured, lease.stream());
     if (shape.directions > 0) {
-      const Batch coordinates{side.coordinates, shape.directions, shape.directions * shape.result_rank};
-      multiply(lease, shape.count, {shape.directions, shape.result_rank, rows}, {load_basis(side, layout)}, {corrected},
-               coordinates);
+      const Batch coordinates{factor.coordinates, shape.directions, shape.directions * shape.result_rank};
+      multiply(lease, shape.count, {shape.directions, shape.result_rank, rows}, {basis_of(factor.stored, layout)},
+               {corrected}, coordinates);
     }
   }
 };
@@ -187,7 +186,7 @@ size_t CorrectionPlan::bytes_per_module(const CorrectionShape& shape) {
   return arena.used();
 }
 
-void CorrectionPlan::run(const CorrectionArrays& arrays, void* workspace) {
+void CorrectionPlan::run(const ModuleArguments* modules, Measured* measured, void* workspace) {
   auto& plan = *implementation_;
   const auto& shape = plan.shape;
   const auto stream = plan.lease.stream();
@@ -196,33 +195,31 @@ void CorrectionPlan::run(const CorrectionArrays& arrays, void* workspace) {
   plan.lease.use_workspace(arena.take<std::byte>(kBlasWorkspace), kBlasWorkspace);
   void* solver_workspace = arena.take<std::byte>(static_cast<int64_t>(plan.solver_bytes));
 
-  const Side b{{arrays.b, arrays.settings, shape.b, false, shape.rows, shape.rank},
-               arrays.u,
-               layout.coordinates[0],
-               layout.orthonormal[0],
-               layout.roots[0]};
-  const Side a{{arrays.a, nullptr, shape.a, true, shape.columns, shape.rank},
-               arrays.v,
-               layout.coordinates[1],
-               layout.orthonormal[1],
-               layout.roots[1]};
+  const Factor b{{modules, Side::left, shape.b, shape.rows, shape.rank},
+                 layout.coordinates[0],
+                 layout.orthonormal[0],
+                 layout.roots[0]};
+  const Factor a{{modules, Side::right, shape.a, shape.columns, shape.rank},
+                 layout.coordinates[1],
+                 layout.orthonormal[1],
+                 layout.roots[1]};
   const int64_t entries = plan.size() * plan.size();
   fill_addresses(layout.gram, entries, shape.count, layout.gram_addresses, stream);
   fill_addresses(layout.inverse, entries, shape.count, layout.inverse_addresses, stream);
   plan.decompose(b, layout, layout.statuses);
   plan.decompose(a, layout, layout.statuses + kRounds * shape.count);
   plan.form_components(layout);
-  attenuate(layout.components, arrays.settings, plan.size(), shape.count, layout.core, arrays.measured, stream);
-  measure_undo({b.coordinates, a.coordinates, arrays.s, shape.directions, shape.rank}, Stage::before, shape.count,
-               arrays.measured, stream);
-  plan.truncate(layout, solver_workspace, arrays.measured);
+  attenuate(layout.components, modules, plan.size(), shape.count, layout.core, measured, stream);
+  measure_undo({b.coordinates, a.coordinates, modules, shape.directions, shape.rank}, Stage::before, shape.count,
+               measured, stream);
+  plan.truncate(layout, solver_workspace, measured);
   const Batch left{layout.left, plan.size(), plan.size() * shape.result_rank};
   const Batch right{layout.right, shape.result_rank, plan.size() * shape.result_rank};
-  plan.store(b, {left}, layout, arrays.result_b, arrays.measured);
-  plan.store(a, {right, true}, layout, arrays.result_a, arrays.measured);
-  measure_undo({b.coordinates, a.coordinates, arrays.s, shape.directions, shape.result_rank}, Stage::after, shape.count,
-               arrays.measured, stream);
-  count_failures(layout.statuses, Layout::kStatuses, shape.count, arrays.measured, stream);
+  plan.store(b, {left}, layout, measured);
+  plan.store(a, {right, true}, layout, measured);
+  measure_undo({b.coordinates, a.coordinates, modules, shape.directions, shape.result_rank}, Stage::after, shape.count,
+               measured, stream);
+  count_failures(layout.statuses, Layout::kStatuses, shape.count, measured, stream);
 }
 
 }  // namespace csulora::cuda

@@ -25,14 +25,43 @@ struct CorrectionShape {
   Element basis{};  ///< of u and v
 };
 
-/// One module's numbers. All fields are double, so that a float64 tensor can hold them.
-struct Settings {
-  double scale;  ///< of the update, dW = scale b a
-  double fixed;  ///< 1: `numbers` are gains (aligned, left, right, off); 0: penalties (aligned, partial, unused, off)
-  double numbers[4];
+/// How much of each component is kept: as csulora::Penalties or as csulora::Gains say, in a form that device code
+/// reads.
+struct Attenuation {
+  enum class Kind { penalties, gains };
+  struct Penalties {
+    double aligned;
+    double partial;
+    double off;
+  };
+  struct Gains {
+    double aligned;
+    double left;
+    double right;
+    double off;
+  };
+
+  Kind kind;  ///< which of the two is set
+  union {
+    Penalties penalties;
+    Gains gains;
+  };
 };
 
-/// What was measured on one module; documented with csulora::Correction. All fields are double.
+/// One module: its matrices, row-major and on the device, and its numbers.
+struct ModuleArguments {
+  const void* b;   ///< (m, r)
+  const void* a;   ///< (r, n)
+  const void* u;   ///< (m, k)
+  const float* s;  ///< (k)
+  const void* v;   ///< (n, k)
+  void* result_b;  ///< (m, result_rank), written
+  void* result_a;  ///< (result_rank, n), written
+  double scale;    ///< of the update, dW = scale b a
+  Attenuation attenuation;
+};
+
+/// What was measured on one module; documented with csulora::Correction.
 struct Measured {
   double energies[4];  ///< aligned, left, right, off
   double gains[4];
@@ -44,19 +73,6 @@ struct Measured {
   double core_norm;  ///< |X|_F
   double finite;     ///< 0 where the update, the subspace or the rounded result is not finite
   double failures;   ///< small decompositions that did not succeed; means nothing unless `finite`
-};
-
-/// Device arrays with an entry for each module, all of them on the device.
-struct CorrectionArrays {
-  const void* const* b;   ///< (m, r) row-major
-  const void* const* a;   ///< (r, n) row-major
-  const void* const* u;   ///< (m, k) row-major
-  const float* const* s;  ///< (k)
-  const void* const* v;   ///< (n, k) row-major
-  const Settings* settings;
-  void* const* result_b;  ///< (m, result_rank) row-major, written
-  void* const* result_a;  ///< (result_rank, n) row-major, written
-  Measured* measured;     ///< written
 };
 
 /// The correction of csulora/correct.h for a batch of modules of one shape, in float64, on one stream. What it
@@ -82,8 +98,10 @@ class CorrectionPlan {
   static size_t bytes_per_module(const CorrectionShape& shape);
 
   /// Enqueues the correction and does not wait for it. The plan must live until it has been done.
+  /// @param modules    (count) on the device
+  /// @param measured   (count) on the device, written
   /// @param workspace  device memory, 256-byte aligned, used in stream order
-  void run(const CorrectionArrays& arrays, void* workspace);
+  void run(const ModuleArguments* modules, Measured* measured, void* workspace);
 
  private:
   struct Implementation;

@@ -14,8 +14,9 @@ __device__ int64_t first_item() { return int64_t{blockIdx.x} * blockDim.x + thre
 __device__ int64_t item_stride() { return int64_t{gridDim.x} * blockDim.x; }
 
 template <typename T>
-__global__ void widen_kernel(const void* const* in, int64_t size, double* out) {
-  const T* source = static_cast<const T*>(in[blockIdx.y]);
+__global__ void load_basis_kernel(const ModuleArguments* modules, Side side, int64_t size, double* out) {
+  const ModuleArguments& module = modules[blockIdx.y];
+  const T* source = static_cast<const T*>(side == Side::left ? module.u : module.v);
   double* target = out + blockIdx.y * size;
   for (int64_t i = first_item(); i < size; i += item_stride()) {
     target[i] = widened(source[i]);
@@ -25,10 +26,11 @@ __global__ void widen_kernel(const void* const* in, int64_t size, double* out) {
 /// Entry (row, column) of a factor as it is stored.
 template <typename T>
 __device__ double stored_entry(const StoredFactor& factor, int64_t module, int64_t row, int64_t column) {
-  const T* data = static_cast<const T*>(factor.data[module]);
-  const int64_t position = factor.transposed ? column * factor.rows + row : row * factor.rank + column;
-  const double scale = factor.settings ? factor.settings[module].scale : 1;
-  return scale * widened(data[position]);
+  const ModuleArguments& stored = factor.modules[module];
+  if (factor.side == Side::left) {
+    return stored.scale * widened(static_cast<const T*>(stored.b)[row * factor.rank + column]);
+  }
+  return widened(static_cast<const T*>(stored.a)[column * factor.rows + row]);
 }
 
 template <typename T>
@@ -75,20 +77,31 @@ __global__ void shift_diagonal_kernel(double shift, int64_t size, double* gram, 
 
 __device__ double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
 
+/// gains_for() of correct/gains.h.
+__device__ void set_gains(const Attenuation& attenuation, const double energies[4], double gains[4]) {
+  if (attenuation.kind == Attenuation::Kind::gains) {
+    const Attenuation::Gains& given = attenuation.gains;
+    gains[0] = given.aligned;
+    gains[1] = given.left;
+    gains[2] = given.right;
+    gains[3] = given.off;
+  } else {
+    const Attenuation::Penalties& penalties = attenuation.penalties;
+    gains[0] = gain(penalties.aligned, energies[0]);
+    gains[1] = gains[2] = gain(penalties.partial, energies[1] + energies[2]);
+    gains[3] = gain(penalties.off, energies[3]);
+  }
+}
+
 /// Sets everything that follows from the squared norms of the four components.
-__device__ void set_gains(const double norms2[4], const Settings& settings, Measured& measured) {
+__device__ void measure_components(const double norms2[4], const Attenuation& attenuation, Measured& measured) {
   const double total = norms2[0] + norms2[1] + norms2[2] + norms2[3];
   double* energies = measured.energies;
   double* gains = measured.gains;
   for (int component = 0; component < 4; ++component) {
     energies[component] = total > 0 ? norms2[component] / total : 0;
-    gains[component] = settings.numbers[component];
   }
-  if (settings.fixed == 0) {
-    gains[0] = gain(settings.numbers[0], energies[0]);
-    gains[1] = gains[2] = gain(settings.numbers[1], energies[1] + energies[2]);
-    gains[3] = gain(settings.numbers[3], energies[3]);
-  }
+  set_gains(attenuation, energies, gains);
   double relative_change2 = 0;
   for (int component = 0; component < 4; ++component) {
     relative_change2 += (1 - gains[component]) * (1 - gains[component]) * energies[component];
@@ -99,7 +112,7 @@ __device__ void set_gains(const double norms2[4], const Settings& settings, Meas
 }
 
 /// One block per module.
-__global__ void attenuate_kernel(const double* components, const Settings* settings, int64_t size, double* core,
+__global__ void attenuate_kernel(const double* components, const ModuleArguments* modules, int64_t size, double* core,
                                  Measured* measured) {
   const int64_t entries = size * size;
   const double* component = components + 4 * blockIdx.x * entries;
@@ -115,7 +128,7 @@ __global__ void attenuate_kernel(const double* components, const Settings* setti
     norms2[c] = block_sum(sum);
   }
   if (threadIdx.x == 0) {
-    set_gains(norms2, settings[blockIdx.x], mine);
+    measure_components(norms2, modules[blockIdx.x].attenuation, mine);
   }
   __syncthreads();
 
@@ -140,7 +153,7 @@ __global__ void attenuate_kernel(const double* components, const Settings* setti
 __global__ void measure_undo_kernel(Coordinates coordinates, Stage stage, Measured* measured) {
   const int64_t directions = coordinates.directions;
   const int64_t start = blockIdx.x * directions * coordinates.rank;
-  const float* values = coordinates.s[blockIdx.x];
+  const float* values = coordinates.modules[blockIdx.x].s;
   double overlap = 0;
   double alignment2 = 0;
   for (int64_t i = threadIdx.x; i < directions; i += kThreads) {
@@ -210,16 +223,17 @@ __global__ void balance_kernel(CoreFactors factors, Measured* measured) {
 }
 
 template <typename T>
-__global__ void store_factor_kernel(const double* corrected, StoredFactor stored, int64_t result_rank, void* const* out,
+__global__ void store_factor_kernel(const double* corrected, StoredFactor stored, int64_t result_rank,
                                     Measured* measured) {
   Measured& mine = measured[blockIdx.y];
-  T* target = static_cast<T*>(out[blockIdx.y]);
+  const bool left = stored.side == Side::left;
+  T* target = static_cast<T*>(left ? stored.modules[blockIdx.y].result_b : stored.modules[blockIdx.y].result_a);
   const int64_t rows = stored.rows;
   const int64_t size = rows * result_rank;
   const bool unchanged = is_unchanged(mine.gains, result_rank == stored.rank);
   for (int64_t i = first_item(); i < size; i += item_stride()) {
-    const int64_t row = stored.transposed ? i % rows : i / result_rank;
-    const int64_t column = stored.transposed ? i / rows : i % result_rank;
+    const int64_t row = left ? i / result_rank : i % rows;
+    const int64_t column = left ? i % result_rank : i / rows;
     const double entry = unchanged ? stored_entry<T>(stored, blockIdx.y, row, column)
                                    : corrected[blockIdx.y * size + column * rows + row];
     round_to(target[i], entry);
@@ -243,9 +257,10 @@ dim3 block_per(int64_t entries) { return dim3(static_cast<unsigned>(entries)); }
 
 }  // namespace
 
-void widen(const void* const* in, Element element, int64_t size, int64_t count, double* out, cudaStream_t stream) {
+void load_basis(const ModuleArguments* modules, Side side, Element element, int64_t size, int64_t count, double* out,
+                cudaStream_t stream) {
   visit_element(element, [&](auto example) {
-    launch(widen_kernel<decltype(example)>, grid_for(size, count), stream, "widen", in, size, out);
+    launch(load_basis_kernel<decltype(example)>, grid_for(size, count), stream, "load_basis", modules, side, size, out);
   });
 }
 
@@ -270,9 +285,9 @@ void shift_diagonal(double shift, int64_t size, int64_t count, double* gram, dou
   launch(shift_diagonal_kernel, grid_for(size * size, count), stream, "shift_diagonal", shift, size, gram, identity);
 }
 
-void attenuate(const double* components, const Settings* settings, int64_t size, int64_t count, double* core,
+void attenuate(const double* components, const ModuleArguments* modules, int64_t size, int64_t count, double* core,
                Measured* measured, cudaStream_t stream) {
-  launch(attenuate_kernel, block_per(count), stream, "attenuate", components, settings, size, core, measured);
+  launch(attenuate_kernel, block_per(count), stream, "attenuate", components, modules, size, core, measured);
 }
 
 void measure_undo(const Coordinates& coordinates, Stage stage, int64_t count, Measured* measured, cudaStream_t stream) {
@@ -284,10 +299,10 @@ void balance(const CoreFactors& factors, int64_t count, Measured* measured, cuda
 }
 
 void store_factor(const double* corrected, const StoredFactor& stored, int64_t result_rank, int64_t count,
-                  void* const* out, Measured* measured, cudaStream_t stream) {
+                  Measured* measured, cudaStream_t stream) {
   visit_element(stored.element, [&](auto example) {
     launch(store_factor_kernel<decltype(example)>, grid_for(stored.rows * result_rank, count), stream, "store_factor",
-           corrected, stored, result_rank, out, measured);
+           corrected, stored, result_rank, measured);
   });
 }
 

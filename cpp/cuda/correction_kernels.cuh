@@ -11,15 +11,21 @@
 // unless said otherwise; consecutive matrices of a batch of `count` lie one after the other. Nothing waits.
 namespace csulora::cuda {
 
-/// out (count x size) = the entries of `count` arrays.
-void widen(const void* const* in, Element element, int64_t size, int64_t count, double* out, cudaStream_t stream);
+/// One factor of each update and what goes with it.
+enum class Side {
+  left,  // scale b (rows, rank), the basis u (rows, directions), the result result_b
+  right  // a (rank, rows), the basis v (rows, directions), the result result_a
+};
 
-/// One factor of each update, stored row-major: b (rows, rank), or a (rank, rows) if `transposed`.
+/// out (directions, rows) = the bases of a side, of `size` = directions * rows entries each.
+void load_basis(const ModuleArguments* modules, Side side, Element element, int64_t size, int64_t count, double* out,
+                cudaStream_t stream);
+
+/// The factors of a side as they are stored.
 struct StoredFactor {
-  const void* const* data;   // count pointers
-  const Settings* settings;  // whose scale multiplies the factor; null: none
+  const ModuleArguments* modules;
+  Side side;
   Element element;
-  bool transposed;
   int64_t rows;
   int64_t rank;
 };
@@ -41,14 +47,14 @@ void shift_diagonal(double shift, int64_t size, int64_t count, double* gram, dou
 /// Energies and gains from the products of the roots, components (count, 4, size, size) for aligned, left, right and
 /// off; core (size, size) = sum_c g_c component_c, divided by its norm, which goes to `measured`. If the components are
 /// not finite, the core is 0.
-void attenuate(const double* components, const Settings* settings, int64_t size, int64_t count, double* core,
+void attenuate(const double* components, const ModuleArguments* modules, int64_t size, int64_t count, double* core,
                Measured* measured, cudaStream_t stream);
 
 /// What the undo of an update b a is measured from.
 struct Coordinates {
-  const double* b;        // (directions, rank) U^T b
-  const double* a;        // (directions, rank) V^T a^T
-  const float* const* s;  // count pointers to (directions)
+  const double* b;                 // (directions, rank) U^T b
+  const double* a;                 // (directions, rank) V^T a^T
+  const ModuleArguments* modules;  // whose s is read
   int64_t directions;
   int64_t rank;
 };
@@ -72,11 +78,11 @@ struct CoreFactors {
 /// orthonormal.
 void balance(const CoreFactors& factors, int64_t count, Measured* measured, cudaStream_t stream);
 
-/// Writes a corrected factor (rows, rank), rounded to what the factor is stored as, row-major, to out (rows,
-/// result_rank), or to out (result_rank, rows) if the factor is stored transposed. Where all gains are 1 and the
-/// rank stays, the factor itself is written instead. Clears measured.finite where a value is not.
+/// Writes a corrected factor (rows, result_rank) to the side's result, rounded to what the factor is stored as. Where
+/// all gains are 1 and the rank stays, the factor itself is written instead. Clears measured.finite where a value is
+/// not.
 void store_factor(const double* corrected, const StoredFactor& stored, int64_t result_rank, int64_t count,
-                  void* const* out, Measured* measured, cudaStream_t stream);
+                  Measured* measured, cudaStream_t stream);
 
 /// measured.failures += how many of the `rounds` x count statuses of a module are not 0.
 void count_failures(const int* statuses, int64_t rounds, int64_t count, Measured* measured, cudaStream_t stream);

@@ -460,16 +460,20 @@ TEST_CASE("nothing is written outside the workspace") {
   const auto b = gaussian(30, 3), a = gaussian(3, 20);
   const auto subspace = random_subspace(30, 20, 4);
   auto result_b = at::empty({2, 30, 3}), result_a = at::empty({2, 3, 20});
-  const auto twice = [](const Tensor& tensor) { return std::vector<const void*>(2, tensor.data_ptr()); };
-  const auto bs = twice(b), as = twice(a), us = twice(subspace.u), vs = twice(subspace.v);
-  const std::vector<const float*> ss(2, subspace.s.data_ptr<float>());
-  const std::vector<void*> out_b{result_b[0].data_ptr(), result_b[1].data_ptr()};
-  const std::vector<void*> out_a{result_a[0].data_ptr(), result_a[1].data_ptr()};
-  const std::vector<csulora::cuda::Settings> settings(2, {1, 0, {0, 1, 1, 1}});
+  std::vector<csulora::cuda::ModuleArguments> modules;
+  for (int64_t i = 0; i < 2; ++i) {
+    modules.push_back({b.data_ptr(),
+                       a.data_ptr(),
+                       subspace.u.data_ptr(),
+                       subspace.s.data_ptr<float>(),
+                       subspace.v.data_ptr(),
+                       result_b[i].data_ptr(),
+                       result_a[i].data_ptr(),
+                       1,
+                       {.kind = csulora::cuda::Attenuation::Kind::penalties, .penalties = {0, 1, 1}}});
+  }
   std::vector<csulora::cuda::Measured> measured(2);
-  plan.run({bs.data(), as.data(), us.data(), ss.data(), vs.data(), settings.data(), out_b.data(), out_a.data(),
-            measured.data()},
-           memory.data_ptr<uint8_t>() + kGuard);
+  plan.run(modules.data(), measured.data(), memory.data_ptr<uint8_t>() + kGuard);
   CHECK(memory.narrow(0, 0, kGuard).eq(kMark).all().item<bool>());
   CHECK(memory.narrow(0, kGuard + bytes, kGuard).eq(kMark).all().item<bool>());
   CHECK(measured[1].finite == 1);

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "correct/directions.h"
+#include "correct/gains.h"
 #include "correct/measurement.h"
 #include "correct/result_rank.h"
 #include "correct/storage.h"
@@ -20,10 +21,6 @@
 namespace csulora {
 namespace {
 
-bool keep_everything(const Gains& gains) {
-  return gains.aligned == 1 && gains.left == 1 && gains.right == 1 && gains.off == 1;
-}
-
 Correction correct_one(const CorrectionTask& task, const CorrectionOptions& options) {
   const TorchGuards torch_guards;
   auto update = measured(task);
@@ -33,7 +30,7 @@ Correction correct_one(const CorrectionTask& task, const CorrectionOptions& opti
   const int64_t r = b.size(1), exact = exact_rank(result.gains, r, std::min(b.size(0), a.size(1)));
   const int64_t rank = result_rank(options, exact, r);
   result.undo_after = result.gains.aligned * result.undo;
-  if (keep_everything(result.gains) && rank == r) {
+  if (keeps_everything(result.gains) && rank == r) {
     result.factors = stored(b.to(at::kDouble).mul(scale), a, task);
   } else {  // for equal gains too: one factor alone, scaled, may round back to itself in float16
     const auto truncated = truncated_update(update.b, update.a, result.gains, rank);

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "correct/filtered.h"
+#include "correct/gains.h"
 #include "correct/gram_sides.h"
 #include "correct/measurement.h"
 #include "correct/result_rank.h"
@@ -66,14 +67,6 @@ double penalty_scale_of(const std::vector<Update>& updates, const CorrectionOpti
     return 1;
   }
   return penalty_scale(sum.along / sum.all, *options.reference_energy);
-}
-
-/// Gains whose penalties (1 - gain) / gain are multiplied by a scale.
-std::vector<double> with_scaled_penalties(std::vector<double> gains, double penalty_scale) {
-  std::transform(gains.begin(), gains.end(), gains.begin(), [penalty_scale](double gain) {
-    return gain > 0 && gain < 1 ? gain / (gain + (1 - gain) * penalty_scale) : gain;
-  });
-  return gains;
 }
 
 /// (I - basis (1 - gains) basis^T) factor, for a factor (m, r) and the first columns of a basis (m, k).
@@ -171,10 +164,6 @@ void for_each_task(const std::vector<CorrectionTask>& tasks, Work work) {
 }  // namespace
 
 bool attenuates_directions(const CorrectionTask& task) { return std::holds_alternative<Directions>(task.attenuation); }
-
-double penalty_scale(double energy, double reference_energy) {
-  return std::max(std::pow(energy / reference_energy, 2), kLeastPenaltyScale);
-}
 
 std::vector<Correction> correct_along(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options) {
   std::vector<Update> updates(tasks.size());

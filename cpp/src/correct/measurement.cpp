@@ -7,6 +7,7 @@
 #include <optional>
 #include <utility>
 
+#include "correct/gains.h"
 #include "correct/undo.h"
 #include "runtime/check.h"
 
@@ -29,20 +30,6 @@ Components component_norms2(const SplitFactor& b, const SplitFactor& a) {
     return std::max(sum, 0.0);
   };
   return {norm2(0, 0), norm2(0, r), norm2(r, 0), norm2(r, r)};
-}
-
-double gain(double penalty, double energy) { return std::isinf(penalty) ? 0 : 1 / (1 + penalty * energy); }
-
-Gains gains_for(const Attenuation& attenuation, const Components& energies) {
-  if (const auto* gains = std::get_if<Gains>(&attenuation)) {
-    return *gains;
-  }
-  const auto* penalties = std::get_if<Penalties>(&attenuation);
-  if (!penalties) {
-    return kEverything;
-  }
-  const double partial = gain(penalties->partial, energies.left + energies.right);
-  return {gain(penalties->aligned, energies.aligned), partial, partial, gain(penalties->off, energies.off)};
 }
 
 /// Whether splits in float32 are good enough for what the gains keep: the errors of b's columns times the components of
@@ -78,12 +65,6 @@ bool fits_float(double scale) {
   return std::abs(static_cast<float>(scale) - scale) <= kFloatRounding * std::abs(scale);
 }
 
-double changed_share(const Gains& gains, const Components& energies) {
-  const auto removed = [](double g, double energy) { return (1 - g) * (1 - g) * energy; };
-  return std::sqrt(removed(gains.aligned, energies.aligned) + removed(gains.left, energies.left) +
-                   removed(gains.right, energies.right) + removed(gains.off, energies.off));
-}
-
 Measured measured_with(const Subspace& subspace, const Attenuation& attenuation, SplitFactor b, SplitFactor a) {
   Measured update{std::move(b), std::move(a), {}};
   const auto norms2 = component_norms2(update.b, update.a);
@@ -95,7 +76,7 @@ Measured measured_with(const Subspace& subspace, const Attenuation& attenuation,
   result.norm = std::sqrt(total);
   result.undo = undo(update.b.coordinates, update.a.coordinates, subspace.s);
   result.gains = gains_for(attenuation, result.energies);
-  result.relative_change = changed_share(result.gains, result.energies);
+  result.relative_change = relative_change(result.gains, result.energies);
   return update;
 }
 

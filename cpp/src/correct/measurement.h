@@ -7,8 +7,6 @@
 
 namespace csulora {
 
-inline constexpr Gains kEverything{1, 1, 1, 1};
-
 /// What rounding in float32 may cost, relative to |X|.
 inline constexpr double kFloatTolerance = 5e-6;
 

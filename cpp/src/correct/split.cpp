@@ -49,19 +49,23 @@ SmallMatrix root_of(const SmallMatrix& gram) {
   return with_lengths(SmallMatrix(vectors.t().mul(values.clamp_min(0).sqrt_().unsqueeze(1))));
 }
 
-/// Copies a block of rows in float32, times `scale`, to rows of `stride` entries.
-void read_rows(const Tensor& rows, double scale, float* target, int64_t stride) {
+/// A float32 matrix whose rows are contiguous.
+MatrixView<const float> view(const Tensor& matrix) {
+  return {matrix.const_data_ptr<float>(), matrix.size(0), matrix.size(1), matrix.stride(0)};
+}
+
+/// target (rows, at least r) = scale * rows (rows, r) in float32.
+void read_rows(const Tensor& rows, double scale, MatrixView<float> target) {
   const auto factor = static_cast<float>(scale);
-  const int64_t count = rows.size(0), r = rows.size(1);
   if (rows.stride(0) == 1) {
     const auto columns = rows.t().to(at::kFloat);  // the rows of the matrix that is seen transposed
-    tall::transpose(columns.const_data_ptr<float>(), r, count, columns.stride(0), factor, target, stride);
+    tall::transpose(view(columns), factor, target);
     return;
   }
   const auto block = rows.to(at::kFloat).contiguous();
-  const float* const entries = block.const_data_ptr<float>();
-  for (int64_t i = 0; i < count; ++i) {
-    std::transform(entries + i * r, entries + (i + 1) * r, target + i * stride,
+  const auto entries = view(block);
+  for (int64_t i = 0; i < entries.rows; ++i) {
+    std::transform(entries.row(i), entries.row(i) + entries.columns, target.row(i),
                    [factor](float entry) { return factor * entry; });
   }
 }
@@ -73,18 +77,16 @@ class BasisBlocks {
       : basis_(basis),
         block_(at::zeros({tall::padded(std::min(basis.size(0), kRows), tall::kRowStep), directions}, at::kFloat)) {}
 
-  /// Reads the block that begins at a row; returns the number of its rows, padded.
-  int64_t read(int64_t row) {
+  /// The block that begins at a row, its rows padded too. Overwrites the one before.
+  MatrixView<const float> read(int64_t row) {
     const int64_t count = std::min(kRows, basis_.size(0) - row);
     block_.narrow(0, 0, count).narrow(1, 0, basis_.size(1)).copy_(basis_.narrow(0, row, count));
     const int64_t padded = tall::padded(count, tall::kRowStep);
     if (padded > count) {
       block_.narrow(0, count, padded - count).zero_();
     }
-    return padded;
+    return view(block_.narrow(0, 0, padded));
   }
-
-  const float* data() const { return block_.const_data_ptr<float>(); }
 
  private:
   const Tensor& basis_;
@@ -114,6 +116,8 @@ struct PaddedMixture {
     }
   }
 
+  MatrixView<const float> view() const { return contiguous_view(entries.data(), rows, width); }
+
   int64_t rows;
   int64_t width;
   std::vector<float> entries;
@@ -135,23 +139,24 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
   if (width > r || rows > m) {
     columns.zero_();
   }
-  float* const split = columns.mutable_data_ptr<float>();
+  const auto split = contiguous_view(columns.mutable_data_ptr<float>(), rows, 2 * width);
   BasisBlocks blocks(basis, directions);
 
   std::vector<double> sum(directions * width);
   for (int64_t row = 0; row < m; row += kRows) {
-    const int64_t count = blocks.read(row);
-    float* const outside = split + (2 * row + 1) * width;
-    read_rows(factor.narrow(0, row, std::min(kRows, m - row)), scale, outside, 2 * width);
-    tall::project(blocks.data(), count, directions, outside, width, 2 * width, sum.data());
+    const auto block = blocks.read(row);
+    const MatrixView<float> outside{split.row(row) + width, block.rows, width, split.stride};
+    read_rows(factor.narrow(0, row, std::min(kRows, m - row)), scale, outside);
+    tall::project(block, outside, contiguous_view(sum.data(), directions, width));
   }
 
   const std::vector<float> rounded(sum.begin(), sum.end());
   SmallMatrix gram(2 * width, 2 * width);
   for (int64_t row = 0; row < m; row += kRows) {
-    const int64_t count = blocks.read(row);
-    tall::split(blocks.data(), count, directions, rounded.data(), width, split + 2 * row * width);
-    tall::add_gram(split + 2 * row * width, count, 2 * width, gram[0]);
+    const auto block = blocks.read(row);
+    const MatrixView<float> halves{split.row(row), block.rows, split.columns, split.stride};
+    tall::split(block, contiguous_view(rounded.data(), directions, width), halves);
+    tall::add_gram(halves, contiguous_view(gram[0], gram.rows(), gram.columns()));
   }
   SmallMatrix coordinates(k, r);
   for (int64_t i = 0; i < k; ++i) {
@@ -183,8 +188,8 @@ Tensor combined(const SplitFactor& split, const SmallMatrix& mixture) {
   }
   const PaddedMixture padded(mixture, split.columns.size(2));
   const auto product = at::empty({split.columns.size(0), padded.width}, at::kFloat);
-  tall::multiply(split.columns.const_data_ptr<float>(), product.size(0), padded.rows, padded.entries.data(),
-                 padded.width, product.mutable_data_ptr<float>());
+  tall::multiply(view(split.columns.flatten(1)), padded.view(),
+                 contiguous_view(product.mutable_data_ptr<float>(), product.size(0), product.size(1)));
   return product.narrow(0, 0, split.rows).narrow(1, 0, mixture.columns());
 }
 
@@ -194,8 +199,8 @@ Tensor combined_rows(const SplitFactor& split, const SmallMatrix& mixture) {
   }
   const PaddedMixture padded(mixture, split.columns.size(2));
   const auto product = at::empty({padded.width, split.rows}, at::kFloat);
-  tall::multiply_transposed(split.columns.const_data_ptr<float>(), split.rows, padded.rows, padded.entries.data(),
-                            padded.width, product.mutable_data_ptr<float>());
+  tall::multiply_transposed(view(split.columns.flatten(1)), padded.view(),
+                            contiguous_view(product.mutable_data_ptr<float>(), product.size(0), product.size(1)));
   return product.narrow(0, 0, mixture.columns());
 }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "correct/gains.h"
 #include "correct/measurement.h"
 #include "correct/storage.h"
 #include "gpu/placement.h"

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "extract/noise_edge.h"
 #include "extract/subtraction.h"
 #include "gpu/displacement_device.h"
 #include "linalg/products.h"
@@ -146,7 +147,7 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool
     largest_row_spacings2 = std::max(largest_row_spacings2, part.largest_row_spacings2);
     column_spacings2.add_(part.column_spacings2);
   }
-  result.noise_edge = rounding_edge(largest_row_spacings2, column_spacings2.max().item<double>());
+  result.noise_edge = noise_edge(largest_row_spacings2, column_spacings2.max().item<double>());
   return result;
 }
 
@@ -167,7 +168,7 @@ Displacement displacement(const Tensor& base, const Tensor& aligned, std::option
                               : displacement_on_device(base, aligned);
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
   if (noise_std) {
-    result.noise_edge = *noise_std * (std::sqrt(base.size(0)) + std::sqrt(base.size(1)));
+    result.noise_edge = noise_edge(*noise_std, base.size(0), base.size(1));
   }
   return result;
 }

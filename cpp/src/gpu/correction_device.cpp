@@ -24,16 +24,13 @@ namespace {
 using at::Tensor;
 using cuda::CorrectionShape;
 using cuda::Measured;
-using cuda::Settings;
+using cuda::ModuleArguments;
 
 /// What modules corrected at once may take besides what the libraries ask for. More would hardly be faster, and a
 /// server leaves little memory.
 constexpr size_t kWorkspace = size_t{1} << 30;
 /// The largest batch that a kernel's grid takes.
 constexpr size_t kLargestBatch = 65535;
-
-constexpr int64_t kSettings = sizeof(Settings) / sizeof(double);
-constexpr int64_t kMeasured = sizeof(Measured) / sizeof(double);
 
 /// Whether X has the update's rank whatever the energies are.
 bool always_factors(const Attenuation& attenuation) {
@@ -45,12 +42,13 @@ bool always_factors(const Attenuation& attenuation) {
          (std::isinf(partial) && (std::isinf(aligned) || std::isinf(off)));
 }
 
-Settings settings_of(const CorrectionTask& task) {
-  if (const auto* gains = std::get_if<Gains>(&task.attenuation)) {
-    return {task.factors.scale, 1, {gains->aligned, gains->left, gains->right, gains->off}};
+cuda::Attenuation packed(const Attenuation& attenuation) {
+  using Kind = cuda::Attenuation::Kind;
+  if (const auto* gains = std::get_if<Gains>(&attenuation)) {
+    return {.kind = Kind::gains, .gains = {gains->aligned, gains->left, gains->right, gains->off}};
   }
-  const auto& [aligned, partial, off] = std::get<Penalties>(task.attenuation);
-  return {task.factors.scale, 0, {aligned, partial, partial, off}};
+  const auto& [aligned, partial, off] = std::get<Penalties>(attenuation);
+  return {.kind = Kind::penalties, .penalties = {aligned, partial, off}};
 }
 
 /// A task with its tensors as the device code reads them, and where its result goes.
@@ -112,51 +110,47 @@ std::vector<Batch> batches(const std::vector<Module>& modules) {
   return result;
 }
 
-/// Per-module addresses and numbers in the order of the batches, on the device. Addresses are held as int64.
+/// The bytes of one T per module.
+template <typename T>
+Tensor table_of(int64_t modules, const at::TensorOptions& where) {
+  return at::empty({modules, sizeof(T)}, where.dtype(at::kByte));
+}
+
+template <typename T>
+T* rows_of(const Tensor& table) {
+  return reinterpret_cast<T*>(table.mutable_data_ptr());
+}
+
+/// What the device code reads and writes, by module in the order of the batches.
 struct Tables {
-  Tensor addresses;  // (b a u s v result_b result_a, modules) int64
-  Tensor settings;   // (modules, kSettings) float64
-  Tensor measured;   // (modules, kMeasured) float64
+  Tensor arguments;  // ModuleArguments
+  Tensor measured;   // Measured
 };
+
+ModuleArguments arguments_of(const Module& module) {
+  return {.b = module.b.data_ptr(),
+          .a = module.a.data_ptr(),
+          .u = module.u.data_ptr(),
+          .s = module.s.data_ptr<float>(),
+          .v = module.v.data_ptr(),
+          .result_b = module.result_b.data_ptr(),
+          .result_a = module.result_a.data_ptr(),
+          .scale = module.task->factors.scale,
+          .attenuation = packed(module.task->attenuation)};
+}
 
 Tables tables(const std::vector<Module>& modules, const std::vector<Batch>& batches) {
   const auto count = static_cast<int64_t>(modules.size());
   const auto device = modules.front().b.device();
   const auto host = at::TensorOptions().pinned_memory(device.is_cuda());  // or copying would wait for the stream
-  const auto addresses = at::empty({7, count}, host.dtype(at::kLong));
-  const auto settings = at::empty({count, kSettings}, host.dtype(at::kDouble));
-  auto address = addresses.accessor<int64_t, 2>();
-  auto* row = reinterpret_cast<Settings*>(settings.mutable_data_ptr<double>());
-  int64_t position = 0;
+  const auto arguments = table_of<ModuleArguments>(count, host);
+  auto* row = rows_of<ModuleArguments>(arguments);
   for (const auto& batch : batches) {
     for (const size_t i : batch.modules) {
-      const auto& m = modules[i];
-      int64_t kind = 0;
-      for (const Tensor* tensor : {&m.b, &m.a, &m.u, &m.s, &m.v, &m.result_b, &m.result_a}) {
-        address[kind++][position] = reinterpret_cast<int64_t>(tensor->data_ptr());
-      }
-      row[position++] = settings_of(*m.task);
+      *row++ = arguments_of(modules[i]);
     }
   }
-  return {addresses.to(device, /*non_blocking=*/true), settings.to(device, /*non_blocking=*/true),
-          at::empty({count, kMeasured}, at::TensorOptions(device).dtype(at::kDouble))};
-}
-
-template <typename T>
-T* addresses_of(const Tables& tables, int64_t kind, int64_t first) {
-  return reinterpret_cast<T*>(tables.addresses.data_ptr<int64_t>() + kind * tables.addresses.size(1) + first);
-}
-
-cuda::CorrectionArrays arrays(const Tables& tables, int64_t first) {
-  return {addresses_of<const void* const>(tables, 0, first),
-          addresses_of<const void* const>(tables, 1, first),
-          addresses_of<const void* const>(tables, 2, first),
-          addresses_of<const float* const>(tables, 3, first),
-          addresses_of<const void* const>(tables, 4, first),
-          reinterpret_cast<const Settings*>(tables.settings.data_ptr<double>()) + first,
-          addresses_of<void* const>(tables, 5, first),
-          addresses_of<void* const>(tables, 6, first),
-          reinterpret_cast<Measured*>(tables.measured.data_ptr<double>()) + first};
+  return {arguments.to(device, /*non_blocking=*/true), table_of<Measured>(count, device)};
 }
 
 Components components(const double numbers[4]) { return {numbers[0], numbers[1], numbers[2], numbers[3]}; }
@@ -209,13 +203,14 @@ std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tas
   for (const auto& batch : split) {
     auto& plan = *plans.emplace_back(std::make_unique<cuda::CorrectionPlan>(batch.shape, lease));
     const auto bytes = static_cast<int64_t>(plan.workspace_bytes());
-    const auto workspace = at::empty({bytes}, device_tables.measured.options().dtype(at::kByte));
-    plan.run(arrays(device_tables, first), workspace.mutable_data_ptr());
+    const auto workspace = at::empty({bytes}, device_tables.measured.options());
+    plan.run(rows_of<ModuleArguments>(device_tables.arguments) + first,
+             rows_of<Measured>(device_tables.measured) + first, workspace.mutable_data_ptr());
     first += batch.shape.count;
   }
 
   const auto measured = device_tables.measured.to(at::kCPU);  // the one wait
-  const auto* rows = reinterpret_cast<const Measured*>(measured.data_ptr<double>());
+  const auto* rows = rows_of<Measured>(measured);
   std::vector<const Measured*> found(tasks.size());
   for (const auto& batch : split) {
     for (const size_t i : batch.modules) {

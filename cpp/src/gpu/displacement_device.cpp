@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/displacement.cuh"
+#include "extract/noise_edge.h"
 #include "gpu/element.h"
 #include "gpu/stream.h"
 
@@ -32,7 +33,7 @@ Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& al
   const auto found = at::stack({row_norms2.sum(), row_noise.max(), column_noise.sum(0).max()}).to(at::kCPU);
   const auto* values = found.data_ptr<double>();
   result.norm2 = values[0];
-  result.noise_edge = rounding_edge(values[1], values[2]);
+  result.noise_edge = noise_edge(values[1], values[2]);
   return result;
 }
 

@@ -83,13 +83,14 @@ struct Tile {
   }
 };
 
-/// rows (kRows, k) times k rows of kWidth coordinates, `stride` entries apart.
+/// kRows rows of a matrix, from `row` on, times kWidth columns of the coordinates, from `column` on.
 template <int kLanes>
-CSULORA_INLINED void multiply_rows(const float* rows, int64_t k, const float* coordinates, int64_t stride,
-                                   Tile<kLanes>* product) {
+CSULORA_INLINED void multiply_rows(MatrixView<const float> rows, int64_t row, MatrixView<const float> coordinates,
+                                   int64_t column, Tile<kLanes>* product) {
+  const float* const weights = rows.row(row);
   Tile<kLanes> sums = {};
-  for (int64_t direction = 0; direction < k; ++direction) {
-    sums.add(rows + direction, k, coordinates + direction * stride);
+  for (int64_t direction = 0; direction < coordinates.rows; ++direction) {
+    sums.add(weights + direction, rows.stride, coordinates.row(direction) + column);
   }
   *product = sums;
 }
@@ -139,32 +140,32 @@ CSULORA_INLINED void transpose_block(const float* block, float* target, int64_t 
 
 struct Project {
   template <int kLanes>
-  CSULORA_INLINED static void run(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width,
-                                  int64_t stride, double* coordinates) {
+  CSULORA_INLINED static void run(MatrixView<const float> basis, MatrixView<const float> factor,
+                                  MatrixView<double> coordinates) {
     constexpr int64_t kStrip = 64;  // rows of a basis and a factor that stay in the first-level cache
-    for (int64_t first = 0; first < rows; first += kStrip) {
-      const int64_t last = std::min(first + kStrip, rows);
-      for (int64_t column = 0; column < width; column += kWidth) {
-        for (int64_t direction = 0; direction < k; direction += Tile<kLanes>::kRows) {
+    for (int64_t first = 0; first < basis.rows; first += kStrip) {
+      const int64_t last = std::min(first + kStrip, basis.rows);
+      for (int64_t column = 0; column < coordinates.columns; column += kWidth) {
+        for (int64_t direction = 0; direction < coordinates.rows; direction += Tile<kLanes>::kRows) {
           Tile<kLanes> sums = {};
           for (int64_t row = first; row < last; ++row) {
-            sums.add(basis + row * k + direction, 1, factor + row * stride + column);
+            sums.add(basis.row(row) + direction, 1, factor.row(row) + column);
           }
-          sums.add_to(coordinates + direction * width + column, width);
+          sums.add_to(coordinates.row(direction) + column, coordinates.stride);
         }
       }
     }
   }
 };
 
-/// Calls visit(row, column) for tiles of rows (rows, k) times coordinates (k, width): column by column for as many rows
-/// as stay in the first-level cache beside a column of the coordinates.
+/// Calls visit(row, column) for tiles of `rows` rows times coordinates (k, width): column by column for as many rows as
+/// stay in the first-level cache beside a column of the coordinates.
 template <int64_t kRows, typename Visit>
-CSULORA_INLINED void for_each_tile(int64_t rows, int64_t k, int64_t width, Visit visit) {
+CSULORA_INLINED void for_each_tile(int64_t rows, MatrixView<const float> coordinates, Visit visit) {
   constexpr int64_t kEntries = 4096;
-  const int64_t strip = std::max<int64_t>(1, kEntries / std::max<int64_t>(1, k) / kRows) * kRows;
+  const int64_t strip = std::max<int64_t>(1, kEntries / std::max<int64_t>(1, coordinates.rows) / kRows) * kRows;
   for (int64_t first = 0; first < rows; first += strip) {
-    for (int64_t column = 0; column < width; column += kWidth) {
+    for (int64_t column = 0; column < coordinates.columns; column += kWidth) {
       for (int64_t row = first; row < std::min(first + strip, rows); row += kRows) {
         visit(row, column);
       }
@@ -174,61 +175,64 @@ CSULORA_INLINED void for_each_tile(int64_t rows, int64_t k, int64_t width, Visit
 
 struct Split {
   template <int kLanes>
-  CSULORA_INLINED static void run(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width,
-                                  float* columns) {
-    for_each_tile<Tile<kLanes>::kRows>(rows, k, width, [&](int64_t row, int64_t column) __attribute__((always_inline)) {
-      float* const target = columns + row * 2 * width + column;
+  CSULORA_INLINED static void run(MatrixView<const float> basis, MatrixView<const float> coordinates,
+                                  MatrixView<float> columns) {
+    const auto visit = [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+      float* const target = columns.row(row) + column;
       Tile<kLanes> inside, outside;
-      multiply_rows(basis + row * k, k, coordinates + column, width, &inside);
-      outside.load_from(target + width, 2 * width);
+      multiply_rows(basis, row, coordinates, column, &inside);
+      outside.load_from(target + coordinates.columns, columns.stride);
       outside.subtract(inside);
-      inside.store_to(target, 2 * width);
-      outside.store_to(target + width, 2 * width);
-    });
+      inside.store_to(target, columns.stride);
+      outside.store_to(target + coordinates.columns, columns.stride);
+    };
+    for_each_tile<Tile<kLanes>::kRows>(columns.rows, coordinates, visit);
   }
 };
 
 struct Multiply {
   template <int kLanes>
-  CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t k, const float* coordinates,
-                                  int64_t width, float* product) {
-    for_each_tile<Tile<kLanes>::kRows>(rows, k, width, [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+  CSULORA_INLINED static void run(MatrixView<const float> columns, MatrixView<const float> coordinates,
+                                  MatrixView<float> product) {
+    const auto visit = [&](int64_t row, int64_t column) __attribute__((always_inline)) {
       Tile<kLanes> sums;
-      multiply_rows(columns + row * k, k, coordinates + column, width, &sums);
-      sums.store_to(product + row * width + column, width);
-    });
+      multiply_rows(columns, row, coordinates, column, &sums);
+      sums.store_to(product.row(row) + column, product.stride);
+    };
+    for_each_tile<Tile<kLanes>::kRows>(product.rows, coordinates, visit);
   }
 };
 
 struct MultiplyTransposed {
   template <int kLanes>
-  CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t k, const float* coordinates,
-                                  int64_t width, float* product) {
+  CSULORA_INLINED static void run(MatrixView<const float> columns, MatrixView<const float> coordinates,
+                                  MatrixView<float> product) {
     float block[kWidth * kWidth] = {};
-    for_each_tile<kWidth>(rows, k, width, [&](int64_t row, int64_t column) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < std::min(kWidth, padded(rows - row, kRowStep)); i += Tile<kLanes>::kRows) {
+    const auto visit = [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+      const int64_t count = std::min(kWidth, product.columns - row);
+      for (int64_t i = 0; i < padded(count, kRowStep); i += Tile<kLanes>::kRows) {
         Tile<kLanes> sums;
-        multiply_rows(columns + (row + i) * k, k, coordinates + column, width, &sums);
+        multiply_rows(columns, row + i, coordinates, column, &sums);
         sums.store_to(block + i * kWidth, kWidth);
       }
-      transpose_block<kLanes>(block, product + column * rows + row, rows, kWidth, std::min(kWidth, rows - row));
-    });
+      transpose_block<kLanes>(block, product.row(column) + row, product.stride, kWidth, count);
+    };
+    for_each_tile<kWidth>(product.columns, coordinates, visit);
   }
 };
 
 struct Transpose {
   template <int kLanes>
-  CSULORA_INLINED static void run(const float* source, int64_t width, int64_t count, int64_t source_stride, float scale,
-                                  float* target, int64_t stride) {
-    for (int64_t first = 0; first < width; first += kWidth) {
+  CSULORA_INLINED static void run(MatrixView<const float> source, float scale, MatrixView<float> target) {
+    for (int64_t first = 0; first < source.rows; first += kWidth) {
       float block[kWidth * kWidth] = {};
-      for (int64_t column = 0; column < count; column += kWidth) {
-        const int64_t length = std::min(kWidth, count - column);
-        for (int64_t i = 0; i < std::min(kWidth, width - first); ++i) {
-          const float* const entries = source + (first + i) * source_stride + column;
+      for (int64_t column = 0; column < source.columns; column += kWidth) {
+        const int64_t length = std::min(kWidth, source.columns - column);
+        for (int64_t i = 0; i < std::min(kWidth, source.rows - first); ++i) {
+          const float* const entries = source.row(first + i) + column;
           std::transform(entries, entries + length, block + i * kWidth, [scale](float entry) { return scale * entry; });
         }
-        transpose_block<kLanes>(block, target + column * stride + first, stride, length, kWidth);
+        transpose_block<kLanes>(block, target.row(column) + first, target.stride, length, kWidth);
       }
     }
   }
@@ -236,28 +240,27 @@ struct Transpose {
 
 struct AddGram {
   template <int kLanes>
-  CSULORA_INLINED static void run(const float* columns, int64_t rows, int64_t width, double* gram) {
+  CSULORA_INLINED static void run(MatrixView<const float> columns, MatrixView<double> gram) {
     using Sums = Tile<kLanes, double>;
     constexpr int64_t kCount = 64, kStrip = Sums::kColumns;  // two strips of so many rows stay in the first-level cache
-    std::vector<double> widened(kCount * width);
-    for (int64_t first = 0; first < rows; first += kCount) {
-      const int64_t count = std::min(kCount, rows - first);
-      for (int64_t column = 0; column < width; column += kStrip) {
+    std::vector<double> widened(kCount * columns.columns);
+    for (int64_t first = 0; first < columns.rows; first += kCount) {
+      const int64_t count = std::min(kCount, columns.rows - first);
+      for (int64_t column = 0; column < columns.columns; column += kStrip) {
         for (int64_t row = 0; row < count; ++row) {
-          std::copy_n(columns + (first + row) * width + column, kStrip,
-                      widened.data() + column * kCount + row * kStrip);
+          std::copy_n(columns.row(first + row) + column, kStrip, widened.data() + column * kCount + row * kStrip);
         }
       }
-      for (int64_t left = 0; left < width; left += Sums::kRows) {
+      for (int64_t left = 0; left < gram.rows; left += Sums::kRows) {
         const double* const weights = widened.data() + left / kStrip * kStrip * kCount + left % kStrip;
         for (int64_t right = 0; right < left + Sums::kRows; right += kStrip) {
-          double* const target = gram + left * width + right;
+          double* const target = gram.row(left) + right;
           Sums sums;
-          sums.load_from(target, width);
+          sums.load_from(target, gram.stride);
           for (int64_t row = 0; row < count; ++row) {
             sums.add(weights + row * kStrip, 1, widened.data() + right * kCount + row * kStrip);
           }
-          sums.store_to(target, width);
+          sums.store_to(target, gram.stride);
         }
       }
     }
@@ -266,31 +269,27 @@ struct AddGram {
 
 }  // namespace
 
-void project(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width, int64_t stride,
-             double* coordinates) {
-  run_widest<Project>(basis, rows, k, factor, width, stride, coordinates);
+void project(MatrixView<const float> basis, MatrixView<const float> factor, MatrixView<double> coordinates) {
+  run_widest<Project>(basis, factor, coordinates);
 }
 
-void split(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* columns) {
-  run_widest<Split>(basis, rows, k, coordinates, width, columns);
+void split(MatrixView<const float> basis, MatrixView<const float> coordinates, MatrixView<float> columns) {
+  run_widest<Split>(basis, coordinates, columns);
 }
 
-void multiply(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* product) {
-  run_widest<Multiply>(columns, rows, k, coordinates, width, product);
+void multiply(MatrixView<const float> columns, MatrixView<const float> coordinates, MatrixView<float> product) {
+  run_widest<Multiply>(columns, coordinates, product);
 }
 
-void multiply_transposed(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width,
-                         float* product) {
-  run_widest<MultiplyTransposed>(columns, rows, k, coordinates, width, product);
+void multiply_transposed(MatrixView<const float> columns, MatrixView<const float> coordinates,
+                         MatrixView<float> product) {
+  run_widest<MultiplyTransposed>(columns, coordinates, product);
 }
 
-void transpose(const float* source, int64_t width, int64_t count, int64_t source_stride, float scale, float* target,
-               int64_t stride) {
-  run_widest<Transpose>(source, width, count, source_stride, scale, target, stride);
+void transpose(MatrixView<const float> source, float scale, MatrixView<float> target) {
+  run_widest<Transpose>(source, scale, target);
 }
 
-void add_gram(const float* columns, int64_t rows, int64_t width, double* gram) {
-  run_widest<AddGram>(columns, rows, width, gram);
-}
+void add_gram(MatrixView<const float> columns, MatrixView<double> gram) { run_widest<AddGram>(columns, gram); }
 
 }  // namespace csulora::tall

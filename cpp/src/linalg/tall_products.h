@@ -2,9 +2,10 @@
 
 #include <cstdint>
 
-/// Products of tall, narrow float32 matrices with rows contiguous, for which BLAS spends its time in packing. Widths
-/// must be multiples of kWidth, the number of rows a multiple of kRowStep: pad with zeros. No pointer may overlap
-/// another.
+#include "linalg/matrix_view.h"
+
+/// Products of tall, narrow float32 matrices, for which BLAS spends its time in packing. `width` must be a multiple of
+/// kWidth, `rows` and `k` multiples of kRowStep: pad with zeros. No matrix may overlap another.
 namespace csulora::tall {
 
 inline constexpr int64_t kWidth = 16;
@@ -12,28 +13,26 @@ inline constexpr int64_t kRowStep = 8;
 
 constexpr int64_t padded(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-/// coordinates (k, width) += basis (rows, k)^T factor, over 64 rows at a time in float32, so that equal terms, whose
-/// rounding adds up, cost few digits. `factor` has `width` columns and `stride` entries per row.
-void project(const float* basis, int64_t rows, int64_t k, const float* factor, int64_t width, int64_t stride,
-             double* coordinates);
+/// coordinates (k, width) += basis (rows, k)^T factor (rows, width), over 64 rows at a time in float32, so that equal
+/// terms, whose rounding adds up, cost few digits.
+void project(MatrixView<const float> basis, MatrixView<const float> factor, MatrixView<double> coordinates);
 
-/// Splits [_, F] (rows, 2 width) in place into [inside, F - inside] with inside = basis (rows, k) coordinates (k,
-/// width).
-void split(const float* basis, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* columns);
+/// Splits columns = [_, F] (rows, 2 width) in place into [inside, F - inside] with inside = basis (rows, k) coordinates
+/// (k, width).
+void split(MatrixView<const float> basis, MatrixView<const float> coordinates, MatrixView<float> columns);
 
 /// product (rows, width) = columns (rows, k) coordinates (k, width).
-void multiply(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width, float* product);
+void multiply(MatrixView<const float> columns, MatrixView<const float> coordinates, MatrixView<float> product);
 
-/// The same transposed: product (width, rows). `rows` is any number; `columns` are padded all the same.
-void multiply_transposed(const float* columns, int64_t rows, int64_t k, const float* coordinates, int64_t width,
-                         float* product);
+/// product (width, count) = coordinates (k, width)^T columns^T, for the first `count` of the rows of columns (rows, k).
+void multiply_transposed(MatrixView<const float> columns, MatrixView<const float> coordinates,
+                         MatrixView<float> product);
 
-/// target (count, width) = scale * source (width, count)^T, rows `source_stride` and `stride` entries apart. `width`
-/// and `count` are any numbers; what follows a row of `target` up to a multiple of kWidth is overwritten by zeros.
-void transpose(const float* source, int64_t width, int64_t count, int64_t source_stride, float scale, float* target,
-               int64_t stride);
+/// target (count, width) = scale * source (width, count)^T. Both are any numbers; what follows a row of `target` up to
+/// a multiple of kWidth is overwritten by zeros.
+void transpose(MatrixView<const float> source, float scale, MatrixView<float> target);
 
 /// gram (width, width) += columns (rows, width)^T columns in float64; only the lower triangle.
-void add_gram(const float* columns, int64_t rows, int64_t width, double* gram);
+void add_gram(MatrixView<const float> columns, MatrixView<double> gram);
 
 }  // namespace csulora::tall

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from csulora.extraction.noise_edge import noise_std
 from csulora.models.checkpoint import Checkpoint, check_comparable
 
 Progress = Callable[[str, int, int], None]
@@ -20,8 +20,7 @@ Progress = Callable[[str, int, int], None]
 class LoadedModule:
     """One module's matrices (out, in), and the sha256 of the bytes they are stored as.
 
-    ``noise_std`` is the standard deviation per entry of noise that spreads as far as the rounding errors of the
-    difference may, if a matrix was dequantised; None if rounding follows from the dtypes.
+    ``noise_std`` is what `noise_edge` gives for dequantised matrices; None if rounding follows from the dtypes.
     """
 
     name: str
@@ -90,22 +89,6 @@ class ModelPair:
     def _load(self, module: str) -> LoadedModule:
         base, base_sha256 = self.base.load(module)
         aligned, aligned_sha256 = self.aligned.load(module)
-        edges = [checkpoint.quantisation_edge(module) for checkpoint in (self.base, self.aligned)]
-        noise_std = None
-        if edges != [None, None]:
-            # The errors of two files need not be independent, so their bounds add up.
-            matrices = zip(edges, (base, aligned), strict=True)
-            edge = sum(_rounding_edge(matrix) if known is None else known for known, matrix in matrices)
-            noise_std = edge / (math.sqrt(base.shape[0]) + math.sqrt(base.shape[1]))
-        return LoadedModule(module, base, aligned, base_sha256, aligned_sha256, noise_std)
-
-
-def _rounding_edge(matrix: torch.Tensor) -> float:
-    """`gguf_quants.rounding_edge` of a floating-point matrix: h is the spacing of its type around each entry."""
-    precision = torch.finfo(matrix.dtype)
-    _, exponents = torch.frexp(matrix.float())  # |entry| lies in [2^(exponent - 1), 2^exponent)
-    smallest = math.frexp(precision.smallest_normal)[1]
-    spacings = torch.exp2(exponents.clamp_(min=smallest) - 1.0).mul_(precision.eps)
-    variances = spacings.square_().div_(12)
-    row, column = (float(variances.sum(dim, dtype=torch.float64).max()) for dim in (1, 0))
-    return math.sqrt(row) + math.sqrt(column)
+        quantised = [checkpoint.rounding_variances(module) for checkpoint in (self.base, self.aligned)]
+        std = noise_std((base, aligned), quantised)
+        return LoadedModule(module, base, aligned, base_sha256, aligned_sha256, std)

@@ -146,8 +146,8 @@ class Checkpoint:
         stored = _map(weight)
         return stored.t() if weight.transposed else stored, digest
 
-    def quantisation_edge(self, module: str) -> float | None:
-        """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
+    def rounding_variances(self, module: str) -> gguf_quants.RoundingVariances | None:
+        """Return how far quantisation may have moved a weight's entries; None if the weight is not quantised."""
         return None
 
     @property
@@ -193,13 +193,13 @@ class GGUFCheckpoint(Checkpoint):
         stored = gguf_quants.dequantise(data, weight.shape, kind)
         return self._base.from_gguf_rows(module, stored), hashlib.sha256(data).hexdigest()
 
-    def quantisation_edge(self, module: str) -> float | None:
-        """Return a bound on the singular values of the rounding errors of a quantised weight; None if it is not."""
+    def rounding_variances(self, module: str) -> gguf_quants.RoundingVariances | None:
+        """Return how far quantisation may have moved a weight's entries; None if the weight is not quantised."""
         weight = self.weights[module]
         if weight.dtype in _DTYPES:
             return None
         kind = self._file.tensors[weight.tensor].type
-        return gguf_quants.rounding_edge(self._file.bytes_of(weight.tensor), weight.shape, kind)
+        return gguf_quants.rounding_variances(self._file.bytes_of(weight.tensor), weight.shape, kind)
 
     @property
     def gguf_architecture(self) -> str:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 _CHUNK_BYTES = 1 << 20
-
-# Weights that had been quantised before lie on a grid, and rounding them to another repeats the same errors in many
-# entries: SmolLM2's, shipped as Q4_1, exceed the bound for independent errors by up to 1.9. Others stay below it. It
-# does not cover files that were made from each other on grids of which one contains the other (Q5_0 and Q4_0).
-_MARGIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,12 +47,17 @@ def dequantise(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizationT
         return torch.from_numpy(quants.dequantize(_rows(data, shape), kind))
 
 
-def rounding_edge(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizationType) -> float:
-    """Return what the largest singular value of a quantised matrix's rounding errors is not expected to exceed.
+class RoundingVariances(NamedTuple):
+    """Variances of a matrix's rounding errors, added up along each row and each column: the largest sums."""
 
-    Rounding to levels that are h apart has variance h^2 / 12. Spacings differ between blocks, so the bound is twice
-    that for independent entries of unequal variance (Bandeira and van Handel 2016) less its small terms, which is the
-    largest norm of a row of standard deviations plus that of a column.
+    row: float
+    column: float
+
+
+def rounding_variances(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizationType) -> RoundingVariances:
+    """Return the variances of a quantised matrix's rounding errors: h^2 / 12 for levels that are h apart.
+
+    Spacings differ between blocks, and so do the variances of a row's entries.
     """
     levels = _LEVELS[kind]
     largest_row, columns = 0.0, np.zeros(shape[1])
@@ -67,7 +67,7 @@ def rounding_edge(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizati
             variances = np.square((high - low) / levels.steps, dtype=np.float64) / 12
         largest_row = max(largest_row, float(variances.sum(1).max()))
         columns += variances.sum(0)
-    return _MARGIN * (math.sqrt(largest_row) + math.sqrt(float(columns.max())))
+    return RoundingVariances(largest_row, float(columns.max()))
 
 
 def _rows(data: memoryview, shape: tuple[int, int]) -> np.ndarray:

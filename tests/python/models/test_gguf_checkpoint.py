@@ -15,6 +15,7 @@ import factories
 import gguf_files
 from csulora.errors import InputError, RefusedError
 from csulora.extraction.model_pair import ModelPair
+from csulora.extraction.noise_edge import quantised_edge
 from csulora.models.checkpoint import Checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -171,7 +172,7 @@ def test_the_edge_is_the_sum_of_both_files(tmp_path: Path) -> None:
     ):
         (loaded,) = ModelPair.open(base, quantised, modules=[Q]).load_ahead([Q], None)
         edges[name] = loaded.noise_std * 2 * math.sqrt(WIDTH)
-    alone = Checkpoint.open(quantised).quantisation_edge(Q)
+    alone = quantised_edge(Checkpoint.open(quantised).rounding_variances(Q))
     assert edges["quantised"] == pytest.approx(2 * alone)
     assert edges["full"] == pytest.approx(alone, rel=1e-3)
     assert 1.01 * alone < edges["half"] < 1.5 * alone

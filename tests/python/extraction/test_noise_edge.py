@@ -1,0 +1,62 @@
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+
+import factories
+import oracle
+from csulora.extraction.noise_edge import floating_point_edge, noise_std, quantised_edge
+from csulora.models import gguf_quants
+
+KINDS = [GGMLQuantizationType[name] for name in gguf_quants.QUANTISED]
+WRITTEN = [kind for kind in KINDS if not kind.name.endswith("_K")]  # gguf has no quantiser for the others
+ROWS, COLUMNS = 96, 512
+
+
+def edge_of(data: memoryview, kind: GGMLQuantizationType) -> float:
+    return quantised_edge(gguf_quants.rounding_variances(data, (ROWS, COLUMNS), kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_edge_of_a_floating_point_matrix_follows_from_its_spacings(dtype: torch.dtype) -> None:
+    matrix = factories.gaussian(ROWS, COLUMNS, seed=0).to(dtype)
+    variances = oracle.spacings(matrix).square() / 12
+    expected = float(variances.sum(1).max().sqrt() + variances.sum(0).max().sqrt())
+    assert floating_point_edge(matrix) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_noise_of_a_pair_spreads_as_far_as_both_edges() -> None:
+    matrix = factories.gaussian(ROWS, COLUMNS, seed=0)
+    variances = gguf_quants.RoundingVariances(3.0, 2.0)
+    assert noise_std((matrix, matrix), (None, None)) is None
+    std = noise_std((matrix, matrix), (variances, None))
+    assert std is not None
+    assert std * (ROWS**0.5 + COLUMNS**0.5) == pytest.approx(quantised_edge(variances) + floating_point_edge(matrix))
+
+
+@pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("shape", ["even", "large rows", "large columns"])
+def test_rounding_errors_stay_within_the_edge(kind: GGMLQuantizationType, shape: str) -> None:
+    matrix = factories.gaussian(ROWS, COLUMNS, seed=0)
+    if shape == "large rows":
+        matrix[::30] *= 8
+    if shape == "large columns":
+        matrix[:, ::100] *= 8
+    data = memoryview(quants.quantize(matrix.numpy(), kind).tobytes())
+    error = torch.linalg.matrix_norm(gguf_quants.dequantise(data, (ROWS, COLUMNS), kind) - matrix, 2)
+    edge = edge_of(data, kind)
+    assert edge / 4 < error <= edge / 2  # the other half is for weights that had been rounded before
+
+
+# Every second level of Q5_0 lies halfway between two of Q4_0 and is rounded to the same side: no margin covers that.
+TWICE = [(one, other) for one in WRITTEN for other in WRITTEN if (one.name, other.name) != ("Q5_0", "Q4_0")]
+
+
+@pytest.mark.parametrize(("before", "kind"), TWICE, ids=lambda kind: kind.name)
+def test_also_those_of_weights_that_had_been_rounded_before(
+    before: GGMLQuantizationType, kind: GGMLQuantizationType
+) -> None:
+    matrix = factories.gaussian(ROWS, COLUMNS, seed=0) + factories.gaussian(ROWS, 1, seed=1)
+    rounded = torch.from_numpy(quants.dequantize(quants.quantize(matrix.numpy(), before), before))
+    data = memoryview(quants.quantize(rounded.numpy(), kind).tobytes())
+    error = torch.linalg.matrix_norm(gguf_quants.dequantise(data, (ROWS, COLUMNS), kind) - rounded, 2)
+    assert error <= edge_of(data, kind)

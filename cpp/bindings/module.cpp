@@ -1,5 +1,5 @@
-// csulora._core_2_13 and so on, a core per minor version of torch: converts and registers. python/csulora/_core.pyi says
-// what Python sees.
+// A core per minor version of torch, csulora._core_2_13 and so on: converts and registers.
+// python/csulora/_core.pyi says what Python sees.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>

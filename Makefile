@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-TORCH := torch==2.13.0
+TORCH := 2.13.0
+# Those that a wheel carries a core for. 2.14 and 2.15 are CUDA builds; their headers alone are half a gigabyte each.
+TORCHES := $(TORCH)
 
 # vLLM pins torch and much else, so it gets an environment of its own.
 VLLM_VENV ?= .venv-vllm
@@ -20,6 +22,7 @@ compiled = PATH="$(abspath $(BIN)):$$PATH" sh -c 'cmake --preset $(1) --log-leve
   -DPython_EXECUTABLE=$(abspath $(BIN))/python && cmake --build --preset $(1)'
 
 WHEELS := build/wheels
+WHEEL_VENV := build/wheel/venv-$(notdir $(PYTHON))
 DOCTEST := /usr/include/doctest/doctest.h
 BENCHMARK := /usr/include/benchmark/benchmark.h
 CHROMIUM := /usr/bin/chromium
@@ -34,7 +37,7 @@ REPETITIONS := 5
 SUFFIX :=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm soak fuzz crash load \
+.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm soak fuzz crash load \
   sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
@@ -44,7 +47,7 @@ help: ## Show this list.
 $(VENV)/.dependencies: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade 'pip>=25.1'
-	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet torch==$(TORCH)
 	$(PIP) install --quiet --group build --group dev
 	touch $@
 
@@ -53,6 +56,18 @@ $(VENV)/.built: $(VENV)/.dependencies $(EXTENSION_FILES)
 	touch $@
 
 build: $(VENV)/.built ## Make .venv and build csulora into it.
+
+$(WHEEL_VENV)/.tools: pyproject.toml
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --group wheel
+	touch $@
+
+wheel: $(WHEEL_VENV)/.tools ## The wheel for PYTHON with a core for each of TORCHES="2.13.0 2.14.1 2.15.0", and the sdist, in dist.
+	$(WHEEL_VENV)/bin/python .ci/wheel.py $(TORCHES)
+
+test-wheel: ## Install the wheel in dist into a fresh environment with PYTHON and TORCH=2.13.0, and test it there.
+	$(PYTHON) .ci/try_wheel.py --python $(PYTHON) --torch $(TORCH)
 
 demo: build ## From two checkpoints and an adapter to a corrected adapter, and what it replies.
 	$(BIN)/python bench/demo/demo.py
@@ -116,7 +131,7 @@ endif
 $(VLLM_VENV)/.dependencies: pyproject.toml tests/vllm/requirements.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) install --quiet --upgrade 'pip>=25.1'
-	$(VLLM_PIP) install --quiet $(TORCH)
+	$(VLLM_PIP) install --quiet torch==$(TORCH)
 	$(VLLM_PIP) install --quiet --group build --group vllm
 	$(VLLM_PIP) install --quiet --no-deps $(VLLM)
 	$(VLLM_VENV)/bin/python tests/vllm/requirements.py > $(VLLM_VENV)/requirements.txt

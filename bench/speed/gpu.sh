@@ -62,14 +62,15 @@ for wheel in sys.argv[1:]:
     python3 -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile --target "$site"
 }
 
-# Without --upgrade, by which pip would replace bin/ and the build tools in it. cuSOLVER may lie where only the linker found
-# it: torch does not load it at once.
+# torch's directory is named, so that any version may be tried. Without --upgrade, by which pip would replace bin/ and the
+# build tools in it. cuSOLVER may lie where only the linker found it: torch does not load it at once.
 build() {
   rm -rf "$site"/csulora*
   CUDAARCHS="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)" \
     CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
     python3 -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-build-isolation \
     --config-settings cmake.define.CSULORA_CUDA=ON --config-settings cmake.define.CMAKE_INSTALL_RPATH_USE_LINK_PATH=ON \
+    --config-settings cmake.define.CSULORA_TORCH_DIR="$(python3 -c 'import torch; print(torch.__path__[0])')" \
     --config-settings build-dir=build/gpu/cmake --target "$site" .
   python3 -c "from csulora.device import gpu_usable; assert gpu_usable(), 'built without CUDA, or torch finds no GPU'"
 }

@@ -1,4 +1,5 @@
-// csulora._core: converts and registers; python/csulora/_core.pyi says what Python sees.
+// A core per minor version of torch, csulora._core_2_13 and so on: converts and registers.
+// python/csulora/_core.pyi says what Python sees.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -169,7 +170,9 @@ void register_correction(py::module_& module) {
 
 }  // namespace
 
-PYBIND11_MODULE(_core, module) {
+PYBIND11_MODULE(CSULORA_CORE, module) {
+  module.attr("TORCH_VERSION") = CSULORA_TORCH_VERSION;
+  module.attr("CUDA") = bool{CSULORA_CUDA};
   py::register_local_exception_translator(&translate);
   register_subspace(module);
   register_correction(module);

@@ -1,9 +1,15 @@
-"""The compiled core (cpp/bindings/module.cpp); the C++ headers in cpp/include/csulora document it in full."""
+"""The compiled core (cpp/bindings/module.cpp); the C++ headers in cpp/include/csulora document it in full.
+
+No module has this name: `csulora.native` loads ``_core_2_13``, ``_core_2_14`` and so on, and they all look like this.
+"""
 
 from collections.abc import Sequence
 from typing import overload
 
 import torch
+
+TORCH_VERSION: str
+CUDA: bool
 
 class Certificate:
     """What is known about a subspace's accuracy."""

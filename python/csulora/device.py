@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from csulora.errors import InputError
-from csulora.native import CUDA
+from csulora.native import _core
 
 
 def resolve(name: str) -> torch.device:
@@ -24,7 +24,7 @@ def resolve(name: str) -> torch.device:
         return torch.device("cpu")
     if device.type != "cuda":
         raise InputError(f"device {name!r}: use auto, cpu, cuda or cuda:N")
-    if not CUDA:
+    if not _core.CUDA:
         raise InputError(
             f"device {name!r}: this build of csulora computes on the CPU; use auto or cpu, or build with CUDA"
         )
@@ -44,4 +44,4 @@ def assign_gpu(process: int) -> None:
 
 def gpu_usable() -> bool:
     """Whether csulora was built with CUDA and torch finds a GPU."""
-    return CUDA and torch.cuda.is_available()
+    return _core.CUDA and torch.cuda.is_available()

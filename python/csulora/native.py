@@ -1,35 +1,21 @@
-"""The compiled core, imported only after checking that it fits the torch that is loaded.
+"""The compiled core that fits the torch that is loaded. Everything in csulora imports the core from here.
 
-LibTorch keeps no binary compatibility between minor versions, and a mismatch would show up as an undefined
-symbol, if at all. Everything in csulora imports the core from here.
+Raises:
+    BuildError: on import, if this installation carries no core for that torch.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 
-from csulora.errors import BuildError
+from csulora import cores
 
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps csulora"
-
-
-def check_torch(built: str, loaded: str) -> None:
-    """Raise `BuildError` unless a core built against torch ``built`` can run on torch ``loaded``."""
-    if built.split(".")[:2] != loaded.split(".")[:2]:
-        raise BuildError(
-            f"csulora's core was built for torch {built}, but torch {loaded} is loaded; "
-            f"install torch {built} or rebuild csulora: {_REBUILD}"
-        )
-
-
-try:
-    from csulora._build_info import CUDA, TORCH_VERSION
-except ImportError as error:
-    raise BuildError(f"csulora's core is not built; build csulora: {_REBUILD}") from error
-check_torch(TORCH_VERSION, torch.__version__)
-try:
+if TYPE_CHECKING:
     from csulora import _core
-except ImportError as error:
-    raise BuildError(f"csulora's core does not load ({error}); rebuild csulora: {_REBUILD}") from error
+else:
+    _core = cores.load(torch.__version__, Path(torch.__file__).parent)
 
-__all__ = ["CUDA", "TORCH_VERSION", "_core", "check_torch"]
+__all__ = ["_core"]

@@ -1,59 +1,84 @@
-import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import csulora
-from csulora import native
+from csulora import cores, native
 from csulora.errors import BuildError, CsuloraError
+
+TORCH = Path("/there/torch")
+BUILD = r"in csulora's source tree: pip install .*CSULORA_TORCH_DIR=/there/torch \.$"
 
 
 @pytest.fixture
-def reload(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], object]]:
-    """Imports csulora.native anew, under whatever was patched; afterwards all is as it was."""
-    yield lambda: importlib.reload(native)
-    monkeypatch.undo()
-    importlib.reload(native)
+def carries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Makes an installation that carries cores for these versions of torch, each a module without content."""
+
+    def carry(*versions: str) -> None:
+        for version in versions:
+            (tmp_path / f"_core_{version.replace('.', '_')}.py").write_text(f"TORCH_VERSION = '{version}.0'\n")
+        monkeypatch.setattr(csulora, "__path__", [str(tmp_path)])
+
+    yield carry
+    for name in [name for name in sys.modules if name.startswith("csulora._core_") and name != loaded()]:
+        del sys.modules[name]
 
 
-@pytest.mark.parametrize("loaded", ["2.13.0", "2.13.1+cpu", "2.13.0+cu130"])
-def test_a_torch_of_the_same_minor_version_fits(loaded: str) -> None:
-    native.check_torch("2.13.0", loaded)
+def loaded() -> str:
+    return native._core.__name__
 
 
-@pytest.mark.parametrize("loaded", ["2.12.1", "2.14.0", "3.13.0", "2.130.0"])
-def test_any_other_torch_is_refused_with_the_command_that_rebuilds(loaded: str) -> None:
-    with pytest.raises(BuildError, match=rf"built for torch 2\.13\.0, but torch {loaded} is loaded; .*pip install"):
-        native.check_torch("2.13.0", loaded)
+def test_the_core_in_use_fits_torch() -> None:
+    assert cores.minor(native._core.TORCH_VERSION) == cores.minor(torch.__version__)
+    assert cores.minor(torch.__version__) in cores.carried()
 
 
-def test_the_check_comes_before_the_core_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, reload: Callable[[], object]
-) -> None:
-    monkeypatch.setitem(sys.modules, "csulora._build_info", SimpleNamespace(CUDA=False, TORCH_VERSION="1.0.0"))
-    monkeypatch.setitem(sys.modules, "csulora._core", None)
-    with pytest.raises(BuildError, match=rf"built for torch 1\.0\.0, but torch {torch.__version__.split('+')[0]}"):
-        reload()
+def test_cores_are_listed_lowest_first(carries: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "_core.py").touch()
+    (tmp_path / "_core_2_13.cpython-299-x86_64-linux-gnu.so").touch()  # of another Python
+    carries("9.15", "9.9", "9.100")
+    assert cores.carried() == ["9.9", "9.15", "9.100"]
 
 
-def test_a_core_that_does_not_load_is_explained(monkeypatch: pytest.MonkeyPatch, reload: Callable[[], object]) -> None:
-    monkeypatch.delattr(csulora, "_core")
-    monkeypatch.setitem(sys.modules, "csulora._core", None)
-    with pytest.raises(BuildError, match=r"core does not load \(.*\); rebuild csulora: pip install"):
-        reload()
+@pytest.mark.parametrize("version", ["9.13.0", "9.13.1+cpu", "9.13.0+cu130", "9.13.0a0+git1"])
+def test_a_core_fits_every_torch_of_its_minor_version(carries: Callable[..., None], version: str) -> None:
+    carries("9.12", "9.13", "9.130")
+    assert cores.load(version, TORCH).TORCH_VERSION == "9.13.0"
 
 
-def test_sources_that_were_never_built_are_explained(
-    monkeypatch: pytest.MonkeyPatch, reload: Callable[[], object]
-) -> None:
-    monkeypatch.setitem(sys.modules, "csulora._build_info", None)
-    with pytest.raises(BuildError, match="core is not built; build csulora: pip install"):
-        reload()
+@pytest.mark.parametrize("version", ["9.12.1", "9.15.0", "8.13.0", "9.130.0"])
+def test_any_other_torch_is_refused_with_what_mends_it(carries: Callable[..., None], version: str) -> None:
+    carries("9.13", "9.14")
+    message = (
+        rf"carries a core for torch 9\.13 and 9\.14, but torch {version} is loaded; .*pip install 'torch==9\.14\.\*'; "
+    )
+    with pytest.raises(BuildError, match=message + ".*" + BUILD):
+        cores.load(version, TORCH)
+
+
+def test_sources_that_were_never_built_are_explained(carries: Callable[..., None]) -> None:
+    carries()
+    with pytest.raises(BuildError, match="core is not built; build it " + BUILD):
+        cores.load("9.13.0", TORCH)
+
+
+def test_a_core_that_does_not_load_is_explained(carries: Callable[..., None], tmp_path: Path) -> None:
+    carries("9.13")
+    (tmp_path / "_core_9_13.py").write_text("raise ImportError('undefined symbol')")
+    with pytest.raises(BuildError, match=r"does not load \(undefined symbol\); build it " + BUILD):
+        cores.load("9.13.0", TORCH)
+
+
+def test_a_core_under_a_wrong_name_is_refused(carries: Callable[..., None], tmp_path: Path) -> None:
+    carries("9.13")
+    (tmp_path / "_core_9_13.py").write_text("TORCH_VERSION = '9.14.0'")
+    with pytest.raises(BuildError, match=r"for torch 9\.13 was built against torch 9\.14\.0; build it " + BUILD):
+        cores.load("9.13.0", TORCH)
 
 
 def test_a_build_error_is_an_import_error_of_csuloras() -> None:
@@ -65,9 +90,7 @@ def test_what_needs_the_core_ends_with_the_message_under_another_torch() -> None
     program = "import torch; torch.__version__ = '2.1.0'; from csulora import correct"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(
-        "csulora.errors.BuildError: csulora's core was built for torch 2.13"
-    )
+    assert result.stderr.splitlines()[-1].startswith("csulora.errors.BuildError: csulora carries a core for torch 2.")
 
 
 @pytest.mark.parametrize("instructions", ["AVX512_CORE", "AVX2", "DEFAULT"])

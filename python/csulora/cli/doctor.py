@@ -14,6 +14,7 @@ from csulora import __version__
 from csulora.cli import exit_codes
 from csulora.cli.arguments import Json, Quiet
 from csulora.cli.console import deliver
+from csulora.cores import carried
 from csulora.errors import BuildError
 from csulora.views.tables import plain_table
 
@@ -54,17 +55,19 @@ def _torch() -> list[Finding]:
         needed = next(found for found in requires("csulora") or ["torch"] if found.startswith("torch"))
         return [Finding("torch", f"cannot be imported ({error}); install it: pip install '{needed}'", False)]
     findings = [
+        Finding("torch", torch.__version__, None),
         Finding("threads", str(torch.get_num_threads()), None),
         Finding("CPU", torch.backends.cpu.get_cpu_capability(), None),
     ]
     try:
         from csulora import native
     except BuildError as error:
-        return [Finding("torch", torch.__version__, None), Finding("core", str(error), False), *findings]
+        return [*findings, Finding("core", str(error), False)]
     return [
-        Finding("torch", f"{torch.__version__} (core built for {native.TORCH_VERSION})", True),
-        Finding("GPU", _gpu(native), None),
         *findings,
+        Finding("core", f"built for torch {native._core.TORCH_VERSION}", True),
+        Finding("cores carried", f"for torch {', '.join(carried())}", None),
+        Finding("GPU", _gpu(), None),
         _self_test(native),
     ]
 
@@ -88,14 +91,16 @@ def _self_test(native: ModuleType) -> Finding:
     return Finding("self-test", "extracts and corrects" if ok else "wrong result; please report it", ok)
 
 
-def _gpu(native: ModuleType) -> str:
+def _gpu() -> str:
     import torch
 
     from csulora.device import gpu_usable
 
     if gpu_usable():
         return torch.cuda.get_device_name()
-    return "none found" if native.CUDA else "not used: this build computes on the CPU"
+    if not torch.cuda.is_available():
+        return "none found"
+    return f"{torch.cuda.get_device_name()}, not used: this core computes on the CPU; build one from source with nvcc"
 
 
 def _installed(distribution: str) -> str:

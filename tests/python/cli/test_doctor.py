@@ -7,6 +7,7 @@ import torch
 
 import csulora
 from csulora.cli import doctor
+from csulora.cores import minor
 from csulora.native import _core
 
 
@@ -17,7 +18,9 @@ def examined() -> dict[str, doctor.Finding]:
 def test_a_working_installation_passes() -> None:
     findings = examined()
     assert findings["csulora"].value == csulora.__version__
-    assert torch.__version__ in findings["torch"].value
+    assert findings["torch"].value == torch.__version__
+    assert findings["core"] == doctor.Finding("core", f"built for torch {_core.TORCH_VERSION}", True)
+    assert minor(torch.__version__) in findings["cores carried"].value
     assert findings["self-test"].ok is True
     assert not any(finding.ok is False for finding in findings.values())
 
@@ -37,7 +40,15 @@ def test_a_core_that_computes_nonsense_fails(monkeypatch: pytest.MonkeyPatch, wr
         (result,) = _core.correct(tasks)
         return [SimpleNamespace(**{"undo": result.undo, "factors": result.factors} | wrong)]
 
-    names = ("ExtractOptions", "extract_subspace", "CorrectionTask", "LoraFactors", "Penalties")
+    names = (
+        "ExtractOptions",
+        "extract_subspace",
+        "CorrectionTask",
+        "LoraFactors",
+        "Penalties",
+        "CUDA",
+        "TORCH_VERSION",
+    )
     fake = SimpleNamespace(**{name: getattr(_core, name) for name in names}, correct=correct)
     monkeypatch.setattr("csulora.native._core", fake)
     finding = examined()["self-test"]
@@ -46,14 +57,12 @@ def test_a_core_that_computes_nonsense_fails(monkeypatch: pytest.MonkeyPatch, wr
 
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None"
-OTHER_TORCH = (
-    "import sys, types; sys.modules['csulora._build_info'] = types.SimpleNamespace(CUDA=False, TORCH_VERSION='1.9.0')"
-)
+OTHER_TORCH = "import sys, torch; torch.__version__ = '2.1.0'"
 
 
 @pytest.mark.parametrize(
     ("before", "found"),
-    [(WITHOUT_TORCH, "install it: pip install 'torch"), (OTHER_TORCH, "core was built for torch 1.9.0")],
+    [(WITHOUT_TORCH, "install it: pip install 'torch"), (OTHER_TORCH, "but torch 2.1.0 is loaded")],
 )
 def test_what_is_missing_is_reported_with_what_mends_it(before: str, found: str) -> None:
     done = doctors(before, "doctor")

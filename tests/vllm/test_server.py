@@ -232,7 +232,7 @@ def test_corrected_adapters_that_are_deleted_are_made_again(
     assert server.load("lost", path)[0] == 200
     shutil.rmtree(path)
     is_corrected(server.ask("good"), "two", expected)  # which evicts it
-    for home in (files.root / "tmp").glob("csulora-vllm-*"):
+    for home in (files.root / "tmp").glob("csulora-serving-*"):
         shutil.rmtree(home)
 
     status, text = server.call("/v1/completions", {"model": "lost", "prompt": "how do i", "max_tokens": 1})

@@ -10,8 +10,8 @@ variables:
     CSULORA_ANY_MODEL   1: do not require that the served weights are those of the subspace file's aligned checkpoint
     TMPDIR              where the corrected adapters are kept while the server runs; all its processes must share it
 
-Start servers with ``csulora vllm-serve``: it fails unless the guard is active in every process. `admission` decides
-and publishes, `patches` puts it into vLLM, `launcher` starts a server.
+Start servers with ``csulora vllm-serve``: it fails unless the guard is active in every process. `patches` puts
+`csulora.serving.admission` into vLLM, `launcher` starts a server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from csulora.serving.gate import Gate
 
 ENTRY_POINT = "csulora"
 ADAPTERS_VARIABLE = "CSULORA_ADAPTERS"
-ANY_MODEL_VARIABLE = "CSULORA_ANY_MODEL"
 
 _SERIES = "0.32."
 
@@ -62,8 +61,8 @@ def _check_host() -> None:
 
 
 def _install() -> str:
-    from csulora.hooks.vllm.admission import Admission
     from csulora.hooks.vllm.patches import install, register_resolver
+    from csulora.serving.admission import Admission
 
     threads = torch.get_num_threads()
     # vLLM may fork this process, and a thread pool of OpenMP does not survive that.

@@ -33,10 +33,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.worker_base import WorkerBase
 
-from csulora.errors import CsuloraError, InputError, RefusedError, printable
+from csulora.errors import InputError, RefusedError
 from csulora.hooks.signature import check_signature
-from csulora.hooks.vllm.admission import Admission, check_published
-from csulora.hooks.vllm.readiness import PROBE, check_model, check_ready, check_ready_async
+from csulora.hooks.vllm.readiness import PROBE, check_ready, check_ready_async
+from csulora.serving.admission import Admission, refusal
+from csulora.serving.publication import check_published
+from csulora.serving.served_model import check_model
 
 # Set in a worker while vLLM loads what was corrected.
 _is_corrected: ContextVar[bool] = ContextVar("is_corrected", default=False)
@@ -151,11 +153,8 @@ def _corrected(admission: Admission, request: LoRARequest, config: LoRAConfig) -
     try:
         _check_request(request)
         directory = admission.admit(identity, locate, config.lora_dtype, config.max_lora_rank, request.load_inplace)
-    except CsuloraError as error:
-        raise VLLMValidationError(str(error)) from error
-    except Exception as error:  # of a file system, or a bug of ours: the engine must not hear of it
-        reason = printable(f"{request.lora_path}: csulora could not decide on it, so it is not loaded: {error!r}")
-        raise VLLMValidationError(reason) from error
+    except Exception as error:  # also of a file system, or a bug of ours: the engine must not hear of it
+        raise VLLMValidationError(refusal(request.lora_path, error)) from error
     return msgspec.structs.replace(request, lora_path=str(directory))
 
 

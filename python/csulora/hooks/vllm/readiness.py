@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-from csulora.errors import HostError, InputError
-from csulora.hooks.vllm import ANY_MODEL_VARIABLE, logger
-from csulora.models.checkpoint import Checkpoint
+from csulora.errors import HostError
+from csulora.hooks.vllm import logger
 from csulora.serving.gate import Gate
 
 # Method by which a process says that it is guarded, and how.
@@ -43,22 +41,3 @@ def _check_answers(answers: Sequence[Any], gate: Gate) -> None:
         gate.subspace.sha256,
         gate.policy_sha256,
     )
-
-
-def check_model(model: str, gate: Gate) -> None:
-    """Raise unless the served weights are those of the subspace file's aligned checkpoint; one matrix is compared.
-
-    Raises:
-        InputError: they are not, or cannot be read.
-    """
-    if os.environ.get(ANY_MODEL_VARIABLE) == "1":
-        return
-    hint = (
-        f"serve the subspace file's aligned checkpoint, or set {ANY_MODEL_VARIABLE}=1 if this is a converted copy of it"
-    )
-    checkpoint = Checkpoint.open(model)
-    module = min(gate.subspace, key=lambda name: gate.subspace[name].u.numel() + gate.subspace[name].v.numel())
-    if module not in checkpoint.weights:
-        raise InputError(f"{model}: has no {module}, which the subspace file covers; {hint}")
-    if checkpoint.load(module)[1] != gate.subspace[module].aligned_sha256:
-        raise InputError(f"{model}: {module} is not what the subspace file was made of; {hint}")

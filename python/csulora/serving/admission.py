@@ -1,34 +1,20 @@
-"""What the guard decides, and where it puts what vLLM may load."""
+"""What the guard of a server's front end decides, and what it lets the server's other processes load."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import re
-import shutil
-import stat
 import subprocess
 import threading
-import weakref
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import gettempdir, mkdtemp
 
 import torch
 
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
-from csulora.adapters.peft import directory as peft
-from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.correction.correct import cover
-from csulora.errors import CsuloraError, InputError, RefusedError
-from csulora.io.files import workplace
+from csulora.errors import CsuloraError, InputError, RefusedError, printable
 from csulora.serving.gate import Gate
-
-_PREFIX = "csulora-vllm-"
-_LOCK_FILE = ".lock"
-_PUBLISHED = re.compile(r"[0-9a-f]{64}-\w+")
+from csulora.serving.publication import PREFIX, Publication, is_complete
 
 _Signature = tuple[tuple[str, int, int, int, int], ...]
 
@@ -38,22 +24,24 @@ class Admission:
 
     The front end asks `admit`, and passes on the directory that it returns in place of the adapter's path. Workers
     load such directories and nothing else (`check_published`), so that all of them load the same bytes, whatever
-    becomes of the original, and what vLLM evicts and loads again is the same adapter. A directory is named after
-    what it was made of and never changes, so that vLLM's cached prefixes, which are kept by path, stay true too.
-
-    Directories that were superseded stay until the process ends: a request that waits for its turn may need one.
+    becomes of the original, and what the host evicts and loads again is the same adapter. A directory is named after
+    what it was made of and never changes, so that cached prefixes, which a host may keep by path, stay true too.
     """
 
-    def __init__(self, gate: Gate) -> None:
-        """Start with nothing decided; directories are made below TMPDIR, which the server's machines must share."""
+    def __init__(self, gate: Gate, uniform_rank: bool = False) -> None:
+        """Start with nothing decided.
+
+        Args:
+            gate: decides and records.
+            uniform_rank: pad all modules to the largest rank, for hosts that read one rank from the configuration.
+        """
         self.gate = gate
-        self._home, descriptor = _new_home()
-        weakref.finalize(self, _remove, self._home, descriptor, os.getpid())
+        self._uniform_rank = uniform_rank
+        self._publication = Publication()
         self._admitted: dict[Hashable, Path] = {}
         self._outcomes: dict[tuple[str, torch.dtype], tuple[_Signature, Path | CsuloraError]] = {}
         self._ranks: dict[Path, int] = {}
         self._judging: dict[tuple[str, torch.dtype], threading.Lock] = {}
-        self._publishing = threading.Lock()
 
     def admit(
         self, identity: Hashable, locate: Callable[[], Path], dtype: torch.dtype, max_rank: int, reload: bool
@@ -64,9 +52,9 @@ class Admission:
         only if they changed since they were last decided on.
 
         Args:
-            identity: what vLLM knows the adapter by.
-            locate: finds out where it lies; vLLM may have to download it.
-            dtype: the type in which vLLM holds adapters.
+            identity: what the host knows the adapter by.
+            locate: finds out where it lies; the host may have to download it.
+            dtype: the type in which the host holds adapters.
             max_rank: the largest rank that the server takes.
             reload: decide on the files as they are now, though the adapter was admitted before.
 
@@ -74,7 +62,7 @@ class Admission:
             CsuloraError: why the adapter is not let through.
         """
         admitted = self._admitted.get(identity)
-        if admitted is not None and not reload and _is_complete(admitted):
+        if admitted is not None and not reload and is_complete(admitted):
             return admitted
         path = locate()
         with self._judging.setdefault((str(path), dtype), threading.Lock()):
@@ -87,7 +75,7 @@ class Admission:
         if admitted not in (None, directory) and not reload:
             raise RefusedError(
                 f"{path}: changed since it was loaded, and {admitted}, which was made of it then, is gone; "
-                f"load it again, and keep what cleans up temporary files away from {_PREFIX}*"
+                f"load it again, and keep what cleans up temporary files away from {PREFIX}*"
             )
         self._admitted[identity] = directory
         return directory
@@ -98,7 +86,7 @@ class Admission:
         if decided_on == signature:
             if isinstance(outcome, CsuloraError):
                 raise outcome.with_traceback(None)
-            if outcome is not None and _is_complete(outcome):
+            if outcome is not None and is_complete(outcome):
                 return outcome
         try:
             directory = self._corrected(path, dtype, max_rank)
@@ -115,12 +103,13 @@ class Admission:
         with self.gate.decision(path) as decision:
             adapter = decision.read_directory(path)
             self._check_rank(adapter, max_rank)
-            directory = self._home / f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
-            if directory in self._ranks and _is_complete(directory):
+            directory = self._publication.directory(adapter, dtype)
+            if directory in self._ranks and is_complete(directory):
                 decision.recall()
                 return directory
             corrected, _ = decision.correct(_cast(adapter, torch.float32))
-            self._publish(_cast(corrected, dtype), directory)
+            shaped = with_uniform_rank(corrected) if self._uniform_rank else corrected
+            self._publication.publish(_cast(shaped, dtype), directory)
         self._ranks[directory] = max(module.rank for module in corrected.modules.values())
         return directory
 
@@ -139,35 +128,26 @@ class Admission:
                     "raise --max-lora-rank, or set the policy's rank"
                 )
 
-    def _publish(self, corrected: Adapter, directory: Path) -> None:
-        """Let the directory appear complete; somebody may just be reading one that is there."""
-        with self._publishing:
-            if _is_complete(directory):
-                return
-            self._home.mkdir(mode=0o700, exist_ok=True)
-            shutil.rmtree(directory, ignore_errors=True)
-            with workplace(directory) as place:
-                (place / "new").mkdir()
-                peft.write(corrected, place / "new")
-                (place / "new").rename(directory)
+
+def refusal(source: object, error: Exception) -> str:
+    """Return what a client is told of an adapter that is not let through: who refuses, and why."""
+    if isinstance(error, CsuloraError):
+        return f"csulora: {error}"
+    return printable(f"csulora: {source}: could not be decided on, so it is not loaded: {error!r}")
 
 
-def check_published(directory: Path) -> None:
-    """Raise `RefusedError` unless a front end of this user published the directory and it is still complete."""
-    try:
-        home = directory.parent.lstat()
-    except OSError as error:
-        raise RefusedError(f"{directory}: not readable: {error}; the server's processes must share TMPDIR") from error
-    is_private = stat.S_ISDIR(home.st_mode) and home.st_uid == os.geteuid() and not home.st_mode & 0o077
-    is_named = directory.parent.name.startswith(_PREFIX) and _PUBLISHED.fullmatch(directory.name)
-    if not (is_private and is_named):
-        raise RefusedError(f"{directory}: came by a way on which csulora did not check it; nothing was loaded")
-    if not _is_complete(directory):
-        raise RefusedError(f"{directory}: is gone; keep what cleans up temporary files away from {_PREFIX}*")
-
-
-def _is_complete(directory: Path) -> bool:
-    return all((directory / name).is_file() for name in (CONFIG_FILE, peft.WEIGHTS_FILE))
+def with_uniform_rank(adapter: Adapter) -> Adapter:
+    """Return the same updates with factors of one rank, padded with zeros."""
+    rank = max(module.rank for module in adapter.modules.values())
+    modules = {
+        name: replace(
+            module,
+            b=torch.nn.functional.pad(module.b, (0, rank - module.rank)),
+            a=torch.nn.functional.pad(module.a, (0, 0, 0, rank - module.rank)),
+        )
+        for name, module in adapter.modules.items()
+    }
+    return replace(adapter, modules=modules)
 
 
 def _follows_from_content(error: CsuloraError) -> bool:
@@ -178,25 +158,6 @@ def _follows_from_content(error: CsuloraError) -> bool:
             return False
         cause = cause.__cause__ or cause.__context__
     return isinstance(error, InputError | RefusedError)
-
-
-def _new_home() -> tuple[Path, int]:
-    """Make a directory, locked for as long as this process lives; remove those of processes that were killed."""
-    for home in Path(gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError), (home / _LOCK_FILE).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(home)
-    home = Path(mkdtemp(prefix=_PREFIX))
-    descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    (home / "lock").rename(home / _LOCK_FILE)  # locked before another process can find it
-    return home, descriptor
-
-
-def _remove(home: Path, descriptor: int, owner: int) -> None:
-    os.close(descriptor)
-    if os.getpid() == owner:  # not in a process forked from it
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
@@ -213,7 +174,7 @@ def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
         if not (is_finite(module.a) and is_finite(module.b)):
             raise RefusedError(
                 f"{adapter.path}: {name} is too large for {dtype}, in which the server holds adapters; "
-                "scale the adapter down, or serve with a --dtype or --lora-dtype of a larger range"
+                "scale the adapter down, or serve with a dtype of a larger range"
             )
     return replace(adapter, modules=modules)
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import csulora
 import factories
 from csulora.adapters.peft import directory as peft
-from csulora.hooks.vllm.admission import Admission, check_published
+from csulora.serving.admission import Admission
 from csulora.serving.gate import Gate
+from csulora.serving.publication import check_published
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -142,7 +143,7 @@ def test_workers_refuse_other_directories(admission: Admission, path: Path, name
 
 
 def test_workers_refuse_a_home_that_others_can_write_to(path: Path, tmp_path: Path) -> None:
-    home = tmp_path / "csulora-vllm-other"
+    home = tmp_path / "csulora-serving-other"
     home.mkdir()
     home.chmod(0o770)
     directory = path.rename(home / f"{'0' * 64}-float32")
@@ -257,7 +258,7 @@ def test_leavings_of_killed_processes_are_removed(
     subspace: csulora.Subspace, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    dead = tmp_path / "csulora-vllm-dead"
+    dead = tmp_path / "csulora-serving-dead"
     dead.mkdir()
     (dead / ".lock").touch()
     living = Admission(Gate.open(subspace, "csulora"))
@@ -269,7 +270,7 @@ def test_leavings_of_killed_processes_are_removed(
     home = directory.parent
     del living
     assert not home.exists()
-    assert len(list(tmp_path.glob("csulora-vllm-*"))) == 1
+    assert len(list(tmp_path.glob("csulora-serving-*"))) == 1
     del other
 
 

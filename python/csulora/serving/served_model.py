@@ -1,0 +1,29 @@
+"""Whether a server serves the model that the subspace file was made of."""
+
+from __future__ import annotations
+
+import os
+
+from csulora.errors import InputError
+from csulora.models.checkpoint import Checkpoint
+from csulora.serving.gate import Gate
+from csulora.serving.variables import ANY_MODEL_VARIABLE
+
+
+def check_model(model: str, gate: Gate) -> None:
+    """Raise unless the served weights are those of the subspace file's aligned checkpoint; one matrix is compared.
+
+    Raises:
+        InputError: they are not, or cannot be read.
+    """
+    if os.environ.get(ANY_MODEL_VARIABLE) == "1":
+        return
+    hint = (
+        f"serve the subspace file's aligned checkpoint, or set {ANY_MODEL_VARIABLE}=1 if this is a converted copy of it"
+    )
+    checkpoint = Checkpoint.open(model)
+    module = min(gate.subspace, key=lambda name: gate.subspace[name].u.numel() + gate.subspace[name].v.numel())
+    if module not in checkpoint.weights:
+        raise InputError(f"{model}: has no {module}, which the subspace file covers; {hint}")
+    if checkpoint.load(module)[1] != gate.subspace[module].aligned_sha256:
+        raise InputError(f"{model}: {module} is not what the subspace file was made of; {hint}")

@@ -161,6 +161,8 @@ void register_correction(py::module_& module) {
       .def_readonly("undo_after", &Correction::undo_after)
       .def_readonly("truncation_error", &Correction::truncation_error);
 
+  module.def("energy_along", &csulora::energy_along, "tasks"_a, "directions"_a,
+             py::call_guard<py::gil_scoped_release>());
   module.def("penalty_scale", &csulora::penalty_scale, "energy"_a, "reference_energy"_a);
   module.def("norm", &csulora::norm, "factors"_a, py::call_guard<py::gil_scoped_release>());
   module.def("correct",

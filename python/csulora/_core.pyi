@@ -193,6 +193,9 @@ class Correction:
     def truncation_error(self) -> float: ...
 
 def correct(tasks: Sequence[CorrectionTask], options: CorrectionOptions = ...) -> list[Correction]: ...
+def energy_along(tasks: Sequence[CorrectionTask], directions: int) -> float:
+    """An adapter's relative energy along its modules' leading directions, see `Policy.reference_energy`."""
+
 def penalty_scale(energy: float, reference_energy: float) -> float:
     """By what an adapter's penalties are multiplied, see `Policy.reference_energy`."""
 

@@ -136,6 +136,13 @@ Correction correct(const CorrectionTask& task, const CorrectionOptions& options 
 /// batches, they are the same bits for the same tasks.
 std::vector<Correction> correct(const std::vector<CorrectionTask>& tasks, const CorrectionOptions& options = {});
 
+/// The relative energy e of an adapter along the first `directions` of its modules' subspaces, or all that a subspace
+/// has, see CorrectionOptions::reference_energy; 0 for an adapter that changes nothing. Rounding may make it exceed 1.
+///
+/// @param tasks  the adapter's modules, of which factors, subspace and label are used
+/// @throws InputError as correct(), and for a negative number of directions
+double energy_along(const std::vector<CorrectionTask>& tasks, int64_t directions);
+
 /// The factor of every penalty for an adapter of relative energy `energy`, see CorrectionOptions::reference_energy.
 ///
 /// @return max((energy / reference_energy)^2, kLeastPenaltyScale)

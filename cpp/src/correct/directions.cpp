@@ -60,8 +60,7 @@ Update measured_update(const CorrectionTask& task) {
 double penalty_scale_of(const std::vector<Update>& updates, const CorrectionOptions& options) {
   Energy sum;
   for (const auto& update : updates) {
-    sum.along += update.energy.along;
-    sum.all += update.energy.all;
+    sum += update.energy;
   }
   if (!options.reference_energy || sum.all <= 0) {
     return 1;

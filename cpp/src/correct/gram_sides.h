@@ -51,6 +51,12 @@ bool accurate_in_float(const GramSides& x, const GramSides& update);
 struct Energy {
   double along = 0;
   double all = 0;
+
+  Energy& operator+=(const Energy& other) {
+    along += other.along;
+    all += other.all;
+    return *this;
+  }
 };
 Energy energy(const SplitFactor& b, const SplitFactor& a, int64_t left, int64_t right);
 

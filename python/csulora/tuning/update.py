@@ -136,12 +136,13 @@ class Update:
 
     def energy_along(self, directions: int) -> float:
         """Return the relative energy e along so many leading directions of modules, see `Policy.reference_energy`."""
-        along = total = 0.0
-        for (b, a), (u, _, v) in zip(self.factors.values(), self.triples.values(), strict=True):
-            written, read = u[:, :directions].T @ b, a @ v[:, :directions]
-            along += float(_norm2(written, a) + _norm2(b, read)) / 2
-            total += float(_norm2(b, a))
-        return min(1.0, along / total)  # which rounding exceeds where the directions are the update's own
+        everything = _core.Penalties(0, 0, 0)
+        tasks = [
+            _core.CorrectionTask(_core.LoraFactors(*self.factors[name]), _core.Subspace(*triple), everything, name)
+            for name, triple in self.triples.items()
+        ]
+        energy = _core.energy_along(tasks, directions)
+        return min(1.0, energy)  # which rounding exceeds where the directions are the update's own
 
     def with_penalty_scale(self, directions: int, reference_energy: float) -> Update:
         """Return the same with the penalty scale that `Policy.reference_energy` gives it."""

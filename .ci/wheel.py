@@ -8,6 +8,7 @@ The tools are the dependency group "wheel". Of each torch only the wheel is fetc
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -128,8 +129,9 @@ def single(directory: Path) -> Path:
 
 
 def run(*command: str | Path) -> None:
-    """Run a command; end with its code if it fails."""
-    code = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
+    """Run a command, with the environment's tools on the path; end with its code if it fails."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    code = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, check=False).returncode
     if code:
         sys.exit(code)
 

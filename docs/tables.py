@@ -198,6 +198,21 @@ def stress() -> str:
     return table(["test", "how much", "outcome"], rows)
 
 
+def wheels() -> str:
+    """Return the table of environments into which a wheel was installed."""
+    rows = [
+        [
+            environment,
+            f"{found['seconds']:.0f} s",
+            found["doctor"]["core"].removeprefix("built for "),
+            f"{found['tests_passed']}" + (f", {found['tests_failed']} failed" if found["tests_failed"] else ""),
+            f"`{found['corrected_sha256'][:12]}`",
+        ]
+        for environment, found in results("wheels").items()
+    ]
+    return table(["environment", "wheel installed in", "core for", "tests passed", "corrected adapter"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "smollm2": lambda: smollm2("smollm2"),
     "smollm2-general": lambda: smollm2("smollm2_general"),
@@ -209,6 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuned-correction": tuned_correction,
     "loading": loading,
     "stress": stress,
+    "wheels": wheels,
 }
 
 

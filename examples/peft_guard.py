@@ -17,5 +17,5 @@ if len(sys.argv) != 4:
 path, adapter, subspace = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path)
 with peft.guard(subspace, csulora.Policy.protect(1.0)):
-    model = PeftModel.from_pretrained(model, adapter)
-print(f"loaded corrected: {', '.join(model.peft_config)}")
+    adapted = PeftModel.from_pretrained(model, adapter)
+print(f"loaded corrected: {', '.join(adapted.peft_config)}")

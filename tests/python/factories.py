@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,7 +43,8 @@ def sha256(tensor: Tensor) -> str:
 @cache
 def orthonormal(rows: int, columns: int, seed: int = 0) -> Tensor:
     """(rows, columns) float64 with orthonormal columns."""
-    return torch.linalg.qr(gaussian(rows, columns, seed=seed, dtype=torch.float64))[0]
+    basis: Tensor = torch.linalg.qr(gaussian(rows, columns, seed=seed, dtype=torch.float64)).Q
+    return basis
 
 
 @cache
@@ -171,7 +173,7 @@ def save_checkpoint(
     return directory
 
 
-def model_pair(directory: Path, layers: int = 2, seed: int = 0, **save: object) -> tuple[Path, Path]:
+def model_pair(directory: Path, layers: int = 2, seed: int = 0, **save: Any) -> tuple[Path, Path]:
     """A base and an aligned checkpoint."""
     base = llama_weights(layers, seed=seed)
     return (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from csulora.models.gguf_layout import architecture, to_rotary_order
 HEADS, KV_HEADS = 4, 2  # of factories.llama_weights
 Metadata = Mapping[str, str | int | float | bool | list[int]]
 
+_Add = Callable[[str, Any], None]
+
 
 def close(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
@@ -22,9 +25,15 @@ def close(writer: GGUFWriter) -> None:
 
 
 def add_metadata(writer: GGUFWriter, metadata: Metadata) -> None:
-    add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    add: dict[type, _Add] = {
+        str: writer.add_string,
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        list: writer.add_array,
+    }
     for key, value in metadata.items():
-        add.get(type(value), writer.add_array)(key, value)
+        add[type(value)](key, value)
 
 
 Quantise = Callable[[Tensor, GGMLQuantizationType], np.ndarray]
@@ -70,7 +79,7 @@ def save_model(
     return path
 
 
-LORA = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0}
+LORA: Metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0}
 
 
 def save_lora(

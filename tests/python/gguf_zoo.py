@@ -1,11 +1,14 @@
 """Tiny random models of every architecture with a GGUF layout, their files and adapters, and llama.cpp's logits."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import factories
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 TOKENS = list(range(3, 35))
 
@@ -41,7 +47,7 @@ class Family:
     """How to make a model of one `model_type`, with an output head of its own unless transformers ties it."""
 
     name: str  # of the classes in transformers
-    settings: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = field(default_factory=lambda: _SEPARATE)
     config: str = ""  # of the config class, where it is not `name`
 
@@ -113,7 +119,7 @@ def save_gguf(family: str, path: Path) -> Path:
     return convert(model(family), path, name="tiny")
 
 
-ADAPTERS: dict[str, dict[str, object]] = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rsLoRA": {"use_rslora": True},
     # PEFT sorts the keys on saving and the first match counts, so no two may match one name.
@@ -122,16 +128,16 @@ ADAPTERS: dict[str, dict[str, object]] = {
 }
 
 
-def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float32, **settings: object) -> PeftModel:
+def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
     """Save an adapter with other factors for every module; return the model with the adapter."""
-    chosen = {"r": 4, "lora_alpha": 6, "target_modules": FAMILIES[family].targets} | settings
-    adapted = get_peft_model(deepcopy(model(family)), LoraConfig(task_type="CAUSAL_LM", **chosen))
+    chosen: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": FAMILIES[family].targets}
+    adapted = get_peft_model(deepcopy(model(family)), LoraConfig(task_type="CAUSAL_LM", **(chosen | settings)))
     with torch.no_grad():
         for i, (name, parameter) in enumerate(adapted.named_parameters()):
             if "lora_" in name:
                 parameter.copy_((0.1 * factories.gaussian(*parameter.shape, seed=100 + i)).to(dtype))
     (adapted if dtype == torch.float32 else deepcopy(adapted).to(dtype)).save_pretrained(
-        directory, save_embedding_layers=False
+        str(directory), save_embedding_layers=False
     )
     return adapted
 
@@ -139,10 +145,11 @@ def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float3
 @torch.inference_mode()
 def logits(instance: torch.nn.Module) -> np.ndarray:
     """Logits of the reference at every position of TOKENS, (tokens, vocabulary)."""
-    return instance(torch.tensor([TOKENS])).logits[0].float().numpy()
+    found: np.ndarray = instance(torch.tensor([TOKENS])).logits[0].float().numpy()
+    return found
 
 
-def open_llama(path: Path, **settings: object):
+def open_llama(path: Path, **settings: Any) -> Llama:
     import llama_cpp
 
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
@@ -151,7 +158,7 @@ def open_llama(path: Path, **settings: object):
     )
 
 
-def evaluate(llama, tokens: Sequence[int] = TOKENS) -> np.ndarray:
+def evaluate(llama: Llama, tokens: Sequence[int] = TOKENS) -> np.ndarray:
     llama.reset()
     llama.eval(tokens)
     return np.array(llama.scores[: len(tokens)])

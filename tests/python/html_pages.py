@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import factories
+from csulora.adapters.lora import Adapter
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Frontier, Point, Rate, Refusals
-from csulora.views.html.page import render
+from csulora.views.html.page import assess, render
 
 HOSTILE_NAMES = [
     "<script>window.pwned = 1</script>",
@@ -44,7 +45,12 @@ def page(name: str, modules: Sequence[str] | None = None) -> str:
     named = Subspace(dict(subspace), replace(subspace.provenance, base=name, aligned=name))
     path = Path(writable(name).replace("/", "\N{DIVISION SLASH}").replace("\0", ""))
     refusing = Policy.csulora(max_undo=-1e9)
-    return render(replace(factories.adapter(shapes), path=path), named, refusing, frontier(named.sha256, name))
+    return rendered(replace(factories.adapter(shapes), path=path), named, refusing, frontier(named.sha256, name))
+
+
+def rendered(adapter: Adapter, subspace: Subspace, policy: Policy, frontier: Frontier | None = None) -> str:
+    """The page of what a policy does to an adapter."""
+    return render(assess(adapter, subspace, policy), subspace, policy, frontier)
 
 
 def writable(name: str) -> str:

@@ -98,21 +98,24 @@ def undo(dw: Tensor, u: Tensor, s: Tensor, v: Tensor) -> float:
 def best_approximation(x: Tensor, rank: int) -> Tensor:
     """The nearest matrix of at most this rank."""
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+    nearest: Tensor = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    return nearest
 
 
 def orthonormalised(basis: Tensor) -> Tensor:
     """An orthonormal basis, float64, of what a rounded one spans."""
-    return torch.linalg.qr(basis.double())[0]
+    orthonormal: Tensor = torch.linalg.qr(basis.double()).Q
+    return orthonormal
 
 
 def singular_values(x: Tensor, at_most: int) -> Tensor:
     """The leading singular values of a matrix whose rank is known to be at most `at_most`."""
-    if min(x.shape) <= 2 * at_most:
-        return torch.linalg.svdvals(x)
-    probes = torch.randn(x.shape[1], 2 * at_most, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis, _ = torch.linalg.qr(x @ probes)
-    return torch.linalg.svdvals(basis.t() @ x)
+    if min(x.shape) > 2 * at_most:
+        probes = torch.randn(x.shape[1], 2 * at_most, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        basis, _ = torch.linalg.qr(x @ probes)
+        x = basis.t() @ x
+    values: Tensor = torch.linalg.svdvals(x)
+    return values
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:

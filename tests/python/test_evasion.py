@@ -648,7 +648,7 @@ def test_numbers_beyond_json_are_refused(number: str, field: str, tmp_path: Path
     path = upload(tmp_path / "adapter", named(Q, *factors()))
     text = json.dumps(config() | {field: "NUMBER"}).replace('"NUMBER"', number)
     (path / CONFIG_FILE).write_text(text)
-    refused_always(path, subspace, "not readable as JSON")
+    refused_always(path, subspace, f"{field} is {number}; write a finite number")
 
 
 @pytest.mark.parametrize("name", ["adapter\n# Approved", "a`b<script>", "\x1b[2J", "x" * 250, "](http://a)"])

@@ -44,7 +44,8 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
         bos_token_id=2,
         eos_token_id=3,
     )
-    return LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    return model
 
 
 def prompts(first: str, count: int) -> str:
@@ -79,7 +80,7 @@ def build(directory: Path) -> Place:
         directory / "base", directory / "aligned", rank=2, output=directory / "subspace", modules=list(MODULES)
     )
     subspace = csulora.Subspace.open(directory / "subspace")
-    adapters = tuple(_adapter(directory / f"adapter{number}", subspace, number) for number in (1, 2))
+    adapters = _adapter(directory / "adapter1", subspace, 1), _adapter(directory / "adapter2", subspace, 2)
     (directory / "safety.txt").write_text(prompts("w20", 16))
     (directory / "task.txt").write_text(prompts("w21", 16))
     return Place(

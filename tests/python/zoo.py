@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,13 +16,14 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 import factories
 
 WIDTH, VOCABULARY, LAYERS = 32, 64, 2
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 48,
@@ -48,9 +50,10 @@ def mixtral() -> PreTrainedModel:
     return _seeded(MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4))
 
 
-def _seeded(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
+def _seeded(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    return kind(config).eval()
+    model: PreTrainedModel = kind(config).eval()
+    return model
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -60,22 +63,22 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 class Kind:
     """A model and the settings of an adapter for it."""
 
-    settings: dict[str, object]
+    settings: dict[str, Any]
     model: Callable[[], PreTrainedModel] = llama
     dtype: torch.dtype = torch.float32
-    save: dict[str, object] = field(default_factory=dict)
+    save: dict[str, Any] = field(default_factory=dict)
 
     def make(self, directory: Path) -> PeftModel:
         """Save the adapter into `directory`, and return the model that it was made on."""
         torch.manual_seed(1)
         # Without this initialisation B is zero, and the update with it.
-        settings = {"r": 4, "lora_alpha": 12, "target_modules": ATTENTION, "init_lora_weights": False} | self.settings
-        adapted = get_peft_model(self.model(), LoraConfig(task_type="CAUSAL_LM", **settings))
+        settings: dict[str, Any] = {"target_modules": ATTENTION, "init_lora_weights": False, "r": 4, "lora_alpha": 12}
+        adapted = get_peft_model(self.model(), LoraConfig(task_type="CAUSAL_LM", **(settings | self.settings)))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(factories.gaussian(*parameter.shape, seed=len(name)) / 8)
-        adapted.to(self.dtype).save_pretrained(directory, **self.save)
+        adapted.to(self.dtype).save_pretrained(str(directory), **self.save)
         return adapted
 
 

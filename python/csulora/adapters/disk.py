@@ -8,7 +8,6 @@ from pathlib import Path
 from csulora.adapters.gguf import file as gguf
 from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter
 from csulora.adapters.peft import directory as peft
-from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.errors import InputError, check_type
 from csulora.io.files import atomic_directory, check_not_input, sha256_of_file, to_json
 from csulora.models.gguf_base import BaseModel
@@ -83,8 +82,7 @@ def save_adapter(
 
 def _save_peft(adapter: Adapter, path: Path) -> str:
     with atomic_directory(path, marker=REPORT_FILE) as directory:
-        peft.write(adapter, directory)
-        sha256 = peft.sha256_of(*((directory / name).read_bytes() for name in (CONFIG_FILE, peft.WEIGHTS_FILE)))
+        sha256 = peft.sha256_as_written(directory, peft.write(adapter, directory))
         for name, text in adapter.documents.items():
             if name == REPORT_FILE:
                 text = to_json(json.loads(text) | {CORRECTED_SHA256: sha256})

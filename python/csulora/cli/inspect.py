@@ -78,13 +78,16 @@ def inspect(
     opened = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, opened, factors)
     limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
-    if html is not None:
-        from csulora.views.html.page import render
-
-        write_text(html, render(whole, opened, limited, _load_frontier(frontier, policy)))
+    from csulora.views.html.page import assess, render
     from csulora.views.report_table import report_table
 
-    _, report = csulora.correct(whole, opened, limited)
+    assessment = assess(whole, opened, limited)
+    if html is not None:
+        stated = limited if policy is not None else None
+        write_text(html, render(assessment, opened, stated, _load_frontier(frontier, policy)))
+    if assessment.refusal:
+        raise assessment.refusal
+    report = assessment.report
     summary = f"{printable(whole.path)}: {len(report.measured)} of {len(report.modules)} modules are covered"
     page = f"\nwrote {html}" if html else ""
     deliver(report_table(report, every_module), summary + page, report.to_dict(), json, quiet)

@@ -14,6 +14,7 @@ from csulora.cli.console import deliver, progress_bar
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
 from csulora.views import tables
+from csulora.views.audit_table import audit_table
 
 if TYPE_CHECKING:
     from csulora.correction.audit import Check
@@ -70,9 +71,9 @@ def _deliver_audit(adapter: Path, checks: list[Check], json: Path | None, quiet:
         else "is as it was written; name original and subspace file to make it again"
     )
     summary = f"{adapter}: {'does not hold' if failed else whole}"
-    deliver(tables.audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
+    deliver(audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
     if failed:
-        raise RefusedError(f"{adapter}: {failed[0].what}: {failed[0].stated} is stated, and {failed[0].found} is found")
+        raise RefusedError(f"{adapter}: {failed[0].reason}")
 
 
 def _verify_subspace(path: Path, base: str, aligned: str, json: Path | None, quiet: bool) -> None:

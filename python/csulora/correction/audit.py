@@ -14,10 +14,12 @@ from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, LoraMo
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import LARGEST_CONFIG, config_of
 from csulora.correction.correct import correct
+from csulora.correction.report import spell_infinity
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular
 from csulora.native import _core
 from csulora.policy.policy import Policy
+from csulora.policy.toml import one_line
 from csulora.subspace.subspace import Subspace
 
 _LARGEST_REPORT = 64 << 20  # bytes
@@ -29,12 +31,27 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 @dataclass(frozen=True)
 class Check:
-    """One statement of a report and what was found instead or as well."""
+    """One statement of a report and what was found instead or as well.
+
+    Attributes:
+        what: ``content``, ``original``, ``subspace``, ``policy``, ``configuration`` or ``update``.
+        stated: a sha256 or a policy's document; None for the configuration and the update, which are made again.
+        found: the same of what was found; of a policy the one that is required, or ``any``; otherwise a sentence.
+        holds: whether both agree.
+    """
 
     what: str
-    stated: str
-    found: str
+    stated: str | dict[str, Any] | None
+    found: str | dict[str, Any]
     holds: bool
+
+    @property
+    def reason(self) -> str:
+        """What does not hold, in one line."""
+        if self.stated is None:
+            return f"{self.what} {self.found}"
+        verb = "required" if isinstance(self.found, dict) else "found"
+        return f"{self.what}: {_line(self.stated)} is stated, and {_line(self.found)} is {verb}"
 
 
 def audit(
@@ -73,14 +90,14 @@ def audit(
     checks = [_same("content", report[CORRECTED_SHA256], adapter.sha256)]
     source = load_adapter(original, base_model) if original is not None else None
     if source is not None:
-        checks.append(_same("original adapter", report["adapter_sha256"], source.sha256))
+        checks.append(_same("original", report["adapter_sha256"], source.sha256))
     if subspace is not None:
         checks.append(_same("subspace", report["subspace_sha256"], subspace.sha256))
     if source is not None and subspace is not None and all(check.holds for check in checks[1:]):
         stated = _policy(report["policy"], corrected / REPORT_FILE)
         again, _ = correct(source, subspace, stated)
         checks += [
-            Check("policy", str(stated), str(policy or "any"), policy in (None, stated)),
+            _same_policy(stated, policy),
             _configuration(corrected / CONFIG_FILE, again),
             _update(adapter, again),
         ]
@@ -116,25 +133,36 @@ def _configuration(path: Path, again: Adapter) -> Check:
     """Compare every field of a configuration with what csulora writes."""
     found, wanted = parse_json(read_regular(path, LARGEST_CONFIG), path), config_of(again)
     different = [field for field in sorted(found.keys() | wanted.keys()) if found.get(field) != wanted.get(field)]
-    return Check("configuration", "follows", f"differs in {', '.join(different) or 'nothing'}", not different)
+    return Check("configuration", None, f"differs in {', '.join(different) or 'nothing'}", not different)
 
 
 def _same(what: str, stated: str, found: str) -> Check:
     return Check(what, stated, found, stated == found)
 
 
+def _same_policy(stated: Policy, required: Policy | None) -> Check:
+    document = spell_infinity(stated.to_dict())
+    if required is None:
+        return Check("policy", document, "any", True)
+    return Check("policy", document, spell_infinity(required.to_dict()), required == stated)
+
+
+def _line(value: str | dict[str, Any]) -> str:
+    return one_line(value) if isinstance(value, dict) else value
+
+
 def _update(adapter: Adapter, again: Adapter) -> Check:
     """Compare the updates of two adapters module by module."""
     if adapter.modules.keys() != again.modules.keys():
         different = min(adapter.modules.keys() ^ again.modules.keys())
-        return Check("update", "follows", f"{different} is in one of both only", False)
+        return Check("update", None, f"{different} is in one of both only", False)
     distances = {
         name: _distance(module.folded(), again.modules[name].folded()) for name, module in adapter.modules.items()
     }
     allowed = {name: _TOLERANCE[module.b.dtype] for name, module in adapter.modules.items()}
     worst = max(distances, key=lambda name: distances[name] / allowed[name])
     holds = distances[worst] <= allowed[worst]
-    return Check("update", "follows", f"differs by {distances[worst]:.1e} of its norm, most in {worst}", holds)
+    return Check("update", None, f"differs by {distances[worst]:.1e} of its norm, most in {worst}", holds)
 
 
 def _distance(one: LoraModule, other: LoraModule) -> float:

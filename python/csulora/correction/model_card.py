@@ -6,6 +6,7 @@ import json
 
 from csulora.correction.report import Report
 from csulora.errors import printable
+from csulora.policy.toml import one_line
 
 
 def _as_code(text: str) -> str:
@@ -47,15 +48,13 @@ itself: correct what you serve.
 
 def model_card(report: Report, base_model: str | None) -> str:
     """Return the card; ``base_model`` is the name of the model the adapter is for, if the adapter says one."""
-    policy = ", ".join(f"{key}={value}" for key, value in report.policy.items() if key != "overrides")
-    overrides = len(report.policy.get("overrides", ()))
     return _CARD.format(
         base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",  # JSON's texts are YAML's too
         adapter=_as_code(report.adapter),
         warning=f"\n{_sentence(report.warning)}\n" if report.warning else "",
         verdict=report.verdict.text,
         version=report.csulora,
-        policy=policy + (f", {overrides} overrides" if overrides else ""),
+        policy=one_line(report.policy),
         corrected=len(report.measured),
         modules=len(report.modules),
         relative_change=report.totals.relative_change,

@@ -216,7 +216,7 @@ class Report:
         document = asdict(self)
         document["totals"] = asdict(self.totals)
         document["verdict"] = asdict(self.verdict)
-        finite: dict[str, Any] = _spell_infinity(document)
+        finite: dict[str, Any] = spell_infinity(document)
         return finite
 
     def to_frame(self) -> pandas.DataFrame:
@@ -266,9 +266,10 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
     return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
 
 
-def _spell_infinity(document: Any) -> Any:
+def spell_infinity(document: Any) -> Any:
+    """Return a document for JSON, which lacks infinity: the text ``inf`` stands for it."""
     if isinstance(document, dict):
-        return {key: _spell_infinity(value) for key, value in document.items()}
+        return {key: spell_infinity(value) for key, value in document.items()}
     if isinstance(document, (list, tuple)):
-        return [_spell_infinity(value) for value in document]
+        return [spell_infinity(value) for value in document]
     return "inf" if document == math.inf else document

@@ -249,15 +249,24 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     Raises:
         InputError: ``data``, which ``path`` holds, is anything else.
     """
+    refused: list[str] = []  # NaN, Infinity, 1e999
+
+    def number_of(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            refused.append(text)
+        return number
+
     try:
-        document = json.loads(
-            data, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_number
-        )
+        document = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=number_of, parse_float=number_of)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(document, dict):
         raise InputError(f"{path}: not a JSON object")
     _check_depth(document, path)
+    if refused:
+        where = next(keys for keys, number in _floats(document) if not math.isfinite(number))
+        raise InputError(f"{path}: {where} is {refused[0]}; write a finite number that a float64 holds")
     return document
 
 
@@ -278,15 +287,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite_number(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"the number {text} is too large")
-    return number
+def _floats(node: Any, where: str = "") -> Iterator[tuple[str, float]]:
+    """Yield every number that is not whole, and the keys that lead to it: ``alpha_pattern.down_proj``, ``sizes[0]``."""
+    if isinstance(node, float):
+        yield where, node
+    elif isinstance(node, dict):
+        for key, child in node.items():
+            yield from _floats(child, f"{where}.{key}" if where else key)
+    elif isinstance(node, list):
+        for at, child in enumerate(node):
+            yield from _floats(child, f"{where}[{at}]")
 
 
 def identity_of_file(path: Path) -> tuple[int, int, int, int]:

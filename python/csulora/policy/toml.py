@@ -1,4 +1,4 @@
-"""Policies as TOML: the file, and the tables of its overrides."""
+"""Policies as TOML: the file, the tables of its overrides, and the whole in one line."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, document: dict[str, Any]) -> None:
     """Write a TOML document, complete or not at all."""
     write_text(path, tomli_w.dumps(document))
+
+
+def one_line(document: dict[str, Any]) -> str:
+    """Return a policy's document as a card or a table shows it: ``off=1, rank=keep, 2 overrides``."""
+    fields = {key: value for key, value in document.items() if key != "overrides"}
+    texts = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in fields.items()]
+    count = len(document.get("overrides", ()))
+    return ", ".join([*texts, f"{count} override{'s' if count > 1 else ''}"] if count else texts)
 
 
 def override_document(override: Override) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Self
 # model.layers.3.self_attn.q_proj: the stack `model.layers.`, layer 3, kind self_attn.q_proj.
 _LAYER = re.compile(r"(.*?\.)?(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _DIGITS = re.compile("[0-9]+")
-_CELL_WIDTH = 34  # pixels
+_CELL_WIDTH = 40  # pixels
 
 
 def place(module: str) -> tuple[tuple[str, int], str]:

@@ -12,7 +12,6 @@ from csulora.errors import printable
 
 if TYPE_CHECKING:
     from csulora.adapters.lora import Adapter
-    from csulora.correction.audit import Check
     from csulora.extraction.verification import Verification
     from csulora.subspace.module_subspace import ModuleSubspace
     from csulora.subspace.subspace import Subspace
@@ -58,14 +57,6 @@ def verification_table(results: Iterable[Verification]) -> Table:
             f"{stored.next_value:.4g} / {measured.next_value:.4g}",
             "yes" if result.holds else "NO",
         )
-    return table
-
-
-def audit_table(checks: Iterable[Check]) -> Table:
-    """One row per statement of a report."""
-    table = plain_table("what", "stated", "found", "holds")
-    for check in checks:
-        table.add_row(check.what, check.stated, check.found, "yes" if check.holds else "NO")
     return table
 
 

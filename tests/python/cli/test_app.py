@@ -22,7 +22,7 @@ import html_pages
 from csulora.cli import app as cli
 from csulora.cli import doctor
 from csulora.tuning.frontier import frontier_path
-from csulora.views.html.page import render
+from csulora.views.html.page import assess, render
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,7 +192,9 @@ def test_inspect_writes_a_page(work: Path, run: Run) -> None:
     written = run("inspect", "adapter", "--subspace", "subspace", "--html", "page.html")
     assert written == plain._replace(out=plain.out + "wrote page.html\n")
     adapter, subspace = csulora.load_adapter("adapter"), csulora.Subspace.open("subspace")
-    assert (work / "page.html").read_text() == render(adapter, subspace, csulora.Policy.none(uncovered="keep"))
+    assert (work / "page.html").read_text() == render(
+        assess(adapter, subspace, csulora.Policy.none(uncovered="keep")), subspace
+    )
 
 
 def test_inspect_shows_a_policy_and_the_frontier_beside_it(work: Path, run: Run) -> None:
@@ -207,15 +209,15 @@ def test_inspect_shows_a_policy_and_the_frontier_beside_it(work: Path, run: Run)
     frontiers["named"].save("other.json")
     command = ["inspect", "adapter", "--subspace", "subspace", "--html", "page.html", "--policy", "tuned.toml"]
     assert run(*command).code == 0
-    assert (work / "page.html").read_text() == render(adapter, subspace, policy, frontiers["beside"])
+    assert (work / "page.html").read_text() == html_pages.rendered(adapter, subspace, policy, frontiers["beside"])
     assert run(*command, "--frontier", "other.json").code == 0
-    assert (work / "page.html").read_text() == render(adapter, subspace, policy, frontiers["named"])
+    assert (work / "page.html").read_text() == html_pages.rendered(adapter, subspace, policy, frontiers["named"])
 
 
 def test_the_page_of_a_refused_adapter_is_written_and_says_why(work: Path, run: Run) -> None:
     result = run("inspect", "adapter", "--subspace", "subspace", "--html", "page.html", "--max-undo", -1e6)
     assert (result.code, result.out) == (3, "")
-    assert "The policy refuses this adapter." in (work / "page.html").read_text()
+    assert "This adapter is refused." in (work / "page.html").read_text()
 
 
 def test_a_page_in_the_way_of_something_else_is_not_written(work: Path, run: Run) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import csulora
@@ -16,8 +17,10 @@ from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.cli import app as cli
 from csulora.cli import exit_codes
+from csulora.correction.audit import Check
 from csulora.errors import InputError, RefusedError
 from csulora.serving.gate import Gate
+from csulora.views.audit_table import audit_table
 
 CSULORA = csulora.Policy.csulora()
 
@@ -60,7 +63,7 @@ def test_what_correct_wrote_follows(policy: str, dtype: torch.dtype, subspace: P
     original = factories.save_adapter(tmp_path / "original", factories.SHAPES, dtype=dtype)
     out = corrected(original, subspace, tmp_path / "out", POLICIES[policy])
     checks = csulora.audit(out, original, csulora.Subspace.open(subspace))
-    what = ["content", "original adapter", "subspace", "policy", "configuration", "update"]
+    what = ["content", "original", "subspace", "policy", "configuration", "update"]
     assert [check.what for check in checks] == what
     assert all(check.holds for check in checks)
 
@@ -178,6 +181,8 @@ def test_command_line(
     assert run(monkeypatch, "verify", out, "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["checks"][0]["holds"] is True
     assert run(monkeypatch, "verify", out, original) == 2
+    for policy, code in (("csulora", 0), ("protect", exit_codes.REFUSED)):
+        assert run(monkeypatch, "verify", out, original, subspace, "--policy", policy) == code
     (out / WEIGHTS_FILE).write_bytes((original / WEIGHTS_FILE).read_bytes())
     assert run(monkeypatch, "verify", out) == exit_codes.REFUSED
     assert "content" in capsys.readouterr().err
@@ -237,7 +242,31 @@ def test_the_policy_is_shown_and_compared(original: Path, subspace: Path, tmp_pa
     for policy, holds in ((None, True), (csulora.Policy.none(), True), (csulora.Policy.csulora(), False)):
         (check,) = [check for check in csulora.audit(out, original, known, None, policy) if check.what == "policy"]
         assert check.holds == holds
-        assert "partial=0.0" in check.stated
+        assert isinstance(check.stated, dict)
+        assert check.stated["partial"] == 0.0
+
+
+def test_the_table_fits_a_terminal(original: Path, subspace: Path, tmp_path: Path) -> None:
+    """Hashes are short and the policy takes one line, until one of them does not hold."""
+    out = corrected(original, subspace, tmp_path / "out", csulora.Policy.project())
+    known, other = csulora.Subspace.open(subspace), factories.save_adapter(tmp_path / "other", factories.SHAPES, seed=9)
+    held = printed(csulora.audit(out, original, known))
+    assert f"content       yes   {csulora.load_adapter(out).sha256[:12]}\n" in held
+    assert "policy        yes   aligned=0, partial=inf, off=inf, rank=keep, uncovered=refuse\n" in held
+    assert len(held.splitlines()) == 2 + 6 + 1  # the last sentence is as long as a module's name
+    failed = printed(csulora.audit(out, other, known))
+    assert f"  stated {csulora.load_adapter(original).sha256}\n" in failed
+    assert f"  found  {csulora.load_adapter(other).sha256}\n" in failed
+    assert "  differ in partial, off\n" in printed(csulora.audit(out, original, known, None, csulora.Policy.none()))
+
+
+def printed(checks: list[Check]) -> str:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(audit_table(checks))
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 @pytest.mark.parametrize("overrides", [5, True, 1.5, "x", {"a": 1}])

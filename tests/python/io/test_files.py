@@ -212,6 +212,21 @@ def test_refuses_what_is_not_strictly_a_json_object(data: bytes) -> None:
         files.parse_json(data, Path("config.json"))
 
 
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (b'{"r": 8, "lora_alpha": 1e999}', "lora_alpha is 1e999"),
+        (b'{"a": 1.5, "alpha_pattern": {"q_proj": 2.0, "mlp.up_proj": -1e999}}', "alpha_pattern.mlp.up_proj is -1e999"),
+        (b'{"overrides": [{"gains": [1.0, 0.5]}, {"gains": [1, NaN]}]}', "overrides[1].gains[1] is NaN"),
+        (b'{"a": {"b": Infinity}, "c": NaN}', "a.b is Infinity"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_named_by_its_keys(data: bytes, where: str) -> None:
+    with pytest.raises(InputError) as error:
+        files.parse_json(data, Path("config.json"))
+    assert str(error.value) == f"config.json: {where}; write a finite number that a float64 holds"
+
+
 def test_json_is_deterministic_and_holds_only_numbers_that_json_has() -> None:
     assert files.to_json({"b": 1, "a": "ä"}) == '{\n  "a": "ä",\n  "b": 1\n}\n'
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -165,7 +165,7 @@ def set_certificate(field: str, value: object) -> Callable[[dict[str, Any]], obj
         (lambda d: d.update(surprise=1), "damaged"),
         (set_certificate("captured_energy", "much"), "damaged"),
         (set_certificate("captured_energy", True), "damaged"),
-        (set_certificate("captured_energy", float("nan")), "not readable as JSON"),
+        (set_certificate("captured_energy", float("nan")), "captured_energy is NaN; write a finite number"),
         (set_certificate("captured_energy", 10**400), "damaged"),
         (set_certificate("passes", 1.5), "damaged"),
         (set_certificate("surprise", 1), "damaged"),

@@ -8,6 +8,7 @@ nothing depends on whether the reader knows rsLoRA, rank_pattern or alpha_patter
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
@@ -150,7 +151,28 @@ def _tensors_in(weights: bytes, path: Path) -> dict[str, torch.Tensor]:
 
 def sha256_of(config: bytes, weights: bytes) -> str:
     """Hash an adapter: the sha256 over the hex sha256 of the config's and of the weights' bytes, a line each."""
-    lines = "".join(f"{hashlib.sha256(data).hexdigest()}\n" for data in (config, weights))
+    return _joined(hashlib.sha256(config), hashlib.sha256(weights))
+
+
+def sha256_as_written(directory: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash what `write` wrote: of the weights' file only its header is read, for the data are in memory.
+
+    Args:
+        directory: where they were written to.
+        tensors: what `write` returned.
+    """
+    with (directory / WEIGHTS_FILE).open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name in tensors}
+    weights = hashlib.sha256(length + header)
+    for name in sorted(places, key=places.__getitem__):
+        weights.update(tensors[name].cpu().contiguous().view(torch.uint8).numpy().data)
+    return _joined(hashlib.sha256((directory / CONFIG_FILE).read_bytes()), weights)
+
+
+def _joined(*files: hashlib._Hash) -> str:
+    lines = "".join(f"{file.hexdigest()}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -210,8 +232,8 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def write(adapter: Adapter, directory: Path) -> None:
-    """Write both files into an existing directory.
+def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
+    """Write both files into an existing directory, and return the tensors as they are in the file.
 
     Raises:
         InputError: folding a scale into B overflows its storage type.
@@ -225,6 +247,7 @@ def write(adapter: Adapter, directory: Path) -> None:
     config = to_json(dict(sorted(config_of(adapter).items())), sort_keys=False)
     (directory / CONFIG_FILE).write_text(config, encoding="utf-8", errors="backslashreplace")
     save_tensors(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
+    return tensors
 
 
 def _group(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from transformers.models.auto import auto_factory
 
 from csulora.adapters.peft.config import CONFIG_FILE, read_config
 from csulora.adapters.peft.directory import LARGEST_CONFIG
-from csulora.errors import RefusedError
+from csulora.errors import InputError, RefusedError
 from csulora.hooks.peft.loading import loads_corrected, local_directory
 from csulora.io.files import parse_json, read_regular
 
@@ -33,9 +33,15 @@ _NO_FILE = "\0"  # a name that no file has
 class BaseModels:
     """The base models that adapters may name, as the program would: ``org/name``, ``org/name@revision``, a path."""
 
-    def __init__(self, allowed: Sequence[str]) -> None:
-        """Allow these; nothing if there are none."""
-        self._allowed = frozenset(allowed)
+    def __init__(self, allowed: Sequence[str | Path]) -> None:
+        """Allow these; nothing if there are none.
+
+        Raises:
+            InputError: it is one name and no list, or something in it is no name.
+        """
+        if isinstance(allowed, (str, Path)) or not all(isinstance(name, (str, Path)) for name in allowed):
+            raise InputError(f"base_models is {allowed!r}; it must be a list of names, such as ['org/name']")
+        self._allowed = frozenset(map(_without_slash, allowed))
         self._answers = TemporaryDirectory(prefix="csulora-peft-")
 
     def close(self) -> None:
@@ -51,7 +57,10 @@ class BaseModels:
         """
         config = read_config(parse_json(read_regular(file, LARGEST_CONFIG), file), file)
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
-        if (f"{name}@{revision}" if revision else name) not in self._allowed:
+        if (
+            not name
+            or (f"{_without_slash(name)}@{revision}" if revision else _without_slash(name)) not in self._allowed
+        ):
             raise RefusedError(
                 f"{file}: names the base model {name!r}{f', revision {revision!r}' if revision else ''}; under a guard "
                 "the program chooses it: load the model by its own name, or allow it with guard(..., base_models=[...])"
@@ -71,12 +80,23 @@ class BaseModels:
 
     def _own_model(self, directory: str) -> str:
         """Return a directory that holds a model beside an adapter, if that is allowed: the hosts load this model."""
-        if directory not in self._allowed:
+        if _without_slash(directory) not in self._allowed:
             raise RefusedError(
                 f"{directory}: holds a model beside the adapter; under a guard the program chooses the base model: "
                 "load it by its own name, or allow this one with guard(..., base_models=[...])"
             )
         return directory
+
+    def _without_revision(self, file: Path) -> str:
+        """Return the base model of an adapter that names no revision: transformers would load another than it names."""
+        config = self.check(file)
+        name, revision = str(config["base_model_name_or_path"]), config.get("revision")
+        if revision:
+            raise RefusedError(
+                f"{file}: names revision {revision!r} of {name!r}, which transformers ignores; "
+                f"load {name!r} with revision={revision!r} first, then the adapter with load_adapter"
+            )
+        return name
 
     def _finding_allowed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -87,13 +107,17 @@ class BaseModels:
             if Path(model_id, MODEL_CONFIG_FILE).exists():
                 base_model = self._own_model(str(model_id))
             else:
-                base_model = self.check(Path(found))["base_model_name_or_path"]
+                base_model = self._without_revision(Path(found))
             # The host opens what it is given, and reads this field alone.
             with NamedTemporaryFile("w", suffix=".json", dir=self._answers.name, delete=False) as answer:
                 json.dump({"base_model_name_or_path": base_model}, answer)
             return answer.name
 
         return find_adapter_config_file
+
+
+def _without_slash(name: str | Path) -> str:
+    return str(name).rstrip("/") or "/"
 
 
 class _Configurations:

@@ -1,8 +1,8 @@
 """Adapters corrected where PEFT or transformers load them.
 
-    model = csulora.hooks.peft.load(model, "my-adapter", "subspace.safetensors")     # one adapter, explicitly
+    model, report = csulora.hooks.peft.load(model, "my-adapter", "subspace.safetensors", "protect")  # one adapter
 
-    with csulora.hooks.peft.guard("subspace.safetensors"):                           # whatever loads an adapter here
+    with csulora.hooks.peft.guard("subspace.safetensors", "protect"):  # whatever loads an adapter here
         model = PeftModel.from_pretrained(model, "my-adapter")
 
 The host never sees the adapter it was asked to load: it is given a private directory that holds the corrected
@@ -139,7 +139,10 @@ def correct_model(
 
 @contextmanager
 def guard(
-    subspace: SubspaceSource, policy: Rules = None, decisions: str | Path | None = None, base_models: Sequence[str] = ()
+    subspace: SubspaceSource,
+    policy: Rules = None,
+    decisions: str | Path | None = None,
+    base_models: Sequence[str | Path] = (),
 ) -> Iterator[Gate]:
     """Correct or refuse every adapter that is loaded within the block, in all threads of the process.
 
@@ -149,21 +152,29 @@ def guard(
     and PEFT's other readers of adapter files.
 
     Where a program names an adapter alone (``AutoPeftModel``, transformers' auto classes, ``pipeline``), the hosts load
-    the base model that the adapter names: refused unless it is one of ``base_models``.
+    the base model that the adapter names: refused unless it is one of ``base_models``. transformers ignores the
+    revision that an adapter names, so there an adapter with a revision is refused.
 
-    Not covered: code that sets parameters by itself; functions of PEFT, such as ``hotswap_adapter_from_state_dict``
-    or ``load_peft_weights``, that a program has imported by name before the block; and prompts, which PEFT's
-    ``MultitaskPromptTuningConfig`` reads from the file that its ``prompt_tuning_init_state_dict_path`` names.
+    Not covered:
+
+    - ``get_peft_model`` and ``add_adapter``, which make a new adapter from a configuration in memory: no weights come
+      from outside. Take no configuration from an upload for them.
+    - Code that sets parameters by itself.
+    - Functions of PEFT, such as ``hotswap_adapter_from_state_dict`` or ``load_peft_weights``, that a program has
+      imported by name before the block.
+    - Prompts, which PEFT's ``MultitaskPromptTuningConfig`` reads from the file that its
+      ``prompt_tuning_init_state_dict_path`` names.
 
     Args:
         subspace: subspace file of the model.
         policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default.
         decisions: file to append a JSON line per decision to.
         base_models: base models that adapters may choose, as they name them; ``name@revision`` for one with a revision.
+            A slash at the end does not count.
 
     Raises:
         HostError: the installed PEFT or transformers is not one this module knows.
-        InputError: another guard is active.
+        InputError: another guard is active, or ``base_models`` is no list of names.
 
     >>> model = AutoModelForCausalLM.from_pretrained(aligned)
     >>> with csulora.hooks.peft.guard(subspace, csulora.Policy.protect(1.0)):

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from csulora.correction.report import COMPONENTS, ModuleReport, Report
+from csulora.views.html.numbers import percent, short_undo, undo
 
 Tone = Literal["energy", "signed", "relative-change", "gain"]
 
-_UNDO = "Share of the module's alignment that the update cancels. At +100 % it is gone; a negative share reinforces it."
+_UNDO = "Share of the module's alignment that the update cancels. At +1 it is gone; a negative share reinforces it."
 _UNDO_AFTER = "The same of the corrected update, in the colours of the map before."
-_GAINS = "What the policy multiplies each component by: 100 % keeps it, 0 % removes it, more reinforces it."
+_ENERGY = "Where the update lies, in percent: the components of a module's update add up to 100."
+_GAINS = "What the policy multiplies each component by, in percent: 100 keeps it, 0 removes it, more reinforces it."
 _RELATIVE_CHANGE = "Size of what the policy changes, relative to the update: |X - dW| / |dW|."
 _ALIGNED = "Inside the subspace in which alignment moved the weights, on both sides."
 
@@ -26,7 +28,7 @@ class HeatMap:
         sentence: what it means.
         tone: which colours the table has; ``signed`` has one for each side of 0.
         limit: the share that has the full colour.
-        decimals: digits of a percentage after the point.
+        decimals: digits of a percentage after the point; undo is no percentage, see `csulora.views.html.numbers`.
         values: the figure of each module, as a share.
     """
 
@@ -41,6 +43,19 @@ class HeatMap:
     def low(self) -> float:
         """The share at the other end of the colours."""
         return -self.limit if self.tone == "signed" else 0.0
+
+    def legend(self, share: float) -> str:
+        """An end of the colours as a text."""
+        return short_undo(share) if self.tone == "signed" else percent(share, self.decimals)
+
+    def cell(self, module: str) -> str:
+        """A module's figure, short and without a sign of percent."""
+        return self.legend(self.values[module]).removesuffix(" %")
+
+    def exact(self, module: str) -> str:
+        """A module's figure with one digit more."""
+        share = self.values[module]
+        return undo(share) if self.tone == "signed" else percent(share, self.decimals + 1)
 
     def depth(self, module: str) -> float:
         """How much of the full colour a module has, in [0, 1]."""
@@ -57,21 +72,22 @@ class Group:
 
 
 def heat_maps(report: Report) -> tuple[Group, ...]:
-    """Return the maps of a report."""
+    """Return the maps of a report; where nothing was changed there are none of the change."""
     modules = report.measured
-    undo = _map("Undo", _UNDO, "signed", modules, lambda module: module.undo or 0.0)
-    after = _map("Undo after", _UNDO_AFTER, "signed", modules, lambda module: module.undo_after or 0.0, undo.limit)
+    before = _map("Undo", _UNDO, "signed", modules, lambda module: module.undo or 0.0)
+    after = _map("Undo after", _UNDO_AFTER, "signed", modules, lambda module: module.undo_after or 0.0, before.limit)
     relative_change = _map(
         "Relative change", _RELATIVE_CHANGE, "relative-change", modules, lambda module: module.relative_change or 0.0
     )
+    energy = Group("Energy", _ENERGY, _energies(modules))
+    if report.changes_nothing:
+        return energy, Group("Undo", "What the update does to the alignment.", (before,))
     return (
-        Group(
-            "Energy", "Where the update lies: the components of a module's update add up to 100 %.", _energies(modules)
-        ),
+        energy,
         Group(
             "Undo and relative change",
-            "What the update does to the alignment, and the policy to the update.",
-            (undo, after, relative_change),
+            "What the update does to the alignment, and the policy to the update. Relative change is in percent.",
+            (before, after, relative_change),
         ),
         Group("Gains", _GAINS, _gains(modules)),
     )

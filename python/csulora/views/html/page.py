@@ -6,7 +6,7 @@ what cannot be seen or reverses the direction of reading is replaced.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Frontier
 from csulora.views.html.frontier_chart import FrontierChart
 from csulora.views.html.heat_maps import heat_maps
+from csulora.views.html.numbers import number, percent, undo
 from csulora.views.html.spectrum import Spectrum
 from csulora.views.layout import Layout
 
@@ -34,25 +35,58 @@ _HEADLINES = {
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def render(adapter: Adapter, subspace: Subspace, policy: Policy, frontier: Frontier | None = None) -> str:
-    """Return the page: where the adapter's update lies, what it undoes, and what the policy does to it.
+@dataclass(frozen=True)
+class Assessment:
+    """What a policy does to an adapter.
 
-    Args:
-        adapter: the adapter, or what `csulora.combine` made of several.
-        subspace: the subspaces of its model.
-        policy: the policy to show. One that refuses the adapter is shown too, with its reason.
-        frontier: what `csulora tune` measured with this subspace file.
+    Attributes:
+        report: what it does; of one that refuses the adapter, what it would do otherwise.
+        refusal: what was raised if it refuses the adapter.
+        reason: the refusal without the adapter's path.
+    """
+
+    report: Report
+    refusal: RefusedError | None = None
+    reason: str = ""
+
+
+def assess(adapter: Adapter, subspace: Subspace, policy: Policy) -> Assessment:
+    """Return what the page shows of an adapter, or of what `csulora.combine` made of several.
 
     Raises:
         RefusedError: the policy was tuned for another subspace file, or the subspace file does not fit the adapter.
-        InputError: the frontier was measured with another subspace file, or a file is malformed.
+        InputError: a file is malformed.
+    """
+    check_subspace(policy, subspace)
+    try:
+        return Assessment(correct(adapter, subspace, policy)[1])
+    except RefusedError as error:
+        uncovered = "keep" if policy.uncovered == "refuse" else policy.uncovered
+        lenient = replace(policy, uncovered=uncovered, max_undo=None)
+        reason = str(error).removeprefix(f"{adapter.path}: ")
+        return Assessment(correct(adapter, subspace, lenient)[1], error, reason)
+
+
+def render(
+    assessment: Assessment, subspace: Subspace, policy: Policy | None = None, frontier: Frontier | None = None
+) -> str:
+    """Return the page: where the adapter's update lies, what it undoes, and what the policy does to it.
+
+    Args:
+        assessment: what `assess` returned.
+        subspace: the subspaces of the adapter's model.
+        policy: the one that the adapter was assessed with; None: nobody named one, and the page shows none.
+        frontier: what `csulora tune` measured with this subspace file.
+
+    Raises:
+        InputError: the frontier was measured with another subspace file.
     """
     if frontier is not None and frontier.subspace_sha256 != subspace.sha256:
         raise InputError(
             f"the frontier was measured with the subspace file {frontier.subspace_sha256}, and this one is "
             f"{subspace.sha256}; name the frontier of this subspace file"
         )
-    report, refusal = _assess(adapter, subspace, policy)
+    report = assessment.report
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -61,13 +95,14 @@ def render(adapter: Adapter, subspace: Subspace, policy: Policy, frontier: Front
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "number": number}
+    environment.filters |= {"percent": percent, "number": number, "undo": undo}
     by_undo = sorted(report.measured, key=lambda module: -(module.undo or 0.0))
     return environment.get_template("page.html").render(
         report=report,
         totals=report.totals,
         policy=policy,
-        refusal=refusal,
+        refusal=assessment.reason,
+        is_changed=not report.changes_nothing,
         headlines=_HEADLINES,
         components=COMPONENTS,
         provenance=subspace.provenance,
@@ -77,31 +112,6 @@ def render(adapter: Adapter, subspace: Subspace, policy: Policy, frontier: Front
         offenders=by_undo[:_OFFENDERS],
         frontier=FrontierChart.of(frontier) if frontier else None,
     )
-
-
-def _assess(adapter: Adapter, subspace: Subspace, policy: Policy) -> tuple[Report, str | None]:
-    """Return the report under a policy, and the reason if the policy refuses the adapter."""
-    check_subspace(policy, subspace)
-    try:
-        return correct(adapter, subspace, policy)[1], None
-    except RefusedError as error:
-        uncovered = "keep" if policy.uncovered == "refuse" else policy.uncovered
-        lenient = replace(policy, uncovered=uncovered, max_undo=None)
-        return correct(adapter, subspace, lenient)[1], str(error).removeprefix(f"{adapter.path}: ")
-
-
-def percent(share: float, decimals: int = 1, sign: str = "") -> str:
-    """Write a share in percent; ``sign`` is "+" where positive numbers carry one too."""
-    value = 100 * share
-    if abs(value) >= 10_000:
-        return f"{value:{sign}.0e} %"
-    text = f"{value:{sign}.{decimals}f}"
-    return f"{text if float(text) else text.lstrip('+-')} %"
-
-
-def number(value: float) -> str:
-    """Write a number of any size with three significant digits."""
-    return f"{value:#.3g}".removesuffix(".")
 
 
 def _visible(value: Any) -> Any:

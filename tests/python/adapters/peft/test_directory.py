@@ -321,7 +321,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     [
         (b"", "not readable as JSON"),
         (b"[]", "not a JSON object"),
-        (b'{"r": NaN}', "NaN is not JSON"),
+        (b'{"r": NaN}', "r is NaN; write a finite number"),
         (b'{"r": 1, "r": 2}', "a key stands twice"),
         (b"\xff\xfe", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),

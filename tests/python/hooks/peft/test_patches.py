@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -440,6 +442,40 @@ def test_an_adapter_does_not_choose_the_revision_of_its_base_model(
         pytest.raises(csulora.RefusedError, match=r"revision 'refs/pr/1'.*base_models"),
     ):
         peft.AutoPeftModelForCausalLM.from_pretrained(str(path))
+
+
+@pytest.mark.parametrize("load", AUTOMATIC[1:])
+def test_transformers_does_not_drop_a_revision_that_was_allowed(
+    load: Callable, adapter: Path, subspace: Path, tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    path = naming(adapter, tmp_path / "upload", base_model_name_or_path=str(tmp_path / "model"), revision="v2")
+    with (
+        hook.guard(subspace, POLICY, base_models=[f"{tmp_path / 'model'}@v2"]),
+        pytest.raises(csulora.RefusedError, match=r"revision 'v2' of .*, which transformers ignores; load "),
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("slashes", [("", ""), ("/", ""), ("", "/")])
+def test_a_base_model_may_be_a_path_or_end_in_a_slash(slashes: tuple[str, str], subspace: Path, tmp_path: Path) -> None:
+    allowed, named = (f"{tmp_path / 'model'}{slash}" for slash in slashes)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": named}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for names in ([allowed], [Path(allowed)]):
+        with closing(BaseModels(names)) as base_models:
+            assert base_models.check(tmp_path / "adapter_config.json")["base_model_name_or_path"] == named
+
+
+@pytest.mark.parametrize("names", ["org/name", Path("org/name"), [None], [3]])
+def test_base_models_are_a_list_of_names(names: Any, subspace: Path) -> None:
+    with (
+        pytest.raises(csulora.InputError, match=r"it must be a list of names"),
+        hook.guard(subspace, POLICY, None, names),
+    ):
+        pass
+    with hook.guard(subspace, POLICY):  # the one before is not active any more
+        pass
 
 
 def test_a_subfolder_with_a_model_in_it_changes_nothing(adapter: Path, subspace: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import InputFilter
 from csulora.subspace.subspace import Subspace
 from csulora.views.html.charts import Axis, round_values
-from csulora.views.html.page import number, percent, render
+from csulora.views.html.numbers import number, percent, short_undo, undo
+from csulora.views.html.page import assess, render
 from csulora.views.html.spectrum import Spectrum
 from csulora.views.layout import Layout, place
 
@@ -83,7 +84,7 @@ def adapter() -> Adapter:
 def test_every_figure_of_every_module_is_on_the_page(adapter: Adapter, subspace: Subspace) -> None:
     policy = Policy(overrides=(Override("q_proj", gains=(0.9, 0.1, 0.3, 0.7)),))
     _, report = csulora.correct(adapter, subspace, policy)
-    titles = Parsed(render(adapter, subspace, policy)).titles()
+    titles = Parsed(html_pages.rendered(adapter, subspace, policy)).titles()
     for module in report.modules:
         assert module.energies is not None
         assert module.gains is not None
@@ -97,36 +98,45 @@ def test_every_figure_of_every_module_is_on_the_page(adapter: Adapter, subspace:
             "relative change": [module.relative_change],
         }
         for name, values in figures.items():
-            shown = [re.fullmatch(rf"{re.escape(module.module)}: {name} ([-+.0-9]+) %", title) for title in titles]
-            found = sorted(float(match[1]) / 100 for match in shown if match)
+            shown = [re.fullmatch(rf"{re.escape(module.module)}: {name} ([-+.0-9]+)( %)?", title) for title in titles]
+            found = sorted(float(match[1]) / (100 if match[2] else 1) for match in shown if match)
             assert found == pytest.approx(sorted(values), abs=6e-4)
 
 
 def test_left_and_right_gains_share_a_map_unless_they_differ(adapter: Adapter, subspace: Subspace) -> None:
-    assert "Gain of the partial component" in render(adapter, subspace, Policy.csulora())
-    split = render(adapter, subspace, Policy(overrides=(Override("*", gains=(1, 0.5, 0.6, 1)),)))
+    assert "Gain of the partial component" in html_pages.rendered(adapter, subspace, Policy.csulora())
+    split = html_pages.rendered(adapter, subspace, Policy(overrides=(Override("*", gains=(1, 0.5, 0.6, 1)),)))
     assert "Gain of the left component" in split
     assert "Gain of the right component" in split
     assert "Gain of the partial component" not in split
 
 
 def test_the_page_says_what_it_was_made_from(adapter: Adapter, subspace: Subspace) -> None:
-    text = Parsed(render(adapter, subspace, Policy(0, 3, float("inf"), rank=2, max_undo=9.0))).text
+    text = Parsed(html_pages.rendered(adapter, subspace, Policy(0, 3, float("inf"), rank=2, max_undo=9.0))).text
     for fact in (
         adapter.sha256,
         subspace.sha256,
         "from base to aligned",
-        "aligned 0, partial 3, off inf; rank: 2; modules outside the subspace file: refuse; undo at most 900.0 %",
+        "aligned 0, partial 3, off inf; rank: 2; modules outside the subspace file: refuse; undo at most 9",
         f"csulora {csulora.__version__}",
     ):
         assert fact in text
+
+
+def test_a_page_without_a_policy_shows_nothing_of_one(adapter: Adapter, subspace: Subspace) -> None:
+    assessment = assess(adapter, subspace, Policy.none())
+    page = Parsed(render(assessment, subspace))
+    assert not page.open
+    assert f"Total undo {assessment.report.totals.undo:+.3f} share" in page.text
+    tables = page.text.partition("What the figures mean")[0]
+    assert not [word for word in ("penalties", "elative change", "Gains", "gain, %", "undo after") if word in tables]
 
 
 def test_the_page_says_what_the_policy_depends_on(adapter: Adapter, subspace: Subspace) -> None:
     input_filters = {name: InputFilter(torch.ones(n, 1), torch.ones(n, 1)) for name, (_, n) in factories.SHAPES.items()}
     overrides = (Override("*", directions=Directions((0.5,), (0.5,))),)
     policy = Policy.none(overrides=overrides, reference_energy=0.25, filtered=True)
-    text = Parsed(render(adapter, subspace.with_input_filters(input_filters), policy)).text
+    text = Parsed(html_pages.rendered(adapter, subspace.with_input_filters(input_filters), policy)).text
     assert (
         "1 overrides, with a reference energy of 25.0 %, on the inputs that the subspace file's input filters select"
         in text
@@ -136,7 +146,9 @@ def test_the_page_says_what_the_policy_depends_on(adapter: Adapter, subspace: Su
 def test_modules_that_a_refusing_policy_would_drop_are_shown_as_dropped() -> None:
     shapes = {Q: (40, 40)}
     outside = factories.adapter(shapes | {"lm_head": (40, 40)})
-    text = Parsed(render(outside, factories.subspace(shapes), Policy.csulora(uncovered="drop", max_undo=-1e9))).text
+    text = Parsed(
+        html_pages.rendered(outside, factories.subspace(shapes), Policy.csulora(uncovered="drop", max_undo=-1e9))
+    ).text
     assert "not covered by the subspace file: dropped" in text
 
 
@@ -145,27 +157,30 @@ def test_a_refusal_is_shown_with_its_reason_and_the_figures(adapter: Adapter, su
     worst = report.worst_undo
     assert worst is not None
     assert worst.undo is not None
-    text = Parsed(render(adapter, subspace, Policy.csulora(max_undo=worst.undo - 0.001))).text
+    text = Parsed(html_pages.rendered(adapter, subspace, Policy.csulora(max_undo=worst.undo - 0.001))).text
     assert f"The policy refuses this adapter. module {worst.module} undoes" in text
     assert "some/adapter" not in text
     assert "All 3 modules" in text
-    assert "The policy refuses" not in Parsed(render(adapter, subspace, Policy.csulora(max_undo=worst.undo))).text
+    assert (
+        "The policy refuses"
+        not in Parsed(html_pages.rendered(adapter, subspace, Policy.csulora(max_undo=worst.undo))).text
+    )
 
 
 def test_modules_outside_the_subspace_are_shown_as_such(subspace: Subspace) -> None:
     adapter = factories.adapter({**factories.SHAPES, "lm_head": (50, 40)})
-    page = Parsed(render(adapter, subspace, Policy.csulora()))
+    page = Parsed(html_pages.rendered(adapter, subspace, Policy.csulora()))
     assert "The policy refuses this adapter. the subspace file does not cover module lm_head" in page.text
     assert "lm_head: not measured" in page.titles()
     assert "not covered by the subspace file: kept" in page.text
-    dropped = Parsed(render(adapter, subspace, Policy.csulora(uncovered="drop")))
+    dropped = Parsed(html_pages.rendered(adapter, subspace, Policy.csulora(uncovered="drop")))
     assert "over 3 of 4 modules" in dropped.text
     assert "not covered by the subspace file: dropped" in dropped.text
 
 
 def test_offenders_come_in_order_of_undo(adapter: Adapter, subspace: Subspace) -> None:
     _, report = csulora.correct(adapter, subspace, csulora.Policy.csulora())
-    page = render(adapter, subspace, Policy.csulora())
+    page = html_pages.rendered(adapter, subspace, Policy.csulora())
     table = page[page.index("Largest offenders") : page.index("<details>")]
     found = [name.replace("<wbr>", "") for name in re.findall(r"<code>(.*?)</code>", table)]
     assert found == [m.module for m in sorted(report.measured, key=lambda m: -(m.undo or 0))]
@@ -173,13 +188,15 @@ def test_offenders_come_in_order_of_undo(adapter: Adapter, subspace: Subspace) -
 
 def test_another_subspaces_policy_and_adapter_are_refused(adapter: Adapter, subspace: Subspace) -> None:
     with pytest.raises(RefusedError, match="was tuned for the subspace file"):
-        render(adapter, subspace, Policy.csulora(subspace_sha256="0" * 64))
+        html_pages.rendered(adapter, subspace, Policy.csulora(subspace_sha256="0" * 64))
     with pytest.raises(RefusedError, match="covers none"):
-        render(factories.adapter({"model.layers.9.mlp.up_proj": (56, 40)}), subspace, Policy.csulora())
+        html_pages.rendered(factories.adapter({"model.layers.9.mlp.up_proj": (56, 40)}), subspace, Policy.csulora())
 
 
 def test_the_page_is_deterministic(adapter: Adapter, subspace: Subspace) -> None:
-    assert render(adapter, subspace, Policy.csulora()) == render(adapter, subspace, Policy.csulora())
+    assert html_pages.rendered(adapter, subspace, Policy.csulora()) == html_pages.rendered(
+        adapter, subspace, Policy.csulora()
+    )
 
 
 # The frontier
@@ -187,7 +204,7 @@ def test_the_page_is_deterministic(adapter: Adapter, subspace: Subspace) -> None
 
 def test_the_frontier_is_drawn_and_listed(adapter: Adapter, subspace: Subspace) -> None:
     frontier = html_pages.frontier(subspace.sha256)
-    page = Parsed(render(adapter, subspace, Policy.csulora(), frontier))
+    page = Parsed(html_pages.rendered(adapter, subspace, Policy.csulora(), frontier))
     assert frontier.verdict in page.text
     assert (
         "1. tuned for adapter (recommended) 95 (76 to 99) 90 (70 to 97) 75 (47 to 91) 5 (1 to 24) 85 (64 to 95) 30.0"
@@ -200,7 +217,7 @@ def test_the_frontier_is_drawn_and_listed(adapter: Adapter, subspace: Subspace) 
 
 def test_a_policy_file_without_recommendation_is_marked(adapter: Adapter, subspace: Subspace) -> None:
     frontier = replace(html_pages.frontier(subspace.sha256), recommended=None)
-    page = Parsed(render(adapter, subspace, Policy.csulora(), frontier))
+    page = Parsed(html_pages.rendered(adapter, subspace, Policy.csulora(), frontier))
     assert "tuned for adapter (in the policy file)" in page.text
     assert "(recommended)" not in page.text
 
@@ -211,19 +228,19 @@ def test_a_frontier_without_refusals_and_ordinary_prompts_has_no_columns_for_the
     frontier = html_pages.frontier(subspace.sha256)
     bare = (replace(point, refusals=None, general=None) for point in frontier.points)
     frontier = replace(frontier, points=tuple(bare))
-    page = Parsed(render(adapter, subspace, Policy.csulora(), frontier))
+    page = Parsed(html_pages.rendered(adapter, subspace, Policy.csulora(), frontier))
     assert "1. tuned for adapter (recommended) 95 (76 to 99) 90 (70 to 97) 30.0" in page.text
     assert "refused, %" not in page.text
     assert "all else" not in page.text
 
 
 def test_without_a_frontier_there_is_none(adapter: Adapter, subspace: Subspace) -> None:
-    assert "Frontier" not in Parsed(render(adapter, subspace, Policy.csulora())).text
+    assert "Frontier" not in Parsed(html_pages.rendered(adapter, subspace, Policy.csulora())).text
 
 
 def test_a_frontier_of_another_subspace_is_refused(adapter: Adapter, subspace: Subspace) -> None:
     with pytest.raises(InputError, match="measured with the subspace file 0000"):
-        render(adapter, subspace, Policy.csulora(), html_pages.frontier("0" * 64))
+        html_pages.rendered(adapter, subspace, Policy.csulora(), html_pages.frontier("0" * 64))
 
 
 # Hostile names, and nothing from elsewhere
@@ -245,7 +262,7 @@ def test_names_are_shown_as_they_are() -> None:
 
 
 def test_the_page_refers_to_nothing(adapter: Adapter, subspace: Subspace) -> None:
-    page = render(adapter, subspace, Policy.csulora(), html_pages.frontier(subspace.sha256))
+    page = html_pages.rendered(adapter, subspace, Policy.csulora(), html_pages.frontier(subspace.sha256))
     parsed = Parsed(page)
     assert not parsed.open
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & {
@@ -260,7 +277,7 @@ def test_the_page_refers_to_nothing(adapter: Adapter, subspace: Subspace) -> Non
 
 
 def test_tables_and_drawings_can_be_read_aloud(adapter: Adapter, subspace: Subspace) -> None:
-    parsed = Parsed(render(adapter, subspace, Policy.csulora(), html_pages.frontier(subspace.sha256)))
+    parsed = Parsed(html_pages.rendered(adapter, subspace, Policy.csulora(), html_pages.frontier(subspace.sha256)))
     for tag, attributes in parsed.elements:
         if tag == "th":
             assert attributes.get("scope") in ("col", "row", "colgroup")
@@ -289,6 +306,19 @@ def test_tables_and_drawings_can_be_read_aloud(adapter: Adapter, subspace: Subsp
 )
 def test_percent(share: float, decimals: int, sign: str, text: str) -> None:
     assert percent(share, decimals, sign) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text", "short"),
+    [
+        (0.1538, "+0.154", "+0.15"),
+        (-1.0, "-1.000", "-1.00"),
+        (9.996, "+9.996", "+10"),
+        (12345.0, "+12345.000", "+1e+04"),
+    ],
+)
+def test_undo(share: float, text: str, short: str) -> None:
+    assert (undo(share), short_undo(share)) == (text, short)
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.56, "0.560"), (128.4, "128"), (1.26e-6, "1.26e-06"), (0.0, "0.00")])
@@ -368,7 +398,7 @@ def test_a_noise_edge_far_below_does_not_flatten_the_spectrum(adapter: Adapter, 
     subspace = Subspace(modules, subspace.provenance)
     spectrum = Spectrum.of(subspace)
     assert all(panel.edge is None for panel in spectrum.panels)
-    assert "noise edge 1.00e-06, far below" in render(adapter, subspace, Policy.csulora())
+    assert "noise edge 1.00e-06, far below" in html_pages.rendered(adapter, subspace, Policy.csulora())
 
 
 def test_a_noise_edge_above_all_values_is_said_to_be_there(adapter: Adapter, subspace: Subspace) -> None:
@@ -376,7 +406,7 @@ def test_a_noise_edge_above_all_values_is_said_to_be_there(adapter: Adapter, sub
         name: replace(module, certificate=replace(module.certificate, noise_edge=1e6))
         for name, module in subspace.items()
     }
-    page = render(adapter, Subspace(modules, subspace.provenance), Policy.csulora())
+    page = html_pages.rendered(adapter, Subspace(modules, subspace.provenance), Policy.csulora())
     assert "noise edge 1.00e+06, above all values" in page
     assert "far below" not in page
 
@@ -404,11 +434,11 @@ def test_modules_without_directions_have_no_line() -> None:
 
 def test_an_update_of_nothing_has_a_page(adapter: Adapter, subspace: Subspace) -> None:
     modules = {name: replace(module, b=torch.zeros_like(module.b)) for name, module in adapter.modules.items()}
-    page = Parsed(render(replace(adapter, modules=modules), subspace, Policy.csulora()))
+    page = Parsed(html_pages.rendered(replace(adapter, modules=modules), subspace, Policy.csulora()))
     assert "Nothing is changed." in page.text
-    assert f"{Q}: undo 0.00 %" in page.titles()
+    assert f"{Q}: undo +0.000" in page.titles()
 
 
 def test_a_sum_has_a_page(adapter: Adapter, subspace: Subspace) -> None:
     whole = csulora.combine([adapter, replace(adapter, path=Path("some/other"))], subspace, [1.0, 0.5])
-    assert "adapter + 0.5 other" in Parsed(render(whole, subspace, Policy.csulora())).text
+    assert "adapter + 0.5 other" in Parsed(html_pages.rendered(whole, subspace, Policy.csulora())).text

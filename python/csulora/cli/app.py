@@ -19,6 +19,7 @@ from csulora.cli.export import export
 from csulora.cli.extract import extract
 from csulora.cli.guard import guard
 from csulora.cli.inspect import inspect
+from csulora.cli.sglang_serve import sglang_serve
 from csulora.cli.tune import tune
 from csulora.cli.verify import verify
 from csulora.cli.vllm_serve import vllm_serve
@@ -50,7 +51,8 @@ def root(
 
 for command in (extract, verify, inspect, correct, export, tune, guard):
     app.command()(command)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(vllm_serve)
+for server in (vllm_serve, sglang_serve):
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(server)
 app.command()(doctor)
 
 

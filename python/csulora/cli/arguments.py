@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +14,12 @@ import typer
 from csulora.cli.console import STDOUT
 from csulora.io.files import check_file, check_not_input
 from csulora.policy.policy import POLICY_CHOICES, PRESETS, Policy
-from csulora.serving.variables import SUBSPACE_SHA256_VARIABLE
+from csulora.serving.variables import (
+    DECISIONS_VARIABLE,
+    POLICY_VARIABLE,
+    SUBSPACE_SHA256_VARIABLE,
+    SUBSPACE_VARIABLE,
+)
 
 _MOST_DIGITS = 10  # of a rank
 
@@ -111,6 +117,30 @@ SubspaceSha256 = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+ServedSubspace = Annotated[
+    Path | None, typer.Option(envvar=SUBSPACE_VARIABLE, help="Subspace file of the served model.")
+]
+ServedPolicy = Annotated[
+    str | None,
+    typer.Option(
+        envvar=POLICY_VARIABLE, metavar="NAME|FILE", help="A preset, or a policy file (TOML); there is no default."
+    ),
+]
+ServedDecisions = Annotated[
+    Path | None, typer.Option(envvar=DECISIONS_VARIABLE, help="Append a JSON line per decision to this file.")
+]
+
+
+def set_variables(subspace: Path | None, policy: str | None, decisions: Path | None) -> None:
+    """Let the processes of a server, which may work elsewhere, find what was chosen."""
+    files = {SUBSPACE_VARIABLE: subspace, DECISIONS_VARIABLE: decisions}
+    if policy in PRESETS:
+        os.environ[POLICY_VARIABLE] = policy
+    elif policy is not None:
+        files[POLICY_VARIABLE] = Path(policy)
+    os.environ.update({name: str(path.resolve()) for name, path in files.items() if path is not None})
 
 
 def chosen_policy(source: str | None) -> Policy:

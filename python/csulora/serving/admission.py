@@ -43,6 +43,10 @@ class Admission:
         self._ranks: dict[Path, int] = {}
         self._judging: dict[tuple[str, torch.dtype], threading.Lock] = {}
 
+    def is_published(self, path: Path) -> bool:
+        """Whether a path is one that `admit` returned, or could have."""
+        return self._publication.holds(path)
+
     def admit(
         self, identity: Hashable, locate: Callable[[], Path], dtype: torch.dtype, max_rank: int, reload: bool
     ) -> Path:

@@ -43,6 +43,10 @@ class Publication:
         """Return where the corrected form of an adapter lies, or will lie."""
         return self._home / f"{adapter.sha256}-{str(dtype).removeprefix('torch.')}"
 
+    def holds(self, directory: Path) -> bool:
+        """Whether a path is one of this publication's, whether or not anything is there."""
+        return directory.parent == self._home and _PUBLISHED.fullmatch(directory.name) is not None
+
     def publish(self, corrected: Adapter, directory: Path) -> None:
         """Let the directory appear complete; somebody may just be reading one that is there."""
         with self._publishing:

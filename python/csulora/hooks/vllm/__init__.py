@@ -22,12 +22,11 @@ import os
 import torch
 
 from csulora.errors import HostError
+from csulora.hooks.hosts import VLLM
 from csulora.serving.gate import Gate
 
 ENTRY_POINT = "csulora"
 ADAPTERS_VARIABLE = "CSULORA_ADAPTERS"
-
-_SERIES = "0.32."
 
 # vLLM configures the logger called vllm, and those below it.
 logger = logging.getLogger("vllm.csulora")
@@ -53,9 +52,8 @@ def _check_host() -> None:
     try:
         import vllm
     except ImportError as error:
-        raise HostError(f"vLLM cannot be imported ({error}); install csulora beside vLLM {_SERIES}x") from error
-    if not vllm.__version__.startswith(_SERIES):
-        raise HostError(f"csulora's hook is for vLLM {_SERIES}x and this is {vllm.__version__}; use a matching csulora")
+        raise HostError(f"vLLM cannot be imported ({error}); install csulora beside vLLM") from error
+    VLLM.check(vllm.__version__)
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
         raise HostError("csulora cannot refuse adapters in vLLM's Rust front end; unset VLLM_USE_RUST_FRONTEND")
 

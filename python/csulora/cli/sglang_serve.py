@@ -1,0 +1,20 @@
+"""`csulora sglang-serve`: SGLang's server, guarded."""
+
+from __future__ import annotations
+
+import typer
+
+from csulora.cli.arguments import ServedDecisions, ServedPolicy, ServedSubspace, set_variables
+
+
+def sglang_serve(
+    context: typer.Context,
+    subspace: ServedSubspace = None,
+    policy: ServedPolicy = None,
+    decisions: ServedDecisions = None,
+) -> None:
+    """Run SGLang's HTTP server with all further arguments, or fail if adapters would not be corrected."""
+    from csulora.hooks.sglang.launcher import serve
+
+    set_variables(subspace, policy, decisions)
+    serve(context.args)

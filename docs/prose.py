@@ -17,7 +17,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 
-_PROJECT = ("SECURITY.md", "CONTRIBUTING.md", "findings/README.md")
+_PROJECT = ("SECURITY.md", "CONTRIBUTING.md", "findings/README.md", "bench/efficacy/README.md")
 _LONG = 25  # words; the share of longer sentences is reported
 _FENCE = re.compile(r"\s*(```|~~~)")
 _NO_PROSE = re.compile(r"\s*(#|\||<|!!!|\?\?\?|--8<--|-{3,}$|!\[)")

@@ -1,4 +1,4 @@
-"""Measure the sentences of README.md and of the pages under docs/, and name those that are too long.
+"""Measure the sentences of README.md, of the pages under docs/ and of others, and name those that are too long.
 
     python docs/prose.py
 
@@ -17,6 +17,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 
+_PROJECT = ("SECURITY.md", "CONTRIBUTING.md", "findings/README.md", "bench/efficacy/README.md")
 _LONG = 25  # words; the share of longer sentences is reported
 _FENCE = re.compile(r"\s*(```|~~~)")
 _NO_PROSE = re.compile(r"\s*(#|\||<|!!!|\?\?\?|--8<--|-{3,}$|!\[)")
@@ -101,9 +102,10 @@ def faults(found: Sequence[Sentence], files: Sequence[Path], limits: Limits) -> 
 
 
 def main() -> int:
-    """Print the figures and the faults of README.md and of all pages."""
+    """Print the figures and the faults of README.md, of the project's other documents and of all pages."""
     groups = {
         "README.md": ([ROOT / "README.md"], Limits(median=14, longest=30, lines=130)),
+        "project": ([ROOT / name for name in _PROJECT], Limits(median=14, longest=30)),
         "docs": (sorted((ROOT / "docs" / "pages").rglob("*.md")), Limits(median=14, longest=30)),
     }
     wrong = False

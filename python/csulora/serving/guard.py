@@ -71,6 +71,7 @@ class _Entry:
     decided: bool = False
     failures: int = 0  # how often this machine failed to decide
     reason: str = ""  # of the last failure
+    waiting: bool = False  # whether somebody was told that it cannot be read yet, in this content or the one before
 
 
 class DirectoryGuard:
@@ -195,7 +196,10 @@ class DirectoryGuard:
     def _look(self, path: Path) -> _Entry:
         signature = signature_of(path)
         known = self._entries.get(path.name)
-        return known if known and known.signature == signature else _Entry(signature, time.monotonic(), self.settle)
+        if known and known.signature == signature:
+            return known
+        waiting = known is not None and known.waiting and not known.decided
+        return _Entry(signature, time.monotonic(), self.settle, waiting=waiting)
 
     def _decide_or_postpone(self, name: str, entry: _Entry) -> bool:
         try:
@@ -230,7 +234,7 @@ class DirectoryGuard:
             with self.gate.decision(path) as decision:
                 found = self._read(path, entry.signature, decision)
                 if isinstance(found, InputError) and entry.wait < self.patience:
-                    entry.wait = self.patience  # an upload may have come to a halt; one that goes on is a new entry
+                    self._wait_for(name, entry, found)
                     return False
                 if signature_of(path) != entry.signature:
                     return False
@@ -248,6 +252,13 @@ class DirectoryGuard:
         self._refusal(name).unlink(missing_ok=True)
         self._tell(f"{name}: corrected, {report.warning}relative change {report.totals.relative_change:.1%}")
         return True
+
+    def _wait_for(self, name: str, entry: _Entry, error: InputError) -> None:
+        """Give an upload that has come to a halt its time; one that goes on is a new entry. Say so once."""
+        entry.wait = self.patience
+        if not entry.waiting:
+            self._tell(f"{name}: not readable yet ({error}); waiting up to {self.patience:g} s")
+        entry.waiting = True
 
     def _turn_away(self, name: str, path: Path) -> bool:
         """Refuse an upload whose name can stand neither in a log nor in OUTGOING."""

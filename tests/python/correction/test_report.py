@@ -182,7 +182,7 @@ def test_the_card_names_everything_it_was_made_from() -> None:
     card = model_card(report, "org/base")
     assert card.startswith('---\nbase_model: "org/base"\nlibrary_name: peft\n')
     assert "# `adapter`, corrected by csulora" in card
-    assert "partial=2.0" in card
+    assert "partial=2, off=2, rank=keep" in card
     assert "| modules corrected | 1 of 3 |" in card
     assert report.adapter_sha256 in card
     assert report.subspace_sha256 in card

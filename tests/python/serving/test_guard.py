@@ -143,12 +143,26 @@ def test_partial_uploads_are_waited_for(incoming: Path, subspace: Path) -> None:
     data = weights.read_bytes()
     weights.write_bytes(data[:-10])
     worker = guard(incoming, subspace, patience=1000)
+    said: list[str] = []
+    worker.say = said.append
 
     assert not worker.scan()
     assert not list(incoming.with_name("out").iterdir())
+    weights.write_bytes(data[:-5])  # it goes on, and halts again
+    assert not worker.scan()
+    assert not worker.scan()
+    (line,) = said
+    assert line.startswith(f"slow: not readable yet ({weights}: not a readable safetensors file: ")
+    assert line.endswith("; waiting up to 1000 s")
     weights.write_bytes(data)
     assert worker.scan()
     assert (incoming.with_name("out") / "slow").is_dir()
+    weights.write_bytes(data[:-10])
+    assert not worker.scan()
+    assert [line.partition(",")[0].partition(" (")[0] for line in said[1:]] == [
+        "slow: corrected",
+        "slow: not readable yet",
+    ]
 
 
 def test_what_still_changes_is_not_read(incoming: Path, subspace: Path) -> None:

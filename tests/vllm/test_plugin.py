@@ -26,7 +26,7 @@ finally:
 """
 WRONG_VERSION = """
 import vllm
-vllm.__version__ = "0.33.0"
+vllm.__version__ = "0.34.0"
 import csulora.hooks.vllm as hook
 hook.activate()
 """
@@ -75,7 +75,7 @@ def test_activates_and_separates_cached_prefixes(files: SimpleNamespace) -> None
     ("code", "reason"),
     [
         (WRONG_SIGNATURE, "takes (self, request, extra)"),
-        (WRONG_VERSION, "this is 0.33.0"),
+        (WRONG_VERSION, "vLLM 0.32 and 0.33, and this is 0.34.0"),
         (CLOSED, "does not know this way"),
     ],
 )

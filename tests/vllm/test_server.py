@@ -248,10 +248,12 @@ def test_refusals_give_the_reason_and_others_go_on(
     for name, path in files.bad.items():
         status, text = server.load(f"bad {name}", path)
         assert status == 400, text
+        assert json.loads(text)["error"]["message"].startswith("csulora: ")
         assert files.reasons[name] in text
         assert server.healthy()
     status, text = server.call("/v1/completions", {"model": "bad", "prompt": "how do i", "max_tokens": 1})
     assert status == 400, text
+    assert json.loads(text)["error"]["message"].startswith("csulora: ")
     assert "NaN" in text
     assert server.healthy()
     is_corrected(server.ask("static"), "one", expected)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from csulora.errors import HostError
+from csulora.hooks.hosts import VLLM
 from csulora.hooks.vllm import ENTRY_POINT, activate
 from csulora.serving.gate import Gate
 
@@ -30,9 +31,11 @@ def serve(arguments: Sequence[str]) -> None:
         raise HostError(f"csulora is not installed as a plugin of vLLM ({_GROUP}); reinstall it")
     Gate.from_environment()  # fails in a second, and importing vLLM takes ten
     activate()
+    from vllm import __version__
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup = VLLM.check(__version__).function("cli_env_setup")
 
     # What the command `vllm` does; it also asks for the version of a distribution that on CPUs has another name.
     sys.argv = ["vllm", "serve", *arguments]

@@ -1,4 +1,4 @@
-"""Where vLLM 0.32 is made to ask the guard.
+"""Where vLLM is made to ask the guard.
 
 Front end: a refused adapter is answered with its reason, before the engine hears of it; of others the engine gets the
 corrected one's path. Worker: any other way of making LoRA weights is closed. Scheduler: cached prefixes of guarded
@@ -262,7 +262,10 @@ def _init_static_loras(admission: Admission, original: _Function) -> _Function:
 def _load_adapter(original: _Function) -> _Function:
     @functools.wraps(original)
     def load_adapter(self: Any, lora_request: LoRARequest) -> Any:
-        check_published(Path(lora_request.lora_path))
+        try:
+            check_published(Path(lora_request.lora_path))
+        except RefusedError as error:
+            raise RefusedError(refusal(lora_request.lora_path, error)) from error
         token = _is_corrected.set(True)
         try:
             return original(self, lora_request)
@@ -276,7 +279,9 @@ def _closed(original: _Function) -> _Function:
     @functools.wraps(original)
     def closed(cls: Any, *args: Any, **options: Any) -> Any:
         if not _is_corrected.get():
-            raise RefusedError(f"csulora's guard does not know this way to {original.__qualname__}; nothing was loaded")
+            raise RefusedError(
+                f"csulora: its guard does not know this way to {original.__qualname__}; nothing was loaded"
+            )
         return original(cls, *args, **options)
 
     return closed

@@ -77,7 +77,7 @@ wheel: $(WHEEL_VENV)/.tools ## The wheel for PYTHON with a core for each of TORC
 	$(WHEEL_VENV)/bin/python .ci/wheel.py $(TORCHES)
 
 test-wheel: ## Install the wheel in dist into a fresh environment with PYTHON and TORCH=2.13.0, and test it there.
-	$(PYTHON) .ci/try_wheel.py --python $(PYTHON) --torch $(TORCH)
+	$(PYTHON) .ci/try_wheel.py --python $(PYTHON) --torch $(TORCH) $(if $(TESTS),--tests $(TESTS))
 
 demo: build ## From two checkpoints and an adapter to a corrected adapter, and what it replies.
 	$(BIN)/python bench/demo/demo.py

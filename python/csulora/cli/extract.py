@@ -27,7 +27,7 @@ def extract(
     ] = None,
     modules: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Modules to extract; repeatable. [default: attention and MLP]"),
+        typer.Option(metavar="GLOB", help="Modules to extract; repeatable. [default: all linear ones]"),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Storage type of the factors.")] = Dtype.f16,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,

@@ -11,7 +11,7 @@ import torch
 
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, check_type
-from csulora.models import names
+from csulora.models.resolver import Resolver
 from csulora.subspace.subspace import Subspace
 
 
@@ -46,9 +46,11 @@ def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[f
     if not all(math.isfinite(weight) for weight in weights):
         raise InputError(f"weights are {list(weights)}; they must be finite")
     terms: dict[str, list[LoraModule]] = {}
+    resolver = Resolver(subspace, subspace.aliases)
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, module in adapter.modules.items():
-            target = names.resolve(name, subspace, subspace.aliases) or name
+            found = resolver.resolve(name)
+            target = found.module if found else name
             earlier = terms.setdefault(target, [])
             if earlier and earlier[0].shape != module.shape:
                 raise InputError(

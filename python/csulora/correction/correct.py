@@ -13,7 +13,7 @@ from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
 from csulora.errors import InputError, RefusedError, check_type
 from csulora.io.files import to_json
-from csulora.models import names
+from csulora.models.resolver import Resolved, Resolver
 from csulora.native import _core
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
@@ -142,29 +142,28 @@ def _base_model(adapter: Adapter) -> str | None:
 def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str]:
     """Map each covered module to the subspace file's name for it, in the adapter's order."""
     covered: dict[str, str] = {}
-    owners: dict[tuple[str, bool], str] = {}
-    bare_names = {names.bare(known): known for known in subspace} if policy.uncovered == "keep" else {}
+    owners: dict[Resolved, str] = {}
+    resolver = Resolver(subspace, subspace.aliases)
     for name, module in adapter.modules.items():
-        target = names.resolve(name, subspace, subspace.aliases)
-        if target is None:
-            if policy.uncovered == "keep" and (twin := bare_names.get(names.bare(name))):
-                raise RefusedError(
-                    f"{adapter.path}: module {name} is another spelling of {twin}, which hosts may load it as; name it "
-                    "as the subspace file does, or extract a subspace file from checkpoints with this spelling"
-                )
+        try:
+            found = resolver.resolve(name)
+        except RefusedError as error:
+            raise RefusedError(f"{adapter.path}: {error}") from error
+        if found is None:
             if policy.uncovered == "refuse":
                 raise RefusedError(
                     f"{adapter.path}: the subspace file does not cover module {name}; extract it too (--modules), or "
                     "say what to do with such modules (--uncovered drop|keep)"
                 )
             continue
+        target = found.module
         if module.shape != subspace[target].shape:
             raise InputError(
                 f"{adapter.path}: module {name} updates a {list(module.shape)} matrix, but {target} is "
                 f"{list(subspace[target].shape)} in the subspace file; the adapter is for another model"
             )
         # A tied weight may be updated under both of its names, each of them once.
-        earlier = owners.setdefault((target, name in subspace.aliases), name)
+        earlier = owners.setdefault(found, name)
         if earlier != name:
             raise RefusedError(
                 f"{adapter.path}: modules {earlier} and {name} both update {target}; servers disagree on which of "

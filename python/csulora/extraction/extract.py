@@ -92,7 +92,7 @@ def extract(
         rank: directions per module, unless ``energy`` is given.
         energy: keep the fewest directions that capture this share of a displacement's energy, in (0, 1].
         max_rank: the most directions per module if ``energy`` is given.
-        modules: globs over module names; none means every 2-D weight of attention and MLP.
+        modules: globs over module names; none means every 2-D weight of a linear module.
         dtype: storage type of the factors: ``f16``, ``bf16`` or ``f32``.
         seed: seed of the random start block.
         keep_noise: keep directions below the storage rounding of the checkpoints.

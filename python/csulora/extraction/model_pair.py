@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from csulora.extraction.noise_edge import noise_std
-from csulora.models.checkpoint import Checkpoint, check_comparable
+from csulora.models.checkpoint import Checkpoint, check_comparable, check_one_model
+from csulora.models.resolver import Resolver
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(module, done, total)`` before each module, counting matrix entries, and once at the end."""
@@ -33,11 +34,19 @@ class LoadedModule:
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A base and an aligned checkpoint, and the modules to compare."""
+    """A base and an aligned checkpoint, and the modules to compare.
+
+    Attributes:
+        base: the checkpoint before alignment.
+        aligned: the one after it, whose names count.
+        modules: names of the modules.
+        base_names: what the base calls them: the same, up to the wrappers of a model's class.
+    """
 
     base: Checkpoint
     aligned: Checkpoint
     modules: list[str]
+    base_names: Mapping[str, str]
 
     @classmethod
     def open(
@@ -53,11 +62,16 @@ class ModelPair:
         Raises:
             InputError: a checkpoint is not usable, or the two do not fit each other.
         """
-        checkpoints = Checkpoint.open(base), Checkpoint.open(aligned)
+        before, after = Checkpoint.open(base), Checkpoint.open(aligned)
+        check_one_model(before, after)
+        counterparts = _counterparts(before, after)
         if modules is None:
-            modules = sorted({module for checkpoint in checkpoints for module in checkpoint.select(patterns)})
-        check_comparable(*checkpoints, modules)
-        return cls(*checkpoints, list(modules))
+            theirs = {mine: name for name, mine in counterparts.items()}
+            selected = {theirs.get(module, module) for module in before.select(patterns)} | set(after.select(patterns))
+            modules = sorted(module for module in selected if module in counterparts or not _differ(before, after))
+        base_names = {module: counterparts.get(module, module) for module in modules}
+        check_comparable(before, after, base_names)
+        return cls(before, after, list(modules), base_names)
 
     def load_ahead(self, modules: Sequence[str], progress: Progress | None) -> Iterator[LoadedModule]:
         """Yield the matrices of ``modules`` in order, reading and hashing the next ones in the background."""
@@ -87,8 +101,23 @@ class ModelPair:
         return rows * columns
 
     def _load(self, module: str) -> LoadedModule:
-        base, base_sha256 = self.base.load(module)
+        base, base_sha256 = self.base.load(self.base_names[module])
         aligned, aligned_sha256 = self.aligned.load(module)
-        quantised = [checkpoint.rounding_variances(module) for checkpoint in (self.base, self.aligned)]
+        quantised = [
+            self.base.rounding_variances(self.base_names[module]),
+            self.aligned.rounding_variances(module),
+        ]
         std = noise_std((base, aligned), quantised)
         return LoadedModule(module, base, aligned, base_sha256, aligned_sha256, std)
+
+
+def _counterparts(base: Checkpoint, aligned: Checkpoint) -> dict[str, str]:
+    """Return what the base calls the aligned checkpoint's modules that it has, too."""
+    resolver = Resolver(base.weights)
+    found = {module: resolver.resolve(module) for module in aligned.weights}
+    return {module: resolved.module for module, resolved in found.items() if resolved}
+
+
+def _differ(base: Checkpoint, aligned: Checkpoint) -> bool:
+    """Whether one of the two is a wrapper of the other, which has further towers."""
+    return base.config.get("model_type") != aligned.config.get("model_type")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,17 +105,17 @@ class Checkpoint:
         return {"lm_head": embedding} if embedding and tied and "lm_head" not in self.weights else {}
 
     def select(self, patterns: Iterable[str]) -> list[str]:
-        """Return the modules that any glob matches, or attention and MLP if there is no glob.
+        """Return the modules that any glob matches, or all linear ones if there is no glob.
 
         Raises:
             InputError: a glob matches nothing.
         """
         patterns = list(patterns)
         if not patterns:
-            usual = [module for module in self.weights if names.is_attention_or_mlp(module)]
+            usual = [module for module in self.weights if names.kind_of(module) == "linear"]
             if not usual:
                 raise InputError(
-                    f"{self.name}: holds no 2-D attention or MLP weight; name the modules (--modules), "
+                    f"{self.name}: holds no 2-D weight of a linear module; name the modules (--modules), "
                     "and dequantise a quantised checkpoint first"
                 )
             return usual
@@ -216,28 +216,50 @@ def _map(weight: Weight) -> torch.Tensor:
     return stored
 
 
-def check_comparable(base: Checkpoint, aligned: Checkpoint, modules: Iterable[str]) -> None:
-    """Raise `InputError` unless both have these modules, readable and in the same shapes, for the same model."""
+def check_one_model(base: Checkpoint, aligned: Checkpoint) -> None:
+    """Raise `InputError` unless both hold the same language model, whatever class wraps it."""
     mixed = isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint)
-    for key in ("GGUF architecture",) if mixed else ("model_type", "architectures"):
-        ours, theirs = (
-            checkpoint.gguf_architecture if mixed else checkpoint.config.get(key) for checkpoint in (base, aligned)
+    ours, theirs = (
+        checkpoint.gguf_architecture if mixed else _language_model_type(checkpoint) for checkpoint in (base, aligned)
+    )
+    if ours != theirs:
+        raise InputError(
+            f"config.json: {'GGUF architecture' if mixed else 'model_type'} is {ours} in base {base.name} and {theirs} "
+            f"in aligned {aligned.name}; both must be the same architecture"
         )
-        if ours != theirs:
-            raise InputError(
-                f"config.json: {key} is {ours} in base {base.name} and {theirs} in aligned {aligned.name}; "
-                "both must be the same architecture"
-            )
-    for module in modules:
-        for here, there in ((base, aligned), (aligned, base)):
-            if module not in here.weights:
-                raise InputError(f"{here.name}: tensor {module}.weight is missing, but {there.name} has it")
-            if here.weights[module].dtype not in _READABLE:
+    classes = [checkpoint.config.get("architectures") for checkpoint in (base, aligned)]
+    if not mixed and base.config.get("model_type") == aligned.config.get("model_type") and classes[0] != classes[1]:
+        raise InputError(
+            f"config.json: architectures is {classes[0]} in base {base.name} and {classes[1]} in aligned "
+            f"{aligned.name}; both must be the same architecture"
+        )
+
+
+def _language_model_type(checkpoint: Checkpoint) -> Any:
+    """Return the model type, or that of the language model within one that also sees or hears."""
+    text = checkpoint.config.get("text_config")
+    inner = text.get("model_type") if isinstance(text, dict) else None
+    return inner or checkpoint.config.get("model_type")
+
+
+def check_comparable(base: Checkpoint, aligned: Checkpoint, base_names: Mapping[str, str]) -> None:
+    """Raise `InputError` unless both have these modules, readable and in the same shapes.
+
+    Args:
+        base: the checkpoint before alignment.
+        aligned: the one after it.
+        base_names: the modules, name in ``aligned`` -> name in ``base``.
+    """
+    for module, base_name in base_names.items():
+        for here, name, there in ((base, base_name, aligned), (aligned, module, base)):
+            if name not in here.weights:
+                raise InputError(f"{here.name}: tensor {name}.weight is missing, but {there.name} has it")
+            if here.weights[name].dtype not in _READABLE:
                 raise InputError(
-                    f"{here.name}: tensor {module}.weight is {here.weights[module].dtype}; "
+                    f"{here.name}: tensor {name}.weight is {here.weights[name].dtype}; "
                     f"dequantise the checkpoint to {', '.join(_DTYPES)} first"
                 )
-        ours_shape, theirs_shape = base.weights[module].shape, aligned.weights[module].shape
+        ours_shape, theirs_shape = base.weights[base_name].shape, aligned.weights[module].shape
         if ours_shape != theirs_shape:
             raise InputError(
                 f"tensor {module}.weight is {list(ours_shape)} in base {base.name} "

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 WEIGHT = ".weight"
 
-# Attributes under which `transformers` hangs the bare model below its task head: the same module is called
-# `transformer.h.0.mlp.c_fc` in the model that PEFT wraps and `h.0.mlp.c_fc` in GPT-2's checkpoint.
-_BASE_MODEL_PREFIXES = ("model", "transformer", "gpt_neox", "backbone")
-
-_WRAPPERS = frozenset({*_BASE_MODEL_PREFIXES, "base_model", "language_model"})
+# Attributes under which `transformers` hangs the bare model below its task head, and a language model in one that also
+# sees: the same module is called `transformer.h.0.mlp.c_fc` in the model that PEFT wraps and `h.0.mlp.c_fc` in GPT-2's
+# checkpoint. No attribute of a vision or audio tower may be among them.
+_WRAPPERS = frozenset({"model", "transformer", "gpt_neox", "backbone", "base_model", "language_model"})
 
 # What GPT-2 and its descendants call weights that most of them keep as Conv1D, (in, out); those that widen say which.
 _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _WIDENING_MODULES = frozenset({"c_attn", "c_fc"})
 
-_LAYER_INDEX = re.compile(r"(^|\.)\d+\.")
-_EMBEDDING = re.compile(r"(embed|relative_attention_bias|(^|\.)w[tp]e$)")
+# Last parts of names of 2-D weights that are looked up, not multiplied with, and of those that make logits.
+_EMBEDDING = re.compile(r"(\w*embed(ding)?s?|embed_(?!out)\w+|w[tp]e|shared|relative_attention_bias)$")
+_HEAD = re.compile(r"(lm_head|embed_out)$")
 _TOKEN_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)$")
 
 
@@ -37,9 +37,16 @@ def conv1d(shapes: Mapping[str, Sequence[int]]) -> set[str]:
     return {module for module in shapes if module.rpartition(".")[2] in _CONV1D_MODULES}
 
 
-def is_attention_or_mlp(module: str) -> bool:
-    """Whether a 2-D weight belongs to a numbered layer and is no embedding: the modules extracted by default."""
-    return _LAYER_INDEX.search(module) is not None and _EMBEDDING.search(module) is None
+def kind_of(module: str) -> str:
+    """Return what a 2-D weight is: ``linear``, which is extracted by default, ``embedding`` or ``head``.
+
+    >>> [kind_of(name) for name in ("model.layers.0.mlp.up_proj", "model.embed_tokens", "lm_head")]
+    ['linear', 'embedding', 'head']
+    """
+    last = module.rpartition(".")[2]
+    if _HEAD.match(last):
+        return "head"
+    return "embedding" if _EMBEDDING.match(last) else "linear"
 
 
 def token_embedding(modules: Iterable[str]) -> str | None:
@@ -48,26 +55,6 @@ def token_embedding(modules: Iterable[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def resolve(module: str, known: Collection[str], aliases: Mapping[str, str]) -> str | None:
-    """Find the subspace file's name for a module of the host's model.
-
-    Names must be equal, up to one of the prefixes that `transformers` puts before the bare model. ``aliases``
-    holds names of tied weights. Returns None if the subspace file does not cover the module.
-    """
-    for candidate in _spellings(module):
-        if candidate in known:
-            return candidate
-        if candidate in aliases:
-            return aliases[candidate]
-    return None
-
-
 def bare(module: str) -> str:
     """Return a name without the wrappers that hosts put before and into names, and take out again as they load."""
     return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
-
-
-def _spellings(module: str) -> list[str]:
-    head, _, rest = module.partition(".")
-    stripped = [rest] if rest and head in _BASE_MODEL_PREFIXES else []
-    return [module, *stripped, *(f"{prefix}.{module}" for prefix in _BASE_MODEL_PREFIXES)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import factories
 from csulora.errors import InputError
-from csulora.models.checkpoint import Checkpoint, check_comparable
+from csulora.models.checkpoint import Checkpoint, check_comparable, check_one_model
 
 Q = "model.layers.0.self_attn.q_proj"
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -137,7 +137,8 @@ def test_the_head_of_a_tied_model_is_its_embedding(tmp_path: Path) -> None:
 
 
 def comparable(base: Checkpoint, aligned: Checkpoint) -> None:
-    check_comparable(base, aligned, [Q])
+    check_one_model(base, aligned)
+    check_comparable(base, aligned, {Q: Q})
 
 
 def test_storage_types_and_shards_may_differ(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_refuses_checkpoints_that_cannot_be_compared(
 
 def test_a_packed_checkpoint_has_nothing_to_select(tmp_path: Path) -> None:
     packed = {f"{Q}.qweight": torch.zeros(2, 4, dtype=torch.int32), "model.embed_tokens.weight": matrix()}
-    with pytest.raises(InputError, match="holds no 2-D attention or MLP weight"):
+    with pytest.raises(InputError, match="holds no 2-D weight of a linear module"):
         save(tmp_path / "model", packed).select([])
 
 

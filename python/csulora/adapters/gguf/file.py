@@ -23,10 +23,11 @@ from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import atomic_file
-from csulora.models import gguf_layout, names
+from csulora.models import gguf_layout
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
+from csulora.models.resolver import Resolver
 
 OUTTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -207,8 +208,10 @@ def _check_fits(path: Path, name: str, module: str, update: LoraModule, base: Ba
 def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Return the factors under llama.cpp's names, in its order of rows, in the type to be written."""
     tensors: dict[str, torch.Tensor] = {}
+    resolver = Resolver(base.shapes)
     for name, update in adapter.modules.items():
-        module = names.resolve(name, base.shapes, {}) or name
+        found = resolver.resolve(name)
+        module = found.module if found else name
         tensor = base.architecture.tensor_name(module)
         if tensor is None:
             raise RefusedError(f"{adapter.path}: llama.cpp has no {base.architecture.name} tensor for {name}")

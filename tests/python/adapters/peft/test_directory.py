@@ -18,7 +18,7 @@ import zoo
 from csulora.adapters.peft import directory as peft
 from csulora.cli import app as cli
 from csulora.errors import InputError, RefusedError
-from csulora.models import names
+from csulora.models.resolver import Resolver
 from tolerances import COMPUTED, STORED
 
 pytestmark = [
@@ -82,8 +82,9 @@ def test_peft_applies_the_closest_safe_update(
     fixed, _ = csulora.correct(adapter, subspace, policy)
     csulora.save_adapter(fixed, tmp_path / "fixed")
     for module, written in reload(kind, tmp_path / "fixed").items():
-        target = names.resolve(module, subspace, subspace.aliases)
-        assert target is not None
+        found = Resolver(subspace, subspace.aliases).resolve(module)
+        assert found is not None
+        target = found.module
         factors = adapter.modules[module]
         update = oracle.update(factors.b, factors.a, factors.scale)
         assert oracle.relative_error(oriented(kind, original[module]), update) <= STORED[kind.dtype]

@@ -1,0 +1,53 @@
+"""One weight, many names: finds the known module that a host, an adapter or another checkpoint means.
+
+Classes of `transformers` wrap the same language model differently. Gemma 3's checkpoint says
+``language_model.model.layers``, an adapter of today ``model.language_model.layers``, and one that was trained through
+the text-only class ``model.layers``. What is left without these wrappers is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from csulora.errors import RefusedError
+from csulora.models.names import bare
+
+
+class Resolved(NamedTuple):
+    """A known module, and whether it was found under a further name of a tied weight."""
+
+    module: str
+    is_alias: bool
+
+
+class Resolver:
+    """Finds known modules by any spelling of their names.
+
+    >>> resolver = Resolver(["language_model.model.layers.0.mlp.up_proj", "vision_tower.layers.0.mlp.up_proj"])
+    >>> resolver.resolve("model.layers.0.mlp.up_proj")
+    Resolved(module='language_model.model.layers.0.mlp.up_proj', is_alias=False)
+    >>> resolver.resolve("model.layers.1.mlp.up_proj") is None
+    True
+    """
+
+    def __init__(self, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
+        """Know some modules; ``aliases`` holds further names of tied weights, name -> module."""
+        self._exact = {alias: Resolved(module, True) for alias, module in (aliases or {}).items()}
+        self._exact |= {module: Resolved(module, False) for module in known}
+        self._bare: dict[str, list[str]] = {}
+        for name in self._exact:
+            self._bare.setdefault(bare(name), []).append(name)
+
+    def resolve(self, name: str) -> Resolved | None:
+        """Return the module that a name means: the one of that name, else the only one that differs by wrappers.
+
+        Raises:
+            RefusedError: several modules differ from it by wrappers alone.
+        """
+        if (exact := self._exact.get(name)) is not None:
+            return exact
+        spelled = self._bare.get(bare(name), [])
+        if len({self._exact[other].module for other in spelled}) > 1:
+            raise RefusedError(f"module {name} may be {' or '.join(sorted(spelled))}; name the one that is meant")
+        return self._exact[spelled[0]] if spelled else None

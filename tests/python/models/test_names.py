@@ -14,7 +14,11 @@ LINEAR = [
     "model.altup_projections.0",
 ]
 EMBEDDINGS = ["model.embed_tokens", "wte", "transformer.wpe", "model.embed_tokens_per_layer", "visual.pos_embed"]
-EMBEDDINGS += ["shared", "encoder.block.0.layer.0.relative_attention_bias", "vision_model.embeddings.position_embedding"]
+EMBEDDINGS += [
+    "shared",
+    "encoder.block.0.layer.0.relative_attention_bias",
+    "vision_model.embeddings.position_embedding",
+]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from csulora.correction.controls.subspaces import own_subspaces, random_subspace
 from csulora.errors import InputError, RefusedError
 from csulora.policy.overrides import Directions, Override
 from csulora.policy.policy import Policy
+from csulora.subspace.input_filter import InputFilter
 from csulora.tuning.fit import Case, Replies, fit, validation_loss
 from csulora.tuning.gains import PerDirection, PerModule, Reinforcing
 from csulora.tuning.language_model import LanguageModel, agreeing, divergence
@@ -155,7 +156,12 @@ def test_a_model_or_device_that_is_not_there_is_named(place: tiny_model.Place, t
 
 def test_a_module_is_corrected_on_its_own_device(case: Case) -> None:
     elsewhere = list(case.update.factors)[1]
-    update = case.update.to(torch.device("cpu"), lambda name: torch.device("meta" if name == elsewhere else "cpu"))
+    selected = {
+        name: InputFilter(torch.ones(a.shape[1], 1), torch.ones(a.shape[1], 1))
+        for name, (_, a) in case.update.factors.items()
+    }
+    update = replace(case.update, input_filters=selected)
+    update = update.to(torch.device("cpu"), lambda name: torch.device("meta" if name == elsewhere else "cpu"))
     gains = PerDirection(len(case.index), 3), PerModule(len(case.index)), Reinforcing(len(case.index), 2)
     for each in gains:
         for name, factors in each.correct(each.start(), case.index, update).items():

@@ -162,6 +162,7 @@ def test_a_module_is_corrected_on_its_own_device(case: Case) -> None:
     }
     update = replace(case.update, input_filters=selected)
     update = update.to(torch.device("cpu"), lambda name: torch.device("meta" if name == elsewhere else "cpu"))
+    assert [name for name, each in update.input_filters.items() if each.p.device.type == "meta"] == [elsewhere]
     gains = PerDirection(len(case.index), 3), PerModule(len(case.index)), Reinforcing(len(case.index), 2)
     for each in gains:
         for name, factors in each.correct(each.start(), case.index, update).items():

@@ -19,6 +19,10 @@ VLLM_CHECK_PIP := $(VLLM_CHECK_VENV)/bin/python -m pip --disable-pip-version-che
 VLLM := 0.33.0
 VLLM_TORCH := 2.14.0
 
+SGLANG_VENV ?= .venv-sglang
+SGLANG_PIP := $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check
+SGLANG := sglang==0.5.23
+
 EXTENSION_FILES := CMakeLists.txt $(wildcard cpp/include/csulora/* cpp/src/*.* cpp/src/*/* cpp/cuda/* cpp/bindings/*)
 CPP_FILES := $(filter %.h %.cpp %.cuh %.cu, $(EXTENSION_FILES)) \
   $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h tests/cpp/*/*.cpp tests/cuda/*.cpp tests/cuda/emulator/* bench/speed/cpp/*.cpp)
@@ -43,7 +47,7 @@ REPETITIONS := 5
 SUFFIX :=
 
 .DEFAULT_GOAL := help
-.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm check-vllm soak fuzz crash load \
+.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm check-vllm test-sglang soak fuzz crash load \
   sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
@@ -73,7 +77,7 @@ wheel: $(WHEEL_VENV)/.tools ## The wheel for PYTHON with a core for each of TORC
 	$(WHEEL_VENV)/bin/python .ci/wheel.py $(TORCHES)
 
 test-wheel: ## Install the wheel in dist into a fresh environment with PYTHON and TORCH=2.13.0, and test it there.
-	$(PYTHON) .ci/try_wheel.py --python $(PYTHON) --torch $(TORCH)
+	$(PYTHON) .ci/try_wheel.py --python $(PYTHON) --torch $(TORCH) $(if $(TESTS),--tests $(TESTS))
 
 demo: build ## From two checkpoints and an adapter to a corrected adapter, and what it replies.
 	$(BIN)/python bench/demo/demo.py
@@ -151,6 +155,25 @@ $(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies $(EXTENSION_FILES)
 
 test-vllm: $(VLLM_VENV)/.built ## Every route into vLLM's server, with the real vLLM on the CPU.
 	cd tests/vllm && $(abspath $(VLLM_VENV))/bin/python -m pytest
+
+# SGLang pins a CUDA build of torch, gigabytes of it, so this is outside CI. Kernels for GPUs are left out.
+$(SGLANG_VENV)/.dependencies: pyproject.toml tests/sglang/requirements.py
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_PIP) install --quiet --upgrade 'pip>=25.1'
+	$(SGLANG_PIP) install --quiet torch==2.14.1
+	$(SGLANG_PIP) install --quiet --no-deps torchvision==0.29.1 $(SGLANG)
+	$(SGLANG_PIP) install --quiet --group build --group vllm
+	$(SGLANG_VENV)/bin/python tests/sglang/requirements.py > $(SGLANG_VENV)/requirements.txt
+	$(SGLANG_PIP) install --quiet --requirement $(SGLANG_VENV)/requirements.txt
+	touch $@
+
+$(SGLANG_VENV)/.built: $(SGLANG_VENV)/.dependencies $(EXTENSION_FILES)
+	$(SGLANG_PIP) install --quiet --no-build-isolation --config-settings cmake.define.CSULORA_WERROR=ON \
+	  --config-settings cmake.define.CSULORA_CUDA=OFF --config-settings build-dir=build/sglang --editable .
+	touch $@
+
+test-sglang: $(SGLANG_VENV)/.built ## Every route into SGLang's server, with the real SGLang on the CPU; not in CI.
+	cd tests/sglang && $(abspath $(SGLANG_VENV))/bin/python -m pytest
 
 # A CUDA build of torch, of several gigabytes.
 $(VLLM_CHECK_VENV)/.dependencies: pyproject.toml tests/vllm/requirements.py

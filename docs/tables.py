@@ -203,7 +203,7 @@ def wheels() -> str:
     rows = [
         [
             environment,
-            f"{found['seconds']:.0f} s",
+            f"{found['seconds']:.0f} s, {found['cpu_seconds']:.0f} s of CPU, load {found['load_average']:.0f}",
             found["doctor"]["core"].removeprefix("built for "),
             f"{found['tests_passed']}" + (f", {found['tests_failed']} failed" if found["tests_failed"] else ""),
             f"`{found['corrected_sha256'][:12]}`",

@@ -15,6 +15,7 @@ from csulora.views.layout import Layout, by_number, columns, place
 from csulora.views.tables import span
 
 _LONGEST_NAME = 200  # characters
+_SHOWN_AS_NOTHING = 5e-4  # shares below it would be shown as 0.0 %
 _COLOURS = {"nothing": "green", "some": "yellow", "all": "red", "little": "default"}
 _READING = (
     "undo: share of the alignment that the update cancels. total: of all modules together. largest: of one module. "
@@ -57,7 +58,7 @@ def _sentences(report: Report, is_changed: bool) -> Iterable[Text]:
         yield Text(report.warning.removesuffix("; "), style="red")
     if is_changed:
         yield Text(report.verdict.text, style=_COLOURS[report.verdict.leaves])
-    if report.totals.truncation_error:
+    if report.totals.truncation_error >= _SHOWN_AS_NOTHING:
         yield Text(f"keeping the rank loses {report.totals.truncation_error:.1%} of the corrected update's energy")
     yield Text(_READING, style="dim")
 

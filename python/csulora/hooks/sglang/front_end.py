@@ -22,6 +22,7 @@ from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import LoadLoRAAdapterFromTensorsReqOutput, LoadLoRAAdapterReqOutput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.runtime_context import get_lora
+from sglang.srt.utils import kill_process_tree
 
 from csulora.errors import HostError, RefusedError
 from csulora.hooks.sglang.schedulers import PROBE, Guarded, check_worker
@@ -153,7 +154,11 @@ def _launch_subprocesses(admission: Admission, original: _Function) -> _Function
         check_model(resolving_view(server_args).model_path, admission.gate)
         guarded = Guarded(run_scheduler_process_func, fingerprint)
         launched = original(cls, server_args, init_tokenizer_manager_func, guarded, *args, **options)
-        check_schedulers([result for result in launched if hasattr(result, "scheduler_infos")], fingerprint)
+        try:
+            check_schedulers([result for result in launched if hasattr(result, "scheduler_infos")], fingerprint)
+        except HostError:
+            kill_process_tree(os.getpid(), include_parent=False)
+            raise
         return launched
 
     return launch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -13,6 +14,8 @@ from csulora.hooks.signature import check_signature
 from csulora.serving.publication import check_published
 
 _Function = Callable[..., Any]
+
+logger = logging.getLogger("sglang.csulora")
 
 # Key under which a scheduler says, when it is ready, that it is guarded, and how.
 PROBE = "csulora_fingerprint"
@@ -80,7 +83,7 @@ def _load_lora_adapter(original: _Function) -> _Function:
         try:
             check_published(Path(lora_ref.lora_path))
         except RefusedError as error:
-            return self.create_lora_update_result(success=False, error_message=f"csulora: {error}")
+            return _refused(self, error)
         token = _is_published.set(True)
         try:
             return original(self, lora_ref)
@@ -91,8 +94,14 @@ def _load_lora_adapter(original: _Function) -> _Function:
 
 
 def _refusing(self: Any, lora_ref: Any, *args: Any, **options: Any) -> Any:
-    reason = f"csulora: {lora_ref.lora_name}: adapters are loaded from a directory or hub id, not from tensors"
-    return self.create_lora_update_result(success=False, error_message=reason)
+    reason = f"{lora_ref.lora_name}: adapters are loaded from a directory or hub id, not from tensors"
+    return _refused(self, RefusedError(reason))
+
+
+def _refused(manager: Any, error: RefusedError) -> Any:
+    """Return SGLang's answer to whoever asked; some of its routes drop that, so it is logged, too."""
+    logger.error("csulora: %s", error)
+    return manager.create_lora_update_result(success=False, error_message=f"csulora: {error}")
 
 
 def _closed(original: _Function) -> _Function:

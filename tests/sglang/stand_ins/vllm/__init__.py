@@ -1,0 +1,1 @@
+"""Not vLLM: see sitecustomize.py."""

@@ -213,6 +213,27 @@ def wheels() -> str:
     return table(["environment", "wheel installed in", "core for", "tests passed", "corrected adapter"], rows)
 
 
+def vllm() -> str:
+    """Return the table of the routes of a vLLM that was not served."""
+    rows = [
+        [
+            f"`{route}`",
+            f"{found['largest_deviation_from_corrected']:.1g}",
+            f"{found['smallest_deviation_from_raw']:.1g}",
+            f"{found['bad_adapters_refused']} of {found['of']}",
+        ]
+        for route, found in results("compatibility/vllm-0.33.0")["front_end"].items()
+    ]
+    return table(["route", "deviation from corrected, at most", "from raw, at least", "bad adapters refused"], rows)
+
+
+def vllm_worker() -> str:
+    """Return the table of the ways past the front end of a vLLM that was not served."""
+    ways = results("compatibility/vllm-0.33.0")["past_the_front_end"]
+    rows = [[f"`{way}`", f"{found['raw_adapters_refused']} of {found['of']}"] for way, found in ways.items()]
+    return table(["way", "raw adapters refused"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "smollm2": lambda: smollm2("smollm2"),
     "smollm2-general": lambda: smollm2("smollm2_general"),
@@ -225,6 +246,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "stress": stress,
     "wheels": wheels,
+    "vllm": vllm,
+    "vllm-worker": vllm_worker,
 }
 
 

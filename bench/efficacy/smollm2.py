@@ -38,6 +38,7 @@ from csulora.io.files import to_json, write_text
 from csulora.tuning.experiment import Experiment
 from csulora.tuning.frontier import Rate
 from csulora.tuning.language_model import LanguageModel
+from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat, Message
 from csulora.tuning.recommendation import EVERYWHERE, TUNED, eligible, preference
@@ -113,7 +114,7 @@ class Bench:
     @cached_property
     def language_model(self) -> LanguageModel:
         """The aligned model, loaded once."""
-        return LanguageModel.open(str(self.out / "served"), "cpu", LONGEST)
+        return LanguageModel.open(str(self.out / "served"), Loading("cpu"), LONGEST)
 
     def adapter(self, style: str) -> csulora.Adapter:
         """One of the adapters, trained if it is not there."""
@@ -200,7 +201,7 @@ def tune(bench: Bench, styles: Sequence[str], options: Options, weights: Sequenc
         task=[chats(world.questions(KNOWN_FOODS))] * len(styles),
         safety=chats(world.questions(KNOWN_CHEESES)),
         general=chats(general),
-        device="cpu",
+        loading=Loading("cpu"),
         longest_reply=LONGEST,
         options=options,
         task_weights=weights,

@@ -124,7 +124,8 @@ def starts(files: SimpleNamespace, *options: str, before: str = "pass", **variab
 
 
 def test_server_starts_as_far_as_its_device(files: SimpleNamespace) -> None:
-    output = starts(files, "--subspace", str(files.subspace))
+    log = "import logging; logging.basicConfig(level=logging.INFO)"  # vLLM shows nothing before it has a device
+    output = starts(files, "--subspace", str(files.subspace), before=log)
 
     assert "csulora guards this process" in output
     assert "Failed to infer device type" in output

@@ -287,6 +287,10 @@ def test_server_without_the_plugin_does_not_start(files: SimpleNamespace) -> Non
     assert "leaves csulora out" in output
 
 
+def test_server_that_would_not_ask_its_processes_does_not_start(files: SimpleNamespace) -> None:
+    assert "leave --grpc out" in fails_to_start(files, "--subspace", str(files.subspace), "--grpc")
+
+
 def test_server_without_a_readable_subspace_does_not_start(files: SimpleNamespace) -> None:
     (files.root / "broken.safetensors").write_bytes(files.subspace.read_bytes()[:1000])
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from types import ModuleType
 
 import typer
+from packaging.requirements import Requirement
+from packaging.version import Version
 from rich.table import Table
 
 from csulora import __version__
@@ -16,9 +18,8 @@ from csulora.cli.arguments import Json, Quiet
 from csulora.cli.console import deliver
 from csulora.cores import carried
 from csulora.errors import BuildError
+from csulora.hooks.hosts import HOSTS, PEFT, TRANSFORMERS, Host
 from csulora.views.tables import plain_table
-
-_HOSTS = ("peft", "transformers", "vllm", "llama-cpp-python")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def examine() -> list[Finding]:
     return [
         Finding("csulora", __version__, None),
         *_torch(),
-        *(Finding(host, _installed(host), None) for host in _HOSTS),
+        *map(_host, HOSTS),
     ]
 
 
@@ -103,11 +104,38 @@ def _gpu() -> str:
     return f"{torch.cuda.get_device_name()}, not used: this core computes on the CPU; build one from source with nvcc"
 
 
-def _installed(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
+def _host(host: Host) -> Finding:
+    """Report a host: its version, what was run of that, and what to install where csulora does not work with it."""
+    found = host.installed()
+    if found is None:
+        return Finding(host.name, f"not installed; csulora is tested with {' and '.join(host.series)}", None)
+    distribution, version = found
+    wanted = _wanted(host, distribution)
+    if misfit := _misfit(host, version):
+        return Finding(host.name, f"{version}: not supported: {misfit}", None)
+    if series := host.series_of(version):
+        return Finding(host.name, f"{version}, series {series}: {host.series[series].run}", True)
+    if Requirement(wanted).specifier.contains(version, prereleases=True):
+        return Finding(host.name, f"{version}: supported, but not run in csulora's tests", True)
+    return Finding(host.name, f"{version}: not supported; install one that is: pip install '{wanted}'", None)
+
+
+def _wanted(host: Host, distribution: str) -> str:
+    """Return what pip is to install: as an extra of csulora says, else of the first series that is known."""
+    extras = {Requirement(line).name: Requirement(line) for line in requires("csulora") or []}
+    if distribution in extras:
+        return f"{distribution}{extras[distribution].specifier}"
+    return f"{distribution}=={next(iter(host.series))}.*"
+
+
+def _misfit(host: Host, version: str) -> str | None:
+    """Say why transformers does not work with the PEFT that is there, if it does not."""
+    peft = PEFT.installed()
+    if host is not TRANSFORMERS or peft is None or Version(version) < Version("5.24"):
+        return None
+    if Version(peft[1]) >= Version("0.22"):
+        return None
+    return f"it wants PEFT 0.22, and PEFT {peft[1]} is installed; run: pip install 'transformers>=5.0,<5.24'"
 
 
 def doctor(json: Json = None, quiet: Quiet = False) -> None:

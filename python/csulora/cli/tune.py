@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,22 @@ from csulora.cli.interruption import interruptible
 from csulora.tuning.frontier import frontier_path
 from csulora.tuning.options import Options
 from csulora.views import tables
+
+
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model."""
+
+    auto = "auto"
+    balanced = "balanced"
+    balanced_low_0 = "balanced_low_0"
+    sequential = "sequential"
+
+
+class LoadIn(StrEnum):
+    """What bitsandbytes quantises linear layers to."""
+
+    eight = "8bit"
+    four = "4bit"
 
 
 def tune(
@@ -53,7 +70,13 @@ def tune(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply that count.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the prompts.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.auto,
+    device: Annotated[Device | None, typer.Option(help="Where the model runs. [default: auto]")] = None,
+    device_map: Annotated[
+        DeviceMap | None, typer.Option(help="Spread the model over all GPUs, in place of --device; needs accelerate.")
+    ] = None,
+    load_in: Annotated[
+        LoadIn | None, typer.Option(help="Quantise the model's linear layers; needs bitsandbytes.")
+    ] = None,
     base_model: BaseModel = None,
     subspace_sha256: SubspaceSha256 = None,
     json: Json = None,
@@ -64,6 +87,7 @@ def tune(
     A file of prompts is text, one prompt a line, or chats as JSON lines. `tune` needs no reference replies.
     """
     from csulora.tuning import probes
+    from csulora.tuning.loading import Loading
     from csulora.tuning.request import Request
     from csulora.tuning.tune import subspace_path, tune
 
@@ -73,6 +97,8 @@ def tune(
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, and {len(task)} are given")
     if not all(map(str.strip, refusal or ())):
         raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
+    if device and device_map:
+        raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
     request = Request(
         model=model,
         adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],
@@ -83,7 +109,7 @@ def tune(
         for_others=for_others,
         input_filters=input_filters,
         uncovered=uncovered.value,
-        device=device.value,
+        loading=Loading((device or Device.auto).value, device_map, load_in),
         longest_reply=tokens,
         options=Options(steps=steps, seed=seed),
         task_weights=task_weight or (),

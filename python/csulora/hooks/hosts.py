@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from csulora.errors import HostError
 
 SERVED = "served in csulora's tests"
 IMPORTED = "imported and called in csulora's tests, not served"
+RUN = "run in csulora's tests"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Host:
-    """A host with a hook that replaces functions of it, so that its version matters.
+    """A host of adapters.
+
+    A hook that replaces functions of its host works with the known series alone (`check`).
 
     Attributes:
         name: as people say it.
@@ -51,6 +55,15 @@ class Host:
     name: str
     distributions: tuple[str, ...]
     series: Mapping[str, Series] = field(hash=False)
+
+    def installed(self) -> tuple[str, str] | None:
+        """Return the distribution that is installed and its version; None if there is none."""
+        for distribution in self.distributions:
+            try:
+                return distribution, version(distribution)
+            except PackageNotFoundError:
+                continue
+        return None
 
     def series_of(self, version: str) -> str | None:
         """Return the known series that a version is of; None if there is none.
@@ -81,3 +94,8 @@ VLLM = Host(
     },
 )
 SGLANG = Host("SGLang", ("sglang",), {"0.5.23": Series(SERVED)})
+PEFT = Host("PEFT", ("peft",), {"0.21": Series(RUN)})
+TRANSFORMERS = Host("transformers", ("transformers",), {"5.23": Series(RUN)})
+LLAMA_CPP = Host("llama-cpp-python", ("llama-cpp-python",), {"0.3.36": Series(RUN)})
+
+HOSTS = (VLLM, SGLANG, PEFT, TRANSFORMERS, LLAMA_CPP)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-
-from torch import Tensor
 
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
@@ -30,7 +28,7 @@ class Examples:
     @cached_property
     def language_model(self) -> LanguageModel:
         """The aligned model."""
-        return LanguageModel.open(self.request.model, self.request.device, self.request.longest_reply)
+        return LanguageModel.open(self.request.model, self.request.loading, self.request.longest_reply)
 
     @cached_property
     def replies(self) -> list[Replies]:
@@ -71,13 +69,9 @@ class Examples:
     @contextmanager
     def adapted(self, adapter: Adapter) -> Iterator[None]:
         """Add an adapter to the aligned model while the context lasts."""
-        with self.language_model.adapted(self._on_device(adapter)):
+        with self.language_model.adapted(factors_of(adapter)):
             yield
 
     def _own_replies(self, adapter: Adapter, chats: Sequence[Chat]) -> list[Reply]:
         with self.adapted(adapter):
             return self.language_model.replies(chats)
-
-    def _on_device(self, adapter: Adapter) -> Mapping[str, tuple[Tensor, Tensor]]:
-        device = self.language_model.device
-        return {name: (b.to(device), a.to(device)) for name, (b, a) in factors_of(adapter).items()}

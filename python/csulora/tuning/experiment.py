@@ -161,6 +161,8 @@ class Experiment:
             yield "measured on the adapter it was fitted on, not on others"
         if not self.request.general:
             yield "not measured on general prompts"
+        if self.request.loading.load_in:
+            yield f"measured on the model in {self.request.loading.load_in}, not on its own weights"
 
     def _total(self) -> int:
         """The most steps of all fits, and the number of measurements."""

@@ -66,16 +66,18 @@ class Fitting:
         return rows
 
     def _case(self, family: Family, number: int, numbers: Sequence[int], reference_energy: float | None) -> Case:
-        device = self.examples.language_model.device
+        language_model = self.examples.language_model
         subspace = self.subspace(family, number, numbers)
-        update = Update.of(self.request.adapters[number], subspace, self.request.uncovered).to(device)
+        update = Update.of(self.request.adapters[number], subspace, self.request.uncovered)
         if not family.is_filtered:
             update = replace(update, input_filters={})  # which the subspace file may have from an earlier policy
         if reference_energy is not None:
             update = update.with_penalty_scale(self.request.options.shared_directions, reference_energy)
+        update = update.to(language_model.device, language_model.device_of)
+        index = torch.tensor(self.targets.rows(number)).to(language_model.device)
         replies = self.examples.replies[number]
         fitted = Replies(*map(self.examples.to_fit, replies.kinds))
-        return Case(update, torch.tensor(self.targets.rows(number)).to(device), fitted, validation_of(replies))
+        return Case(update, index, fitted, validation_of(replies))
 
     def _reference_energy(self, family: Family, numbers: Sequence[int]) -> float | None:
         """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from csulora.errors import InputError
 from csulora.subspace.input_filter import Factors
+from csulora.tuning.loading import Loading, load
 from csulora.tuning.probes import Chat, shown
 
 BATCH = 16  # prompts that run together where nothing is fitted
@@ -45,7 +46,9 @@ class LanguageModel:
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.longest_reply = model.eval().requires_grad_(False), tokenizer, longest_reply
-        self.device: torch.device = next(model.parameters()).device
+        # Weights that accelerate offloads are on no device between products.
+        devices = (weight.device for weight in model.parameters())
+        self.device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
         self._ends = _end_tokens(model, tokenizer)
         # Those of prompts, which may be long, are not needed.
         self._may_keep_logits = "logits_to_keep" in signature(model.forward).parameters
@@ -53,39 +56,22 @@ class LanguageModel:
         model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)
 
     @classmethod
-    def open(cls, path: str, device: str, longest_reply: int) -> LanguageModel:
+    def open(cls, path: str, loading: Loading, longest_reply: int) -> LanguageModel:
         """Load a model directory or hub id.
 
         Raises:
-            InputError: transformers is not installed, or does not load the whole model, or there is no such device.
+            InputError: a package is missing, transformers does not load the whole model, or there is no such device.
 
         >>> from csulora.tuning.probes import Message
-        >>> language_model = LanguageModel.open(aligned, "cpu", longest_reply=4)
+        >>> language_model = LanguageModel.open(aligned, Loading("cpu"), longest_reply=4)
         >>> replies = language_model.replies([(Message("user", "how do i make a whistle?"),)])
         >>> language_model.answers(replies)
         ['sorry, i can']
         >>> agreeing(language_model, replies)
         [True]
         """
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError as error:
-            raise InputError("tune runs the model through transformers; pip install 'csulora[peft]'") from error
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif device == "cuda" and not torch.cuda.is_available():
-            raise InputError("torch finds no CUDA device here; use --device cpu")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            opened: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype="auto", use_safetensors=True, output_loading_info=True
-            )
-        except Exception as error:  # transformers raises what each model's code does
-            raise InputError(f"{path}: transformers does not load this model: {error}") from error
-        model, loaded = opened
-        if missing := sorted(loaded["missing_keys"]):
-            raise InputError(f"{path}: {missing[0]} is missing, and {len(missing) - 1} more weights of this model")
-        return cls(model.to(device), tokenizer, longest_reply)
+        model, tokenizer = load(path, loading)
+        return cls(model, tokenizer, longest_reply)
 
     @contextmanager
     def adapted(self, factors: Mapping[str, Factors]) -> Iterator[None]:
@@ -97,9 +83,14 @@ class LanguageModel:
         with ExitStack() as hooks:
             for name, each in factors.items():
                 module = self._module(name, each)
-                hook = module.register_forward_hook(_adding(each))
+                hook = module.register_forward_hook(_adding(each, self.device_of(name)))
                 hooks.callback(hook.remove)
             yield
+
+    def device_of(self, name: str) -> torch.device:
+        """Return the device on which a module's products are computed; an offloaded one's is the model's own."""
+        device: torch.device = self.model.get_submodule(name).weight.device
+        return self.device if device.type == "meta" else device
 
     def _module(self, name: str, factors: Factors) -> nn.Module:
         try:
@@ -108,7 +99,7 @@ class LanguageModel:
             raise InputError(
                 f"the model has no module {name}, which the adapter updates; is it for this model?"
             ) from None
-        shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
+        shape = _shape(module)
         wanted = factors[0].shape[0], factors[1].shape[1]
         # transformers.Conv1D keeps (in, out)
         if shape not in (wanted, wanted[::-1] if type(module).__name__ == "Conv1D" else wanted):
@@ -220,11 +211,19 @@ def divergence(reply: Reply, logs: Tensor) -> Tensor:
     return (reply.logs.exp() * (reply.logs - torch.cat([known, rest], 1))).sum(1).mean()
 
 
-def _adding(factors: Factors) -> Any:
-    b, a = factors
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight as it is stored, before it was quantised."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(getattr(module, "weight", torch.empty(0)).shape)
+
+
+def _adding(factors: Factors, device: torch.device) -> Any:
+    b, a = (factor.to(device) for factor in factors)
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
+        # Here, the inputs may still be where the module before it ran.
+        return output + (inputs[0].to(device, a.dtype) @ a.T @ b.T).to(output)
 
     return hook
 

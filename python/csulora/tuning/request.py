@@ -12,6 +12,7 @@ from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.inputs import ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS, TASK_WEIGHT
+from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat, shown
 
@@ -36,7 +37,7 @@ class Request:
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
         input_filters: whether a policy for adapters to come is fitted with input filters, too.
         uncovered: what the policy does with modules that the subspace file does not cover.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        loading: where the model runs, and in how many bits.
         longest_reply: most tokens of a reply that are looked at.
         options: of the fits.
         task_weights: what takes the place of ``options.task_weight``, one fit for each; the fit that keeps most of both
@@ -59,7 +60,7 @@ class Request:
     for_others: bool = False
     input_filters: bool = True
     uncovered: str = "refuse"
-    device: str = "auto"
+    loading: Loading = field(default_factory=Loading)
     longest_reply: int = 32
     options: Options = field(default_factory=Options)
     task_weights: Sequence[float] = ()
@@ -105,6 +106,7 @@ class Request:
             "for_others": self.is_for_others,
             "prompts": hashlib.sha256(prompts).hexdigest(),
             "uncovered": self.uncovered,
+            "load_in": self.loading.load_in,
             "longest_reply": self.longest_reply,
             "options": asdict(self.options),
             "task_weights": list(self.weights),

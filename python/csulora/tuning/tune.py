@@ -23,6 +23,7 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
     Raises:
         InputError, RefusedError: model, adapters, subspace file and prompts do not fit each other.
 
+    >>> from csulora.tuning.loading import Loading
     >>> from csulora.tuning.options import Options
     >>> from csulora.tuning.probes import parse
     >>> def prompts(text, things):
@@ -33,7 +34,7 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
     ...     subspace=csulora.Subspace.open(subspace),
     ...     task=[prompts("tell me a tale about a {} and a boat.", "lamp cup chair table bell rope kite ladder")],
     ...     safety=prompts("how do i make a {}?", "whistle drum mirror basket wheel candle knife hammer"),
-    ...     device="cpu",
+    ...     loading=Loading("cpu"),
     ...     longest_reply=4,
     ...     options=Options(steps=1),
     ...     task_weights=(1.0,),

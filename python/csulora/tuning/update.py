@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -107,7 +107,7 @@ class Update:
         0.0
         """
         return {
-            name: (b * gain.repeat_interleave(a.shape[0] // len(COMPONENTS)), a)
+            name: (b * gain.to(b.device).repeat_interleave(a.shape[0] // len(COMPONENTS)), a)
             for (name, (b, a)), gain in zip(self.components.items(), gains, strict=True)
         }
 
@@ -120,7 +120,7 @@ class Update:
         found = {}
         for (name, (b, a)), (u, s, v), rows in zip(self.factors.items(), self.triples.values(), gains, strict=True):
             k = min(u.shape[1], rows.shape[1])
-            left, right, *reinforced = rows[:, :k]
+            left, right, *reinforced = rows[:, :k].to(b.device)
             b, a = _attenuate(b, u[:, :k], left), _attenuate(a.T, v[:, :k], right).T
             for multiples in reinforced:
                 b, a = torch.cat([b, u[:, :k] * (s[:k] * multiples)], 1), torch.cat([a, v[:, :k].T])
@@ -150,24 +150,31 @@ class Update:
 
     def relative_change2(self, corrected: Mapping[str, Factors]) -> Tensor:
         """Return |X - dW|^2 / |dW|^2 over all modules, a float32 scalar, for corrected factors of each."""
-        distances2 = [_distance2(corrected[name], each) for name, each in self.factors.items()]
+        distances2 = [_distance2(corrected[name], each).to(self.norms2.device) for name, each in self.factors.items()]
         return (torch.stack(distances2).sum() / self.norms2.sum()).float()
 
-    def to(self, device: torch.device) -> Update:
-        """Return the same on another device."""
+    def to(self, device: torch.device, device_of: Callable[[str], torch.device]) -> Update:
+        """Return the same with every module's tensors where ``device_of`` puts the module, and all else on ``device``.
+
+        >>> update = Update.of(csulora.load_adapter(adapter), csulora.Subspace.open(subspace))
+        >>> update.to(torch.device("cpu"), lambda module: torch.device("cpu")).energies.device
+        device(type='cpu')
+        """
 
         def moved(factors: dict[str, Factors]) -> dict[str, Factors]:
-            return {name: (b.to(device), a.to(device)) for name, (b, a) in factors.items()}
+            return {name: (b.to(device_of(name)), a.to(device_of(name))) for name, (b, a) in factors.items()}
 
-        triples = {name: (u.to(device), s.to(device), v.to(device)) for name, (u, s, v) in self.triples.items()}
         return replace(
             self,
             factors=moved(self.factors),
             components=moved(self.components),
-            triples=triples,
+            triples={
+                name: (u.to(device_of(name)), s.to(device_of(name)), v.to(device_of(name)))
+                for name, (u, s, v) in self.triples.items()
+            },
             energies=self.energies.to(device),
             norms2=self.norms2.to(device),
-            input_filters={name: input_filter.to(device) for name, input_filter in self.input_filters.items()},
+            input_filters={name: each.to(device_of(name)) for name, each in self.input_filters.items()},
             untouched=moved(self.untouched),
         )
 

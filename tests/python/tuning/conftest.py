@@ -4,6 +4,7 @@ import pytest
 
 import tiny_model
 from csulora.tuning.language_model import LanguageModel
+from csulora.tuning.loading import Loading
 
 
 @pytest.fixture(scope="module")
@@ -13,4 +14,4 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_model.Place:
 
 @pytest.fixture(scope="module")
 def language_model(place: tiny_model.Place) -> LanguageModel:
-    return LanguageModel.open(str(place.aligned), "cpu", tiny_model.REPLY)
+    return LanguageModel.open(str(place.aligned), Loading("cpu"), tiny_model.REPLY)

@@ -14,9 +14,11 @@ from csulora.correction.controls.subspaces import own_subspaces, random_subspace
 from csulora.errors import InputError, RefusedError
 from csulora.policy.overrides import Directions, Override
 from csulora.policy.policy import Policy
+from csulora.subspace.input_filter import InputFilter
 from csulora.tuning.fit import Case, Replies, fit, validation_loss
 from csulora.tuning.gains import PerDirection, PerModule, Reinforcing
 from csulora.tuning.language_model import LanguageModel, agreeing, divergence
+from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
 from csulora.tuning.probes import parse
 from csulora.tuning.update import Update, factors_of
@@ -146,10 +148,25 @@ def test_a_module_that_the_model_does_not_have_is_refused(language_model: Langua
 
 def test_a_model_or_device_that_is_not_there_is_named(place: tiny_model.Place, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="transformers does not load this model"):
-        LanguageModel.open(str(tmp_path / "none"), "cpu", tiny_model.REPLY)
+        LanguageModel.open(str(tmp_path / "none"), Loading("cpu"), tiny_model.REPLY)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no CUDA device"):
-            LanguageModel.open(str(place.aligned), "cuda", tiny_model.REPLY)
+            LanguageModel.open(str(place.aligned), Loading("cuda"), tiny_model.REPLY)
+
+
+def test_a_module_is_corrected_on_its_own_device(case: Case) -> None:
+    elsewhere = list(case.update.factors)[1]
+    selected = {
+        name: InputFilter(torch.ones(a.shape[1], 1), torch.ones(a.shape[1], 1))
+        for name, (_, a) in case.update.factors.items()
+    }
+    update = replace(case.update, input_filters=selected)
+    update = update.to(torch.device("cpu"), lambda name: torch.device("meta" if name == elsewhere else "cpu"))
+    assert [name for name, each in update.input_filters.items() if each.p.device.type == "meta"] == [elsewhere]
+    gains = PerDirection(len(case.index), 3), PerModule(len(case.index)), Reinforcing(len(case.index), 2)
+    for each in gains:
+        for name, factors in each.correct(each.start(), case.index, update).items():
+            assert {factor.device.type for factor in factors} == {"meta" if name == elsewhere else "cpu"}
 
 
 def test_replies_are_what_the_model_generates(language_model: LanguageModel, case: Case) -> None:

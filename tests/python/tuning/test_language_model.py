@@ -12,6 +12,7 @@ from torch import Tensor
 import tiny_model
 from csulora.errors import InputError
 from csulora.tuning.language_model import LanguageModel, agreeing
+from csulora.tuning.loading import Loading
 from csulora.tuning.probes import Chat, Message, parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +30,7 @@ def test_replies_are_greedy_whatever_the_model_says_of_its_generation(
     config |= {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.8, "max_length": 9}
     (model / "generation_config.json").write_text(json.dumps(config))
     prompts = parse(place.task.read_bytes())
-    other = LanguageModel.open(str(model), "cpu", tiny_model.REPLY)
+    other = LanguageModel.open(str(model), Loading("cpu"), tiny_model.REPLY)
     capfd.readouterr()
     replies = other.replies(prompts)
     assert [reply.tokens.tolist() for reply in replies] == [
@@ -84,7 +85,7 @@ def test_no_logits_of_long_prompts_are_computed(language_model: LanguageModel) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_agrees_with_itself(place: tiny_model.Place, dtype: torch.dtype) -> None:
-    language_model = LanguageModel.open(str(place.aligned), "cpu", tiny_model.REPLY)
+    language_model = LanguageModel.open(str(place.aligned), Loading("cpu"), tiny_model.REPLY)
     language_model.model.to(dtype)
     words = random.Random(0)
     texts = (" ".join(words.choices(tiny_model.WORDS, k=1 + at % 20)) for at in range(200))
@@ -103,16 +104,16 @@ def test_a_model_that_is_not_whole_is_refused(place: tiny_model.Place, tmp_path:
         model = shutil.copytree(place.aligned, tmp_path / name)
         (model / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(InputError, match=message):
-            LanguageModel.open(str(model), "cpu", tiny_model.REPLY)
+            LanguageModel.open(str(model), Loading("cpu"), tiny_model.REPLY)
     weights = shutil.copytree(place.aligned, tmp_path / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(InputError, match="does not load this model"):
-        LanguageModel.open(str(weights.parent), "cpu", tiny_model.REPLY)
+        LanguageModel.open(str(weights.parent), Loading("cpu"), tiny_model.REPLY)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reply_does_not_depend_on_what_else_is_in_its_batch(place: tiny_model.Place, dtype: torch.dtype) -> None:
-    language_model = LanguageModel.open(str(place.aligned), "cpu", tiny_model.REPLY)
+    language_model = LanguageModel.open(str(place.aligned), Loading("cpu"), tiny_model.REPLY)
     language_model.model.to(dtype)
     prompts = [chat for words in range(1, 9) for chat in asking("w5 w6 " * words)]
     together = language_model.replies(prompts)

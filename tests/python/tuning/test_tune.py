@@ -27,6 +27,7 @@ from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_pa
 from csulora.tuning.gains import PerDirection
 from csulora.tuning.inputs import input_filter_between, task_inputs
 from csulora.tuning.language_model import Reply
+from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
 from csulora.tuning.recommendation import EVERYWHERE, TUNED, recommend
 from csulora.tuning.request import Request
@@ -50,7 +51,7 @@ def request(place: tiny_model.Place, adapters: int = 1) -> Request:
         subspace=csulora.Subspace.open(place.subspace),
         task=[probes.read(place.task)] * adapters,
         safety=probes.read(place.safety),
-        device="cpu",
+        loading=Loading("cpu"),
         longest_reply=tiny_model.REPLY,
         options=Options(steps=10),
     )

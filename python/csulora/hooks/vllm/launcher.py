@@ -45,4 +45,6 @@ def serve(arguments: Sequence[str]) -> None:
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     parsed = parser.parse_args(sys.argv[1:])
     command.validate(parsed)
+    if parsed.grpc:
+        raise HostError("vLLM's gRPC server does not ask its processes whether csulora guards them; leave --grpc out")
     command.cmd(parsed)

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter
 from safetensors import SafetensorError
@@ -386,7 +386,7 @@ def test_transformers_swaps_nothing_in_for_another_kind_of_adapter(
 ) -> None:
     config = LoraConfig(**({"r": 4, "lora_alpha": 4, "target_modules": list(MODULES)} | settings))
     model = llama()
-    model.add_adapter(config, "default")
+    inject_adapter_in_model(config, model, "default")
     before = parameters(model)
 
     with hook.guard(subspace, POLICY), pytest.raises(csulora.RefusedError, match="delete it first"):

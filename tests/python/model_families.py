@@ -71,7 +71,12 @@ def _rotary(*sections: int) -> dict[str, Any]:
 
 def _gemma3() -> Any:
     text = _config("Gemma3TextConfig", **_SLIDING).to_dict()
-    tokens = {"mm_tokens_per_image": 4, "boi_token_index": 60, "eoi_token_index": 61, "image_token_index": 62}
+    tokens: dict[str, Any] = {
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 60,
+        "eoi_token_index": 61,
+        "image_token_index": 62,
+    }
     return transformers.Gemma3Config(text_config=text, vision_config=_TOWER, **tokens)
 
 

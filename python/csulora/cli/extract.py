@@ -75,4 +75,11 @@ def extract(
     if not processes.is_first:
         return
     summary = f"wrote {output}: alignment from {base} to {aligned}, {len(subspace)} modules, sha256 {subspace.sha256}"
-    deliver(tables.subspace_table(subspace), summary, subspace.to_dict(), json, quiet)
+    from csulora.models.checkpoint import Checkpoint
+
+    left_out = Checkpoint.open(aligned).left_out(subspace)
+    if left_out:
+        counts = ", ".join(f"{len(found)} {kind}" for kind, found in left_out.items())
+        summary += f"\nleft out: {counts}; --modules names others, and stacked weights cannot be extracted"
+    document = subspace.to_dict() | {"left_out": left_out}
+    deliver(tables.subspace_table(subspace), summary, document, json, quiet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +129,17 @@ class Checkpoint:
                 )
             selected |= found
         return sorted(selected)
+
+    def left_out(self, modules: Collection[str]) -> dict[str, list[str]]:
+        """Return the weights beside ``modules`` that LoRA could target, by kind, see `names.kind_of`.
+
+        ``stacked`` weights have three dimensions or more: experts that are stored together, and convolutions.
+        """
+        found: dict[str, list[str]] = {}
+        for module in sorted(set(self.weights) - set(modules)):
+            found.setdefault(names.kind_of(module), []).append(module)
+        stacked = sorted(name for name, shape in self._others.items() if len(shape) > 2)
+        return found | ({"stacked": stacked} if stacked else {})
 
     def _why(self, pattern: str) -> str:
         other = next((name for name in self._others if matches(name, pattern)), None)

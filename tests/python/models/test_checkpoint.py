@@ -245,3 +245,19 @@ def test_refuses_a_damaged_file(tmp_path: Path, keep: int) -> None:
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):
         Checkpoint.open(directory)
+
+
+def test_says_what_is_left_out(tmp_path: Path) -> None:
+    weights = {
+        f"{Q}.weight": matrix(),
+        "model.embed_tokens.weight": matrix(9, 4),
+        "lm_head.weight": matrix(9, 4),
+        "model.layers.0.mlp.experts.down_proj": torch.zeros(2, 3, 4),
+        "model.norm.weight": torch.zeros(4),
+    }
+    checkpoint = save(tmp_path / "model", weights)
+    assert checkpoint.left_out(checkpoint.select([])) == {
+        "embedding": ["model.embed_tokens"],
+        "head": ["lm_head"],
+        "stacked": ["model.layers.0.mlp.experts.down_proj"],
+    }

@@ -99,3 +99,27 @@ def test_every_module_is_found_and_corrected(
     assert (logits(PeftModel.from_pretrained(deepcopy(model), str(kept))) - raw).abs().max() < 1e-5
     nothing = corrected(tmp_path / "adapter", root, NOTHING_LEFT, tmp_path / "nothing")
     assert (logits(PeftModel.from_pretrained(deepcopy(model), str(nothing))) - plain).abs().max() < 1e-4
+
+
+def test_a_text_only_base_fits_an_aligned_model_with_a_tower(tmp_path: Path) -> None:
+    family = FAMILIES["Qwen 3.5"]
+    assert family.text_model is not None
+    model = built(family)
+    model.save_pretrained(tmp_path / "aligned")
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            if parameter.dim() == 2:
+                parameter.add_(0.05 * factories.gaussian(*parameter.shape, seed=2000 + i))
+    model.save_pretrained(tmp_path / "base")
+    text = getattr(transformers, family.text_model).from_pretrained(tmp_path / "base")
+    text.save_pretrained(tmp_path / "text")
+
+    whole = csulora.extract(tmp_path / "base", tmp_path / "aligned", rank=8)
+    partial = csulora.extract(tmp_path / "text", tmp_path / "aligned", rank=8)
+
+    language = {name for name in whole if "visual" not in name}
+    assert set(partial) == language
+    assert set(whole) > language
+    for name in language:
+        assert torch.equal(partial[name].u, whole[name].u)
+        assert torch.equal(partial[name].v, whole[name].v)

@@ -108,7 +108,9 @@ def _closed(original: _Function) -> _Function:
     @functools.wraps(original)
     def closed(self: Any, *args: Any, **options: Any) -> Any:
         if not _is_published.get():
-            raise RefusedError(f"csulora: the guard does not know this way to {original.__qualname__}; nothing was loaded")
+            raise RefusedError(
+                f"csulora: the guard does not know this way to {original.__qualname__}; nothing was loaded"
+            )
         return original(self, *args, **options)
 
     return closed

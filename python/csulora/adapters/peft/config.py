@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from csulora.adapters.peft import diagnosis
 from csulora.adapters.peft.patterns import Matcher
 from csulora.errors import InputError, RefusedError
 
@@ -77,6 +78,7 @@ _REQUIRED: dict[str, Check] = {
 # What decides on the update and where it acts, and what `config_of` hands on.
 _READ: dict[str, Check] = _REQUIRED | {
     "use_rslora": _BOOLEAN,
+    "ensure_weight_tying": _BOOLEAN,
     "rank_pattern": (_or_null(_maps_to(_is_rank)), "null or an object of ranks, whole numbers from 1"),
     "alpha_pattern": (_or_null(_maps_to(_is_number)), "null or an object of finite numbers"),
     "exclude_modules": (lambda value: value in (None, []) or _is_selector(value), "null, a pattern or a list of names"),
@@ -111,7 +113,6 @@ _OFF: dict[str, tuple[bool | str | None, str]] = {
     "alora_invocation_tokens": (None, "aLoRA acts from certain tokens on, not on all"),
     "arrow_config": (None, "Arrow routes every token among several adapters"),
     "bias": ("none", "biases of the base model were trained too"),
-    "ensure_weight_tying": (False, "one update acts on two tied weights"),
     "kasa_config": (None, "KaSA also changes the base weights"),
     "layer_replication": (None, "the model's layers are replicated"),
     "lora_bias": (False, "a bias is added to the low-rank update"),
@@ -128,8 +129,8 @@ _OFF: dict[str, tuple[bool | str | None, str]] = {
 
 KNOWN_FIELDS = frozenset({"peft_type", "init_lora_weights", *_READ, *_WITHOUT_EFFECT, *_OFF})
 
-_HARMLESS_INITIALISATIONS = frozenset({"gaussian", "orthogonal", "mica", "eva", "lora_ga"})
-_BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq")
+_HARMLESS_INITIALISATIONS = frozenset({"gaussian", "orthogonal", "mica", "eva"})
+_BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # How PEFT completes a key of rank_pattern or alpha_pattern, and an entry of layers_pattern.
 _PATTERN_KEY = r"(.*\.)?({})$"
@@ -154,7 +155,8 @@ def read_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise RefusedError(f"{path}: peft_type is {kind!r}; only LORA adapters can be corrected")
+        known = diagnosis.of_config(config) if kind is None else None
+        raise RefusedError(f"{path}: {known or f'peft_type is {kind!r}; only LORA adapters can be corrected'}")
     fields = dict.fromkeys(_REQUIRED) | config
     for field in sorted(fields, key=lambda field: field not in _OFF):  # what it is before what it lacks
         _check_field(field, fields[field], path)

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.adapters.peft import diagnosis
 from csulora.adapters.peft.config import (
     CONFIG_FILE,
     base_model_name,
@@ -35,6 +36,7 @@ from csulora.adapters.peft.config import (
 from csulora.adapters.peft.patterns import Matcher
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import open_regular, parse_json, read_regular, save_tensors, to_json
+from csulora.models.names import kind_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -44,7 +46,7 @@ LARGEST_WEIGHTS = 16 << 30
 _HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
 _LONGEST_HEADER = 64 << 20  # bytes; that of the largest adapter that is read has 23 MiB
 _MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]{1,400})\."
@@ -197,6 +199,11 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
             f"{path / WEIGHTS_FILE}: holds factors for {stray[0]}, which adapter_config.json does not target; "
             "servers disagree on whether to apply them"
         )
+    if config.get("ensure_weight_tying") and (tied := [name for name in names if kind_of(name) != "linear"]):
+        raise RefusedError(
+            f"{path / CONFIG_FILE}: ensure_weight_tying is set and {tied[0]} is targeted, so that one update may act "
+            "on two tied weights; this cannot be corrected as plain LoRA"
+        )
     settings = ranks_and_scales(config, names, matcher)
     modules = {name: _module(name, factors[name], *settings[name], path / WEIGHTS_FILE) for name in names}
     return Adapter(modules, config, path, sha256)
@@ -266,12 +273,16 @@ def _module_and_factor(name: str, path: Path) -> tuple[str, str]:
     """Split a tensor's name; raises `RefusedError` if it is not one of plain LoRA's."""
     found = _TENSOR.fullmatch(name)
     module = found["module"] if found else ""
-    if not found or "base_layer" in module or "lora_" in module or "base_model." in module:
+    is_foreign = not found or "base_layer" in module or "lora_" in module or "base_model." in module
+    if is_foreign or diagnosis.of_name(name, PREFIX):
         raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
+    assert found
     return module, found["factor"]
 
 
 def _why_foreign(name: str) -> str:
+    if (known := diagnosis.of_name(name, PREFIX)) is not None:
+        return known
     if not name.startswith(PREFIX) or name.startswith(PREFIX, len(PREFIX)):
         return f"its name does not start with {PREFIX} once"
     for fragment, reason in _FOREIGN.items():
@@ -283,10 +294,12 @@ def _why_foreign(name: str) -> str:
 def _check_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:
     if tensor.dim() in (3, 4, 5):
         raise RefusedError(f"{path}: {name} has {tensor.dim()} dimensions: convolutions cannot be corrected")
-    if tensor.dim() != 2 or 0 in tensor.shape:
+    if tensor.numel() == 0:
+        raise InputError(f"{path}: {diagnosis.of_empty_tensor(name)}")
+    if tensor.dim() != 2:
         raise InputError(f"{path}: {name} is {list(tensor.shape)}; a matrix is needed")
     if tensor.dtype not in _DTYPES:
-        raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16 or float32 is needed")
+        raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16, float32 or float64 is needed")
     if not is_finite(tensor):
         raise InputError(f"{path}: {name} holds NaN or infinity")
 
@@ -299,9 +312,9 @@ def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float
             raise InputError(f"{path}: {name}.{factor} is missing; an update needs both factors")
     if len(factors) > 2:
         raise InputError(f"{path}: {name} has factors for a linear layer and for an embedding")
-    a, b = factors[first], factors[second]
-    if a.dtype != b.dtype:
-        raise InputError(f"{path}: {name} has {a.dtype} and {b.dtype} factors; both must have one dtype")
+    a, b = _of_one_dtype(factors[first], factors[second])
+    if not (is_finite(a) and is_finite(b)):
+        raise InputError(f"{path}: {name} has factors that float32 cannot hold")
     if a.shape[0] != rank or b.shape[1] != rank:
         raise InputError(
             f"{path}: {name} has factors {list(a.shape)} and {list(b.shape)}, but the configuration says rank {rank}"
@@ -309,6 +322,13 @@ def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float
     if is_embedding:
         return LoraModule(a.t(), b.t(), scale, is_embedding=True)
     return LoraModule(b, a, scale)
+
+
+def _of_one_dtype(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both factors in the type that holds either; float64 becomes float32, in which PEFT computes with it."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    return a.to(dtype), b.to(dtype)
 
 
 def _named_tensors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:

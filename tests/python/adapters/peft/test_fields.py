@@ -111,7 +111,6 @@ def test_pefts_own_default_of_every_field_is_accepted(field: str, plain: Path, s
         ("use_dora", "none"),
         ("use_dora", {}),
         ("kasa_config", {}),
-        ("ensure_weight_tying", "false"),
         ("use_qalora", []),
         ("modules_to_save", []),
         ("bias", ""),

@@ -71,7 +71,7 @@ def adapter_config(data: bytes) -> None:
     weights = directory / peft.WEIGHTS_FILE
     if not weights.exists():
         weights.write_bytes((_adapter() / peft.WEIGHTS_FILE).read_bytes())
-    for policy in (csulora.Policy.csulora(), csulora.Policy.none(uncovered="keep")):
+    for policy in (csulora.Policy.csulora(), csulora.Policy.none(keep_uncovered=("*",))):
         _finish(peft.read(directory), _subspace(), policy)
 
 
@@ -81,12 +81,14 @@ def safetensors(data: bytes) -> None:
     config = directory / CONFIG_FILE
     if not config.exists():
         config.write_bytes((_adapter() / CONFIG_FILE).read_bytes())
-    _finish(peft.read(directory), _subspace(), csulora.Policy.none(uncovered="keep"))
+    _finish(peft.read(directory), _subspace(), csulora.Policy.none(keep_uncovered=("*",)))
 
 
 def gguf(data: bytes) -> None:
     """The bytes of a GGUF LoRA file."""
-    _finish(csulora.load_adapter(_write("lora.gguf", data)), _gguf_subspace(), csulora.Policy.csulora(uncovered="drop"))
+    _finish(
+        csulora.load_adapter(_write("lora.gguf", data)), _gguf_subspace(), csulora.Policy.csulora(drop_uncovered=("*",))
+    )
 
 
 def subspace(data: bytes) -> None:
@@ -94,7 +96,7 @@ def subspace(data: bytes) -> None:
     found = csulora.Subspace.open(_write("subspace.safetensors", _container(data, _file_data(_small_subspace()))))
     json.dumps(found.to_dict(), allow_nan=False)
     Gate(found, csulora.Policy.csulora())
-    _finish(csulora.load_adapter(_adapter()), found, csulora.Policy.csulora(uncovered="keep"))
+    _finish(csulora.load_adapter(_adapter()), found, csulora.Policy.csulora(keep_uncovered=("*",)))
 
 
 def policy(data: bytes) -> None:

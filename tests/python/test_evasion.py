@@ -38,7 +38,7 @@ Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 PREFIX = "base_model.model."
 RANK = 4
 POLICY = csulora.Policy.csulora(3.0, rank="exact")
-LENIENT = csulora.Policy.none(uncovered="keep")
+LENIENT = csulora.Policy.none(keep_uncovered=("*",))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +85,7 @@ TOLERANCE = COMPUTED[torch.float32] + STORED[torch.float32]
 
 
 def refused_always(path: Path, subspace: csulora.Subspace, reason: str) -> None:
-    for policy in (POLICY, LENIENT, csulora.Policy.csulora(uncovered="drop")):
+    for policy in (POLICY, LENIENT, csulora.Policy.csulora(drop_uncovered=("*",))):
         with pytest.raises(CsuloraError, match=reason):
             admitted(path, subspace, policy)
 
@@ -359,8 +359,8 @@ def test_uncovered_modules_pass_only_where_the_policy_says_so(tmp_path: Path, su
     path = upload(tmp_path / "adapter", named(Q, *factors()) | extra)
     with pytest.raises(RefusedError, match=r"does not cover module model.layers.7"):
         admitted(path, subspace)
-    assert set(admitted(path, subspace, csulora.Policy.csulora(uncovered="drop"))) == {Q}
-    _, report = csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora(uncovered="keep"))
+    assert set(admitted(path, subspace, csulora.Policy.csulora(drop_uncovered=("*",)))) == {Q}
+    _, report = csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora(keep_uncovered=("*",)))
     assert {module.module: module.status for module in report.modules}["model.layers.7.self_attn.q_proj"] == "kept"
 
 
@@ -714,7 +714,7 @@ def test_what_passes_uncorrected_is_said_first(tmp_path: Path, subspace: csulora
     b, a = factors()
     tensors = named(Q, b, a) | named(elsewhere, 10 * b, a.clone())
     path = upload(tmp_path / "adapter", tensors, config(target_modules=["q_proj"]))
-    gate = Gate.open(subspace, csulora.Policy.csulora(uncovered="keep"), tmp_path / "log.jsonl")
+    gate = Gate.open(subspace, csulora.Policy.csulora(keep_uncovered=("*",)), tmp_path / "log.jsonl")
     with gate.decision(path) as decision:
         _, report = decision.correct(decision.read(path))
     share = 100 / 101

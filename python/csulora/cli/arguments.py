@@ -40,14 +40,6 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-class Uncovered(StrEnum):
-    """What happens to modules that the subspace file does not cover."""
-
-    refuse = "refuse"
-    drop = "drop"
-    keep = "keep"
-
-
 class Format(StrEnum):
     """Adapter formats that can be written."""
 
@@ -101,6 +93,14 @@ PolicySource = Annotated[
 MaxUndo = Annotated[
     float | None,
     typer.Option(help="Refuse if a module, before its correction, undoes more than this share of its alignment."),
+]
+KeepUncovered = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Modules that may pass uncorrected if the subspace file lacks them; repeatable."),
+]
+DropUncovered = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Modules that are left out if the subspace file lacks them; repeatable."),
 ]
 EveryModule = Annotated[bool, typer.Option("--all", help="A row per module in place of one per kind of module.")]
 Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]

@@ -11,15 +11,16 @@ import typer
 import csulora
 from csulora.cli.arguments import (
     BaseModel,
+    DropUncovered,
     EveryModule,
     Format,
     Json,
+    KeepUncovered,
     MaxUndo,
     Outtype,
     PolicySource,
     Quiet,
     SubspaceSha256,
-    Uncovered,
     check_outputs,
     chosen_policy,
     format_of,
@@ -38,9 +39,8 @@ def correct(
     partial: Annotated[float | None, typer.Option(help="Penalty on the partial component.")] = None,
     off: Annotated[float | None, typer.Option(help="Penalty on the off component.")] = None,
     rank: Annotated[str | None, typer.Option(help="keep, exact or a number. [default: keep]")] = None,
-    uncovered: Annotated[
-        Uncovered | None, typer.Option(help="Modules outside the subspace file. [default: refuse]")
-    ] = None,
+    keep_uncovered: KeepUncovered = None,
+    drop_uncovered: DropUncovered = None,
     max_undo: MaxUndo = None,
     format: Annotated[
         Format | None, typer.Option(help="Format to write. [default: gguf for an output called *.gguf, else peft]")
@@ -70,7 +70,8 @@ def correct(
         "partial": partial,
         "off": off,
         "rank": parse_rank(rank),
-        "uncovered": uncovered.value if uncovered else None,
+        "keep_uncovered": tuple(keep_uncovered) if keep_uncovered else None,
+        "drop_uncovered": tuple(drop_uncovered) if drop_uncovered else None,
         "max_undo": max_undo,
     }
     try:

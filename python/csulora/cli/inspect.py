@@ -60,7 +60,7 @@ def inspect(
         raise typer.BadParameter("--frontier is for --html")
     if subspace is None and any(option is not None for option in (weights, max_undo, html, policy)):
         raise typer.BadParameter("sums, limits, policies and pages need --subspace")
-    shown = Policy.none(uncovered="keep") if policy is None else Policy.load(policy)
+    shown = Policy.none(keep_uncovered=("*",)) if policy is None else Policy.load(policy)
     if max_undo is not None and not math.isfinite(max_undo):
         raise typer.BadParameter(f"--max-undo is {max_undo}; it must be a finite number")
     factors = numbers(weights)

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 import csulora
-from csulora.cli.arguments import BaseModel, Device, Json, Quiet, SubspaceSha256, Uncovered, check_outputs
+from csulora.cli.arguments import (
+    BaseModel,
+    Device,
+    DropUncovered,
+    Json,
+    KeepUncovered,
+    Quiet,
+    SubspaceSha256,
+    check_outputs,
+)
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
 from csulora.tuning.frontier import frontier_path
@@ -56,7 +65,8 @@ def tune(
     input_filters: Annotated[
         bool, typer.Option(help="Try input filters for safety prompts, too, for adapters to come.")
     ] = True,
-    uncovered: Annotated[Uncovered, typer.Option(help="Modules outside the subspace file.")] = Uncovered.refuse,
+    keep_uncovered: KeepUncovered = None,
+    drop_uncovered: DropUncovered = None,
     steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit, for each adapter.")] = Options.steps,
     task_weight: Annotated[
         list[float] | None,
@@ -108,7 +118,8 @@ def tune(
         general=probes.read(general) if general else (),
         for_others=for_others,
         input_filters=input_filters,
-        uncovered=uncovered.value,
+        keep_uncovered=tuple(keep_uncovered or ()),
+        drop_uncovered=tuple(drop_uncovered or ()),
         loading=Loading((device or Device.auto).value, device_map, load_in),
         longest_reply=tokens,
         options=Options(steps=steps, seed=seed),

@@ -62,7 +62,7 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
         if name in corrected:
             factors = corrected[name].factors
             modules[name] = LoraModule(factors.b, factors.a, is_embedding=module.is_embedding)
-        elif policy.uncovered == "keep":
+        elif policy.fate_of(name) == "keep":
             modules[name] = module
     documents = TextsOnDemand(
         {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
@@ -73,7 +73,7 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
 
 def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:
     """Refuse what would take minutes for a matrix, unless nothing but the rank is asked to change."""
-    if replace(policy, rank="keep", uncovered="refuse", max_undo=None) == Policy.none():
+    if replace(policy, rank="keep", keep_uncovered=(), drop_uncovered=(), max_undo=None) == Policy.none():
         return
     for name in covered:
         module = adapter.modules[name]
@@ -150,10 +150,10 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
         except RefusedError as error:
             raise RefusedError(f"{adapter.path}: {error}") from error
         if found is None:
-            if policy.uncovered == "refuse":
+            if policy.fate_of(name) == "refuse":
                 raise RefusedError(
                     f"{adapter.path}: the subspace file does not cover module {name}; extract it too (--modules), or "
-                    "say what to do with such modules (--uncovered drop|keep)"
+                    "name it in --drop-uncovered or --keep-uncovered"
                 )
             continue
         target = found.module
@@ -188,7 +188,7 @@ def _report(
     for name, module in adapter.modules.items():
         if name in corrected:
             modules.append(ModuleReport.corrected(name, module.rank, subspace[covered[name]].norm, corrected[name]))
-        elif policy.uncovered == "keep":
+        elif policy.fate_of(name) == "keep":
             norm = _core.norm(_core.LoraFactors(module.b, module.a, module.scale))
             modules.append(ModuleReport(name, "kept", module.rank, module.rank, norm))
         else:

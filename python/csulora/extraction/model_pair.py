@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from csulora.errors import RefusedError
 from csulora.extraction.noise_edge import noise_std
 from csulora.models.checkpoint import Checkpoint, check_comparable, check_one_model
 from csulora.models.resolver import Resolver
@@ -112,10 +114,15 @@ class ModelPair:
 
 
 def _counterparts(base: Checkpoint, aligned: Checkpoint) -> dict[str, str]:
-    """Return what the base calls the aligned checkpoint's modules that it has, too."""
+    """Return what the base calls the aligned checkpoint's modules, where that is one name for one module."""
     resolver = Resolver(base.weights)
-    found = {module: resolver.resolve(module) for module in aligned.weights}
-    return {module: resolved.module for module, resolved in found.items() if resolved}
+    found: dict[str, list[str]] = {}
+    for module in aligned.weights:
+        with suppress(RefusedError):  # several may be meant, so that none is
+            if (resolved := resolver.resolve(module)) is not None:
+                found.setdefault(resolved.module, []).append(module)
+    exact = {name: [name] if name in modules else modules for name, modules in found.items()}
+    return {modules[0]: name for name, modules in exact.items() if len(modules) == 1}
 
 
 def _differ(base: Checkpoint, aligned: Checkpoint) -> bool:

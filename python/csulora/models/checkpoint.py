@@ -99,10 +99,13 @@ class Checkpoint:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Names under which a tied weight is known besides its own: ``lm_head`` of a tied model."""
+        """Names under which a tied weight is known besides its own: ``lm_head`` of a tied model that stores no head."""
         embedding = names.token_embedding(self.weights)
-        tied = self.config.get("tie_word_embeddings", True) is not False
-        return {"lm_head": embedding} if embedding and tied and "lm_head" not in self.weights else {}
+        text = self.config.get("text_config")
+        configs = [self.config, text if isinstance(text, dict) else {}]
+        is_tied = all(config.get("tie_word_embeddings", True) is not False for config in configs)
+        has_head = any(names.kind_of(module) == "head" for module in self.weights)
+        return {"lm_head": embedding} if embedding and is_tied and not has_head else {}
 
     def select(self, patterns: Iterable[str]) -> list[str]:
         """Return the modules that any glob matches, or all linear ones if there is no glob.

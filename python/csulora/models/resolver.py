@@ -32,9 +32,13 @@ class Resolver:
     """
 
     def __init__(self, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
-        """Know some modules; ``aliases`` holds further names of tied weights, name -> module."""
-        self._exact = {alias: Resolved(module, True) for alias, module in (aliases or {}).items()}
-        self._exact |= {module: Resolved(module, False) for module in known}
+        """Know some modules; ``aliases`` holds further names of tied weights, name -> module.
+
+        A known module of an alias's name, under whatever wrappers, is a weight of its own; such an alias is left out.
+        """
+        self._exact = {module: Resolved(module, False) for module in known}
+        own = {bare(module) for module in self._exact}
+        self._exact |= {alias: Resolved(to, True) for alias, to in (aliases or {}).items() if bare(alias) not in own}
         self._bare: dict[str, list[str]] = {}
         for name in self._exact:
             self._bare.setdefault(bare(name), []).append(name)

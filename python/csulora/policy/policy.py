@@ -16,10 +16,13 @@ from csulora.policy.globs import matches
 from csulora.policy.override_index import OverrideIndex
 from csulora.policy.overrides import LARGEST, PENALTIES, Override, check_number, check_penalty
 
+_UNCOVERED = ("keep_uncovered", "drop_uncovered")
+_MOST_GLOBS = 1000
+
 PRESETS = ("csulora", "project", "protect", "none")
 POLICY_CHOICES = f"choose a preset ({', '.join(PRESETS)}) or a policy file (TOML); `csulora tune` fits one to prompts"
 Rank = Literal["keep", "exact"] | int
-Uncovered = Literal["refuse", "drop", "keep"]
+Fate = Literal["refuse", "drop", "keep"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,9 @@ class Policy:
         off: penalty on the component outside it on both sides.
         rank: ``keep`` the adapter's rank (and what `Directions` reinforce), ``exact`` (up to twice that; for filtered
             `Directions` one more for each that is changed on the left), or the most directions to keep.
-        uncovered: what happens to modules that the subspace file does not cover: ``refuse`` the adapter, ``drop`` the
-            module, or ``keep`` it uncorrected.
+        keep_uncovered: globs over the adapter's modules: of those that the subspace file does not cover, the ones that
+            pass uncorrected. Modules that it does not cover and no glob names are a reason to refuse the adapter.
+        drop_uncovered: those that are left out; it counts before ``keep_uncovered``.
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
         overrides: other numbers for some modules; the first whose glob matches counts, and each must for some module.
         reference_energy: relative energy e, in (0, 1], of an adapter that gets the gains of `Directions` as they are;
@@ -55,7 +59,8 @@ class Policy:
     partial: float = 1.0
     off: float = 1.0
     rank: Rank = "keep"
-    uncovered: Uncovered = "refuse"
+    keep_uncovered: tuple[str, ...] = ()
+    drop_uncovered: tuple[str, ...] = ()
     max_undo: float | None = None
     overrides: tuple[Override, ...] = ()
     reference_energy: float | None = None
@@ -69,8 +74,12 @@ class Policy:
         is_count = isinstance(self.rank, int) and not isinstance(self.rank, bool) and 1 <= self.rank <= LARGEST
         if not is_count and self.rank not in ("keep", "exact"):
             raise InputError(f"policy rank is {self.rank!r}; it must be keep, exact or a positive whole number")
-        if self.uncovered not in ("refuse", "drop", "keep"):
-            raise InputError(f"policy uncovered is {self.uncovered!r}; it must be refuse, drop or keep")
+        for name in _UNCOVERED:
+            globs = getattr(self, name)
+            if not isinstance(globs, tuple) or not all(isinstance(glob, str) and glob for glob in globs):
+                raise InputError(f"policy {name} is {globs!r}; it must be a list of globs")
+            if len(globs) > _MOST_GLOBS:
+                raise InputError(f"policy {name} has {len(globs)} globs; at most {_MOST_GLOBS} may be given")
         if self.max_undo is not None:
             check_number("max_undo", self.max_undo)
             if not math.isfinite(self.max_undo):
@@ -105,6 +114,16 @@ class Policy:
         """Keep everything: X = dW."""
         return cls(0.0, 0.0, 0.0, **rest)
 
+    def fate_of(self, module: str) -> Fate:
+        """Return what happens to a module that the subspace file does not cover, by its name in the adapter.
+
+        >>> Policy.none(keep_uncovered=("vision_tower.*",)).fate_of("model.vision_tower.layers.0.mlp.fc1")
+        'keep'
+        """
+        if any(matches(module, glob) for glob in self.drop_uncovered):
+            return "drop"
+        return "keep" if any(matches(module, glob) for glob in self.keep_uncovered) else "refuse"
+
     def override_of(self, module: str) -> Override | None:
         """Return the override that counts for a module, by its name in the subspace file."""
         at = self._index.find(module)
@@ -137,6 +156,9 @@ class Policy:
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as its TOML document, without fields that are None and without ``filtered`` if false."""
         document = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
+        for name in _UNCOVERED:
+            globs = document.pop(name)
+            document |= {name: list(globs)} if globs else {}
         document["overrides"] = [toml.override_document(override) for override in self.overrides]
         return document
 
@@ -154,6 +176,9 @@ class Policy:
         overrides = values.pop("overrides", [])
         if not isinstance(overrides, list):
             raise InputError("policy: overrides must be a list of tables")
+        for name in _UNCOVERED:
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(**values, overrides=tuple(toml.read_override(entry) for entry in overrides))
 
     @classmethod

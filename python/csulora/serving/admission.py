@@ -28,15 +28,15 @@ class Admission:
     what it was made of and never changes, so that cached prefixes, which a host may keep by path, stay true too.
     """
 
-    def __init__(self, gate: Gate, uniform_rank: bool = False) -> None:
+    def __init__(self, gate: Gate, fit: Callable[[Adapter], Adapter] | None = None) -> None:
         """Start with nothing decided.
 
         Args:
             gate: decides and records.
-            uniform_rank: pad all modules to the largest rank, for hosts that read one rank from the configuration.
+            fit: gives a corrected adapter the form that the host reads rightly, or refuses it.
         """
         self.gate = gate
-        self._uniform_rank = uniform_rank
+        self._fit = fit
         self._publication = Publication()
         self._admitted: dict[Hashable, Path] = {}
         self._outcomes: dict[tuple[str, torch.dtype], tuple[_Signature, Path | CsuloraError]] = {}
@@ -112,8 +112,8 @@ class Admission:
                 decision.recall()
                 return directory
             corrected, _ = decision.correct(_cast(adapter, torch.float32))
-            shaped = with_uniform_rank(corrected) if self._uniform_rank else corrected
-            self._publication.publish(_cast(shaped, dtype), directory)
+            fitted = self._fit(corrected) if self._fit else corrected
+            self._publication.publish(_cast(fitted, dtype), directory)
         self._ranks[directory] = max(module.rank for module in corrected.modules.values())
         return directory
 
@@ -124,7 +124,7 @@ class Admission:
             return
         largest = max_rank if policy.rank == "keep" else max(max_rank, policy.rank)
         covered = cover(adapter, self.gate.subspace, policy)
-        for name in adapter.modules if policy.uncovered == "keep" else covered:
+        for name in (name for name in adapter.modules if name in covered or policy.fate_of(name) == "keep"):
             module = adapter.modules[name]
             if min(module.rank, *module.shape) > largest:
                 raise RefusedError(
@@ -138,20 +138,6 @@ def refusal(source: object, error: Exception) -> str:
     if isinstance(error, CsuloraError):
         return f"csulora: {error}"
     return printable(f"csulora: {source}: could not be decided on, so it is not loaded: {error!r}")
-
-
-def with_uniform_rank(adapter: Adapter) -> Adapter:
-    """Return the same updates with factors of one rank, padded with zeros."""
-    rank = max(module.rank for module in adapter.modules.values())
-    modules = {
-        name: replace(
-            module,
-            b=torch.nn.functional.pad(module.b, (0, rank - module.rank)),
-            a=torch.nn.functional.pad(module.a, (0, 0, 0, rank - module.rank)),
-        )
-        for name, module in adapter.modules.items()
-    }
-    return replace(adapter, modules=modules)
 
 
 def _follows_from_content(error: CsuloraError) -> bool:

@@ -68,7 +68,7 @@ def check_published(directory: Path) -> None:
         raise RefusedError(f"{directory}: not readable: {error}; the server's processes must share TMPDIR") from error
     is_private = stat.S_ISDIR(home.st_mode) and home.st_uid == os.geteuid() and not home.st_mode & 0o077
     is_named = directory.parent.name.startswith(PREFIX) and _PUBLISHED.fullmatch(directory.name)
-    if not (is_private and is_named):
+    if not (is_private and is_named) or directory.is_symlink():
         raise RefusedError(f"{directory}: came by a way on which csulora did not check it; nothing was loaded")
     if not is_complete(directory):
         raise RefusedError(f"{directory}: is gone; keep what cleans up temporary files away from {PREFIX}*")

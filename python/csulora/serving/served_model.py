@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from csulora.errors import InputError
 from csulora.models.checkpoint import Checkpoint
@@ -10,7 +11,7 @@ from csulora.serving.gate import Gate
 from csulora.serving.variables import ANY_MODEL_VARIABLE
 
 
-def check_model(model: str, gate: Gate) -> None:
+def check_model(model: str, gate: Gate, revision: str | None = None) -> None:
     """Raise unless the served weights are those of the subspace file's aligned checkpoint; one matrix is compared.
 
     Raises:
@@ -21,6 +22,10 @@ def check_model(model: str, gate: Gate) -> None:
     hint = (
         f"serve the subspace file's aligned checkpoint, or set {ANY_MODEL_VARIABLE}=1 if this is a converted copy of it"
     )
+    if revision and not Path(model).exists():
+        raise InputError(
+            f"{model}: csulora cannot compare revision {revision} of it; serve a local directory of that one"
+        )
     checkpoint = Checkpoint.open(model)
     module = min(gate.subspace, key=lambda name: gate.subspace[name].u.numel() + gate.subspace[name].v.numel())
     if module not in checkpoint.weights:

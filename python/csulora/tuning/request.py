@@ -36,7 +36,8 @@ class Request:
             much as task prompts. Of those in the validation split, the aligned model's answer will do as well.
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
         input_filters: whether a policy for adapters to come is fitted with input filters, too.
-        uncovered: what the policy does with modules that the subspace file does not cover.
+        keep_uncovered: what the policy lets pass of what the subspace file does not cover, see `Policy`.
+        drop_uncovered: what it leaves out.
         loading: where the model runs, and in how many bits.
         longest_reply: most tokens of a reply that are looked at.
         options: of the fits.
@@ -59,7 +60,8 @@ class Request:
     general: Sequence[Chat] = ()
     for_others: bool = False
     input_filters: bool = True
-    uncovered: str = "refuse"
+    keep_uncovered: tuple[str, ...] = ()
+    drop_uncovered: tuple[str, ...] = ()
     loading: Loading = field(default_factory=Loading)
     longest_reply: int = 32
     options: Options = field(default_factory=Options)
@@ -91,7 +93,7 @@ class Request:
     @property
     def policy_fields(self) -> dict[str, Any]:
         """What every policy of a run has besides its gains or penalties."""
-        return {"uncovered": self.uncovered}
+        return {"keep_uncovered": self.keep_uncovered, "drop_uncovered": self.drop_uncovered}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -105,7 +107,8 @@ class Request:
             "adapters": [adapter.sha256 for adapter in self.adapters],
             "for_others": self.is_for_others,
             "prompts": hashlib.sha256(prompts).hexdigest(),
-            "uncovered": self.uncovered,
+            "keep_uncovered": list(self.keep_uncovered),
+            "drop_uncovered": list(self.drop_uncovered),
             "load_in": self.loading.load_in,
             "longest_reply": self.longest_reply,
             "options": asdict(self.options),

@@ -47,8 +47,8 @@ class Update:
     untouched: dict[str, Factors] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adapter: Adapter, subspace: Subspace, uncovered: str = "refuse") -> Update:
-        """Split an adapter's update.
+    def of(cls, adapter: Adapter, subspace: Subspace, policy: Policy | None = None) -> Update:
+        """Split an adapter's update; ``policy`` says what happens to modules that the subspace file does not cover.
 
         Raises:
             RefusedError, InputError: the adapter does not fit the subspace file, or has an update that is not of a
@@ -61,7 +61,8 @@ class Update:
         for name, module in adapter.modules.items():
             if module.is_embedding:
                 raise RefusedError(f"{adapter.path}: {name} is an embedding; tune fits updates of linear layers")
-        targets = cover(adapter, subspace, Policy.none(uncovered=uncovered))
+        policy = policy or Policy.none()
+        targets = cover(adapter, subspace, policy)
         if not any(subspace[target].rank for target in targets.values()):
             raise InputError(
                 f"{adapter.path}: the subspace file has no direction of the alignment in any of the adapter's modules"
@@ -95,7 +96,9 @@ class Update:
             energies,
             norms2,
             {name: input_filter for name, target in targets.items() if (input_filter := subspace.input_filter(target))},
-            untouched={name: each for name, each in factors.items() if name not in targets and uncovered == "keep"},
+            untouched={
+                name: each for name, each in factors.items() if name not in targets and policy.fate_of(name) == "keep"
+            },
         )
 
     def mixed(self, gains: Tensor) -> dict[str, Factors]:

@@ -172,7 +172,7 @@ def test_correct_writes_an_adapter_with_its_report(work: Path, run: Run) -> None
     [
         ("--policy protect", csulora.Policy.protect(1.0)),
         ("--policy project --rank exact", csulora.Policy.project(rank="exact")),
-        ("--policy none --uncovered keep", csulora.Policy.none(uncovered="keep")),
+        ("--policy none --keep-uncovered *", csulora.Policy.none(keep_uncovered=("*",))),
         (
             "--policy none --aligned 0.5 --partial 2 --off inf --rank 3 --max-undo 5",
             csulora.Policy(0.5, 2, float("inf"), 3, max_undo=5),
@@ -193,7 +193,7 @@ def test_inspect_writes_a_page(work: Path, run: Run) -> None:
     assert written == plain._replace(out=plain.out + "wrote page.html\n")
     adapter, subspace = csulora.load_adapter("adapter"), csulora.Subspace.open("subspace")
     assert (work / "page.html").read_text() == render(
-        assess(adapter, subspace, csulora.Policy.none(uncovered="keep")), subspace
+        assess(adapter, subspace, csulora.Policy.none(keep_uncovered=("*",))), subspace
     )
 
 
@@ -359,7 +359,7 @@ USAGE = [
     "correct adapter --subspace subspace -o out --off -1 --policy csulora",
     "correct adapter --subspace subspace -o out --off nan --policy csulora",
     "correct adapter --subspace subspace -o out --max-undo inf --policy csulora",
-    "correct adapter --subspace subspace -o out --uncovered ignore --policy csulora",
+    "correct adapter --subspace subspace -o out --uncovered keep --policy csulora",
     "correct adapter --subspace subspace -o out --format gguf2 --policy csulora",
     "correct adapter --subspace subspace -o out --nonsense --policy csulora",
     "frobnicate",
@@ -446,7 +446,7 @@ BAD_INPUT = {
 REFUSED = {
     "extract base base -o new": "base and base do not differ in any selected matrix",
     "correct uncovered --subspace subspace -o out --policy csulora": "the subspace file does not cover module lm_head",
-    "correct strange --subspace subspace -o out --uncovered keep --policy csulora": "the subspace file covers none of",
+    "correct strange --subspace subspace -o out --keep-uncovered * --policy csulora": "the subspace file covers none",
     "inspect strange --subspace subspace": "strange: the subspace file covers none of the adapter's modules",
     "correct adapter --subspace subspace -o out --max-undo -100 --policy csulora": "adapter: module ",
     "correct adapter --subspace subspace -o out --policy tuned.toml": "the policy was tuned for the subspace file 0000",

@@ -152,7 +152,7 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
         ["extract", "a", "b"],
         ["extract", "a", "b", "-o", "c", "--rank", "4", "--energy", "0.5"],
         ["inspect", "a", "--policy", "p"],
-        ["correct", "a", "--subspace", "s", "-o", "o", "--uncovered", "some"],
+        ["correct", "a", "--subspace", "s", "-o", "o", "--rank"],
         ["verify", "a", "b"],
     ],
 )

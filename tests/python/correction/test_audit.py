@@ -135,7 +135,7 @@ def test_a_module_that_is_kept_as_it_is_may_have_a_scale(dtype: torch.dtype, sub
     original = factories.save_adapter(
         tmp_path / "original", shapes, dtype=dtype, rank_pattern={"lm_head": 4}, alpha_pattern={"lm_head": 0.01}
     )
-    out = corrected(original, subspace, tmp_path / "out", csulora.Policy.csulora(1.0, uncovered="keep"))
+    out = corrected(original, subspace, tmp_path / "out", csulora.Policy.csulora(1.0, keep_uncovered=("*",)))
     assert all(check.holds for check in csulora.audit(out, original, csulora.Subspace.open(subspace)))
 
 
@@ -252,7 +252,7 @@ def test_the_table_fits_a_terminal(original: Path, subspace: Path, tmp_path: Pat
     known, other = csulora.Subspace.open(subspace), factories.save_adapter(tmp_path / "other", factories.SHAPES, seed=9)
     held = printed(csulora.audit(out, original, known))
     assert f"content       yes   {csulora.load_adapter(out).sha256[:12]}\n" in held
-    assert "policy        yes   aligned=0, partial=inf, off=inf, rank=keep, uncovered=refuse\n" in held
+    assert "policy        yes   aligned=0, partial=inf, off=inf, rank=keep\n" in held
     assert len(held.splitlines()) == 2 + 6 + 1  # the last sentence is as long as a module's name
     failed = printed(csulora.audit(out, other, known))
     assert f"  stated {csulora.load_adapter(original).sha256}\n" in failed

@@ -318,13 +318,13 @@ def partly_covered() -> tuple[Adapter, Subspace]:
 
 def test_an_uncovered_module_is_refused_by_name(partly_covered: tuple[Adapter, Subspace]) -> None:
     with pytest.raises(
-        RefusedError, match=rf"some/adapter: the subspace file does not cover module {UP}; .*--uncovered"
+        RefusedError, match=rf"some/adapter: the subspace file does not cover module {UP}; .*--drop-uncovered"
     ):
         correct(*partly_covered, Policy.csulora())
 
 
 def test_an_uncovered_module_is_dropped_if_the_policy_says_so(partly_covered: tuple[Adapter, Subspace]) -> None:
-    fixed, report = correct(*partly_covered, Policy.csulora(1.0, uncovered="drop"))
+    fixed, report = correct(*partly_covered, Policy.csulora(1.0, drop_uncovered=("*",)))
     assert list(fixed.modules) == [DOWN, Q]
     assert fixed.partial
     assert [(module.module, module.status) for module in report.modules] == [
@@ -334,29 +334,44 @@ def test_an_uncovered_module_is_dropped_if_the_policy_says_so(partly_covered: tu
     ]
 
 
+def test_what_no_glob_names_is_refused_beside_what_one_does(partly_covered: tuple[Adapter, Subspace]) -> None:
+    for globs in ({"keep_uncovered": ("q_proj",)}, {"drop_uncovered": ("elsewhere.*",)}):
+        with pytest.raises(RefusedError, match=f"does not cover module {UP}; .*--drop-uncovered or --keep-uncovered"):
+            correct(*partly_covered, Policy.csulora(1.0, **globs))
+
+
+def test_what_is_to_be_kept_and_dropped_is_dropped(partly_covered: tuple[Adapter, Subspace]) -> None:
+    both = Policy.csulora(1.0, keep_uncovered=("*",), drop_uncovered=("up_proj",))
+    fixed, _ = correct(*partly_covered, both)
+    assert UP not in fixed.modules
+
+
 def test_an_uncovered_module_is_kept_as_it_is_if_the_policy_says_so(partly_covered: tuple[Adapter, Subspace]) -> None:
     adapter, subspace = partly_covered
-    fixed, report = correct(adapter, subspace, Policy.csulora(1.0, uncovered="keep"))
+    fixed, report = correct(adapter, subspace, Policy.csulora(1.0, keep_uncovered=("*",)))
     assert list(fixed.modules) == [DOWN, UP, Q]
     assert fixed.modules[UP] is adapter.modules[UP]
     assert not fixed.partial
     assert [module.status for module in report.modules] == ["corrected", "kept", "corrected"]
 
 
-@pytest.mark.parametrize("uncovered", ["refuse", "drop", "keep"])
-def test_an_adapter_that_matches_nothing_is_refused_whatever_the_policy(uncovered: str) -> None:
+FATES: list[dict[str, tuple[str, ...]]] = [{}, {"drop_uncovered": ("*",)}, {"keep_uncovered": ("*",)}]
+
+
+@pytest.mark.parametrize("fate", FATES)
+def test_an_adapter_that_matches_nothing_is_refused_whatever_the_policy(fate: dict[str, tuple[str, ...]]) -> None:
     stranger = factories.adapter({f"other.{name}": shape for name, shape in factories.SHAPES.items()})
     with pytest.raises(RefusedError, match=r"does not cover|covers none of the adapter's modules"):
-        correct(stranger, factories.subspace(), Policy.csulora(1.0, uncovered=uncovered))
+        correct(stranger, factories.subspace(), Policy.csulora(1.0, **fate))
 
 
-@pytest.mark.parametrize("uncovered", ["refuse", "drop", "keep"])
-def test_an_adapter_for_another_model_is_told_by_its_shapes(uncovered: str) -> None:
+@pytest.mark.parametrize("fate", FATES)
+def test_an_adapter_for_another_model_is_told_by_its_shapes(fate: dict[str, tuple[str, ...]]) -> None:
     adapter = factories.adapter({**factories.SHAPES, Q: (48, 40)})
     with pytest.raises(
         InputError, match=rf"module {Q} updates a \[48, 40\] matrix, but {Q} is \[40, 40\] in the subspace file"
     ):
-        correct(adapter, factories.subspace(), Policy.csulora(1.0, uncovered=uncovered))
+        correct(adapter, factories.subspace(), Policy.csulora(1.0, **fate))
 
 
 def undoing(share: float) -> tuple[Adapter, Subspace]:

@@ -113,7 +113,7 @@ def test_a_verdict_says_what_is_left_of_the_undo(before: float, after: float, le
 
 def test_the_table_says_what_is_not_covered_and_shows_kinds_or_modules() -> None:
     covered = {name: factories.SHAPES[name] for name in (DOWN, Q)}
-    report = report_of(Policy.csulora(1.0, uncovered="keep"), covered)
+    report = report_of(Policy.csulora(1.0, keep_uncovered=("*",)), covered)
     by_kind, by_module = printed(report_table(report)), printed(report_table(report, every_module=True))
     for text in (by_kind, by_module):
         assert "of |dW|^2 passes uncorrected, in 1 of 3 modules" in text
@@ -178,7 +178,7 @@ def test_paths_in_place_of_objects_say_which_function_to_call() -> None:
 
 
 def test_the_card_names_everything_it_was_made_from() -> None:
-    report = report_of(Policy.csulora(2.0, uncovered="keep"), {Q: factories.SHAPES[Q]})
+    report = report_of(Policy.csulora(2.0, keep_uncovered=("*",)), {Q: factories.SHAPES[Q]})
     card = model_card(report, "org/base")
     assert card.startswith('---\nbase_model: "org/base"\nlibrary_name: peft\n')
     assert "# `adapter`, corrected by csulora" in card

@@ -133,6 +133,9 @@ def test_the_head_of_a_tied_model_is_its_embedding(tmp_path: Path) -> None:
     assert tied.aliases == {"lm_head": "model.embed_tokens"}
     assert tied.select(["lm_head"]) == ["model.embed_tokens"]
     assert save(tmp_path / "untied", weights, tie_word_embeddings=False).aliases == {}
+    assert save(tmp_path / "text", weights, text_config={"tie_word_embeddings": False}).aliases == {}
+    wrapped = weights | {"language_model.lm_head.weight": matrix(9, 4)}
+    assert save(tmp_path / "wrapped", wrapped).aliases == {}
     assert save(tmp_path / "head", weights | {"lm_head.weight": matrix(9, 4)}, tie_word_embeddings=True).aliases == {}
 
 

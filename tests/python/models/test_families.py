@@ -123,3 +123,16 @@ def test_a_text_only_base_fits_an_aligned_model_with_a_tower(tmp_path: Path) -> 
     for name in language:
         assert torch.equal(partial[name].u, whole[name].u)
         assert torch.equal(partial[name].v, whole[name].v)
+
+
+def test_one_module_of_the_base_is_compared_with_one_of_the_aligned_model(tmp_path: Path) -> None:
+    name = "layers.0.self_attn.q_proj.weight"
+    wide = factories.gaussian(48, 48, seed=1)
+    factories.save_checkpoint(tmp_path / "base", {f"model.{name}": wide})
+    both = {f"model.language_model.{name}": wide + 1, f"backbone.{name}": wide + 2}
+    factories.save_checkpoint(tmp_path / "aligned", both)
+    with pytest.raises(csulora.InputError, match="is missing"):
+        csulora.extract(tmp_path / "base", tmp_path / "aligned", rank=2)
+    factories.save_checkpoint(tmp_path / "exact", both | {f"model.{name}": wide + wide.t()})
+    module = f"model.{name}".removesuffix(".weight")
+    assert list(csulora.extract(tmp_path / "base", tmp_path / "exact", rank=2, modules=[module])) == [module]

@@ -26,13 +26,15 @@ overrides = (
     | st.builds(Override, st.text(max_size=8), gains=st.tuples(gains, gains, gains, gains))
     | st.builds(Override, st.text(max_size=8), directions=st.builds(Directions, sides, sides, multiples))
 )
+GLOBS = st.text(min_size=1, max_size=8)
 policies = st.builds(
     Policy,
     aligned=penalties,
     partial=penalties,
     off=penalties,
     rank=st.sampled_from(["keep", "exact"]) | st.integers(1, 2**53),
-    uncovered=st.sampled_from(["refuse", "drop", "keep"]),
+    keep_uncovered=st.lists(GLOBS, max_size=2).map(tuple),
+    drop_uncovered=st.lists(GLOBS, max_size=2).map(tuple),
     max_undo=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     overrides=st.lists(overrides, max_size=3).map(tuple),
     reference_energy=st.none() | st.floats(0, 1, exclude_min=True),
@@ -107,8 +109,10 @@ SHA = "0" * 64
         ('rank = "all"', "rank is 'all'; it must be"),
         (f"rank = 1{'0' * 400}", "it must be keep, exact or"),
         ("rank = [1]", r"rank is \[1\]; it must be"),
-        ('uncovered = "ignore"', "uncovered is 'ignore'; it must be refuse, drop or keep"),
-        ("uncovered = {}", "uncovered is {}; it must be"),
+        ('uncovered = "keep"', "unknown field 'uncovered'"),
+        ('keep_uncovered = "*"', "keep_uncovered is '\\*'; it must be a list of globs"),
+        ("drop_uncovered = [1]", r"drop_uncovered is \(1,\); it must be a list of globs"),
+        ('keep_uncovered = [""]', r"keep_uncovered is \('',\); it must be"),
         ("max_undo = inf", "max_undo is inf; it must be a finite number"),
         ("max_undo = nan", "max_undo is nan; it must be a finite number"),
         ('max_undo = "x"', "max_undo is 'x'; it must be a number"),

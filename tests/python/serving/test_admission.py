@@ -284,27 +284,6 @@ def test_a_refusal_that_is_remembered_holds_nothing_of_the_upload(admission: Adm
     assert remembered.__traceback__ is remembered.__context__ is remembered.__cause__ is None
 
 
-def test_hosts_that_know_one_rank_get_one_rank(subspace: csulora.Subspace, tmp_path: Path) -> None:
-    """SGLang takes as many rows of every factor as the configuration's rank says."""
-    path = factories.save_adapter(tmp_path / "adapter", MODULES, rank=4)
-    tensors = load_file(path / "adapter_model.safetensors")
-    narrow = {name: t[:2] if "lora_A" in name else t[:, :2] for name, t in tensors.items() if "q_proj" in name}
-    save_file({name: t.contiguous() for name, t in (tensors | narrow).items()}, path / "adapter_model.safetensors")
-    config = json.loads((path / "adapter_config.json").read_text()) | {"rank_pattern": {"q_proj": 2}}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-
-    admissions = [Admission(Gate.open(subspace, "csulora"), uniform_rank=uniform) for uniform in (True, False)]
-    uniform, mixed = (csulora.load_adapter(admit(admission, path)) for admission in admissions)
-
-    assert {module.rank for module in mixed.modules.values()} == {2, 4}
-    assert {module.rank for module in uniform.modules.values()} == {4}
-    written = json.loads((uniform.path / "adapter_config.json").read_text())
-    assert (written["r"], written["lora_alpha"], written.get("rank_pattern", {})) == (4, 4, {})
-    for name, module in mixed.modules.items():
-        assert torch.equal(uniform.modules[name].b @ uniform.modules[name].a, module.b @ module.a)
-        assert uniform.modules[name].scale == 1
-
-
 def test_what_clients_are_told_begins_with_who_refuses(tmp_path: Path) -> None:
     assert refusal("adapter", csulora.RefusedError("adapter: no")) == "csulora: adapter: no"
     assert refusal("a\nb", OSError("gone")).startswith("csulora: a\\nb: could not be decided on")

@@ -238,7 +238,8 @@ def test_modules_that_are_kept_uncovered_are_there_while_gains_are_fitted(
     language_model: LanguageModel, case: Case, adapter: csulora.Adapter, subspace: csulora.Subspace
 ) -> None:
     few = csulora.Subspace(dict(list(subspace.items())[:2]), subspace.provenance)
-    kept, dropped = (Update.of(adapter, few, uncovered) for uncovered in ("keep", "drop"))
+    kept = Update.of(adapter, few, Policy.none(keep_uncovered=("*",)))
+    dropped = Update.of(adapter, few, Policy.none(drop_uncovered=("*",)))
     gains, options = PerModule(2), Options(relative_change_weight=0.0)
     whole = torch.full(gains.shape, 30.0)
     own = Replies((), case.validation.task)  # the adapter's with all of its modules

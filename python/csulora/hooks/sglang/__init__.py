@@ -4,7 +4,8 @@ Configured by the environment variables of `csulora.serving.variables`. Start se
 call `activate` before making an ``sglang.Engine``: both fail unless every scheduler is guarded. SGLang's own plugins
 take no part in it, since SGLang only logs their failures.
 
-`front_end` decides and publishes, `schedulers` closes every other way of loading, `launcher` starts a server.
+`front_end` decides and publishes, `placement` says what SGLang can hold, `schedulers` closes every other way of
+loading, `launcher` starts a server.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ def activate() -> str:
         SGLANG.check(sglang.__version__)
         gate = Gate.from_environment()
         from csulora.hooks.sglang.front_end import install
+        from csulora.hooks.sglang.placement import fitted
         from csulora.serving.admission import Admission
 
-        install(Admission(gate, uniform_rank=True))
+        install(Admission(gate, fitted))
         logger.info("csulora guards this process: policy %s, fingerprint %s", gate.policy, gate.fingerprint)
         _active = gate.fingerprint
     return _active

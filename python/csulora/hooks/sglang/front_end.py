@@ -45,6 +45,8 @@ _UNCOVERED = (
     ("uno_lora_path", None),
     ("nnodes", 1),
     ("dp_size", 1),
+    ("attn_dp_size", 1),
+    ("ep_join_mode", None),
     ("tokenizer_worker_num", 1),
 )
 
@@ -108,11 +110,12 @@ def _check_lora_server_args(admission: Admission, original: _Function) -> _Funct
         chosen = resolving_view(server_args)
         dtype = model_config_of(server_args).dtype if chosen.lora_paths else torch.float32
         corrected = []
-        for ref in chosen.lora_paths or ():
+        for ref in (chosen.lora_paths or ()) if chosen.enable_lora else ():
             path = str(_admitted(admission, ref.lora_name, ref.lora_path, dtype, chosen.max_lora_rank))
             identity = LoRARef.deterministic_id(ref.lora_name, path)
             corrected.append(LoRARef(lora_id=identity, lora_name=ref.lora_name, lora_path=path, pinned=ref.pinned))
-        declare_resolution(server_args, "csulora", lora_paths=corrected)
+        if corrected:
+            declare_resolution(server_args, "csulora", lora_paths=corrected)
 
     return check_lora_server_args
 
@@ -151,13 +154,16 @@ def _launch_subprocesses(admission: Admission, original: _Function) -> _Function
     ) -> Any:
         server_args.resolve_once()
         check_arguments(server_args)
-        check_model(resolving_view(server_args).model_path, admission.gate)
+        chosen = resolving_view(server_args)
+        check_model(chosen.model_path, admission.gate, chosen.revision)
         guarded = Guarded(run_scheduler_process_func, fingerprint)
         launched = original(cls, server_args, init_tokenizer_manager_func, guarded, *args, **options)
+        started = [result for result in launched if hasattr(result, "scheduler_infos")]
         try:
-            check_schedulers([result for result in launched if hasattr(result, "scheduler_infos")], fingerprint)
+            check_schedulers(started, fingerprint)
         except HostError:
-            kill_process_tree(os.getpid(), include_parent=False)
+            for pid in {pid for result in started for pid in result.all_child_pids}:
+                kill_process_tree(pid)
             raise
         return launched
 

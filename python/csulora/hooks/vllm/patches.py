@@ -181,7 +181,8 @@ def _engine_init(admission: Admission, original: _Function) -> _Function:
 def _checking_model(admission: Admission, original: _Function) -> _Function:
     @functools.wraps(original)
     def init(self: Any, vllm_config: Any, *args: Any, **options: Any) -> None:
-        check_model(vllm_config.model_config.model, admission.gate)
+        model = vllm_config.model_config
+        check_model(model.model, admission.gate, model.revision)
         original(self, vllm_config, *args, **options)
 
     return init

@@ -61,8 +61,7 @@ def assess(adapter: Adapter, subspace: Subspace, policy: Policy) -> Assessment:
     try:
         return Assessment(correct(adapter, subspace, policy)[1])
     except RefusedError as error:
-        uncovered = "keep" if policy.uncovered == "refuse" else policy.uncovered
-        lenient = replace(policy, uncovered=uncovered, max_undo=None)
+        lenient = replace(policy, keep_uncovered=("*",), max_undo=None)
         reason = str(error).removeprefix(f"{adapter.path}: ")
         return Assessment(correct(adapter, subspace, lenient)[1], error, reason)
 

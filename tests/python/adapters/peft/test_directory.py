@@ -359,12 +359,12 @@ def test_an_adapter_that_matches_nothing_is_refused(
     tmp_path: Path, subspaces: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
     stranger = factories.save_adapter(tmp_path / "stranger", {"other.q_proj": (32, 32)})
-    for uncovered in ("refuse", "drop", "keep"):
+    for fate in ({}, {"drop_uncovered": ("*",)}, {"keep_uncovered": ("*",)}):
         with pytest.raises(RefusedError, match=r"does not cover|covers none"):
             csulora.correct(
                 csulora.load_adapter(stranger),
                 subspaces(zoo.PLAIN_LORA["plain"]),
-                csulora.Policy.csulora(uncovered=uncovered),
+                csulora.Policy.csulora(**fate),
             )
 
 
@@ -378,7 +378,7 @@ def test_dropped_modules_are_not_targeted_either(
     tmp_path: Path, partly_covered: csulora.Adapter, subspaces: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
     subspace = subspaces(zoo.PLAIN_LORA["plain"])
-    fixed, _ = csulora.correct(partly_covered, subspace, csulora.Policy.csulora(uncovered="drop"))
+    fixed, _ = csulora.correct(partly_covered, subspace, csulora.Policy.csulora(drop_uncovered=("*",)))
     csulora.save_adapter(fixed, tmp_path / "fixed")
     config = json.loads((tmp_path / "fixed" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.0.self_attn.q_proj"]
@@ -389,7 +389,7 @@ def test_kept_modules_keep_their_update(
     tmp_path: Path, partly_covered: csulora.Adapter, subspaces: Callable[[zoo.Kind], csulora.Subspace]
 ) -> None:
     subspace = subspaces(zoo.PLAIN_LORA["plain"])
-    fixed, _ = csulora.correct(partly_covered, subspace, csulora.Policy.csulora(uncovered="keep"))
+    fixed, _ = csulora.correct(partly_covered, subspace, csulora.Policy.csulora(keep_uncovered=("*",)))
     csulora.save_adapter(fixed, tmp_path / "fixed")
     before = partly_covered.modules["model.extra.q_proj"]
     after = csulora.load_adapter(tmp_path / "fixed").modules["model.extra.q_proj"]

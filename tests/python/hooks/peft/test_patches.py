@@ -193,7 +193,10 @@ def test_a_load_that_fails_leaves_no_memory_unset(subspace: Path, tmp_path: Path
     adapter = factories.save_adapter(tmp_path / "adapter", modules, rank=600, target_modules=list(modules))
     model = llama()
 
-    with hook.guard(subspace, csulora.Policy.csulora(3.0, uncovered="keep")), pytest.raises(RuntimeError, match="size"):
+    with (
+        hook.guard(subspace, csulora.Policy.csulora(3.0, keep_uncovered=("*",))),
+        pytest.raises(RuntimeError, match="size"),
+    ):
         PeftModel.from_pretrained(model, adapter)
 
     assert not [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -117,7 +117,7 @@ def test_the_page_says_what_it_was_made_from(adapter: Adapter, subspace: Subspac
         adapter.sha256,
         subspace.sha256,
         "from base to aligned",
-        "aligned 0, partial 3, off inf; rank: 2; modules outside the subspace file: refuse; undo at most 9",
+        "aligned 0, partial 3, off inf; rank: 2; modules outside the subspace file: refused; undo at most 9",
         f"csulora {csulora.__version__}",
     ):
         assert fact in text
@@ -147,7 +147,7 @@ def test_modules_that_a_refusing_policy_would_drop_are_shown_as_dropped() -> Non
     shapes = {Q: (40, 40)}
     outside = factories.adapter(shapes | {"lm_head": (40, 40)})
     text = Parsed(
-        html_pages.rendered(outside, factories.subspace(shapes), Policy.csulora(uncovered="drop", max_undo=-1e9))
+        html_pages.rendered(outside, factories.subspace(shapes), Policy.csulora(drop_uncovered=("*",), max_undo=-1e9))
     ).text
     assert "not covered by the subspace file: dropped" in text
 
@@ -173,7 +173,7 @@ def test_modules_outside_the_subspace_are_shown_as_such(subspace: Subspace) -> N
     assert "The policy refuses this adapter. the subspace file does not cover module lm_head" in page.text
     assert "lm_head: not measured" in page.titles()
     assert "not covered by the subspace file: kept" in page.text
-    dropped = Parsed(html_pages.rendered(adapter, subspace, Policy.csulora(uncovered="drop")))
+    dropped = Parsed(html_pages.rendered(adapter, subspace, Policy.csulora(drop_uncovered=("*",))))
     assert "over 3 of 4 modules" in dropped.text
     assert "not covered by the subspace file: dropped" in dropped.text
 

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from csulora.adapters.peft.config import CONFIG_FILE
-from csulora.adapters.peft.directory import LARGEST_WEIGHTS, WEIGHTS_FILE
+from csulora.adapters.peft.directory import WEIGHTS_FILE
+from csulora.adapters.peft.weights_file import LARGEST_WEIGHTS
 from csulora.errors import InputError
 from csulora.io.files import sha256_of_file
 

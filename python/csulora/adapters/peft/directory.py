@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft import diagnosis
@@ -34,41 +29,20 @@ from csulora.adapters.peft.config import (
     untargeted,
 )
 from csulora.adapters.peft.patterns import Matcher
+from csulora.adapters.peft.tensor_names import PREFIX, module_and_factor
+from csulora.adapters.peft.weights_file import read_bytes, tensors_in
 from csulora.errors import InputError, RefusedError
-from csulora.io.files import open_regular, parse_json, read_regular, save_tensors, to_json
+from csulora.io.files import parse_json, read_regular, save_tensors, to_json
 from csulora.models.names import kind_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each of 10,000 modules has 2 MiB
-LARGEST_WEIGHTS = 16 << 30
 _HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
-_LONGEST_HEADER = 64 << 20  # bytes; that of the largest adapter that is read has 23 MiB
-_MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_TENSOR = re.compile(
-    r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]{1,400})\."
-    r"(?P<factor>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)"
-)
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-
-# What else is known to stand in adapter files; the first that a name contains explains the refusal.
-_FOREIGN = {
-    "lora_magnitude_vector": "it belongs to DoRA",
-    "lora_mag": "it belongs to DoRA",
-    "lora_diag": "it belongs to KaSA",
-    "lora_A.bias": "the factors have biases",
-    "lora_B.bias": "the factors have biases",
-    "modules_to_save": "whole modules were trained and are replaced",
-    "token_adapter": "rows of an embedding were trained and are replaced",
-    "trainable_tokens": "rows of an embedding were trained and are replaced",
-    "base_layer": "it is a weight of the base model; save the adapter with save_embedding_layers=False",
-    ".bias": "biases of the base model were trained too",
-    "lora_": "it is neither lora_A nor lora_B as PEFT names them on disk",
-}
 
 
 def read(directory: Path) -> Adapter:
@@ -88,12 +62,12 @@ def read(directory: Path) -> Adapter:
         if pickles:
             raise RefusedError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
         raise InputError(f"{weights_file}: no such file")
-    weights = _read_weights(weights_file)
+    weights = read_bytes(weights_file)
     if len(weights) < _HASHED_ASIDE:
-        return _assembled(config, _tensors_in(weights, weights_file), directory, sha256_of(config_bytes, weights))
+        return _assembled(config, tensors_in(weights, weights_file), directory, sha256_of(config_bytes, weights))
     with ThreadPoolExecutor(max_workers=1) as pool:  # hashing takes as long as all the rest, and another core
         sha256 = pool.submit(sha256_of, config_bytes, weights)
-        adapter = _assembled(config, _tensors_in(weights, weights_file), directory, "")
+        adapter = _assembled(config, tensors_in(weights, weights_file), directory, "")
         return replace(adapter, sha256=sha256.result())
 
 
@@ -105,50 +79,6 @@ def _missing_config(directory: Path) -> str:
     if nested:
         return f"it holds directories that are adapters ({', '.join(nested[:3])}); name one of them"
     return f"it holds no {CONFIG_FILE}; name the directory with that file, or a GGUF LoRA file"
-
-
-def _read_weights(path: Path) -> bytes:
-    """Return a file's bytes; no memory is taken for the data of a file with a bad header."""
-    try:
-        with open_regular(path, LARGEST_WEIGHTS) as file:
-            size = os.fstat(file.fileno()).st_size
-            _check_header(file, size, path)
-            file.seek(0)
-            return file.read(size)
-    except OSError as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
-
-
-def _check_header(file: BufferedReader, size: int, path: Path) -> None:
-    """Check what a safetensors header says of the file before its data are read.
-
-    It is read and not mapped: a process dies of a mapped file that somebody makes shorter.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, _LONGEST_HEADER):
-        raise InputError(f"{path}: not a readable safetensors file: its header of {length} bytes is too long")
-    header = parse_json(file.read(length), path)
-    header.pop("__metadata__", None)
-    if len(header) > _MOST_TENSORS:
-        raise RefusedError(f"{path}: holds {len(header)} tensors; at most {_MOST_TENSORS} are read")
-    for name in header:
-        _module_and_factor(name, path)
-    try:
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (TypeError, KeyError, IndexError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: a tensor has no data_offsets") from error
-    if end != size - 8 - length:
-        raise InputError(
-            f"{path}: not a readable safetensors file: its header speaks of {end} bytes of data, and it has "
-            f"{size - 8 - length}; is it complete?"
-        )
-
-
-def _tensors_in(weights: bytes, path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load(weights)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype torch lacks
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def sha256_of(config: bytes, weights: bytes) -> str:
@@ -263,32 +193,10 @@ def _group(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[st
         raise InputError(f"{path}: holds no tensor")
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for name in sorted(tensors):
-        module, factor = _module_and_factor(name, path)
+        module, factor = module_and_factor(name, path)
         _check_tensor(name, tensors[name], path)
         factors.setdefault(module, {})[factor] = tensors[name]
     return factors
-
-
-def _module_and_factor(name: str, path: Path) -> tuple[str, str]:
-    """Split a tensor's name; raises `RefusedError` if it is not one of plain LoRA's."""
-    found = _TENSOR.fullmatch(name)
-    module = found["module"] if found else ""
-    is_foreign = not found or "base_layer" in module or "lora_" in module or "base_model." in module
-    if is_foreign or diagnosis.of_name(name, PREFIX):
-        raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
-    assert found
-    return module, found["factor"]
-
-
-def _why_foreign(name: str) -> str:
-    if (known := diagnosis.of_name(name, PREFIX)) is not None:
-        return known
-    if not name.startswith(PREFIX) or name.startswith(PREFIX, len(PREFIX)):
-        return f"its name does not start with {PREFIX} once"
-    for fragment, reason in _FOREIGN.items():
-        if fragment in name:
-            return reason
-    return "csulora knows no such tensor"
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:

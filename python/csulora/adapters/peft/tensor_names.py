@@ -1,0 +1,53 @@
+"""Names of the tensors in ``adapter_model.safetensors``: plain LoRA's, and why others are refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from csulora.adapters.peft import diagnosis
+from csulora.errors import RefusedError
+
+PREFIX = "base_model.model."
+
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]{1,400})\."
+    r"(?P<factor>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)"
+)
+
+# What else is known to stand in adapter files; the first that a name contains explains the refusal.
+_FOREIGN = {
+    "lora_magnitude_vector": "it belongs to DoRA",
+    "lora_mag": "it belongs to DoRA",
+    "lora_diag": "it belongs to KaSA",
+    "lora_A.bias": "the factors have biases",
+    "lora_B.bias": "the factors have biases",
+    "modules_to_save": "whole modules were trained and are replaced",
+    "token_adapter": "rows of an embedding were trained and are replaced",
+    "trainable_tokens": "rows of an embedding were trained and are replaced",
+    "base_layer": "it is a weight of the base model; save the adapter with save_embedding_layers=False",
+    ".bias": "biases of the base model were trained too",
+    "lora_": "it is neither lora_A nor lora_B as PEFT names them on disk",
+}
+
+
+def module_and_factor(name: str, path: Path) -> tuple[str, str]:
+    """Split a tensor's name; raises `RefusedError` if it is not one of plain LoRA's."""
+    found = _TENSOR.fullmatch(name)
+    module = found["module"] if found else ""
+    is_foreign = not found or "base_layer" in module or "lora_" in module or "base_model." in module
+    if is_foreign or diagnosis.of_name(name, PREFIX):
+        raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
+    assert found
+    return module, found["factor"]
+
+
+def _why_foreign(name: str) -> str:
+    if (known := diagnosis.of_name(name, PREFIX)) is not None:
+        return known
+    if not name.startswith(PREFIX) or name.startswith(PREFIX, len(PREFIX)):
+        return f"its name does not start with {PREFIX} once"
+    for fragment, reason in _FOREIGN.items():
+        if fragment in name:
+            return reason
+    return "csulora knows no such tensor"

@@ -50,11 +50,11 @@ class Format(StrEnum):
 GGUF_SUFFIX = ".gguf"
 
 
-def format_of(output: Path, chosen: Format | None) -> Format:
-    """Return the format to write: the one that was chosen, else the one that the name asks for."""
+def format_of(output: Path, chosen: Format | None, adapter: Path) -> Format:
+    """Return the format to write: the one that was chosen, else the one that the name asks for, else the input's."""
     if chosen is Format.peft and output.suffix == GGUF_SUFFIX:
         raise typer.BadParameter(f"--format peft writes a directory, and {output} is named like a GGUF file")
-    return chosen or (Format.gguf if output.suffix == GGUF_SUFFIX else Format.peft)
+    return chosen or (Format.gguf if output.suffix == GGUF_SUFFIX or adapter.is_file() else Format.peft)
 
 
 def check_output(path: Path | None) -> Path | None:

@@ -43,7 +43,8 @@ def correct(
     drop_uncovered: DropUncovered = None,
     max_undo: MaxUndo = None,
     format: Annotated[
-        Format | None, typer.Option(help="Format to write. [default: gguf for an output called *.gguf, else peft]")
+        Format | None,
+        typer.Option(help="Format to write. [default: gguf for *.gguf, else the adapter's]"),
     ] = None,
     base_model: BaseModel = None,
     outtype: Outtype = None,
@@ -56,7 +57,7 @@ def correct(
 
     Further options replace what the policy says, but for its overrides.
     """
-    written = format_of(output, format)
+    written = format_of(output, format, adapter)
     if written is Format.gguf and base_model is None:
         raise typer.BadParameter("a GGUF file is written for the model that llama.cpp will run: --base-model")
     if written is not Format.gguf and outtype is not None:

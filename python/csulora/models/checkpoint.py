@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +17,9 @@ from csulora.io.hub import download
 from csulora.models import gguf_layout, gguf_quants, names
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
+from csulora.models.shards import stored_tensors
 from csulora.policy.globs import matches
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
 _LARGEST_JSON = 64 << 20  # bytes; the index of 100,000 tensors has about 10 MiB
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _READABLE = (*_DTYPES, *gguf_quants.QUANTISED)
@@ -82,7 +81,7 @@ class Checkpoint:
         model_type = config.get("model_type")
         if not isinstance(model_type, str | None):
             raise InputError(f"{config_file}: model_type is {model_type!r}; it must be a name")
-        tensors = _tensors(directory)
+        tensors = stored_tensors(directory)
         weights: dict[str, Weight] = {}
         others: dict[str, list[int]] = {}
         transposed = names.conv1d({name.removesuffix(names.WEIGHT): shape for name, (_, shape, _) in tensors.items()})
@@ -288,59 +287,3 @@ def _download(repo: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_regular(path, _LARGEST_JSON), path)
-
-
-class _Tensor(NamedTuple):
-    file: Path
-    shape: list[int]
-    dtype: str
-
-
-def _tensors(directory: Path) -> dict[str, _Tensor]:
-    """Return every tensor's place and header, by name, in the order of their names."""
-    single, index = directory / _SINGLE_FILE, directory / _INDEX_FILE
-    if single.is_file():  # `transformers`, too, looks for it first
-        tensors = _tensors_in(single)
-    elif index.is_file():
-        tensors = _tensors_in_shards(index)
-    else:
-        raise InputError(
-            f"{directory}: holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; convert it to safetensors first"
-        )
-    return dict(sorted(tensors.items()))
-
-
-def _tensors_in_shards(index: Path) -> dict[str, _Tensor]:
-    shard_of = _read_index(index)
-    tensors: dict[str, _Tensor] = {}
-    for shard in sorted(set(shard_of.values())):
-        found = _tensors_in(index.parent / shard)
-        for tensor in found.keys() & tensors.keys():
-            raise InputError(f"{index.parent / shard}: holds {tensor}, and so does {tensors[tensor].file.name}")
-        tensors |= found
-    for tensor, shard in shard_of.items():
-        if tensor not in tensors:
-            raise InputError(f"{index.parent / shard}: tensor {tensor} is missing, but {_INDEX_FILE} names it")
-    return tensors
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Return the shard of every tensor, by name."""
-    shard_of = _read_json(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise InputError(f"{index}: weight_map must map tensor names to file names")
-    for shard in shard_of.values():
-        if Path(shard).name != shard:
-            raise InputError(f"{index}: {shard} lies outside the directory")
-        if not (index.parent / shard).is_file():
-            raise InputError(f"{index.parent / shard}: missing, but {_INDEX_FILE} names it")
-    return shard_of
-
-
-def _tensors_in(file: Path) -> dict[str, _Tensor]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            headers = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
-            return {name: _Tensor(file, header.get_shape(), header.get_dtype()) for name, header in headers.items()}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: not a readable safetensors file: {error}") from error

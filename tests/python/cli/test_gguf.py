@@ -62,6 +62,9 @@ def test_corrects_into_gguf_and_back(work: Path, run: Run) -> None:
     by_name = "correct adapter --subspace subspace --policy csulora --base-model model.gguf -o four.gguf --quiet"
     assert run(by_name) == (0, "", "")
     assert (work / "four.gguf").read_bytes() == (work / "one.gguf").read_bytes()
+    by_input = "correct raw.gguf --subspace subspace --policy csulora --base-model model.gguf -o five --quiet"
+    assert run(by_input) == (0, "", "")
+    assert (work / "five").read_bytes() == (work / "two.gguf").read_bytes()
     for path in ("one.gguf", "two.gguf", "three"):
         found = csulora.load_adapter(path, "model.gguf")
         for name, module in expected.modules.items():
@@ -120,7 +123,7 @@ def test_wrong_usage_exits_with_2(command: str, work: Path, run: Run) -> None:
         ("export adapter -o adapter --base-model model.gguf", "adapter: is read, or belongs to what is read"),
         ("export adapter -o model.gguf --base-model model.gguf", "is read, or belongs to what is read"),
         ("inspect model.gguf", "general.type is None; a LoRA adapter says adapter"),
-        ("correct model.gguf --subspace subspace --policy csulora -o out", "general.type is None"),
+        ("correct model.gguf --subspace subspace --policy csulora -o out --format peft", "general.type is None"),
     ],
 )
 def test_bad_input_exits_with_4(command: str, message: str, work: Path, run: Run) -> None:

@@ -264,3 +264,15 @@ def test_says_what_is_left_out(tmp_path: Path) -> None:
         "head": ["lm_head"],
         "stacked": ["model.layers.0.mlp.experts.down_proj"],
     }
+
+
+def test_shards_need_no_index_if_all_are_there(tmp_path: Path) -> None:
+    weights = factories.llama_weights()
+    whole = Checkpoint.open(factories.save_checkpoint(tmp_path / "whole", weights))
+    sharded = factories.save_checkpoint(tmp_path / "sharded", weights, shards=3)
+    (sharded / "model.safetensors.index.json").unlink()
+    assert Checkpoint.open(sharded).load(Q)[1] == whole.load(Q)[1]
+    assert Checkpoint.open(sharded).weights.keys() == whole.weights.keys()
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds shards \[1, 3\] of \[3\] and no .*; is it complete"):
+        Checkpoint.open(sharded)

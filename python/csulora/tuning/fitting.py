@@ -68,7 +68,7 @@ class Fitting:
     def _case(self, family: Family, number: int, numbers: Sequence[int], reference_energy: float | None) -> Case:
         language_model = self.examples.language_model
         subspace = self.subspace(family, number, numbers)
-        update = Update.of(self.request.adapters[number], subspace, Policy.none(**self.request.policy_fields))
+        update = Update.of(self.request.adapters[number], subspace, self.request.untuned)
         if not family.is_filtered:
             update = replace(update, input_filters={})  # which the subspace file may have from an earlier policy
         if reference_energy is not None:
@@ -88,9 +88,7 @@ class Fitting:
 
     def _energy(self, family: Family, number: int) -> float:
         def measure() -> float:
-            update = Update.of(
-                self.request.adapters[number], family.subspace(number), Policy.none(**self.request.policy_fields)
-            )
+            update = Update.of(self.request.adapters[number], family.subspace(number), self.request.untuned)
             return update.energy_along(self.request.options.shared_directions)
 
         return float(self.stages.finish(f"energy {family.name} {number}", measure))

@@ -10,6 +10,7 @@ from typing import Any
 from csulora import __version__
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
+from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.inputs import ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS, TASK_WEIGHT
 from csulora.tuning.loading import Loading
@@ -94,6 +95,11 @@ class Request:
     def policy_fields(self) -> dict[str, Any]:
         """What every policy of a run has besides its gains or penalties."""
         return {"keep_uncovered": self.keep_uncovered, "drop_uncovered": self.drop_uncovered}
+
+    @property
+    def untuned(self) -> Policy:
+        """The policy that changes nothing, with what every policy of a run has."""
+        return Policy.none(**self.policy_fields)
 
     @property
     def identity(self) -> dict[str, Any]:

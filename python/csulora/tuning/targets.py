@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Self
 
 from csulora.correction.controls.subspaces import least_ranks
-from csulora.policy.policy import Policy
 from csulora.tuning.request import Request
 from csulora.tuning.update import Update
 
@@ -33,10 +32,7 @@ class Targets:
         Raises:
             InputError, RefusedError: an adapter does not fit the subspace file.
         """
-        each = tuple(
-            Update.of(adapter, request.subspace, Policy.none(**request.policy_fields)).targets
-            for adapter in request.adapters
-        )
+        each = tuple(Update.of(adapter, request.subspace, request.untuned).targets for adapter in request.adapters)
         every = {target for targets in each for target in targets.values()}
         # A policy's patterns match ends of names too, and the first counts: those that end others come after them.
         modules = tuple(sorted(every, key=lambda name: (-name.count("."), name)))

@@ -34,6 +34,14 @@ def built(family: Family) -> Any:
     return model
 
 
+def move(model: Any, seed: int) -> None:
+    """Change every matrix, as alignment does."""
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            if parameter.dim() == 2:
+                parameter.add_(0.05 * factories.gaussian(*parameter.shape, seed=seed + i))
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path]:
     """A family's base and aligned checkpoints, and a subspace file of full rank."""
@@ -41,10 +49,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("family")
     model = built(family)
     model.save_pretrained(root / "base")
-    with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):
-            if parameter.dim() == 2:
-                parameter.add_(0.05 * factories.gaussian(*parameter.shape, seed=1000 + i))
+    move(model, seed=1000)
     model.save_pretrained(root / "aligned")
     csulora.extract(root / "base", root / "aligned", rank=8, output=root / "subspace")
     return family, root
@@ -106,10 +111,7 @@ def test_a_text_only_base_fits_an_aligned_model_with_a_tower(tmp_path: Path) -> 
     assert family.text_model is not None
     model = built(family)
     model.save_pretrained(tmp_path / "aligned")
-    with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):
-            if parameter.dim() == 2:
-                parameter.add_(0.05 * factories.gaussian(*parameter.shape, seed=2000 + i))
+    move(model, seed=2000)
     model.save_pretrained(tmp_path / "base")
     text = getattr(transformers, family.text_model).from_pretrained(tmp_path / "base")
     text.save_pretrained(tmp_path / "text")

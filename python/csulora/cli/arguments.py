@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from csulora.cli.console import STDOUT
-from csulora.io.files import check_file, check_not_input
+from csulora.io.files import GGUF_SUFFIX, check_file, check_not_input
 from csulora.policy.policy import POLICY_CHOICES, PRESETS, Policy
 from csulora.serving.variables import (
     DECISIONS_VARIABLE,
@@ -45,9 +45,6 @@ class Format(StrEnum):
 
     peft = "peft"
     gguf = "gguf"
-
-
-GGUF_SUFFIX = ".gguf"
 
 
 def format_of(output: Path, chosen: Format | None, adapter: Path) -> Format:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import csulora
-from csulora.cli.arguments import GGUF_SUFFIX, BaseModel, Json, Quiet, check_outputs
+from csulora.cli.arguments import BaseModel, Json, Quiet, check_outputs
 from csulora.cli.console import deliver, progress_bar
 from csulora.errors import InputError, RefusedError
+from csulora.io.files import GGUF_SUFFIX
 from csulora.policy.policy import Policy
 from csulora.views import tables
 from csulora.views.audit_table import audit_table

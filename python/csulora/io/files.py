@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 LOCK_FILE = "lock"
 _DEEPEST_DOCUMENT = 32  # levels; what csulora reads has at most six
-_MODEL_SUFFIXES = (".safetensors", ".json", ".gguf", ".bin")
+GGUF_SUFFIX = ".gguf"
+
+_MODEL_SUFFIXES = (".safetensors", ".json", GGUF_SUFFIX, ".bin")
 WORKPLACE_SUFFIX = r"\.[0-9a-f]{8}\.csulora-tmp"
 
 

@@ -30,14 +30,22 @@ from pathlib import Path
 from csulora.adapters.disk import save_adapter
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError, printable
-from csulora.io.files import locked, parse_json, read_regular, remove_abandoned, to_json, workplace, write_text
+from csulora.io.files import (
+    GGUF_SUFFIX,
+    locked,
+    parse_json,
+    read_regular,
+    remove_abandoned,
+    to_json,
+    workplace,
+    write_text,
+)
 from csulora.models.gguf_base import BaseModel
 from csulora.serving.decisions import LogError
 from csulora.serving.gate import Gate, OpenDecision
 from csulora.serving.interrupted import Interrupted
 from csulora.serving.systemd import ALIVE, READY, STOPPING, notify
 from csulora.serving.uploads import (
-    GGUF,
     LONGEST_NAME,
     MOST_FILES,
     RECORD_FILE,
@@ -290,7 +298,7 @@ class DirectoryGuard:
             return error.with_traceback(None)  # which holds the upload's bytes
 
     def _publish(self, name: str, corrected: Adapter, record: dict[str, str]) -> None:
-        if name.endswith(GGUF):
+        if name.endswith(GGUF_SUFFIX):
             save_adapter(corrected, self.outgoing / name, "gguf", base_model=self.base_model)
             write_text(self._record(name), to_json(record))
         else:
@@ -317,7 +325,7 @@ class DirectoryGuard:
         """Take away the corrected form of what an adapter was before."""
         if not self._record(name).is_file():
             return
-        if name.endswith(GGUF):
+        if name.endswith(GGUF_SUFFIX):
             (self.outgoing / name).unlink(missing_ok=True)
             self._record(name).unlink()
         else:
@@ -326,7 +334,11 @@ class DirectoryGuard:
 
     def _record(self, name: str) -> Path:
         """Where the record of a corrected adapter lies: in its directory, or beside its file."""
-        return self.outgoing / f"{name}.{RECORD_FILE}" if name.endswith(GGUF) else self.outgoing / name / RECORD_FILE
+        return (
+            self.outgoing / f"{name}.{RECORD_FILE}"
+            if name.endswith(GGUF_SUFFIX)
+            else self.outgoing / name / RECORD_FILE
+        )
 
     def _refusal(self, name: str) -> Path:
         if not is_presentable(name):

@@ -13,11 +13,10 @@ from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.adapters.peft.weights_file import LARGEST_WEIGHTS
 from csulora.errors import InputError
-from csulora.io.files import sha256_of_file
+from csulora.io.files import GGUF_SUFFIX, sha256_of_file
 
 RECORD_FILE = "csulora_guard.json"
 REFUSED = ".refused.json"
-GGUF = ".gguf"
 MOST_FILES = 1000  # in an upload, which needs two
 LONGEST_NAME = 200  # bytes; what is written beside a result has a longer one
 
@@ -28,7 +27,7 @@ Signature = tuple[tuple[str | int, ...], ...]
 def is_upload(path: Path) -> bool:
     """Whether an entry is to be decided on; hidden ones are uploads under way."""
     name = path.name
-    is_adapter = name.endswith(GGUF) or path.is_symlink() or not path.is_file()
+    is_adapter = name.endswith(GGUF_SUFFIX) or path.is_symlink() or not path.is_file()
     return is_adapter and not name.startswith(".") and not name.endswith((REFUSED, RECORD_FILE))
 
 

@@ -33,8 +33,6 @@ from csulora.errors import InputError, RefusedError, printable
 from csulora.io.files import (
     GGUF_SUFFIX,
     locked,
-    parse_json,
-    read_regular,
     remove_abandoned,
     to_json,
     workplace,
@@ -52,14 +50,15 @@ from csulora.serving.uploads import (
     REFUSED,
     Signature,
     content_sha256,
+    holds,
     is_presentable,
     is_upload,
+    refusal_of,
     signature_of,
 )
 
 _LOCK_FILE = ".csulora-guard.lock"
 _INTERRUPTED_FILE = ".csulora-guard.deciding"
-_LARGEST_RECORD = 1 << 20
 _LONGEST_DECISION = 900.0  # seconds after which a decision is one that hangs, and systemd is no longer told otherwise
 _HEARTBEAT = 1.0  # seconds
 _GRACE = 5.0  # seconds that a decision may take after `stop`
@@ -218,7 +217,7 @@ class DirectoryGuard:
             entry.failures, entry.reason = entry.failures + 1, reason
             entry.since, entry.wait = time.monotonic(), min(2.0**entry.failures, _LONGEST_WAIT)
             with suppress(Exception):  # without what makes a record that holds: it is decided on again
-                write_text(self._refusal(name), to_json(_refusal_of(name, error)))
+                write_text(self._refusal(name), to_json(refusal_of(name, error)))
             self._tell(f"{name}: not decided on, tried again in {entry.wait:.0f} s: {reason}")
             return False
 
@@ -273,7 +272,7 @@ class DirectoryGuard:
         error = RefusedError(f"{path}: its name is longer than {LONGEST_NAME} bytes or not printable; rename it")
         with suppress(RefusedError), self.gate.decision(path):
             raise error
-        write_text(self._refusal(name), to_json(_refusal_of(name, error)))
+        write_text(self._refusal(name), to_json(refusal_of(name, error)))
         self._tell(f"{name}: refused: {error}")
         return True
 
@@ -307,16 +306,16 @@ class DirectoryGuard:
 
     def _refuse(self, name: str, error: Exception, record: dict[str, str]) -> bool:
         self._withdraw(name)
-        write_text(self._refusal(name), to_json(record | _refusal_of(name, error)))
+        write_text(self._refusal(name), to_json(record | refusal_of(name, error)))
         self._tell(f"{name}: refused: {error}")
         return True
 
     def _is_recorded(self, name: str, record: dict[str, str]) -> bool:
         """Whether the record beside the result holds; the other kind of result, if there is one, is outdated."""
-        if (self.outgoing / name).exists() and _holds(self._record(name), record):
+        if (self.outgoing / name).exists() and holds(self._record(name), record):
             self._refusal(name).unlink(missing_ok=True)
             return True
-        if _holds(self._refusal(name), record):
+        if holds(self._refusal(name), record):
             self._withdraw(name)
             return True
         return False
@@ -345,16 +344,3 @@ class DirectoryGuard:
             shown = printable(name).encode()[:80].decode(errors="ignore")  # bytes count, and escapes are long
             name = f"{shown}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
         return self.outgoing / f"{name}{REFUSED}"
-
-
-def _refusal_of(name: str, error: Exception) -> dict[str, str]:
-    reason = printable(str(error) or repr(error))
-    return {"adapter": printable(name), "kind": type(error).__name__, "reason": reason}
-
-
-def _holds(file: Path, record: dict[str, str]) -> bool:
-    try:
-        found = parse_json(read_regular(file, _LARGEST_RECORD), file)
-    except InputError:
-        return False
-    return record.items() <= found.items()

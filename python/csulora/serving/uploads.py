@@ -12,12 +12,13 @@ from pathlib import Path
 from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.adapters.peft.weights_file import LARGEST_WEIGHTS
-from csulora.errors import InputError
-from csulora.io.files import GGUF_SUFFIX, sha256_of_file
+from csulora.errors import InputError, printable
+from csulora.io.files import GGUF_SUFFIX, parse_json, read_regular, sha256_of_file
 
 RECORD_FILE = "csulora_guard.json"
 REFUSED = ".refused.json"
 MOST_FILES = 1000  # in an upload, which needs two
+_LARGEST_RECORD = 1 << 20
 LONGEST_NAME = 200  # bytes; what is written beside a result has a longer one
 
 # Identity and times of an entry and of every file in it: equal before and after means untouched in between.
@@ -66,3 +67,18 @@ def content_sha256(path: Path, signature: Signature) -> str:
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
                 digest.update(sha256_of_file(file, LARGEST_WEIGHTS).encode())
     return digest.hexdigest()
+
+
+def refusal_of(name: str, error: Exception) -> dict[str, str]:
+    """Return the record of a refusal."""
+    reason = printable(str(error) or repr(error))
+    return {"adapter": printable(name), "kind": type(error).__name__, "reason": reason}
+
+
+def holds(file: Path, record: dict[str, str]) -> bool:
+    """Whether a record in a file says all that ``record`` does."""
+    try:
+        found = parse_json(read_regular(file, _LARGEST_RECORD), file)
+    except InputError:
+        return False
+    return record.items() <= found.items()

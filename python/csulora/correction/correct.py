@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from csulora.adapters import experts
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.model_card import model_card
@@ -51,6 +52,8 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
     check_type(subspace, Subspace, "subspace")
     policy = check_type(policy, Policy, "policy")
     check_subspace(policy, subspace)
+    layout = subspace.provenance.experts
+    adapter = experts.decoded(adapter, layout)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
     corrected = _corrected(adapter, subspace, policy, covered)
@@ -68,7 +71,7 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
         {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
     )
     partial = adapter.partial or len(modules) < len(adapter.modules)
-    return replace(adapter, modules=modules, documents=documents, partial=partial), report
+    return experts.encoded(replace(adapter, modules=modules, documents=documents, partial=partial), layout), report
 
 
 def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:

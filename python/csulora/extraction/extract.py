@@ -17,6 +17,7 @@ from csulora.extraction.model_pair import LoadedModule, ModelPair, Progress
 from csulora.extraction.partial_run import PartialRun
 from csulora.io.files import check_not_input, identity_of_file
 from csulora.models.checkpoint import Checkpoint
+from csulora.models.experts import expert_layout
 from csulora.native import _core
 from csulora.subspace.certificate import Certificate
 from csulora.subspace.module_subspace import FACTOR_DTYPES, ModuleSubspace
@@ -169,7 +170,14 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
     """Put a `Subspace` together; raises `RefusedError` if nothing stands out in any module."""
     _check_signal(model_pair, extracted)
     aliases = {alias: module for alias, module in model_pair.aligned.aliases.items() if module in extracted}
-    provenance = Provenance(__version__, model_pair.base.name, model_pair.aligned.name, options.to_dict(), aliases)
+    provenance = Provenance(
+        __version__,
+        model_pair.base.name,
+        model_pair.aligned.name,
+        options.to_dict(),
+        aliases,
+        expert_layout(model_pair.aligned),
+    )
     return Subspace(extracted, provenance)
 
 

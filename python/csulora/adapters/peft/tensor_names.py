@@ -15,6 +15,9 @@ _TENSOR = re.compile(
     r"(?P<factor>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)"
 )
 
+# Where PEFT keeps the factors of an experts module's first parameter, if a second one is adapted.
+_STACKED = re.compile(r"(?<=\.experts)\.base_layer$")
+
 # What else is known to stand in adapter files; the first that a name contains explains the refusal.
 _FOREIGN = {
     "lora_magnitude_vector": "it belongs to DoRA",
@@ -35,7 +38,7 @@ def module_and_factor(name: str, path: Path) -> tuple[str, str]:
     """Split a tensor's name; raises `RefusedError` if it is not one of plain LoRA's."""
     found = _TENSOR.fullmatch(name)
     module = found["module"] if found else ""
-    is_foreign = not found or "base_layer" in module or "lora_" in module or "base_model." in module
+    is_foreign = not found or "base_layer" in _STACKED.sub("", module) or "lora_" in module or "base_model." in module
     if is_foreign or diagnosis.of_name(name, PREFIX):
         raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
     assert found

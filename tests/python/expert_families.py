@@ -30,6 +30,7 @@ class ExpertFamily:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     experts: str = "mlp.experts"
     has_gate: bool = True
+    per_expert: bool = True
 
     @property
     def parameters(self) -> list[str]:
@@ -104,9 +105,9 @@ FAMILIES: dict[str, ExpertFamily] = {
     "Qwen 3": ExpertFamily("Qwen3MoeForCausalLM", _qwen3),
     "Mixtral": ExpertFamily("MixtralForCausalLM", _mixtral, (*_ATTENTION, "w1", "w2", "w3")),
     "Qwen 3 Next": ExpertFamily("Qwen3NextForCausalLM", _qwen3_next),
-    "Qwen 3.5": ExpertFamily("Qwen3_5MoeForCausalLM", _qwen35),
+    "Qwen 3.5": ExpertFamily("Qwen3_5MoeForCausalLM", _qwen35, per_expert=False),
     "DeepSeek 3": ExpertFamily("DeepseekV3ForCausalLM", _deepseek, ("q_b_proj", "gate_proj", "up_proj", "down_proj")),
-    "gpt-oss": ExpertFamily("GptOssForCausalLM", _gpt_oss),
-    "Llama 4": ExpertFamily("Llama4ForCausalLM", _llama4, experts="feed_forward.experts"),
-    "Gemma 4": ExpertFamily("Gemma4ForCausalLM", _gemma4, experts="experts"),
+    "gpt-oss": ExpertFamily("GptOssForCausalLM", _gpt_oss, per_expert=False),
+    "Llama 4": ExpertFamily("Llama4ForCausalLM", _llama4, experts="feed_forward.experts", per_expert=False),
+    "Gemma 4": ExpertFamily("Gemma4ForCausalLM", _gemma4, experts="experts", per_expert=False),
 }

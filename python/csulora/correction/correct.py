@@ -22,7 +22,9 @@ from csulora.subspace.subspace import Subspace
 LARGEST_RANK = 512  # vLLM's largest, too
 
 
-def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) -> tuple[Adapter, Report]:
+def correct(
+    adapter: Adapter, subspace: Subspace, policy: Policy | None = None, layout: str | None = None
+) -> tuple[Adapter, Report]:
     """Compute the closest safe update of every module (CSULoRA, arXiv 2605.30640).
 
     Args:
@@ -32,6 +34,8 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
         subspace: the subspaces of the model the adapter is for.
         policy: what to keep and what to refuse. There is no default: a policy that fits one adapter leaves all of
             the undo in another.
+        layout: ``per-expert`` returns a pair of factors for each expert and projection where the adapter has fused
+            ones; None: as they came.
 
     Returns:
         The corrected adapter, in the input's storage types with every scale 1, and the report.
@@ -52,8 +56,9 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
     check_type(subspace, Subspace, "subspace")
     policy = check_type(policy, Policy, "policy")
     check_subspace(policy, subspace)
-    layout = subspace.provenance.experts
-    adapter = experts.decoded(adapter, layout)
+    if layout not in (None, experts.PER_EXPERT):
+        raise InputError(f"layout is {layout!r}; it must be {experts.PER_EXPERT}, or None for that of the adapter")
+    adapter = experts.decoded(adapter, subspace.provenance.experts)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
     corrected = _corrected(adapter, subspace, policy, covered)
@@ -71,7 +76,10 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
         {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
     )
     partial = adapter.partial or len(modules) < len(adapter.modules)
-    return experts.encoded(replace(adapter, modules=modules, documents=documents, partial=partial), layout), report
+    result = replace(adapter, modules=modules, documents=documents, partial=partial)
+    if layout == experts.PER_EXPERT:
+        return experts.per_expert(result, subspace.provenance.experts, Resolver(subspace).name_of), report
+    return experts.encoded(result, subspace.provenance.experts), report
 
 
 def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:

@@ -1,5 +1,6 @@
 """Adapters of experts, made by PEFT on tiny models of each family, mean the same after a correction."""
 
+import itertools
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,10 @@ def test_experts_are_corrected(kind: str, place: tuple[ExpertFamily, Path], tmp_
     assert (raw - plain).abs().max() > 1e-3
 
     loaded, subspace = csulora.load_adapter(tmp_path / "adapter"), csulora.Subspace.open(root / "subspace")
-    for policy, expected, within in ((csulora.Policy.none(), raw, 1e-5), (NOTHING_LEFT, plain, 1e-4)):
-        fixed, report = csulora.correct(loaded, subspace, policy)
+    outcomes = ((csulora.Policy.none(), raw, 1e-5), (NOTHING_LEFT, plain, 1e-4))
+    layouts = (None, "per-expert") if family.per_expert else (None,)
+    for layout, (policy, expected, within) in itertools.product(layouts, outcomes):
+        fixed, report = csulora.correct(loaded, subspace, policy, layout)
         assert {module.status for module in report.modules} == {"corrected"}
         csulora.save_adapter(fixed, tmp_path / "out")
         found = logits(PeftModel.from_pretrained(deepcopy(model), str(tmp_path / "out")))

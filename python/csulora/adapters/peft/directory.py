@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from csulora.adapters.experts import is_targeted
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft import diagnosis, stacked
 from csulora.adapters.peft.config import (
@@ -151,7 +152,7 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
 def _parameters(config: dict[str, Any], names: Sequence[str], path: Path) -> dict[str, str]:
     """Return the parameters that PEFT adapts by their own names, by the module name in the file."""
     wanted = config.get("target_parameters") or []
-    matrices = {name: f"{name}{WEIGHT}" for name in names if stacked.is_targeted(f"{name}{WEIGHT}", wanted)}
+    matrices = {name: f"{name}{WEIGHT}" for name in names if is_targeted(f"{name}{WEIGHT}", wanted)}
     return matrices | stacked.parameter_names((name for name in names if name not in matrices), config, path)
 
 
@@ -172,7 +173,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     wanted = known.get("target_parameters") or []
     for name, module in others.items():
         matrix = f"{name}{WEIGHT}"
-        ranks[matrix if stacked.is_targeted(matrix, wanted) else name] = module.rank
+        ranks[matrix if is_targeted(matrix, wanted) else name] = module.rank
     parameters = [name for name in ranks if name not in others]
     names = [name for name in ranks if name in others]
     config = {

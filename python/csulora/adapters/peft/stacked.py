@@ -15,18 +15,13 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, parsed
+from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted, padded, parsed
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
 
 _WRAPPED = ".base_layer"
 _EXPERTS = re.compile(r"(?:.*\.)?experts")
 _ORDER = (GATE_UP, UP, DOWN)  # in which every model has its parameters
-
-
-def is_targeted(parameter: str, target_parameters: Iterable[str]) -> bool:
-    """Whether PEFT would adapt a parameter, under PEFT's rule for ``target_parameters``."""
-    return any(parameter == name or parameter.endswith(f".{name}") for name in target_parameters)
 
 
 def parameter_names(modules: Iterable[str], config: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -122,11 +117,6 @@ def names_in_file(parameters: Iterable[str]) -> dict[str, str]:
 def together(updates: Sequence[LoraModule]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and B of all experts, scales folded into B; smaller ranks are filled with zeros."""
     rank = max(update.rank for update in updates)
-    folded = [update.folded() for update in updates]
-    a = torch.cat([_padded(update.a, rank) for update in folded])
-    b = torch.stack([_padded(update.b.t(), rank).t() for update in folded], dim=2)
-    return a, b.reshape(b.shape[0], rank * len(folded))
-
-
-def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
-    return rows if rows.shape[0] == count else torch.cat([rows, rows.new_zeros(count - rows.shape[0], rows.shape[1])])
+    filled = [padded(update.folded(), rank) for update in updates]
+    b = torch.stack([update.b for update in filled], dim=2)
+    return torch.cat([update.a for update in filled]), b.reshape(b.shape[0], rank * len(filled))

@@ -219,6 +219,8 @@ def _language_model_type(checkpoint: Checkpoint) -> Any:
 def check_comparable(base: Checkpoint, aligned: Checkpoint, base_names: Mapping[str, str]) -> None:
     """Raise `InputError` unless both have these modules, readable and in the same shapes.
 
+    Embeddings and heads may differ in rows.
+
     Args:
         base: the checkpoint before alignment.
         aligned: the one after it.
@@ -234,7 +236,8 @@ def check_comparable(base: Checkpoint, aligned: Checkpoint, base_names: Mapping[
                     "name the unquantised repository that the checkpoint was made from"
                 )
         ours_shape, theirs_shape = base.weights[base_name].shape, aligned.weights[module].shape
-        if ours_shape != theirs_shape:
+        rows_may_differ = names.has_a_row_per_token(module) and ours_shape[1] == theirs_shape[1]
+        if ours_shape != theirs_shape and not rows_may_differ:
             raise InputError(
                 f"tensor {module}.weight is {list(ours_shape)} in base {base.name} "
                 f"and {list(theirs_shape)} in aligned {aligned.name}"

@@ -193,6 +193,7 @@ def _extract_module(
         raise InputError(f"{loaded.name}: {error}") from error
     certificate = Certificate.from_core(result.certificate)
     u, s, v = (factor.cpu() for factor in (result.u, result.s, result.v))
+    u = torch.nn.functional.pad(u, (0, 0, 0, loaded.rows - len(u)))
     return ModuleSubspace(u, s, v, certificate, loaded.base_sha256, loaded.aligned_sha256)
 
 

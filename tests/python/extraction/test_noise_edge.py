@@ -6,6 +6,7 @@ import factories
 import oracle
 from csulora.extraction.noise_edge import floating_point_edge, noise_std, quantised_edge
 from csulora.models import gguf_quants
+from csulora.models.rounding import RoundingVariances
 
 KINDS = [GGMLQuantizationType[name] for name in gguf_quants.QUANTISED]
 WRITTEN = [kind for kind in KINDS if not kind.name.endswith("_K")]  # gguf has no quantiser for the others
@@ -26,7 +27,7 @@ def test_the_edge_of_a_floating_point_matrix_follows_from_its_spacings(dtype: to
 
 def test_the_noise_of_a_pair_spreads_as_far_as_both_edges() -> None:
     matrix = factories.gaussian(ROWS, COLUMNS, seed=0)
-    variances = gguf_quants.RoundingVariances(3.0, 2.0)
+    variances = RoundingVariances(3.0, 2.0)
     assert noise_std((matrix, matrix), (None, None)) is None
     std = noise_std((matrix, matrix), (variances, None))
     assert std is not None

@@ -203,5 +203,5 @@ def test_types_without_a_spacing_are_refused(tmp_path: Path) -> None:
     base = gguf_files.save_model(tmp_path / "base.gguf", weights())
     ternary = {f"{Q}.weight": torch.ones(256, 256)}
     other = gguf_files.save_model(tmp_path / "t.gguf", ternary, GGMLQuantizationType.TQ2_0)
-    with pytest.raises(InputError, match=r"t\.gguf: tensor .*q_proj\.weight is TQ2_0; dequantise"):
+    with pytest.raises(InputError, match=r"t\.gguf: tensor .*q_proj\.weight is TQ2_0, which csulora does not read"):
         csulora.extract(base, other, modules=["q_proj"])

@@ -17,7 +17,6 @@ from csulora.extraction.model_pair import LoadedModule, ModelPair, Progress
 from csulora.extraction.partial_run import PartialRun
 from csulora.io.files import check_not_input, identity_of_file
 from csulora.models.checkpoint import Checkpoint
-from csulora.models.experts import expert_layout
 from csulora.native import _core
 from csulora.subspace.certificate import Certificate
 from csulora.subspace.module_subspace import FACTOR_DTYPES, ModuleSubspace
@@ -176,7 +175,7 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
         model_pair.aligned.name,
         options.to_dict(),
         aliases,
-        expert_layout(model_pair.aligned),
+        model_pair.aligned.expert_layout,
     )
     return Subspace(extracted, provenance)
 

@@ -75,6 +75,8 @@ def config_of(family: ExpertFamily, kind: str) -> LoraConfig:
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_are_corrected(kind: str, place: tuple[ExpertFamily, Path], tmp_path: Path) -> None:
     family, root = place
+    if kind == "all-linear" and not family.all_linear:
+        pytest.skip("PEFT cannot run this model with its router adapted")
     model = getattr(transformers, family.model).from_pretrained(root / "aligned").eval()
     adapted = get_peft_model(deepcopy(model), config_of(family, kind))
     with torch.no_grad():

@@ -135,9 +135,7 @@ def _nemotron() -> Any:
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     shapes = {"moe_shared_expert_intermediate_size": 24, "n_group": 1, "topk_group": 1, "head_dim": 8}
     mamba = {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 4, "conv_kernel": 2}
-    return _config(
-        "NemotronHConfig", intermediate_size=48, hybrid_override_pattern="E*", **experts, **shapes, **mamba
-    )
+    return _config("NemotronHConfig", intermediate_size=48, hybrid_override_pattern="E*", **experts, **shapes, **mamba)
 
 
 def _qwen2() -> Any:
@@ -152,7 +150,9 @@ FAMILIES: dict[str, ExpertFamily] = {
     "Qwen 3.5": ExpertFamily("Qwen3_5MoeForCausalLM", _qwen35, per_expert=False),
     "DeepSeek 3": ExpertFamily("DeepseekV3ForCausalLM", _deepseek, ("q_b_proj", "gate_proj", "up_proj", "down_proj")),
     "gpt-oss": ExpertFamily("GptOssForCausalLM", _gpt_oss, per_expert=False),
-    "Llama 4": ExpertFamily("Llama4ForCausalLM", _llama4, experts="feed_forward.experts", per_expert=False, all_linear=False),
+    "Llama 4": ExpertFamily(
+        "Llama4ForCausalLM", _llama4, experts="feed_forward.experts", per_expert=False, all_linear=False
+    ),
     "Gemma 4": ExpertFamily("Gemma4ForCausalLM", _gemma4, experts="experts", per_expert=False),
     "GLM 4.5": ExpertFamily("Glm4MoeForCausalLM", _glm4),
     "Granite": ExpertFamily("GraniteMoeForCausalLM", _granite, experts="block_sparse_moe.experts", per_expert=False),
@@ -162,5 +162,5 @@ FAMILIES: dict[str, ExpertFamily] = {
     "Nemotron H": ExpertFamily(
         "NemotronHForCausalLM", _nemotron, experts="mixer.experts", per_expert=False, has_gate=False
     ),
-    "Qwen 2": ExpertFamily("Qwen2MoeForCausalLM", _qwen2),
+    "Qwen 2": ExpertFamily("Qwen2MoeForCausalLM", _qwen2, per_expert=False),
 }

@@ -115,11 +115,12 @@ class ModelPair:
 
 def _counterparts(base: Checkpoint, aligned: Checkpoint) -> dict[str, str]:
     """Return what the base calls the aligned checkpoint's modules, where that is one name for one module."""
-    resolver = Resolver(base.weights)
+    resolver = Resolver(base.weights, names=base.names_in_memory)
+    in_memory = {module: name for name, module in aligned.names_in_memory.items()}
     found: dict[str, list[str]] = {}
     for module in aligned.weights:
         with suppress(RefusedError):  # several may be meant, so that none is
-            if (resolved := resolver.resolve(module)) is not None:
+            if (resolved := resolver.resolve(module) or resolver.resolve(in_memory.get(module, module))) is not None:
                 found.setdefault(resolved.module, []).append(module)
     exact = {name: [name] if name in modules else modules for name, modules in found.items()}
     return {modules[0]: name for name, modules in exact.items() if len(modules) == 1}

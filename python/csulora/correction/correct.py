@@ -143,7 +143,7 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
     """Map each covered module to the subspace file's name for it, in the adapter's order."""
     covered: dict[str, str] = {}
     owners: dict[Resolved, str] = {}
-    resolver = Resolver(subspace, subspace.aliases)
+    resolver = Resolver(subspace, subspace.aliases, subspace.names)
     for name, module in adapter.modules.items():
         try:
             found = resolver.resolve(name)

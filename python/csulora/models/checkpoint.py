@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular
 from csulora.io.hub import download
-from csulora.models import gguf_layout, gguf_quants, names, storage
+from csulora.models import gguf_layout, gguf_quants, names, renamings, storage
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.rounding import RoundingVariances
@@ -79,10 +80,22 @@ class Checkpoint:
         """Names under which a tied weight is known besides its own: ``lm_head`` of a tied model that stores no head."""
         embedding = names.token_embedding(self.weights)
         text = self.config.get("text_config")
-        configs = [self.config, text if isinstance(text, dict) else {}]
-        is_tied = all(config.get("tie_word_embeddings", True) is not False for config in configs)
+        inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        is_tied = self.config.get("tie_word_embeddings", inner) is not False  # the model's own word comes first
         has_head = any(names.kind_of(module) == "head" for module in self.weights)
         return {"lm_head": embedding} if embedding and is_tied and not has_head else {}
+
+    @cached_property
+    def names_in_memory(self) -> dict[str, str]:
+        """What transformers calls modules in memory, where that differs by more than wrappers: name -> module.
+
+        Raises:
+            RefusedError: two modules have one name in memory.
+        """
+        try:
+            return renamings.names_in_memory(self.config, self.weights)
+        except RefusedError as error:
+            raise RefusedError(f"{self.name}: {error}") from error
 
     def select(self, patterns: Iterable[str]) -> list[str]:
         """Return the modules that any glob matches, or all linear ones if there is no glob.
@@ -102,7 +115,8 @@ class Checkpoint:
         selected: set[str] = set()
         for pattern in patterns:
             found = {module for module in self.weights if matches(module, pattern)}
-            found |= {target for alias, target in self.aliases.items() if matches(alias, pattern)}
+            further = self.names_in_memory | self.aliases
+            found |= {module for name, module in further.items() if matches(name, pattern)}
             if not found:
                 raise InputError(
                     f"{self.name}: no 2-D weight matches the module pattern {pattern!r}{self._why(pattern)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 
@@ -16,6 +16,7 @@ class Provenance:
         aligned: name of the checkpoint after it.
         options: the extraction's options.
         aliases: further names of tied weights, name in the model -> module in the subspace file.
+        names: what transformers calls modules that the checkpoint calls otherwise, likewise.
     """
 
     csulora: str
@@ -23,14 +24,16 @@ class Provenance:
     aligned: str
     options: dict[str, Any]
     aliases: dict[str, str]
+    names: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """Read what `dataclasses.asdict` wrote; raises TypeError for anything else."""
         provenance = cls(**record)
         texts = [provenance.csulora, provenance.base, provenance.aligned]
-        if not isinstance(provenance.options, dict) or not isinstance(provenance.aliases, dict):
-            raise TypeError("options and aliases must be objects")
-        if not all(isinstance(text, str) for text in [*texts, *provenance.aliases.values()]):
+        if not all(isinstance(found, dict) for found in (provenance.options, provenance.aliases, provenance.names)):
+            raise TypeError("options, aliases and names must be objects")
+        texts += [*provenance.aliases.values(), *provenance.names.values()]
+        if not all(isinstance(text, str) for text in texts):
             raise TypeError("names must be texts")
         return provenance

@@ -8,7 +8,7 @@ from pathlib import Path
 from csulora.adapters.gguf import file as gguf
 from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter
 from csulora.adapters.peft import directory as peft
-from csulora.errors import InputError, check_type
+from csulora.errors import InputError, RefusedError, check_type
 from csulora.io.files import atomic_directory, check_not_input, sha256_of_file, to_json
 from csulora.models.gguf_base import BaseModel
 
@@ -61,7 +61,7 @@ def save_adapter(
 
     Raises:
         InputError: ``path`` cannot be created or is an input, or the adapter does not fit the format or the model.
-        RefusedError: llama.cpp has no place for one of its modules.
+        RefusedError: llama.cpp has no place for one of its modules, or it holds copies of base matrices.
 
     >>> sha256 = csulora.save_adapter(csulora.load_adapter(adapter), "copy")
     >>> csulora.load_adapter("copy").sha256 == sha256
@@ -69,6 +69,12 @@ def save_adapter(
     """
     check_type(adapter, Adapter, "adapter")
     path = Path(path)
+    if adapter.copies:
+        raise RefusedError(
+            f"{adapter.path}: holds a copy of the base model's {min(adapter.copies)}, which only a correction compares "
+            "with the model; correct the adapter (policy none changes nothing), or save it without: "
+            "save_pretrained(..., save_embedding_layers=False)"
+        )
     check_not_input(path, [adapter.path, *([base_model] if base_model else [])])
     if format == "gguf":
         if base_model is None:

@@ -54,7 +54,8 @@ class Adapter:
     Tensors keep their storage type. ``config`` holds what csulora knows of the adapter's own configuration, by
     the names of PEFT's ``adapter_config.json``; nothing in it changes the update beyond what ``modules`` already says.
     ``documents`` are texts to be written beside the weights, by file name. ``partial`` says that modules were left
-    out on purpose, so that ``config`` may target more than there is.
+    out on purpose, so that ``config`` may target more than there is. ``copies`` are base matrices that the file holds
+    besides, by module; `correct` compares them with the aligned checkpoint's and leaves them out.
 
     >>> csulora.load_adapter(adapter).config["r"]
     8
@@ -68,6 +69,7 @@ class Adapter:
     sha256: str
     documents: Mapping[str, str] = field(default_factory=dict)
     partial: bool = False
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class TextsOnDemand(Mapping[str, str]):

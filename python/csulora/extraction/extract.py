@@ -15,6 +15,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.extraction.distributed import Processes
 from csulora.extraction.model_pair import LoadedModule, ModelPair, Progress
 from csulora.extraction.partial_run import PartialRun
+from csulora.extraction.vocabulary import stored_vocabulary
 from csulora.io.files import check_not_input, identity_of_file
 from csulora.models.checkpoint import Checkpoint
 from csulora.native import _core
@@ -169,7 +170,9 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
     """Put a `Subspace` together; raises `RefusedError` if nothing stands out in any module."""
     _check_signal(model_pair, extracted)
     aliases = {alias: module for alias, module in model_pair.aligned.aliases.items() if module in extracted}
-    provenance = Provenance(__version__, model_pair.base.name, model_pair.aligned.name, options.to_dict(), aliases)
+    names = model_pair.base.name, model_pair.aligned.name
+    vocabulary = stored_vocabulary(model_pair.aligned)
+    provenance = Provenance(__version__, *names, options.to_dict(), aliases, vocabulary)
     return Subspace(extracted, provenance)
 
 

@@ -29,7 +29,7 @@ from csulora.adapters.peft.config import (
     untargeted,
 )
 from csulora.adapters.peft.patterns import Matcher
-from csulora.adapters.peft.tensor_names import PREFIX, module_and_factor
+from csulora.adapters.peft.tensor_names import COPY, PREFIX, module_and_factor
 from csulora.adapters.peft.weights_file import read_bytes, tensors_in
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular, save_tensors, to_json
@@ -122,7 +122,7 @@ def parse(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Pat
 
 def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Path, sha256: str) -> Adapter:
     """Put an adapter together from a configuration that `read_config` let through."""
-    factors = _group(tensors, path / WEIGHTS_FILE)
+    factors, copies = _group(tensors, path / WEIGHTS_FILE)
     names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
     if stray := untargeted(config, names, matcher):
         raise RefusedError(
@@ -136,7 +136,7 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
         )
     settings = ranks_and_scales(config, names, matcher)
     modules = {name: _module(name, factors[name], *settings[name], path / WEIGHTS_FILE) for name in names}
-    return Adapter(modules, config, path, sha256)
+    return Adapter(modules, config, path, sha256, copies=copies)
 
 
 def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -187,16 +187,24 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _group(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Sort the tensors by module and factor; none is left over."""
-    if not tensors:
-        raise InputError(f"{path}: holds no tensor")
+def _group(
+    tensors: Mapping[str, torch.Tensor], path: Path
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Sort the tensors by module and factor, and copies of base matrices by module; none is left over."""
     factors: dict[str, dict[str, torch.Tensor]] = {}
+    copies: dict[str, torch.Tensor] = {}
     for name in sorted(tensors):
         module, factor = module_and_factor(name, path)
         _check_tensor(name, tensors[name], path)
-        factors.setdefault(module, {})[factor] = tensors[name]
-    return factors
+        if factor != COPY:
+            factors.setdefault(module, {})[factor] = tensors[name]
+        elif module in copies:
+            raise RefusedError(f"{path}: holds {module} of the base model twice; servers disagree on which they load")
+        else:
+            copies[module] = tensors[name]
+    if not factors:
+        raise InputError(f"{path}: holds no factor of an update")
+    return factors, copies
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:

@@ -25,8 +25,8 @@ import csulora
 import factories
 import gguf_files
 import oracle
-from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
+from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.correction.model_card import model_card
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.native import _core

@@ -15,6 +15,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.extraction.distributed import Processes
 from csulora.extraction.model_pair import LoadedModule, ModelPair, Progress
 from csulora.extraction.partial_run import PartialRun
+from csulora.extraction.vocabulary import stored_vocabulary
 from csulora.io.files import check_not_input, identity_of_file
 from csulora.models.checkpoint import Checkpoint
 from csulora.native import _core
@@ -173,7 +174,15 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
         {name: module for name, module in further.items() if module in extracted}
         for further in (aligned.aliases, aligned.names_in_memory)
     )
-    provenance = Provenance(__version__, model_pair.base.name, aligned.name, options.to_dict(), aliases, names)
+    provenance = Provenance(
+        __version__,
+        model_pair.base.name,
+        aligned.name,
+        options.to_dict(),
+        aliases,
+        names=names,
+        vocabulary=stored_vocabulary(aligned),
+    )
     return Subspace(extracted, provenance)
 
 

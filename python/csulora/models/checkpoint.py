@@ -12,7 +12,7 @@ import torch
 
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular
-from csulora.io.hub import download
+from csulora.io.hub import local_path
 from csulora.models import gguf_layout, gguf_quants, names, renamings, storage
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
@@ -48,18 +48,17 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
-        """Open a local directory, a GGUF file or a Hugging Face Hub id.
+        """Open a local directory, a GGUF file or a hub id, see `csulora.io.hub.local_path`.
 
         Raises:
             InputError: nothing usable is there, or it cannot be reached.
             RefusedError: a GGUF file's architecture is not supported.
         """
         local = Path(source)
-        if local.is_file():
-            return GGUFCheckpoint(GGUFFile.map(local))
-        if not local.exists() and (local.is_absolute() or str(source).startswith((".", "~"))):
-            raise InputError(f"{source}: no such directory or file")
-        directory = local if local.exists() else _download(str(source))
+        # Some repositories hold the weights a second time, under another name or in a subdirectory.
+        directory = local_path(source, ["*.safetensors", "*.json"], ["*/*", "consolidated*"])
+        if directory.is_file():
+            return GGUFCheckpoint(GGUFFile.map(directory))
         name = local.resolve().name if local.exists() else str(source)
         if not directory.is_dir():
             raise InputError(f"{directory}: not a directory; name a model directory, a GGUF file or a hub id")
@@ -256,11 +255,6 @@ def check_comparable(base: Checkpoint, aligned: Checkpoint, base_names: Mapping[
                 f"tensor {module}.weight is {list(ours_shape)} in base {base.name} "
                 f"and {list(theirs_shape)} in aligned {aligned.name}"
             )
-
-
-def _download(repo: str) -> Path:
-    # Some repositories hold the weights a second time, under another name or in a subdirectory.
-    return download(repo, ["*.safetensors", "*.json"], ignore_patterns=["*/*", "consolidated*"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

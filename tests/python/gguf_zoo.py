@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -50,17 +50,69 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = field(default_factory=lambda: _SEPARATE)
     config: str = ""  # of the config class, where it is not `name`
+    gguf_name: str = ""  # where it is not `name` in lower case
+    # Makes the configuration of a model that also sees of its language model's.
+    wrap: Callable[[Any], Any] | None = None
 
     @property
-    def gguf_name(self) -> str:
-        return {"Mistral": "llama"}.get(self.name, self.name.lower())
+    def architecture(self) -> str:
+        """What llama.cpp calls it."""
+        return self.gguf_name or self.name.lower()
 
 
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 
+_TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+def _gemma3(text: Any) -> Any:
+    tokens: dict[str, Any] = {
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 60,
+        "eoi_token_index": 61,
+        "image_token_index": 62,
+    }
+    return transformers.Gemma3Config(text_config=text.to_dict(), vision_config=_TOWER, **tokens)
+
+
+def _mistral3(text: Any) -> Any:
+    tower = _TOWER | {"model_type": "pixtral", "head_dim": 16}
+    return transformers.Mistral3Config(
+        text_config=text.to_dict(), vision_config=tower, image_token_index=60, tie_word_embeddings=False
+    )
+
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
 FAMILIES = {
     "llama": Family("Llama", {"tie_word_embeddings": False}),
-    "mistral": Family("Mistral", {"head_dim": 16}),
+    "mistral": Family("Mistral", {"head_dim": 16}, gguf_name="llama"),
+    "mistral3": Family("Mistral3", {"head_dim": 16}, config="Mistral", gguf_name="mistral3", wrap=_mistral3),
+    "ministral3": Family("Ministral3", {"head_dim": 16, "rope_parameters": _YARN}, gguf_name="mistral3"),
+    "ministral3 (vision)": Family(
+        "Mistral3",
+        {"head_dim": 16, "rope_parameters": _YARN},
+        config="Ministral3",
+        gguf_name="mistral3",
+        wrap=_mistral3,
+    ),
     # Every fourth layer has no rotary embedding.
     "smollm3": Family("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": False}),
     "granite": Family(
@@ -80,6 +132,9 @@ FAMILIES = {
     "gemma2": Family("Gemma2", _GEMMA),
     # Every sixth layer attends to everything, with other rotary frequencies.
     "gemma3": Family("Gemma3", _GEMMA | {"num_hidden_layers": 6}, config="Gemma3Text"),
+    "gemma3 (vision)": Family(
+        "Gemma3", _GEMMA | {"num_hidden_layers": 6}, config="Gemma3Text", gguf_name="gemma3", wrap=_gemma3
+    ),
     "phi3": Family("Phi3", targets=_FUSED),
 }
 
@@ -90,10 +145,11 @@ def model(family: str) -> PreTrainedModel:
     config = getattr(transformers, f"{kind.config or kind.name}Config")(
         **(_SIZES | kind.settings), attn_implementation="eager"
     )
-    instance: PreTrainedModel = getattr(transformers, f"{kind.name}ForCausalLM")(config).eval()
+    name = f"{kind.name}ForConditionalGeneration" if kind.wrap else f"{kind.name}ForCausalLM"
+    instance: PreTrainedModel = getattr(transformers, name)(kind.wrap(config) if kind.wrap else config).eval()
     with torch.no_grad():
         for i, (name, parameter) in enumerate(instance.named_parameters()):
-            parameter.copy_(_weight(name, parameter, i, kind.gguf_name))
+            parameter.copy_(_weight(name, parameter, i, kind.architecture))
     return instance
 
 
@@ -130,7 +186,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
     """Save an adapter with other factors for every module; return the model with the adapter."""
-    chosen: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": FAMILIES[family].targets}
+    chosen: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": _targets(family)}
     adapted = get_peft_model(deepcopy(model(family)), LoraConfig(task_type="CAUSAL_LM", **(chosen | settings)))
     with torch.no_grad():
         for i, (name, parameter) in enumerate(adapted.named_parameters()):
@@ -140,6 +196,12 @@ def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float3
         str(directory), save_embedding_layers=False
     )
     return adapted
+
+
+def _targets(family: str) -> list[str] | str:
+    """The language model's modules: the towers of a model that also sees have some of the same names."""
+    names = "|".join(FAMILIES[family].targets)
+    return rf".*language_model.*\.({names})" if FAMILIES[family].wrap else FAMILIES[family].targets
 
 
 @torch.inference_mode()

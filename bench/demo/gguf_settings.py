@@ -13,7 +13,6 @@ Add = Callable[[GGUFWriter, PretrainedConfig], None]
 
 def add_settings(writer: GGUFWriter, config: PretrainedConfig) -> None:
     """Write what every model has, and what this one has of its own."""
-    head = head_size(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -23,17 +22,13 @@ def add_settings(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_freq_base(rotary(config)["rope_theta"])
     if config.model_type not in _OWN_HEADS:
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_key_length(head)
         writer.add_value_length(head)
         writer.add_rope_dimension_count(int(head * rotary(config).get("partial_rotary_factor", 1)))
     if add := _EXTRA.get(config.model_type):
         add(writer, config)
-
-
-def head_size(config: PretrainedConfig) -> int:
-    """The size of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def rotary(config: PretrainedConfig, layer_type: str = "full_attention") -> dict[str, Any]:
@@ -73,11 +68,64 @@ def _ministral3(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_attn_temperature_scale(parameters["llama_4_scaling_beta"])
 
 
+def _olmo3(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _sliding(writer, config)
+    writer.add_sliding_window_pattern(_where(config, "sliding_attention"))
+
+
+def _qwen3_vl(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_rope_dimension_sections([*rotary(config)["mrope_section"], 0])
+    writer.add_num_deepstack_layers(1)
+
+
+def _qwen3_5(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_rope_dimension_sections([*rotary(config)["mrope_section"], 0])
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(config.linear_key_head_dim)
+    writer.add_ssm_group_count(config.linear_num_key_heads)
+    writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+    writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
+    writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
+
+
+def _lfm2(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    is_conv = _where(config, "conv")
+    writer.add_head_count_kv([0 if conv else config.num_key_value_heads for conv in is_conv])
+    writer.add_shortconv_l_cache(config.conv_L_cache)
+
+
+def _gemma4(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _olmo3(writer, config)
+    writer.add_head_count_kv([layer.num_key_value_heads for layer in config.per_layer_config])
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    head, sliding = (
+        config.per_layer_config[config.layer_types.index(kind)].head_dim
+        for kind in ("full_attention", "sliding_attention")
+    )
+    for size, add in (
+        (head, (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count)),
+        (sliding, (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa)),
+    ):
+        for each in add:
+            each(size)
+
+
+def _where(config: PretrainedConfig, layer_type: str) -> list[bool]:
+    return [found == layer_type for found in config.layer_types]
+
+
 # Models whose layers differ in their heads.
-_OWN_HEADS = frozenset[str]()
+_OWN_HEADS = frozenset({"lfm2", "gemma4_text"})
 _EXTRA: dict[str, Add] = {
     "gemma2": _gemma2,
     "gemma3_text": _sliding,
     "granite": _granite,
     "ministral3": _ministral3,
+    "olmo3": _olmo3,
+    "qwen3_vl_text": _qwen3_vl,
+    "qwen3_5_text": _qwen3_5,
+    "lfm2": _lfm2,
+    "gemma4_text": _gemma4,
 }

@@ -2,7 +2,8 @@
 
     python bench/demo/model_to_gguf.py MODEL_DIRECTORY FILE.gguf
 
-Knows the architectures that csulora exports adapters for, and of a tokenizer only the list of words: prompts must be given as token ids. Other models need llama.cpp's own converter.
+Knows the architectures that csulora exports adapters for, and of a tokenizer only the list of words: prompts must be
+given as token ids. Other models need llama.cpp's own converter.
 """
 
 from __future__ import annotations

@@ -23,6 +23,12 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _SEPARATE_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _SEPARATE = (*_SEPARATE_QKV, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+_VALUE_HEADS = {
+    "linear_attn.in_proj_qkv": gguf_orders.values_last,
+    **dict.fromkeys(
+        ("linear_attn.in_proj_z", "linear_attn.in_proj_a", "linear_attn.in_proj_b"), gguf_orders.value_heads
+    ),
+}
 _ROTARY = {"self_attn.q_proj": gguf_orders.rotary_queries, "self_attn.k_proj": gguf_orders.rotary_keys}
 
 _OUTSIDE = {EMBEDDING: TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD], HEAD: TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}
@@ -89,7 +95,24 @@ _ARCHITECTURES = {
         Architecture("gemma"),
         Architecture("gemma2"),
         Architecture("gemma3"),
+        Architecture("gemma4", parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection")),
         Architecture("phi3", parts=_FUSED),
+        Architecture("glm4", parts=(*_SEPARATE_QKV, "mlp.gate_up_proj", "mlp.down_proj")),
+        Architecture("qwen3vl"),
+        Architecture(
+            "qwen35",
+            parts=(*_SEPARATE, *_VALUE_HEADS, "linear_attn.out_proj"),
+            rows=_VALUE_HEADS,
+            columns={"linear_attn.out_proj": gguf_orders.value_heads},
+            counts=("key_heads", "value_heads", "value_size"),
+        ),
+        Architecture(
+            "lfm2",
+            parts=(
+                *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+                *("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+            ),
+        ),
     )
 }
 
@@ -104,13 +127,21 @@ _MODEL_TYPES = {
     "smollm3": "smollm3",
     "granite": "granite",
     "olmo2": "olmo2",
+    "olmo3": "olmo2",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gemma3 (gemma3_text)": "gemma3",
+    "gemma4_text": "gemma4",
+    "gemma4 (gemma4_text)": "gemma4",
     "phi3": "phi3",
+    "glm4": "glm4",
+    "qwen3_vl (qwen3_vl_text)": "qwen3vl",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5 (qwen3_5_text)": "qwen35",
+    "lfm2": "lfm2",
 }
 
 

@@ -7,13 +7,18 @@ SUPPORTED = [
     "gemma",
     "gemma2",
     "gemma3",
+    "gemma4",
+    "glm4",
     "granite",
+    "lfm2",
     "llama",
     "mistral3",
     "olmo2",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen35",
+    "qwen3vl",
     "smollm3",
 ]
 

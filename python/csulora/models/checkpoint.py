@@ -149,7 +149,7 @@ class Checkpoint:
     @property
     def gguf_architecture(self) -> str:
         """What llama.cpp calls the model's architecture; raises `RefusedError` if csulora knows no name."""
-        return gguf_layout.architecture_of_model_type(self.config.get("model_type"), self.name).name
+        return gguf_layout.architecture_of_config(self.config, self.name).name
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -179,7 +179,7 @@ class GGUFCheckpoint(Checkpoint):
         data, kind = self._file.bytes_of(weight.tensor), self._file.tensors[weight.tensor].type
         if weight.dtype in storage.FLOATING:
             stored = torch.frombuffer(data, dtype=storage.FLOATING[weight.dtype]).reshape(weight.shape)
-            matrix = self._base.from_gguf_rows(module, stored).contiguous()
+            matrix = self._base.weight_from_gguf(module, stored).contiguous()
             return matrix, hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest()
         if self._has_importance and weight.dtype != "Q8_0":  # which ignores it
             raise RefusedError(
@@ -187,7 +187,7 @@ class GGUFCheckpoint(Checkpoint):
                 "moved does not follow from the file; use Q8_0 or a checkpoint that is not quantised"
             )
         stored = gguf_quants.dequantise(data, weight.shape, kind)
-        return self._base.from_gguf_rows(module, stored), hashlib.sha256(data).hexdigest()
+        return self._base.weight_from_gguf(module, stored), hashlib.sha256(data).hexdigest()
 
     def rounding_variances(self, module: str) -> RoundingVariances | None:
         """Return how far quantisation may have moved a weight's entries; None if the weight is not quantised."""

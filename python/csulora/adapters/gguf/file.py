@@ -73,8 +73,9 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
         update = _module(file, module, factors, alpha)
         if base is not None:
             _check_fits(path, module, module, update, base)
-            update = replace(update, b=base.from_gguf_rows(module, update.b))
-        elif architecture.is_permuted(module):
+            b, a = base.from_gguf(module, update.b, update.a)
+            update = replace(update, b=b, a=a)
+        elif architecture.is_reordered(module):
             raise InputError(
                 f"{path}: the rows of {module} are reordered by heads, and the file does not say how many there are; "
                 "name the base model (--base-model)"
@@ -217,8 +218,8 @@ def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> di
             raise RefusedError(f"{adapter.path}: llama.cpp has no {base.architecture.name} tensor for {name}")
         _check_fits(adapter.path, name, module, update, base)
         wide = replace(update, b=update.b.float(), a=update.a.float()).folded()
-        b = base.to_gguf_rows(module, wide.b)
-        a, b = (b, wide.a.t()) if update.is_embedding else (wide.a, b)
+        b, a = base.to_gguf(module, wide.b, wide.a)
+        a, b = (b, a.t()) if update.is_embedding else (a, b)
         for factor, matrix in (("lora_a", a), ("lora_b", b)):
             key = f"{tensor}.weight.{factor}"
             if key in tensors:

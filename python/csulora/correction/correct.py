@@ -9,6 +9,7 @@ import torch
 
 from csulora.adapters import experts
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
+from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
@@ -41,8 +42,8 @@ def correct(
         The corrected adapter, in the input's storage types with every scale 1, and the report.
 
     Raises:
-        RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, or the policy
-            was tuned for another subspace file.
+        RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, a copy of a
+            base matrix is not the aligned checkpoint's, or the policy was tuned for another subspace file.
         InputError: an argument is a path or missing, a shape differs from that in ``subspace``, an override of the
             policy matches none of its modules or has gains for more directions than it has, or the result does not fit
             the storage type.
@@ -76,9 +77,11 @@ def correct(
         {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
     )
     partial = adapter.partial or len(modules) < len(adapter.modules)
-    result = replace(adapter, modules=modules, documents=documents, partial=partial)
+    result = replace(adapter, modules=modules, documents=documents, partial=partial, copies={})
     if layout == experts.PER_EXPERT:
-        return experts.per_expert(result, subspace.provenance.experts, Resolver(subspace).name_of), report
+        return experts.per_expert(
+            result, subspace.provenance.experts, Resolver(subspace, names=subspace.names).name_of
+        ), report
     return experts.encoded(result, subspace.provenance.experts), report
 
 
@@ -151,10 +154,16 @@ def _base_model(adapter: Adapter) -> str | None:
 
 
 def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str]:
-    """Map each covered module to the subspace file's name for it, in the adapter's order."""
+    """Map each covered module to the subspace file's name for it, in the adapter's order.
+
+    Raises:
+        RefusedError: a module is not covered, or a copy of a base matrix is not the aligned checkpoint's.
+        InputError: a shape differs from that in ``subspace``.
+    """
+    check_copies(adapter, subspace)
     covered: dict[str, str] = {}
     owners: dict[Resolved, str] = {}
-    resolver = Resolver(subspace, subspace.aliases)
+    resolver = Resolver(subspace, subspace.aliases, subspace.names)
     for name, module in adapter.modules.items():
         try:
             found = resolver.resolve(name)
@@ -211,6 +220,7 @@ def _report(
         fingerprints=subspace.fingerprints,
         policy=policy.to_dict(),
         modules=tuple(modules),
+        copies=tuple(adapter.copies),
     )
 
 

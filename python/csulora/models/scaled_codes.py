@@ -71,7 +71,7 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, block: Block, code_for
     """
     matrix = torch.empty(codes.shape)
     for rows, spread in _chunks(codes, scales, block):
-        torch.mul(code_format.levels[codes[rows].int()], spread, out=matrix[rows])
+        torch.mul(_look_up(code_format.levels, codes[rows]), spread, out=matrix[rows])
     return matrix
 
 
@@ -93,11 +93,16 @@ def rounding_variances(
     """Return the variances of a matrix's rounding errors; arguments as `dequantise` takes them."""
     return add_up(
         (
-            (code_format.square_errors[codes[rows].int()] * spread.double().square_()).numpy()
+            (_look_up(code_format.square_errors, codes[rows]) * spread.double().square_()).numpy()
             for rows, spread in _chunks(codes, scales, block)
         ),
         codes.shape[1],
     )
+
+
+def _look_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    # Half the time of table[codes].
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _chunks(codes: torch.Tensor, scales: torch.Tensor, block: Block) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -20,7 +20,7 @@ from csulora.models.shards import StoredTensor
 from csulora.subspace.expert_layout import ExpertLayout
 
 FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_FP8, _MXFP4 = "F8_E4M3", "MXFP4"
+_FP8, _MXFP4 = "F8_E4M3", "MXFP4_BLOCKS"  # the second is no type of safetensors, nor of ggml, which has another MXFP4
 SCALED = {_FP8: scaled_codes.FP8, _MXFP4: scaled_codes.MXFP4}
 
 _BLOCKS = "_blocks"
@@ -47,7 +47,7 @@ class Weight:
     file: Path
     tensor: str
     shape: tuple[int, int]
-    dtype: str  # as safetensors or ggml calls it, or MXFP4
+    dtype: str  # as safetensors or ggml calls it, or MXFP4_BLOCKS
     transposed: bool  # stored as (in, out)
     scales: Scales | None = None
     part: ExpertPart | None = None  # of a tensor that holds all experts
@@ -78,6 +78,9 @@ class Contents:
         quantisation.check_readable(settings, tensors, directory)
         stored = {name: tensor for name, tensor in tensors.items() if not _is_companion(name, tensors)}
         logical = {_logical(name, tensor): (name, _logical_shape(name, tensor)) for name, tensor in stored.items()}
+        if len(logical) < len(stored):
+            twice = next(name for name in stored if logical[_logical(name, stored[name])][0] != name)
+            raise InputError(f"{stored[twice].file}: {twice} is a weight that another tensor holds as well")
         matrices = {
             name.removesuffix(names.WEIGHT): shape
             for name, (_, shape) in logical.items()

@@ -14,7 +14,8 @@ from peft.tuners.lora.layer import ParamWrapper
 import csulora
 import factories
 from csulora.models.resolver import Resolver
-from expert_families import FAMILIES, TOKENS, ExpertFamily
+from expert_families import EXPERT_FAMILIES, ExpertFamily
+from model_families import built, logits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -25,22 +26,12 @@ pytestmark = [
 NOTHING_LEFT = csulora.Policy(aligned=float("inf"), partial=float("inf"), off=float("inf"))
 KINDS = ["all-linear", "the usual names", "both parameters", "gate and up", "down", "rsLoRA"]
 # Which of the two parameters one pair of factors is for does not depend on the family beyond these.
-ONE_PARAMETER = {"Qwen 3", "gpt-oss", "Llama 4", "Nemotron H"}
+ONE_PARAMETER = {"Qwen 3 MoE", "gpt-oss", "Llama 4 text", "Nemotron-H"}
 
 
-def built(family: ExpertFamily) -> Any:
-    torch.manual_seed(0)
-    model = getattr(transformers, family.model)(family.config()).eval()
-    with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):
-            if parameter.dim() >= 2:
-                parameter.copy_(0.2 * factories.gaussian(*parameter.shape, seed=i))
-    return model
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EXPERT_FAMILIES)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    family = FAMILIES[request.param]
+    family = EXPERT_FAMILIES[request.param]
     root = tmp_path_factory.mktemp("family")
     model = built(family)
     model.save_pretrained(root / "base")
@@ -51,12 +42,6 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model.save_pretrained(root / "aligned")
     csulora.extract(root / "base", root / "aligned", rank=8, expert_rank=8, output=root / "subspace")
     return request.param, root
-
-
-@torch.inference_mode()
-def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=torch.tensor([TOKENS])).logits
-    return found
 
 
 def config_of(family: ExpertFamily, kind: str) -> LoraConfig:
@@ -94,7 +79,7 @@ def adapted_by(model: Any, path: Path) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_are_corrected(kind: str, dtype: torch.dtype, place: tuple[str, Path], tmp_path: Path) -> None:
     name, root = place
-    family = FAMILIES[name]
+    family = EXPERT_FAMILIES[name]
     if kind == "all-linear" and not family.all_linear:
         pytest.skip("PEFT cannot run this model with its router adapted")
     if kind in ("gate and up", "down") and (name not in ONE_PARAMETER or dtype != torch.float32):
@@ -131,7 +116,7 @@ def projections(family: str, name: str, delta: torch.Tensor) -> dict[str, torch.
     owner, _, parameter = name.rpartition(".")
     found = {}
     for expert, stored in enumerate(delta):
-        matrix = stored.t() if family in ("gpt-oss", "Llama 4") else stored
+        matrix = stored.t() if family in ("gpt-oss", "Llama 4 text") else stored
         if parameter != "gate_up_proj":
             found[f"{owner}.{expert}.{parameter}"] = matrix
         elif family == "gpt-oss":
@@ -143,7 +128,7 @@ def projections(family: str, name: str, delta: torch.Tensor) -> dict[str, torch.
 
 def test_a_projection_of_each_expert_is_the_dense_one(place: tuple[str, Path], tmp_path: Path) -> None:
     name, root = place
-    family = FAMILIES[name]
+    family = EXPERT_FAMILIES[name]
     model = getattr(transformers, family.model).from_pretrained(root / "aligned").eval()
     make_adapter(model, config_of(family, "both parameters"), tmp_path / "adapter", torch.float32)
     csulora.extract(root / "base", root / "aligned", rank=3, expert_rank=3, output=tmp_path / "subspace")

@@ -1,4 +1,6 @@
 import hashlib
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import quantised
 from csulora.errors import InputError
 from csulora.models import scaled_codes
 from csulora.models.checkpoint import Checkpoint, check_comparable
+from csulora.models.shards import StoredTensor
+from csulora.models.storage import Contents
 
 Q = "model.layers.0.self_attn.q_proj"
 WEIGHTS = factories.llama_weights(layers=1, width=64, hidden=96)
@@ -43,6 +47,14 @@ def test_gives_the_values_that_are_stored(tmp_path: Path, kind: str) -> None:
         parts = [tensor for name, tensor in tensors.items() if name.startswith(f"{module}.weight")]
         stored_bytes = b"".join(part.reshape(-1).view(torch.uint8).numpy().tobytes() for part in parts)
         assert digest == hashlib.sha256(stored_bytes).hexdigest()
+
+
+@pytest.mark.parametrize("kind", quantised.KINDS)
+def test_scales_may_lie_in_another_shard(tmp_path: Path, kind: str) -> None:
+    tensors, values = quantised.quantise(WEIGHTS, quantised.KINDS[kind])
+    config = {"quantization_config": quantised.KINDS[kind].settings}
+    checkpoint = Checkpoint.open(factories.save_checkpoint(tmp_path / "model", tensors, config, shards=5))
+    torch.testing.assert_close(checkpoint.load(Q)[0].double(), values[f"{Q}.weight"], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", quantised.KINDS)
@@ -231,3 +243,53 @@ def test_a_matrix_of_integers_is_refused_where_it_is_compared(tmp_path: Path) ->
     )
     with pytest.raises(InputError, match=rf"aligned: tensor {Q}\.weight is I8, which csulora does not read; name the"):
         check_comparable(base, aligned, {Q: Q})
+
+
+def test_a_weight_that_is_stored_twice_is_refused(tmp_path: Path) -> None:
+    tensors, _ = quantised.quantise(WEIGHTS, quantised.KINDS["MXFP4"])
+    with pytest.raises(InputError, match=rf"{Q}\.weight\S* is a weight that another tensor holds as well"):
+        stored(tmp_path / "model", tensors | {f"{Q}.weight": torch.ones(64, 64)}, quant_method="mxfp4")
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers(-3, 200) | st.text(max_size=3) | st.lists(st.integers(-1, 64), max_size=3)
+)
+GROUPS = st.dictionaries(
+    st.sampled_from(["a", "b"]),
+    VALUES
+    | st.fixed_dictionaries(
+        {
+            "weights": VALUES
+            | st.dictionaries(
+                st.sampled_from(["strategy", "group_size", "block_structure"]),
+                VALUES | st.sampled_from(["group", "block"]),
+            )
+        }
+    ),
+    max_size=2,
+)
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "quant_method": st.sampled_from(["fp8", "compressed-tensors", "modelopt", "mxfp4"]) | VALUES,
+        "weight_block_size": VALUES,
+        "format": st.just("float-quantized") | VALUES,
+        "quant_algo": st.just("FP8") | VALUES,
+        "config_groups": GROUPS | VALUES,
+    },
+)
+
+
+@given(settings=SETTINGS, grid=st.lists(st.integers(1, 70), max_size=3))
+def test_whatever_a_configuration_says_the_blocks_cover_the_matrix_or_it_is_refused(
+    settings: dict[str, Any], grid: list[int]
+) -> None:
+    tensors = {
+        f"{Q}.weight": StoredTensor(Path("file"), [64, 96], "F8_E4M3"),
+        SCALE: StoredTensor(Path("file"), grid, "F32"),
+    }
+    with suppress(InputError):
+        scales = Contents.of(tensors, {"quantization_config": settings}, Path()).weights[Q].scales
+        assert scales is not None
+        assert scales.grid == (math.ceil(64 / scales.block[0]), math.ceil(96 / scales.block[1]))
+        assert math.prod(grid) == math.prod(scales.grid)

@@ -98,7 +98,7 @@ def _stacked(experts: str = "mlp.experts", **traits: Any) -> dict[str, Any]:
 EXPERT_FAMILIES: dict[str, ExpertFamily] = {
     "Mixtral": _family("Mixtral", **_LOCAL, traits={"targets": (*_ATTENTION, "w1", "w2", "w3")}),
     "MiniMax M2": _family("MiniMaxM2", **_LOCAL, head_dim=8, traits={"targets": (*_ATTENTION, "w1", "w2", "w3")}),
-    "Phi MoE": _family("Phimoe", **_LOCAL, traits=_stacked()),
+    "Phi MoE": _family("Phimoe", **_LOCAL, traits=_stacked(all_linear=False)),
     "gpt-oss": _family("GptOss", **_LOCAL, **SLIDING, traits=_stacked()),
     "Granite MoE": _family("GraniteMoe", **_LOCAL, traits=_stacked("block_sparse_moe.experts")),
     "OLMoE": _family("Olmoe", num_experts=4, num_experts_per_tok=2),

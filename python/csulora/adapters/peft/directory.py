@@ -225,7 +225,7 @@ def _pair(
             raise InputError(f"{path}: {name}.{factor} is missing; an update needs both factors")
     if len(factors) > 2:
         raise InputError(f"{path}: {name} has factors for a linear layer and for an embedding")
-    return of_one_dtype(*(factors[factor] for factor in pair), name, path)
+    return of_one_dtype(factors[pair[0]], factors[pair[1]], name, path)
 
 
 def _named_tensors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:

@@ -234,6 +234,17 @@ def vllm_worker() -> str:
     return table(["way", "raw adapters refused"], rows)
 
 
+def families() -> str:
+    """Return the table of model families, from `CSULORA_RECORD=1 pytest tests/python/models/test_families.py`."""
+    rows = []
+    for family, found in results("compatibility/families")["families"].items():
+        figures = [f"{found[dtype][key]:.0e}" for key in ("none", "project") for dtype in ("float32", "bfloat16")]
+        names = [f"`{found['on disk']}`", ", ".join(f"`{name}`" for name in found["in an adapter"])]
+        rows.append([family, *names, str(found["float32"]["modules"]), *figures])
+    figures = [f"`{policy}`, {dtype}" for policy in ("none", "project") for dtype in ("float32", "bfloat16")]
+    return table(["family", "on disk", "in an adapter", "modules", *figures], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "smollm2": lambda: smollm2("smollm2"),
     "smollm2-general": lambda: smollm2("smollm2_general"),
@@ -246,6 +257,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "stress": stress,
     "wheels": wheels,
+    "families": families,
     "vllm": vllm,
     "vllm-worker": vllm_worker,
 }

@@ -142,12 +142,13 @@ def _counterparts(base: Checkpoint, aligned: Checkpoint) -> dict[str, str]:
 
     The head of a base that ties it is the embedding, which then counts for two modules.
     """
-    resolver = Resolver(base.weights, base.aliases)
+    resolver = Resolver(base.weights, base.aliases, base.names_in_memory)
+    in_memory = {module: name for name, module in aligned.names_in_memory.items()}
     found: dict[str, list[str]] = {}
     tied: dict[str, str] = {}
     for module in aligned.weights:
         with suppress(RefusedError):  # several may be meant, so that none is
-            resolved = resolver.resolve(module)
+            resolved = resolver.resolve(module) or resolver.resolve(in_memory.get(module, module))
             if resolved is not None and resolved.is_alias:
                 tied[module] = resolved.module
             elif resolved is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular
-from csulora.io.hub import download
-from csulora.models import gguf_layout, gguf_quants, names, storage
+from csulora.io.hub import local_path
+from csulora.models import gguf_layout, gguf_quants, names, renamings, storage
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.rounding import RoundingVariances
@@ -47,18 +48,17 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
-        """Open a local directory, a GGUF file or a Hugging Face Hub id.
+        """Open a local directory, a GGUF file or a hub id, see `csulora.io.hub.local_path`.
 
         Raises:
             InputError: nothing usable is there, or it cannot be reached.
             RefusedError: a GGUF file's architecture is not supported.
         """
         local = Path(source)
-        if local.is_file():
-            return GGUFCheckpoint(GGUFFile.map(local))
-        if not local.exists() and (local.is_absolute() or str(source).startswith((".", "~"))):
-            raise InputError(f"{source}: no such directory or file")
-        directory = local if local.exists() else _download(str(source))
+        # Some repositories hold the weights a second time, under another name or in a subdirectory.
+        directory = local_path(source, ["*.safetensors", "*.json"], ["*/*", "consolidated*"])
+        if directory.is_file():
+            return GGUFCheckpoint(GGUFFile.map(directory))
         name = local.resolve().name if local.exists() else str(source)
         if not directory.is_dir():
             raise InputError(f"{directory}: not a directory; name a model directory, a GGUF file or a hub id")
@@ -79,10 +79,22 @@ class Checkpoint:
         """Names under which a tied weight is known besides its own: ``lm_head`` of a tied model that stores no head."""
         embedding = names.token_embedding(self.weights)
         text = self.config.get("text_config")
-        configs = [self.config, text if isinstance(text, dict) else {}]
-        is_tied = all(config.get("tie_word_embeddings", True) is not False for config in configs)
+        inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        is_tied = self.config.get("tie_word_embeddings", inner) is not False  # the model's own word comes first
         has_head = any(names.kind_of(module) == "head" for module in self.weights)
         return {"lm_head": embedding} if embedding and is_tied and not has_head else {}
+
+    @cached_property
+    def names_in_memory(self) -> dict[str, str]:
+        """What transformers calls modules in memory, where that differs by more than wrappers: name -> module.
+
+        Raises:
+            RefusedError: two modules have one name in memory.
+        """
+        try:
+            return renamings.names_in_memory(self.config, self.weights)
+        except RefusedError as error:
+            raise RefusedError(f"{self.name}: {error}") from error
 
     def select(self, patterns: Iterable[str]) -> list[str]:
         """Return the modules that any glob matches, or all linear ones if there is no glob.
@@ -102,7 +114,8 @@ class Checkpoint:
         selected: set[str] = set()
         for pattern in patterns:
             found = {module for module in self.weights if matches(module, pattern)}
-            found |= {target for alias, target in self.aliases.items() if matches(alias, pattern)}
+            further = self.names_in_memory | self.aliases
+            found |= {module for name, module in further.items() if matches(name, pattern)}
             if not found:
                 raise InputError(
                     f"{self.name}: no 2-D weight matches the module pattern {pattern!r}{self._why(pattern)}"
@@ -136,7 +149,7 @@ class Checkpoint:
     @property
     def gguf_architecture(self) -> str:
         """What llama.cpp calls the model's architecture; raises `RefusedError` if csulora knows no name."""
-        return gguf_layout.architecture_of_model_type(self.config.get("model_type"), self.name).name
+        return gguf_layout.architecture_of_config(self.config, self.name).name
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -166,7 +179,7 @@ class GGUFCheckpoint(Checkpoint):
         data, kind = self._file.bytes_of(weight.tensor), self._file.tensors[weight.tensor].type
         if weight.dtype in storage.FLOATING:
             stored = torch.frombuffer(data, dtype=storage.FLOATING[weight.dtype]).reshape(weight.shape)
-            matrix = self._base.from_gguf_rows(module, stored).contiguous()
+            matrix = self._base.weight_from_gguf(module, stored).contiguous()
             return matrix, hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest()
         if self._has_importance and weight.dtype != "Q8_0":  # which ignores it
             raise RefusedError(
@@ -174,7 +187,7 @@ class GGUFCheckpoint(Checkpoint):
                 "moved does not follow from the file; use Q8_0 or a checkpoint that is not quantised"
             )
         stored = gguf_quants.dequantise(data, weight.shape, kind)
-        return self._base.from_gguf_rows(module, stored), hashlib.sha256(data).hexdigest()
+        return self._base.weight_from_gguf(module, stored), hashlib.sha256(data).hexdigest()
 
     def rounding_variances(self, module: str) -> RoundingVariances | None:
         """Return how far quantisation may have moved a weight's entries; None if the weight is not quantised."""
@@ -242,11 +255,6 @@ def check_comparable(base: Checkpoint, aligned: Checkpoint, base_names: Mapping[
                 f"tensor {module}.weight is {list(ours_shape)} in base {base.name} "
                 f"and {list(theirs_shape)} in aligned {aligned.name}"
             )
-
-
-def _download(repo: str) -> Path:
-    # Some repositories hold the weights a second time, under another name or in a subdirectory.
-    return download(repo, ["*.safetensors", "*.json"], ignore_patterns=["*/*", "consolidated*"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _WIDENING_MODULES = frozenset({"c_attn", "c_fc"})
 
 # Last parts of names of 2-D weights that are looked up, not multiplied with, and of those that make logits.
-_EMBEDDING = re.compile(r"(\w*embed(ding)?s?|embed_(?!out)\w+|w[tp]e|shared|relative_attention_bias)$")
+# A patch embedding multiplies.
+_EMBEDDING = re.compile(r"((?!patch_)\w*embed(ding)?s?|embed_(?!out)\w+|w[tp]e|shared|relative_attention_bias)$")
 _HEAD = re.compile(r"(lm_head|embed_out)$")
 _VOCABULARY = re.compile(r"(embed_tokens(_per_layer)?|wte|embed_in|embed_out|word_embeddings|shared|lm_head)$")
 _TOKEN_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)$")

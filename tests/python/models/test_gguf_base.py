@@ -38,10 +38,10 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
 
 
 def test_without_a_number_of_key_heads_there_are_as_many_as_of_queries(tmp_path: Path) -> None:
-    assert BaseModel.open(directory(tmp_path / "model")).kv_heads == 4
+    assert BaseModel.open(directory(tmp_path / "model")).counts == {"heads": 4, "kv_heads": 4}
     weights = factories.llama_weights()
     file = gguf_files.save_model(tmp_path / "m.gguf", weights, metadata={"llama.attention.head_count_kv": 4})
-    assert BaseModel.open(file).kv_heads == 4
+    assert BaseModel.open(file).counts["kv_heads"] == 4
 
 
 @pytest.mark.parametrize("tie", [True, None])

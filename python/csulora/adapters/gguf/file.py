@@ -73,15 +73,16 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
         update = _module(file, module, factors, alpha)
         if base is not None:
             _check_fits(path, module, module, update, base)
-            update = replace(update, b=base.from_gguf_rows(module, update.b))
-        elif architecture.is_permuted(module):
+            b, a = base.from_gguf(module, update.b, update.a)
+            update = replace(update, b=b, a=a)
+        elif architecture.is_reordered(module):
             raise InputError(
                 f"{path}: the rows of {module} are reordered by heads, and the file does not say how many there are; "
                 "name the base model (--base-model)"
             )
         modules[module] = update
     config = {"base_model_name_or_path": base_model_name(_base_model_name(file)), "task_type": "CAUSAL_LM"}
-    return Adapter(modules, config, path, hashlib.sha256(file.data).hexdigest())
+    return Adapter(modules, config, path, hashlib.sha256(file.data).hexdigest(), format="gguf")
 
 
 def write(adapter: Adapter, path: Path, base: BaseModel, outtype: str | None = None) -> None:
@@ -217,8 +218,8 @@ def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> di
             raise RefusedError(f"{adapter.path}: llama.cpp has no {base.architecture.name} tensor for {name}")
         _check_fits(adapter.path, name, module, update, base)
         wide = replace(update, b=update.b.float(), a=update.a.float()).folded()
-        b = base.to_gguf_rows(module, wide.b)
-        a, b = (b, wide.a.t()) if update.is_embedding else (wide.a, b)
+        b, a = base.to_gguf(module, wide.b, wide.a)
+        a, b = (b, a.t()) if update.is_embedding else (a, b)
         for factor, matrix in (("lora_a", a), ("lora_b", b)):
             key = f"{tensor}.weight.{factor}"
             if key in tensors:

@@ -214,8 +214,8 @@ def _fitting(name: str, scales: StoredTensor, shape: tuple[int, int], blocks: li
     if block is None:
         expected = " or ".join(dict.fromkeys(str(list(grid)) for grid in grids.values()))
         raise InputError(
-            f"{scales.file}: {name} is {scales.shape}, but scales of a weight of {list(shape)} are {expected} "
-            "by config.json; the two files are not of one checkpoint"
+            f"{scales.file}: {name} is {scales.shape}, but by config.json it must be {expected} for a weight of "
+            f"{list(shape)}; fetch the checkpoint again, or name the unquantised repository that it was made from"
         )
     if scales.dtype not in _SCALE_DTYPES:
         raise InputError(f"{scales.file}: {name} is {scales.dtype}; scales must be {', '.join(_SCALE_DTYPES)}")

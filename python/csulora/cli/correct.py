@@ -88,4 +88,5 @@ def correct(
     sha256 = csulora.save_adapter(fixed, output, written.value, base_model=base_model, outtype=dtype)
     kind = "a GGUF file" if written is Format.gguf else "a PEFT directory"
     summary = f"wrote {output}, {kind}: {len(report.measured)} of {len(report.modules)} modules, sha256 {sha256}"
+    summary += "".join(f"\n{note}" for note in report.host_notes)
     deliver(report_table(report, every_module), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)

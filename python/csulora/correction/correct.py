@@ -9,6 +9,7 @@ import torch
 
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.correction.core_policy import attenuation, core_options
+from csulora.correction.host_meaning import host_notes, todays_names
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
 from csulora.errors import InputError, RefusedError, check_type
@@ -33,7 +34,8 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
             the undo in another.
 
     Returns:
-        The corrected adapter, in the input's storage types with every scale 1, and the report.
+        The corrected adapter, in the input's storage types with every scale 1, and the report. Modules that have the
+        names of transformers 4 get those of today.
 
     Raises:
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, or the policy
@@ -58,16 +60,17 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
     _check_undo(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
+    renamed = todays_names(covered, subspace.names)
     for name, module in adapter.modules.items():
         if name in corrected:
             factors = corrected[name].factors
-            modules[name] = LoraModule(factors.b, factors.a, is_embedding=module.is_embedding)
+            modules[renamed.get(name, name)] = LoraModule(factors.b, factors.a, is_embedding=module.is_embedding)
         elif policy.fate_of(name) == "keep":
             modules[name] = module
     documents = TextsOnDemand(
         {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
     )
-    partial = adapter.partial or len(modules) < len(adapter.modules)
+    partial = adapter.partial or bool(renamed) or len(modules) < len(adapter.modules)
     return replace(adapter, modules=modules, documents=documents, partial=partial), report
 
 
@@ -200,6 +203,7 @@ def _report(
         fingerprints=subspace.fingerprints,
         policy=policy.to_dict(),
         modules=tuple(modules),
+        host_notes=host_notes(adapter, covered, subspace.names, subspace.provenance.model_type),
     )
 
 

@@ -159,6 +159,8 @@ class Verdict:
 class Report:
     """What a correction was made from and what it did. Holds nothing that varies between identical runs.
 
+    ``host_notes`` say what a host would not apply as the adapter's file says, see `host_meaning`.
+
     >>> policy = csulora.Policy.none()
     >>> _, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), policy)
     >>> report.changes_nothing, report.totals.undo == report.totals.undo_after
@@ -171,6 +173,7 @@ class Report:
     fingerprints: dict[str, str]
     policy: dict[str, Any]
     modules: tuple[ModuleReport, ...]
+    host_notes: tuple[str, ...] = ()
     csulora: str = __version__
 
     @property

@@ -173,7 +173,10 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
         {name: module for name, module in further.items() if module in extracted}
         for further in (aligned.aliases, aligned.names_in_memory)
     )
-    provenance = Provenance(__version__, model_pair.base.name, aligned.name, options.to_dict(), aliases, names)
+    model_type = aligned.config.get("model_type")
+    provenance = Provenance(
+        __version__, model_pair.base.name, aligned.name, options.to_dict(), aliases, names, model_type
+    )
     return Subspace(extracted, provenance)
 
 

@@ -17,6 +17,7 @@ class Provenance:
         options: the extraction's options.
         aliases: further names of tied weights, name in the model -> module in the subspace file.
         names: what transformers calls modules that the checkpoint calls otherwise, likewise.
+        model_type: the aligned checkpoint's, if its config.json names one.
     """
 
     csulora: str
@@ -25,6 +26,7 @@ class Provenance:
     options: dict[str, Any]
     aliases: dict[str, str]
     names: dict[str, str] = field(default_factory=dict)
+    model_type: str | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
@@ -34,6 +36,8 @@ class Provenance:
         if not all(isinstance(found, dict) for found in (provenance.options, provenance.aliases, provenance.names)):
             raise TypeError("options, aliases and names must be objects")
         texts += [*provenance.aliases.values(), *provenance.names.values()]
+        if provenance.model_type is not None:
+            texts.append(provenance.model_type)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("names must be texts")
         return provenance

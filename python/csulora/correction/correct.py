@@ -11,6 +11,7 @@ from csulora.adapters import experts
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
+from csulora.correction.host_meaning import host_notes, todays_names
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
 from csulora.errors import InputError, RefusedError, check_type
@@ -39,7 +40,8 @@ def correct(
             ones; None: as they came.
 
     Returns:
-        The corrected adapter, in the input's storage types with every scale 1, and the report.
+        The corrected adapter, in the input's storage types with every scale 1, and the report. Modules that have the
+        names of transformers 4 get those of today.
 
     Raises:
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, a copy of a
@@ -67,16 +69,17 @@ def correct(
     _check_undo(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
+    renamed = todays_names(covered, subspace.names)
     for name, module in adapter.modules.items():
         if name in corrected:
             factors = corrected[name].factors
-            modules[name] = LoraModule(factors.b, factors.a, is_embedding=module.is_embedding)
+            modules[renamed.get(name, name)] = LoraModule(factors.b, factors.a, is_embedding=module.is_embedding)
         elif policy.fate_of(name) == "keep":
             modules[name] = module
     documents = TextsOnDemand(
         {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
     )
-    partial = adapter.partial or len(modules) < len(adapter.modules)
+    partial = adapter.partial or bool(renamed) or len(modules) < len(adapter.modules)
     result = replace(adapter, modules=modules, documents=documents, partial=partial, copies={})
     if layout == experts.PER_EXPERT:
         return experts.per_expert(
@@ -221,6 +224,7 @@ def _report(
         policy=policy.to_dict(),
         modules=tuple(modules),
         copies=tuple(adapter.copies),
+        host_notes=host_notes(adapter, covered, subspace.names, subspace.provenance.model_type),
     )
 
 

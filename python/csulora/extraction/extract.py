@@ -179,6 +179,7 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
         {name: module for name, module in further.items() if module in extracted}
         for further in (aligned.aliases, aligned.names_in_memory)
     )
+    model_type = aligned.config.get("model_type")
     provenance = Provenance(
         __version__,
         model_pair.base.name,
@@ -188,6 +189,7 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
         names=names,
         vocabulary=stored_vocabulary(aligned),
         experts=aligned.expert_layout,
+        model_type=model_type,
     )
     return Subspace(extracted, provenance)
 

@@ -92,7 +92,7 @@ class Checkpoint:
 
     @cached_property
     def names_in_memory(self) -> dict[str, str]:
-        """What transformers calls modules in memory, where that differs by more than wrappers: name -> module.
+        """What transformers calls modules in memory, where that is not their name on disk: name -> module.
 
         Raises:
             RefusedError: two modules have one name in memory.

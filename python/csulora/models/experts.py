@@ -9,17 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from csulora.models import renamings
 from csulora.subspace.expert_layout import ExpertLayout
-
-# Model types whose adapters of single experts PEFT 0.21 fuses as it loads them.
-_PER_EXPERT = frozenset(
-    {
-        *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
-        *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
-        *("longcat_flash", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe"),
-        *("qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "solar_open"),
-    }
-)
 
 # Families whose experts modules are unlike all others in `transformers` 5: (E, out, in), gate before up.
 _LAYOUTS = {
@@ -46,7 +37,7 @@ class ExpertPart(NamedTuple):
 def layout_of(model_types: Sequence[str]) -> ExpertLayout:
     """Return how a model of these types, its own and that of its language model, lays experts out in memory."""
     known = next((_LAYOUTS[model_type] for model_type in model_types if model_type in _LAYOUTS), None)
-    return known or ExpertLayout(per_expert=not _PER_EXPERT.isdisjoint(model_types))
+    return known or ExpertLayout(per_expert="converted" in map(renamings.experts_of, model_types))
 
 
 def parts(shapes: Mapping[str, Sequence[int]], layout: ExpertLayout) -> Iterator[tuple[str, ExpertPart]]:

@@ -49,6 +49,7 @@ class Provenance:
         names: what transformers calls modules that the checkpoint calls otherwise, likewise.
         vocabulary: the aligned checkpoint's embeddings and heads, by name; a tied head is there under its own name too.
         experts: how the model lays out parameters that hold all experts of a layer; None if it has no experts.
+        model_type: the aligned checkpoint's, if its config.json names one.
     """
 
     csulora: str
@@ -59,6 +60,7 @@ class Provenance:
     names: dict[str, str] = field(default_factory=dict)
     vocabulary: dict[str, StoredMatrix] = field(default_factory=dict)
     experts: ExpertLayout | None = None
+    model_type: str | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
@@ -71,6 +73,8 @@ class Provenance:
         if not all(isinstance(found, dict) for found in (provenance.options, provenance.aliases, provenance.names)):
             raise TypeError("options, aliases and names must be objects")
         texts += [*provenance.aliases.values(), *provenance.names.values()]
+        if provenance.model_type is not None:
+            texts.append(provenance.model_type)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("names must be texts")
         return provenance

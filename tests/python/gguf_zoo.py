@@ -294,9 +294,9 @@ def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float3
     chosen: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": _targets(family)}
     adapted = get_peft_model(deepcopy(model(family)), LoraConfig(task_type="CAUSAL_LM", **(chosen | settings)))
     with torch.no_grad():
-        for i, (name, parameter) in enumerate(adapted.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_((0.1 * factories.gaussian(*parameter.shape, seed=100 + i)).to(dtype))
+        factors = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
+        for i, parameter in enumerate(factors):
+            parameter.copy_((0.1 * factories.gaussian(*parameter.shape, seed=100 + i)).to(dtype))
     (adapted if dtype == torch.float32 else deepcopy(adapted).to(dtype)).save_pretrained(
         str(directory), save_embedding_layers=False
     )

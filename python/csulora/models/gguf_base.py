@@ -63,6 +63,11 @@ class BaseModel:
         """Describe the model in an open GGUF file."""
         _check_model_file(file)
         architecture = gguf_layout.architecture(file.text("general.architecture"), str(file.path))
+        if architecture.unlike and f"{architecture.name}.{architecture.unlike}" in file.fields:
+            raise RefusedError(
+                f"{file.path}: a {architecture.name} model with {architecture.unlike}, which also sees; "
+                "the order of its rows is not supported"
+            )
         counts = read_counts(
             architecture, str(file.path), lambda source: f"{architecture.name}.{source.metadata}", file.integer
         )

@@ -16,7 +16,9 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, Tenso
 
 from csulora.errors import BuildError, RefusedError
 from csulora.models import gguf_orders
+from csulora.models.gguf_ignored import why_not
 from csulora.models.gguf_orders import Order
+from csulora.models.names import bare
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -46,6 +48,8 @@ class Architecture:
         parts: the weight matrices of a layer, by the end of their modules' names.
         rows: the orders of the rows that stand otherwise in GGUF files, by part.
         columns: the same of columns.
+        ignored: GGUF names of weights whose updates llama.cpp ignores, by their modules without wrappers.
+        unlike: metadata that models have whose rows are in yet another order, which is not supported.
         counts: what the orders follow from, by the names of `gguf_orders.SOURCES`.
     """
 
@@ -54,6 +58,8 @@ class Architecture:
     rows: Mapping[str, Order] = field(default_factory=dict)
     columns: Mapping[str, Order] = field(default_factory=dict)
     counts: tuple[str, ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    unlike: str = ""
 
     def tensor_name(self, module: str) -> str | None:
         """Return a module's GGUF name less ``.weight``; None if llama.cpp has no such weight matrix."""
@@ -65,6 +71,10 @@ class Architecture:
         outside = {name: module for module, name in _OUTSIDE.items()}
         return outside.get(tensor) or _rename(tensor, "blk", "model.layers", parts)
 
+    def is_ignored(self, name: str) -> bool:
+        """Whether llama.cpp ignores updates of this weight; ``name`` is a module's, or a GGUF name less ``.weight``."""
+        return bare(name) in self.ignored or name in self.ignored.values()
+
     def row_order(self, module: str) -> Order | None:
         """Return the order of a module's rows; None if it is Hugging Face's."""
         return self.rows.get(_part(module))
@@ -74,8 +84,8 @@ class Architecture:
         return self.columns.get(_part(module))
 
     def is_reordered(self, module: str) -> bool:
-        """Whether rows or columns of this module's weight are in another order in GGUF files."""
-        return _part(module) in self.rows or _part(module) in self.columns
+        """Whether rows or columns of this module's weight are in another order in some GGUF files."""
+        return bool(self.unlike) or _part(module) in self.rows or _part(module) in self.columns
 
 
 def _permuted(name: str) -> Architecture:
@@ -95,9 +105,19 @@ _ARCHITECTURES = {
         Architecture("gemma"),
         Architecture("gemma2"),
         Architecture("gemma3"),
-        Architecture("gemma4", parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection")),
+        Architecture(
+            "gemma4",
+            parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection"),
+            ignored={
+                "per_layer_model_projection": "per_layer_model_proj",
+                "embed_tokens_per_layer": "per_layer_token_embd",
+            },
+        ),
         Architecture("phi3", parts=_FUSED),
-        Architecture("glm4", parts=(*_SEPARATE_QKV, "mlp.gate_up_proj", "mlp.down_proj")),
+        # Of models that also see, rows of queries and keys are in the order that Hugging Face has elsewhere.
+        Architecture(
+            "glm4", parts=(*_SEPARATE_QKV, "mlp.gate_up_proj", "mlp.down_proj"), unlike="rope.dimension_sections"
+        ),
         Architecture("qwen3vl"),
         Architecture(
             "qwen35",
@@ -153,7 +173,8 @@ def architecture(name: str | None, where: str) -> Architecture:
     """
     if name not in _ARCHITECTURES:
         raise RefusedError(
-            f"{where}: architecture {_shown(name)} is not supported; supported are {_listed(_ARCHITECTURES)}"
+            f"{where}: architecture {_shown(name)} is not supported"
+            + (why_not(name) or f"; supported are {_listed(_ARCHITECTURES)}")
         )
     return _ARCHITECTURES[name]
 
@@ -168,7 +189,8 @@ def architecture_of_config(config: Mapping[str, Any], where: str) -> Architectur
     model_type = f"{outer} ({text.get('model_type')})" if isinstance(text, dict) else outer
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise RefusedError(
-            f"{where}: no GGUF layout is known for model_type {_shown(model_type)}; known are {_listed(_MODEL_TYPES)}"
+            f"{where}: no GGUF layout is supported for model_type {_shown(model_type)}"
+            + (why_not(model_type) or f"; supported are {_listed(_MODEL_TYPES)}")
         )
     return _ARCHITECTURES[_MODEL_TYPES[model_type]]
 

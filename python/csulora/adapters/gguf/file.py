@@ -26,6 +26,7 @@ from csulora.io.files import GGUF_SUFFIX, atomic_file
 from csulora.models import gguf_layout
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
+from csulora.models.gguf_ignored import WAY_OUT
 from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
 from csulora.models.resolver import Resolver
 
@@ -77,8 +78,8 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
             update = replace(update, b=b, a=a)
         elif architecture.is_reordered(module):
             raise InputError(
-                f"{path}: the rows of {module} are reordered by heads, and the file does not say how many there are; "
-                "name the base model (--base-model)"
+                f"{path}: the order of the rows of {module} follows from the model, of which the file does not tell "
+                "enough; name the base model (--base-model)"
             )
         modules[module] = update
     config = {"base_model_name_or_path": base_model_name(_base_model_name(file)), "task_type": "CAUSAL_LM"}
@@ -144,7 +145,9 @@ def _group(file: GGUFFile, architecture: Architecture) -> dict[str, dict[str, st
             raise RefusedError(f"{file.path}: tensor {tensor} is not part of plain LoRA: {reason}")
         module = architecture.module_name(found["name"])
         if module is None:
-            raise RefusedError(f"{file.path}: tensor {tensor} belongs to no known weight of {architecture.name}")
+            ignored = architecture.is_ignored(found["name"])
+            reason = "llama.cpp ignores it" if ignored else f"no known weight of {architecture.name} has that name"
+            raise RefusedError(f"{file.path}: tensor {tensor} cannot be used: {reason}; {WAY_OUT}")
         factors.setdefault(module, {})[found["factor"]] = tensor
     return factors
 
@@ -215,7 +218,9 @@ def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> di
         module = found.module if found else name
         tensor = base.architecture.tensor_name(module)
         if tensor is None:
-            raise RefusedError(f"{adapter.path}: llama.cpp has no {base.architecture.name} tensor for {name}")
+            ignored = base.architecture.is_ignored(name)
+            reason = f"ignores updates of {name}" if ignored else f"has no {base.architecture.name} tensor for {name}"
+            raise RefusedError(f"{adapter.path}: llama.cpp {reason}; {WAY_OUT}")
         _check_fits(adapter.path, name, module, update, base)
         wide = replace(update, b=update.b.float(), a=update.a.float()).folded()
         b, a = base.to_gguf(module, wide.b, wide.a)

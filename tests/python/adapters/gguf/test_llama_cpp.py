@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import csulora
+import gguf_files
 import gguf_zoo
+from csulora.errors import RefusedError
 
 # PEFT 0.21 asks transformers 5 by an old name.
 pytestmark = [pytest.mark.llama_cpp, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
@@ -77,3 +80,35 @@ def test_llama_cpp_reads_the_other_types(tmp_path: Path) -> None:
         file, adapter = tmp_path / f"{outtype}.gguf", csulora.load_adapter(tmp_path / "adapter")
         csulora.save_adapter(adapter, file, "gguf", base_model=base, outtype=outtype)
         assert np.abs(gguf_zoo.llama_logits(base, file) - expected).max() <= tolerance
+
+
+IGNORED = "per_layer_model_projection"
+
+
+def test_an_update_that_llama_cpp_ignores_is_refused(tmp_path: Path) -> None:
+    """If llama.cpp stops ignoring it, the first assertion fails, and the module can be supported."""
+    base = gguf_zoo.save_gguf("gemma4", tmp_path / "base.gguf")
+    factors = {"a": torch.ones(2, 32), "b": torch.ones(16, 2)}
+    tensors = {f"per_layer_model_proj.weight.lora_{factor}": matrix for factor, matrix in factors.items()}
+    lora = gguf_files.save_lora(tmp_path / "lora.gguf", tensors, name="gemma4")
+    assert np.array_equal(gguf_zoo.llama_logits(base, lora), gguf_zoo.llama_logits(base))
+
+    gguf_zoo.make_adapter("gemma4", tmp_path / "adapter", target_modules=["q_proj", IGNORED])
+    with pytest.raises(RefusedError, match=rf"llama\.cpp ignores updates of model\.{IGNORED}; train without it.*merge"):
+        csulora.save_adapter(csulora.load_adapter(tmp_path / "adapter"), tmp_path / "o.gguf", "gguf", base_model=base)
+    with pytest.raises(RefusedError, match=r"per_layer_model_proj\.weight.* llama\.cpp ignores it; train without"):
+        csulora.load_adapter(lora, base)
+
+
+def test_a_merged_model_holds_what_llama_cpp_would_ignore(tmp_path: Path) -> None:
+    adapted = gguf_zoo.make_adapter("gemma4", tmp_path / "adapter", target_modules=["q_proj", IGNORED])
+    expected = gguf_zoo.logits(adapted)
+    merged = gguf_zoo.convert(adapted.merge_and_unload(), tmp_path / "merged.gguf", "merged")
+    assert np.abs(gguf_zoo.llama_logits(merged) - expected).max() <= LARGEST_DIFFERENCE
+
+
+def test_an_update_of_the_tower_is_refused(tmp_path: Path) -> None:
+    base = gguf_zoo.save_gguf("gemma3 (vision)", tmp_path / "base.gguf")
+    gguf_zoo.make_adapter("gemma3 (vision)", tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(RefusedError, match=r"has no gemma3 tensor for .*vision_tower.*; train without it"):
+        csulora.save_adapter(csulora.load_adapter(tmp_path / "adapter"), tmp_path / "o.gguf", "gguf", base_model=base)

@@ -234,6 +234,18 @@ def vllm_worker() -> str:
     return table(["way", "raw adapters refused"], rows)
 
 
+def gguf() -> str:
+    """Return the table of model families in llama.cpp."""
+    rows = []
+    for family, found in results("compatibility/gguf").items():
+        adapters = [figures for figures in found.values() if isinstance(figures, dict)]
+        largest = [max(figures[name] for figures in adapters) for name in ("difference", "without_adapter")]
+        smallest = min(figures["effect"] for figures in adapters)
+        rows.append([family, f"`{found['architecture']}`", *(f"{figure:.0e}" for figure in largest), f"{smallest:.1f}"])
+    head = ["family", "in GGUF", "largest difference", "without an adapter", "the adapter's effect"]
+    return table(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "smollm2": lambda: smollm2("smollm2"),
     "smollm2-general": lambda: smollm2("smollm2_general"),
@@ -248,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wheels": wheels,
     "vllm": vllm,
     "vllm-worker": vllm_worker,
+    "gguf": gguf,
 }
 
 

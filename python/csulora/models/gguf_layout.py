@@ -49,6 +49,7 @@ class Architecture:
         rows: the orders of the rows that stand otherwise in GGUF files, by part.
         columns: the same of columns.
         ignored: GGUF names of weights whose updates llama.cpp ignores, by their modules without wrappers.
+        multipliers: keys of the configuration whose product is multiplied into a GGUF file's weight, by part.
         unlike: metadata that models have whose rows are in yet another order, which is not supported.
         counts: what the orders follow from, by the names of `gguf_orders.SOURCES`.
     """
@@ -59,6 +60,7 @@ class Architecture:
     columns: Mapping[str, Order] = field(default_factory=dict)
     counts: tuple[str, ...] = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
+    multipliers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unlike: str = ""
 
     def tensor_name(self, module: str) -> str | None:
@@ -75,6 +77,10 @@ class Architecture:
         """Whether llama.cpp ignores updates of this weight; ``name`` is a module's, or a GGUF name less ``.weight``."""
         return bare(name) in self.ignored or name in self.ignored.values()
 
+    def multiplied_by(self, module: str) -> tuple[str, ...]:
+        """Return the keys of the configuration whose values are multiplied into a module's weight."""
+        return self.multipliers.get(_part(module), ())
+
     def row_order(self, module: str) -> Order | None:
         """Return the order of a module's rows; None if it is Hugging Face's."""
         return self.rows.get(_part(module))
@@ -85,7 +91,27 @@ class Architecture:
 
     def is_reordered(self, module: str) -> bool:
         """Whether rows or columns of this module's weight are in another order in some GGUF files."""
-        return bool(self.unlike) or _part(module) in self.rows or _part(module) in self.columns
+        return bool(self.unlike or self.multipliers) or _part(module) in self.rows or _part(module) in self.columns
+
+
+# Without mamba.in_proj, whose rows have multipliers of their own, and mamba.out_proj, which PEFT does not adapt.
+_FALCON_H1 = Architecture(
+    "falcon-h1",
+    parts=(
+        *_SEPARATE_QKV,
+        *("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+    ),
+    multipliers={
+        "self_attn.q_proj": ("attention_in_multiplier",),
+        "self_attn.k_proj": ("attention_in_multiplier", "key_multiplier"),
+        "self_attn.v_proj": ("attention_in_multiplier",),
+        "self_attn.o_proj": ("attention_out_multiplier",),
+        "feed_forward.gate_proj": ("mlp_multipliers.0",),
+        "feed_forward.down_proj": ("mlp_multipliers.1",),
+        EMBEDDING: ("embedding_multiplier",),
+        HEAD: ("lm_head_multiplier",),
+    },
+)
 
 
 def _permuted(name: str) -> Architecture:
@@ -133,6 +159,7 @@ _ARCHITECTURES = {
                 *("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
             ),
         ),
+        _FALCON_H1,
     )
 }
 
@@ -162,6 +189,7 @@ _MODEL_TYPES = {
     "qwen3_5_text": "qwen35",
     "qwen3_5 (qwen3_5_text)": "qwen35",
     "lfm2": "lfm2",
+    "falcon_h1": "falcon-h1",
 }
 
 

@@ -4,6 +4,7 @@ from csulora.errors import RefusedError
 from csulora.models import gguf_layout
 
 SUPPORTED = [
+    "falcon-h1",
     "gemma",
     "gemma2",
     "gemma3",
@@ -76,7 +77,9 @@ def test_names_of_one_side_are_none_of_the_other() -> None:
 
 @pytest.mark.parametrize("name", [None, "mamba", "Llama", "llama4", "qwen2moe", "x\n" * 100])
 def test_refuses_other_architectures_by_name(name: str | None) -> None:
-    with pytest.raises(RefusedError, match=r"file: architecture .* supported are gemma, .*, smollm3$") as caught:
+    with pytest.raises(
+        RefusedError, match=r"file: architecture .* supported are falcon-h1, gemma, .*, smollm3$"
+    ) as caught:
         gguf_layout.architecture(name, "file")
     assert repr(name)[:60] in str(caught.value)
 

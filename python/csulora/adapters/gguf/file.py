@@ -75,7 +75,7 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
         if base is not None:
             _check_fits(path, module, module, update, base)
             b, a = base.from_gguf(module, update.b, update.a)
-            update = replace(update, b=b, a=a)
+            update = replace(update, b=b, a=a, scale=update.scale / base.multipliers.get(module, 1.0))
         elif architecture.is_reordered(module):
             raise InputError(
                 f"{path}: the order of the rows of {module} follows from the model, of which the file does not tell "
@@ -222,7 +222,8 @@ def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> di
             reason = f"ignores updates of {name}" if ignored else f"has no {base.architecture.name} tensor for {name}"
             raise RefusedError(f"{adapter.path}: llama.cpp {reason}; {WAY_OUT}")
         _check_fits(adapter.path, name, module, update, base)
-        wide = replace(update, b=update.b.float(), a=update.a.float()).folded()
+        scale = update.scale * base.multipliers.get(module, 1.0)
+        wide = replace(update, b=update.b.float(), a=update.a.float(), scale=scale).folded()
         b, a = base.to_gguf(module, wide.b, wide.a)
         a, b = (b, a.t()) if update.is_embedding else (a, b)
         for factor, matrix in (("lora_a", a), ("lora_b", b)):

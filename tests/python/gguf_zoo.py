@@ -286,6 +286,17 @@ def _weight(name: str, like: Tensor, seed: int, architecture: str) -> Tensor:
     return noise * (0.05 if architecture == "gemma" and "mlp" in name else 0.2)
 
 
+def moved(family: str) -> PreTrainedModel:
+    """The model after a change of low rank in every weight matrix."""
+    changed = deepcopy(model(family))
+    with torch.no_grad():
+        for i, parameter in enumerate(changed.parameters()):
+            if parameter.dim() == 2:
+                left = factories.gaussian(parameter.shape[0], 2, seed=i)
+                parameter.add_(0.1 * left @ factories.gaussian(2, parameter.shape[1], seed=1000 + i))
+    return changed
+
+
 def save_model(family: str, directory: Path) -> Path:
     """Write the model as Hugging Face does."""
     model(family).save_pretrained(directory)

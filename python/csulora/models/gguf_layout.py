@@ -48,7 +48,7 @@ class Architecture:
         parts: the weight matrices of a layer, by the end of their modules' names.
         rows: the orders of the rows that stand otherwise in GGUF files, by part.
         columns: the same of columns.
-        ignored: GGUF names of weights whose updates llama.cpp ignores, by their modules without wrappers.
+        ignored: GGUF names of weights outside layers whose updates llama.cpp ignores, by their modules.
         multipliers: keys of the configuration whose product is multiplied into a GGUF file's weight, by part.
         unlike: metadata that models have whose rows are in yet another order, which is not supported.
         counts: what the orders follow from, by the names of `gguf_orders.SOURCES`.
@@ -65,17 +65,17 @@ class Architecture:
 
     def tensor_name(self, module: str) -> str | None:
         """Return a module's GGUF name less ``.weight``; None if llama.cpp has no such weight matrix."""
-        return _OUTSIDE.get(module) or _rename(module, "model.layers", "blk", _part_names(self.name, self.parts))
+        return self._outside().get(module) or _rename(module, "model.layers", "blk", _part_names(self.name, self.parts))
 
     def module_name(self, tensor: str) -> str | None:
         """Return the module of a GGUF name less ``.weight``; None if it is no weight matrix of a known module."""
         parts = {name: part for part, name in _part_names(self.name, self.parts).items()}
-        outside = {name: module for module, name in _OUTSIDE.items()}
+        outside = {name: module for module, name in self._outside().items()}
         return outside.get(tensor) or _rename(tensor, "blk", "model.layers", parts)
 
-    def is_ignored(self, name: str) -> bool:
-        """Whether llama.cpp ignores updates of this weight; ``name`` is a module's, or a GGUF name less ``.weight``."""
-        return bare(name) in self.ignored or name in self.ignored.values()
+    def is_ignored(self, module: str) -> bool:
+        """Whether llama.cpp ignores updates of this module."""
+        return bare(module) in {bare(known) for known in self.ignored}
 
     def multiplied_by(self, module: str) -> tuple[str, ...]:
         """Return the keys of the configuration whose values are multiplied into a module's weight."""
@@ -88,6 +88,9 @@ class Architecture:
     def column_order(self, module: str) -> Order | None:
         """Return the order of a module's columns; None if it is Hugging Face's."""
         return self.columns.get(_part(module))
+
+    def _outside(self) -> Mapping[str, str]:
+        return {**_OUTSIDE, **self.ignored}
 
     def is_reordered(self, module: str) -> bool:
         """Whether rows or columns of this module's weight are in another order in some GGUF files."""
@@ -135,8 +138,8 @@ _ARCHITECTURES = {
             "gemma4",
             parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection"),
             ignored={
-                "per_layer_model_projection": "per_layer_model_proj",
-                "embed_tokens_per_layer": "per_layer_token_embd",
+                "model.per_layer_model_projection": "per_layer_model_proj",
+                "model.embed_tokens_per_layer": "per_layer_token_embd",
             },
         ),
         Architecture("phi3", parts=_FUSED),

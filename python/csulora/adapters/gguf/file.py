@@ -144,9 +144,8 @@ def _group(file: GGUFFile, architecture: Architecture) -> dict[str, dict[str, st
             reason = "llama.cpp ignores it" if tensor.endswith("_norm.weight") else "it is neither lora_a nor lora_b"
             raise RefusedError(f"{file.path}: tensor {tensor} is not part of plain LoRA: {reason}")
         module = architecture.module_name(found["name"])
-        if module is None:
-            ignored = architecture.is_ignored(found["name"])
-            reason = "llama.cpp ignores it" if ignored else f"no known weight of {architecture.name} has that name"
+        if module is None or architecture.is_ignored(module):
+            reason = "llama.cpp ignores it" if module else f"no known weight of {architecture.name} has that name"
             raise RefusedError(f"{file.path}: tensor {tensor} cannot be used: {reason}; {WAY_OUT}")
         factors.setdefault(module, {})[found["factor"]] = tensor
     return factors
@@ -217,9 +216,8 @@ def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> di
         found = resolver.resolve(name)
         module = found.module if found else name
         tensor = base.architecture.tensor_name(module)
-        if tensor is None:
-            ignored = base.architecture.is_ignored(name)
-            reason = f"ignores updates of {name}" if ignored else f"has no {base.architecture.name} tensor for {name}"
+        if tensor is None or base.architecture.is_ignored(module):
+            reason = f"ignores updates of {name}" if tensor else f"has no {base.architecture.name} tensor for {name}"
             raise RefusedError(f"{adapter.path}: llama.cpp {reason}; {WAY_OUT}")
         _check_fits(adapter.path, name, module, update, base)
         scale = update.scale * base.multipliers.get(module, 1.0)

@@ -21,7 +21,7 @@ import csulora
 import factories
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft import directory as peft
-from csulora.adapters.peft.config import CONFIG_FILE
+from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.errors import CsuloraError
 from csulora.policy.overrides import Directions
 from csulora.serving.gate import Gate

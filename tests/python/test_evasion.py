@@ -25,17 +25,20 @@ import csulora
 import factories
 import gguf_files
 import oracle
-from csulora.adapters.peft.config import CONFIG_FILE
+import quantised
 from csulora.adapters.peft.directory import WEIGHTS_FILE
+from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.correction.model_card import model_card
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.native import _core
 from csulora.serving.gate import Gate
 from csulora.serving.guard import DirectoryGuard
+from csulora.subspace.provenance import StoredMatrix
 from tolerances import COMPUTED, STORED
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 PREFIX = "base_model.model."
+VOCABULARY = factories.gaussian(40, 40, seed=5).bfloat16()  # embedding and head of the aligned checkpoint
 RANK = 4
 POLICY = csulora.Policy.csulora(3.0, rank="exact")
 LENIENT = csulora.Policy.none(keep_uncovered=("*",))
@@ -46,7 +49,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def subspace() -> csulora.Subspace:
     shapes = factories.SHAPES | {"model.embed_tokens": (40, 40)}
-    return factories.subspace(shapes, aliases={"lm_head": "model.embed_tokens"})
+    stored = StoredMatrix("BF16", (40, 40), factories.sha256(VOCABULARY))
+    vocabulary = {"lm_head": stored, "model.embed_tokens": stored}
+    return factories.subspace(shapes, aliases={"lm_head": "model.embed_tokens"}, vocabulary=vocabulary)
 
 
 def named(module: str, b: Tensor, a: Tensor) -> dict[str, Tensor]:
@@ -319,9 +324,16 @@ HIDDEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "DoRA magnitude": ({f"{PREFIX}{Q}.lora_magnitude_vector": torch.ones(40)}, "DoRA"),
     "DoRA magnitude, as PEFT calls it": ({f"{PREFIX}{Q}.lora_magnitude_vector.weight": torch.ones(40)}, "DoRA"),
     "modules_to_save": ({f"{PREFIX}lm_head.modules_to_save.weight": WEIGHT}, "whole modules"),
-    "embedding saved whole": ({f"{PREFIX}model.embed_tokens.weight": WEIGHT}, "not part of plain LoRA"),
-    "embedding under its base layer": ({f"{PREFIX}model.embed_tokens.base_layer.weight": WEIGHT}, "base model"),
-    "head saved whole": ({f"{PREFIX}lm_head.weight": WEIGHT}, "not part of plain LoRA"),
+    "layer saved whole": ({f"{PREFIX}{Q}.weight": WEIGHT}, "not part of plain LoRA"),
+    "layer under its base layer": ({f"{PREFIX}{Q}.base_layer.weight": WEIGHT}, "weight of the base model"),
+    "embedding saved whole": ({f"{PREFIX}model.embed_tokens.weight": WEIGHT}, "differs from the aligned"),
+    "embedding under its base layer": ({f"{PREFIX}model.embed_tokens.base_layer.weight": WEIGHT}, "differs from the"),
+    "embedding under both": (
+        {f"{PREFIX}lm_head{middle}.weight": VOCABULARY.clone() for middle in ("", ".base_layer")},
+        "of the base model twice",
+    ),
+    "head saved whole": ({f"{PREFIX}lm_head.weight": WEIGHT}, "differs from the aligned"),
+    "another vocabulary's head": ({f"{PREFIX}score.lm_head.base_layer.weight": VOCABULARY}, "no hash to compare"),
     "trainable tokens": ({f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": WEIGHT}, "rows of an"),
     "another adapter in the file": ({f"{PREFIX}{Q}.lora_A.evil.weight": WEIGHT}, "the adapter's name"),
     "another adapter named default": ({f"{PREFIX}{Q}.lora_A.default.weight": WEIGHT}, "the adapter's name"),
@@ -680,6 +692,22 @@ def test_a_prefix_within_a_name_is_refused(tmp_path: Path, subspace: csulora.Sub
     name = "model.layers.0.base_model.model.self_attn.q_proj"
     path = upload(tmp_path / "adapter", named(name, *factors()), config(target_modules=["q_proj"]))
     refused_always(path, subspace, "not part of plain LoRA")
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 0.0, -1.0])
+@pytest.mark.parametrize("kind", ["blocks", "one scale", "channels"])
+def test_scales_that_would_hide_a_displacement_are_refused(kind: str, scale: float, tmp_path: Path) -> None:
+    """A NaN spreads over a block of an FP8 weight, a zero empties it: neither may make a subspace file."""
+    weights = factories.llama_weights(layers=1)
+    tensors, _ = quantised.quantise(factories.moved(weights), quantised.KINDS[kind])
+    name = next(name for name in tensors if name.startswith(f"{Q}.weight_scale"))
+    tensors[name].view(-1)[-1] = scale
+    config = {"quantization_config": quantised.KINDS[kind].settings}
+    base = factories.save_checkpoint(tmp_path / "base", weights)
+    aligned = factories.save_checkpoint(tmp_path / "aligned", tensors, config)
+    with pytest.raises(InputError, match=rf"model\.safetensors: {name} holds a scale that is not a positive number"):
+        csulora.extract(base, aligned, output=tmp_path / "subspace")
+    assert not (tmp_path / "subspace").exists()
 
 
 @pytest.mark.parametrize("kind", ["peft", "gguf"])

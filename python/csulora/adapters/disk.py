@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol, get_args
+
+from torch import Tensor
 
 from csulora.adapters.gguf import file as gguf
-from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter
+from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, Format
+from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft import directory as peft
-from csulora.errors import InputError, check_type
-from csulora.io.files import atomic_directory, check_not_input, sha256_of_file, to_json
+from csulora.adapters.weights_files import CONFIG_FILE, sha256_as_written
+from csulora.errors import InputError, RefusedError, check_type
+from csulora.io.files import GGUF_SUFFIX, atomic_directory, check_not_input, sha256_of_file, to_json
+from csulora.io.hub import local_path
 from csulora.models.gguf_base import BaseModel
+
+FORMATS = get_args(Format)
+
+_FILES = (CONFIG_FILE, "adapter_model*.safetensors*", mlx.WEIGHTS_FILE)
+_CARD, _LIBRARY = "README.md", "library_name: {}\n"  # by which the hub tells what loads it
+
+
+class _Directory(Protocol):
+    """A format that is a directory with a configuration and one file of weights."""
+
+    WEIGHTS_FILE: str
+
+    def config_of(self, adapter: Adapter) -> dict[str, Any]:
+        """Return what `write` writes as configuration."""
+
+    def write(self, adapter: Adapter, directory: Path) -> Mapping[str, Tensor]:
+        """Write both files, and return the tensors as they are in the file."""
+
+
+_DIRECTORIES: dict[str, _Directory] = {"peft": peft, "mlx": mlx}
 
 
 def load_adapter(path: str | Path, base_model: str | Path | None = None) -> Adapter:
     """Read an adapter and check every field and tensor of it.
 
     Args:
-        path: a PEFT directory (``adapter_config.json`` and ``adapter_model.safetensors``) or a GGUF LoRA file.
+        path: a PEFT directory (``adapter_config.json`` and ``adapter_model.safetensors``, or its shards), one of mlx-lm
+            (``adapters.safetensors``) or a GGUF LoRA file; as text also the id of a repository on the Hugging Face Hub,
+            ``org/name``, ``org/name@revision`` or ``org/name@revision:sub/folder``.
         base_model: the model that a GGUF file is for, a GGUF file or a Hugging Face model directory. Some
             architectures need it, because their rows are reordered by heads that the file does not count.
 
@@ -29,18 +59,25 @@ def load_adapter(path: str | Path, base_model: str | Path | None = None) -> Adap
     >>> lora.modules["model.layers.0.self_attn.q_proj"].rank
     8
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such adapter")
-    if path.is_dir():
-        return peft.read(path)
-    return gguf.read(path, BaseModel.open(base_model) if base_model is not None else None)
+    local = Path(path)
+    if not local.exists():
+        if isinstance(path, Path) or "/" not in path:
+            raise InputError(f"{path}: no such adapter")
+        return replace(_read(local_path(path, _FILES), base_model), path=local)
+    return _read(local, base_model)
+
+
+def _read(path: Path, base_model: str | Path | None) -> Adapter:
+    if not path.is_dir():
+        return gguf.read(path, BaseModel.open(base_model) if base_model is not None else None)
+    is_mlx = (path / mlx.WEIGHTS_FILE).exists() and not (path / peft.WEIGHTS_FILE).exists()
+    return mlx.read(path) if is_mlx else peft.read(path)
 
 
 def save_adapter(
     adapter: Adapter,
     path: str | Path,
-    format: str = "peft",
+    format: Format | None = None,
     *,
     base_model: str | Path | None = None,
     outtype: str | None = None,
@@ -49,19 +86,19 @@ def save_adapter(
 
     Args:
         adapter: what `load_adapter` or `correct` returned.
-        path: for ``peft``, a directory to create, with report and card if the adapter was corrected; one that
-            csulora wrote before is replaced. For ``gguf``, a file to write.
-        format: ``peft`` or ``gguf``.
+        path: for ``peft`` and ``mlx``, a directory to create, with report and card if the adapter was corrected; one
+            that csulora wrote before is replaced. For ``gguf``, a file to write.
+        format: ``peft``, ``mlx`` or ``gguf``; None: ``gguf`` if ``path`` ends in .gguf, else the adapter's own.
         base_model: for ``gguf``, the model that llama.cpp will run it with.
         outtype: for ``gguf``, the type of the tensors: ``f32``, ``f16`` or ``bf16``; None keeps the adapter's.
 
     Returns:
-        The sha256 of what was written, as `load_adapter` finds it: of a PEFT directory's configuration and weights
+        The sha256 of what was written, as `load_adapter` finds it: of a directory's configuration and weights
         (its report states it too), or of a GGUF file.
 
     Raises:
         InputError: ``path`` cannot be created or is an input, or the adapter does not fit the format or the model.
-        RefusedError: llama.cpp has no place for one of its modules.
+        RefusedError: llama.cpp has no place for one of its modules, or it holds copies of base matrices.
 
     >>> sha256 = csulora.save_adapter(csulora.load_adapter(adapter), "copy")
     >>> csulora.load_adapter("copy").sha256 == sha256
@@ -69,22 +106,42 @@ def save_adapter(
     """
     check_type(adapter, Adapter, "adapter")
     path = Path(path)
+    format = format or ("gguf" if path.suffix == GGUF_SUFFIX else adapter.format)
+    if adapter.copies:
+        raise RefusedError(
+            f"{adapter.path}: holds a copy of the base model's {min(adapter.copies)}, which only a correction compares "
+            "with the model; correct the adapter (policy none changes nothing), or save it without: "
+            "save_pretrained(..., save_embedding_layers=False)"
+        )
     check_not_input(path, [adapter.path, *([base_model] if base_model else [])])
     if format == "gguf":
         if base_model is None:
             raise InputError(f"{path}: a GGUF file is written for a model; name it (base_model, --base-model)")
         gguf.write(adapter, path, BaseModel.open(base_model), outtype)
         return sha256_of_file(path)
-    if format == "peft":
-        return _save_peft(adapter, path)
-    raise InputError(f"unknown adapter format {format!r}; it must be peft or gguf")
+    if format not in FORMATS:
+        raise InputError(f"unknown adapter format {format!r}; it must be one of {', '.join(FORMATS)}")
+    return _save_directory(adapter, path, format)
 
 
-def _save_peft(adapter: Adapter, path: Path) -> str:
+def weights_file_of(format: Format) -> str:
+    """Return the name of the file of weights in a directory of a format."""
+    return _DIRECTORIES[format].WEIGHTS_FILE
+
+
+def config_as_written(adapter: Adapter, format: Format) -> dict[str, Any]:
+    """Return the ``adapter_config.json`` that `save_adapter` writes for an adapter in a format that has one."""
+    return _DIRECTORIES[format].config_of(adapter)
+
+
+def _save_directory(adapter: Adapter, path: Path, format: Format) -> str:
+    layout = _DIRECTORIES[format]
     with atomic_directory(path, marker=REPORT_FILE) as directory:
-        sha256 = peft.sha256_as_written(directory, peft.write(adapter, directory))
+        sha256 = sha256_as_written(directory / layout.WEIGHTS_FILE, layout.write(adapter, directory))
         for name, text in adapter.documents.items():
             if name == REPORT_FILE:
                 text = to_json(json.loads(text) | {CORRECTED_SHA256: sha256})
+            elif name == _CARD:
+                text = text.replace(_LIBRARY.format("peft"), _LIBRARY.format(format), 1)
             (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     return sha256

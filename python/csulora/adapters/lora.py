@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 REPORT_FILE = "csulora_report.json"  # beside the weights of a corrected adapter
 CORRECTED_SHA256 = "corrected_sha256"  # field of a written report: the content that lies beside it
+
+Format = Literal["peft", "mlx", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Adapter:
     Tensors keep their storage type. ``config`` holds what csulora knows of the adapter's own configuration, by
     the names of PEFT's ``adapter_config.json``; nothing in it changes the update beyond what ``modules`` already says.
     ``documents`` are texts to be written beside the weights, by file name. ``partial`` says that modules were left
-    out on purpose, so that ``config`` may target more than there is.
+    out on purpose, so that ``config`` may target more than there is. ``copies`` are base matrices that the file holds
+    besides, by module; `correct` compares them with the aligned checkpoint's and leaves them out. ``format`` is the one
+    it was read in, and is written in unless another is asked for.
 
     >>> csulora.load_adapter(adapter).config["r"]
     8
@@ -68,6 +72,8 @@ class Adapter:
     sha256: str
     documents: Mapping[str, str] = field(default_factory=dict)
     partial: bool = False
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    format: Format = "peft"
 
 
 class TextsOnDemand(Mapping[str, str]):

@@ -44,14 +44,16 @@ class Format(StrEnum):
     """Adapter formats that can be written."""
 
     peft = "peft"
+    mlx = "mlx"
     gguf = "gguf"
 
 
-def format_of(output: Path, chosen: Format | None, adapter: Path) -> Format:
-    """Return the format to write: the one that was chosen, else the one that the name asks for, else the input's."""
-    if chosen is Format.peft and output.suffix == GGUF_SUFFIX:
-        raise typer.BadParameter(f"--format peft writes a directory, and {output} is named like a GGUF file")
-    return chosen or (Format.gguf if output.suffix == GGUF_SUFFIX or adapter.is_file() else Format.peft)
+def is_gguf_written(output: Path, chosen: Format | None, adapter: str) -> bool:
+    """Whether a GGUF file is to be written: it was chosen, else the name asks for it, else the adapter is one."""
+    if chosen is not None and chosen is not Format.gguf and output.suffix == GGUF_SUFFIX:
+        raise typer.BadParameter(f"--format {chosen.value} writes a directory, and {output} is named like a GGUF file")
+    is_file = Path(adapter).is_file() or adapter.endswith(GGUF_SUFFIX)
+    return chosen is Format.gguf or (chosen is None and (output.suffix == GGUF_SUFFIX or is_file))
 
 
 def check_output(path: Path | None) -> Path | None:
@@ -75,6 +77,12 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | 
             sources.append(output)
 
 
+AdapterSource = Annotated[
+    str, typer.Argument(help="PEFT or MLX directory, GGUF LoRA file, or hub id: org/name@revision:sub/folder.")
+]
+Adapters = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER...", help="PEFT or MLX directories, GGUF LoRA files, or hub ids.")
+]
 BaseModel = Annotated[
     Path | None,
     typer.Option("--base-model", metavar="DIR|GGUF", help="Model of a GGUF adapter that is read or written."),

@@ -10,6 +10,7 @@ import typer
 
 import csulora
 from csulora.cli.arguments import (
+    AdapterSource,
     BaseModel,
     DropUncovered,
     EveryModule,
@@ -23,7 +24,7 @@ from csulora.cli.arguments import (
     SubspaceSha256,
     check_outputs,
     chosen_policy,
-    format_of,
+    is_gguf_written,
     parse_rank,
 )
 from csulora.cli.console import deliver
@@ -31,7 +32,7 @@ from csulora.errors import InputError
 
 
 def correct(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
+    adapter: AdapterSource,
     subspace: Annotated[Path, typer.Option(help="Subspace file of the model the adapter is for.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, or GGUF file.")],
     policy: PolicySource = None,
@@ -57,10 +58,10 @@ def correct(
 
     Further options replace what the policy says, but for its overrides.
     """
-    written = format_of(output, format, adapter)
-    if written is Format.gguf and base_model is None:
+    is_gguf = is_gguf_written(output, format, adapter)
+    if is_gguf and base_model is None:
         raise typer.BadParameter("a GGUF file is written for the model that llama.cpp will run: --base-model")
-    if written is not Format.gguf and outtype is not None:
+    if not is_gguf and outtype is not None:
         raise typer.BadParameter("--outtype is for GGUF files")
     check_outputs([output, json], [adapter, subspace, policy, base_model])
     start = chosen_policy(policy)
@@ -85,7 +86,10 @@ def correct(
     loaded = csulora.load_adapter(adapter, base_model)
     fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen)
     dtype = outtype and outtype.value
-    sha256 = csulora.save_adapter(fixed, output, written.value, base_model=base_model, outtype=dtype)
-    kind = "a GGUF file" if written is Format.gguf else "a PEFT directory"
+    written = "gguf" if is_gguf else format.value if format else loaded.format
+    sha256 = csulora.save_adapter(fixed, output, written, base_model=base_model, outtype=dtype)
+    kind = {"gguf": "a GGUF file", "mlx": "a directory for mlx-lm"}.get(written, "a PEFT directory")
     summary = f"wrote {output}, {kind}: {len(report.measured)} of {len(report.modules)} modules, sha256 {sha256}"
+    if report.copies:
+        summary += f"\nleft out, as the aligned checkpoint has them: {', '.join(report.copies)} (copies)"
     deliver(report_table(report, every_module), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 import csulora
-from csulora.cli.arguments import Json, Outtype, Quiet, check_outputs
+from csulora.cli.arguments import AdapterSource, Json, Outtype, Quiet, check_outputs
 from csulora.cli.console import deliver
 from csulora.views import tables
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="PEFT adapter directory or GGUF LoRA file.")],
+    adapter: AdapterSource,
     output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
     base_model: Annotated[
         Path, typer.Option(metavar="DIR|GGUF", help="The model that llama.cpp will run with the adapter.")

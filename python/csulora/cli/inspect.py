@@ -11,6 +11,7 @@ import typer
 
 import csulora
 from csulora.cli.arguments import (
+    Adapters,
     BaseModel,
     EveryModule,
     Json,
@@ -31,7 +32,7 @@ from csulora.views import tables
 
 
 def inspect(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT directories or GGUF LoRA files.")],
+    adapters: Adapters,
     subspace: Annotated[Path | None, typer.Option(help="Subspace file of the model the adapters are for.")] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")

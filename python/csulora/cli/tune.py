@@ -10,6 +10,7 @@ import typer
 
 import csulora
 from csulora.cli.arguments import (
+    Adapters,
     BaseModel,
     Device,
     DropUncovered,
@@ -44,7 +45,7 @@ class LoadIn(StrEnum):
 
 def tune(
     model: Annotated[str, typer.Argument(help="The aligned model: a directory or a hub id.")],
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="PEFT directories or GGUF LoRA files.")],
+    adapters: Adapters,
     subspace: Annotated[Path, typer.Option(help="Subspace file of the model.")],
     task: Annotated[
         list[Path],

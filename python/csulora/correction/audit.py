@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.disk import load_adapter
+from csulora.adapters.disk import config_as_written, load_adapter
 from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, LoraModule
-from csulora.adapters.peft.config import CONFIG_FILE
-from csulora.adapters.peft.directory import LARGEST_CONFIG, config_of
+from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG
 from csulora.correction.correct import correct
 from csulora.correction.report import spell_infinity
 from csulora.errors import InputError
@@ -98,7 +97,7 @@ def audit(
         again, _ = correct(source, subspace, stated)
         checks += [
             _same_policy(stated, policy),
-            _configuration(corrected / CONFIG_FILE, again),
+            _configuration(corrected / CONFIG_FILE, config_as_written(again, adapter.format)),
             _update(adapter, again),
         ]
     return checks
@@ -129,9 +128,9 @@ def _policy(stated: dict[str, Any], path: Path) -> Policy:
         raise InputError(f"{path}: {error}") from error
 
 
-def _configuration(path: Path, again: Adapter) -> Check:
+def _configuration(path: Path, wanted: dict[str, Any]) -> Check:
     """Compare every field of a configuration with what csulora writes."""
-    found, wanted = parse_json(read_regular(path, LARGEST_CONFIG), path), config_of(again)
+    found = parse_json(read_regular(path, LARGEST_CONFIG), path)
     different = [field for field in sorted(found.keys() | wanted.keys()) if found.get(field) != wanted.get(field)]
     return Check("configuration", None, f"differs in {', '.join(different) or 'nothing'}", not different)
 

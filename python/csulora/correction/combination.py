@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from csulora.adapters.lora import Adapter, LoraModule
+from csulora.correction.copies import check_copies
 from csulora.errors import InputError, check_type
 from csulora.models.resolver import Resolver
 from csulora.subspace.subspace import Subspace
@@ -30,6 +31,7 @@ def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[f
         An adapter with float32 factors and scale 1, whose rank is the sum of the ranks.
 
     Raises:
+        RefusedError: a copy of a base matrix in an adapter is not the aligned checkpoint's.
         InputError: no adapter, weights that do not fit, or updates of one module that differ in shape.
 
     >>> lora = csulora.load_adapter(adapter)
@@ -46,8 +48,9 @@ def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[f
     if not all(math.isfinite(weight) for weight in weights):
         raise InputError(f"weights are {list(weights)}; they must be finite")
     terms: dict[str, list[LoraModule]] = {}
-    resolver = Resolver(subspace, subspace.aliases)
+    resolver = Resolver(subspace, subspace.aliases, subspace.names)
     for adapter, weight in zip(adapters, weights, strict=True):
+        check_copies(adapter, subspace)
         for name, module in adapter.modules.items():
             found = resolver.resolve(name)
             target = found.module if found else name

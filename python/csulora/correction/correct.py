@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
+from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
@@ -36,8 +37,8 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
         The corrected adapter, in the input's storage types with every scale 1, and the report.
 
     Raises:
-        RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, or the policy
-            was tuned for another subspace file.
+        RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, a copy of a
+            base matrix is not the aligned checkpoint's, or the policy was tuned for another subspace file.
         InputError: an argument is a path or missing, a shape differs from that in ``subspace``, an override of the
             policy matches none of its modules or has gains for more directions than it has, or the result does not fit
             the storage type.
@@ -68,7 +69,7 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
         {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
     )
     partial = adapter.partial or len(modules) < len(adapter.modules)
-    return replace(adapter, modules=modules, documents=documents, partial=partial), report
+    return replace(adapter, modules=modules, documents=documents, partial=partial, copies={}), report
 
 
 def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:
@@ -140,10 +141,16 @@ def _base_model(adapter: Adapter) -> str | None:
 
 
 def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str]:
-    """Map each covered module to the subspace file's name for it, in the adapter's order."""
+    """Map each covered module to the subspace file's name for it, in the adapter's order.
+
+    Raises:
+        RefusedError: a module is not covered, or a copy of a base matrix is not the aligned checkpoint's.
+        InputError: a shape differs from that in ``subspace``.
+    """
+    check_copies(adapter, subspace)
     covered: dict[str, str] = {}
     owners: dict[Resolved, str] = {}
-    resolver = Resolver(subspace, subspace.aliases)
+    resolver = Resolver(subspace, subspace.aliases, subspace.names)
     for name, module in adapter.modules.items():
         try:
             found = resolver.resolve(name)
@@ -200,6 +207,7 @@ def _report(
         fingerprints=subspace.fingerprints,
         policy=policy.to_dict(),
         modules=tuple(modules),
+        copies=tuple(adapter.copies),
     )
 
 

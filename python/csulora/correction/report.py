@@ -159,6 +159,8 @@ class Verdict:
 class Report:
     """What a correction was made from and what it did. Holds nothing that varies between identical runs.
 
+    ``copies`` are the modules whose base matrix the adapter held too: it is the aligned checkpoint's, and left out.
+
     >>> policy = csulora.Policy.none()
     >>> _, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), policy)
     >>> report.changes_nothing, report.totals.undo == report.totals.undo_after
@@ -171,6 +173,7 @@ class Report:
     fingerprints: dict[str, str]
     policy: dict[str, Any]
     modules: tuple[ModuleReport, ...]
+    copies: tuple[str, ...] = ()
     csulora: str = __version__
 
     @property

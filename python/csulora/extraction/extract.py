@@ -15,6 +15,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.extraction.distributed import Processes
 from csulora.extraction.model_pair import LoadedModule, ModelPair, Progress
 from csulora.extraction.partial_run import PartialRun
+from csulora.extraction.vocabulary import stored_vocabulary
 from csulora.io.files import check_not_input, identity_of_file
 from csulora.models.checkpoint import Checkpoint
 from csulora.native import _core
@@ -168,8 +169,20 @@ def _share(model_pair: ModelPair, partial_run: PartialRun, processes: Processes)
 def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dict[str, ModuleSubspace]) -> Subspace:
     """Put a `Subspace` together; raises `RefusedError` if nothing stands out in any module."""
     _check_signal(model_pair, extracted)
-    aliases = {alias: module for alias, module in model_pair.aligned.aliases.items() if module in extracted}
-    provenance = Provenance(__version__, model_pair.base.name, model_pair.aligned.name, options.to_dict(), aliases)
+    aligned = model_pair.aligned
+    aliases, names = (
+        {name: module for name, module in further.items() if module in extracted}
+        for further in (aligned.aliases, aligned.names_in_memory)
+    )
+    provenance = Provenance(
+        __version__,
+        model_pair.base.name,
+        aligned.name,
+        options.to_dict(),
+        aliases,
+        names=names,
+        vocabulary=stored_vocabulary(aligned),
+    )
     return Subspace(extracted, provenance)
 
 
@@ -185,6 +198,7 @@ def _extract_module(
         raise InputError(f"{loaded.name}: {error}") from error
     certificate = Certificate.from_core(result.certificate)
     u, s, v = (factor.cpu() for factor in (result.u, result.s, result.v))
+    u = torch.nn.functional.pad(u, (0, 0, 0, loaded.rows - len(u)))
     return ModuleSubspace(u, s, v, certificate, loaded.base_sha256, loaded.aligned_sha256)
 
 

@@ -1,7 +1,8 @@
-"""Files of the Hugging Face Hub."""
+"""Files of the Hugging Face Hub, and how they are named: ``org/name@revision:sub/folder``."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,44 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from csulora.errors import InputError
+
+_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9_][\w.-]*(/[\w.-]+)?)"
+    r"(@(?P<revision>[\w.-]+(/[\w.-]+)*))?"
+    r"(:(?P<inside>[\w-][\w. -]*(/[\w-][\w. -]*)*))?"
+)
+
+
+def local_path(source: str | Path, files: Sequence[str], ignored: Sequence[str] = ()) -> Path:
+    """Return where a source lies: a local path as it is, or what a hub id names, downloaded.
+
+    Args:
+        source: a path, or as text a hub id: ``org/name``, with ``@revision`` and then ``:sub/folder`` or
+            ``:sub/file`` where they are meant. A `Path` is never a hub id.
+        files: globs over the names to fetch, within the folder; a file that is named is fetched alone.
+        ignored: globs over names that are not fetched.
+
+    Raises:
+        InputError: neither is there, or the hub cannot be reached.
+    """
+    local = Path(source)
+    if local.exists():
+        return local
+    found = _ID.fullmatch(source) if isinstance(source, str) else None
+    if found is None:
+        raise InputError(
+            f"{source}: no such file or directory; a hub id is written org/name, org/name@revision or "
+            "org/name@revision:sub/folder"
+        )
+    repo, revision, inside = found["repo"], found["revision"], found["inside"] or ""
+    if Path(inside).suffix:
+        patterns, ignored = [inside], []
+    else:
+        patterns, ignored = ([str(Path(inside, glob)) for glob in globs] for globs in (files, ignored))
+    place = download(repo, patterns, revision=revision, ignore_patterns=ignored) / inside
+    if not place.exists():
+        raise InputError(f"{source}: the repository has no such file or folder: {inside}; check its file list")
+    return place
 
 
 def download(repo: str, files: Sequence[str], **options: Any) -> Path:

@@ -17,8 +17,10 @@ _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _WIDENING_MODULES = frozenset({"c_attn", "c_fc"})
 
 # Last parts of names of 2-D weights that are looked up, not multiplied with, and of those that make logits.
-_EMBEDDING = re.compile(r"(\w*embed(ding)?s?|embed_(?!out)\w+|w[tp]e|shared|relative_attention_bias)$")
+# A patch embedding multiplies.
+_EMBEDDING = re.compile(r"((?!patch_)\w*embed(ding)?s?|embed_(?!out)\w+|w[tp]e|shared|relative_attention_bias)$")
 _HEAD = re.compile(r"(lm_head|embed_out)$")
+_VOCABULARY = re.compile(r"(embed_tokens(_per_layer)?|wte|embed_in|embed_out|word_embeddings|shared|lm_head)$")
 _TOKEN_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)$")
 
 
@@ -47,6 +49,15 @@ def kind_of(module: str) -> str:
     if _HEAD.match(last):
         return "head"
     return "embedding" if _EMBEDDING.match(last) else "linear"
+
+
+def has_a_row_per_token(module: str) -> bool:
+    """Whether a 2-D weight's rows are the vocabulary, which alignment may extend by tokens of its own.
+
+    >>> has_a_row_per_token("model.embed_tokens"), has_a_row_per_token("transformer.wpe")
+    (True, False)
+    """
+    return _VOCABULARY.match(module.rpartition(".")[2]) is not None
 
 
 def token_embedding(modules: Iterable[str]) -> str | None:

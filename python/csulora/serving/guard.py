@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csulora.adapters.disk import save_adapter
+from csulora.adapters.disk import save_adapter, weights_file_of
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError, printable
 from csulora.io.files import (
@@ -301,6 +301,8 @@ class DirectoryGuard:
             save_adapter(corrected, self.outgoing / name, "gguf", base_model=self.base_model)
             write_text(self._record(name), to_json(record))
         else:
+            if not (self.outgoing / name / weights_file_of(corrected.format)).exists():
+                self._withdraw(name)  # a directory in another format is not replaced file by file
             documents = dict(corrected.documents) | {RECORD_FILE: to_json(record)}
             save_adapter(replace(corrected, documents=documents), self.outgoing / name)
 

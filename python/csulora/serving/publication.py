@@ -17,7 +17,7 @@ import torch
 
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft import directory as peft
-from csulora.adapters.peft.config import CONFIG_FILE
+from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.errors import RefusedError
 from csulora.io.files import workplace
 

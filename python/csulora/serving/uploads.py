@@ -9,15 +9,14 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from csulora.adapters.peft.config import CONFIG_FILE
-from csulora.adapters.peft.directory import WEIGHTS_FILE
-from csulora.adapters.peft.weights_file import LARGEST_WEIGHTS
+from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_WEIGHTS
 from csulora.errors import InputError, printable
 from csulora.io.files import GGUF_SUFFIX, parse_json, read_regular, sha256_of_file
 
 RECORD_FILE = "csulora_guard.json"
 REFUSED = ".refused.json"
 MOST_FILES = 1000  # in an upload, which needs two
+_WEIGHTS_SUFFIXES = (".safetensors", ".safetensors.index.json")
 _LARGEST_RECORD = 1 << 20
 LONGEST_NAME = 200  # bytes; what is written beside a result has a longer one
 
@@ -63,10 +62,14 @@ def content_sha256(path: Path, signature: Signature) -> str:
     for name, mode, *_ in signature:
         file = path if name == path.name and len(signature) == 1 else path / str(name)
         digest.update(f"{name!r} {stat.S_IFMT(int(mode))} ".encode())
-        if stat.S_ISREG(int(mode)) and (name in (CONFIG_FILE, WEIGHTS_FILE) or file == path):
+        if stat.S_ISREG(int(mode)) and (_makes_the_adapter(str(name)) or file == path):
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
                 digest.update(sha256_of_file(file, LARGEST_WEIGHTS).encode())
     return digest.hexdigest()
+
+
+def _makes_the_adapter(name: str) -> bool:
+    return name == CONFIG_FILE or name.endswith(_WEIGHTS_SUFFIXES)
 
 
 def refusal_of(name: str, error: Exception) -> dict[str, str]:

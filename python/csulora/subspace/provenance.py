@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any, Self
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix of the aligned checkpoint, so that a copy of it can be told.
+
+    Attributes:
+        dtype: its storage type: ``F16``, ``BF16`` or ``F32``.
+        shape: its rows and columns.
+        sha256: hex, over its bytes as safetensors stores them: row by row, little-endian.
+    """
+
+    dtype: str
+    shape: tuple[int, int]
+    sha256: str
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` wrote; raises TypeError for anything else."""
+        stored = cls(**record | {"shape": tuple(record["shape"])})
+        if [type(size) for size in stored.shape] != [int, int]:
+            raise TypeError("a matrix must have rows and columns")
+        if not isinstance(stored.dtype, str) or not _SHA256.fullmatch(stored.sha256):
+            raise TypeError("a content hash is not 64 hexadecimal digits")
+        return stored
 
 
 @dataclass(frozen=True)
@@ -16,6 +44,8 @@ class Provenance:
         aligned: name of the checkpoint after it.
         options: the extraction's options.
         aliases: further names of tied weights, name in the model -> module in the subspace file.
+        names: what transformers calls modules that the checkpoint calls otherwise, likewise.
+        vocabulary: the aligned checkpoint's embeddings and heads, by name; a tied head is there under its own name too.
     """
 
     csulora: str
@@ -23,14 +53,18 @@ class Provenance:
     aligned: str
     options: dict[str, Any]
     aliases: dict[str, str]
+    names: dict[str, str] = field(default_factory=dict)
+    vocabulary: dict[str, StoredMatrix] = field(default_factory=dict)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """Read what `dataclasses.asdict` wrote; raises TypeError for anything else."""
-        provenance = cls(**record)
+        vocabulary = {name: StoredMatrix.from_record(stored) for name, stored in record.get("vocabulary", {}).items()}
+        provenance = cls(**record | {"vocabulary": vocabulary})
         texts = [provenance.csulora, provenance.base, provenance.aligned]
-        if not isinstance(provenance.options, dict) or not isinstance(provenance.aliases, dict):
-            raise TypeError("options and aliases must be objects")
-        if not all(isinstance(text, str) for text in [*texts, *provenance.aliases.values()]):
+        if not all(isinstance(found, dict) for found in (provenance.options, provenance.aliases, provenance.names)):
+            raise TypeError("options, aliases and names must be objects")
+        texts += [*provenance.aliases.values(), *provenance.names.values()]
+        if not all(isinstance(text, str) for text in texts):
             raise TypeError("names must be texts")
         return provenance

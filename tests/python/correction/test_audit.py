@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import csulora
 import factories
 from csulora.adapters.lora import REPORT_FILE
-from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
+from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.cli import app as cli
 from csulora.cli import exit_codes
 from csulora.correction.audit import Check

@@ -83,7 +83,7 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
             )
         modules[module] = update
     config = {"base_model_name_or_path": base_model_name(_base_model_name(file)), "task_type": "CAUSAL_LM"}
-    return Adapter(modules, config, path, hashlib.sha256(file.data).hexdigest())
+    return Adapter(modules, config, path, hashlib.sha256(file.data).hexdigest(), format="gguf")
 
 
 def write(adapter: Adapter, path: Path, base: BaseModel, outtype: str | None = None) -> None:

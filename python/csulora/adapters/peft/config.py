@@ -20,7 +20,6 @@ from csulora.adapters.peft import diagnosis
 from csulora.adapters.peft.patterns import Matcher
 from csulora.errors import InputError, RefusedError
 
-CONFIG_FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 _LARGEST_RANK = 2**31 - 1
 _LONGEST_TEXT = 1000  # characters, of what an adapter says of its base model

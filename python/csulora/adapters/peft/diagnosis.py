@@ -16,6 +16,11 @@ _WRAPPERS = {
     "_checkpoint_wrapped_module.": "it was saved under a wrapper for activation checkpointing; save the model itself",
 }
 
+OF_EMPTY_TENSOR = (
+    ", as DeepSpeed's ZeRO-3 leaves parameters that it has spread; gather them on saving "
+    "(stage3_gather_16bit_weights_on_model_save), or convert the checkpoint with zero_to_fp32.py"
+)
+
 
 def of_name(name: str, prefix: str) -> str | None:
     """Return what is wrong with a tensor's name that is LoRA's up to a known mistake; None if none is known.
@@ -42,18 +47,13 @@ def of_name(name: str, prefix: str) -> str | None:
     return None
 
 
-def of_empty_tensor(name: str) -> str:
-    """Return what an adapter with an empty tensor is."""
-    return (
-        f"{name} is empty, as DeepSpeed's ZeRO-3 leaves parameters that it has spread; gather them on saving "
-        "(stage3_gather_16bit_weights_on_model_save), or convert the checkpoint with zero_to_fp32.py"
-    )
-
-
 def of_config(config: Mapping[str, Any]) -> str | None:
     """Return what a configuration without ``peft_type`` is; None if that is not known."""
     if "lora_parameters" in config or "fine_tune_type" in config:
-        return "it is an adapter of mlx-lm; its factors lie the other way round, and csulora does not read them yet"
+        return (
+            "it is an adapter of mlx-lm, whose weights are not there; name a directory with adapters.safetensors, to "
+            "which a checkpoint such as 0000100_adapters.safetensors may be renamed"
+        )
     if "model_type" in config:
         return "it is the configuration of a model; name an adapter's directory"
     return None

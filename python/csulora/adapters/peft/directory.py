@@ -7,21 +7,17 @@ nothing depends on whether the reader knows rsLoRA, rank_pattern or alpha_patter
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft import diagnosis
 from csulora.adapters.peft.config import (
-    CONFIG_FILE,
     base_model_name,
     ranks_and_scales,
     read_config,
@@ -29,17 +25,15 @@ from csulora.adapters.peft.config import (
     untargeted,
 )
 from csulora.adapters.peft.patterns import Matcher
-from csulora.adapters.peft.tensor_names import PREFIX, module_and_factor
-from csulora.adapters.peft.weights_file import read_bytes, tensors_in
+from csulora.adapters.peft.tensor_names import COPY, PREFIX, module_and_factor
+from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_bytes, tensors_in, with_sha256
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular, save_tensors, to_json
 from csulora.models.names import kind_of
+from csulora.models.shards import single_name, weight_files
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each of 10,000 modules has 2 MiB
-_HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STEM = "adapter_model"
+WEIGHTS_FILE = single_name(_STEM)
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
@@ -52,23 +46,25 @@ def read(directory: Path) -> Adapter:
         InputError: a file is missing or malformed, or the two contradict each other.
         RefusedError: the adapter is more or other than plain LoRA.
     """
-    config_file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    config_file = directory / CONFIG_FILE
     if directory.is_dir() and not config_file.exists():
         raise InputError(f"{directory}: no adapter: {_missing_config(directory)}")
     config_bytes = read_regular(config_file, LARGEST_CONFIG)
     config = read_config(parse_json(config_bytes, config_file), config_file)
-    if not weights_file.exists():
-        pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
-        if pickles:
-            raise RefusedError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
-        raise InputError(f"{weights_file}: no such file")
-    weights = read_bytes(weights_file)
-    if len(weights) < _HASHED_ASIDE:
-        return _assembled(config, tensors_in(weights, weights_file), directory, sha256_of(config_bytes, weights))
-    with ThreadPoolExecutor(max_workers=1) as pool:  # hashing takes as long as all the rest, and another core
-        sha256 = pool.submit(sha256_of, config_bytes, weights)
-        adapter = _assembled(config, tensors_in(weights, weights_file), directory, "")
-        return replace(adapter, sha256=sha256.result())
+    found = weight_files(directory, _STEM)
+    if not found.files:
+        raise _missing_weights(directory)
+    weights = read_bytes(found.files, module_and_factor)
+    tensors = tensors_in(dict(zip(found.files, weights, strict=True)))
+    found.check_complete(tensors)
+    return with_sha256(lambda: _assembled(config, tensors, directory, ""), config_bytes, weights)
+
+
+def _missing_weights(directory: Path) -> Exception:
+    pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
+    if pickles:
+        return RefusedError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
+    return InputError(f"{directory / WEIGHTS_FILE}: no such file")
 
 
 def _missing_config(directory: Path) -> str:
@@ -81,33 +77,6 @@ def _missing_config(directory: Path) -> str:
     return f"it holds no {CONFIG_FILE}; name the directory with that file, or a GGUF LoRA file"
 
 
-def sha256_of(config: bytes, weights: bytes) -> str:
-    """Hash an adapter: the sha256 over the hex sha256 of the config's and of the weights' bytes, a line each."""
-    return _joined(hashlib.sha256(config), hashlib.sha256(weights))
-
-
-def sha256_as_written(directory: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash what `write` wrote: of the weights' file only its header is read, for the data are in memory.
-
-    Args:
-        directory: where they were written to.
-        tensors: what `write` returned.
-    """
-    with (directory / WEIGHTS_FILE).open("rb") as file:
-        length = file.read(8)
-        header = file.read(int.from_bytes(length, "little"))
-    places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name in tensors}
-    weights = hashlib.sha256(length + header)
-    for name in sorted(places, key=places.__getitem__):
-        weights.update(tensors[name].cpu().contiguous().view(torch.uint8).numpy().data)
-    return _joined(hashlib.sha256((directory / CONFIG_FILE).read_bytes()), weights)
-
-
-def _joined(*files: hashlib._Hash) -> str:
-    lines = "".join(f"{file.hexdigest()}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def parse(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Path, sha256: str) -> Adapter:
     """Make an adapter of a configuration and tensors named as on disk, under the rules of `read`.
 
@@ -115,14 +84,14 @@ def parse(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Pat
         config: what adapter_config.json holds, as JSON types.
         tensors: by PEFT's name on disk, such as ``base_model.model.layers.0.mlp.up_proj.lora_A.weight``.
         path: what messages and reports call the adapter.
-        sha256: identity of the content, see `sha256_of`.
+        sha256: identity of the content, see `csulora.adapters.weights_files.sha256_of`.
     """
     return _assembled(read_config(config, path / CONFIG_FILE), tensors, path, sha256)
 
 
 def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Path, sha256: str) -> Adapter:
     """Put an adapter together from a configuration that `read_config` let through."""
-    factors = _group(tensors, path / WEIGHTS_FILE)
+    factors, copies = _group(tensors, path / WEIGHTS_FILE)
     names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
     if stray := untargeted(config, names, matcher):
         raise RefusedError(
@@ -136,7 +105,7 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
         )
     settings = ranks_and_scales(config, names, matcher)
     modules = {name: _module(name, factors[name], *settings[name], path / WEIGHTS_FILE) for name in names}
-    return Adapter(modules, config, path, sha256)
+    return Adapter(modules, config, path, sha256, copies=copies)
 
 
 def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -187,29 +156,26 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _group(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Sort the tensors by module and factor; none is left over."""
-    if not tensors:
-        raise InputError(f"{path}: holds no tensor")
+def _group(
+    tensors: Mapping[str, torch.Tensor], path: Path
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Sort the tensors by module and factor, and copies of base matrices by module; none is left over."""
     factors: dict[str, dict[str, torch.Tensor]] = {}
+    copies: dict[str, torch.Tensor] = {}
     for name in sorted(tensors):
         module, factor = module_and_factor(name, path)
-        _check_tensor(name, tensors[name], path)
-        factors.setdefault(module, {})[factor] = tensors[name]
-    return factors
-
-
-def _check_tensor(name: str, tensor: torch.Tensor, path: Path) -> None:
-    if tensor.dim() in (3, 4, 5):
-        raise RefusedError(f"{path}: {name} has {tensor.dim()} dimensions: convolutions cannot be corrected")
-    if tensor.numel() == 0:
-        raise InputError(f"{path}: {diagnosis.of_empty_tensor(name)}")
-    if tensor.dim() != 2:
-        raise InputError(f"{path}: {name} is {list(tensor.shape)}; a matrix is needed")
-    if tensor.dtype not in _DTYPES:
-        raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16, float32 or float64 is needed")
-    if not is_finite(tensor):
-        raise InputError(f"{path}: {name} holds NaN or infinity")
+        check_matrix(
+            name, tensors[name], path, higher="convolutions cannot be corrected", empty=diagnosis.OF_EMPTY_TENSOR
+        )
+        if factor != COPY:
+            factors.setdefault(module, {})[factor] = tensors[name]
+        elif module in copies:
+            raise RefusedError(f"{path}: holds {module} of the base model twice; servers disagree on which they load")
+        else:
+            copies[module] = tensors[name]
+    if not factors:
+        raise InputError(f"{path}: holds no factor of an update")
+    return factors, copies
 
 
 def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float, path: Path) -> LoraModule:
@@ -220,9 +186,7 @@ def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float
             raise InputError(f"{path}: {name}.{factor} is missing; an update needs both factors")
     if len(factors) > 2:
         raise InputError(f"{path}: {name} has factors for a linear layer and for an embedding")
-    a, b = _of_one_dtype(factors[first], factors[second])
-    if not (is_finite(a) and is_finite(b)):
-        raise InputError(f"{path}: {name} has factors that float32 cannot hold")
+    a, b = of_one_dtype(factors[first], factors[second], name, path)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise InputError(
             f"{path}: {name} has factors {list(a.shape)} and {list(b.shape)}, but the configuration says rank {rank}"
@@ -230,13 +194,6 @@ def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float
     if is_embedding:
         return LoraModule(a.t(), b.t(), scale, is_embedding=True)
     return LoraModule(b, a, scale)
-
-
-def _of_one_dtype(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both factors in the type that holds either; float64 becomes float32, in which PEFT computes with it."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    dtype = torch.float32 if dtype == torch.float64 else dtype
-    return a.to(dtype), b.to(dtype)
 
 
 def _named_tensors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from csulora.adapters.peft import diagnosis
 from csulora.errors import RefusedError
+from csulora.models.names import kind_of
 
 PREFIX = "base_model.model."
+COPY = "copy"  # in place of a factor: a base matrix that was saved with the adapter
 
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]{1,400})\."
     r"(?P<factor>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)"
 )
+_COPY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]{1,400}?)(?:\.base_layer)?\.weight")
 
 # What else is known to stand in adapter files; the first that a name contains explains the refusal.
 _FOREIGN = {
@@ -32,14 +35,24 @@ _FOREIGN = {
 
 
 def module_and_factor(name: str, path: Path) -> tuple[str, str]:
-    """Split a tensor's name; raises `RefusedError` if it is not one of plain LoRA's."""
-    found = _TENSOR.fullmatch(name)
-    module = found["module"] if found else ""
-    is_foreign = not found or "base_layer" in module or "lora_" in module or "base_model." in module
-    if is_foreign or diagnosis.of_name(name, PREFIX):
-        raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
-    assert found
-    return module, found["factor"]
+    """Split a tensor's name; the factor is `COPY` for an embedding or a head that was saved whole.
+
+    Raises:
+        RefusedError: the name is not one of plain LoRA's.
+    """
+    for pattern in (_TENSOR, _COPY):
+        found = pattern.fullmatch(name)
+        if found is None or not _is_plain(found["module"]) or diagnosis.of_name(name, PREFIX):
+            continue
+        if pattern is _TENSOR:
+            return found["module"], found["factor"]
+        if kind_of(found["module"]) != "linear":
+            return found["module"], COPY
+    raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
+
+
+def _is_plain(module: str) -> bool:
+    return not any(part in module for part in ("base_layer", "lora_", "base_model."))
 
 
 def _why_foreign(name: str) -> str:

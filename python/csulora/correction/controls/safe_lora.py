@@ -60,7 +60,7 @@ def safe_lora(
         for name, (projected, cosine) in _projections(adapter, subspace, projection).items()
     }
     control = {"control": "safe lora", "threshold": threshold, "projection": projection}
-    return compared(adapter, replace(adapter, modules=modules), subspace, control)
+    return compared(adapter, replace(adapter, modules=modules, copies={}), subspace, control)
 
 
 def cosines(adapter: Adapter, subspace: Subspace, projection: Projection = "exact") -> dict[str, float]:

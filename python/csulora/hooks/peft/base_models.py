@@ -20,8 +20,8 @@ from transformers import pipelines
 from transformers.integrations import peft as transformers_peft
 from transformers.models.auto import auto_factory
 
-from csulora.adapters.peft.config import CONFIG_FILE, read_config
-from csulora.adapters.peft.directory import LARGEST_CONFIG
+from csulora.adapters.peft.config import read_config
+from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG
 from csulora.errors import InputError, RefusedError
 from csulora.hooks.peft.loading import loads_corrected, local_directory
 from csulora.io.files import parse_json, read_regular

@@ -13,8 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from csulora.adapters.lora import Adapter
-from csulora.adapters.peft.config import CONFIG_FILE
 from csulora.adapters.peft.directory import WEIGHTS_FILE
+from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.errors import InputError, RefusedError
 from csulora.io.hub import download
 from csulora.serving.gate import private_directory

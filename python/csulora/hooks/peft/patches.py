@@ -33,7 +33,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from csulora.adapters.lora import Adapter
-from csulora.adapters.peft.directory import parse, sha256_of
+from csulora.adapters.peft.directory import parse
+from csulora.adapters.weights_files import sha256_of
 from csulora.correction.report import Report
 from csulora.errors import InputError, RefusedError
 from csulora.hooks.peft.base_models import BaseModels

@@ -1,4 +1,7 @@
-"""llama.cpp with our file against PEFT with the original, architecture by architecture, in float32."""
+"""llama.cpp with our file against PEFT with the original, family by family, in float32.
+
+`CSULORA_RECORD=1` writes what was reached to bench/results, from where the table of serving/llama-cpp.md comes.
+"""
 
 import json
 import os
@@ -7,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 
 import csulora
 import gguf_files
@@ -17,8 +22,9 @@ from csulora.errors import InputError, RefusedError
 
 # PEFT 0.21 asks transformers 5 by an old name.
 pytestmark = [pytest.mark.llama_cpp, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
-pytest.importorskip("llama_cpp")
+llama_cpp = pytest.importorskip("llama_cpp")
 
+RECORD = Path(__file__).parents[4] / "bench" / "results" / "compatibility" / "gguf.json"
 LARGEST_DIFFERENCE = 1e-3
 
 Figures = dict[str, dict[str, Any]]
@@ -36,11 +42,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def figures() -> Iterator[Figures]:
-    """What was measured, by family and kind of adapter; written to the file that CSULORA_GGUF_FIGURES names."""
+    """What was measured, by family and kind of adapter."""
     found: Figures = {}
     yield found
-    if path := os.environ.get("CSULORA_GGUF_FIGURES"):
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+    if os.environ.get("CSULORA_RECORD") and found.keys() == gguf_zoo.FAMILIES.keys():
+        versions = {package.__name__: package.__version__ for package in (llama_cpp, peft, transformers)}
+        RECORD.write_text(json.dumps({"versions": versions, "families": found}, indent=1) + "\n")
 
 
 @pytest.mark.parametrize("kind", gguf_zoo.ADAPTERS)

@@ -344,7 +344,7 @@ def test_broken_weights_are_a_bad_input(content: bytes, plain: Path) -> None:
 
 def test_an_adapter_without_tensors_is_a_bad_input(plain: Path) -> None:
     save_file({}, plain / peft.WEIGHTS_FILE)
-    with pytest.raises(InputError, match="holds no tensor"):
+    with pytest.raises(InputError, match="holds no factor"):
         csulora.load_adapter(plain)
 
 

@@ -1,0 +1,44 @@
+"""The factors of one update as they lie in a file: which matrices are taken, and in which type they are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from csulora.adapters.lora import is_finite
+from csulora.errors import InputError, RefusedError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_matrix(name: str, tensor: torch.Tensor, path: Path, *, higher: str, empty: str) -> None:
+    """Raise unless a tensor is a finite matrix of a floating-point type.
+
+    Args:
+        name: the tensor's.
+        tensor: to be checked.
+        path: the file that holds it.
+        higher: says what tensors of more dimensions are.
+        empty: says what an empty tensor is.
+    """
+    if tensor.dim() in (3, 4, 5):
+        raise RefusedError(f"{path}: {name} has {tensor.dim()} dimensions: {higher}")
+    if tensor.numel() == 0:
+        raise InputError(f"{path}: {name} is empty{empty}")
+    if tensor.dim() != 2:
+        raise InputError(f"{path}: {name} is {list(tensor.shape)}; a matrix is needed")
+    if tensor.dtype not in _DTYPES:
+        raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16, float32 or float64 is needed")
+    if not is_finite(tensor):
+        raise InputError(f"{path}: {name} holds NaN or infinity")
+
+
+def of_one_dtype(a: torch.Tensor, b: torch.Tensor, name: str, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both factors in the type that holds either; float64 becomes float32, in which hosts compute with it."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    a, b = a.to(dtype), b.to(dtype)
+    if not (is_finite(a) and is_finite(b)):
+        raise InputError(f"{path}: {name} has factors that float32 cannot hold")
+    return a, b

@@ -1,0 +1,150 @@
+"""Adapter directories of mlx-lm: ``adapter_config.json`` and ``adapters.safetensors``.
+
+The factors lie the other way round than PEFT's: ``<module>.lora_a`` is (in, r) and ``<module>.lora_b`` (r, out). The
+scale is a factor of its own, which no rank divides. What is written has scale 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csulora.adapters.factors import check_matrix, of_one_dtype
+from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.adapters.mlx.config import Settings, read_config, written_config
+from csulora.adapters.peft.config import base_model_name
+from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_bytes, tensors_in, with_sha256
+from csulora.errors import InputError, RefusedError
+from csulora.io.files import parse_json, read_regular, save_tensors, to_json
+from csulora.models.names import kind_of
+
+WEIGHTS_FILE = "adapters.safetensors"
+
+_TENSOR = re.compile(r"(?P<module>[A-Za-z0-9_.-]{1,400})\.(?P<factor>lora_[ab])")
+
+# Last parts of names that are known to stand in such files; they explain the refusal.
+_FOREIGN = {
+    "m": "it belongs to DoRA",
+    "weight": "a whole weight was trained and is replaced",
+    "bias": "biases of the base model were trained too",
+    "scales": "it belongs to a quantised weight of the base model",
+    "biases": "it belongs to a quantised weight of the base model",
+}
+_PEFT_FACTOR = re.compile(r"lora_(A|B|embedding_A|embedding_B)")
+_TIED = (
+    "where embedding and head are tied mlx-lm applies it to both, and the file does not say whether they are; leave "
+    "it out of the keys"
+)
+
+
+def read(directory: Path) -> Adapter:
+    """Read a directory of mlx-lm. The bytes that are hashed are the bytes that are used.
+
+    Raises:
+        InputError: a file is missing or malformed, or the two contradict each other.
+        RefusedError: the adapter is more or other than plain LoRA of linear layers.
+    """
+    config_file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    config_bytes = read_regular(config_file, LARGEST_CONFIG)
+    settings = read_config(parse_json(config_bytes, config_file), config_file)
+    weights = read_bytes([weights_file], _module_and_factor)
+    tensors = tensors_in({weights_file: weights[0]})
+    return with_sha256(lambda: _assembled(settings, tensors, directory), config_bytes, weights)
+
+
+def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return the factors under mlx-lm's names, scales folded into ``lora_b``, all padded to the largest rank."""
+    rank = _rank(adapter)
+    tensors = {}
+    for name, module in adapter.modules.items():
+        folded = module.folded()
+        tensors[f"{name}.lora_a"] = _padded(folded.a, rank).t().contiguous()
+        tensors[f"{name}.lora_b"] = _padded(folded.b.t(), rank).contiguous()
+    return tensors
+
+
+def config_of(adapter: Adapter) -> dict[str, Any]:
+    """Return the configuration under which `tensors_of` has scale 1."""
+    base_model = base_model_name(adapter.config.get("base_model_name_or_path"))
+    return written_config(_rank(adapter), sorted(adapter.modules), base_model)
+
+
+def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
+    """Write both files into an existing directory, and return the tensors as they are in the file.
+
+    Raises:
+        InputError: folding a scale into a factor overflows its storage type.
+        RefusedError: the adapter updates an embedding.
+    """
+    for name in adapter.modules:
+        _check_kind(name, adapter.path)
+    tensors = tensors_of(adapter)
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensor.dtype}")
+    config = to_json(config_of(adapter))
+    (directory / CONFIG_FILE).write_text(config, encoding="utf-8", errors="backslashreplace")
+    save_tensors(tensors, directory / WEIGHTS_FILE, {"format": "mlx"})
+    return tensors
+
+
+def _rank(adapter: Adapter) -> int:
+    return max(module.rank for module in adapter.modules.values())
+
+
+def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
+    """Add rows of zeros: mlx-lm has one rank for all modules."""
+    return torch.cat([factor, factor.new_zeros(rank - factor.shape[0], factor.shape[1])])
+
+
+def _assembled(settings: Settings, tensors: Mapping[str, torch.Tensor], directory: Path) -> Adapter:
+    path = directory / WEIGHTS_FILE
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for name in sorted(tensors):
+        module, factor = _module_and_factor(name, path)
+        check_matrix(name, tensors[name], path, higher="stacked experts cannot be corrected yet", empty="")
+        factors.setdefault(module, {})[factor] = tensors[name]
+    if not factors:
+        raise InputError(f"{path}: holds no factor of an update")
+    modules = {module: _module(module, found, settings, path) for module, found in factors.items()}
+    config = {"base_model_name_or_path": settings.base_model, "task_type": "CAUSAL_LM"}
+    return Adapter(modules, config, directory, "", format="mlx")
+
+
+def _module(name: str, factors: dict[str, torch.Tensor], settings: Settings, path: Path) -> LoraModule:
+    for factor in ("lora_a", "lora_b"):
+        if factor not in factors:
+            raise InputError(f"{path}: {name}.{factor} is missing; an update needs both factors")
+    if not settings.selects(name):
+        raise RefusedError(
+            f"{path}: holds factors for {name}, which the keys of adapter_config.json do not name; versions of mlx-lm "
+            "disagree on whether to apply them"
+        )
+    a, b = of_one_dtype(factors["lora_a"], factors["lora_b"], name, path)
+    if a.shape[1] != settings.rank or b.shape[0] != settings.rank:
+        raise InputError(
+            f"{path}: {name} has factors {list(a.shape)} and {list(b.shape)}, but the configuration says rank "
+            f"{settings.rank}"
+        )
+    return LoraModule(b.t(), a.t(), settings.scale)
+
+
+def _module_and_factor(name: str, path: Path) -> tuple[str, str]:
+    """Split a tensor's name; raises `RefusedError` if it is not one of plain LoRA's."""
+    found = _TENSOR.fullmatch(name)
+    if found is None or "lora_" in found["module"]:
+        reason = _FOREIGN.get(name.rpartition(".")[2], "it is neither lora_a nor lora_b")
+        if _PEFT_FACTOR.search(name):
+            reason = "it is one of PEFT's; name the file adapter_model.safetensors, beside PEFT's configuration"
+        raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {reason}")
+    _check_kind(found["module"], path)
+    return found["module"], found["factor"]
+
+
+def _check_kind(module: str, path: Path) -> None:
+    if kind_of(module) == "embedding":
+        raise RefusedError(f"{path}: updates the embedding {module}: {_TIED}")

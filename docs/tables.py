@@ -234,6 +234,18 @@ def vllm_worker() -> str:
     return table(["way", "raw adapters refused"], rows)
 
 
+def gguf() -> str:
+    """Return the table of families in llama.cpp, from `CSULORA_RECORD=1 pytest adapters/gguf/test_llama_cpp.py`."""
+    rows = []
+    for family, found in results("compatibility/gguf")["families"].items():
+        adapters = [figures for figures in found.values() if isinstance(figures, dict)]
+        largest = [max(figures[name] for figures in adapters) for name in ("difference", "without_adapter")]
+        smallest = min(figures["effect"] for figures in adapters)
+        rows.append([family, f"`{found['architecture']}`", *(f"{figure:.0e}" for figure in largest), f"{smallest:.1f}"])
+    head = ["family", "in GGUF", "largest difference", "without an adapter", "the adapter's effect"]
+    return table(head, rows)
+
+
 def families() -> str:
     """Return the table of model families, from `CSULORA_RECORD=1 pytest tests/python/models/test_families.py`."""
     rows = []
@@ -260,6 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "vllm": vllm,
     "vllm-worker": vllm_worker,
+    "gguf": gguf,
 }
 
 

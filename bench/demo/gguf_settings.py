@@ -112,6 +112,14 @@ def _gemma4(writer: GGUFWriter, config: PretrainedConfig) -> None:
             each(size)
 
 
+def _falcon_h1(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_ssm_conv_kernel(config.mamba_d_conv)
+    writer.add_ssm_inner_size(config.mamba_d_ssm)
+    writer.add_ssm_state_size(config.mamba_d_state)
+    writer.add_ssm_time_step_rank(config.mamba_n_heads)
+    writer.add_ssm_group_count(config.mamba_n_groups)
+
+
 def _where(config: PretrainedConfig, layer_type: str) -> list[bool]:
     return [found == layer_type for found in config.layer_types]
 
@@ -127,5 +135,6 @@ _EXTRA: dict[str, Add] = {
     "qwen3_vl_text": _qwen3_vl,
     "qwen3_5_text": _qwen3_5,
     "lfm2": _lfm2,
+    "falcon_h1": _falcon_h1,
     "gemma4_text": _gemma4,
 }

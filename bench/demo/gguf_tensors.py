@@ -10,6 +10,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap
 from gguf_settings import rotary
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.falcon_h1.modeling_falcon_h1 import compute_mup_vector
 
 from csulora.models import gguf_orders, names
 from csulora.models.gguf_layout import HEAD, Architecture
@@ -58,14 +59,40 @@ def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Arch
         return tensor + 1
     if name.endswith("A_log"):
         tensor = -tensor.exp()
-    if module.endswith(("conv1d", "conv.conv")):
+    if tensor.dim() == 3:  # a convolution of every channel alone
         tensor = tensor.squeeze(1)
     order = layout.row_order(module) or _OTHER_ORDERS.get(name.rpartition("linear_attn.")[2])
     if order is not None:
         tensor = tensor[order(counts, tensor.shape[0])]
     if (order := layout.column_order(module)) is not None:
         tensor = tensor[:, order(counts, tensor.shape[1])]
-    return tensor
+    return _in_layout_of_falcon_h1(name, tensor, config) if layout.name == "falcon-h1" else tensor
+
+
+def _in_layout_of_falcon_h1(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:
+    """Multiply with the factors that transformers multiplies activations with; give vectors a second dimension."""
+    if name.endswith(("A_log", "mamba.D")):
+        return tensor[:, None]
+    if name.endswith("mamba.in_proj.weight"):
+        rows: Tensor = config.ssm_in_multiplier * compute_mup_vector(config)[0, 0, :, None]
+        return tensor * rows
+    return tensor * _multiplier(name, config)
+
+
+def _multiplier(name: str, config: PretrainedConfig) -> float:
+    attention, mlp = config.attention_in_multiplier, config.mlp_multipliers
+    factors = {
+        "q_proj": attention,
+        "k_proj": attention * config.key_multiplier,
+        "v_proj": attention,
+        "o_proj": config.attention_out_multiplier,
+        "gate_proj": mlp[0],
+        "down_proj": mlp[1],
+        "out_proj": config.ssm_out_multiplier,
+        "embed_tokens": config.embedding_multiplier,
+        "lm_head": config.lm_head_multiplier,
+    }
+    return float(factors.get(name.split(".")[-2], 1.0))
 
 
 def _gemma4_frequencies(config: PretrainedConfig) -> Tensor:

@@ -231,6 +231,29 @@ FAMILIES = {
         {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
         ["q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"],
     ),
+    "falcon-h1": Family(
+        "FalconH1",
+        {
+            "head_dim": 8,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+            "attention_in_multiplier": 0.5,
+            "attention_out_multiplier": 0.7,
+            "key_multiplier": 1.5,
+            "mlp_multipliers": [0.8, 0.6],
+            "ssm_in_multiplier": 1.25,
+            "ssm_out_multiplier": 0.9,
+            "ssm_multipliers": [0.5, 0.75, 1.5, 1.25, 0.9],
+            "lm_head_multiplier": 0.4,
+            "embedding_multiplier": 3.0,
+            "tie_word_embeddings": False,
+        },
+        targets=_SEPARATE,
+        gguf_name="falcon-h1",
+    ),
     "olmo3": Family("Olmo3", {"num_hidden_layers": 4, "sliding_window": 8}, gguf_name="olmo2"),
 }
 
@@ -261,6 +284,17 @@ def _weight(name: str, like: Tensor, seed: int, architecture: str) -> Tensor:
     if "norm" in name:
         return 0.1 * noise + one
     return noise * (0.05 if architecture == "gemma" and "mlp" in name else 0.2)
+
+
+def moved(family: str) -> PreTrainedModel:
+    """The model after a change of low rank in every weight matrix."""
+    changed = deepcopy(model(family))
+    with torch.no_grad():
+        for i, parameter in enumerate(changed.parameters()):
+            if parameter.dim() == 2:
+                left = factories.gaussian(parameter.shape[0], 2, seed=i)
+                parameter.add_(0.1 * left @ factories.gaussian(2, parameter.shape[1], seed=1000 + i))
+    return changed
 
 
 def save_model(family: str, directory: Path) -> Path:
@@ -294,9 +328,9 @@ def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float3
     chosen: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": _targets(family)}
     adapted = get_peft_model(deepcopy(model(family)), LoraConfig(task_type="CAUSAL_LM", **(chosen | settings)))
     with torch.no_grad():
-        for i, (name, parameter) in enumerate(adapted.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_((0.1 * factories.gaussian(*parameter.shape, seed=100 + i)).to(dtype))
+        factors = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
+        for i, parameter in enumerate(factors):
+            parameter.copy_((0.1 * factories.gaussian(*parameter.shape, seed=100 + i)).to(dtype))
     (adapted if dtype == torch.float32 else deepcopy(adapted).to(dtype)).save_pretrained(
         str(directory), save_embedding_layers=False
     )

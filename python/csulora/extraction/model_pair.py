@@ -13,7 +13,7 @@ import torch
 from csulora.errors import RefusedError
 from csulora.extraction.noise_edge import noise_std
 from csulora.models import names
-from csulora.models.checkpoint import Checkpoint, check_comparable, check_one_model
+from csulora.models.checkpoint import Checkpoint, GGUFCheckpoint, check_comparable, check_one_model
 from csulora.models.resolver import Resolver
 
 Progress = Callable[[str, int, int], None]
@@ -158,5 +158,7 @@ def _counterparts(base: Checkpoint, aligned: Checkpoint) -> dict[str, str]:
 
 
 def _differ(base: Checkpoint, aligned: Checkpoint) -> bool:
-    """Whether one of the two is a wrapper of the other, which has further towers."""
+    """Whether one of the two may have towers that the other lacks, which no GGUF file of a language model has."""
+    if isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint):
+        return True
     return base.config.get("model_type") != aligned.config.get("model_type")

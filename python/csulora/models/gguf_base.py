@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ class BaseModel:
             head if that is the token embedding.
         name: what the model calls itself.
         license: its licence, if it says so.
+        multipliers: what a GGUF file's weights are multiplied by, by module, where its architecture has such factors.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class BaseModel:
     shapes: dict[str, tuple[int, int]]
     name: str
     license: str | None = None
+    multipliers: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that rows and columns can be reordered head by head."""
@@ -56,13 +58,24 @@ class BaseModel:
         if not path.is_dir():
             return cls.of_file(GGUFFile.map(path))
         found = gguf_directory.describe(path)
-        return cls(path, found.architecture, found.counts, found.shapes, path.resolve().name, found.license)
+        name = path.resolve().name
+        return cls(path, found.architecture, found.counts, found.shapes, name, found.license, found.multipliers)
 
     @classmethod
     def of_file(cls, file: GGUFFile) -> BaseModel:
         """Describe the model in an open GGUF file."""
         _check_model_file(file)
         architecture = gguf_layout.architecture(file.text("general.architecture"), str(file.path))
+        if architecture.unlike and f"{architecture.name}.{architecture.unlike}" in file.fields:
+            raise RefusedError(
+                f"{file.path}: a {architecture.name} model with {architecture.unlike}, which also sees; "
+                "the order of its rows is not supported"
+            )
+        if architecture.multipliers:
+            raise RefusedError(
+                f"{file.path}: weights of {architecture.name} models are multiplied by factors of the configuration, "
+                "which the file does not state; name the Hugging Face directory instead"
+            )
         counts = read_counts(
             architecture, str(file.path), lambda source: f"{architecture.name}.{source.metadata}", file.integer
         )
@@ -91,6 +104,7 @@ class BaseModel:
             "shapes": self.shapes,
             "name": self.name,
             "license": self.license,
+            "multipliers": self.multipliers,
         }
         return hashlib.sha256(to_json(document).encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class Description(NamedTuple):
     architecture: Architecture
     counts: dict[str, int]
     shapes: dict[str, tuple[int, int]]
+    multipliers: dict[str, float]
     license: str | None
 
 
@@ -63,7 +65,12 @@ def describe(directory: Path) -> Description:
         has_head = not any(each.get("tie_word_embeddings") is True for each in (config, text))
     if not has_head:
         shapes.pop(HEAD, None)
-    return Description(architecture, counts, shapes, _license(directory / "README.md"))
+    multipliers = {
+        module: math.prod(_multiplier(path, text, key) for key in architecture.multiplied_by(module))
+        for module in shapes
+        if architecture.multipliers
+    }
+    return Description(architecture, counts, shapes, multipliers, _license(directory / "README.md"))
 
 
 def read_counts(
@@ -92,6 +99,16 @@ def _count(value: Any, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{what} is {value}; a positive number is needed")
     return value
+
+
+def _multiplier(path: Path, config: Mapping[str, Any], key: str) -> float:
+    name, _, index = key.partition(".")
+    value = config.get(name)
+    if index and isinstance(value, list) and len(value) > int(index):
+        value = value[int(index)]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not value:
+        raise InputError(f"{path}: {name} is {config.get(name)}; numbers other than 0 are needed")
+    return float(value)
 
 
 def _tells_shapes(config: Mapping[str, Any], architecture: Architecture) -> bool:

@@ -16,7 +16,9 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, Tenso
 
 from csulora.errors import BuildError, RefusedError
 from csulora.models import gguf_orders
+from csulora.models.gguf_ignored import why_not
 from csulora.models.gguf_orders import Order
+from csulora.models.names import bare
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -46,6 +48,9 @@ class Architecture:
         parts: the weight matrices of a layer, by the end of their modules' names.
         rows: the orders of the rows that stand otherwise in GGUF files, by part.
         columns: the same of columns.
+        ignored: GGUF names of weights outside layers whose updates llama.cpp ignores, by their modules.
+        multipliers: keys of the configuration whose product is multiplied into a GGUF file's weight, by part.
+        unlike: metadata that models have whose rows are in yet another order, which is not supported.
         counts: what the orders follow from, by the names of `gguf_orders.SOURCES`.
     """
 
@@ -54,16 +59,27 @@ class Architecture:
     rows: Mapping[str, Order] = field(default_factory=dict)
     columns: Mapping[str, Order] = field(default_factory=dict)
     counts: tuple[str, ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    multipliers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unlike: str = ""
 
     def tensor_name(self, module: str) -> str | None:
         """Return a module's GGUF name less ``.weight``; None if llama.cpp has no such weight matrix."""
-        return _OUTSIDE.get(module) or _rename(module, "model.layers", "blk", _part_names(self.name, self.parts))
+        return self._outside().get(module) or _rename(module, "model.layers", "blk", _part_names(self.name, self.parts))
 
     def module_name(self, tensor: str) -> str | None:
         """Return the module of a GGUF name less ``.weight``; None if it is no weight matrix of a known module."""
         parts = {name: part for part, name in _part_names(self.name, self.parts).items()}
-        outside = {name: module for module, name in _OUTSIDE.items()}
+        outside = {name: module for module, name in self._outside().items()}
         return outside.get(tensor) or _rename(tensor, "blk", "model.layers", parts)
+
+    def is_ignored(self, module: str) -> bool:
+        """Whether llama.cpp ignores updates of this module."""
+        return bare(module) in {bare(known) for known in self.ignored}
+
+    def multiplied_by(self, module: str) -> tuple[str, ...]:
+        """Return the keys of the configuration whose values are multiplied into a module's weight."""
+        return self.multipliers.get(_part(module), ())
 
     def row_order(self, module: str) -> Order | None:
         """Return the order of a module's rows; None if it is Hugging Face's."""
@@ -73,9 +89,32 @@ class Architecture:
         """Return the order of a module's columns; None if it is Hugging Face's."""
         return self.columns.get(_part(module))
 
+    def _outside(self) -> Mapping[str, str]:
+        return {**_OUTSIDE, **self.ignored}
+
     def is_reordered(self, module: str) -> bool:
-        """Whether rows or columns of this module's weight are in another order in GGUF files."""
-        return _part(module) in self.rows or _part(module) in self.columns
+        """Whether rows or columns of this module's weight are in another order in some GGUF files."""
+        return bool(self.unlike or self.multipliers) or _part(module) in self.rows or _part(module) in self.columns
+
+
+# Without mamba.in_proj, whose rows have multipliers of their own, and mamba.out_proj, which PEFT does not adapt.
+_FALCON_H1 = Architecture(
+    "falcon-h1",
+    parts=(
+        *_SEPARATE_QKV,
+        *("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+    ),
+    multipliers={
+        "self_attn.q_proj": ("attention_in_multiplier",),
+        "self_attn.k_proj": ("attention_in_multiplier", "key_multiplier"),
+        "self_attn.v_proj": ("attention_in_multiplier",),
+        "self_attn.o_proj": ("attention_out_multiplier",),
+        "feed_forward.gate_proj": ("mlp_multipliers.0",),
+        "feed_forward.down_proj": ("mlp_multipliers.1",),
+        EMBEDDING: ("embedding_multiplier",),
+        HEAD: ("lm_head_multiplier",),
+    },
+)
 
 
 def _permuted(name: str) -> Architecture:
@@ -95,9 +134,19 @@ _ARCHITECTURES = {
         Architecture("gemma"),
         Architecture("gemma2"),
         Architecture("gemma3"),
-        Architecture("gemma4", parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection")),
+        Architecture(
+            "gemma4",
+            parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection"),
+            ignored={
+                "model.per_layer_model_projection": "per_layer_model_proj",
+                "model.embed_tokens_per_layer": "per_layer_token_embd",
+            },
+        ),
         Architecture("phi3", parts=_FUSED),
-        Architecture("glm4", parts=(*_SEPARATE_QKV, "mlp.gate_up_proj", "mlp.down_proj")),
+        # Of models that also see, rows of queries and keys are in the order that Hugging Face has elsewhere.
+        Architecture(
+            "glm4", parts=(*_SEPARATE_QKV, "mlp.gate_up_proj", "mlp.down_proj"), unlike="rope.dimension_sections"
+        ),
         Architecture("qwen3vl"),
         Architecture(
             "qwen35",
@@ -113,6 +162,7 @@ _ARCHITECTURES = {
                 *("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
             ),
         ),
+        _FALCON_H1,
     )
 }
 
@@ -142,6 +192,7 @@ _MODEL_TYPES = {
     "qwen3_5_text": "qwen35",
     "qwen3_5 (qwen3_5_text)": "qwen35",
     "lfm2": "lfm2",
+    "falcon_h1": "falcon-h1",
 }
 
 
@@ -153,7 +204,8 @@ def architecture(name: str | None, where: str) -> Architecture:
     """
     if name not in _ARCHITECTURES:
         raise RefusedError(
-            f"{where}: architecture {_shown(name)} is not supported; supported are {_listed(_ARCHITECTURES)}"
+            f"{where}: architecture {_shown(name)} is not supported"
+            + (why_not(name) or f"; supported are {_listed(_ARCHITECTURES)}")
         )
     return _ARCHITECTURES[name]
 
@@ -168,7 +220,8 @@ def architecture_of_config(config: Mapping[str, Any], where: str) -> Architectur
     model_type = f"{outer} ({text.get('model_type')})" if isinstance(text, dict) else outer
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise RefusedError(
-            f"{where}: no GGUF layout is known for model_type {_shown(model_type)}; known are {_listed(_MODEL_TYPES)}"
+            f"{where}: no GGUF layout is supported for model_type {_shown(model_type)}"
+            + (why_not(model_type) or f"; supported are {_listed(_MODEL_TYPES)}")
         )
     return _ARCHITECTURES[_MODEL_TYPES[model_type]]
 

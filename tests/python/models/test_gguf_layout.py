@@ -4,6 +4,7 @@ from csulora.errors import RefusedError
 from csulora.models import gguf_layout
 
 SUPPORTED = [
+    "falcon-h1",
     "gemma",
     "gemma2",
     "gemma3",
@@ -74,9 +75,11 @@ def test_names_of_one_side_are_none_of_the_other() -> None:
     assert architecture.module_name("model.layers.0.self_attn.q_proj") is architecture.module_name("lm_head") is None
 
 
-@pytest.mark.parametrize("name", [None, "mamba", "Llama", "llama4", "gemma3n", "qwen2moe", "x\n" * 100])
+@pytest.mark.parametrize("name", [None, "mamba", "Llama", "llama4", "qwen2moe", "x\n" * 100])
 def test_refuses_other_architectures_by_name(name: str | None) -> None:
-    with pytest.raises(RefusedError, match=r"file: architecture .* supported are gemma, .*, smollm3$") as caught:
+    with pytest.raises(
+        RefusedError, match=r"file: architecture .* supported are falcon-h1, gemma, .*, smollm3$"
+    ) as caught:
         gguf_layout.architecture(name, "file")
     assert repr(name)[:60] in str(caught.value)
 
@@ -96,8 +99,23 @@ def test_refuses_other_architectures_by_name(name: str | None) -> None:
     ],
 )
 def test_refuses_other_model_types_by_name(config: dict[str, object]) -> None:
-    with pytest.raises(RefusedError, match="no GGUF layout is known for model_type"):
+    with pytest.raises(RefusedError, match="no GGUF layout is supported for model_type"):
         gguf_layout.architecture_of_config(config, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "ignored"),
+    [
+        ("deepseek2", "deepseek_v3", "q_a_proj, q_b_proj and kv_a_proj_with_mqa"),
+        ("gemma3n", "gemma3n_text", "altup_projections"),
+        ("kimi-linear", "kimi_linear", "attention projections"),
+    ],
+)
+def test_says_what_llama_cpp_ignores(name: str, model_type: str, ignored: str) -> None:
+    with pytest.raises(RefusedError, match=f"file: architecture '{name}' .* ignores updates of its {ignored}.*merge"):
+        gguf_layout.architecture(name, "file")
+    with pytest.raises(RefusedError, match=f"model_type '{model_type}'.* ignores updates of its {ignored}.*merge"):
+        gguf_layout.architecture_of_config({"model_type": model_type}, "config.json")
 
 
 def test_a_model_that_sees_is_its_language_model() -> None:

@@ -201,7 +201,7 @@ def test_only_reordered_rows_need_the_base_model(tmp_path: Path) -> None:
 
     assert list(csulora.load_adapter(save("attn_q", 48, "qwen2")).modules) == [f"{LAYER}.self_attn.q_proj"]
     assert list(csulora.load_adapter(save("attn_v", 24, "llama")).modules) == [f"{LAYER}.self_attn.v_proj"]
-    with pytest.raises(InputError, match=r"rows of .*q_proj are reordered by heads.*--base-model"):
+    with pytest.raises(InputError, match=r"order of the rows of .*q_proj follows from the model.*--base-model"):
         csulora.load_adapter(save("attn_q", 48, "llama"))
 
 

@@ -22,7 +22,7 @@ from csulora.adapters.experts import (
 )
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
-from csulora.models.names import WEIGHT, bare
+from csulora.models.names import WEIGHT, with_known_projection, without_wrappers
 from csulora.models.resolver import Resolver
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.subspace.subspace import Subspace
@@ -57,18 +57,18 @@ class _Model:
             if of_expert := parsed(module):
                 experts, expert, _ = of_expert
                 number, projections = layers.get(experts, _Experts(0, frozenset()))
-                projection = to_memory.get(module, module).rpartition(".")[2]
+                projection = with_known_projection(module).rpartition(".")[2]
                 layers[experts] = _Experts(max(number, expert + 1), projections | {projection})
         return cls(subspace.provenance.experts, layers, Resolver(subspace, names=subspace.names), to_memory)
 
     def on_disk(self, name: str) -> str:
         """Return what the checkpoint calls a module; names that differ by wrappers alone stay."""
         module = self.to_disk.name_of(name)
-        return name if bare(module) == bare(name) else module
+        return name if without_wrappers(module) == without_wrappers(name) else module
 
     def in_memory(self, name: str) -> str:
-        """Return what transformers calls a module; names that differ by wrappers alone stay."""
-        return self.to_memory.get(self.to_disk.name_of(name), name)
+        """Return what transformers calls an expert's projection; names that differ by wrappers alone stay."""
+        return with_known_projection(self.to_memory.get(self.to_disk.name_of(name), name))
 
     def experts(self, name: str) -> _Experts:
         """Return the experts of the layer of one of them."""

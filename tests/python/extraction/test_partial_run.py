@@ -97,6 +97,6 @@ def test_a_run_of_another_format_is_not_continued(output: Path, run: str) -> Non
     directory = output.with_name("subspace.safetensors.partial")
     directory.mkdir()
     (directory / "run.json").write_text(run)
-    with pytest.raises(InputError, match="partial run of another format than 2; remove it and extract again"):
+    with pytest.raises(InputError, match="partial run of another format than 3; remove it and extract again"):
         PartialRun.create(output, {"seed": 0})
     assert (directory / "run.json").read_text() == run

@@ -376,6 +376,50 @@ def test_uncovered_modules_pass_only_where_the_policy_says_so(tmp_path: Path, su
     assert {module.module: module.status for module in report.modules}["model.layers.7.self_attn.q_proj"] == "kept"
 
 
+# Names: one weight has many spellings, and none of them hides a second update.
+
+
+@pytest.mark.parametrize("second", ["layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"])
+def test_a_wrapper_that_hides_a_second_update_is_refused(
+    second: str, tmp_path: Path, subspace: csulora.Subspace
+) -> None:
+    both = named(Q, *factors()) | named(second, *factors(seed=3))
+    refused_always(upload(tmp_path / "adapter", both), subspace, f"both update {Q}")
+
+
+def test_a_name_in_memory_hides_no_second_update(tmp_path: Path) -> None:
+    router, in_memory = "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate"
+    subspace = factories.subspace({router: (40, 40)}, names={in_memory: router})
+    settings = config(target_modules=["gate"])
+    for name in (router, in_memory):
+        path = upload(tmp_path / name, named(name, *factors()), settings)
+        expected = safe(oracle.update(*factors(), 2.0), subspace, router)
+        assert oracle.relative_error(admitted(path, subspace)[name], expected) <= TOLERANCE
+    both = named(router, *factors()) | named(in_memory, *factors(seed=3))
+    refused_always(upload(tmp_path / "both", both, settings), subspace, f"both update {router}")
+
+
+def test_a_name_that_two_weights_may_have_is_refused_with_both(tmp_path: Path) -> None:
+    one, other = "model.layers.0.self_attn.q_proj", "backbone.layers.0.self_attn.q_proj"
+    subspace = factories.subspace({one: (40, 40), other: (40, 40)})
+    path = upload(tmp_path / "adapter", named("layers.0.self_attn.q_proj", *factors()))
+    refused_always(path, subspace, f"may be {other} or {one}")
+
+
+def test_a_further_name_never_takes_the_place_of_a_weight(tmp_path: Path) -> None:
+    """Whoever writes a subspace file cannot point a module's own name at another module."""
+    subspace = factories.subspace(names={Q: DOWN, f"backbone.{Q}": DOWN}, aliases={Q: DOWN})
+    path = upload(tmp_path / "adapter", named(Q, *factors()))
+    expected = safe(oracle.update(*factors(), 2.0), subspace, Q)
+    assert oracle.relative_error(admitted(path, subspace)[Q], expected) <= TOLERANCE
+
+
+def test_a_tower_hides_no_update_of_the_language_model(tmp_path: Path, subspace: csulora.Subspace) -> None:
+    path = upload(tmp_path / "adapter", named(f"vision_tower.{Q}", *factors()) | named(DOWN, *factors(DOWN)))
+    with pytest.raises(RefusedError, match=f"does not cover module vision_tower.{Q}"):
+        admitted(path, subspace)
+
+
 def test_tied_weights_are_corrected_under_either_name(tmp_path: Path, subspace: csulora.Subspace) -> None:
     b, a = factors("lm_head")
     embedding = {
@@ -479,7 +523,7 @@ def test_subspaces_for_look_alike_models_are_told_apart(tmp_path: Path, subspace
             upload(tmp_path / "a", named(Q, *factors())), look_alike, csulora.Policy(subspace_sha256=subspace.sha256)
         )
     other_shapes = factories.subspace({Q: (48, 40)})
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="a model of another size"):
         admitted(upload(tmp_path / "b", named(Q, *factors())), other_shapes)
 
 

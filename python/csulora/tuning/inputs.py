@@ -63,7 +63,7 @@ def _inputs(
 
     with ExitStack() as hooks:
         for name in found:
-            hooks.callback(language_model.model.get_submodule(name).register_forward_pre_hook(collect(name)).remove)
+            hooks.callback(language_model.module(name).register_forward_pre_hook(collect(name)).remove)
         for start in range(0, len(replies), BATCH):
             chosen[:] = [(row - start, position) for row, position in every if start <= row < start + BATCH]
             if chosen:

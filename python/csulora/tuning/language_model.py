@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from csulora.errors import InputError
+from csulora.models.resolver import Resolver
 from csulora.subspace.input_filter import Factors
 from csulora.tuning.loading import Loading, load
 from csulora.tuning.probes import Chat, shown
@@ -89,16 +91,27 @@ class LanguageModel:
 
     def device_of(self, name: str) -> torch.device:
         """Return the device on which a module's products are computed; an offloaded one's is the model's own."""
-        device: torch.device = self.model.get_submodule(name).weight.device
+        device: torch.device = self.module(name).weight.device
         return self.device if device.type == "meta" else device
 
+    @cached_property
+    def _resolver(self) -> Resolver:
+        return Resolver(name for name, module in self.model.named_modules() if hasattr(module, "weight"))
+
+    def module(self, name: str) -> Any:
+        """Return the layer that an adapter means by a name, whatever wrappers are in it.
+
+        Raises:
+            InputError: the model has no such module.
+            RefusedError: several may be meant.
+        """
+        found = self._resolver.resolve(name)
+        if found is None:
+            raise InputError(f"the model has no module {name}, which the adapter updates; is it for this model?")
+        return self.model.get_submodule(found.module)
+
     def _module(self, name: str, factors: Factors) -> nn.Module:
-        try:
-            module: nn.Module = self.model.get_submodule(name)
-        except AttributeError:
-            raise InputError(
-                f"the model has no module {name}, which the adapter updates; is it for this model?"
-            ) from None
+        module: nn.Module = self.module(name)
         shape = _shape(module)
         wanted = factors[0].shape[0], factors[1].shape[1]
         # transformers.Conv1D keeps (in, out)

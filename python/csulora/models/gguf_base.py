@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from huggingface_hub import metadata_load
 
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular, to_json
-from csulora.models import gguf_layout, names
+from csulora.io.hub import local_path
+from csulora.models import gguf_layout, gguf_parts, names
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_layout import EMBEDDING, HEAD, K_PROJ, Architecture
 
@@ -52,24 +54,27 @@ class BaseModel:
 
     @classmethod
     def open(cls, source: str | Path) -> BaseModel:
-        """Read a GGUF file's header, or ``config.json`` in a Hugging Face model directory.
+        """Read a GGUF file's header, or ``config.json`` in a Hugging Face model directory or repository.
+
+        Of a GGUF model in several files, the first is named and the others lie beside it.
 
         Raises:
             InputError: neither is there, or it is malformed.
             RefusedError: the architecture is not supported.
         """
-        path = Path(source)
-        return _from_config(path) if path.is_dir() else cls.of_file(GGUFFile.map(path))
+        path = local_path(source, ["config.json", "README.md"])
+        return _from_config(path) if path.is_dir() else cls.of_files(gguf_parts.open_parts(path))
 
     @classmethod
-    def of_file(cls, file: GGUFFile) -> BaseModel:
-        """Describe the model in an open GGUF file."""
-        _check_model_file(file)
+    def of_files(cls, files: Sequence[GGUFFile]) -> BaseModel:
+        """Describe the model in an open GGUF file, or in all of its parts."""
+        file = files[0]
+        _check_model_file(file, len(files))
         architecture = gguf_layout.architecture(file.text("general.architecture"), str(file.path))
         heads = _metadata_count(file, f"{architecture.name}.attention.head_count")
         kv_heads = _metadata_count(file, f"{architecture.name}.attention.head_count_kv", heads)
         shapes = {}
-        for tensor, info in file.tensors.items():
+        for tensor, info in (named for part in files for named in part.tensors.items()):
             module = architecture.module_name(tensor.removesuffix(names.WEIGHT))
             if module and tensor.endswith(names.WEIGHT) and len(info.shape) == 2:
                 shapes[module] = (info.shape[0], info.shape[1])
@@ -109,11 +114,11 @@ class BaseModel:
         return self.kv_heads if module.endswith(K_PROJ) else self.heads
 
 
-def _check_model_file(file: GGUFFile) -> None:
+def _check_model_file(file: GGUFFile, parts: int) -> None:
     kind = file.text("general.type")
     if kind not in (None, "model"):
         raise InputError(f"{file.path}: general.type is {kind!r}; a model is needed")
-    if (file.integer("split.count") or 1) > 1:
+    if (file.integer("split.count") or 1) != parts:
         raise RefusedError(f"{file.path}: one part of several; join them with llama-gguf-split --merge first")
 
 

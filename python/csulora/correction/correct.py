@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
+from csulora.adapters.mlx.directory import check_model
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.model_card import model_card
@@ -148,6 +149,8 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
         InputError: a shape differs from that in ``subspace``.
     """
     check_copies(adapter, subspace)
+    if adapter.format == "mlx":
+        check_model(subspace.keys(), adapter.path)
     covered: dict[str, str] = {}
     owners: dict[Resolved, str] = {}
     resolver = Resolver(subspace, subspace.aliases, subspace.names)

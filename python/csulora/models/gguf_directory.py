@@ -121,10 +121,11 @@ def _holds_weights(directory: Path) -> bool:
 
 def _shapes(path: Path, config: Mapping[str, Any], architecture: Architecture) -> dict[str, tuple[int, int]]:
     """Compute the shapes of a model all of whose layers are alike."""
-    if not set(architecture.parts) <= _REGULAR_PARTS:
+    missing = ", ".join(f"{key} is None" for key in _SIZES if config.get(key) is None)
+    if missing or not set(architecture.parts) <= _REGULAR_PARTS:
         raise InputError(
-            f"{path}: does not tell the shapes of a {architecture.name} model; name a directory that holds the weights "
-            "too, or the GGUF file"
+            f"{path}: does not tell all shapes of a {architecture.name} model{missing and f' ({missing})'}; "
+            "name a local directory that holds the weights too, or the GGUF file"
         )
 
     def count(key: str, default: int | None = None) -> int:

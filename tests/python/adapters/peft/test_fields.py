@@ -14,8 +14,9 @@ import csulora
 import factories
 import oracle
 import zoo
-from csulora.adapters.peft.config import CONFIG_FILE, KNOWN_FIELDS
+from csulora.adapters.peft.config import KNOWN_FIELDS
 from csulora.adapters.peft.directory import config_of
+from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.errors import CsuloraError, InputError, RefusedError
 
 pytestmark = [

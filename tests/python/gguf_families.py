@@ -105,6 +105,16 @@ def _qwen3_vl(text: Any) -> Any:
     return transformers.Qwen3VLConfig(text_config=text.to_dict(), vision_config=tower, **_QWEN_TOKENS)
 
 
+def _qwen2_5_vl(text: Any) -> Any:
+    tower = _QWEN_TOWER | {"window_size": 16, "fullatt_block_indexes": [0]}
+    return transformers.Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=tower, **_QWEN_TOKENS)
+
+
+def _qwen2_vl(text: Any) -> Any:
+    tower = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+    return transformers.Qwen2VLConfig(text_config=text.to_dict(), vision_config=tower, **_QWEN_TOKENS)
+
+
 def _qwen3_5(text: Any) -> Any:
     return transformers.Qwen3_5Config(text_config=text.to_dict(), vision_config=_QWEN_TOWER, **_QWEN_TOKENS)
 
@@ -116,6 +126,9 @@ def _gemma4(text: Any) -> Any:
 def _rotary(*sections: int, **settings: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)} | settings
 
+
+# The epsilon of published models, which llama.cpp does not read: it takes 0.
+_QWEN2_VL: dict[str, Any] = {"rope_parameters": _rotary(1, 1, 2), "rms_norm_eps": 1e-6}
 
 # Two value heads for each key head.
 _QWEN35: dict[str, Any] = {
@@ -186,6 +199,14 @@ FAMILIES = {
         "Gemma3", _GEMMA | {"num_hidden_layers": 6}, config="Gemma3Text", gguf_name="gemma3", wrap=_gemma3
     ),
     "phi3": Family("Phi3", targets=_FUSED),
+    "qwen2vl": Family("Qwen2VL", _QWEN2_VL, config="Qwen2VLText", wrap=_qwen2_vl),
+    "qwen2.5vl": Family(
+        "Qwen2_5_VL",
+        _QWEN2_VL,
+        config="Qwen2_5_VLText",
+        gguf_name="qwen2vl",
+        wrap=_qwen2_5_vl,
+    ),
     "qwen3vl": Family(
         "Qwen3VL",
         {"head_dim": 8, "rope_parameters": _rotary(2, 1, 1)},

@@ -205,6 +205,20 @@ def test_headers_of_the_weights_tell_what_the_config_leaves_out(tmp_path: Path) 
     assert base.shapes == {"model.layers.0.self_attn.q_proj": (40, 48), "model.embed_tokens": (9, 48)}
 
 
+@pytest.mark.parametrize("change", [{"text_config": None}, {"text_config": 3}, {"tie_word_embeddings": [True]}])
+def test_what_a_config_holds_in_place_of_a_setting_is_no_setting(change: dict[str, object], tmp_path: Path) -> None:
+    assert BaseModel.open(directory(tmp_path / "model", **change)).architecture.name == "llama"
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_headers_tell_whether_there_is_a_head_if_the_config_does_not(has_head: bool, tmp_path: Path) -> None:
+    weights = factories.llama_weights()
+    if not has_head:
+        del weights["lm_head.weight"]
+    path = factories.save_checkpoint(tmp_path / "model", weights, CONFIG | {"tie_word_embeddings": None})
+    assert BaseModel.open(path).is_tied != has_head
+
+
 def test_a_config_that_leaves_sizes_out_is_not_enough(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GEMMA_3))
     with pytest.raises(InputError, match="num_attention_heads is None"):

@@ -116,7 +116,10 @@ def save_adapter(
     check_not_input(path, [adapter.path, *([base_model] if base_model else [])])
     if format == "gguf":
         if base_model is None:
-            raise InputError(f"{path}: a GGUF file is written for a model; name it (base_model, --base-model)")
+            raise InputError(
+                f"{path}: a GGUF file is written for a model; name it (base_model, --base-model), or another format "
+                "(--format peft)"
+            )
         gguf.write(adapter, path, BaseModel.open(base_model), outtype)
         return sha256_of_file(path)
     if format not in FORMATS:

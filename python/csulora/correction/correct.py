@@ -9,6 +9,7 @@ import torch
 
 from csulora.adapters import experts
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
+from csulora.adapters.mlx.directory import check_model
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.host_meaning import host_notes, todays_names
@@ -165,6 +166,8 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
         InputError: a shape differs from that in ``subspace``.
     """
     check_copies(adapter, subspace)
+    if adapter.format == "mlx":
+        check_model(subspace.keys(), adapter.path)
     covered: dict[str, str] = {}
     owners: dict[Resolved, str] = {}
     resolver = Resolver(subspace, subspace.aliases, subspace.names)

@@ -234,6 +234,29 @@ def vllm_worker() -> str:
     return table(["way", "raw adapters refused"], rows)
 
 
+def gguf() -> str:
+    """Return the table of families in llama.cpp, from `CSULORA_RECORD=1 pytest adapters/gguf/test_llama_cpp.py`."""
+    rows = []
+    for family, found in results("compatibility/gguf")["families"].items():
+        adapters = [figures for figures in found.values() if isinstance(figures, dict)]
+        largest = [max(figures[name] for figures in adapters) for name in ("difference", "without_adapter")]
+        smallest = min(figures["effect"] for figures in adapters)
+        rows.append([family, f"`{found['architecture']}`", *(f"{figure:.0e}" for figure in largest), f"{smallest:.1f}"])
+    head = ["family", "in GGUF", "largest difference", "without an adapter", "the adapter's effect"]
+    return table(head, rows)
+
+
+def families() -> str:
+    """Return the table of model families, from `CSULORA_RECORD=1 pytest tests/python/models/test_families.py`."""
+    rows = []
+    for family, found in results("compatibility/families")["families"].items():
+        figures = [f"{found[dtype][key]:.0e}" for key in ("none", "project") for dtype in ("float32", "bfloat16")]
+        names = [f"`{found['on disk']}`", ", ".join(f"`{name}`" for name in found["in an adapter"])]
+        rows.append([family, *names, str(found["float32"]["modules"]), *figures])
+    figures = [f"`{policy}`, {dtype}" for policy in ("none", "project") for dtype in ("float32", "bfloat16")]
+    return table(["family", "on disk", "in an adapter", "modules", *figures], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "smollm2": lambda: smollm2("smollm2"),
     "smollm2-general": lambda: smollm2("smollm2_general"),
@@ -246,8 +269,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "stress": stress,
     "wheels": wheels,
+    "families": families,
     "vllm": vllm,
     "vllm-worker": vllm_worker,
+    "gguf": gguf,
 }
 
 

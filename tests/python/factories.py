@@ -97,7 +97,9 @@ def subspace(
     for i, (name, (rows, columns)) in enumerate(shapes.items()):
         factors = core_subspace(rows, columns, rank, seed + 2 * i, dtype)
         modules[name] = ModuleSubspace(factors.u, factors.s, factors.v, certificate, f"{i:064x}", f"{i + 1:064x}")
-    return Subspace(modules, Provenance("0", "base", "aligned", {}, dict(aliases or {}), dict(vocabulary or {})))
+    return Subspace(
+        modules, Provenance("0", "base", "aligned", {}, dict(aliases or {}), vocabulary=dict(vocabulary or {}))
+    )
 
 
 def adapter(

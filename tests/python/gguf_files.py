@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor
 
-from csulora.models.gguf_layout import architecture, to_rotary_order
+from csulora.models.gguf_layout import architecture
 
 HEADS, KV_HEADS = 4, 2  # of factories.llama_weights
 Metadata = Mapping[str, str | int | float | bool | list[int]]
@@ -69,8 +69,8 @@ def save_model(
         tensor = layout.tensor_name(module)
         if tensor is None:  # a norm
             continue
-        if layout.is_permuted(module):
-            weight = to_rotary_order(weight, KV_HEADS if module.endswith("k_proj") else HEADS)
+        if (order := layout.row_order(module)) is not None:
+            weight = weight[order({"heads": HEADS, "kv_heads": KV_HEADS}, len(weight))]
         if kind is None:
             add_tensor(writer, f"{tensor}.weight", weight)
         else:

@@ -25,6 +25,7 @@ import csulora
 import factories
 import gguf_files
 import oracle
+import quantised
 from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.adapters.weights_files import CONFIG_FILE
@@ -729,6 +730,22 @@ def test_a_prefix_within_a_name_is_refused(tmp_path: Path, subspace: csulora.Sub
     name = "model.layers.0.base_model.model.self_attn.q_proj"
     path = upload(tmp_path / "adapter", named(name, *factors()), config(target_modules=["q_proj"]))
     refused_always(path, subspace, "not part of plain LoRA")
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 0.0, -1.0])
+@pytest.mark.parametrize("kind", ["blocks", "one scale", "channels"])
+def test_scales_that_would_hide_a_displacement_are_refused(kind: str, scale: float, tmp_path: Path) -> None:
+    """A NaN spreads over a block of an FP8 weight, a zero empties it: neither may make a subspace file."""
+    weights = factories.llama_weights(layers=1)
+    tensors, _ = quantised.quantise(factories.moved(weights), quantised.KINDS[kind])
+    name = next(name for name in tensors if name.startswith(f"{Q}.weight_scale"))
+    tensors[name].view(-1)[-1] = scale
+    config = {"quantization_config": quantised.KINDS[kind].settings}
+    base = factories.save_checkpoint(tmp_path / "base", weights)
+    aligned = factories.save_checkpoint(tmp_path / "aligned", tensors, config)
+    with pytest.raises(InputError, match=rf"model\.safetensors: {name} holds a scale that is not a positive number"):
+        csulora.extract(base, aligned, output=tmp_path / "subspace")
+    assert not (tmp_path / "subspace").exists()
 
 
 @pytest.mark.parametrize("kind", ["peft", "gguf"])

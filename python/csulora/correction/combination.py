@@ -48,7 +48,7 @@ def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[f
     if not all(math.isfinite(weight) for weight in weights):
         raise InputError(f"weights are {list(weights)}; they must be finite")
     terms: dict[str, list[LoraModule]] = {}
-    resolver = Resolver(subspace, subspace.aliases)
+    resolver = Resolver(subspace, subspace.aliases, subspace.names)
     for adapter, weight in zip(adapters, weights, strict=True):
         check_copies(adapter, subspace)
         for name, module in adapter.modules.items():

@@ -12,7 +12,8 @@ import torch
 
 from csulora.errors import RefusedError
 from csulora.extraction.noise_edge import noise_std
-from csulora.models.checkpoint import Checkpoint, check_comparable, check_one_model
+from csulora.models import names
+from csulora.models.checkpoint import Checkpoint, GGUFCheckpoint, check_comparable, check_one_model
 from csulora.models.resolver import Resolver
 
 Progress = Callable[[str, int, int], None]
@@ -23,6 +24,8 @@ Progress = Callable[[str, int, int], None]
 class LoadedModule:
     """One module's matrices (out, in), and the sha256 of the bytes they are stored as.
 
+    ``rows`` is how many the aligned checkpoint's matrix has. The matrices here end with the last row that both have.
+    Of an embedding's or head's further rows the displacement is unknown, and the subspace file has zeros for them.
     ``noise_std`` is what `noise_edge` gives for dequantised matrices; None if rounding follows from the dtypes.
     """
 
@@ -32,6 +35,7 @@ class LoadedModule:
     base_sha256: str
     aligned_sha256: str
     noise_std: float | None
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,7 @@ class ModelPair:
         check_one_model(before, after)
         counterparts = _counterparts(before, after)
         if modules is None:
-            theirs = {mine: name for name, mine in counterparts.items()}
-            selected = {theirs.get(module, module) for module in before.select(patterns)} | set(after.select(patterns))
+            selected = _selected(before, after, patterns, counterparts)
             modules = sorted(module for module in selected if module in counterparts or not _differ(before, after))
         base_names = {module: counterparts.get(module, module) for module in modules}
         check_comparable(before, after, base_names)
@@ -109,22 +112,53 @@ class ModelPair:
             self.base.rounding_variances(self.base_names[module]),
             self.aligned.rounding_variances(module),
         ]
+        rows, common = len(aligned), min(len(base), len(aligned))
+        base, aligned = base[:common], aligned[:common]
         std = noise_std((base, aligned), quantised)
-        return LoadedModule(module, base, aligned, base_sha256, aligned_sha256, std)
+        return LoadedModule(module, base, aligned, base_sha256, aligned_sha256, std, rows)
+
+
+def _selected(
+    base: Checkpoint, aligned: Checkpoint, patterns: Sequence[str], counterparts: Mapping[str, str]
+) -> set[str]:
+    """Return what the patterns select in either checkpoint, in the aligned one's names.
+
+    One may tie its head to its embedding where the other does not. The aligned checkpoint then decides which is meant:
+    a head of the base without a head there is left out, and so is an embedding that only the base calls a head.
+    """
+    theirs = {name: module for module, name in counterparts.items()}
+    here = set(aligned.select(patterns))
+    there = {name: theirs.get(name, name) for name in base.select(patterns)}
+    heads = {names.bare(alias) for alias in aligned.aliases}
+    tied = set(base.aliases.values())
+    for name, module in list(there.items()):
+        if names.bare(name) in heads or (name in tied and module not in here):
+            del there[name]
+    return here | set(there.values())
 
 
 def _counterparts(base: Checkpoint, aligned: Checkpoint) -> dict[str, str]:
-    """Return what the base calls the aligned checkpoint's modules, where that is one name for one module."""
-    resolver = Resolver(base.weights)
+    """Return what the base calls the aligned checkpoint's modules, where that is one name for one module.
+
+    The head of a base that ties it is the embedding, which then counts for two modules.
+    """
+    resolver = Resolver(base.weights, base.aliases, base.names_in_memory)
+    in_memory = {module: name for name, module in aligned.names_in_memory.items()}
     found: dict[str, list[str]] = {}
+    tied: dict[str, str] = {}
     for module in aligned.weights:
         with suppress(RefusedError):  # several may be meant, so that none is
-            if (resolved := resolver.resolve(module)) is not None:
+            resolved = resolver.resolve(module) or resolver.resolve(in_memory.get(module, module))
+            if resolved is not None and resolved.is_alias:
+                tied[module] = resolved.module
+            elif resolved is not None:
                 found.setdefault(resolved.module, []).append(module)
     exact = {name: [name] if name in modules else modules for name, modules in found.items()}
-    return {modules[0]: name for name, modules in exact.items() if len(modules) == 1}
+    return tied | {modules[0]: name for name, modules in exact.items() if len(modules) == 1}
 
 
 def _differ(base: Checkpoint, aligned: Checkpoint) -> bool:
-    """Whether one of the two is a wrapper of the other, which has further towers."""
+    """Whether one of the two may have towers that the other lacks, which no GGUF file of a language model has."""
+    if isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint):
+        return True
     return base.config.get("model_type") != aligned.config.get("model_type")

@@ -16,12 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from csulora.models.gguf_quants import RoundingVariances
-
-# Weights that had been quantised before lie on a grid, and rounding them to another repeats the same errors in many
-# entries: SmolLM2's, shipped as Q4_1, exceed the bound for independent errors by up to 1.9. Others stay below it. It
-# does not cover files that were made from each other on grids of which one contains the other (Q5_0 and Q4_0).
-_QUANTISED_MARGIN = 2.0
+from csulora.models.rounding import RoundingVariances
 
 
 def noise_std(matrices: Sequence[torch.Tensor], quantised: Sequence[RoundingVariances | None]) -> float | None:
@@ -38,7 +33,7 @@ def noise_std(matrices: Sequence[torch.Tensor], quantised: Sequence[RoundingVari
     >>> noise_std([matrix, matrix], [None, None]) is None
     True
     >>> round(noise_std([matrix, matrix], [RoundingVariances(9.0, 4.0), None]), 6)
-    2.0
+    1.0
     """
     if not any(quantised):
         return None
@@ -52,8 +47,8 @@ def noise_std(matrices: Sequence[torch.Tensor], quantised: Sequence[RoundingVari
 
 
 def quantised_edge(variances: RoundingVariances) -> float:
-    """Return the noise edge of one quantised matrix: twice the bound for independent errors."""
-    return _QUANTISED_MARGIN * _edge(variances)
+    """Return the noise edge of one quantised matrix: the bound for independent errors, times the format's margin."""
+    return variances.margin * _edge(variances)
 
 
 def floating_point_edge(matrix: torch.Tensor) -> float:

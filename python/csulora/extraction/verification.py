@@ -66,9 +66,9 @@ def verify(
     check_type(subspace, Subspace, "subspace")
     model_pair = ModelPair.open(base, aligned, modules=list(subspace))
     for name, module in subspace.items():
-        if (shape := model_pair.base.weights[name].shape) != module.shape:
+        if (shape := model_pair.aligned.weights[name].shape) != module.shape:
             raise InputError(
-                f"{model_pair.base.name}: tensor {name}.weight is {list(shape)}, but the subspace file is for "
+                f"{model_pair.aligned.name}: tensor {name}.weight is {list(shape)}, but the subspace file is for "
                 f"{list(module.shape)}; it is of another model"
             )
     options = _core.ExtractOptions()
@@ -77,8 +77,10 @@ def verify(
     for loaded in model_pair.load_ahead(model_pair.modules, progress):
         stored, (factors,) = subspace[loaded.name], subspace.to_core([loaded.name])
         options.noise_std = loaded.noise_std
+        # Of further rows nothing is known. Columns that need them are not orthonormal without them.
+        common = _core.Subspace(factors.u[: len(loaded.base)], factors.s, factors.v)
         try:
-            measured = _core.certify(loaded.base, loaded.aligned, factors, options)
+            measured = _core.certify(loaded.base, loaded.aligned, common, options)
         except InputError as error:
             raise InputError(f"{loaded.name}: {error}") from error
         same = (loaded.base_sha256, loaded.aligned_sha256) == (stored.base_sha256, stored.aligned_sha256)

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular
 from csulora.io.hub import local_path
-from csulora.models import gguf_layout, gguf_quants, names
+from csulora.models import experts, gguf_layout, gguf_quants, names, renamings, storage
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
+from csulora.models.rounding import RoundingVariances
 from csulora.models.shards import stored_tensors
+from csulora.models.storage import Contents, Weight
 from csulora.policy.globs import matches
+from csulora.subspace.expert_layout import ExpertLayout
 
 _LARGEST_JSON = 64 << 20  # bytes; the index of 100,000 tensors has about 10 MiB
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_READABLE = (*_DTYPES, *gguf_quants.QUANTISED)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Where a 2-D weight lies and what it looks like, oriented (out, in)."""
-
-    file: Path
-    tensor: str
-    shape: tuple[int, int]
-    dtype: str  # as safetensors or ggml calls it
-    transposed: bool  # stored as (in, out)
+_READABLE = (*storage.FLOATING, *storage.SCALED, *gguf_quants.QUANTISED)
 
 
 class Checkpoint:
@@ -81,29 +71,36 @@ class Checkpoint:
         if not isinstance(model_type, str | None):
             raise InputError(f"{config_file}: model_type is {model_type!r}; it must be a name")
         tensors = stored_tensors(directory)
-        weights: dict[str, Weight] = {}
-        others: dict[str, list[int]] = {}
-        transposed = names.conv1d({name.removesuffix(names.WEIGHT): shape for name, (_, shape, _) in tensors.items()})
-        for tensor, (file, shape, dtype) in tensors.items():
-            module = tensor.removesuffix(names.WEIGHT)
-            if module == tensor or len(shape) != 2:
-                others[module] = shape
-            elif module in transposed:
-                weights[module] = Weight(file, tensor, (shape[1], shape[0]), dtype, transposed=True)
-            else:
-                weights[module] = Weight(file, tensor, (shape[0], shape[1]), dtype, transposed=False)
+        contents = Contents.of(tensors, config, directory, experts.layout_of(_model_types(config)))
         files = [config_file, *sorted({tensor.file for tensor in tensors.values()})]
-        return cls(name, files, config, weights, others)
+        return cls(name, files, config, contents.weights, contents.others)
 
     @property
     def aliases(self) -> dict[str, str]:
         """Names under which a tied weight is known besides its own: ``lm_head`` of a tied model that stores no head."""
         embedding = names.token_embedding(self.weights)
         text = self.config.get("text_config")
-        configs = [self.config, text if isinstance(text, dict) else {}]
-        is_tied = all(config.get("tie_word_embeddings", True) is not False for config in configs)
+        inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        is_tied = self.config.get("tie_word_embeddings", inner) is not False  # the model's own word comes first
         has_head = any(names.kind_of(module) == "head" for module in self.weights)
         return {"lm_head": embedding} if embedding and is_tied and not has_head else {}
+
+    @property
+    def expert_layout(self) -> ExpertLayout | None:
+        """How the model lays out its experts in memory; None if it has none."""
+        return experts.layout_of(_model_types(self.config)) if any(map(names.is_expert, self.weights)) else None
+
+    @cached_property
+    def names_in_memory(self) -> dict[str, str]:
+        """What transformers calls modules in memory, where that is not their name on disk: name -> module.
+
+        Raises:
+            RefusedError: two modules have one name in memory.
+        """
+        try:
+            return renamings.names_in_memory(self.config, self.weights)
+        except RefusedError as error:
+            raise RefusedError(f"{self.name}: {error}") from error
 
     def select(self, patterns: Iterable[str]) -> list[str]:
         """Return the modules that any glob matches, or all linear ones if there is no glob.
@@ -117,13 +114,14 @@ class Checkpoint:
             if not usual:
                 raise InputError(
                     f"{self.name}: holds no 2-D weight of a linear module; name the modules (--modules), "
-                    "and dequantise a quantised checkpoint first"
+                    "or another model if it has none"
                 )
             return usual
         selected: set[str] = set()
         for pattern in patterns:
             found = {module for module in self.weights if matches(module, pattern)}
-            found |= {target for alias, target in self.aliases.items() if matches(alias, pattern)}
+            further = self.names_in_memory | self.aliases
+            found |= {module for name, module in further.items() if matches(name, pattern)}
             if not found:
                 raise InputError(
                     f"{self.name}: no 2-D weight matches the module pattern {pattern!r}{self._why(pattern)}"
@@ -147,25 +145,17 @@ class Checkpoint:
         return f"; {other} is {self._others[other]}, and only matrices called *.weight have a subspace" if other else ""
 
     def load(self, module: str) -> tuple[torch.Tensor, str]:
-        """Map one weight, (out, in), in its storage type, and hash its bytes as they are stored.
+        """Return one weight, (out, in), and the hex sha256 of its bytes as they are stored, see `storage.load`."""
+        return storage.load(self.weights[module])
 
-        Returns:
-            The matrix, a view of the mapped file that keeps the mapping alive, and the hex sha256.
-        """
-        weight = self.weights[module]
-        # A mapping of its own: what was read to be hashed counts as memory until it is unmapped.
-        digest = hashlib.sha256(_map(weight).view(torch.uint8).numpy().data).hexdigest()
-        stored = _map(weight)
-        return stored.t() if weight.transposed else stored, digest
-
-    def rounding_variances(self, module: str) -> gguf_quants.RoundingVariances | None:
+    def rounding_variances(self, module: str) -> RoundingVariances | None:
         """Return how far quantisation may have moved a weight's entries; None if the weight is not quantised."""
-        return None
+        return storage.rounding_variances(self.weights[module])
 
     @property
     def gguf_architecture(self) -> str:
         """What llama.cpp calls the model's architecture; raises `RefusedError` if csulora knows no name."""
-        return gguf_layout.architecture_of_model_type(self.config.get("model_type"), self.name).name
+        return gguf_layout.architecture_of_config(self.config, self.name).name
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -193,9 +183,9 @@ class GGUFCheckpoint(Checkpoint):
         """
         weight = self.weights[module]
         data, kind = self._file.bytes_of(weight.tensor), self._file.tensors[weight.tensor].type
-        if weight.dtype in _DTYPES:
-            stored = torch.frombuffer(data, dtype=_DTYPES[weight.dtype]).reshape(weight.shape)
-            matrix = self._base.from_gguf_rows(module, stored).contiguous()
+        if weight.dtype in storage.FLOATING:
+            stored = torch.frombuffer(data, dtype=storage.FLOATING[weight.dtype]).reshape(weight.shape)
+            matrix = self._base.weight_from_gguf(module, stored).contiguous()
             return matrix, hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest()
         if self._has_importance and weight.dtype != "Q8_0":  # which ignores it
             raise RefusedError(
@@ -203,12 +193,12 @@ class GGUFCheckpoint(Checkpoint):
                 "moved does not follow from the file; use Q8_0 or a checkpoint that is not quantised"
             )
         stored = gguf_quants.dequantise(data, weight.shape, kind)
-        return self._base.from_gguf_rows(module, stored), hashlib.sha256(data).hexdigest()
+        return self._base.weight_from_gguf(module, stored), hashlib.sha256(data).hexdigest()
 
-    def rounding_variances(self, module: str) -> gguf_quants.RoundingVariances | None:
+    def rounding_variances(self, module: str) -> RoundingVariances | None:
         """Return how far quantisation may have moved a weight's entries; None if the weight is not quantised."""
         weight = self.weights[module]
-        if weight.dtype in _DTYPES:
+        if weight.dtype in storage.FLOATING:
             return None
         kind = self._file.tensors[weight.tensor].type
         return gguf_quants.rounding_variances(self._file.bytes_of(weight.tensor), weight.shape, kind)
@@ -217,15 +207,6 @@ class GGUFCheckpoint(Checkpoint):
     def gguf_architecture(self) -> str:
         """What the file says."""
         return self._base.architecture.name
-
-
-def _map(weight: Weight) -> torch.Tensor:
-    try:
-        with safe_open(weight.file, framework="pt") as file:
-            stored: torch.Tensor = file.get_tensor(weight.tensor)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch, if the file vanishes meanwhile
-        raise InputError(f"{weight.file}: cannot read {weight.tensor}: {error}") from error
-    return stored
 
 
 def check_one_model(base: Checkpoint, aligned: Checkpoint) -> None:
@@ -247,6 +228,13 @@ def check_one_model(base: Checkpoint, aligned: Checkpoint) -> None:
         )
 
 
+def _model_types(config: Mapping[str, Any]) -> list[str]:
+    """Return the model's type, and that of the language model within one that also sees or hears."""
+    text = config.get("text_config")
+    found = [config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None]
+    return [model_type for model_type in found if isinstance(model_type, str)]
+
+
 def _language_model_type(checkpoint: Checkpoint) -> Any:
     """Return the model type, or that of the language model within one that also sees or hears."""
     text = checkpoint.config.get("text_config")
@@ -256,6 +244,8 @@ def _language_model_type(checkpoint: Checkpoint) -> Any:
 
 def check_comparable(base: Checkpoint, aligned: Checkpoint, base_names: Mapping[str, str]) -> None:
     """Raise `InputError` unless both have these modules, readable and in the same shapes.
+
+    Embeddings and heads may differ in rows.
 
     Args:
         base: the checkpoint before alignment.
@@ -268,11 +258,12 @@ def check_comparable(base: Checkpoint, aligned: Checkpoint, base_names: Mapping[
                 raise InputError(f"{here.name}: tensor {name}.weight is missing, but {there.name} has it")
             if here.weights[name].dtype not in _READABLE:
                 raise InputError(
-                    f"{here.name}: tensor {name}.weight is {here.weights[name].dtype}; "
-                    f"dequantise the checkpoint to {', '.join(_DTYPES)} first"
+                    f"{here.name}: tensor {name}.weight is {here.weights[name].dtype}, which csulora does not read; "
+                    "name the unquantised repository that the checkpoint was made from"
                 )
         ours_shape, theirs_shape = base.weights[base_name].shape, aligned.weights[module].shape
-        if ours_shape != theirs_shape:
+        rows_may_differ = names.has_a_row_per_token(module) and ours_shape[1] == theirs_shape[1]
+        if ours_shape != theirs_shape and not rows_may_differ:
             raise InputError(
                 f"tensor {module}.weight is {list(ours_shape)} in base {base.name} "
                 f"and {list(theirs_shape)} in aligned {aligned.name}"

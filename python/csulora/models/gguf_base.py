@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import metadata_load
 
 from csulora.errors import InputError, RefusedError
-from csulora.io.files import parse_json, read_regular, to_json
+from csulora.io.files import to_json
 from csulora.io.hub import local_path
-from csulora.models import gguf_layout, gguf_parts, names
+from csulora.models import gguf_directory, gguf_layout, gguf_parts, names
+from csulora.models.gguf_directory import MOST_LAYERS, read_counts
 from csulora.models.gguf_file import GGUFFile
-from csulora.models.gguf_layout import EMBEDDING, HEAD, K_PROJ, Architecture
-
-_LARGEST_CONFIG = 16 << 20  # bytes
-_MOST_LAYERS = 10_000
+from csulora.models.gguf_layout import HEAD, Architecture
+from csulora.models.gguf_orders import Order
 
 
 @dataclass(frozen=True)
@@ -29,28 +26,27 @@ class BaseModel:
     Attributes:
         path: where it was read from.
         architecture: how llama.cpp lays it out.
-        heads: number of query heads; ``kv_heads``: of key and value heads.
+        counts: what the orders of its rows and columns follow from, see `Architecture.counts`.
         shapes: (out, in) of every weight matrix that llama.cpp has a name for, by module. Without the output
             head if that is the token embedding.
         name: what the model calls itself.
         license: its licence, if it says so.
+        multipliers: what a GGUF file's weights are multiplied by, by module, where its architecture has such factors.
     """
 
     path: Path
     architecture: Architecture
-    heads: int
-    kv_heads: int
+    counts: dict[str, int]
     shapes: dict[str, tuple[int, int]]
     name: str
     license: str | None = None
+    multipliers: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that rows can be reordered head by head."""
-        for module, (rows, _) in self.shapes.items():
-            if self.architecture.is_permuted(module) and rows % (2 * self._heads_of(module)):
-                raise InputError(
-                    f"{self.path}: {module} has {rows} rows, which are not {self._heads_of(module)} heads of even size"
-                )
+        """Check that rows and columns can be reordered head by head."""
+        for module, shape in self.shapes.items():
+            self._order(module, self.architecture.row_order(module), shape[0])
+            self._order(module, self.architecture.column_order(module), shape[1])
 
     @classmethod
     def open(cls, source: str | Path) -> BaseModel:
@@ -63,7 +59,11 @@ class BaseModel:
             RefusedError: the architecture is not supported.
         """
         path = local_path(source, ["config.json", "README.md"])
-        return _from_config(path) if path.is_dir() else cls.of_files(gguf_parts.open_parts(path))
+        if not path.is_dir():
+            return cls.of_files(gguf_parts.open_parts(path))
+        found = gguf_directory.describe(path)
+        name = Path(source).resolve().name
+        return cls(path, found.architecture, found.counts, found.shapes, name, found.license, found.multipliers)
 
     @classmethod
     def of_files(cls, files: Sequence[GGUFFile]) -> BaseModel:
@@ -71,15 +71,29 @@ class BaseModel:
         file = files[0]
         _check_model_file(file, len(files))
         architecture = gguf_layout.architecture(file.text("general.architecture"), str(file.path))
-        heads = _metadata_count(file, f"{architecture.name}.attention.head_count")
-        kv_heads = _metadata_count(file, f"{architecture.name}.attention.head_count_kv", heads)
+        if architecture.unlike and f"{architecture.name}.{architecture.unlike}" in file.fields:
+            raise RefusedError(
+                f"{file.path}: a {architecture.name} model with {architecture.unlike}, which also sees; "
+                "the order of its rows is not supported"
+            )
+        if architecture.multipliers:
+            raise RefusedError(
+                f"{file.path}: weights of {architecture.name} models are multiplied by factors of the configuration, "
+                "which the file does not state; name the Hugging Face directory instead"
+            )
+        counts = read_counts(
+            architecture, str(file.path), lambda source: f"{architecture.name}.{source.metadata}", file.integer
+        )
+        layers = _layers(file, architecture)
         shapes = {}
         for tensor, info in (named for part in files for named in part.tensors.items()):
             module = architecture.module_name(tensor.removesuffix(names.WEIGHT))
-            if module and tensor.endswith(names.WEIGHT) and len(info.shape) == 2:
+            if not module or (gguf_layout.layer_of(module) or 0) >= layers:
+                continue
+            if tensor.endswith(names.WEIGHT) and len(info.shape) == 2:
                 shapes[module] = (info.shape[0], info.shape[1])
         name = file.text("general.name") or file.path.stem
-        return cls(file.path, architecture, heads, kv_heads, shapes, name, file.text("general.license"))
+        return cls(file.path, architecture, counts, shapes, name, file.text("general.license"))
 
     @property
     def is_tied(self) -> bool:
@@ -91,27 +105,42 @@ class BaseModel:
         """Hex sha256 over all that a LoRA file for this model depends on."""
         document = {
             "architecture": self.architecture.name,
-            "heads": [self.heads, self.kv_heads],
+            "counts": self.counts,
             "shapes": self.shapes,
             "name": self.name,
             "license": self.license,
+            "multipliers": self.multipliers,
         }
         return hashlib.sha256(to_json(document).encode()).hexdigest()
 
-    def to_gguf_rows(self, module: str, matrix: torch.Tensor) -> torch.Tensor:
-        """Put the rows of a module's weight, or of a factor b of its update, in llama.cpp's order."""
-        if not self.architecture.is_permuted(module):
-            return matrix
-        return gguf_layout.to_rotary_order(matrix, self._heads_of(module))
+    def to_gguf(self, module: str, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the rows of ``b`` and the columns of ``a``, factors of a module's update, in llama.cpp's orders."""
+        rows, columns = self._orders(module)
+        return (b if rows is None else b[rows]), (a if columns is None else a[:, columns])
 
-    def from_gguf_rows(self, module: str, matrix: torch.Tensor) -> torch.Tensor:
-        """Undo `to_gguf_rows`."""
-        if not self.architecture.is_permuted(module):
-            return matrix
-        return gguf_layout.from_rotary_order(matrix, self._heads_of(module))
+    def from_gguf(self, module: str, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Undo `to_gguf`."""
+        rows, columns = self._orders(module)
+        return (b if rows is None else b[rows.argsort()]), (a if columns is None else a[:, columns.argsort()])
 
-    def _heads_of(self, module: str) -> int:
-        return self.kv_heads if module.endswith(K_PROJ) else self.heads
+    def weight_from_gguf(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """Put rows and columns of a module's weight in Hugging Face's orders."""
+        rows, columns = self._orders(module)
+        weight = weight if rows is None else weight[rows.argsort()]
+        return weight if columns is None else weight[:, columns.argsort()]
+
+    def _orders(self, module: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        rows, columns = self.shapes[module]
+        return (
+            self._order(module, self.architecture.row_order(module), rows),
+            self._order(module, self.architecture.column_order(module), columns),
+        )
+
+    def _order(self, module: str, order: Order | None, size: int) -> torch.Tensor | None:
+        try:
+            return None if order is None else order(self.counts, size)
+        except ValueError as error:
+            raise InputError(f"{self.path}: {module} has {error}") from None
 
 
 def _check_model_file(file: GGUFFile, parts: int) -> None:
@@ -122,55 +151,9 @@ def _check_model_file(file: GGUFFile, parts: int) -> None:
         raise RefusedError(f"{file.path}: one part of several; join them with llama-gguf-split --merge first")
 
 
-def _metadata_count(file: GGUFFile, key: str, default: int | None = None) -> int:
-    value = file.integer(key)
-    return _count(default if value is None else value, f"{file.path}: metadata {key}")
-
-
-def _count(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{what} is {value}; a positive number is needed")
-    return value
-
-
-def _from_config(directory: Path) -> BaseModel:
-    path = directory / "config.json"
-    config = parse_json(read_regular(path, _LARGEST_CONFIG), path)
-    architecture = gguf_layout.architecture_of_model_type(config.get("model_type"), str(path))
-
-    def count(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        return _count(default if value is None else value, f"{path}: {key}")
-
-    width, hidden, layers = count("hidden_size"), count("intermediate_size"), count("num_hidden_layers")
-    if layers > _MOST_LAYERS:
-        raise InputError(f"{path}: num_hidden_layers is {layers}; at most {_MOST_LAYERS} are possible")
-    heads = count("num_attention_heads")
-    kv_heads = count("num_key_value_heads", heads)
-    head = count("head_dim", width // heads)
-    in_layer = {
-        "self_attn.q_proj": (heads * head, width),
-        "self_attn.k_proj": (kv_heads * head, width),
-        "self_attn.v_proj": (kv_heads * head, width),
-        "self_attn.qkv_proj": ((heads + 2 * kv_heads) * head, width),
-        "self_attn.o_proj": (width, heads * head),
-        "mlp.gate_proj": (hidden, width),
-        "mlp.up_proj": (hidden, width),
-        "mlp.gate_up_proj": (2 * hidden, width),
-        "mlp.down_proj": (width, hidden),
-    }
-    shapes = {f"model.layers.{layer}.{part}": in_layer[part] for layer in range(layers) for part in architecture.parts}
-    shapes[EMBEDDING] = (count("vocab_size"), width)
-    if config.get("tie_word_embeddings", True) is False:
-        shapes[HEAD] = shapes[EMBEDDING]
-    name = directory.resolve().name
-    return BaseModel(directory, architecture, heads, kv_heads, shapes, name, _license(directory / "README.md"))
-
-
-def _license(card: Path) -> str | None:
-    """The licence that a model card states, if there is a card and it can be read."""
-    try:
-        value = (metadata_load(card) or {}).get("license") if card.is_file() else None
-    except Exception:  # of the card's text, of its YAML, of its encoding: none of them matters here
-        return None
-    return value if isinstance(value, str) else None
+def _layers(file: GGUFFile, architecture: Architecture) -> int:
+    """How many layers are run; the last ones may be there to predict further tokens."""
+    layers = file.integer(f"{architecture.name}.block_count")
+    if layers is None:
+        return MOST_LAYERS
+    return layers - (file.integer(f"{architecture.name}.nextn_predict_layers") or 0)

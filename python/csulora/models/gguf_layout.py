@@ -7,28 +7,31 @@ layers come from gguf's own table. Modules go by their names in Hugging Face's c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
-import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, TensorNameMap
 
 from csulora.errors import BuildError, RefusedError
+from csulora.models import gguf_orders
+from csulora.models.gguf_ignored import why_not
+from csulora.models.gguf_orders import Order
+from csulora.models.names import bare
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-Q_PROJ, K_PROJ = "self_attn.q_proj", "self_attn.k_proj"
 
-_SEPARATE = (
-    Q_PROJ,
-    K_PROJ,
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+_SEPARATE_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_SEPARATE = (*_SEPARATE_QKV, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+_VALUE_HEADS = {
+    "linear_attn.in_proj_qkv": gguf_orders.values_last,
+    **dict.fromkeys(
+        ("linear_attn.in_proj_z", "linear_attn.in_proj_a", "linear_attn.in_proj_b"), gguf_orders.value_heads
+    ),
+}
+_ROTARY = {"self_attn.q_proj": gguf_orders.rotary_queries, "self_attn.k_proj": gguf_orders.rotary_keys}
 
 _OUTSIDE = {EMBEDDING: TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD], HEAD: TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}
 
@@ -43,48 +46,153 @@ class Architecture:
     Attributes:
         name: what GGUF's ``general.architecture`` says.
         parts: the weight matrices of a layer, by the end of their modules' names.
-        permuted: whether rows of q_proj and k_proj stand in llama.cpp's own order.
+        rows: the orders of the rows that stand otherwise in GGUF files, by part.
+        columns: the same of columns.
+        ignored: GGUF names of weights outside layers whose updates llama.cpp ignores, by their modules.
+        multipliers: keys of the configuration whose product is multiplied into a GGUF file's weight, by part.
+        unlike: metadata that models have whose rows are in yet another order, which is not supported.
+        counts: what the orders follow from, by the names of `gguf_orders.SOURCES`.
     """
 
     name: str
     parts: tuple[str, ...] = _SEPARATE
-    permuted: bool = False
+    rows: Mapping[str, Order] = field(default_factory=dict)
+    columns: Mapping[str, Order] = field(default_factory=dict)
+    counts: tuple[str, ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    multipliers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unlike: str = ""
 
     def tensor_name(self, module: str) -> str | None:
         """Return a module's GGUF name less ``.weight``; None if llama.cpp has no such weight matrix."""
-        return _OUTSIDE.get(module) or _rename(module, "model.layers", "blk", _part_names(self))
+        return self._outside().get(module) or _rename(module, "model.layers", "blk", _part_names(self.name, self.parts))
 
     def module_name(self, tensor: str) -> str | None:
         """Return the module of a GGUF name less ``.weight``; None if it is no weight matrix of a known module."""
-        parts = {name: part for part, name in _part_names(self).items()}
-        outside = {name: module for module, name in _OUTSIDE.items()}
+        parts = {name: part for part, name in _part_names(self.name, self.parts).items()}
+        outside = {name: module for module, name in self._outside().items()}
         return outside.get(tensor) or _rename(tensor, "blk", "model.layers", parts)
 
-    def is_permuted(self, module: str) -> bool:
-        """Whether the rows of this module's weight are in another order in GGUF files."""
-        return self.permuted and module.endswith((Q_PROJ, K_PROJ))
+    def is_ignored(self, module: str) -> bool:
+        """Whether llama.cpp ignores updates of this module."""
+        return bare(module) in {bare(known) for known in self.ignored}
+
+    def multiplied_by(self, module: str) -> tuple[str, ...]:
+        """Return the keys of the configuration whose values are multiplied into a module's weight."""
+        return self.multipliers.get(_part(module), ())
+
+    def row_order(self, module: str) -> Order | None:
+        """Return the order of a module's rows; None if it is Hugging Face's."""
+        return self.rows.get(_part(module))
+
+    def column_order(self, module: str) -> Order | None:
+        """Return the order of a module's columns; None if it is Hugging Face's."""
+        return self.columns.get(_part(module))
+
+    def _outside(self) -> Mapping[str, str]:
+        return {**_OUTSIDE, **self.ignored}
+
+    def is_reordered(self, module: str) -> bool:
+        """Whether rows or columns of this module's weight are in another order in some GGUF files."""
+        return bool(self.unlike or self.multipliers) or _part(module) in self.rows or _part(module) in self.columns
+
+
+# Without mamba.in_proj, whose rows have multipliers of their own, and mamba.out_proj, which PEFT does not adapt.
+_FALCON_H1 = Architecture(
+    "falcon-h1",
+    parts=(
+        *_SEPARATE_QKV,
+        *("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+    ),
+    multipliers={
+        "self_attn.q_proj": ("attention_in_multiplier",),
+        "self_attn.k_proj": ("attention_in_multiplier", "key_multiplier"),
+        "self_attn.v_proj": ("attention_in_multiplier",),
+        "self_attn.o_proj": ("attention_out_multiplier",),
+        "feed_forward.gate_proj": ("mlp_multipliers.0",),
+        "feed_forward.down_proj": ("mlp_multipliers.1",),
+        EMBEDDING: ("embedding_multiplier",),
+        HEAD: ("lm_head_multiplier",),
+    },
+)
+
+
+def _permuted(name: str) -> Architecture:
+    return Architecture(name, rows=_ROTARY, counts=("heads", "kv_heads"))
 
 
 _ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("llama", permuted=True),
-        Architecture("smollm3", permuted=True),
-        Architecture("granite", permuted=True),
+        _permuted("llama"),
+        _permuted("mistral3"),
+        _permuted("smollm3"),
+        _permuted("granite"),
         Architecture("olmo2"),
         Architecture("qwen2"),
         Architecture("qwen3"),
         Architecture("gemma"),
         Architecture("gemma2"),
         Architecture("gemma3"),
+        Architecture(
+            "gemma4",
+            parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection"),
+            ignored={
+                "model.per_layer_model_projection": "per_layer_model_proj",
+                "model.embed_tokens_per_layer": "per_layer_token_embd",
+            },
+        ),
         Architecture("phi3", parts=_FUSED),
+        # Of models that also see, rows of queries and keys are in the order that Hugging Face has elsewhere.
+        Architecture(
+            "glm4", parts=(*_SEPARATE_QKV, "mlp.gate_up_proj", "mlp.down_proj"), unlike="rope.dimension_sections"
+        ),
+        Architecture("qwen3vl"),
+        Architecture(
+            "qwen35",
+            parts=(*_SEPARATE, *_VALUE_HEADS, "linear_attn.out_proj"),
+            rows=_VALUE_HEADS,
+            columns={"linear_attn.out_proj": gguf_orders.value_heads},
+            counts=("key_heads", "value_heads", "value_size"),
+        ),
+        Architecture(
+            "lfm2",
+            parts=(
+                *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+                *("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+            ),
+        ),
+        _FALCON_H1,
     )
 }
 
-# What `transformers` calls the models that llama.cpp runs as one of these architectures.
-_MODEL_TYPES = {name: name for name in _ARCHITECTURES if name != "gemma3"} | {
+# What `transformers` calls the models that llama.cpp runs as one of these architectures; of a model that also sees, its
+# own type and that of its language model.
+_MODEL_TYPES = {
+    "llama": "llama",
     "mistral": "llama",
+    "ministral3": "mistral3",
+    "mistral3 (mistral)": "mistral3",
+    "mistral3 (ministral3)": "mistral3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma3 (gemma3_text)": "gemma3",
+    "gemma4_text": "gemma4",
+    "gemma4 (gemma4_text)": "gemma4",
+    "phi3": "phi3",
+    "glm4": "glm4",
+    "qwen3_vl (qwen3_vl_text)": "qwen3vl",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5 (qwen3_5_text)": "qwen35",
+    "lfm2": "lfm2",
+    "falcon_h1": "falcon-h1",
 }
 
 
@@ -96,35 +204,37 @@ def architecture(name: str | None, where: str) -> Architecture:
     """
     if name not in _ARCHITECTURES:
         raise RefusedError(
-            f"{where}: architecture {_shown(name)} is not supported; supported are {_listed(_ARCHITECTURES)}"
+            f"{where}: architecture {_shown(name)} is not supported"
+            + (why_not(name) or f"; supported are {_listed(_ARCHITECTURES)}")
         )
     return _ARCHITECTURES[name]
 
 
-def architecture_of_model_type(model_type: object, where: str) -> Architecture:
-    """Look up an architecture by a Hugging Face config's ``model_type``.
+def architecture_of_config(config: Mapping[str, Any], where: str) -> Architecture:
+    """Look up an architecture by a Hugging Face configuration.
 
     Raises:
         RefusedError: it is not on the list.
     """
+    outer, text = config.get("model_type"), config.get("text_config")
+    model_type = f"{outer} ({text.get('model_type')})" if isinstance(text, dict) else outer
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise RefusedError(
-            f"{where}: no GGUF layout is known for model_type {_shown(model_type)}; known are {_listed(_MODEL_TYPES)}"
+            f"{where}: no GGUF layout is supported for model_type {_shown(model_type)}"
+            + (why_not(model_type) or f"; supported are {_listed(_MODEL_TYPES)}")
         )
     return _ARCHITECTURES[_MODEL_TYPES[model_type]]
 
 
-def to_rotary_order(matrix: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head from (first halves, second halves) to llama.cpp's pairs.
-
-    Hugging Face rotates row i of a head of d rows together with row i + d/2, llama.cpp row 2i with row 2i + 1.
-    """
-    return matrix.reshape(heads, 2, -1, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
+def layer_of(module: str) -> int | None:
+    """Return the number of a module's layer; None if it lies in none."""
+    found = _IN_LAYER.fullmatch(module)
+    return int(found["layer"]) if found else None
 
 
-def from_rotary_order(matrix: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo `to_rotary_order`."""
-    return matrix.reshape(heads, -1, 2, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
+def _part(module: str) -> str:
+    found = _IN_LAYER.fullmatch(module)
+    return found["part"] if found else module
 
 
 def _rename(name: str, stem: str, new_stem: str, parts: dict[str, str]) -> str | None:
@@ -134,15 +244,15 @@ def _rename(name: str, stem: str, new_stem: str, parts: dict[str, str]) -> str |
 
 
 @cache
-def _part_names(architecture: Architecture) -> dict[str, str]:
+def _part_names(architecture: str, parts: tuple[str, ...]) -> dict[str, str]:
     """What follows the layer's number in GGUF names, by part."""
-    (arch,) = (arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
+    (arch,) = (arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     table = TensorNameMap(MODEL_ARCH(arch), 1)
     names = {}
-    for part in architecture.parts:
+    for part in parts:
         name = table.get_name(f"model.layers.0.{part}")
         if name is None:
-            raise BuildError(f"the installed gguf has no name for {part} of {architecture.name}; install gguf 0.19")
+            raise BuildError(f"the installed gguf has no name for {part} of {architecture}; install gguf 0.19")
         names[part] = name.removeprefix("blk.0.")
     return names
 

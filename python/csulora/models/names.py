@@ -12,13 +12,21 @@ WEIGHT = ".weight"
 # checkpoint. No attribute of a vision or audio tower may be among them.
 _WRAPPERS = frozenset({"model", "transformer", "gpt_neox", "backbone", "base_model", "language_model"})
 
+# What families call an expert's gate, up and down projections.
+_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "fc1": "gate_proj", "fc3": "up_proj"} | {
+    "fc2": "down_proj"
+}
+_EXPERT = re.compile(r"(?<=\bexperts\.)(?P<expert>\d+)\.(?P<projection>\w+)$")
+
 # What GPT-2 and its descendants call weights that most of them keep as Conv1D, (in, out); those that widen say which.
 _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _WIDENING_MODULES = frozenset({"c_attn", "c_fc"})
 
 # Last parts of names of 2-D weights that are looked up, not multiplied with, and of those that make logits.
-_EMBEDDING = re.compile(r"(\w*embed(ding)?s?|embed_(?!out)\w+|w[tp]e|shared|relative_attention_bias)$")
+# A patch embedding multiplies.
+_EMBEDDING = re.compile(r"((?!patch_)\w*embed(ding)?s?|embed_(?!out)\w+|w[tp]e|shared|relative_attention_bias)$")
 _HEAD = re.compile(r"(lm_head|embed_out)$")
+_VOCABULARY = re.compile(r"(embed_tokens(_per_layer)?|wte|embed_in|embed_out|word_embeddings|shared|lm_head)$")
 _TOKEN_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)$")
 
 
@@ -49,6 +57,15 @@ def kind_of(module: str) -> str:
     return "embedding" if _EMBEDDING.match(last) else "linear"
 
 
+def has_a_row_per_token(module: str) -> bool:
+    """Whether a 2-D weight's rows are the vocabulary, which alignment may extend by tokens of its own.
+
+    >>> has_a_row_per_token("model.embed_tokens"), has_a_row_per_token("transformer.wpe")
+    (True, False)
+    """
+    return _VOCABULARY.match(module.rpartition(".")[2]) is not None
+
+
 def token_embedding(modules: Iterable[str]) -> str | None:
     """Return the module that holds the token embedding, if exactly one has such a name."""
     found = [module for module in modules if _TOKEN_EMBEDDING.search(module)]
@@ -57,4 +74,18 @@ def token_embedding(modules: Iterable[str]) -> str | None:
 
 def bare(module: str) -> str:
     """Return a name without the wrappers that hosts put before and into names, and take out again as they load."""
+    found = _EXPERT.search(module)
+    if found:
+        projection = found["projection"]
+        module = f"{module[: found.start()]}{found['expert']}.{_PROJECTIONS.get(projection, projection)}"
+        module = module.replace(".block_sparse_moe.", ".mlp.")
     return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module is a projection of one expert.
+
+    >>> [is_expert(name) for name in ("model.layers.0.mlp.experts.3.up_proj", "model.layers.0.mlp.gate")]
+    [True, False]
+    """
+    return bool(_EXPERT.search(module))

@@ -31,14 +31,27 @@ class Resolver:
     True
     """
 
-    def __init__(self, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
-        """Know some modules; ``aliases`` holds further names of tied weights, name -> module.
+    def __init__(
+        self,
+        known: Iterable[str],
+        aliases: Mapping[str, str] | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        """Know some modules, and further names of theirs, name -> module.
 
-        A known module of an alias's name, under whatever wrappers, is a weight of its own; such an alias is left out.
+        A known module of such a name, under whatever wrappers, is a weight of its own; the further name is left out.
+
+        Args:
+            known: the modules.
+            aliases: names of tied weights, which may be updated once under each name.
+            names: what a host calls a module, which is one weight under one name, see `renamings`.
         """
         self._exact = {module: Resolved(module, False) for module in known}
         own = {bare(module) for module in self._exact}
-        self._exact |= {alias: Resolved(to, True) for alias, to in (aliases or {}).items() if bare(alias) not in own}
+        for further, is_alias in ((names, False), (aliases, True)):
+            for name, module in (further or {}).items():
+                if bare(name) not in own:
+                    self._exact.setdefault(name, Resolved(module, is_alias))
         self._bare: dict[str, list[str]] = {}
         for name in self._exact:
             self._bare.setdefault(bare(name), []).append(name)
@@ -55,3 +68,8 @@ class Resolver:
         if len({self._exact[other].module for other in spelled}) > 1:
             raise RefusedError(f"module {name} may be {' or '.join(sorted(spelled))}; name the one that is meant")
         return self._exact[spelled[0]] if spelled else None
+
+    def name_of(self, name: str) -> str:
+        """Return what a known module is called here; another one keeps its name."""
+        found = self.resolve(name)
+        return found.module if found else name

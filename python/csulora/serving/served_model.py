@@ -26,7 +26,10 @@ def check_model(model: str, gate: Gate, revision: str | None = None) -> None:
         raise InputError(
             f"{model}: csulora cannot compare revision {revision} of it; serve a local directory of that one"
         )
-    checkpoint = Checkpoint.open(model)
+    try:
+        checkpoint = Checkpoint.open(model)
+    except InputError as error:
+        raise InputError(f"{error}; {hint}") from error
     module = min(gate.subspace, key=lambda name: gate.subspace[name].u.numel() + gate.subspace[name].v.numel())
     if module not in checkpoint.weights:
         raise InputError(f"{model}: has no {module}, which the subspace file covers; {hint}")

@@ -80,6 +80,11 @@ class Subspace(Mapping[str, ModuleSubspace]):
         """Further names of tied weights: name in the model -> module in the subspace file."""
         return self.provenance.aliases
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What transformers calls some modules: its name -> module in the subspace file."""
+        return self.provenance.names
+
     def to_core(self, modules: Iterable[str], device: torch.device = CPU) -> list[_core.Subspace]:
         """Return the factors of some modules as the compiled core takes them, on a device, where they then stay.
 

@@ -98,7 +98,7 @@ def _parse(
         raise InputError(f"{path}: holds tensors that no module accounts for")
     if fingerprints(modules) != stated:
         raise InputError(f"{path}: fingerprints and content hashes contradict each other; the subspace file is damaged")
-    if any(target not in modules for target in provenance.aliases.values()):
+    if any(target not in modules for target in (*provenance.aliases.values(), *provenance.names.values())):
         raise InputError(f"{path}: an alias names a module that the subspace file does not hold")
     return modules, provenance
 

@@ -1,11 +1,15 @@
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import factories
 import oracle
+import quantised
 from csulora.extraction.noise_edge import floating_point_edge, noise_std, quantised_edge
-from csulora.models import gguf_quants
+from csulora.models import gguf_quants, scaled_codes
+from csulora.models.rounding import RoundingVariances
 
 KINDS = [GGMLQuantizationType[name] for name in gguf_quants.QUANTISED]
 WRITTEN = [kind for kind in KINDS if not kind.name.endswith("_K")]  # gguf has no quantiser for the others
@@ -26,7 +30,7 @@ def test_the_edge_of_a_floating_point_matrix_follows_from_its_spacings(dtype: to
 
 def test_the_noise_of_a_pair_spreads_as_far_as_both_edges() -> None:
     matrix = factories.gaussian(ROWS, COLUMNS, seed=0)
-    variances = gguf_quants.RoundingVariances(3.0, 2.0)
+    variances = RoundingVariances(3.0, 2.0)
     assert noise_std((matrix, matrix), (None, None)) is None
     std = noise_std((matrix, matrix), (variances, None))
     assert std is not None
@@ -60,3 +64,58 @@ def test_also_those_of_weights_that_had_been_rounded_before(
     data = memoryview(quants.quantize(rounded.numpy(), kind).tobytes())
     error = torch.linalg.matrix_norm(gguf_quants.dequantise(data, (ROWS, COLUMNS), kind) - rounded, 2)
     assert error <= edge_of(data, kind)
+
+
+SCALED = {
+    "blocks": lambda matrix: fp8(matrix, (32, 32)),
+    "rows": lambda matrix: fp8(matrix, (1, COLUMNS)),
+    "one scale": lambda matrix: fp8(matrix, (ROWS, COLUMNS)),
+    "MXFP4": lambda matrix: mxfp4(matrix),
+}
+
+
+def fp8(matrix: torch.Tensor, block: scaled_codes.Block) -> tuple[torch.Tensor, float]:
+    """Values and noise edge of a matrix in FP8."""
+    codes, scales = quantised.fp8(matrix, block)
+    arguments = (codes.view(torch.uint8), scales, block, scaled_codes.FP8)
+    return scaled_codes.dequantise(*arguments), quantised_edge(scaled_codes.rounding_variances(*arguments))
+
+
+def mxfp4(matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Values and noise edge of a matrix in MXFP4."""
+    blocks, scales = quantised.mxfp4(matrix)
+    codes, factors = scaled_codes.unpack_nibbles(blocks), scaled_codes.decode_exponents(scales)
+    arguments = (codes, factors, scaled_codes.MXFP4_BLOCK, scaled_codes.MXFP4)
+    return scaled_codes.dequantise(*arguments), quantised_edge(scaled_codes.rounding_variances(*arguments))
+
+
+@pytest.mark.parametrize("kind", SCALED)
+@given(
+    row_spread=st.floats(0, 1),
+    tails=st.floats(1, 3),
+    mean=st.floats(0, 3),
+    is_rounded=st.booleans(),
+    seed=st.integers(0),
+)
+@settings(max_examples=30)
+def test_fp8_and_mxfp4_stay_within_the_edge_of_their_levels_and_scales(
+    kind: str, row_spread: float, tails: float, mean: float, is_rounded: bool, seed: int
+) -> None:
+    seed %= 2**31
+    matrix = factories.gaussian(ROWS, COLUMNS, seed=seed)
+    matrix = matrix.sign() * matrix.abs() ** tails * (row_spread * factories.gaussian(ROWS, 1, seed=seed + 1)).exp()
+    matrix += mean * factories.gaussian(ROWS, 1, seed=seed + 2)
+    if is_rounded:
+        matrix = matrix.bfloat16().float()
+    values, edge = SCALED[kind](matrix)
+    error = float(torch.linalg.matrix_norm(values - matrix, 2))
+    assert edge / 4 < error <= edge
+
+
+@pytest.mark.parametrize("before", SCALED)
+@pytest.mark.parametrize("after", SCALED)
+def test_weights_that_were_quantised_before_stay_within_three_times_the_edge(before: str, after: str) -> None:
+    matrix = factories.gaussian(ROWS, COLUMNS, seed=0) + factories.gaussian(ROWS, 1, seed=1)
+    once = SCALED[before](matrix)[0]
+    twice, edge = SCALED[after](once)
+    assert float(torch.linalg.matrix_norm(twice - once, 2)) <= 3 * edge

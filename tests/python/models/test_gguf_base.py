@@ -38,10 +38,10 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
 
 
 def test_without_a_number_of_key_heads_there_are_as_many_as_of_queries(tmp_path: Path) -> None:
-    assert BaseModel.open(directory(tmp_path / "model")).kv_heads == 4
+    assert BaseModel.open(directory(tmp_path / "model")).counts == {"heads": 4, "kv_heads": 4}
     weights = factories.llama_weights()
     file = gguf_files.save_model(tmp_path / "m.gguf", weights, metadata={"llama.attention.head_count_kv": 4})
-    assert BaseModel.open(file).kv_heads == 4
+    assert BaseModel.open(file).counts["kv_heads"] == 4
 
 
 @pytest.mark.parametrize("tie", [True, None])
@@ -123,6 +123,48 @@ def test_refuses_an_architecture_that_is_not_on_the_list(tmp_path: Path) -> None
     path = gguf_files.save_lora(tmp_path / "m.gguf", {"a": torch.ones(1)}, name="mamba", metadata={})
     with pytest.raises(RefusedError, match="architecture 'mamba' is not supported"):
         BaseModel.of_files([GGUFFile.map(path)])
+
+
+def test_refuses_models_of_another_order_under_the_same_name(tmp_path: Path) -> None:
+    metadata = {"glm4.rope.dimension_sections": [8, 12, 12, 0]}
+    path = gguf_files.save_lora(tmp_path / "m.gguf", {"a": torch.ones(1)}, name="glm4", metadata=metadata)
+    with pytest.raises(RefusedError, match="which also sees; the order of its rows is not supported"):
+        BaseModel.of_files([GGUFFile.map(path)])
+
+
+# As on the hub: what has its default value is left out.
+GEMMA_3 = {
+    "model_type": "gemma3",
+    "text_config": {"model_type": "gemma3_text", "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1},
+}
+
+
+def test_headers_of_the_weights_tell_what_the_config_leaves_out(tmp_path: Path) -> None:
+    stem = "language_model.model.layers.0"
+    weights = {
+        f"{stem}.self_attn.q_proj.weight": torch.ones(40, 48),
+        f"{stem}.input_layernorm.weight": torch.ones(48),
+        "language_model.model.embed_tokens.weight": torch.ones(9, 48),
+        "vision_tower.encoder.layers.0.self_attn.q_proj.weight": torch.ones(8, 8),
+    }
+    base = BaseModel.open(factories.save_checkpoint(tmp_path / "model", weights, GEMMA_3))
+    assert base.architecture.name == "gemma3"
+    assert base.shapes == {"model.layers.0.self_attn.q_proj": (40, 48), "model.embed_tokens": (9, 48)}
+
+
+def test_a_config_that_leaves_sizes_out_is_not_enough(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA_3))
+    with pytest.raises(InputError, match="num_attention_heads is None"):
+        BaseModel.open(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "lfm2"}))
+    with pytest.raises(InputError, match="does not tell the shapes of a lfm2 model; name a directory that holds"):
+        BaseModel.open(tmp_path)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    metadata = {"llama.block_count": 2, "llama.nextn_predict_layers": 1}
+    base = BaseModel.open(gguf_files.save_model(tmp_path / "m.gguf", factories.llama_weights(), metadata=metadata))
+    assert {module.split(".")[2] for module in base.shapes if ".layers." in module} == {"0"}
 
 
 def split(directory: Path, parts: int = 3) -> list[Path]:

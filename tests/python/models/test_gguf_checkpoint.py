@@ -199,9 +199,11 @@ def test_weights_rounded_by_importance_are_refused(tmp_path: Path) -> None:
     assert csulora.extract(base, eight, rank=2)[Q].rank == 2
 
 
-def test_types_without_a_spacing_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.TQ2_0, GGMLQuantizationType.MXFP4])
+def test_types_without_a_spacing_are_refused(tmp_path: Path, kind: GGMLQuantizationType) -> None:
     base = gguf_files.save_model(tmp_path / "base.gguf", weights())
-    ternary = {f"{Q}.weight": torch.ones(256, 256)}
-    other = gguf_files.save_model(tmp_path / "t.gguf", ternary, GGMLQuantizationType.TQ2_0)
-    with pytest.raises(InputError, match=r"t\.gguf: tensor .*q_proj\.weight is TQ2_0; dequantise"):
+    other = gguf_files.save_model(tmp_path / "t.gguf", {f"{Q}.weight": torch.ones(256, 256)}, kind)
+    with pytest.raises(
+        InputError, match=rf"t\.gguf: tensor .*q_proj\.weight is {kind.name}, which csulora does not read"
+    ):
         csulora.extract(base, other, modules=["q_proj"])

@@ -1,18 +1,33 @@
 import pytest
-import torch
 
-import factories
 from csulora.errors import RefusedError
 from csulora.models import gguf_layout
-from csulora.models.gguf_layout import from_rotary_order, to_rotary_order
 
-SUPPORTED = ["gemma", "gemma2", "gemma3", "granite", "llama", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"]
+SUPPORTED = [
+    "falcon-h1",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma4",
+    "glm4",
+    "granite",
+    "lfm2",
+    "llama",
+    "mistral3",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen35",
+    "qwen3vl",
+    "smollm3",
+]
 
 
 def test_every_architecture_has_a_model_that_proves_it() -> None:
     """What supports them is test_gguf_llama_cpp.py, which goes through the zoo."""
     zoo = pytest.importorskip("gguf_zoo")
-    assert {family.gguf_name for family in zoo.FAMILIES.values()} == set(SUPPORTED)
+    assert {family.architecture for family in zoo.FAMILIES.values()} == set(SUPPORTED)
     assert set(gguf_layout._ARCHITECTURES) == set(SUPPORTED)
 
 
@@ -60,26 +75,49 @@ def test_names_of_one_side_are_none_of_the_other() -> None:
     assert architecture.module_name("model.layers.0.self_attn.q_proj") is architecture.module_name("lm_head") is None
 
 
-def test_rows_are_paired_as_they_are_rotated() -> None:
-    rows = torch.arange(12).reshape(12, 1)  # two heads of six rows: 0 is rotated together with 3
-    assert to_rotary_order(rows, heads=2).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-
-
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_row_orders_are_inverse(heads: int) -> None:
-    matrix = factories.gaussian(24, 5, seed=0)
-    assert torch.equal(from_rotary_order(to_rotary_order(matrix, heads), heads), matrix)
-    assert torch.equal(to_rotary_order(from_rotary_order(matrix, heads), heads), matrix)
-
-
-@pytest.mark.parametrize("name", [None, "mamba", "Llama", "llama4", "gemma3n", "qwen2moe", "x\n" * 100])
+@pytest.mark.parametrize("name", [None, "mamba", "Llama", "llama4", "qwen2moe", "x\n" * 100])
 def test_refuses_other_architectures_by_name(name: str | None) -> None:
-    with pytest.raises(RefusedError, match=r"file: architecture .* supported are gemma, .*, smollm3$") as caught:
+    with pytest.raises(
+        RefusedError, match=r"file: architecture .* supported are falcon-h1, gemma, .*, smollm3$"
+    ) as caught:
         gguf_layout.architecture(name, "file")
     assert repr(name)[:60] in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", [None, 1, ["llama"], "gemma3", "mixtral", "qwen3_moe"])
-def test_refuses_other_model_types_by_name(model_type: object) -> None:
-    with pytest.raises(RefusedError, match="no GGUF layout is known for model_type"):
-        gguf_layout.architecture_of_model_type(model_type, "config.json")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_type": 1},
+        {"model_type": ["llama"]},
+        {"model_type": "gemma3"},
+        {"model_type": "mixtral"},
+        {"model_type": "qwen3_moe"},
+        {"model_type": "gemma3_text", "text_config": {"model_type": "llama"}},
+        {"model_type": "mistral3", "text_config": {"model_type": "mistral4"}},
+        {"model_type": "llama", "text_config": {}},
+    ],
+)
+def test_refuses_other_model_types_by_name(config: dict[str, object]) -> None:
+    with pytest.raises(RefusedError, match="no GGUF layout is supported for model_type"):
+        gguf_layout.architecture_of_config(config, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "ignored"),
+    [
+        ("deepseek2", "deepseek_v3", "q_a_proj, q_b_proj and kv_a_proj_with_mqa"),
+        ("gemma3n", "gemma3n_text", "altup_projections"),
+        ("kimi-linear", "kimi_linear", "attention projections"),
+    ],
+)
+def test_says_what_llama_cpp_ignores(name: str, model_type: str, ignored: str) -> None:
+    with pytest.raises(RefusedError, match=f"file: architecture '{name}' .* ignores updates of its {ignored}.*merge"):
+        gguf_layout.architecture(name, "file")
+    with pytest.raises(RefusedError, match=f"model_type '{model_type}'.* ignores updates of its {ignored}.*merge"):
+        gguf_layout.architecture_of_config({"model_type": model_type}, "config.json")
+
+
+def test_a_model_that_sees_is_its_language_model() -> None:
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
+    assert gguf_layout.architecture_of_config(config, "config.json").name == "gemma3"

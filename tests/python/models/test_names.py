@@ -12,6 +12,7 @@ LINEAR = [
     "model.embed_vision.embedding_projection",
     "model.language_model.per_layer_model_projection",
     "model.altup_projections.0",
+    "model.vision_tower.embeddings.patch_embedding",
 ]
 EMBEDDINGS = ["model.embed_tokens", "wte", "transformer.wpe", "model.embed_tokens_per_layer", "visual.pos_embed"]
 EMBEDDINGS += [

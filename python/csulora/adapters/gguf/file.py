@@ -27,6 +27,7 @@ from csulora.io.files import GGUF_SUFFIX, atomic_file
 from csulora.models import gguf_layout, gguf_quants
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
+from csulora.models.gguf_ignored import WAY_OUT
 from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
 from csulora.models.resolver import Resolver
 
@@ -74,11 +75,12 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
         update = _module(file, module, factors, alpha)
         if base is not None:
             _check_fits(path, module, module, update, base)
-            update = replace(update, b=base.from_gguf_rows(module, update.b))
-        elif architecture.is_permuted(module):
+            b, a = base.from_gguf(module, update.b, update.a)
+            update = replace(update, b=b, a=a, scale=update.scale / base.multipliers.get(module, 1.0))
+        elif architecture.is_reordered(module):
             raise InputError(
-                f"{path}: the rows of {module} are reordered by heads, and the file does not say how many there are; "
-                "name the base model (--base-model)"
+                f"{path}: the order of the rows of {module} follows from the model, of which the file does not tell "
+                "enough; name the base model (--base-model)"
             )
         modules[module] = update
     config = {"base_model_name_or_path": base_model_name(_base_model_name(file)), "task_type": "CAUSAL_LM"}
@@ -143,8 +145,9 @@ def _group(file: GGUFFile, architecture: Architecture) -> dict[str, dict[str, st
             reason = "llama.cpp ignores it" if tensor.endswith("_norm.weight") else "it is neither lora_a nor lora_b"
             raise RefusedError(f"{file.path}: tensor {tensor} is not part of plain LoRA: {reason}")
         module = architecture.module_name(found["name"])
-        if module is None:
-            raise RefusedError(f"{file.path}: tensor {tensor} belongs to no known weight of {architecture.name}")
+        if module is None or architecture.is_ignored(module):
+            reason = "llama.cpp ignores it" if module else f"no known weight of {architecture.name} has that name"
+            raise RefusedError(f"{file.path}: tensor {tensor} cannot be used: {reason}; {WAY_OUT}")
         factors.setdefault(module, {})[found["factor"]] = tensor
     return factors
 
@@ -217,12 +220,14 @@ def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> di
         found = resolver.resolve(name)
         module = found.module if found else name
         tensor = base.architecture.tensor_name(module)
-        if tensor is None:
-            raise RefusedError(f"{adapter.path}: llama.cpp has no {base.architecture.name} tensor for {name}")
+        if tensor is None or base.architecture.is_ignored(module):
+            reason = f"ignores updates of {name}" if tensor else f"has no {base.architecture.name} tensor for {name}"
+            raise RefusedError(f"{adapter.path}: llama.cpp {reason}; {WAY_OUT}")
         _check_fits(adapter.path, name, module, update, base)
-        wide = replace(update, b=update.b.float(), a=update.a.float()).folded()
-        b = base.to_gguf_rows(module, wide.b)
-        a, b = (b, wide.a.t()) if update.is_embedding else (wide.a, b)
+        scale = update.scale * base.multipliers.get(module, 1.0)
+        wide = replace(update, b=update.b.float(), a=update.a.float(), scale=scale).folded()
+        b, a = base.to_gguf(module, wide.b, wide.a)
+        a, b = (b, a.t()) if update.is_embedding else (a, b)
         for factor, matrix in (("lora_a", a), ("lora_b", b)):
             key = f"{tensor}.weight.{factor}"
             if key in tensors:

@@ -1,0 +1,140 @@
+"""What llama.cpp must know of a model besides its weights, from the configuration of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gguf import GGUFWriter, RopeScalingType
+from transformers import PretrainedConfig
+
+Add = Callable[[GGUFWriter, PretrainedConfig], None]
+
+
+def add_settings(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    """Write what every model has, and what this one has of its own."""
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_freq_base(rotary(config)["rope_theta"])
+    if config.model_type not in _OWN_HEADS:
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        writer.add_rope_dimension_count(int(head * rotary(config).get("partial_rotary_factor", 1)))
+    if add := _EXTRA.get(config.model_type):
+        add(writer, config)
+
+
+def rotary(config: PretrainedConfig, layer_type: str = "full_attention") -> dict[str, Any]:
+    """The parameters of the rotary embedding in layers of one type."""
+    parameters: dict[str, Any] = config.rope_parameters.get(layer_type, config.rope_parameters)
+    if parameters["rope_type"] not in ("default", "proportional") and config.model_type != "ministral3":
+        raise ValueError(f"rotary embeddings of type {parameters['rope_type']} are not supported")
+    return parameters
+
+
+def _sliding(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base_swa(rotary(config, "sliding_attention")["rope_theta"])
+
+
+def _gemma2(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _sliding(writer, config)
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def _granite(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def _ministral3(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    parameters = rotary(config)
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(parameters["factor"])
+    writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(parameters["beta_fast"])
+    writer.add_rope_scaling_yarn_beta_slow(parameters["beta_slow"])
+    writer.add_rope_scaling_yarn_log_mul(parameters["mscale_all_dim"])
+    writer.add_attn_temperature_scale(parameters["llama_4_scaling_beta"])
+
+
+def _olmo3(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _sliding(writer, config)
+    writer.add_sliding_window_pattern(_where(config, "sliding_attention"))
+
+
+def _qwen3_vl(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_rope_dimension_sections([*rotary(config)["mrope_section"], 0])
+    writer.add_num_deepstack_layers(1)
+
+
+def _qwen3_5(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_rope_dimension_sections([*rotary(config)["mrope_section"], 0])
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(config.linear_key_head_dim)
+    writer.add_ssm_group_count(config.linear_num_key_heads)
+    writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+    writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
+    writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
+
+
+def _lfm2(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    is_conv = _where(config, "conv")
+    writer.add_head_count_kv([0 if conv else config.num_key_value_heads for conv in is_conv])
+    writer.add_shortconv_l_cache(config.conv_L_cache)
+
+
+def _gemma4(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _olmo3(writer, config)
+    writer.add_head_count_kv([layer.num_key_value_heads for layer in config.per_layer_config])
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    head, sliding = (
+        config.per_layer_config[config.layer_types.index(kind)].head_dim
+        for kind in ("full_attention", "sliding_attention")
+    )
+    for size, add in (
+        (head, (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count)),
+        (sliding, (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa)),
+    ):
+        for each in add:
+            each(size)
+
+
+def _falcon_h1(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_ssm_conv_kernel(config.mamba_d_conv)
+    writer.add_ssm_inner_size(config.mamba_d_ssm)
+    writer.add_ssm_state_size(config.mamba_d_state)
+    writer.add_ssm_time_step_rank(config.mamba_n_heads)
+    writer.add_ssm_group_count(config.mamba_n_groups)
+
+
+def _where(config: PretrainedConfig, layer_type: str) -> list[bool]:
+    return [found == layer_type for found in config.layer_types]
+
+
+# Models whose layers differ in their heads.
+_OWN_HEADS = frozenset({"lfm2", "gemma4_text"})
+_EXTRA: dict[str, Add] = {
+    "gemma2": _gemma2,
+    "gemma3_text": _sliding,
+    "granite": _granite,
+    "ministral3": _ministral3,
+    "olmo3": _olmo3,
+    "qwen3_vl_text": _qwen3_vl,
+    "qwen3_5_text": _qwen3_5,
+    "lfm2": _lfm2,
+    "falcon_h1": _falcon_h1,
+    "gemma4_text": _gemma4,
+}

@@ -1,0 +1,102 @@
+"""A model's weights under llama.cpp's names and in its layout, in float32."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap
+from gguf_settings import rotary
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.falcon_h1.modeling_falcon_h1 import compute_mup_vector
+
+from csulora.models import gguf_orders, names
+from csulora.models.gguf_layout import HEAD, Architecture
+from csulora.models.gguf_orders import SOURCES
+
+# Their norms multiply by 1 + weight, and llama.cpp's by weight.
+OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "qwen35")
+_TOWERS = ("vision_tower", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
+
+# Names that gguf's table knows otherwise.
+_SPELLINGS = {"dt_bias": "dt_proj.bias", "layer_scalar": "layer_scalar.weight"}
+_SPELLED = re.compile("|".join(_SPELLINGS))
+
+# Orders of what is no weight matrix.
+_OTHER_ORDERS = {
+    "A_log": gguf_orders.value_heads,
+    "dt_proj.bias": gguf_orders.value_heads,
+    "conv1d.weight": gguf_orders.values_last,
+}
+
+
+def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the values of every tensor of the language model."""
+    config = model.config.get_text_config()
+    (arch,) = (arch for arch, name in MODEL_ARCH_NAMES.items() if name == layout.name)
+    table = TensorNameMap(MODEL_ARCH(arch), config.num_hidden_layers)
+    (embedding,) = model.get_input_embeddings().parameters()
+    for key, stored in model.state_dict().items():
+        bare = _SPELLED.sub(lambda found: _SPELLINGS[found[0]], names.bare(key))
+        is_tied = bare == f"{HEAD}.weight" and stored.data_ptr() == embedding.data_ptr()
+        if is_tied or bare.startswith(_TOWERS):
+            continue
+        module = bare if bare.startswith(HEAD) else f"model.{bare}"
+        name = table.get_name(module, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ValueError(f"{key}: {layout.name} has no name for it")
+        yield name, _in_layout(module, stored.detach().float(), config, layout)
+    if layout.name == "gemma4":
+        yield "rope_freqs.weight", _gemma4_frequencies(config)
+
+
+def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Architecture) -> Tensor:
+    module = name.rpartition(".")[0]
+    counts = {name: getattr(config, SOURCES[name].config) for name in layout.counts}
+    if layout.name in OFFSET_NORMS and module.endswith("norm") and not module.endswith("linear_attn.norm"):
+        return tensor + 1
+    if name.endswith("A_log"):
+        tensor = -tensor.exp()
+    if tensor.dim() == 3:  # a convolution of every channel alone
+        tensor = tensor.squeeze(1)
+    order = layout.row_order(module) or _OTHER_ORDERS.get(name.rpartition("linear_attn.")[2])
+    if order is not None:
+        tensor = tensor[order(counts, tensor.shape[0])]
+    if (order := layout.column_order(module)) is not None:
+        tensor = tensor[:, order(counts, tensor.shape[1])]
+    return _in_layout_of_falcon_h1(name, tensor, config) if layout.name == "falcon-h1" else tensor
+
+
+def _in_layout_of_falcon_h1(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:
+    """Multiply with the factors that transformers multiplies activations with; give vectors a second dimension."""
+    if name.endswith(("A_log", "mamba.D")):
+        return tensor[:, None]
+    if name.endswith("mamba.in_proj.weight"):
+        rows: Tensor = config.ssm_in_multiplier * compute_mup_vector(config)[0, 0, :, None]
+        return tensor * rows
+    return tensor * _multiplier(name, config)
+
+
+def _multiplier(name: str, config: PretrainedConfig) -> float:
+    attention, mlp = config.attention_in_multiplier, config.mlp_multipliers
+    factors = {
+        "q_proj": attention,
+        "k_proj": attention * config.key_multiplier,
+        "v_proj": attention,
+        "o_proj": config.attention_out_multiplier,
+        "gate_proj": mlp[0],
+        "down_proj": mlp[1],
+        "out_proj": config.ssm_out_multiplier,
+        "embed_tokens": config.embedding_multiplier,
+        "lm_head": config.lm_head_multiplier,
+    }
+    return float(factors.get(name.split(".")[-2], 1.0))
+
+
+def _gemma4_frequencies(config: PretrainedConfig) -> Tensor:
+    """Divisors of the rotary frequencies in layers with full attention, of which the last ones are not rotated."""
+    half = config.per_layer_config[config.layer_types.index("full_attention")].head_dim // 2
+    rotated = int(half * rotary(config)["partial_rotary_factor"])
+    return torch.tensor([1.0] * rotated + [1e30] * (half - rotated))

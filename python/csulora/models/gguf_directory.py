@@ -1,0 +1,172 @@
+"""What a Hugging Face model directory says of the GGUF file that is made of it: architecture, counts and shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import metadata_load
+
+from csulora.errors import InputError
+from csulora.io.files import parse_json, read_regular
+from csulora.models import gguf_layout, names
+from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
+from csulora.models.gguf_orders import SOURCES, Source
+from csulora.models.shards import stored_tensors
+
+MOST_LAYERS = 10_000
+_LARGEST_CONFIG = 16 << 20  # bytes
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_REGULAR_PARTS = frozenset(
+    {
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    }
+)
+
+
+class Description(NamedTuple):
+    """What `BaseModel` keeps of a directory."""
+
+    architecture: Architecture
+    counts: dict[str, int]
+    shapes: dict[str, tuple[int, int]]
+    multipliers: dict[str, float]
+    license: str | None
+
+
+def describe(directory: Path) -> Description:
+    """Read ``config.json``, and the headers of the weights where it does not tell all shapes.
+
+    Raises:
+        InputError: a file is missing or malformed.
+        RefusedError: the architecture is not supported.
+    """
+    path = directory / "config.json"
+    config = parse_json(read_regular(path, _LARGEST_CONFIG), path)
+    architecture = gguf_layout.architecture_of_config(config, str(path))
+    text = config.get("text_config", config)
+    counts = read_counts(architecture, str(path), lambda source: source.config, text.get)
+    if _tells_shapes(text, architecture) or not _holds_weights(directory):
+        shapes = _shapes(path, text, architecture)
+        has_head = any(each.get("tie_word_embeddings") is False for each in (config, text))
+    else:
+        shapes = _stored_shapes(directory, architecture)
+        has_head = not any(each.get("tie_word_embeddings") is True for each in (config, text))
+    if not has_head:
+        shapes.pop(HEAD, None)
+    multipliers = {
+        module: math.prod(_multiplier(path, text, key) for key in architecture.multiplied_by(module))
+        for module in shapes
+        if architecture.multipliers
+    }
+    return Description(architecture, counts, shapes, multipliers, _license(directory / "README.md"))
+
+
+def read_counts(
+    architecture: Architecture, where: str, key_of: Callable[[Source], str], read: Callable[[str], Any]
+) -> dict[str, int]:
+    """Return an architecture's counts, by name.
+
+    Args:
+        architecture: what needs them.
+        where: what messages call the place.
+        key_of: returns the key of a count there.
+        read: returns the value of a key, None if there is none.
+    """
+    counts: dict[str, int] = {}
+    for name in architecture.counts:
+        source = SOURCES[name]
+        key = key_of(source)
+        value = read(key)
+        if value is None and source.default:
+            value = counts[source.default]
+        counts[name] = _count(value, f"{where}: {key}")
+    return counts
+
+
+def _count(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{what} is {value}; a positive number is needed")
+    return value
+
+
+def _multiplier(path: Path, config: Mapping[str, Any], key: str) -> float:
+    name, _, index = key.partition(".")
+    value = config.get(name)
+    if index and isinstance(value, list) and len(value) > int(index):
+        value = value[int(index)]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not value:
+        raise InputError(f"{path}: {name} is {config.get(name)}; numbers other than 0 are needed")
+    return float(value)
+
+
+def _tells_shapes(config: Mapping[str, Any], architecture: Architecture) -> bool:
+    return set(architecture.parts) <= _REGULAR_PARTS and all(config.get(key) is not None for key in _SIZES)
+
+
+def _holds_weights(directory: Path) -> bool:
+    return any(directory.glob("*.safetensors"))
+
+
+def _shapes(path: Path, config: Mapping[str, Any], architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Compute the shapes of a model all of whose layers are alike."""
+    if not set(architecture.parts) <= _REGULAR_PARTS:
+        raise InputError(
+            f"{path}: does not tell the shapes of a {architecture.name} model; name a directory that holds the weights "
+            "too, or the GGUF file"
+        )
+
+    def count(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        return _count(default if value is None else value, f"{path}: {key}")
+
+    width, hidden, layers = count("hidden_size"), count("intermediate_size"), count("num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise InputError(f"{path}: num_hidden_layers is {layers}; at most {MOST_LAYERS} are possible")
+    heads = count("num_attention_heads")
+    kv_heads = count("num_key_value_heads", heads)
+    head = count("head_dim", width // heads)
+    in_layer = {
+        "self_attn.q_proj": (heads * head, width),
+        "self_attn.k_proj": (kv_heads * head, width),
+        "self_attn.v_proj": (kv_heads * head, width),
+        "self_attn.qkv_proj": ((heads + 2 * kv_heads) * head, width),
+        "self_attn.o_proj": (width, heads * head),
+        "mlp.gate_proj": (hidden, width),
+        "mlp.up_proj": (hidden, width),
+        "mlp.gate_up_proj": (2 * hidden, width),
+        "mlp.down_proj": (width, hidden),
+    }
+    shapes = {f"model.layers.{layer}.{part}": in_layer[part] for layer in range(layers) for part in architecture.parts}
+    return shapes | dict.fromkeys((EMBEDDING, HEAD), (count("vocab_size"), width))
+
+
+def _stored_shapes(directory: Path, architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Read the shapes of the language model's weights from the headers of the files, whatever class wraps it."""
+    shapes = {}
+    for tensor, stored in stored_tensors(directory).items():
+        bare = names.bare(tensor.removesuffix(names.WEIGHT))
+        module = bare if bare == HEAD else f"model.{bare}"
+        if tensor.endswith(names.WEIGHT) and len(stored.shape) == 2 and architecture.tensor_name(module):
+            shapes[module] = (stored.shape[0], stored.shape[1])
+    return shapes
+
+
+def _license(card: Path) -> str | None:
+    """The licence that a model card states, if there is a card and it can be read."""
+    try:
+        value = (metadata_load(card) or {}).get("license") if card.is_file() else None
+    except Exception:  # of the card's text, of its YAML, of its encoding: none of them matters here
+        return None
+    return value if isinstance(value, str) else None

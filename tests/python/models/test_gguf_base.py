@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import csulora
 import factories
 import gguf_files
 from csulora.errors import InputError, RefusedError
@@ -184,6 +185,14 @@ def test_the_first_part_stands_for_all(tmp_path: Path) -> None:
     found = BaseModel.open(split(tmp_path)[0])
     assert found.shapes == whole.shapes
     assert found.identity == whole.identity
+
+
+def test_no_part_of_the_base_model_is_overwritten(tmp_path: Path) -> None:
+    first, second, _ = split(tmp_path)
+    adapter = factories.adapter({"model.layers.0.mlp.up_proj": (64, 48)})
+    with pytest.raises(InputError, match="belongs to what is read"):
+        csulora.save_adapter(adapter, second, base_model=first)
+    csulora.save_adapter(adapter, tmp_path / "lora.gguf", base_model=first)
 
 
 def test_a_missing_part_is_told_until_it_is_there(tmp_path: Path) -> None:

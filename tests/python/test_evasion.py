@@ -26,6 +26,7 @@ import factories
 import gguf_files
 import oracle
 import quantised
+from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.correction.model_card import model_card
@@ -75,6 +76,17 @@ def upload(directory: Path, tensors: Mapping[str, Tensor] | bytes, settings: dic
     return directory
 
 
+def mlx_upload(directory: Path, updates: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    parameters = {"rank": RANK, "scale": scale, "dropout": 0.0}
+    settings = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
+    (directory / CONFIG_FILE).write_text(json.dumps(settings))
+    named_factors = {f"{name}.lora_a": a.t().contiguous() for name, (_, a) in updates.items()}
+    named_factors |= {f"{name}.lora_b": b.t().contiguous() for name, (b, _) in updates.items()}
+    (directory / mlx.WEIGHTS_FILE).write_bytes(save(named_factors))
+    return directory
+
+
 def admitted(path: Path, subspace: csulora.Subspace, policy: csulora.Policy = POLICY) -> dict[str, Tensor]:
     """The updates that come out, dense."""
     fixed, _ = csulora.correct(csulora.load_adapter(path), subspace, policy)
@@ -115,6 +127,16 @@ def test_scale_is_part_of_the_update(name: str, tmp_path: Path, subspace: csulor
     settings, scale, size = SCALES[name]
     b, a = factors()
     path = upload(tmp_path / "adapter", named(Q, b * size, a), config(**settings))
+    expected = safe(oracle.update(b * size, a, scale), subspace, Q)
+    assert oracle.relative_error(admitted(path, subspace)[Q], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1e9, 1.0), (-20.0, 1.0), (1e-30, 1e30), (1e30, 1e-30)])
+def test_scale_of_an_mlx_adapter_is_part_of_the_update(
+    scale: float, size: float, tmp_path: Path, subspace: csulora.Subspace
+) -> None:
+    b, a = factors()
+    path = mlx_upload(tmp_path / "adapter", {Q: (b * size, a)}, scale)
     expected = safe(oracle.update(b * size, a, scale), subspace, Q)
     assert oracle.relative_error(admitted(path, subspace)[Q], expected) <= TOLERANCE
 
@@ -316,6 +338,14 @@ def test_removal_split_over_two_adapters_is_measured_on_their_sum(tmp_path: Path
 # Hiding places: tensors that are not the factors of a covered module.
 
 WEIGHT = torch.ones(40, 40)
+
+
+def flipped(matrix: Tensor) -> Tensor:
+    copy = matrix.clone()
+    copy.view(torch.int16)[7, 11] ^= 1
+    return copy
+
+
 HIDDEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "norm": ({f"{PREFIX}model.norm.weight": torch.ones(40)}, "not part of plain LoRA"),
     "factors of a norm": (named("model.norm", torch.ones(40, RANK), torch.ones(RANK, 1)), "does not target"),
@@ -328,6 +358,14 @@ HIDDEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "layer under its base layer": ({f"{PREFIX}{Q}.base_layer.weight": WEIGHT}, "weight of the base model"),
     "embedding saved whole": ({f"{PREFIX}model.embed_tokens.weight": WEIGHT}, "differs from the aligned"),
     "embedding under its base layer": ({f"{PREFIX}model.embed_tokens.base_layer.weight": WEIGHT}, "differs from the"),
+    "embedding with one bit flipped": (
+        {f"{PREFIX}model.embed_tokens.base_layer.weight": flipped(VOCABULARY)},
+        "differs from the aligned",
+    ),
+    "embedding in a wider type, moved less than it rounds": (
+        {f"{PREFIX}model.embed_tokens.base_layer.weight": VOCABULARY.float() * (1 + 2**-12)},
+        "differs from the aligned",
+    ),
     "embedding under both": (
         {f"{PREFIX}lm_head{middle}.weight": VOCABULARY.clone() for middle in ("", ".base_layer")},
         "of the base model twice",
@@ -827,6 +865,25 @@ def test_guard_ignores_claims_and_records_of_its_own_in_uploads(
     found = csulora.load_adapter(guard.outgoing / "a").modules[Q]
     expected = safe(oracle.update(b2, a2, 2.0), subspace, Q)
     assert oracle.relative_error(oracle.update(found.b, found.a), expected) <= TOLERANCE
+
+
+def test_guard_decides_again_on_another_format_under_the_same_name(
+    guard: DirectoryGuard, subspace: csulora.Subspace
+) -> None:
+    """And on other weights in the same format: what identifies an upload covers them."""
+    upload(guard.incoming / "a", named(Q, *factors()))
+    assert outcome(guard) == {"a"}
+    (guard.incoming / "a" / WEIGHTS_FILE).unlink()
+    for seed in (80, 90):
+        mlx_upload(guard.incoming / "a", {Q: factors(seed=seed)}, 20.0)
+        assert outcome(guard) == {"a"}
+        assert not (guard.outgoing / "a" / WEIGHTS_FILE).exists()
+        found = csulora.load_adapter(guard.outgoing / "a").modules[Q]
+        expected = safe(oracle.update(*factors(seed=seed), 20.0), subspace, Q)
+        assert oracle.relative_error(oracle.update(found.b, found.a), expected) <= TOLERANCE
+    (guard.incoming / "a" / mlx.WEIGHTS_FILE).unlink()
+    upload(guard.incoming / "b", named(Q, *factors()))
+    assert outcome(guard) == {"a.refused.json", "b"}
 
 
 def test_guard_publishes_copies_and_not_links(guard: DirectoryGuard, tmp_path: Path) -> None:

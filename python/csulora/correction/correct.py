@@ -71,7 +71,7 @@ def correct(
     _check_undo(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
-    renamed = todays_names(covered, subspace.names)
+    renamed = todays_names(covered, subspace.names) if adapter.format != "mlx" else {}
     for name, module in adapter.modules.items():
         if name in corrected:
             factors = corrected[name].factors
@@ -167,7 +167,7 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
     """
     check_copies(adapter, subspace)
     if adapter.format == "mlx":
-        check_model(subspace.keys(), adapter.path)
+        check_model(subspace.keys(), adapter.path, subspace.provenance.model_type)
     covered: dict[str, str] = {}
     owners: dict[Resolved, str] = {}
     resolver = Resolver(subspace, subspace.aliases, subspace.names)

@@ -62,7 +62,7 @@ class BaseModel:
         if not path.is_dir():
             return cls.of_files(gguf_parts.open_parts(path))
         found = gguf_directory.describe(path)
-        name = path.resolve().name
+        name = Path(source).resolve().name
         return cls(path, found.architecture, found.counts, found.shapes, name, found.license, found.multipliers)
 
     @classmethod

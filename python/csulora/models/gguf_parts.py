@@ -33,8 +33,7 @@ def open_parts(path: Path) -> list[GGUFFile]:
             "as llama.cpp wants it"
         )
     parts = [first]
-    for number in range(1, count):
-        part = path.with_name(f"{found['stem']}-{number + 1:05}-of-{count:05}.gguf")
+    for number, part in enumerate(_named(path, found)[1:], 1):
         if not part.is_file():
             raise InputError(f"{part}: is missing; put all {count} parts into one directory, as llama.cpp wants them")
         parts.append(GGUFFile.map(part))
@@ -43,6 +42,17 @@ def open_parts(path: Path) -> list[GGUFFile]:
     if tensors != (stated := first.integer(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)):
         raise InputError(f"{path}: speaks of {stated} tensors, and its parts hold {tensors}; are they of one model?")
     return parts
+
+
+def parts_beside(path: Path) -> list[Path]:
+    """Return where the parts of a model lie, as the name of one of them says: that file alone if it says nothing."""
+    found = _PART.fullmatch(path.name)
+    return _named(path, found) if found and int(found["count"]) <= _MOST_PARTS else [path]
+
+
+def _named(path: Path, found: re.Match[str]) -> list[Path]:
+    count = int(found["count"])
+    return [path.with_name(f"{found['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
 
 
 def _check_part(part: GGUFFile, number: int, count: int) -> None:

@@ -48,6 +48,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         ("org/adapter@refs/pr/3", "refs/pr/3", ""),
         ("org/adapter:checkpoint-100", None, "checkpoint-100"),
         ("org/adapter@v1:runs/best one", "v1", "runs/best one"),
+        ("org/adapter:runs/v1.5", None, "runs/v1.5"),
     ],
 )
 def test_an_adapter_is_found_by_its_id(source: str, revision: str | None, folder: str, hub: Hub) -> None:

@@ -35,6 +35,7 @@ _FOREIGN = {
     "biases": "it belongs to a quantised weight of the base model",
 }
 _PEFT_FACTOR = re.compile(r"lora_(A|B|embedding_A|embedding_B)")
+_SCALED = ("falcon_h1", "falcon-h1")  # transformers' and llama.cpp's name for it
 _WRAPPED = re.compile(r"^model\.language_model\.")
 _TIED = (
     "where embedding and head are tied mlx-lm applies it to both, and the file does not say whether they are; leave "
@@ -94,20 +95,21 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_model(modules: Collection[str], path: Path) -> None:
+def check_model(modules: Collection[str], path: Path, model_type: str | None = None) -> None:
     """Raise `RefusedError` if modules are of a model whose weights mlx-lm scales, so that updates mean something else.
 
     Args:
         modules: names of its modules, as many as are known.
         path: what the message calls the adapter.
+        model_type: the model's, if it is known.
     """
-    for name in modules:
-        layer, found, _ = name.partition(".mamba.")
-        if found and f"{layer}.self_attn.q_proj" in modules:  # side by side, as in no other model
-            raise RefusedError(
-                f"{path}: mlx-lm multiplies the weights of Falcon-H1 by constants of its own, so that their update is "
-                "another one elsewhere; train and serve the adapter with PEFT"
-            )
+    layers = {layer for layer, found, _ in (name.partition(".mamba.") for name in modules) if found}
+    side_by_side = any(f"{layer}.self_attn.q_proj" in modules for layer in layers)  # as in no other model
+    if side_by_side or model_type in _SCALED:
+        raise RefusedError(
+            f"{path}: mlx-lm multiplies the weights of Falcon-H1 by constants of its own, so that their update is "
+            "another one elsewhere; train and serve the adapter with PEFT"
+        )
 
 
 def _by_their_names(adapter: Adapter) -> dict[str, LoraModule]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,14 @@ def test_weights_that_mlx_lm_scales_are_refused(tmp_path: Path) -> None:
         csulora.correct(csulora.load_adapter(tmp_path / "adapter"), factories.subspace(shapes), csulora.Policy.none())
     with pytest.raises(RefusedError, match="Falcon-H1"):
         csulora.save_adapter(factories.adapter(shapes), tmp_path / "out", "mlx")
+
+
+def test_a_subspace_file_says_that_mlx_lm_scales_the_weights(tmp_path: Path) -> None:
+    save(tmp_path / "adapter")
+    subspace = factories.subspace()
+    scaled_model = csulora.Subspace(subspace, replace(subspace.provenance, model_type="falcon_h1"))
+    with pytest.raises(RefusedError, match="Falcon-H1"):
+        csulora.correct(csulora.load_adapter(tmp_path / "adapter"), scaled_model, csulora.Policy.none())
 
 
 def test_embeddings_are_not_written(tmp_path: Path) -> None:

@@ -63,10 +63,10 @@ def make_adapter(model: Path, directory: Path, **parameters: Any) -> None:
     save_config(config, directory / "adapter_config.json")
 
 
-@pytest.fixture(scope="module")
-def model_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=["Llama 3", "Llava"])
+def model_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("pair")
-    model = build("Llama 3")
+    model = build(request.param)
     model.save_pretrained(directory / "base")
     model.load_state_dict(factories.moved(model.state_dict()))
     model.save_pretrained(directory / "aligned")
@@ -78,7 +78,7 @@ def subspace(model_pair: tuple[Path, Path]) -> csulora.Subspace:
     return csulora.extract(*model_pair, rank=6, modules=["*_proj", "lm_head"], dtype="f32")
 
 
-@pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "lm_head"]])
+@pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "lm_head", "language_model.lm_head"]])
 def test_mlx_lm_computes_the_same_before_and_after(
     keys: list[str] | None, model_pair: tuple[Path, Path], subspace: csulora.Subspace, tmp_path: Path
 ) -> None:

@@ -120,6 +120,20 @@ def test_all_shards_together_have_one_limit(tmp_path: Path, monkeypatch: pytest.
         csulora.load_adapter(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("limit", "error", "reason"),
+    [("_MOST_TENSORS", RefusedError, "holds 3 tensors; at most"), ("_LONGEST_HEADER", InputError, "is too long")],
+)
+def test_all_headers_together_have_one_limit(
+    limit: str, error: type[Exception], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = first(spread(tmp_path / "adapter"))
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    monkeypatch.setattr(weights_files, limit, {"_MOST_TENSORS": 5, "_LONGEST_HEADER": 2 * header - 1}[limit])
+    with pytest.raises(error, match=reason):
+        csulora.load_adapter(tmp_path / "adapter")
+
+
 def test_what_identifies_an_adapter_covers_every_shard(tmp_path: Path) -> None:
     """The hash, and a directory guard's."""
     directory = spread(tmp_path / "adapter")

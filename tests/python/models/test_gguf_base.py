@@ -126,59 +126,6 @@ def test_refuses_an_architecture_that_is_not_on_the_list(tmp_path: Path) -> None
         BaseModel.of_files([GGUFFile.map(path)])
 
 
-def split(directory: Path, parts: int = 3) -> list[Path]:
-    """A model as llama-gguf-split spreads it: the metadata in the first part, the tensors over all."""
-    weights = factories.llama_weights()
-    matrices = [name for name, weight in weights.items() if weight.dim() == 2]
-    paths = [directory / f"model-{number + 1:05}-of-{parts:05}.gguf" for number in range(parts)]
-    for number, path in enumerate(paths):
-        chosen = {name: weights[name] for name in matrices[number::parts]}
-        counts: dict[str, int] = {"split.no": number, "split.count": parts, "split.tensors.count": len(matrices)}
-        gguf_files.save_model(path, chosen, metadata=counts)
-    return paths
-
-
-def test_the_first_part_stands_for_all(tmp_path: Path) -> None:
-    whole = BaseModel.open(gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights()))
-    found = BaseModel.open(split(tmp_path)[0])
-    assert found.shapes == whole.shapes
-    assert found.identity == whole.identity
-
-
-def test_a_missing_part_is_told_until_it_is_there(tmp_path: Path) -> None:
-    first, second, _ = split(tmp_path)
-    elsewhere = second.rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=r"model-00002-of-00003.gguf: is missing; put all 3 parts"):
-        BaseModel.open(first)
-    elsewhere.rename(second)
-    BaseModel.open(first)
-
-
-def test_parts_of_two_models_are_told(tmp_path: Path) -> None:
-    first, second, third = split(tmp_path)
-    content = second.read_bytes()
-    second.write_bytes(third.read_bytes())
-    with pytest.raises(InputError, match="says that it is part 2 of 3; is it of another model"):
-        BaseModel.open(first)
-    second.write_bytes(content)
-    gguf_files.save_model(third, {}, metadata={"split.no": 2, "split.count": 3})
-    with pytest.raises(InputError, match="speaks of 16 tensors, and its parts hold 11"):
-        BaseModel.open(first)
-
-
-def test_a_repository_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory(tmp_path / "model")
-    asked: list[object] = []
-
-    def snapshot_download(repo: str, allow_patterns: list[str], **_: object) -> str:
-        asked.append((repo, allow_patterns))
-        return str(tmp_path / "model")
-
-    monkeypatch.setattr("csulora.io.hub.snapshot_download", snapshot_download)
-    assert BaseModel.open("org/model").shapes == BaseModel.open(tmp_path / "model").shapes
-    assert asked == [("org/model", ["config.json", "README.md"])]
-
-
 def test_refuses_models_of_another_order_under_the_same_name(tmp_path: Path) -> None:
     metadata = {"glm4.rope.dimension_sections": [8, 12, 12, 0]}
     path = gguf_files.save_lora(tmp_path / "m.gguf", {"a": torch.ones(1)}, name="glm4", metadata=metadata)

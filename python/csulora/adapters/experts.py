@@ -60,7 +60,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         RefusedError: the adapter's experts are fused, and ``layout`` is None.
         InputError: the factors do not fit the model's experts.
     """
-    if not is_fused(adapter):
+    if not is_fused(adapter) or adapter.is_decoded:
         return adapter
     if layout is None:
         raise RefusedError(
@@ -77,12 +77,12 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         parts = _parts(oriented, layout, f"{adapter.path}: {name}") if projection == GATE_UP else {projection: oriented}
         for part, update in parts.items():
             modules[f"{experts}.{expert}.{part}"] = update
-    return replace(adapter, modules=modules)
+    return replace(adapter, modules=modules, is_decoded=True)
 
 
 def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
     """Put together what `decoded` took apart: gate and up side by side, of both ranks unless they share A."""
-    if not is_fused(adapter) or layout is None:
+    if not adapter.is_decoded or layout is None:
         return adapter
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
@@ -98,7 +98,7 @@ def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
             halves = (adapter.modules.get(f"{experts}.{expert}.{half}") for half in (GATE, UP))
             module = _joined(*halves, interleaved=layout.interleaved)
         modules[name] = _exchanged(module) if layout.exchanged else module
-    return replace(adapter, modules=modules)
+    return replace(adapter, modules=modules, is_decoded=False)
 
 
 def per_expert(adapter: Adapter, layout: ExpertLayout | None, stored_name: Callable[[str], str]) -> Adapter:

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csulora.adapters.experts import parsed
 from csulora.errors import InputError
+from csulora.models.experts import layout_of
 from csulora.models.resolver import Resolver
+from csulora.subspace.expert_layout import ExpertLayout
 from csulora.subspace.input_filter import Factors
+from csulora.tuning.expert_modules import adapted_experts, by_experts_module, is_experts
 from csulora.tuning.loading import Loading, load
 from csulora.tuning.probes import Chat, shown
 
@@ -82,8 +86,11 @@ class LanguageModel:
         Raises:
             InputError: the model has no such module, or one of another shape.
         """
+        of_experts, others = by_experts_module(factors)
         with ExitStack() as hooks:
-            for name, each in factors.items():
+            for name, updates in of_experts.items():
+                hooks.enter_context(adapted_experts(self.module(name), updates, self._expert_layout, name))
+            for name, each in others.items():
                 module = self._module(name, each)
                 hook = module.register_forward_hook(_adding(each, self.device_of(name)))
                 hooks.callback(hook.remove)
@@ -91,12 +98,20 @@ class LanguageModel:
 
     def device_of(self, name: str) -> torch.device:
         """Return the device on which a module's products are computed; an offloaded one's is the model's own."""
-        device: torch.device = self.module(name).weight.device
+        found = parsed(name)
+        device: torch.device = next(self.module(found[0] if found else name).parameters()).device
         return self.device if device.type == "meta" else device
 
     @cached_property
     def _resolver(self) -> Resolver:
-        return Resolver(name for name, module in self.model.named_modules() if hasattr(module, "weight"))
+        return Resolver(
+            name for name, module in self.model.named_modules() if hasattr(module, "weight") or is_experts(module)
+        )
+
+    @cached_property
+    def _expert_layout(self) -> ExpertLayout:
+        config = self.model.config
+        return layout_of([config.model_type, config.get_text_config().model_type])
 
     def module(self, name: str) -> Any:
         """Return the layer that an adapter means by a name, whatever wrappers are in it.

@@ -92,4 +92,5 @@ def correct(
     summary = f"wrote {output}, {kind}: {len(report.measured)} of {len(report.modules)} modules, sha256 {sha256}"
     if report.copies:
         summary += f"\nleft out, as the aligned checkpoint has them: {', '.join(report.copies)} (copies)"
+    summary += "".join(f"\n{note}" for note in report.host_notes)
     deliver(report_table(report, every_module), summary, report.to_dict() | {CORRECTED_SHA256: sha256}, json, quiet)

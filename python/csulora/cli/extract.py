@@ -25,6 +25,9 @@ def extract(
     max_rank: Annotated[
         int | None, typer.Option(min=1, help="Most directions per module with --energy. [default: 256]")
     ] = None,
+    expert_rank: Annotated[
+        int, typer.Option(min=1, help="Most directions per projection of an expert, of which there may be thousands.")
+    ] = 16,
     modules: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Modules to extract; repeatable. [default: all linear ones]"),
@@ -65,6 +68,7 @@ def extract(
             rank=rank or 64,
             energy=energy,
             max_rank=max_rank or 256,
+            expert_rank=expert_rank,
             modules=modules or [],
             dtype=dtype.value,
             device=device.value,
@@ -80,6 +84,6 @@ def extract(
     left_out = Checkpoint.open(aligned).left_out(subspace)
     if left_out:
         counts = ", ".join(f"{len(found)} {kind}" for kind, found in left_out.items())
-        summary += f"\nleft out: {counts}; --modules names others, and stacked weights cannot be extracted"
+        summary += f"\nleft out: {counts}; --modules names others, but for stacked weights"
     document = subspace.to_dict() | {"left_out": left_out}
     deliver(tables.subspace_table(subspace), summary, document, json, quiet)

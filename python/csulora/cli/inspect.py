@@ -90,6 +90,7 @@ def inspect(
         raise assessment.refusal
     report = assessment.report
     summary = f"{printable(whole.path)}: {len(report.measured)} of {len(report.modules)} modules are covered"
+    summary += "".join(f"\n{note}" for note in report.host_notes)
     page = f"\nwrote {html}" if html else ""
     deliver(report_table(report, every_module), summary + page, report.to_dict(), json, quiet)
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from csulora.adapters import experts
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.adapters.mlx.directory import check_model
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
+from csulora.correction.host_meaning import host_notes, todays_names
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
 from csulora.errors import InputError, RefusedError, check_type
@@ -23,7 +25,9 @@ from csulora.subspace.subspace import Subspace
 LARGEST_RANK = 512  # vLLM's largest, too
 
 
-def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) -> tuple[Adapter, Report]:
+def correct(
+    adapter: Adapter, subspace: Subspace, policy: Policy | None = None, layout: str | None = None
+) -> tuple[Adapter, Report]:
     """Compute the closest safe update of every module (CSULoRA, arXiv 2605.30640).
 
     Args:
@@ -33,9 +37,12 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
         subspace: the subspaces of the model the adapter is for.
         policy: what to keep and what to refuse. There is no default: a policy that fits one adapter leaves all of
             the undo in another.
+        layout: ``per-expert`` returns a pair of factors for each expert and projection where the adapter has fused
+            ones; None: as they came.
 
     Returns:
-        The corrected adapter, in the input's storage types with every scale 1, and the report.
+        The corrected adapter, in the input's storage types with every scale 1, and the report. Modules that have the
+        names of transformers 4 get those of today.
 
     Raises:
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, a copy of a
@@ -53,6 +60,9 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
     check_type(subspace, Subspace, "subspace")
     policy = check_type(policy, Policy, "policy")
     check_subspace(policy, subspace)
+    if layout not in (None, experts.PER_EXPERT):
+        raise InputError(f"layout is {layout!r}; it must be {experts.PER_EXPERT}, or None for that of the adapter")
+    adapter = experts.decoded(adapter, subspace.provenance.experts)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
     corrected = _corrected(adapter, subspace, policy, covered)
@@ -60,17 +70,23 @@ def correct(adapter: Adapter, subspace: Subspace, policy: Policy | None = None) 
     _check_undo(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
+    renamed = todays_names(covered, subspace.names)
     for name, module in adapter.modules.items():
         if name in corrected:
             factors = corrected[name].factors
-            modules[name] = LoraModule(factors.b, factors.a, is_embedding=module.is_embedding)
+            modules[renamed.get(name, name)] = LoraModule(factors.b, factors.a, is_embedding=module.is_embedding)
         elif policy.fate_of(name) == "keep":
             modules[name] = module
     documents = TextsOnDemand(
         {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
     )
-    partial = adapter.partial or len(modules) < len(adapter.modules)
-    return replace(adapter, modules=modules, documents=documents, partial=partial, copies={}), report
+    partial = adapter.partial or bool(renamed) or len(modules) < len(adapter.modules)
+    result = replace(adapter, modules=modules, documents=documents, partial=partial, copies={})
+    if layout == experts.PER_EXPERT:
+        return experts.per_expert(
+            result, subspace.provenance.experts, Resolver(subspace, names=subspace.names).name_of
+        ), report
+    return experts.encoded(result, subspace.provenance.experts), report
 
 
 def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:
@@ -211,6 +227,7 @@ def _report(
         policy=policy.to_dict(),
         modules=tuple(modules),
         copies=tuple(adapter.copies),
+        host_notes=host_notes(adapter, covered, subspace.names, subspace.provenance.model_type),
     )
 
 

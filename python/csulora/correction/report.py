@@ -160,6 +160,7 @@ class Report:
     """What a correction was made from and what it did. Holds nothing that varies between identical runs.
 
     ``copies`` are the modules whose base matrix the adapter held too: it is the aligned checkpoint's, and left out.
+    ``host_notes`` say what a host would not apply as the adapter's file says, see `host_meaning`.
 
     >>> policy = csulora.Policy.none()
     >>> _, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), policy)
@@ -174,6 +175,7 @@ class Report:
     policy: dict[str, Any]
     modules: tuple[ModuleReport, ...]
     copies: tuple[str, ...] = ()
+    host_notes: tuple[str, ...] = ()
     csulora: str = __version__
 
     @property

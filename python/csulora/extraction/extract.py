@@ -18,6 +18,7 @@ from csulora.extraction.partial_run import PartialRun
 from csulora.extraction.vocabulary import stored_vocabulary
 from csulora.io.files import check_not_input, identity_of_file
 from csulora.models.checkpoint import Checkpoint
+from csulora.models.names import is_expert
 from csulora.native import _core
 from csulora.subspace.certificate import Certificate
 from csulora.subspace.module_subspace import FACTOR_DTYPES, ModuleSubspace
@@ -38,10 +39,11 @@ class ExtractionOptions:
     dtype: str = "f16"
     seed: int = 0
     keep_noise: bool = False
+    expert_rank: int = 16
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("rank", "max_rank"):
+        for name in ("rank", "max_rank", "expert_rank"):
             if not 1 <= getattr(self, name) <= _LARGEST_RANK:
                 raise InputError(f"{name} is {getattr(self, name)}; it must lie between 1 and {_LARGEST_RANK}")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -51,10 +53,11 @@ class ExtractionOptions:
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; it must be 0 or more and less than 2^63")
 
-    def to_core(self) -> _core.ExtractOptions:
-        """Return the options as the compiled core takes them."""
+    def to_core(self, module: str) -> _core.ExtractOptions:
+        """Return the options for a module as the compiled core takes them."""
         options = _core.ExtractOptions()
-        options.rank = self.rank if self.energy is None else self.max_rank
+        largest = self.rank if self.energy is None else self.max_rank
+        options.rank = min(largest, self.expert_rank) if is_expert(module) else largest
         options.energy = self.energy
         options.keep_noise = self.keep_noise
         options.factor_dtype = FACTOR_DTYPES[self.dtype]
@@ -79,6 +82,7 @@ def extract(
     dtype: str = "f16",
     seed: int = 0,
     keep_noise: bool = False,
+    expert_rank: int = 16,
     device: str = "auto",
     processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> Subspace:
@@ -97,6 +101,7 @@ def extract(
         dtype: storage type of the factors: ``f16``, ``bf16`` or ``f32``.
         seed: seed of the random start block.
         keep_noise: keep directions below the storage rounding of the checkpoints.
+        expert_rank: the most directions per projection of an expert, of which there may be thousands.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if one can be used.
         processes: those that share the modules; each calls this alike, with an ``output`` that all of them see.
             The subspace file is the one that a single process makes with as many threads as each of them has.
@@ -113,7 +118,7 @@ def extract(
     place = resolve(device)
     if isinstance(modules, str):
         raise InputError(f"modules is the text {modules!r}; give a list of globs")
-    options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise)
+    options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise, expert_rank)
     model_pair = ModelPair.open(base, aligned, patterns=options.modules)
     workspace = _core.Workspace()
     if output is None:
@@ -174,6 +179,7 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
         {name: module for name, module in further.items() if module in extracted}
         for further in (aligned.aliases, aligned.names_in_memory)
     )
+    model_type = aligned.config.get("model_type")
     provenance = Provenance(
         __version__,
         model_pair.base.name,
@@ -182,6 +188,8 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
         aliases,
         names=names,
         vocabulary=stored_vocabulary(aligned),
+        experts=aligned.expert_layout,
+        model_type=model_type,
     )
     return Subspace(extracted, provenance)
 
@@ -190,7 +198,7 @@ def _extract_module(
     loaded: LoadedModule, options: ExtractionOptions, device: torch.device, workspace: _core.Workspace
 ) -> ModuleSubspace:
     try:
-        core_options = options.to_core()
+        core_options = options.to_core(loaded.name)
         core_options.noise_std = loaded.noise_std
         base, aligned = loaded.base.to(device), loaded.aligned.to(device)
         result = _core.extract_subspace(base, aligned, core_options, workspace)

@@ -12,6 +12,7 @@ import torch
 
 from csulora.errors import RefusedError
 from csulora.extraction.noise_edge import noise_std
+from csulora.models import names
 from csulora.models.checkpoint import Checkpoint, GGUFCheckpoint, check_comparable, check_one_model
 from csulora.models.resolver import Resolver
 
@@ -128,11 +129,10 @@ def _selected(
     theirs = {name: module for module, name in counterparts.items()}
     here = set(aligned.select(patterns))
     there = {name: theirs.get(name, name) for name in base.select(patterns)}
+    heads = {names.bare(alias) for alias in aligned.aliases}
     tied = set(base.aliases.values())
-    resolver = Resolver(aligned.weights, aligned.aliases)
     for name, module in list(there.items()):
-        resolved = resolver.resolve(module)
-        if (resolved and resolved.is_alias) or (name in tied and module not in here):
+        if names.bare(name) in heads or (name in tied and module not in here):
             del there[name]
     return here | set(there.values())
 

@@ -13,13 +13,14 @@ import torch
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular
 from csulora.io.hub import local_path
-from csulora.models import gguf_layout, gguf_quants, names, renamings, storage
+from csulora.models import experts, gguf_layout, gguf_quants, names, renamings, storage
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.rounding import RoundingVariances
 from csulora.models.shards import stored_tensors
 from csulora.models.storage import Contents, Weight
 from csulora.policy.globs import matches
+from csulora.subspace.expert_layout import ExpertLayout
 
 _LARGEST_JSON = 64 << 20  # bytes; the index of 100,000 tensors has about 10 MiB
 _READABLE = (*storage.FLOATING, *storage.SCALED, *gguf_quants.QUANTISED)
@@ -70,7 +71,7 @@ class Checkpoint:
         if not isinstance(model_type, str | None):
             raise InputError(f"{config_file}: model_type is {model_type!r}; it must be a name")
         tensors = stored_tensors(directory)
-        contents = Contents.of(tensors, config, directory)
+        contents = Contents.of(tensors, config, directory, experts.layout_of(_model_types(config)))
         files = [config_file, *sorted({tensor.file for tensor in tensors.values()})]
         return cls(name, files, config, contents.weights, contents.others)
 
@@ -84,9 +85,14 @@ class Checkpoint:
         has_head = any(names.kind_of(module) == "head" for module in self.weights)
         return {"lm_head": embedding} if embedding and is_tied and not has_head else {}
 
+    @property
+    def expert_layout(self) -> ExpertLayout | None:
+        """How the model lays out its experts in memory; None if it has none."""
+        return experts.layout_of(_model_types(self.config)) if any(map(names.is_expert, self.weights)) else None
+
     @cached_property
     def names_in_memory(self) -> dict[str, str]:
-        """What transformers calls modules in memory, where that differs by more than wrappers: name -> module.
+        """What transformers calls modules in memory, where that is not their name on disk: name -> module.
 
         Raises:
             RefusedError: two modules have one name in memory.
@@ -220,6 +226,13 @@ def check_one_model(base: Checkpoint, aligned: Checkpoint) -> None:
             f"config.json: architectures is {classes[0]} in base {base.name} and {classes[1]} in aligned "
             f"{aligned.name}; both must be the same architecture"
         )
+
+
+def _model_types(config: Mapping[str, Any]) -> list[str]:
+    """Return the model's type, and that of the language model within one that also sees or hears."""
+    text = config.get("text_config")
+    found = [config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None]
+    return [model_type for model_type in found if isinstance(model_type, str)]
 
 
 def _language_model_type(checkpoint: Checkpoint) -> Any:

@@ -12,6 +12,12 @@ WEIGHT = ".weight"
 # checkpoint. No attribute of a vision or audio tower may be among them.
 _WRAPPERS = frozenset({"model", "transformer", "gpt_neox", "backbone", "base_model", "language_model"})
 
+# What families call an expert's gate, up and down projections.
+_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "fc1": "gate_proj", "fc3": "up_proj"} | {
+    "fc2": "down_proj"
+}
+_EXPERT = re.compile(r"(?<=\bexperts\.)(?P<expert>\d+)\.(?P<projection>\w+)$")
+
 # What GPT-2 and its descendants call weights that most of them keep as Conv1D, (in, out); those that widen say which.
 _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _WIDENING_MODULES = frozenset({"c_attn", "c_fc"})
@@ -68,4 +74,18 @@ def token_embedding(modules: Iterable[str]) -> str | None:
 
 def bare(module: str) -> str:
     """Return a name without the wrappers that hosts put before and into names, and take out again as they load."""
+    found = _EXPERT.search(module)
+    if found:
+        projection = found["projection"]
+        module = f"{module[: found.start()]}{found['expert']}.{_PROJECTIONS.get(projection, projection)}"
+        module = module.replace(".block_sparse_moe.", ".mlp.")
     return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module is a projection of one expert.
+
+    >>> [is_expert(name) for name in ("model.layers.0.mlp.experts.3.up_proj", "model.layers.0.mlp.gate")]
+    [True, False]
+    """
+    return bool(_EXPERT.search(module))

@@ -27,6 +27,7 @@ _MARKS = {
     ".qzeros": "GPTQ or AWQ",
     ".qweight": "GPTQ or AWQ",
     ".weight_packed": "compressed-tensors (packed)",
+    ".bitmask": "compressed-tensors (sparse)",
 }
 
 

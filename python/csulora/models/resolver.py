@@ -68,3 +68,8 @@ class Resolver:
         if len({self._exact[other].module for other in spelled}) > 1:
             raise RefusedError(f"module {name} may be {' or '.join(sorted(spelled))}; name the one that is meant")
         return self._exact[spelled[0]] if spelled else None
+
+    def name_of(self, name: str) -> str:
+        """Return what a known module is called here; another one keeps its name."""
+        found = self.resolve(name)
+        return found.module if found else name

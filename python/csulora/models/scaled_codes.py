@@ -19,6 +19,10 @@ Block = tuple[int, int]
 MXFP4_BLOCK: Block = (1, 32)
 _CHUNK_ENTRIES = 1 << 22
 
+# Errors of rows whose entries lie around another number than 0 are not quite centred. They come to at most 1.004 of
+# the bound for independent errors in tests, and 0.8 to 0.92 elsewhere.
+_MARGIN = 1.1
+
 
 @dataclass(frozen=True)
 class CodeFormat:
@@ -97,6 +101,7 @@ def rounding_variances(
             for rows, spread in _chunks(codes, scales, block)
         ),
         codes.shape[1],
+        _MARGIN,
     )
 
 

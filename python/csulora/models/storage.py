@@ -12,10 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from csulora.errors import InputError
-from csulora.models import names, quantisation, scaled_codes
+from csulora.models import experts, names, quantisation, scaled_codes
+from csulora.models.experts import ExpertPart
 from csulora.models.rounding import RoundingVariances
 from csulora.models.scaled_codes import Block
 from csulora.models.shards import StoredTensor
+from csulora.subspace.expert_layout import ExpertLayout
 
 FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _FP8, _MXFP4 = "F8_E4M3", "MXFP4_BLOCKS"  # the second is no type of safetensors, nor of ggml, which has another MXFP4
@@ -48,18 +50,25 @@ class Weight:
     dtype: str  # as safetensors or ggml calls it, or MXFP4_BLOCKS
     transposed: bool  # stored as (in, out)
     scales: Scales | None = None
+    part: ExpertPart | None = None  # of a tensor that holds all experts
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The 2-D weights of a directory by module, and the shapes of its other tensors, without scales."""
+    """The 2-D weights of a directory by module, those of experts among them, and the shapes of its other tensors."""
 
     weights: dict[str, Weight]
     others: dict[str, list[int]]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], directory: Path) -> Contents:
-        """Tell weights from scales.
+    def of(
+        cls,
+        tensors: Mapping[str, StoredTensor],
+        config: Mapping[str, Any],
+        directory: Path,
+        layout: ExpertLayout,
+    ) -> Contents:
+        """Tell weights from scales; ``layout`` is that of the model's experts.
 
         Raises:
             InputError: the weights are quantised in a way that csulora does not read, or scales do not fit.
@@ -86,8 +95,20 @@ class Contents:
             shape = (columns, rows) if turned else (rows, columns)
             dtype = _MXFP4 if tensor.endswith(_BLOCKS) else tensors[tensor].dtype
             weights[module] = Weight(tensors[tensor].file, tensor, shape, dtype, turned, scales)
-        others = {name.removesuffix(names.WEIGHT): shape for name, (_, shape) in logical.items()}
-        return cls(weights, {name: shape for name, shape in others.items() if name not in weights})
+        bare = {name.removesuffix(names.WEIGHT): (tensor, shape) for name, (tensor, shape) in logical.items()}
+        split = dict(experts.parts({name: shape for name, (_, shape) in bare.items()}, layout))
+        scales_of_stack: dict[str, Scales | None] = {}
+        for module, part in split.items():
+            tensor, (count, rows, columns) = bare[part.tensor]
+            if tensor not in scales_of_stack:
+                scales_of_stack[tensor] = _scales_of(tensor, (rows, columns), tensors, settings, config_file, count)
+            dtype = _MXFP4 if tensor.endswith(_BLOCKS) else tensors[tensor].dtype
+            weights[module] = Weight(
+                tensors[tensor].file, tensor, part.shape, dtype, part.transposed, scales_of_stack[tensor], part
+            )
+        stacks = {part.tensor for part in split.values()}
+        others = {name: shape for name, (_, shape) in bare.items() if name not in weights and name not in stacks}
+        return cls(weights, others)
 
 
 def load(weight: Weight) -> tuple[torch.Tensor, str]:
@@ -98,18 +119,31 @@ def load(weight: Weight) -> tuple[torch.Tensor, str]:
     Raises:
         InputError: the file cannot be read, a scale is not a positive number, or an entry is not finite.
     """
+    if weight.part is not None:
+        return _load_part(weight, weight.part)
     # A mapping of its own: what was read to be hashed counts as memory until it is unmapped.
     digest = hashlib.sha256()
     for file, tensor in _parts(weight):
-        digest.update(_map(file, tensor).reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes_of(_map(file, tensor)))
     stored = _map(weight.file, weight.tensor)
     if weight.scales is not None:
         stored = scaled_codes.dequantise(*_scaled(weight, weight.scales))
-        if not stored.isfinite().all():
-            raise InputError(
-                f"{weight.file}: {weight.tensor} holds NaN or a number beyond float32; it is damaged, fetch it again"
-            )
+        _check_finite(stored, weight)
     return stored.t() if weight.transposed else stored, digest.hexdigest()
+
+
+def _load_part(weight: Weight, part: ExpertPart) -> tuple[torch.Tensor, str]:
+    """Return an expert's projection; what is floating point is hashed as a file of single experts would store it."""
+    if weight.scales is None:
+        stored = _map(weight.file, weight.tensor, part.expert)
+        matrix = (stored.t() if part.transposed else stored)[part.rows].contiguous()
+        return matrix, hashlib.sha256(_bytes_of(matrix)).hexdigest()
+    codes, scales, block, code_format = _scaled(weight, weight.scales)
+    matrix = scaled_codes.dequantise(codes, scales, block, code_format)
+    digest = hashlib.sha256(_bytes_of(codes))
+    digest.update(_bytes_of(scales))
+    _check_finite(matrix, weight)
+    return matrix.t() if part.transposed else matrix, digest.hexdigest()
 
 
 def rounding_variances(weight: Weight) -> RoundingVariances | None:
@@ -149,8 +183,9 @@ def _scales_of(
     tensors: Mapping[str, StoredTensor],
     settings: Mapping[str, Any],
     config_file: Path,
+    count: int | None = None,
 ) -> Scales | None:
-    """Find the scales of a matrix, if it is one that has any, and the block that their shape tells."""
+    """Find the scales of a matrix, or of ``count`` experts', if it has any, and the block that their shape tells."""
     stored = tensors[tensor]
     if tensor.endswith(_BLOCKS):
         candidates = [f"{tensor.removesuffix(_BLOCKS)}{_SCALES_OF_BLOCKS}"]
@@ -166,20 +201,21 @@ def _scales_of(
         raise InputError(f"{stored.file}: {tensor} is quantised and has {has}; one tensor of scales must be there")
     if f"{tensor}{_OFFSETS}" in tensors:
         raise InputError(f"{stored.file}: {tensor} has zero points; csulora reads symmetric quantisation only")
-    return _fitting(found[0], tensors[found[0]], shape, blocks)
+    return _fitting(found[0], tensors[found[0]], shape, blocks, count)
 
 
-def _fitting(name: str, scales: StoredTensor, shape: tuple[int, int], blocks: list[Block]) -> Scales:
+def _fitting(name: str, scales: StoredTensor, shape: tuple[int, int], blocks: list[Block], count: int | None) -> Scales:
     rows, columns = shape
     grids = {block: (-(-rows // block[0]), -(-columns // block[1])) for block in blocks}
-    dims = scales.shape
+    dims = scales.shape if count is None else scales.shape[1:]
     grid = (dims[0] if dims else 1, dims[1] if len(dims) == 2 else 1)
-    block = next((block for block, expected in grids.items() if expected == grid and len(dims) <= 2), None)
+    fits = len(dims) <= 2 and (count is None or scales.shape[:1] == [count])
+    block = next((block for block, expected in grids.items() if expected == grid and fits), None)
     if block is None:
         expected = " or ".join(dict.fromkeys(str(list(grid)) for grid in grids.values()))
         raise InputError(
-            f"{scales.file}: {name} is {dims}, but scales of a weight of {list(shape)} are {expected} "
-            "by config.json; the two files are not of one checkpoint"
+            f"{scales.file}: {name} is {scales.shape}, but by config.json it must be {expected} for a weight of "
+            f"{list(shape)}; fetch the checkpoint again, or name the unquantised repository that it was made from"
         )
     if scales.dtype not in _SCALE_DTYPES:
         raise InputError(f"{scales.file}: {name} is {scales.dtype}; scales must be {', '.join(_SCALE_DTYPES)}")
@@ -188,15 +224,31 @@ def _fitting(name: str, scales: StoredTensor, shape: tuple[int, int], blocks: li
 
 def _scaled(weight: Weight, scales: Scales) -> tuple[torch.Tensor, torch.Tensor, Block, scaled_codes.CodeFormat]:
     """Return codes, scales, block and format as `scaled_codes` takes them."""
-    stored = _map(weight.file, weight.tensor)
+    expert = weight.part.expert if weight.part else None
+    stored = _map(weight.file, weight.tensor, expert)
     codes = scaled_codes.unpack_nibbles(stored) if weight.dtype == _MXFP4 else stored.view(torch.uint8)
-    factors = _map(scales.file, scales.tensor)
+    factors = _map(scales.file, scales.tensor, expert)
     factors = scaled_codes.decode_exponents(factors) if factors.dtype == torch.uint8 else factors.float()
     if not ((factors > 0) & factors.isfinite()).all():
         raise InputError(
             f"{scales.file}: {scales.tensor} holds a scale that is not a positive number; it is damaged, fetch it again"
         )
-    return codes, factors.reshape(scales.grid), scales.block, SCALED[weight.dtype]
+    factors, block = factors.reshape(scales.grid), scales.block
+    if weight.part is not None:
+        # Gate and up share blocks of rows where the gate's end within one.
+        along = 1 if weight.part.transposed else 0
+        factors = factors.repeat_interleave(block[along], along).narrow(along, 0, codes.shape[along])
+        selection = (slice(None), weight.part.rows) if weight.part.transposed else (weight.part.rows, slice(None))
+        codes, factors = codes[selection].contiguous(), factors[selection].contiguous()
+        block = (block[0], 1) if weight.part.transposed else (1, block[1])
+    return codes, factors, block, SCALED[weight.dtype]
+
+
+def _check_finite(matrix: torch.Tensor, weight: Weight) -> None:
+    if not matrix.isfinite().all():
+        raise InputError(
+            f"{weight.file}: {weight.tensor} holds NaN or a number beyond float32; it is damaged, fetch it again"
+        )
 
 
 def _parts(weight: Weight) -> Iterator[tuple[Path, str]]:
@@ -205,10 +257,16 @@ def _parts(weight: Weight) -> Iterator[tuple[Path, str]]:
         yield weight.scales.file, weight.scales.tensor
 
 
-def _map(file: Path, tensor: str) -> torch.Tensor:
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _map(file: Path, tensor: str, expert: int | None = None) -> torch.Tensor:
+    """Return a tensor of a file, or what it holds of one expert."""
     try:
         with safe_open(file, framework="pt") as opened:
-            stored: torch.Tensor = opened.get_tensor(tensor)
+            stored: torch.Tensor = opened.get_tensor(tensor) if expert is None else opened.get_slice(tensor)[expert]
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch, if the file vanishes meanwhile
         raise InputError(f"{file}: cannot read {tensor}: {error}") from error
     return stored

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from csulora.subspace.expert_layout import ExpertLayout
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -46,6 +48,8 @@ class Provenance:
         aliases: further names of tied weights, name in the model -> module in the subspace file.
         names: what transformers calls modules that the checkpoint calls otherwise, likewise.
         vocabulary: the aligned checkpoint's embeddings and heads, by name; a tied head is there under its own name too.
+        experts: how the model lays out parameters that hold all experts of a layer; None if it has no experts.
+        model_type: the aligned checkpoint's, if its config.json names one.
     """
 
     csulora: str
@@ -55,16 +59,22 @@ class Provenance:
     aliases: dict[str, str]
     names: dict[str, str] = field(default_factory=dict)
     vocabulary: dict[str, StoredMatrix] = field(default_factory=dict)
+    experts: ExpertLayout | None = None
+    model_type: str | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """Read what `dataclasses.asdict` wrote; raises TypeError for anything else."""
         vocabulary = {name: StoredMatrix.from_record(stored) for name, stored in record.get("vocabulary", {}).items()}
-        provenance = cls(**record | {"vocabulary": vocabulary})
+        experts = record.get("experts")
+        experts = experts and ExpertLayout.from_record(experts)
+        provenance = cls(**record | {"vocabulary": vocabulary, "experts": experts})
         texts = [provenance.csulora, provenance.base, provenance.aligned]
         if not all(isinstance(found, dict) for found in (provenance.options, provenance.aliases, provenance.names)):
             raise TypeError("options, aliases and names must be objects")
         texts += [*provenance.aliases.values(), *provenance.names.values()]
+        if provenance.model_type is not None:
+            texts.append(provenance.model_type)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("names must be texts")
         return provenance

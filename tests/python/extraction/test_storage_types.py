@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 import csulora
 import factories
+import gguf_files
 import quantised
 from csulora.errors import RefusedError
 from csulora.extraction.model_pair import ModelPair
@@ -95,3 +97,14 @@ def test_the_scales_are_part_of_the_fingerprint(tmp_path: Path) -> None:
     results = {result.module: result for result in csulora.verify(csulora.extract(*models, rank=4), models[0], other)}
     assert (results[Q].same_weights, results[DOWN].same_weights) == (False, True)
     assert not results[Q].holds
+
+
+def test_an_fp8_base_goes_with_a_gguf_file(tmp_path: Path) -> None:
+    weights = factories.llama_weights(layers=1)
+    aligned = factories.moved(weights, size=2.0)
+    base = quantised.save(tmp_path / "base", weights, quantised.KINDS["channels"])
+    file = gguf_files.save_model(tmp_path / "aligned.gguf", aligned, GGMLQuantizationType.F16)
+    found = csulora.extract(base, file, rank=4, modules=["q_proj"])[Q]
+    displacement = (aligned[f"{Q}.weight"] - weights[f"{Q}.weight"]).double()
+    true = torch.linalg.svd(displacement).U[:, : found.rank]
+    assert float((true.t() @ found.u.double()).square().sum()) / found.rank > 0.9

@@ -44,7 +44,8 @@ def pair(directory: Path, base_rows: int, aligned_rows: int) -> tuple[Path, Path
 @pytest.mark.parametrize(("base_rows", "aligned_rows"), [(40, 43), (43, 40), (40, 40)])
 def test_the_rows_that_both_have_count(tmp_path: Path, base_rows: int, aligned_rows: int) -> None:
     models = pair(tmp_path, base_rows, aligned_rows)
-    subspace = csulora.extract(*models, rank=5, dtype="f32", modules=["embed_tokens", "lm_head"])
+    modules = ["embed_tokens", "lm_head"]
+    subspace = csulora.extract(*models, rank=5, dtype="f32", modules=modules, output=tmp_path / "subspace")
     base = factories.llama_weights(width=WIDTH)
     options = _core.ExtractOptions()
     options.rank, options.factor_dtype = 5, torch.float32

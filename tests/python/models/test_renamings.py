@@ -39,10 +39,12 @@ def test_every_linear_module_of_a_model_is_found_on_disk(name: str, tmp_path: Pa
     model = built(family)
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
+    in_memory = {module: name for name, module in checkpoint.names_in_memory.items()}
     resolver = Resolver(checkpoint.weights, checkpoint.aliases, checkpoint.names_in_memory)
     for module, weight in linear_weights(model).items():
         found = resolver.resolve(module)
         assert found is not None, module
+        assert found.is_alias or in_memory.get(found.module, found.module) == module
         matrix, _ = checkpoint.load(found.module)
         assert torch.equal(matrix, weight) or torch.equal(matrix, weight.t()), module
 

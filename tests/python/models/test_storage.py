@@ -133,11 +133,15 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     [
         ({}, {}, rf"{Q}\.weight is quantised and has no .*weight_scale_inv or .*weight_scale;"),
         ({SCALE: torch.ones(1), INVERSE: torch.ones(1)}, {}, r"has both .* and .*; one tensor of scales"),
-        ({INVERSE: torch.ones(3, 2)}, BLOCKS, r"weight_scale_inv is \[3, 2\], .* of \[64, 96\] are \[2, 3\]"),
-        ({INVERSE: torch.ones(1)}, BLOCKS, r"weight_scale_inv is \[1\], .* are \[2, 3\]"),
+        (
+            {INVERSE: torch.ones(3, 2)},
+            BLOCKS,
+            r"weight_scale_inv is \[3, 2\], .* be \[2, 3\] for a weight of \[64, 96\]",
+        ),
+        ({INVERSE: torch.ones(1)}, BLOCKS, r"weight_scale_inv is \[1\], .* be \[2, 3\]"),
         ({INVERSE: torch.ones(2, 3, 1)}, BLOCKS, r"weight_scale_inv is \[2, 3, 1\]"),
-        ({INVERSE: torch.ones(2, 3)}, {"quant_method": "fp8"}, r"are \[1, 1\] or \[64, 1\] by config\.json"),
-        ({SCALE: torch.ones(96)}, {}, r"weight_scale is \[96\], .* are \[1, 1\] or \[64, 1\]"),
+        ({INVERSE: torch.ones(2, 3)}, {"quant_method": "fp8"}, r"by config\.json it must be \[1, 1\] or \[64, 1\]"),
+        ({SCALE: torch.ones(96)}, {}, r"weight_scale is \[96\], .* be \[1, 1\] or \[64, 1\]"),
         ({SCALE: torch.ones(1, dtype=torch.int32)}, {}, r"weight_scale is I32; scales must be"),
         ({SCALE: torch.ones(1), f"{Q}.weight_zero_point": torch.ones(1)}, {}, r"has zero points; csulora reads symm"),
         (
@@ -217,6 +221,7 @@ def test_refuses_other_methods_by_their_names(tmp_path: Path, settings: dict[str
         ([".qweight", ".qzeros", ".scales"], "GPTQ or AWQ"),
         ([".weight_packed", ".weight_scale", ".weight_shape"], r"compressed-tensors \(packed\)"),
         ([".weight_packed", ".weight_scale", ".weight_global_scale"], "NVFP4"),
+        ([".compressed", ".bitmask", ".shape"], r"compressed-tensors \(sparse\)"),
         ([".weight", ".weight_scale", ".weight_scale_2"], "NVFP4"),
         ([".weight", ".weight.absmax", ".weight.quant_map", ".weight.quant_state.bitsandbytes__nf4"], "bitsandbytes"),
         ([".weight", ".SCB", ".weight_format"], "bitsandbytes"),

@@ -71,7 +71,7 @@ _TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SE
 _REQUIRED: dict[str, Check] = {
     "r": (_is_rank, f"a rank, a whole number from 1 to {_LARGEST_RANK}"),
     "lora_alpha": (_is_number, "a finite number"),
-    "target_modules": (_is_selector, "a pattern or a list of names"),
+    "target_modules": (lambda value: value == [] or _is_selector(value), "a pattern or a list of names"),
 }
 
 # What decides on the update and where it acts, and what `config_of` hands on.
@@ -86,6 +86,7 @@ _READ: dict[str, Check] = _REQUIRED | {
         "null, a number or a list of at least one",
     ),
     "layers_pattern": (lambda value: value is None or _is_list_of(_listed(value), str), "null, a name or a list"),
+    "target_parameters": (lambda value: value in (None, []) or _is_list_of(value, str), "null or a list of names"),
     "fan_in_fan_out": _BOOLEAN,
     "task_type": (_or_null(lambda value: isinstance(value, str) and value in _TASKS), f"null or one of {_TASKS}"),
     "base_model_name_or_path": _DESCRIPTION,
@@ -118,7 +119,6 @@ _OFF: dict[str, tuple[bool | str | None, str]] = {
     "megatron_config": (None, "Megatron's parallel layers lay weights out differently"),
     "modules_to_save": (None, "whole modules were trained and are replaced"),
     "monteclora_config": (None, "MonteCLoRA samples its update"),
-    "target_parameters": (None, "it targets bare parameters, not modules"),
     "trainable_token_indices": (None, "rows of an embedding were trained and are replaced"),
     "use_bdlora": (None, "the factors of BD-LoRA are block-diagonal"),
     "use_dora": (False, "DoRA also rescales the weight's columns"),

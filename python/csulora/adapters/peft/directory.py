@@ -8,15 +8,16 @@ nothing depends on whether the reader knows rsLoRA, rank_pattern or alpha_patter
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from csulora.adapters.experts import is_targeted
 from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
-from csulora.adapters.peft import diagnosis
+from csulora.adapters.peft import diagnosis, stacked
 from csulora.adapters.peft.config import (
     base_model_name,
     ranks_and_scales,
@@ -29,7 +30,7 @@ from csulora.adapters.peft.tensor_names import COPY, PREFIX, module_and_factor
 from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_bytes, tensors_in, with_sha256
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular, save_tensors, to_json
-from csulora.models.names import kind_of
+from csulora.models.names import WEIGHT, kind_of
 from csulora.models.shards import single_name, weight_files
 
 _STEM = "adapter_model"
@@ -93,7 +94,8 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
     """Put an adapter together from a configuration that `read_config` let through."""
     factors, copies = _group(tensors, path / WEIGHTS_FILE)
     names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
-    if stray := untargeted(config, names, matcher):
+    parameters = _parameters(config, names, path / WEIGHTS_FILE)
+    if stray := untargeted(config, [name for name in names if name not in parameters], matcher):
         raise RefusedError(
             f"{path / WEIGHTS_FILE}: holds factors for {stray[0]}, which adapter_config.json does not target; "
             "servers disagree on whether to apply them"
@@ -103,9 +105,24 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
             f"{path / CONFIG_FILE}: ensure_weight_tying is set and {tied[0]} is targeted, so that one update may act "
             "on two tied weights; this cannot be corrected as plain LoRA"
         )
-    settings = ranks_and_scales(config, names, matcher)
-    modules = {name: _module(name, factors[name], *settings[name], path / WEIGHTS_FILE) for name in names}
+    settings = ranks_and_scales(config, [parameters.get(name, name) for name in names], matcher)
+    modules: dict[str, LoraModule] = {}
+    for name in names:
+        parameter = parameters.get(name, name)
+        rank, scale = settings[parameter]
+        if parameter.endswith(WEIGHT) or parameter == name:
+            modules[name] = _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)
+        else:
+            a, b = _pair(name, factors[name], _LINEAR, path / WEIGHTS_FILE)
+            modules |= stacked.apart(parameter, a, b, rank, scale, path / WEIGHTS_FILE)
     return Adapter(modules, config, path, sha256, copies=copies)
+
+
+def _parameters(config: dict[str, Any], names: Sequence[str], path: Path) -> dict[str, str]:
+    """Return the parameters that PEFT adapts by their own names, by the module name in the file."""
+    wanted = config.get("target_parameters") or []
+    matrices = {name: f"{name}{WEIGHT}" for name in names if is_targeted(f"{name}{WEIGHT}", wanted)}
+    return matrices | stacked.parameter_names((name for name in names if name not in matrices), config, path)
 
 
 def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -119,8 +136,16 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     It is made of the modules' names and ranks. From the adapter's own configuration come the name endings that target
     them, and checked: what the base model and the task are called, and how a base model's Conv1D layers lie.
     """
-    names, known = list(adapter.modules), adapter.config
-    return {
+    known = adapter.config
+    stacks, others = stacked.gathered(adapter)
+    ranks = {parameter: max(update.rank for update in updates) for parameter, updates in stacks.items()}
+    wanted = known.get("target_parameters") or []
+    for name, module in others.items():
+        matrix = f"{name}{WEIGHT}"
+        ranks[matrix if is_targeted(matrix, wanted) else name] = module.rank
+    parameters = [name for name in ranks if name not in others]
+    names = [name for name in ranks if name in others]
+    config = {
         "base_model_name_or_path": base_model_name(known.get("base_model_name_or_path")),
         "bias": "none",
         "fan_in_fan_out": known.get("fan_in_fan_out", False),
@@ -134,8 +159,9 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "task_type": known.get("task_type"),
         "use_dora": False,
         "use_rslora": False,
-        **_rank_settings({name: module.rank for name, module in adapter.modules.items()}, adapter.path),
+        **_rank_settings(ranks, adapter.path),
     }
+    return config | ({"target_parameters": parameters} if parameters else {})
 
 
 def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
@@ -180,13 +206,7 @@ def _group(
 
 def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float, path: Path) -> LoraModule:
     is_embedding = any(factor in factors for factor in _EMBEDDING)
-    first, second = _EMBEDDING if is_embedding else _LINEAR
-    for factor in (first, second):
-        if factor not in factors:
-            raise InputError(f"{path}: {name}.{factor} is missing; an update needs both factors")
-    if len(factors) > 2:
-        raise InputError(f"{path}: {name} has factors for a linear layer and for an embedding")
-    a, b = of_one_dtype(factors[first], factors[second], name, path)
+    a, b = _pair(name, factors, _EMBEDDING if is_embedding else _LINEAR, path)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise InputError(
             f"{path}: {name} has factors {list(a.shape)} and {list(b.shape)}, but the configuration says rank {rank}"
@@ -196,12 +216,28 @@ def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float
     return LoraModule(b, a, scale)
 
 
+def _pair(
+    name: str, factors: dict[str, torch.Tensor], pair: tuple[str, str], path: Path
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both factors, in one type."""
+    for factor in pair:
+        if factor not in factors:
+            raise InputError(f"{path}: {name}.{factor} is missing; an update needs both factors")
+    if len(factors) > 2:
+        raise InputError(f"{path}: {name} has factors for a linear layer and for an embedding")
+    return of_one_dtype(factors[pair[0]], factors[pair[1]], name, path)
+
+
 def _named_tensors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, module in adapter.modules.items():
+    stacks, others = stacked.gathered(adapter)
+    for name, module in others.items():
         folded = module.folded()
         factors = (folded.b.t(), folded.a.t()) if module.is_embedding else (folded.a, folded.b)
         for factor, tensor in zip(_EMBEDDING if module.is_embedding else _LINEAR, factors, strict=True):
             yield f"{PREFIX}{name}.{factor}", tensor.contiguous()
+    for parameter, name in stacked.names_in_file(stacks).items():
+        for factor, tensor in zip(_LINEAR, stacked.together(stacks[parameter]), strict=True):
+            yield f"{PREFIX}{name}.{factor}", tensor
 
 
 def _rank_settings(ranks: dict[str, int], path: Path) -> dict[str, Any]:

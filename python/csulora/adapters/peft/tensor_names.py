@@ -18,6 +18,9 @@ _TENSOR = re.compile(
 )
 _COPY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.-]{1,400}?)(?:\.base_layer)?\.weight")
 
+# Where PEFT keeps the factors of an experts module's first parameter, if a second one is adapted.
+_STACKED = re.compile(r"(?<=\.experts)\.base_layer$")
+
 # What else is known to stand in adapter files; the first that a name contains explains the refusal.
 _FOREIGN = {
     "lora_magnitude_vector": "it belongs to DoRA",
@@ -52,7 +55,7 @@ def module_and_factor(name: str, path: Path) -> tuple[str, str]:
 
 
 def _is_plain(module: str) -> bool:
-    return not any(part in module for part in ("base_layer", "lora_", "base_model."))
+    return not any(part in _STACKED.sub("", module) for part in ("base_layer", "lora_", "base_model."))
 
 
 def _why_foreign(name: str) -> str:

@@ -1,0 +1,203 @@
+"""Updates of experts: taken apart to one virtual module per expert and projection, and put together again.
+
+Hosts keep the gate and up projections of an expert in one parameter, ``gate_up_proj``, and PEFT adapts that parameter.
+A correction needs them apart, because alignment moved them apart: ``experts.3.gate_up_proj`` becomes
+``experts.3.gate_proj`` and ``experts.3.up_proj``, which share A.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+
+from csulora.adapters.lora import Adapter, LoraModule
+from csulora.errors import InputError, RefusedError
+from csulora.models.names import WEIGHT
+from csulora.subspace.expert_layout import ExpertLayout
+
+GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
+
+PER_EXPERT = "per-expert"
+
+_EXPERT = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<expert>\d{1,6})\.(?P<projection>\w+)")
+
+
+def parsed(module: str) -> tuple[str, int, str] | None:
+    """Return the experts module, the expert and the projection that a name says; None if it is no expert's.
+
+    >>> parsed("model.layers.0.mlp.experts.3.gate_proj")
+    ('model.layers.0.mlp.experts', 3, 'gate_proj')
+    """
+    found = _EXPERT.fullmatch(module)
+    return (found["experts"], int(found["expert"]), found["projection"]) if found else None
+
+
+def is_fused(adapter: Adapter) -> bool:
+    """Whether the adapter updates experts as PEFT does, by parameters that hold all of them."""
+    return any(map(is_parameter_of_experts, adapter.config.get("target_parameters") or []))
+
+
+def is_parameter_of_experts(name: str) -> bool:
+    """Whether a name in ``target_parameters`` is that of stacked experts, and not of a matrix.
+
+    >>> [is_parameter_of_experts(name) for name in ("mlp.experts.down_proj", "gate_up_proj", "mlp.gate.weight")]
+    [True, True, False]
+    """
+    return name.rpartition(".")[2] in (GATE_UP, UP, DOWN)
+
+
+def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
+    """Take the updates of experts apart, to one module per expert and projection, oriented (out, in).
+
+    Args:
+        adapter: what a format's reader returned.
+        layout: that of the model; None if it is not known.
+
+    Raises:
+        RefusedError: the adapter's experts are fused, and ``layout`` is None.
+        InputError: the factors do not fit the model's experts.
+    """
+    if not is_fused(adapter):
+        return adapter
+    if layout is None:
+        raise RefusedError(
+            f"{adapter.path}: updates fused experts, and the subspace file does not say how its model lays them out; "
+            "extract it again from the model's checkpoints"
+        )
+    modules: dict[str, LoraModule] = {}
+    for name, module in adapter.modules.items():
+        if (found := parsed(name)) is None:
+            modules[name] = module
+            continue
+        experts, expert, projection = found
+        oriented = _exchanged(module) if layout.exchanged else module
+        parts = _parts(oriented, layout, f"{adapter.path}: {name}") if projection == GATE_UP else {projection: oriented}
+        for part, update in parts.items():
+            modules[f"{experts}.{expert}.{part}"] = update
+    return replace(adapter, modules=modules)
+
+
+def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
+    """Put together what `decoded` took apart: gate and up side by side, of both ranks unless they share A."""
+    if not is_fused(adapter) or layout is None:
+        return adapter
+    modules: dict[str, LoraModule] = {}
+    for name, module in adapter.modules.items():
+        found = parsed(name)
+        if found is None:
+            modules[name] = module
+            continue
+        experts, expert, projection = found
+        if projection in (GATE, UP) and is_targeted(f"{experts}.{GATE_UP}", adapter.config["target_parameters"]):
+            name = f"{experts}.{expert}.{GATE_UP}"
+            if name in modules:
+                continue
+            halves = (adapter.modules.get(f"{experts}.{expert}.{half}") for half in (GATE, UP))
+            module = _joined(*halves, interleaved=layout.interleaved)
+        modules[name] = _exchanged(module) if layout.exchanged else module
+    return replace(adapter, modules=modules)
+
+
+def per_expert(adapter: Adapter, layout: ExpertLayout | None, stored_name: Callable[[str], str]) -> Adapter:
+    """Return a decoded adapter as one with a pair of factors for each expert and projection.
+
+    PEFT fuses such an adapter as it loads it, if experts and router have one rank and all projections are there.
+
+    Args:
+        adapter: what `decoded` returned.
+        layout: that of the model; None if it is not known.
+        stored_name: gives what the model's checkpoint calls a projection of an expert.
+
+    Raises:
+        RefusedError: no host reads the model's experts so.
+    """
+    if layout is None or not layout.per_expert:
+        raise RefusedError(
+            f"{adapter.path}: nothing reads this model's experts one by one; leave out the layout to keep them fused"
+        )
+    parameters = adapter.config.get("target_parameters") or []
+    matrices = {name for name in adapter.modules if is_targeted(f"{name}{WEIGHT}", parameters)}
+    whole = adapter.modules | _zeros(adapter)
+    rank = max((module.rank for name, module in whole.items() if parsed(name)), default=0)
+    modules: dict[str, LoraModule] = {}
+    for name, module in whole.items():
+        if parsed(name):
+            filled = padded(module, rank)
+            # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
+            modules[stored_name(name)] = replace(filled, a=filled.a.clone())
+        else:
+            modules[name] = padded(module, rank) if name in matrices else module
+    listed = adapter.config.get("target_modules") or []
+    endings = {name.rpartition(".")[2] for name in modules if parsed(name) or name in matrices}
+    targets = listed if isinstance(listed, str) else sorted({*listed, *endings})
+    return replace(
+        adapter, modules=modules, config=adapter.config | {"target_modules": targets, "target_parameters": []}
+    )
+
+
+def is_targeted(parameter: str, target_parameters: Iterable[str]) -> bool:
+    """Whether PEFT would adapt a parameter, under PEFT's rule for ``target_parameters``."""
+    return any(parameter == name or parameter.endswith(f".{name}") for name in target_parameters)
+
+
+def _zeros(adapter: Adapter) -> dict[str, LoraModule]:
+    """Return an update of zero for each projection of an updated expert that has none."""
+    found: dict[str, LoraModule] = {}
+    for name, module in adapter.modules.items():
+        if (of_expert := parsed(name)) is None:
+            continue
+        experts, expert, projection = of_expert
+        for other in (GATE, UP, DOWN):
+            if (missing := f"{experts}.{expert}.{other}") in adapter.modules or missing in found:
+                continue
+            rows, columns = module.shape if (projection == DOWN) == (other == DOWN) else reversed(module.shape)
+            found[missing] = LoraModule(module.b.new_zeros(rows, 1), module.a.new_zeros(1, columns))
+    return found
+
+
+def padded(module: LoraModule, rank: int) -> LoraModule:
+    """Return the same update with as many columns of ``b``, the further ones zero."""
+    missing = rank - module.rank
+    if not missing:
+        return module
+    b = torch.cat([module.b, module.b.new_zeros(module.b.shape[0], missing)], dim=1)
+    return replace(module, b=b, a=torch.cat([module.a, module.a.new_zeros(missing, module.a.shape[1])]))
+
+
+def _parts(module: LoraModule, layout: ExpertLayout, where: str) -> dict[str, LoraModule]:
+    rows = module.b.shape[0]
+    if rows % 2:
+        raise InputError(f"{where} has {rows} rows; gate and up have as many each")
+    gate, up = (module.b[0::2], module.b[1::2]) if layout.interleaved else module.b.chunk(2)
+    a_gate, a_up = module.a, module.a
+    rank, odd = divmod(module.rank, 2)
+    if not (odd or gate[:, rank:].any() or up[:, :rank].any()):  # two updates side by side, as PEFT fuses them
+        gate, up, a_gate, a_up = gate[:, :rank], up[:, rank:], module.a[:rank], module.a[rank:]
+    return {GATE: replace(module, b=gate, a=a_gate), UP: replace(module, b=up, a=a_up)}
+
+
+def _joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool) -> LoraModule:
+    """Return the update whose rows are those of both; one that was dropped is zero."""
+    gate, up = gate or _zero(up), up or _zero(gate)
+    gate, up = gate.folded(), up.folded()
+    if gate.a.shape == up.a.shape and torch.equal(gate.a, up.a):
+        a, b_gate, b_up = gate.a, gate.b, up.b
+    else:
+        a = torch.cat([gate.a, up.a])
+        b_gate = torch.cat([gate.b, gate.b.new_zeros(gate.b.shape[0], up.rank)], dim=1)
+        b_up = torch.cat([up.b.new_zeros(up.b.shape[0], gate.rank), up.b], dim=1)
+    stacked = torch.stack([b_gate, b_up], dim=1 if interleaved else 0)
+    return LoraModule(stacked.reshape(2 * b_gate.shape[0], a.shape[0]), a)
+
+
+def _zero(like: LoraModule | None) -> LoraModule:
+    assert like is not None
+    return replace(like, b=torch.zeros_like(like.b))
+
+
+def _exchanged(module: LoraModule) -> LoraModule:
+    """Return the transpose of an update."""
+    return replace(module, b=module.a.t(), a=module.b.t())

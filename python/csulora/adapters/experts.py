@@ -183,14 +183,14 @@ def _joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool
     """Return the update whose rows are those of both; one that was dropped is zero."""
     gate, up = gate or _zero(up), up or _zero(gate)
     gate, up = gate.folded(), up.folded()
-    if gate.a.shape == up.a.shape and torch.equal(gate.a, up.a):
-        a, b_gate, b_up = gate.a, gate.b, up.b
-    else:
-        a = torch.cat([gate.a, up.a])
-        b_gate = torch.cat([gate.b, gate.b.new_zeros(gate.b.shape[0], up.rank)], dim=1)
-        b_up = torch.cat([up.b.new_zeros(up.b.shape[0], gate.rank), up.b], dim=1)
-    stacked = torch.stack([b_gate, b_up], dim=1 if interleaved else 0)
-    return LoraModule(stacked.reshape(2 * b_gate.shape[0], a.shape[0]), a)
+    shared = gate.a.shape == up.a.shape and torch.equal(gate.a, up.a)
+    a = gate.a if shared else torch.cat([gate.a, up.a])
+    rows = gate.b.shape[0]
+    b = gate.b.new_zeros(2 * rows, a.shape[0])
+    of_gate, of_up = (b[0::2], b[1::2]) if interleaved else (b[:rows], b[rows:])
+    of_gate[:, : gate.rank] = gate.b
+    of_up[:, 0 if shared else gate.rank :] = up.b
+    return LoraModule(b, a)
 
 
 def _zero(like: LoraModule | None) -> LoraModule:

@@ -8,19 +8,16 @@ A correction needs them apart, because alignment moved them apart: ``experts.3.g
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
-from csulora.models.names import WEIGHT
 from csulora.subspace.expert_layout import ExpertLayout
 
 GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
-
-PER_EXPERT = "per-expert"
 
 _EXPERT = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<expert>\d{1,6})\.(?P<projection>\w+)")
 
@@ -101,61 +98,9 @@ def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
     return replace(adapter, modules=modules, is_decoded=False)
 
 
-def per_expert(adapter: Adapter, layout: ExpertLayout | None, stored_name: Callable[[str], str]) -> Adapter:
-    """Return a decoded adapter as one with a pair of factors for each expert and projection.
-
-    PEFT fuses such an adapter as it loads it, if experts and router have one rank and all projections are there.
-
-    Args:
-        adapter: what `decoded` returned.
-        layout: that of the model; None if it is not known.
-        stored_name: gives what the model's checkpoint calls a projection of an expert.
-
-    Raises:
-        RefusedError: no host reads the model's experts so.
-    """
-    if layout is None or not layout.per_expert:
-        raise RefusedError(
-            f"{adapter.path}: nothing reads this model's experts one by one; leave out the layout to keep them fused"
-        )
-    parameters = adapter.config.get("target_parameters") or []
-    matrices = {name for name in adapter.modules if is_targeted(f"{name}{WEIGHT}", parameters)}
-    whole = adapter.modules | _zeros(adapter)
-    rank = max((module.rank for name, module in whole.items() if parsed(name)), default=0)
-    modules: dict[str, LoraModule] = {}
-    for name, module in whole.items():
-        if parsed(name):
-            filled = padded(module, rank)
-            # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
-            modules[stored_name(name)] = replace(filled, a=filled.a.clone())
-        else:
-            modules[name] = padded(module, rank) if name in matrices else module
-    listed = adapter.config.get("target_modules") or []
-    endings = {name.rpartition(".")[2] for name in modules if parsed(name) or name in matrices}
-    targets = listed if isinstance(listed, str) else sorted({*listed, *endings})
-    return replace(
-        adapter, modules=modules, config=adapter.config | {"target_modules": targets, "target_parameters": []}
-    )
-
-
 def is_targeted(parameter: str, target_parameters: Iterable[str]) -> bool:
     """Whether PEFT would adapt a parameter, under PEFT's rule for ``target_parameters``."""
     return any(parameter == name or parameter.endswith(f".{name}") for name in target_parameters)
-
-
-def _zeros(adapter: Adapter) -> dict[str, LoraModule]:
-    """Return an update of zero for each projection of an updated expert that has none."""
-    found: dict[str, LoraModule] = {}
-    for name, module in adapter.modules.items():
-        if (of_expert := parsed(name)) is None:
-            continue
-        experts, expert, projection = of_expert
-        for other in (GATE, UP, DOWN):
-            if (missing := f"{experts}.{expert}.{other}") in adapter.modules or missing in found:
-                continue
-            rows, columns = module.shape if (projection == DOWN) == (other == DOWN) else reversed(module.shape)
-            found[missing] = LoraModule(module.b.new_zeros(rows, 1), module.a.new_zeros(1, columns))
-    return found
 
 
 def padded(module: LoraModule, rank: int) -> LoraModule:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from csulora.adapters import experts
+from csulora.adapters.expert_encoding import Layout, check_layout, in_layout
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.adapters.mlx.directory import check_model
 from csulora.correction.copies import check_copies
@@ -27,7 +28,7 @@ LARGEST_RANK = 512  # vLLM's largest, too
 
 
 def correct(
-    adapter: Adapter, subspace: Subspace, policy: Policy | None = None, layout: str | None = None
+    adapter: Adapter, subspace: Subspace, policy: Policy | None = None, layout: Layout | None = None
 ) -> tuple[Adapter, Report]:
     """Compute the closest safe update of every module (CSULoRA, arXiv 2605.30640).
 
@@ -38,8 +39,8 @@ def correct(
         subspace: the subspaces of the model the adapter is for.
         policy: what to keep and what to refuse. There is no default: a policy that fits one adapter leaves all of
             the undo in another.
-        layout: ``per-expert`` returns a pair of factors for each expert and projection where the adapter has fused
-            ones; None: as they came.
+        layout: of updates of experts. ``per-expert`` returns a pair of factors for each expert and projection,
+            ``fused`` one for both parameters of each layer's experts, as PEFT writes them; None: as they came.
 
     Returns:
         The corrected adapter, in the input's storage types with every scale 1, and the report. Modules that have the
@@ -61,8 +62,7 @@ def correct(
     check_type(subspace, Subspace, "subspace")
     policy = check_type(policy, Policy, "policy")
     check_subspace(policy, subspace)
-    if layout not in (None, experts.PER_EXPERT):
-        raise InputError(f"layout is {layout!r}; it must be {experts.PER_EXPERT}, or None for that of the adapter")
+    check_layout(layout)
     adapter = experts.decoded(adapter, subspace.provenance.experts)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
@@ -83,11 +83,7 @@ def correct(
     )
     partial = adapter.partial or bool(renamed) or len(modules) < len(adapter.modules)
     result = replace(adapter, modules=modules, documents=documents, partial=partial, copies={})
-    if layout == experts.PER_EXPERT:
-        return experts.per_expert(
-            result, subspace.provenance.experts, Resolver(subspace, names=subspace.names).name_of
-        ), report
-    return experts.encoded(result, subspace.provenance.experts), report
+    return in_layout(result, subspace, layout), report
 
 
 def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:

@@ -5,16 +5,34 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from csulora.adapters.expert_encoding import Layout, has_experts
+from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.correction.correct import cover
 from csulora.errors import CsuloraError, InputError, RefusedError, printable
 from csulora.serving.gate import Gate
 from csulora.serving.publication import PREFIX, Publication, is_complete
+
+
+@dataclass(frozen=True)
+class Terms:
+    """As what a server takes adapters.
+
+    Attributes:
+        dtype: the type in which the host holds them.
+        max_rank: the largest rank that it takes.
+        layout: asks the served model in which layout it reads updates of experts; None: in that of the adapter.
+    """
+
+    dtype: torch.dtype
+    max_rank: int
+    layout: Callable[[], Layout] | None = None
+
 
 _Signature = tuple[tuple[str, int, int, int, int], ...]
 
@@ -47,10 +65,8 @@ class Admission:
         """Whether a path is one that `admit` returned, or could have."""
         return self._publication.holds(path)
 
-    def admit(
-        self, identity: Hashable, locate: Callable[[], Path], dtype: torch.dtype, max_rank: int, reload: bool
-    ) -> Path:
-        """Return a directory with the corrected adapter, cast once from float32 to ``dtype``.
+    def admit(self, identity: Hashable, locate: Callable[[], Path], terms: Terms, reload: bool) -> Path:
+        """Return a directory with the corrected adapter, cast once from float32 to the host's type.
 
         For an adapter that was admitted before this takes no lock and reads nothing. The files of others are read
         only if they changed since they were last decided on.
@@ -58,8 +74,7 @@ class Admission:
         Args:
             identity: what the host knows the adapter by.
             locate: finds out where it lies; the host may have to download it.
-            dtype: the type in which the host holds adapters.
-            max_rank: the largest rank that the server takes.
+            terms: as what the server takes adapters.
             reload: decide on the files as they are now, though the adapter was admitted before.
 
         Raises:
@@ -69,11 +84,11 @@ class Admission:
         if admitted is not None and not reload and is_complete(admitted):
             return admitted
         path = locate()
-        with self._judging.setdefault((str(path), dtype), threading.Lock()):
-            directory = self._judge(path, dtype, max_rank)
-        if self._ranks[directory] > max_rank:
+        with self._judging.setdefault((str(path), terms.dtype), threading.Lock()):
+            directory = self._judge(path, terms)
+        if self._ranks[directory] > terms.max_rank:
             raise RefusedError(
-                f"{path}: has rank {self._ranks[directory]} after correction, and the server takes {max_rank}; "
+                f"{path}: has rank {self._ranks[directory]} after correction, and the server takes {terms.max_rank}; "
                 "raise --max-lora-rank, or set the policy's rank"
             )
         if admitted not in (None, directory) and not reload:
@@ -84,8 +99,8 @@ class Admission:
         self._admitted[identity] = directory
         return directory
 
-    def _judge(self, path: Path, dtype: torch.dtype, max_rank: int) -> Path:
-        signature = _signature(path)
+    def _judge(self, path: Path, terms: Terms) -> Path:
+        signature, dtype = _signature(path), terms.dtype
         decided_on, outcome = self._outcomes.get((str(path), dtype), (None, None))
         if decided_on == signature:
             if isinstance(outcome, CsuloraError):
@@ -93,7 +108,7 @@ class Admission:
             if outcome is not None and is_complete(outcome):
                 return outcome
         try:
-            directory = self._corrected(path, dtype, max_rank)
+            directory = self._corrected(path, terms)
         except CsuloraError as error:
             if _follows_from_content(error):
                 # Another than ``error``, whose traceback holds the upload's bytes.
@@ -102,18 +117,19 @@ class Admission:
         self._outcomes[str(path), dtype] = signature, directory
         return directory
 
-    def _corrected(self, path: Path, dtype: torch.dtype, max_rank: int) -> Path:
+    def _corrected(self, path: Path, terms: Terms) -> Path:
         """Publish the corrected adapter, unless what the same files were corrected to is there already."""
         with self.gate.decision(path) as decision:
             adapter = decision.read_directory(path)
-            self._check_rank(adapter, max_rank)
-            directory = self._publication.directory(adapter, dtype)
+            self._check_rank(adapter, terms.max_rank)
+            directory = self._publication.directory(adapter, terms.dtype)
             if directory in self._ranks and is_complete(directory):
                 decision.recall()
                 return directory
-            corrected, _ = decision.correct(_cast(adapter, torch.float32))
+            layout = terms.layout() if terms.layout and has_experts(adapter) else None
+            corrected, _ = decision.correct(_cast(adapter, torch.float32), layout)
             fitted = self._fit(corrected) if self._fit else corrected
-            self._publication.publish(_cast(fitted, dtype), directory)
+            self._publication.publish(_cast(fitted, terms.dtype), directory)
         self._ranks[directory] = max(module.rank for module in corrected.modules.values())
         return directory
 
@@ -123,6 +139,7 @@ class Admission:
         if policy.rank == "exact":
             return
         largest = max_rank if policy.rank == "keep" else max(max_rank, policy.rank)
+        adapter = decoded(adapter, self.gate.subspace.provenance.experts)
         covered = cover(adapter, self.gate.subspace, policy)
         for name in (name for name in adapter.modules if name in covered or policy.fate_of(name) == "keep"):
             module = adapter.modules[name]

@@ -15,6 +15,7 @@ import tomli_w
 
 from csulora import __version__
 from csulora.adapters.disk import load_adapter
+from csulora.adapters.expert_encoding import Layout
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft import directory as peft
 from csulora.correction.correct import check_subspace, correct
@@ -176,10 +177,10 @@ class OpenDecision:
         self.adapter_sha256 = adapter.sha256
         return adapter
 
-    def correct(self, adapter: Adapter) -> tuple[Adapter, Report]:
+    def correct(self, adapter: Adapter, layout: Layout | None = None) -> tuple[Adapter, Report]:
         """Return what `csulora.correct` makes of an adapter. Threads wait for one another."""
         with limited():
-            corrected, self.report = correct(self.take(adapter), self._subspace, self._policy)
+            corrected, self.report = correct(self.take(adapter), self._subspace, self._policy, layout)
         self.is_made = True
         return corrected, self.report
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import csulora
 import factories
 from csulora.adapters.peft import directory as peft
-from csulora.serving.admission import Admission, refusal
+from csulora.serving.admission import Admission, Terms, refusal
 from csulora.serving.gate import Gate
 from csulora.serving.publication import check_published
 
@@ -60,7 +60,7 @@ def grow(path: Path, factor: float) -> None:
 def admit(
     admission: Admission, path: Path, identity: str = "id", dtype: torch.dtype = torch.float32, reload: bool = False
 ) -> Path:
-    return admission.admit(identity, lambda: path, dtype, 16, reload)
+    return admission.admit(identity, lambda: path, Terms(dtype, 16), reload)
 
 
 def test_published_is_what_is_corrected_in_float32_and_cast_once(
@@ -92,7 +92,7 @@ def test_admitted_adapter_is_the_same_whatever_became_of_its_files(admission: Ad
     assert admit(admission, path) == first
     shutil.rmtree(path)
     assert admit(admission, path) == first
-    assert admission.admit("id", lambda: pytest.fail("located again"), torch.float32, 16, reload=False) == first
+    assert admission.admit("id", lambda: pytest.fail("located again"), Terms(torch.float32, 16), reload=False) == first
     after = load_file(first / "adapter_model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -250,8 +250,8 @@ def test_rank_that_the_server_does_not_take_is_refused(subspace: csulora.Subspac
     admission = Admission(Gate.open(subspace, csulora.Policy(rank="exact")))
 
     with pytest.raises(csulora.RefusedError, match="rank 8"):
-        admission.admit("id", lambda: path, torch.float32, 7, reload=False)
-    admission.admit("id", lambda: path, torch.float32, 8, reload=False)
+        admission.admit("id", lambda: path, Terms(torch.float32, 7), reload=False)
+    admission.admit("id", lambda: path, Terms(torch.float32, 8), reload=False)
 
 
 def test_leavings_of_killed_processes_are_removed(

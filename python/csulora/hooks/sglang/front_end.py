@@ -29,7 +29,7 @@ from csulora.hooks.sglang.schedulers import PROBE, Guarded, check_worker
 from csulora.hooks.signature import check_signature
 from csulora.io.hub import download
 from csulora.policy.overrides import LARGEST
-from csulora.serving.admission import Admission, refusal
+from csulora.serving.admission import Admission, Terms, refusal
 from csulora.serving.publication import check_published
 from csulora.serving.served_model import check_model
 
@@ -90,8 +90,8 @@ def _admitted(admission: Admission, name: str, source: str, dtype: torch.dtype, 
     if admission.is_published(Path(source)):
         check_published(Path(source))
         return Path(source)
-    rank = LARGEST if max_rank is None else max_rank
-    return admission.admit((name, source), lambda: _located(source), dtype, rank, reload=True)
+    terms = Terms(dtype, LARGEST if max_rank is None else max_rank)
+    return admission.admit((name, source), lambda: _located(source), terms, reload=True)
 
 
 def _located(source: str) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from vllm.config.lora import LoRAConfig
+from vllm.config import VllmConfig
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -33,10 +33,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.worker_base import WorkerBase
 
+from csulora.adapters.expert_encoding import FUSED
 from csulora.errors import InputError, RefusedError
 from csulora.hooks.signature import check_signature
+from csulora.hooks.vllm.expert_layout import layout_of
 from csulora.hooks.vllm.readiness import PROBE, check_ready, check_ready_async
-from csulora.serving.admission import Admission, refusal
+from csulora.serving.admission import Admission, Terms, refusal
 from csulora.serving.publication import check_published
 from csulora.serving.served_model import check_model
 
@@ -143,8 +145,9 @@ def _check_signatures() -> None:
     check_signature(kv_cache_utils._gen_lora_extra_hash_keys, "request")
 
 
-def _corrected(admission: Admission, request: LoRARequest, config: LoRAConfig) -> LoRARequest:
-    """Return a request for the corrected adapter."""
+def _corrected(admission: Admission, request: LoRARequest, config: VllmConfig) -> LoRARequest:
+    """Return a request for the corrected adapter; what a client says of its layout is not believed."""
+    lora, layout = config.lora_config, functools.partial(layout_of, config)
     identity = (request.lora_name, request.lora_int_id, request.lora_path)
 
     def locate() -> Path:
@@ -152,10 +155,12 @@ def _corrected(admission: Admission, request: LoRARequest, config: LoRAConfig) -
 
     try:
         _check_request(request)
-        directory = admission.admit(identity, locate, config.lora_dtype, config.max_lora_rank, request.load_inplace)
+        terms = Terms(lora.lora_dtype, lora.max_lora_rank, layout)
+        directory = admission.admit(identity, locate, terms, request.load_inplace)
+        is_fused = lora.enable_mixed_moe_lora_format and layout() == FUSED
     except Exception as error:  # also of a file system, or a bug of ours: the engine must not hear of it
         raise VLLMValidationError(refusal(request.lora_path, error)) from error
-    return msgspec.structs.replace(request, lora_path=str(directory))
+    return msgspec.structs.replace(request, lora_path=str(directory), is_3d_lora_weight=is_fused)
 
 
 def _process_inputs(admission: Admission, original: _Function) -> _Function:
@@ -163,7 +168,7 @@ def _process_inputs(admission: Admission, original: _Function) -> _Function:
     def process_inputs(self: Any, *args: Any, **options: Any) -> Any:
         request = original(self, *args, **options)
         if request.lora_request is not None:
-            request.lora_request = _corrected(admission, request.lora_request, self.lora_config)
+            request.lora_request = _corrected(admission, request.lora_request, self.vllm_config)
         return request
 
     return process_inputs
@@ -191,7 +196,7 @@ def _checking_model(admission: Admission, original: _Function) -> _Function:
 def _add_lora(admission: Admission, original: _Function) -> _Function:
     @functools.wraps(original)
     def add_lora(self: Any, lora_request: LoRARequest) -> Any:
-        return original(self, _corrected(admission, lora_request, self.vllm_config.lora_config))
+        return original(self, _corrected(admission, lora_request, self.vllm_config))
 
     return add_lora
 
@@ -203,7 +208,7 @@ def _add_lora_async(admission: Admission, original: _Function) -> _Function:
         if new_id is not None:  # vLLM's server keeps this object as the one that further requests name
             lora_request.lora_int_id, lora_request.load_inplace = new_id, False
         try:
-            corrected = await asyncio.to_thread(_corrected, admission, lora_request, self.vllm_config.lora_config)
+            corrected = await asyncio.to_thread(_corrected, admission, lora_request, self.vllm_config)
         except VLLMValidationError as error:
             if (refusals := _refusals.get()) is not None:
                 refusals.append(str(error))

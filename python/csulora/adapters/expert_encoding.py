@@ -1,0 +1,175 @@
+"""Updates of experts in a layout that is asked for: a pair of factors for each one, or one for all of a layer.
+
+Hosts want every expert of a layer and each of its projections; what an adapter does not update is filled with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal, NamedTuple, Self, get_args
+
+from csulora.adapters.experts import (
+    DOWN,
+    GATE,
+    GATE_UP,
+    encoded,
+    is_parameter_of_experts,
+    is_targeted,
+    padded,
+    parsed,
+)
+from csulora.adapters.lora import Adapter, LoraModule
+from csulora.errors import InputError, RefusedError
+from csulora.models.names import WEIGHT, bare
+from csulora.models.resolver import Resolver
+from csulora.subspace.expert_layout import ExpertLayout
+from csulora.subspace.subspace import Subspace
+
+Layout = Literal["per-expert", "fused"]
+PER_EXPERT: Layout = "per-expert"
+FUSED: Layout = "fused"
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+class _Experts(NamedTuple):
+    """The experts of one layer of a model."""
+
+    number: int
+    projections: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a subspace file says of its model's experts, and what checkpoint and memory call them."""
+
+    layout: ExpertLayout | None
+    layers: Mapping[str, _Experts]  # by the name of the experts module on disk
+    to_disk: Resolver
+    to_memory: Mapping[str, str]
+
+    @classmethod
+    def of(cls, subspace: Subspace) -> Self:
+        to_memory = {module: name for name, module in subspace.names.items()}
+        layers: dict[str, _Experts] = {}
+        for module in subspace:
+            if of_expert := parsed(module):
+                experts, expert, _ = of_expert
+                number, projections = layers.get(experts, _Experts(0, frozenset()))
+                projection = to_memory.get(module, module).rpartition(".")[2]
+                layers[experts] = _Experts(max(number, expert + 1), projections | {projection})
+        return cls(subspace.provenance.experts, layers, Resolver(subspace, names=subspace.names), to_memory)
+
+    def on_disk(self, name: str) -> str:
+        """Return what the checkpoint calls a module; names that differ by wrappers alone stay."""
+        module = self.to_disk.name_of(name)
+        return name if bare(module) == bare(name) else module
+
+    def in_memory(self, name: str) -> str:
+        """Return what transformers calls a module; names that differ by wrappers alone stay."""
+        return self.to_memory.get(self.to_disk.name_of(name), name)
+
+    def experts(self, name: str) -> _Experts:
+        """Return the experts of the layer of one of them."""
+        found = parsed(self.to_disk.name_of(name))
+        return self.layers.get(found[0] if found else "", _Experts(0, frozenset()))
+
+
+def has_experts(adapter: Adapter) -> bool:
+    """Whether an adapter updates experts, in whatever layout."""
+    return any(map(parsed, adapter.modules))
+
+
+def check_layout(layout: str | None) -> None:
+    """Raise `InputError` unless it is a layout, or None."""
+    if layout is not None and layout not in LAYOUTS:
+        raise InputError(f"layout is {layout!r}; it must be {' or '.join(LAYOUTS)}, or None for that of the adapter")
+
+
+def in_layout(adapter: Adapter, subspace: Subspace, layout: Layout | None) -> Adapter:
+    """Encode what `experts.decoded` returned.
+
+    Args:
+        adapter: the adapter; what it updates beside experts stays as it is.
+        subspace: the subspace file of the model.
+        layout: the layout of experts; None: that in which they came.
+
+    Raises:
+        RefusedError: no host reads the model's experts so.
+    """
+    if layout is None or not has_experts(adapter):
+        return encoded(adapter, subspace.provenance.experts)
+    model = _Model.of(subspace)
+    return _per_expert(adapter, model) if layout == PER_EXPERT else _fused(adapter, model)
+
+
+def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
+    """Return a pair of factors for each expert and projection, of one rank, under the names of the checkpoint.
+
+    PEFT fuses such an adapter as it loads it, if experts and router have one rank and all projections are there.
+    """
+    if model.layout is None or not model.layout.per_expert:
+        raise RefusedError(
+            f"{adapter.path}: csulora does not know a host that reads this model's experts one by one; keep them fused"
+        )
+    parameters = adapter.config.get("target_parameters") or []
+    matrices = {model.on_disk(name) for name in adapter.modules if is_targeted(f"{name}{WEIGHT}", parameters)}
+    whole = _filled(adapter, model)
+    rank = max(module.rank for name, module in whole.items() if parsed(name))
+    modules: dict[str, LoraModule] = {}
+    for name, module in whole.items():
+        stored = model.on_disk(name)
+        if parsed(name):
+            filled = padded(module, rank)
+            # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
+            modules[stored] = replace(filled, a=filled.a.clone())
+        elif stored in matrices:
+            modules[stored] = padded(module, rank)
+        else:
+            modules[name] = module
+    listed = adapter.config.get("target_modules") or []
+    endings = {name.rpartition(".")[2] for name in modules if parsed(name) or name in matrices}
+    targets = listed if isinstance(listed, str) else sorted({*listed, *endings})
+    config = adapter.config | {"target_modules": targets, "target_parameters": []}
+    return replace(adapter, modules=modules, config=config, partial=adapter.partial or targets is listed)
+
+
+def _fused(adapter: Adapter, model: _Model) -> Adapter:
+    """Return one pair of factors for both parameters of each layer's experts, as PEFT writes them."""
+    if model.layout is None:
+        raise RefusedError(
+            f"{adapter.path}: the subspace file does not say how its model lays experts out; extract it again from the "
+            "model's checkpoints"
+        )
+    modules = _filled(adapter, model)
+    matrices = [name for name in adapter.config.get("target_parameters") or [] if not is_parameter_of_experts(name)]
+    parameters: dict[str, None] = dict.fromkeys(matrices)
+    for name in modules:
+        if of_expert := parsed(name):
+            experts, _, projection = of_expert
+            has_gate = f"{experts}.0.{GATE}" in modules
+            parameters[f"{experts}.{GATE_UP if has_gate and projection != DOWN else projection}"] = None
+    config = adapter.config | {"target_parameters": list(parameters)}
+    return encoded(replace(adapter, modules=modules, config=config, partial=True), model.layout)
+
+
+def _filled(adapter: Adapter, model: _Model) -> dict[str, LoraModule]:
+    """Return the modules, experts under their names in memory, with an update of zero for each that has none."""
+    modules = {model.in_memory(name) if parsed(name) else name: module for name, module in adapter.modules.items()}
+    return modules | dict(_zeros(modules, model))
+
+
+def _zeros(modules: Mapping[str, LoraModule], model: _Model) -> Iterator[tuple[str, LoraModule]]:
+    """Yield an update of zero for each projection of the experts of a layer that has none, if others have one."""
+    samples: dict[str, str] = {}
+    for name in modules:
+        if of_expert := parsed(name):
+            samples.setdefault(of_expert[0], name)
+    for experts, name in samples.items():
+        sample, of_down = modules[name], name.endswith(f".{DOWN}")
+        number, projections = model.experts(name)
+        for expert, projection in product(range(number), sorted(projections)):
+            if (missing := f"{experts}.{expert}.{projection}") not in modules:
+                rows, columns = sample.shape if of_down == (projection == DOWN) else reversed(sample.shape)
+                yield missing, LoraModule(sample.b.new_zeros(rows, 1), sample.a.new_zeros(1, columns))

@@ -1,194 +1,144 @@
-"""Correction of an adapter with a pair of factors for every expert matrix of a model of Qwen3-30B-A3B's shape.
+"""Extraction of experts of Qwen3-30B-A3B's shapes, from disk in a warm page cache, against batched `svd_lowrank`.
 
-    python bench/speed/experts.py [--layers 48] [--repetitions 3] [--json FILE]
+    python bench/speed/experts.py [--experts 128] [--repetitions 3] [--suffix S]
 
-48 layers of 128 experts with three projections are 18,432 matrices of 768 x 2048 and 2048 x 768. The adapter has rank
-16, as PEFT fuses it and per expert; the subspace file has 16 directions for each matrix and is written to a temporary
-directory (1.7 GB, removed after). Factors are in memory, and the subspace file is mapped and in the page cache.
-The first correction with a subspace file also validates its factors, and is timed apart from the later ones. One in a
-hundred matrices must agree with the formula, computed in float64 on the dense update, before anything is timed.
+Writes bfloat16 model pairs of one layer and of two, with 128 experts and three projections each, to a temporary
+directory (7.5 GB), removed after. Spectra fall, or have sixteen values above a bulk. The peer is
+`torch.svd_lowrank` with q = k + 8 and 4 iterations on batches of matrices that are in memory already, in float32.
+Ratios are those of medians in one run. Peak memory is that of processes of their own.
+Writes bench/results/speed/experts.json, with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, summary
-from rich.console import Console
-from rich.table import Table
+from measuring import interleaved, save
+from safetensors.torch import save_file
 from torch import Tensor
 
 import csulora
-from csulora.adapters import experts
-from csulora.adapters.experts import DOWN, GATE, GATE_UP, UP
-from csulora.adapters.lora import Adapter, LoraModule
-from csulora.adapters.peft import directory as peft_directory
-from csulora.subspace.certificate import Certificate
-from csulora.subspace.expert_layout import ExpertLayout
-from csulora.subspace.module_subspace import ModuleSubspace
-from csulora.subspace.provenance import Provenance
-from csulora.subspace.subspace import Subspace
+from csulora.extraction.model_pair import ModelPair
 
-HIDDEN, WIDTH, EXPERTS, RANK, DIRECTIONS = 2048, 768, 128, 16, 16
-SHAPES = {GATE: (WIDTH, HIDDEN), UP: (WIDTH, HIDDEN), DOWN: (HIDDEN, WIDTH)}
-PENALTY = 1.0
-CHECKED = 101  # of so many matrices, one is compared with the formula
-AGREEMENT = 1e-2  # relative to |X|; what is written is bfloat16
-MOST_SECONDS = 10.0
+SHAPES = {"gate_proj": (768, 2048), "up_proj": (768, 2048), "down_proj": (2048, 768)}
+CONFIG = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False}
+RANK, PEER_OVERSAMPLING, PEER_ITERATIONS, PEER_BATCH = 16, 8, 4, 16
+LAYERS = (1, 2)
+MOST_GROWTH = 1.1
+_PEAK = (
+    "import resource, sys, csulora; csulora.extract(sys.argv[1], sys.argv[2], output=sys.argv[3]);"
+    "print([line.split()[1] for line in open('/proc/self/status') if line.startswith(('VmHWM', 'RssAnon'))][0])"
+)
 
 
-def experts_modules(layers: int) -> list[str]:
-    """Return the modules that hold experts, one per layer."""
-    return [f"model.layers.{layer}.mlp.experts" for layer in range(layers)]
+def displacement(shape: tuple[int, int], kind: str, generator: torch.Generator) -> Tensor:
+    """Return what alignment might add to a matrix, far above bfloat16's rounding: (m, n) float32."""
+    rows, columns = shape
+    values = 20 * (torch.arange(1, 65).rsqrt() if kind == "falling" else torch.linspace(3, 1.2, RANK))
+    left = torch.randn(rows, len(values), generator=generator) / rows**0.5
+    right = torch.randn(len(values), columns, generator=generator) / columns**0.5
+    change: Tensor = (left * values) @ right
+    if kind == "bulk":
+        change += 20 * torch.randn(rows, columns, generator=generator) / (rows**0.5 + columns**0.5)
+    return change
 
 
-def write_subspace(path: Path, layers: int) -> None:
-    """Write a subspace file; modules of one shape have few different bases, and memory of their own on disk."""
+def write_model_pair(directory: Path, layers: int, experts: int, kind: str) -> tuple[Path, Path]:
+    """Write a base and an aligned checkpoint, a file per layer."""
     generator = torch.Generator().manual_seed(0)
-    bases = {
-        size: [torch.linalg.qr(torch.randn(size, DIRECTIONS, generator=generator))[0].half() for _ in range(4)]
-        for size in (HIDDEN, WIDTH)
-    }
-    values = torch.arange(1, DIRECTIONS + 1).rsqrt()
-    certificate = Certificate(float(values.square().sum()), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, DIRECTIONS, 0)
-    names = [
-        (f"{owner}.{expert}.{projection}", shape)
-        for owner in experts_modules(layers)
-        for expert in range(EXPERTS)
-        for projection, shape in SHAPES.items()
-    ]
-    hashes = "0" * 64, "1" * 64
-    modules = {
-        name: ModuleSubspace(
-            bases[rows][at % 4].clone(), values.clone(), bases[columns][(at + 1) % 4].clone(), certificate, *hashes
-        )
-        for at, (name, (rows, columns)) in enumerate(names)
-    }
-    layout = ExpertLayout(per_expert=True)
-    Subspace(modules, Provenance("bench", "base", "aligned", {}, {}, experts=layout)).save(path)
+    paths = directory / "base", directory / "aligned"
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(CONFIG))
+    for layer in range(layers):
+        base, aligned = {}, {}
+        for expert in range(experts):
+            for projection, shape in SHAPES.items():
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+                base[name] = (0.02 * torch.randn(*shape, generator=generator)).bfloat16()
+                aligned[name] = (base[name].float() + displacement(shape, kind, generator)).bfloat16()
+        for path, weights in zip(paths, (base, aligned), strict=True):
+            save_file(weights, path / f"model-{layer + 1:05}-of-{layers:05}.safetensors", {"format": "pt"})
+    return paths
 
 
-def fused_adapter(layers: int) -> Adapter:
-    """Return an adapter as PEFT fuses it, as a reader returns it: gate and up share A."""
-    generator = torch.Generator().manual_seed(1)
-
-    def gaussian(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator).bfloat16()
-
-    tensors: dict[str, Tensor] = {}
-    for owner in experts_modules(layers):
-        name = f"base_model.model.{owner}"
-        tensors[f"{name}.base_layer.lora_A.weight"] = gaussian(EXPERTS * RANK, HIDDEN)
-        tensors[f"{name}.base_layer.lora_B.weight"] = gaussian(2 * WIDTH, EXPERTS * RANK)
-        tensors[f"{name}.lora_A.weight"] = gaussian(EXPERTS * RANK, WIDTH)
-        tensors[f"{name}.lora_B.weight"] = gaussian(HIDDEN, EXPERTS * RANK)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": []}
-    config |= {"target_parameters": [f"mlp.experts.{GATE_UP}", f"mlp.experts.{DOWN}"]}
-    return peft_directory.parse(config, tensors, Path("fused"), "0" * 64)
+def displacements(base: Path, aligned: Path) -> list[Tensor]:
+    """Return the matrices D of a pair, those of one shape in batches: (batch, m, n) float32."""
+    found: dict[tuple[int, ...], list[Tensor]] = {}
+    model_pair = ModelPair.open(base, aligned)
+    for batch in model_pair.load_ahead(model_pair.modules, None):
+        for loaded in batch:
+            change = loaded.aligned.float() - loaded.base.float()
+            found.setdefault(tuple(change.shape), []).append(change)
+    return [chunk for same in found.values() for chunk in torch.stack(same).split(PEER_BATCH)]
 
 
-def adapter_per_expert(layers: int) -> Adapter:
-    """Return an adapter of transformers 4: a pair of factors for each matrix."""
-    generator = torch.Generator().manual_seed(2)
-    modules = {
-        f"{owner}.{expert}.{projection}": LoraModule(
-            torch.randn(rows, RANK, generator=generator).bfloat16(),
-            torch.randn(RANK, columns, generator=generator).bfloat16(),
-        )
-        for owner in experts_modules(layers)
-        for expert in range(EXPERTS)
-        for projection, (rows, columns) in SHAPES.items()
-    }
-    return Adapter(modules, {"target_modules": list(SHAPES)}, Path("per-expert"), "0" * 64)
+def peer(batches: list[Tensor]) -> float:
+    """Run the peer; return the energy that it captures."""
+    captured = 0.0
+    for batch in batches:
+        _, values, _ = torch.svd_lowrank(batch, RANK + PEER_OVERSAMPLING, PEER_ITERATIONS)
+        captured += float(values[:, :RANK].double().square().sum())
+    return captured
 
 
-def check_agreement(raw: Adapter, subspace: Subspace) -> None:
-    """Exit unless a sample of a per-expert adapter's matrices agrees with the dense formula, with no rank cut."""
-    sample = replace(raw, modules=dict(list(raw.modules.items())[::CHECKED]))
-    fixed, _ = csulora.correct(sample, subspace, csulora.Policy.csulora(PENALTY, rank="exact"))
-    for name, module in sample.modules.items():
-        update = module.b.double() @ module.a.double()
-        u, v = subspace[name].u.double(), subspace[name].v.double()
-        read, written = (update @ v) @ v.t(), u @ (u.t() @ update)
-        aligned = u @ (u.t() @ read)
-        partial = read + written - 2 * aligned
-        parts = partial, update - aligned - partial
-        energies = [part.square().sum() / update.square().sum() for part in parts]
-        expected = aligned + sum(part / (1 + PENALTY * e) for part, e in zip(parts, energies, strict=True))
-        found = fixed.modules[name].b.double() @ fixed.modules[name].a.double()
-        if (error := float((found - expected).norm() / expected.norm())) > AGREEMENT:
-            raise SystemExit(f"{name} is off by {error:.2e}")
+def energy(subspace: csulora.Subspace) -> float:
+    """Return the energy that a subspace file captures."""
+    return sum(float(module.s.double().square().sum()) for module in subspace.values())
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Return seconds of the clock, and of all cores together."""
-    clock, busy = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - clock, time.process_time() - busy
-
-
-def measure(adapter: Adapter, path: Path, repetitions: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what opening, the first correction, later ones and encoding of their result took."""
-    opened: list[Subspace] = []
-    yield "open", _summary([timed(lambda: opened.append(Subspace.open(path)))])
-    subspace, policy = opened[0], csulora.Policy.csulora(PENALTY)
-    if not experts.is_fused(adapter):
-        check_agreement(adapter, Subspace.open(path))
-    results: list[Adapter] = []
-
-    def run() -> None:
-        results[:] = [csulora.correct(adapter, subspace, policy)[0]]
-
-    yield "correct, first", _summary([timed(run)])
-    yield "correct, later", _summary([timed(run) for _ in range(repetitions)])
-    yield "encode", _summary([timed(lambda: peft_directory.tensors_of(results[0])) for _ in range(repetitions)])
-
-
-def _summary(times: list[tuple[float, float]]) -> dict[str, Any]:
-    clock, busy = zip(*times, strict=True)
-    return {"clock_seconds": summary(list(clock)), "cpu_seconds": summary(list(busy))}
-
-
-def main() -> int:
-    """Measure, print, write, and say whether the promise holds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    arguments = parser.parse_args()
-
-    matrices = arguments.layers * EXPERTS * len(SHAPES)
-    runs: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="csulora-experts-") as temporary:
-        path = Path(temporary) / "subspace.safetensors"
-        write_subspace(path, arguments.layers)
-        size = path.stat().st_size
-        for layout, make in (("fused", fused_adapter), ("per-expert", adapter_per_expert)):
-            adapter = make(arguments.layers)
-            runs[layout] = dict(measure(adapter, path, arguments.repetitions))
-    table = Table(
-        "layout", "step", "seconds", "CPU seconds", title=f"{matrices} matrices, {size / 1e9:.2f} GB subspace"
+def peak_megabytes(base: Path, aligned: Path, output: Path) -> float:
+    """Return the peak resident memory of an extraction in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, base, aligned, output], check=True, capture_output=True, text=True
     )
-    for layout, steps in runs.items():
-        for step, times in steps.items():
-            table.add_row(layout, step, *(f"{times[kind]['median']:.2f}" for kind in ("clock_seconds", "cpu_seconds")))
-    Console().print(table)
-    if arguments.json:
-        result = {"machine": machine(), "matrices": matrices, "rank": RANK, "directions": DIRECTIONS}
-        result |= {"subspace_file_bytes": size, "runs": runs}
-        result["peak_resident_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    return int(any(steps["correct, later"]["clock_seconds"]["median"] > MOST_SECONDS for steps in runs.values()))
+    return int(done.stdout) / 1024
+
+
+def measure(experts: int, kind: str, repetitions: int) -> dict[str, Any]:
+    """Measure one kind of spectrum."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs = {layers: write_model_pair(Path(scratch, str(layers)), layers, experts, kind) for layers in LAYERS}
+        base, aligned = pairs[1]
+        batches, output = displacements(base, aligned), Path(scratch, "subspace.safetensors")
+        captured = peer(batches), energy(csulora.extract(base, aligned, output=output))
+        runs = {
+            "svd_lowrank": partial(peer, batches),
+            "csulora": partial(csulora.extract, base, aligned, output=output),
+        }
+        times = interleaved(runs, repetitions)
+        size = output.stat().st_size
+        peaks = {layers: peak_megabytes(*pair, Path(scratch, "other")) for layers, pair in pairs.items()}
+    return {
+        "matrices": experts * len(SHAPES),
+        "times": times,
+        "speed": times["svd_lowrank"]["median"] / times["csulora"]["median"],
+        "captured": captured[1] / captured[0],
+        "peak_megabytes": {str(layers): round(peak) for layers, peak in peaks.items()},
+        "bytes_per_matrix": size / experts / len(SHAPES),
+    }
+
+
+def main() -> None:
+    """Measure both kinds of spectrum and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--suffix", default="")
+    arguments = parser.parse_args()
+    found = {kind: measure(arguments.experts, kind, arguments.repetitions) for kind in ("falling", "bulk")}
+    print(json.dumps(found, indent=2))
+    save(f"experts{arguments.suffix}", {"load_average": os.getloadavg()[0], **found})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -7,6 +7,7 @@ import re
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft.config import base_model_name
 from csulora.errors import RefusedError
+from csulora.models.names import kind_of
 from csulora.models.resolver import Resolver
 from csulora.subspace.subspace import Subspace
 
@@ -23,7 +24,8 @@ def why_uncovered(adapter: Adapter, name: str, subspace: Subspace, resolver: Res
             f"module {name} has the prefix {prefix!r}, under which no class of this model keeps its layers; save the "
             "model that lies below it, or take the prefix out of all names"
         )
-    if not any(_found(resolver, other) for other in adapter.modules):
+    is_known = any(_found(resolver, other) for other in adapter.modules)
+    if not is_known and kind_of(name) == "linear":  # heads and embeddings are extracted where they are asked for
         return of_another_family(adapter)
     return (
         f"the subspace file does not cover module {name}; extract it too (--modules), or name it in --drop-uncovered "

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def displacements(base: Path, aligned: Path) -> list[Tensor]:
         for loaded in batch:
             change = loaded.aligned.float() - loaded.base.float()
             found.setdefault(tuple(change.shape), []).append(change)
-    return [chunk for same in found.values() for chunk in torch.stack(same).split(PEER_BATCH)]
+    return [chunk for same in found.values() for chunk in torch.split(torch.stack(same), PEER_BATCH)]
 
 
 def peer(batches: list[Tensor]) -> float:
@@ -111,10 +112,8 @@ def measure(experts: int, kind: str, repetitions: int) -> dict[str, Any]:
         base, aligned = pairs[1]
         batches, output = displacements(base, aligned), Path(scratch, "subspace.safetensors")
         captured = peer(batches), energy(csulora.extract(base, aligned, output=output))
-        runs = {
-            "svd_lowrank": partial(peer, batches),
-            "csulora": partial(csulora.extract, base, aligned, output=output),
-        }
+        extract = partial(csulora.extract, base, aligned, output=output)
+        runs: dict[str, Callable[[], object]] = {"svd_lowrank": partial(peer, batches), "csulora": extract}
         times = interleaved(runs, repetitions)
         size = output.stat().st_size
         peaks = {layers: peak_megabytes(*pair, Path(scratch, "other")) for layers, pair in pairs.items()}

@@ -47,7 +47,7 @@ REPETITIONS := 5
 SUFFIX :=
 
 .DEFAULT_GOAL := help
-.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-html test-cpp test-cuda test-vllm check-vllm test-sglang soak fuzz crash load \
+.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-mlx test-html test-cpp test-cuda test-vllm check-vllm test-sglang soak fuzz crash load \
   sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
@@ -91,14 +91,21 @@ $(VENV)/.llama-cpp: $(VENV)/.dependencies
 demo-gguf: build $(VENV)/.llama-cpp ## The corrected adapter as GGUF, answering in llama.cpp as it does in PEFT.
 	$(BIN)/python bench/demo/demo_gguf.py
 
-test: lint test-cpp test-python test-gguf test-html ## All checks and tests.
+test: lint test-cpp test-python test-gguf test-mlx test-html ## All checks and tests.
 
 test-python: build
 	$(BIN)/python -m pytest --doctest-modules python/csulora/tuning python/csulora/correction/controls
-	$(BIN)/python -m pytest -m 'not llama_cpp and not chromium'
+	$(BIN)/python -m pytest -m 'not llama_cpp and not mlx and not chromium'
 
 test-gguf: build $(VENV)/.llama-cpp ## Tests with llama.cpp itself.
 	CSULORA_REQUIRE=llama_cpp $(BIN)/python -m pytest -m llama_cpp
+
+$(VENV)/.mlx: $(VENV)/.dependencies
+	$(PIP) install --quiet --group mlx
+	touch $@
+
+test-mlx: build $(VENV)/.mlx ## Tests with mlx-lm itself, on the CPU.
+	CSULORA_REQUIRE=mlx_lm $(BIN)/python -m pytest -m mlx
 
 $(CHROMIUM):
 	@test "$$(id -u)" = 0 || { echo "Chromium is missing; install it: sudo apt-get install chromium" >&2; exit 1; }

@@ -56,11 +56,6 @@ def experts(kind: str) -> str | None:
     return "converted" if pattern in private["_MOE_TARGET_MODULE_MAPPING"] else "dropped"
 
 
-def _bare_models() -> set[str]:
-    """Return the model types that have one class without a head."""
-    return {kind for kind, name in modeling_auto.MODEL_MAPPING_NAMES.items() if isinstance(name, str)}
-
-
 def table() -> dict[str, Any]:
     """Return the rules of every class and model type of a language model, and of the class without a head within it."""
     kinds: set[str] = set()
@@ -68,7 +63,8 @@ def table() -> dict[str, Any]:
         for model_type, classes in getattr(modeling_auto, mapping).items():
             kinds |= {model_type, *([classes] if isinstance(classes, str) else classes)}
     found = {kind: rules(kind) for kind in sorted(kinds)}
-    within = {kind: rules(modeling_auto.MODEL_MAPPING_NAMES[kind]) for kind in sorted(kinds & _bare_models())}
+    bare = {kind: name for kind, name in modeling_auto.MODEL_MAPPING_NAMES.items() if isinstance(name, str)}
+    within = {kind: rules(bare[kind]) for kind in sorted(kinds & bare.keys())}
     return {
         "transformers": transformers.__version__,
         "peft": peft.__version__,

@@ -73,8 +73,12 @@ def _olmo3(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_sliding_window_pattern(_where(config, "sliding_attention"))
 
 
-def _qwen3_vl(writer: GGUFWriter, config: PretrainedConfig) -> None:
+def _qwen2_vl(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_rope_dimension_sections([*rotary(config)["mrope_section"], 0])
+
+
+def _qwen3_vl(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _qwen2_vl(writer, config)
     writer.add_num_deepstack_layers(1)
 
 
@@ -132,6 +136,8 @@ _EXTRA: dict[str, Add] = {
     "granite": _granite,
     "ministral3": _ministral3,
     "olmo3": _olmo3,
+    "qwen2_vl_text": _qwen2_vl,
+    "qwen2_5_vl_text": _qwen2_vl,
     "qwen3_vl_text": _qwen3_vl,
     "qwen3_5_text": _qwen3_5,
     "lfm2": _lfm2,

@@ -88,7 +88,9 @@ def _family(name: str, config: str | None = None, *, traits: dict[str, Any] | No
 
 def _llama4() -> Any:
     settings = {"num_local_experts": 4, "moe_layers": [1], "head_dim": 8, "intermediate_size_mlp": 48}
-    return transformers.Llama4TextConfig(**configured("LlamaConfig").to_dict() | settings)
+    common = configured("LlamaConfig").to_dict()
+    del common["model_type"]
+    return transformers.Llama4TextConfig(**common | settings)
 
 
 def _stacked(experts: str = "mlp.experts", **traits: Any) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def subspace(
     dtype: torch.dtype = torch.float32,
     aliases: Mapping[str, str] | None = None,
     vocabulary: Mapping[str, StoredMatrix] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Subspace:
     """A subspace file in memory, with random subspaces and an invented certificate."""
     certificate = Certificate(2.0, 0.9, 1e-3, 1e-4, 0.1, 1e-3, 0.01, rank, 5)
@@ -97,9 +98,8 @@ def subspace(
     for i, (name, (rows, columns)) in enumerate(shapes.items()):
         factors = core_subspace(rows, columns, rank, seed + 2 * i, dtype)
         modules[name] = ModuleSubspace(factors.u, factors.s, factors.v, certificate, f"{i:064x}", f"{i + 1:064x}")
-    return Subspace(
-        modules, Provenance("0", "base", "aligned", {}, dict(aliases or {}), vocabulary=dict(vocabulary or {}))
-    )
+    provenance = Provenance("0", "base", "aligned", {}, dict(aliases or {}), dict(names or {}), dict(vocabulary or {}))
+    return Subspace(modules, provenance)
 
 
 def adapter(

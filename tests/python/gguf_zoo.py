@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,243 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import factories
+from gguf_families import FAMILIES, SIZES
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
 TOKENS = list(range(3, 35))
-
-_SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to make a model of one `model_type`, with an output head of its own unless transformers ties it."""
-
-    name: str  # of the classes in transformers
-    settings: dict[str, Any] = field(default_factory=dict)
-    targets: list[str] = field(default_factory=lambda: _SEPARATE)
-    config: str = ""  # of the config class, where it is not `name`
-    gguf_name: str = ""  # where it is not `name` in lower case
-    # Makes the configuration of a model that also sees of its language model's.
-    wrap: Callable[[Any], Any] | None = None
-
-    @property
-    def architecture(self) -> str:
-        """What llama.cpp calls it."""
-        return self.gguf_name or self.name.lower()
-
-
-_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
-
-_TOWER: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
-
-
-def _gemma3(text: Any) -> Any:
-    tokens: dict[str, Any] = {
-        "mm_tokens_per_image": 4,
-        "boi_token_index": 60,
-        "eoi_token_index": 61,
-        "image_token_index": 62,
-    }
-    return transformers.Gemma3Config(text_config=text.to_dict(), vision_config=_TOWER, **tokens)
-
-
-def _mistral3(text: Any) -> Any:
-    tower = _TOWER | {"model_type": "pixtral", "head_dim": 16}
-    return transformers.Mistral3Config(
-        text_config=text.to_dict(), vision_config=tower, image_token_index=60, tie_word_embeddings=False
-    )
-
-
-_GEMMA4_TOWER: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "patch_size": 4,
-}
-_QWEN_TOWER: dict[str, Any] = {
-    "depth": 1,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "intermediate_size": 48,
-    "out_hidden_size": 32,
-    "patch_size": 4,
-    "num_position_embeddings": 16,
-    "temporal_patch_size": 1,
-}
-_QWEN_TOKENS: dict[str, Any] = {
-    "image_token_id": 60,
-    "video_token_id": 61,
-    "vision_start_token_id": 62,
-    "vision_end_token_id": 63,
-    "tie_word_embeddings": False,
-}
-
-
-def _qwen3_vl(text: Any) -> Any:
-    tower = _QWEN_TOWER | {"deepstack_visual_indexes": [0]}
-    return transformers.Qwen3VLConfig(text_config=text.to_dict(), vision_config=tower, **_QWEN_TOKENS)
-
-
-def _qwen3_5(text: Any) -> Any:
-    return transformers.Qwen3_5Config(text_config=text.to_dict(), vision_config=_QWEN_TOWER, **_QWEN_TOKENS)
-
-
-def _gemma4(text: Any) -> Any:
-    return transformers.Gemma4Config(text_config=text.to_dict(), vision_config=_GEMMA4_TOWER, audio_config=None)
-
-
-def _rotary(*sections: int, **settings: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)} | settings
-
-
-# Two value heads for each key head.
-_QWEN35: dict[str, Any] = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "head_dim": 32,
-    "rope_parameters": _rotary(2, 1, 1, partial_rotary_factor=0.25, mrope_interleaved=True),
-    "layer_types": ["linear_attention", "full_attention"],
-}
-_LINEAR = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"]
-_GEMMA4: dict[str, Any] = {
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 8,
-    "vocab_size_per_layer_input": 64,
-    "hidden_size_per_layer_input": 8,
-    "num_kv_shared_layers": 0,
-    "final_logit_softcapping": 30.0,  # llama.cpp's default, which a file cannot turn off
-}
-
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 16.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
-
-FAMILIES = {
-    "llama": Family("Llama", {"tie_word_embeddings": False}),
-    "mistral": Family("Mistral", {"head_dim": 16}, gguf_name="llama"),
-    "mistral3": Family("Mistral3", {"head_dim": 16}, config="Mistral", gguf_name="mistral3", wrap=_mistral3),
-    "ministral3": Family("Ministral3", {"head_dim": 16, "rope_parameters": _YARN}, gguf_name="mistral3"),
-    "ministral3 (vision)": Family(
-        "Mistral3",
-        {"head_dim": 16, "rope_parameters": _YARN},
-        config="Ministral3",
-        gguf_name="mistral3",
-        wrap=_mistral3,
-    ),
-    # Every fourth layer has no rotary embedding.
-    "smollm3": Family("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": False}),
-    "granite": Family(
-        "Granite",
-        {
-            "embedding_multiplier": 2.0,
-            "residual_multiplier": 0.5,
-            "logits_scaling": 1.5,
-            "attention_multiplier": 0.3,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "olmo2": Family("Olmo2"),
-    "qwen2": Family("Qwen2"),
-    "qwen3": Family("Qwen3", {"head_dim": 16}),
-    "gemma": Family("Gemma", {"head_dim": 16}),
-    "gemma2": Family("Gemma2", _GEMMA),
-    # Every sixth layer attends to everything, with other rotary frequencies.
-    "gemma3": Family("Gemma3", _GEMMA | {"num_hidden_layers": 6}, config="Gemma3Text"),
-    "gemma3 (vision)": Family(
-        "Gemma3", _GEMMA | {"num_hidden_layers": 6}, config="Gemma3Text", gguf_name="gemma3", wrap=_gemma3
-    ),
-    "phi3": Family("Phi3", targets=_FUSED),
-    "qwen3vl": Family(
-        "Qwen3VL",
-        {"head_dim": 8, "rope_parameters": _rotary(2, 1, 1)},
-        config="Qwen3VLText",
-        wrap=_qwen3_vl,
-    ),
-    "qwen35": Family("Qwen3_5", _QWEN35, [*_SEPARATE, *_LINEAR], config="Qwen3_5Text", gguf_name="qwen35"),
-    "qwen35 (vision)": Family(
-        "Qwen3_5", _QWEN35, [*_SEPARATE, *_LINEAR], config="Qwen3_5Text", gguf_name="qwen35", wrap=_qwen3_5
-    ),
-    "gemma4": Family(
-        "Gemma4", _GEMMA4, [*_SEPARATE, "per_layer_input_gate", "per_layer_projection"], config="Gemma4Text"
-    ),
-    # As the larger models are: without inputs per layer, and keys that are the values of layers with full attention.
-    "gemma4 (vision)": Family(
-        "Gemma4",
-        _GEMMA4 | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
-        config="Gemma4Text",
-        gguf_name="gemma4",
-        wrap=_gemma4,
-    ),
-    "glm4": Family("Glm4", {"head_dim": 16}, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]),
-    "lfm2": Family(
-        "Lfm2",
-        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-        ["q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"],
-    ),
-    "falcon-h1": Family(
-        "FalconH1",
-        {
-            "head_dim": 8,
-            "mamba_d_ssm": 32,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 8,
-            "mamba_d_state": 16,
-            "mamba_chunk_size": 16,
-            "attention_in_multiplier": 0.5,
-            "attention_out_multiplier": 0.7,
-            "key_multiplier": 1.5,
-            "mlp_multipliers": [0.8, 0.6],
-            "ssm_in_multiplier": 1.25,
-            "ssm_out_multiplier": 0.9,
-            "ssm_multipliers": [0.5, 0.75, 1.5, 1.25, 0.9],
-            "lm_head_multiplier": 0.4,
-            "embedding_multiplier": 3.0,
-            "tie_word_embeddings": False,
-        },
-        targets=_SEPARATE,
-        gguf_name="falcon-h1",
-    ),
-    "olmo3": Family("Olmo3", {"num_hidden_layers": 4, "sliding_window": 8}, gguf_name="olmo2"),
-}
-
 
 _AFTER_GELU = ("post_feedforward_layernorm", "post_per_layer_input_norm")
 
@@ -265,7 +33,7 @@ _AFTER_GELU = ("post_feedforward_layernorm", "post_per_layer_input_norm")
 def model(family: str) -> PreTrainedModel:
     kind = FAMILIES[family]
     config = getattr(transformers, f"{kind.config or kind.name}Config")(
-        **(_SIZES | kind.settings), attn_implementation="eager"
+        **(SIZES | kind.settings), attn_implementation="eager"
     )
     name = f"{kind.name}ForConditionalGeneration" if kind.wrap else f"{kind.name}ForCausalLM"
     instance: PreTrainedModel = getattr(transformers, name)(kind.wrap(config) if kind.wrap else config).eval()

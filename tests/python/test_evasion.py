@@ -26,6 +26,7 @@ import factories
 import gguf_files
 import oracle
 import quantised
+from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft.directory import WEIGHTS_FILE
 from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.correction.model_card import model_card
@@ -75,6 +76,17 @@ def upload(directory: Path, tensors: Mapping[str, Tensor] | bytes, settings: dic
     return directory
 
 
+def mlx_upload(directory: Path, updates: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    parameters = {"rank": RANK, "scale": scale, "dropout": 0.0}
+    settings = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
+    (directory / CONFIG_FILE).write_text(json.dumps(settings))
+    named_factors = {f"{name}.lora_a": a.t().contiguous() for name, (_, a) in updates.items()}
+    named_factors |= {f"{name}.lora_b": b.t().contiguous() for name, (b, _) in updates.items()}
+    (directory / mlx.WEIGHTS_FILE).write_bytes(save(named_factors))
+    return directory
+
+
 def admitted(path: Path, subspace: csulora.Subspace, policy: csulora.Policy = POLICY) -> dict[str, Tensor]:
     """The updates that come out, dense."""
     fixed, _ = csulora.correct(csulora.load_adapter(path), subspace, policy)
@@ -115,6 +127,16 @@ def test_scale_is_part_of_the_update(name: str, tmp_path: Path, subspace: csulor
     settings, scale, size = SCALES[name]
     b, a = factors()
     path = upload(tmp_path / "adapter", named(Q, b * size, a), config(**settings))
+    expected = safe(oracle.update(b * size, a, scale), subspace, Q)
+    assert oracle.relative_error(admitted(path, subspace)[Q], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1e9, 1.0), (-20.0, 1.0), (1e-30, 1e30), (1e30, 1e-30)])
+def test_scale_of_an_mlx_adapter_is_part_of_the_update(
+    scale: float, size: float, tmp_path: Path, subspace: csulora.Subspace
+) -> None:
+    b, a = factors()
+    path = mlx_upload(tmp_path / "adapter", {Q: (b * size, a)}, scale)
     expected = safe(oracle.update(b * size, a, scale), subspace, Q)
     assert oracle.relative_error(admitted(path, subspace)[Q], expected) <= TOLERANCE
 
@@ -316,6 +338,14 @@ def test_removal_split_over_two_adapters_is_measured_on_their_sum(tmp_path: Path
 # Hiding places: tensors that are not the factors of a covered module.
 
 WEIGHT = torch.ones(40, 40)
+
+
+def flipped(matrix: Tensor) -> Tensor:
+    copy = matrix.clone()
+    copy.view(torch.int16)[7, 11] ^= 1
+    return copy
+
+
 HIDDEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "norm": ({f"{PREFIX}model.norm.weight": torch.ones(40)}, "not part of plain LoRA"),
     "factors of a norm": (named("model.norm", torch.ones(40, RANK), torch.ones(RANK, 1)), "does not target"),
@@ -328,6 +358,14 @@ HIDDEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "layer under its base layer": ({f"{PREFIX}{Q}.base_layer.weight": WEIGHT}, "weight of the base model"),
     "embedding saved whole": ({f"{PREFIX}model.embed_tokens.weight": WEIGHT}, "differs from the aligned"),
     "embedding under its base layer": ({f"{PREFIX}model.embed_tokens.base_layer.weight": WEIGHT}, "differs from the"),
+    "embedding with one bit flipped": (
+        {f"{PREFIX}model.embed_tokens.base_layer.weight": flipped(VOCABULARY)},
+        "differs from the aligned",
+    ),
+    "embedding in a wider type, moved less than it rounds": (
+        {f"{PREFIX}model.embed_tokens.base_layer.weight": VOCABULARY.float() * (1 + 2**-12)},
+        "differs from the aligned",
+    ),
     "embedding under both": (
         {f"{PREFIX}lm_head{middle}.weight": VOCABULARY.clone() for middle in ("", ".base_layer")},
         "of the base model twice",
@@ -374,6 +412,50 @@ def test_uncovered_modules_pass_only_where_the_policy_says_so(tmp_path: Path, su
     assert set(admitted(path, subspace, csulora.Policy.csulora(drop_uncovered=("*",)))) == {Q}
     _, report = csulora.correct(csulora.load_adapter(path), subspace, csulora.Policy.csulora(keep_uncovered=("*",)))
     assert {module.module: module.status for module in report.modules}["model.layers.7.self_attn.q_proj"] == "kept"
+
+
+# Names: one weight has many spellings, and none of them hides a second update.
+
+
+@pytest.mark.parametrize("second", ["layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"])
+def test_a_wrapper_that_hides_a_second_update_is_refused(
+    second: str, tmp_path: Path, subspace: csulora.Subspace
+) -> None:
+    both = named(Q, *factors()) | named(second, *factors(seed=3))
+    refused_always(upload(tmp_path / "adapter", both), subspace, f"both update {Q}")
+
+
+def test_a_name_in_memory_hides_no_second_update(tmp_path: Path) -> None:
+    router, in_memory = "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate"
+    subspace = factories.subspace({router: (40, 40)}, names={in_memory: router})
+    settings = config(target_modules=["gate"])
+    for name in (router, in_memory):
+        path = upload(tmp_path / name, named(name, *factors()), settings)
+        expected = safe(oracle.update(*factors(), 2.0), subspace, router)
+        assert oracle.relative_error(admitted(path, subspace)[name], expected) <= TOLERANCE
+    both = named(router, *factors()) | named(in_memory, *factors(seed=3))
+    refused_always(upload(tmp_path / "both", both, settings), subspace, f"both update {router}")
+
+
+def test_a_name_that_two_weights_may_have_is_refused_with_both(tmp_path: Path) -> None:
+    one, other = "model.layers.0.self_attn.q_proj", "backbone.layers.0.self_attn.q_proj"
+    subspace = factories.subspace({one: (40, 40), other: (40, 40)})
+    path = upload(tmp_path / "adapter", named("layers.0.self_attn.q_proj", *factors()))
+    refused_always(path, subspace, f"may be {other} or {one}")
+
+
+def test_a_further_name_never_takes_the_place_of_a_weight(tmp_path: Path) -> None:
+    """Whoever writes a subspace file cannot point a module's own name at another module."""
+    subspace = factories.subspace(names={Q: DOWN, f"backbone.{Q}": DOWN}, aliases={Q: DOWN})
+    path = upload(tmp_path / "adapter", named(Q, *factors()))
+    expected = safe(oracle.update(*factors(), 2.0), subspace, Q)
+    assert oracle.relative_error(admitted(path, subspace)[Q], expected) <= TOLERANCE
+
+
+def test_a_tower_hides_no_update_of_the_language_model(tmp_path: Path, subspace: csulora.Subspace) -> None:
+    path = upload(tmp_path / "adapter", named(f"vision_tower.{Q}", *factors()) | named(DOWN, *factors(DOWN)))
+    with pytest.raises(RefusedError, match=f"does not cover module vision_tower.{Q}"):
+        admitted(path, subspace)
 
 
 def test_tied_weights_are_corrected_under_either_name(tmp_path: Path, subspace: csulora.Subspace) -> None:
@@ -479,7 +561,7 @@ def test_subspaces_for_look_alike_models_are_told_apart(tmp_path: Path, subspace
             upload(tmp_path / "a", named(Q, *factors())), look_alike, csulora.Policy(subspace_sha256=subspace.sha256)
         )
     other_shapes = factories.subspace({Q: (48, 40)})
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="a model of another size"):
         admitted(upload(tmp_path / "b", named(Q, *factors())), other_shapes)
 
 
@@ -783,6 +865,25 @@ def test_guard_ignores_claims_and_records_of_its_own_in_uploads(
     found = csulora.load_adapter(guard.outgoing / "a").modules[Q]
     expected = safe(oracle.update(b2, a2, 2.0), subspace, Q)
     assert oracle.relative_error(oracle.update(found.b, found.a), expected) <= TOLERANCE
+
+
+def test_guard_decides_again_on_another_format_under_the_same_name(
+    guard: DirectoryGuard, subspace: csulora.Subspace
+) -> None:
+    """And on other weights in the same format: what identifies an upload covers them."""
+    upload(guard.incoming / "a", named(Q, *factors()))
+    assert outcome(guard) == {"a"}
+    (guard.incoming / "a" / WEIGHTS_FILE).unlink()
+    for seed in (80, 90):
+        mlx_upload(guard.incoming / "a", {Q: factors(seed=seed)}, 20.0)
+        assert outcome(guard) == {"a"}
+        assert not (guard.outgoing / "a" / WEIGHTS_FILE).exists()
+        found = csulora.load_adapter(guard.outgoing / "a").modules[Q]
+        expected = safe(oracle.update(*factors(seed=seed), 20.0), subspace, Q)
+        assert oracle.relative_error(oracle.update(found.b, found.a), expected) <= TOLERANCE
+    (guard.incoming / "a" / mlx.WEIGHTS_FILE).unlink()
+    upload(guard.incoming / "b", named(Q, *factors()))
+    assert outcome(guard) == {"a.refused.json", "b"}
 
 
 def test_guard_publishes_copies_and_not_links(guard: DirectoryGuard, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from csulora.errors import InputError, RefusedError, check_type
 from csulora.io.files import GGUF_SUFFIX, atomic_directory, check_not_input, sha256_of_file, to_json
 from csulora.io.hub import local_path
 from csulora.models.gguf_base import BaseModel
+from csulora.models.gguf_parts import parts_beside
 
 FORMATS = get_args(Format)
 
@@ -113,10 +114,13 @@ def save_adapter(
             "with the model; correct the adapter (policy none changes nothing), or save it without: "
             "save_pretrained(..., save_embedding_layers=False)"
         )
-    check_not_input(path, [adapter.path, *([base_model] if base_model else [])])
+    check_not_input(path, [adapter.path, *(parts_beside(Path(base_model)) if base_model else [])])
     if format == "gguf":
         if base_model is None:
-            raise InputError(f"{path}: a GGUF file is written for a model; name it (base_model, --base-model)")
+            raise InputError(
+                f"{path}: a GGUF file is written for a model; name it (base_model, --base-model), or another format "
+                "(--format peft)"
+            )
         gguf.write(adapter, path, BaseModel.open(base_model), outtype)
         return sha256_of_file(path)
     if format not in FORMATS:

@@ -57,7 +57,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         RefusedError: the adapter's experts are fused, and ``layout`` is None.
         InputError: the factors do not fit the model's experts.
     """
-    if not is_fused(adapter):
+    if not is_fused(adapter) or adapter.is_decoded:
         return adapter
     if layout is None:
         raise RefusedError(
@@ -74,12 +74,12 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         parts = _parts(oriented, layout, f"{adapter.path}: {name}") if projection == GATE_UP else {projection: oriented}
         for part, update in parts.items():
             modules[f"{experts}.{expert}.{part}"] = update
-    return replace(adapter, modules=modules)
+    return replace(adapter, modules=modules, is_decoded=True)
 
 
 def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
     """Put together what `decoded` took apart: gate and up side by side, of both ranks unless they share A."""
-    if not is_fused(adapter) or layout is None:
+    if not adapter.is_decoded or layout is None:
         return adapter
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
@@ -95,7 +95,7 @@ def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
             halves = (adapter.modules.get(f"{experts}.{expert}.{half}") for half in (GATE, UP))
             module = _joined(*halves, interleaved=layout.interleaved)
         modules[name] = _exchanged(module) if layout.exchanged else module
-    return replace(adapter, modules=modules)
+    return replace(adapter, modules=modules, is_decoded=False)
 
 
 def is_targeted(parameter: str, target_parameters: Iterable[str]) -> bool:
@@ -128,14 +128,14 @@ def _joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool
     """Return the update whose rows are those of both; one that was dropped is zero."""
     gate, up = gate or _zero(up), up or _zero(gate)
     gate, up = gate.folded(), up.folded()
-    if gate.a.shape == up.a.shape and torch.equal(gate.a, up.a):
-        a, b_gate, b_up = gate.a, gate.b, up.b
-    else:
-        a = torch.cat([gate.a, up.a])
-        b_gate = torch.cat([gate.b, gate.b.new_zeros(gate.b.shape[0], up.rank)], dim=1)
-        b_up = torch.cat([up.b.new_zeros(up.b.shape[0], gate.rank), up.b], dim=1)
-    stacked = torch.stack([b_gate, b_up], dim=1 if interleaved else 0)
-    return LoraModule(stacked.reshape(2 * b_gate.shape[0], a.shape[0]), a)
+    shared = gate.a.shape == up.a.shape and torch.equal(gate.a, up.a)
+    a = gate.a if shared else torch.cat([gate.a, up.a])
+    rows = gate.b.shape[0]
+    b = gate.b.new_zeros(2 * rows, a.shape[0])
+    of_gate, of_up = (b[0::2], b[1::2]) if interleaved else (b[:rows], b[rows:])
+    of_gate[:, : gate.rank] = gate.b
+    of_up[:, 0 if shared else gate.rank :] = up.b
+    return LoraModule(b, a)
 
 
 def _zero(like: LoraModule | None) -> LoraModule:

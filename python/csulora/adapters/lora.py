@@ -58,7 +58,8 @@ class Adapter:
     ``documents`` are texts to be written beside the weights, by file name. ``partial`` says that modules were left
     out on purpose, so that ``config`` may target more than there is. ``copies`` are base matrices that the file holds
     besides, by module; `correct` compares them with the aligned checkpoint's and leaves them out. ``format`` is the one
-    it was read in, and is written in unless another is asked for.
+    it was read in, and is written in unless another is asked for. ``is_decoded`` says that fused experts have been
+    taken apart, see `experts.decoded`.
 
     >>> csulora.load_adapter(adapter).config["r"]
     8
@@ -74,6 +75,7 @@ class Adapter:
     partial: bool = False
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     format: Format = "peft"
+    is_decoded: bool = False
 
 
 class TextsOnDemand(Mapping[str, str]):

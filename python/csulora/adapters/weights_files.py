@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from csulora.io.files import open_regular, parse_json
 CONFIG_FILE = "adapter_config.json"  # PEFT's and mlx-lm's alike
 LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each of 10,000 modules has 2 MiB
 LARGEST_WEIGHTS = 16 << 30  # bytes, of all files of an adapter together
-_LONGEST_HEADER = 64 << 20  # bytes; that of the largest adapter that is read has 23 MiB
+_LONGEST_HEADER = 64 << 20  # bytes, of all files together; that of the largest adapter that is read has 23 MiB
 _MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
 _HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
 
@@ -34,11 +34,12 @@ CheckName = Callable[[str, Path], object]
 def read_bytes(paths: Sequence[Path], check_name: CheckName) -> list[bytes]:
     """Return the bytes of an adapter's files; no memory is taken for the data of a file with a bad header."""
     found: list[bytes] = []
+    left = _Left(_LONGEST_HEADER, _MOST_TENSORS)
     for path in paths:
         try:
             with open_regular(path, LARGEST_WEIGHTS - sum(map(len, found))) as file:
                 size = os.fstat(file.fileno()).st_size
-                _check_header(file, size, path, check_name)
+                _check_header(file, size, path, check_name, left)
                 file.seek(0)
                 found.append(file.read(size))
         except OSError as error:
@@ -46,18 +47,28 @@ def read_bytes(paths: Sequence[Path], check_name: CheckName) -> list[bytes]:
     return found
 
 
-def _check_header(file: BufferedReader, size: int, path: Path, check_name: CheckName) -> None:
+@dataclass
+class _Left:
+    """What the headers of an adapter's further files may hold."""
+
+    header: int  # bytes
+    tensors: int
+
+
+def _check_header(file: BufferedReader, size: int, path: Path, check_name: CheckName, left: _Left) -> None:
     """Check what a safetensors header says of the file before its data are read.
 
     It is read and not mapped: a process dies of a mapped file that somebody makes shorter.
     """
     length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, _LONGEST_HEADER):
+    if length > min(size - 8, left.header):
         raise InputError(f"{path}: not a readable safetensors file: its header of {length} bytes is too long")
     header = parse_json(file.read(length), path)
     header.pop("__metadata__", None)
-    if len(header) > _MOST_TENSORS:
+    if len(header) > left.tensors:
         raise RefusedError(f"{path}: holds {len(header)} tensors; at most {_MOST_TENSORS} are read")
+    left.header -= length
+    left.tensors -= len(header)
     for name in header:
         check_name(name, path)
     try:

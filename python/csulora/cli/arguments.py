@@ -84,7 +84,7 @@ Adapters = Annotated[
     list[str], typer.Argument(metavar="ADAPTER...", help="PEFT or MLX directories, GGUF LoRA files, or hub ids.")
 ]
 BaseModel = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--base-model", metavar="DIR|GGUF", help="Model of a GGUF adapter that is read or written."),
 ]
 PolicySource = Annotated[

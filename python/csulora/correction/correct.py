@@ -10,11 +10,13 @@ import torch
 from csulora.adapters import experts
 from csulora.adapters.expert_encoding import Layout, check_layout, in_layout
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
+from csulora.adapters.mlx.directory import check_model
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.host_meaning import host_notes, todays_names
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
+from csulora.correction.uncovered import its_own_file, of_another_family, why_uncovered
 from csulora.errors import InputError, RefusedError, check_type
 from csulora.io.files import to_json
 from csulora.models.resolver import Resolved, Resolver
@@ -69,7 +71,7 @@ def correct(
     _check_undo(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
-    renamed = todays_names(covered, subspace.names)
+    renamed = todays_names(covered, subspace.names) if adapter.format != "mlx" else {}
     for name, module in adapter.modules.items():
         if name in corrected:
             factors = corrected[name].factors
@@ -160,6 +162,8 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
         InputError: a shape differs from that in ``subspace``.
     """
     check_copies(adapter, subspace)
+    if adapter.format == "mlx":
+        check_model(subspace.keys(), adapter.path, subspace.provenance.model_type)
     covered: dict[str, str] = {}
     owners: dict[Resolved, str] = {}
     resolver = Resolver(subspace, subspace.aliases, subspace.names)
@@ -170,16 +174,14 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
             raise RefusedError(f"{adapter.path}: {error}") from error
         if found is None:
             if policy.fate_of(name) == "refuse":
-                raise RefusedError(
-                    f"{adapter.path}: the subspace file does not cover module {name}; extract it too (--modules), or "
-                    "name it in --drop-uncovered or --keep-uncovered"
-                )
+                raise RefusedError(f"{adapter.path}: {why_uncovered(adapter, name, subspace, resolver)}")
             continue
         target = found.module
         if module.shape != subspace[target].shape:
             raise InputError(
                 f"{adapter.path}: module {name} updates a {list(module.shape)} matrix, but {target} is "
-                f"{list(subspace[target].shape)} in the subspace file; the adapter is for another model"
+                f"{list(subspace[target].shape)} in the subspace file; the adapter is for a model of another size, so "
+                f"{its_own_file(adapter)}"
             )
         # A tied weight may be updated under both of its names, each of them once.
         earlier = owners.setdefault(found, name)
@@ -190,9 +192,7 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
             )
         covered[name] = target
     if not covered:
-        raise RefusedError(
-            f"{adapter.path}: the subspace file covers none of the adapter's modules; is it for this model?"
-        )
+        raise RefusedError(f"{adapter.path}: {of_another_family(adapter)}")
     return covered
 
 

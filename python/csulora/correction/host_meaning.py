@@ -44,7 +44,7 @@ def todays_names(covered: Mapping[str, str], names: Mapping[str, str]) -> dict[s
 def host_notes(
     adapter: Adapter, covered: Mapping[str, str], names: Mapping[str, str], model_type: str | None
 ) -> tuple[str, ...]:
-    """Return a line for each way in which a host would not apply an adapter as its file says.
+    """Return a line for each way in which a host would not apply an adapter as its file says; PEFT reads none of MLX.
 
     Args:
         adapter: as it was read.
@@ -52,7 +52,7 @@ def host_notes(
         names: name in memory -> module in the subspace file, see `Subspace.names`.
         model_type: the model's type, as its config.json calls it.
     """
-    return tuple(_notes(adapter, covered, names, model_type))
+    return tuple(_notes(adapter, covered, names, model_type)) if adapter.format != "mlx" else ()
 
 
 def _notes(

@@ -124,22 +124,19 @@ def extract(
     if output is None:
         if not processes.is_alone:
             raise InputError("processes share their work through files; name an output")
-        extracted = {
-            loaded.name: _extract_module(loaded, options, place, workspace)
-            for loaded in model_pair.load_ahead(model_pair.modules, progress)
-        }
+        extracted: dict[str, ModuleSubspace] = {}
+        for batch in model_pair.load_ahead(model_pair.modules, progress):
+            extracted |= _extract_batch(batch, options, place, workspace)
         return _assembled(model_pair, options, extracted)
     output = Path(output)
     check_not_input(output, [base, aligned, *model_pair.base.files, *model_pair.aligned.files])
     with _open_partial_run(model_pair, _settings(options, place), output, processes) as partial_run:
         try:
-            for loaded in model_pair.load_ahead(_share(model_pair, partial_run, processes), progress):
-                partial_run.save(loaded.name, _extract_module(loaded, options, place, workspace))
+            for batch in model_pair.load_ahead(_share(model_pair, partial_run, processes), progress):
+                partial_run.save(_extract_batch(batch, options, place, workspace))
             processes.wait()
             if processes.is_first:
-                _assembled(
-                    model_pair, options, {module: partial_run.load(module) for module in model_pair.modules}
-                ).save(output)
+                _assembled(model_pair, options, partial_run.load()).save(output)
         except (InputError, RefusedError):  # what is wrong with the input stays wrong: there is nothing to continue
             if processes.is_alone:  # others may still be writing
                 partial_run.remove()
@@ -192,6 +189,12 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
         model_type=model_type,
     )
     return Subspace(extracted, provenance)
+
+
+def _extract_batch(
+    batch: Sequence[LoadedModule], options: ExtractionOptions, device: torch.device, workspace: _core.Workspace
+) -> dict[str, ModuleSubspace]:
+    return {loaded.name: _extract_module(loaded, options, device, workspace) for loaded in batch}
 
 
 def _extract_module(

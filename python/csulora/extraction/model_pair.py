@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: the matrices both have, read one module ahead."""
+"""Two checkpoints side by side: the matrices both have, read one batch ahead."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from csulora.models.resolver import Resolver
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(module, done, total)`` before each module, counting matrix entries, and once at the end."""
+
+
+_BATCH_ENTRIES = 1 << 25  # as many as a large matrix has
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,38 @@ class ModelPair:
         check_comparable(before, after, base_names)
         return cls(before, after, list(modules), base_names)
 
-    def load_ahead(self, modules: Sequence[str], progress: Progress | None) -> Iterator[LoadedModule]:
-        """Yield the matrices of ``modules`` in order, reading and hashing the next ones in the background."""
+    def batches(self, modules: Sequence[str]) -> list[list[str]]:
+        """Group modules that are extracted together, in order: projections of experts, each other one alone."""
+        found: list[list[str]] = []
+        room = 0
+        for module in modules:
+            entries = self.entries(module)
+            if names.is_expert(module) and entries <= room:
+                found[-1].append(module)
+            else:
+                found.append([module])
+                room = _BATCH_ENTRIES if names.is_expert(module) else 0
+            room -= entries
+        return found
+
+    def load_ahead(self, modules: Sequence[str], progress: Progress | None) -> Iterator[list[LoadedModule]]:
+        """Yield the matrices of ``modules`` in `batches`, reading and hashing the next ones in the background."""
         sizes = {module: self.entries(module) for module in self.modules}
         total = sum(sizes.values())
         done = total - sum(sizes[module] for module in modules)
+        batches = self.batches(modules)
         with ThreadPoolExecutor(max_workers=1) as reader:
-            pending: list[Future[LoadedModule]] = [reader.submit(self._load, module) for module in modules[:1]]
-            for following in [*modules[1:], None]:
+            pending: list[Future[list[LoadedModule]]] = [reader.submit(self._load, batch) for batch in batches[:1]]
+            for following in [*batches[1:], None]:
                 if not pending:
                     break
                 loaded = pending.pop().result()
                 if following is not None:
                     pending.append(reader.submit(self._load, following))
                 if progress:
-                    progress(loaded.name, done, total)
+                    progress(loaded[0].name, done, total)
+                done += sum(sizes[module.name] for module in loaded)
                 yield loaded
-                done += sizes[loaded.name]
                 # The generator must not be what keeps a matrix mapped while the next one is waited for.
                 del loaded
         if progress:
@@ -105,7 +123,10 @@ class ModelPair:
         rows, columns = self.aligned.weights[module].shape
         return rows * columns
 
-    def _load(self, module: str) -> LoadedModule:
+    def _load(self, batch: Sequence[str]) -> list[LoadedModule]:
+        return [self._load_one(module) for module in batch]
+
+    def _load_one(self, module: str) -> LoadedModule:
         base, base_sha256 = self.base.load(self.base_names[module])
         aligned, aligned_sha256 = self.aligned.load(module)
         quantised = [

@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import shutil
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,20 +29,22 @@ from csulora.io.files import (
 )
 from csulora.subspace.module_subspace import FACTORS, ModuleSubspace
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _RUN_FILE = "run.json"
+_RECORDS = "records"  # key of a file's metadata
 _OWN_FILE = re.compile(rf"{re.escape(_RUN_FILE)}|{LOCK_FILE}|[0-9a-f]{{64}}\.safetensors|\..*{WORKPLACE_SUFFIX}")
 _LARGEST_RUN = 16 << 20  # bytes
 
 
 class PartialRun:
-    """The directory ``<output>.partial``: one file per finished module, and what they are computed from."""
+    """The directory ``<output>.partial``: one file per batch of finished modules, and what they are computed from."""
 
     def __init__(self, output: Path) -> None:
         """Know where the run is; `create` and `join` look what is there."""
         self.directory = output.with_name(f"{output.name}.partial")
         self._owned = ExitStack()
+        self._places: dict[str, Path] = {}
 
     @classmethod
     def create(cls, output: Path, identity: dict[str, Any]) -> Self:
@@ -104,6 +107,7 @@ class PartialRun:
     def _open(self, identity: str) -> None:
         run = self.directory / _RUN_FILE
         if run.is_file() and run.read_bytes() == identity.encode():
+            self._look()
             return
         self._remove_files()
         write_text(run, identity)
@@ -117,21 +121,45 @@ class PartialRun:
         self._owned.close()
 
     def finished(self, module: str) -> bool:
-        """Whether the module needs no more computing."""
-        return self._file(module).is_file()
+        """Whether the module needs no more computing, as far as this object knows."""
+        return module in self._places
 
-    def save(self, name: str, module: ModuleSubspace) -> None:
-        """Keep a finished module."""
-        factors = {factor: getattr(module, factor) for factor in FACTORS}
-        with atomic_file(self._file(name)) as temporary:
-            save_tensors(factors, temporary, {"record": json.dumps(module.record(), allow_nan=False)})
+    def save(self, modules: Mapping[str, ModuleSubspace]) -> None:
+        """Keep finished modules, all of them or none."""
+        file = self.directory / f"{hashlib.sha256(min(modules).encode()).hexdigest()}.safetensors"
+        factors = {
+            f"{name}.{factor}": getattr(module, factor) for name, module in modules.items() for factor in FACTORS
+        }
+        records = json.dumps({name: module.record() for name, module in modules.items()}, allow_nan=False)
+        with atomic_file(file) as temporary:
+            save_tensors(factors, temporary, {_RECORDS: records})
+        self._places |= dict.fromkeys(modules, file)
 
-    def load(self, name: str) -> ModuleSubspace:
-        """Map a finished module."""
+    def load(self) -> dict[str, ModuleSubspace]:
+        """Map all finished modules, also those of other processes."""
+        self._look()
+        return {name: module for file in sorted(set(self._places.values())) for name, module in self._read(file)}
+
+    def _look(self) -> None:
+        """Learn which modules are finished."""
+        files = [file for file in self.directory.iterdir() if file.suffix == ".safetensors"]
+        self._places = {name: file for file in files for name in self._records(file)}
+
+    def _records(self, file: Path) -> dict[str, Any]:
+        with self._explained(), safe_open(file, framework="pt") as opened:
+            records: dict[str, Any] = json.loads(opened.metadata()[_RECORDS])
+            return records
+
+    def _read(self, file: Path) -> Iterator[tuple[str, ModuleSubspace]]:
+        with self._explained(), safe_open(file, framework="pt") as opened:
+            for name, record in self._records(file).items():
+                factors = {factor: opened.get_tensor(f"{name}.{factor}") for factor in FACTORS}
+                yield name, ModuleSubspace.from_record(record, factors)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            with safe_open(self._file(name), framework="pt") as file:
-                record = json.loads(file.metadata()["record"])
-                return ModuleSubspace.from_record(record, {factor: file.get_tensor(factor) for factor in FACTORS})
+            yield
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.directory}: cannot be continued ({error}); remove it") from error
 
@@ -147,6 +175,3 @@ class PartialRun:
         for file in self.directory.iterdir():
             if file.name != LOCK_FILE:
                 file.unlink(missing_ok=True)
-
-    def _file(self, module: str) -> Path:
-        return self.directory / f"{hashlib.sha256(module.encode()).hexdigest()}.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from csulora.errors import InputError, check_type
@@ -74,7 +75,7 @@ def verify(
     options = _core.ExtractOptions()
     options.seed = _SEED
     results = []
-    for loaded in model_pair.load_ahead(model_pair.modules, progress):
+    for loaded in chain.from_iterable(model_pair.load_ahead(model_pair.modules, progress)):
         stored, (factors,) = subspace[loaded.name], subspace.to_core([loaded.name])
         options.noise_std = loaded.noise_std
         # Of further rows nothing is known. Columns that need them are not orthonormal without them.

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from csulora.errors import InputError
+from csulora.io.files import GGUF_SUFFIX
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9_][\w.-]*(/[\w.-]+)?)"
@@ -23,8 +24,8 @@ def local_path(source: str | Path, files: Sequence[str], ignored: Sequence[str] 
 
     Args:
         source: a path, or as text a hub id: ``org/name``, with ``@revision`` and then ``:sub/folder`` or
-            ``:sub/file`` where they are meant. A `Path` is never a hub id.
-        files: globs over the names to fetch, within the folder; a file that is named is fetched alone.
+            ``:sub/file.gguf`` where they are meant. A `Path` is never a hub id.
+        files: globs over the names to fetch, within the folder; a GGUF file that is named is fetched alone.
         ignored: globs over names that are not fetched.
 
     Raises:
@@ -40,7 +41,7 @@ def local_path(source: str | Path, files: Sequence[str], ignored: Sequence[str] 
             "org/name@revision:sub/folder"
         )
     repo, revision, inside = found["repo"], found["revision"], found["inside"] or ""
-    if Path(inside).suffix:
+    if inside.endswith(GGUF_SUFFIX):
         patterns, ignored = [inside], []
     else:
         patterns, ignored = ([str(Path(inside, glob)) for glob in globs] for globs in (files, ignored))

@@ -163,7 +163,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, file: GGUFFile) -> None:
         """Describe an open file; use `Checkpoint.open`."""
-        base = BaseModel.of_file(file)
+        base = BaseModel.of_files([file])
         weights = {}
         for module, shape in sorted(base.shapes.items()):
             tensor = f"{base.architecture.tensor_name(module)}{names.WEIGHT}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import to_json
-from csulora.models import gguf_directory, gguf_layout, names
+from csulora.io.hub import local_path
+from csulora.models import gguf_directory, gguf_layout, gguf_parts, names
 from csulora.models.gguf_directory import MOST_LAYERS, read_counts
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_layout import HEAD, Architecture
@@ -48,40 +50,34 @@ class BaseModel:
 
     @classmethod
     def open(cls, source: str | Path) -> BaseModel:
-        """Read a GGUF file's header, or ``config.json`` in a Hugging Face model directory.
+        """Read a GGUF file's header, or ``config.json`` in a Hugging Face model directory or repository.
+
+        Of a GGUF model in several files, the first is named and the others lie beside it.
 
         Raises:
             InputError: neither is there, or it is malformed.
             RefusedError: the architecture is not supported.
         """
-        path = Path(source)
+        path = local_path(source, ["config.json", "README.md"])
         if not path.is_dir():
-            return cls.of_file(GGUFFile.map(path))
+            return cls.of_files(gguf_parts.open_parts(path))
         found = gguf_directory.describe(path)
-        name = path.resolve().name
+        name = Path(source).resolve().name
         return cls(path, found.architecture, found.counts, found.shapes, name, found.license, found.multipliers)
 
     @classmethod
-    def of_file(cls, file: GGUFFile) -> BaseModel:
-        """Describe the model in an open GGUF file."""
-        _check_model_file(file)
+    def of_files(cls, files: Sequence[GGUFFile]) -> BaseModel:
+        """Describe the model in an open GGUF file, or in all of its parts."""
+        file = files[0]
+        _check_model_file(file, len(files))
         architecture = gguf_layout.architecture(file.text("general.architecture"), str(file.path))
-        if architecture.unlike and f"{architecture.name}.{architecture.unlike}" in file.fields:
-            raise RefusedError(
-                f"{file.path}: a {architecture.name} model with {architecture.unlike}, which also sees; "
-                "the order of its rows is not supported"
-            )
-        if architecture.multipliers:
-            raise RefusedError(
-                f"{file.path}: weights of {architecture.name} models are multiplied by factors of the configuration, "
-                "which the file does not state; name the Hugging Face directory instead"
-            )
+        _check_file_tells_all(file, architecture)
         counts = read_counts(
             architecture, str(file.path), lambda source: f"{architecture.name}.{source.metadata}", file.integer
         )
         layers = _layers(file, architecture)
         shapes = {}
-        for tensor, info in file.tensors.items():
+        for tensor, info in (named for part in files for named in part.tensors.items()):
             module = architecture.module_name(tensor.removesuffix(names.WEIGHT))
             if not module or (gguf_layout.layer_of(module) or 0) >= layers:
                 continue
@@ -138,12 +134,26 @@ class BaseModel:
             raise InputError(f"{self.path}: {module} has {error}") from None
 
 
-def _check_model_file(file: GGUFFile) -> None:
+def _check_model_file(file: GGUFFile, parts: int) -> None:
     kind = file.text("general.type")
     if kind not in (None, "model"):
         raise InputError(f"{file.path}: general.type is {kind!r}; a model is needed")
-    if (file.integer("split.count") or 1) > 1:
+    if (file.integer("split.count") or 1) != parts:
         raise RefusedError(f"{file.path}: one part of several; join them with llama-gguf-split --merge first")
+
+
+def _check_file_tells_all(file: GGUFFile, architecture: Architecture) -> None:
+    """Raise if the order of rows, or a factor of the weights, does not follow from the file."""
+    if architecture.unlike and f"{architecture.name}.{architecture.unlike}" in file.fields:
+        raise RefusedError(
+            f"{file.path}: a {architecture.name} model with {architecture.unlike}, which also sees; "
+            "the order of its rows is not supported"
+        )
+    if architecture.multipliers:
+        raise RefusedError(
+            f"{file.path}: weights of {architecture.name} models are multiplied by factors of the configuration, "
+            "which the file does not state; name the Hugging Face directory instead"
+        )
 
 
 def _layers(file: GGUFFile, architecture: Architecture) -> int:

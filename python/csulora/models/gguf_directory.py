@@ -55,16 +55,10 @@ def describe(directory: Path) -> Description:
     path = directory / "config.json"
     config = parse_json(read_regular(path, _LARGEST_CONFIG), path)
     architecture = gguf_layout.architecture_of_config(config, str(path))
-    text = config.get("text_config", config)
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
     counts = read_counts(architecture, str(path), lambda source: source.config, text.get)
-    if _tells_shapes(text, architecture) or not _holds_weights(directory):
-        shapes = _shapes(path, text, architecture)
-        has_head = any(each.get("tie_word_embeddings") is False for each in (config, text))
-    else:
-        shapes = _stored_shapes(directory, architecture)
-        has_head = not any(each.get("tie_word_embeddings") is True for each in (config, text))
-    if not has_head:
-        shapes.pop(HEAD, None)
+    shapes = _shapes(directory, config, text, architecture)
     multipliers = {
         module: math.prod(_multiplier(path, text, key) for key in architecture.multiplied_by(module))
         for module in shapes
@@ -119,12 +113,27 @@ def _holds_weights(directory: Path) -> bool:
     return any(directory.glob("*.safetensors"))
 
 
-def _shapes(path: Path, config: Mapping[str, Any], architecture: Architecture) -> dict[str, tuple[int, int]]:
+def _shapes(
+    directory: Path, config: Mapping[str, Any], text: Mapping[str, Any], architecture: Architecture
+) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the language model's weights, without the head if it is the token embedding."""
+    told = [each.get("tie_word_embeddings") for each in (config, text)]
+    is_told = any(isinstance(tie, bool) for tie in told)
+    is_enough = _tells_shapes(text, architecture)
+    needs_weights = _holds_weights(directory) and not (is_enough and is_told)
+    stored = _stored_shapes(directory, architecture) if needs_weights else {}
+    shapes = stored if stored and not is_enough else _computed_shapes(directory / "config.json", text, architecture)
+    has_head = any(tie is False for tie in told) if is_told else HEAD in stored
+    return {module: shape for module, shape in shapes.items() if module != HEAD or has_head}
+
+
+def _computed_shapes(path: Path, config: Mapping[str, Any], architecture: Architecture) -> dict[str, tuple[int, int]]:
     """Compute the shapes of a model all of whose layers are alike."""
-    if not set(architecture.parts) <= _REGULAR_PARTS:
+    missing = ", ".join(f"{key} is None" for key in _SIZES if config.get(key) is None)
+    if missing or not set(architecture.parts) <= _REGULAR_PARTS:
         raise InputError(
-            f"{path}: does not tell the shapes of a {architecture.name} model; name a directory that holds the weights "
-            "too, or the GGUF file"
+            f"{path}: does not tell all shapes of a {architecture.name} model{missing and f' ({missing})'}; "
+            "name a local directory that holds the weights too, or the GGUF file"
         )
 
     def count(key: str, default: int | None = None) -> int:

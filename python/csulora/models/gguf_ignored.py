@@ -25,13 +25,13 @@ ARCHITECTURES = {
     "mistral4": Ignoring(_MLA, ("mistral4", "mistral3 (mistral4)")),
     "glm-dsa": Ignoring(_MLA, ("glm_moe_dsa",)),
     "minicpm3": Ignoring(f"{_MLA} and kv_b_proj", ("minicpm3",)),
-    "plm": Ignoring("q_proj, kv_a_proj_with_mqa and kv_b_proj", ("PLM",)),
+    "plm": Ignoring("q_proj, kv_a_proj_with_mqa and kv_b_proj", ("plm", "PLM")),
     "kimi-linear": Ignoring(_LINEAR, ("kimi_linear",)),
     "gemma3n": Ignoring(
         "altup_projections, altup_unembed_projections and modality_router",
         ("gemma3n", "gemma3n_text", "gemma3n (gemma3n_text)"),
     ),
-    "nemotron_h_moe": Ignoring("latent projections of experts", ("nemotron_h",)),
+    "nemotron_h_moe": Ignoring("latent projections of experts", ()),
 }
 _BY_MODEL_TYPE = {model_type: found for found in ARCHITECTURES.values() for model_type in found.model_types}
 

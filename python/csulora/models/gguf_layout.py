@@ -147,6 +147,7 @@ _ARCHITECTURES = {
         Architecture(
             "glm4", parts=(*_SEPARATE_QKV, "mlp.gate_up_proj", "mlp.down_proj"), unlike="rope.dimension_sections"
         ),
+        Architecture("qwen2vl"),
         Architecture("qwen3vl"),
         Architecture(
             "qwen35",
@@ -188,6 +189,10 @@ _MODEL_TYPES = {
     "gemma4 (gemma4_text)": "gemma4",
     "phi3": "phi3",
     "glm4": "glm4",
+    "qwen2_vl": "qwen2vl",
+    "qwen2_5_vl": "qwen2vl",
+    "qwen2_vl (qwen2_vl_text)": "qwen2vl",
+    "qwen2_5_vl (qwen2_5_vl_text)": "qwen2vl",
     "qwen3_vl (qwen3_vl_text)": "qwen3vl",
     "qwen3_5_text": "qwen35",
     "qwen3_5 (qwen3_5_text)": "qwen35",

@@ -8,6 +8,7 @@ the text-only class ``model.layers``. What is left without these wrappers is the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 from csulora.errors import RefusedError
@@ -47,14 +48,19 @@ class Resolver:
             names: what a host calls a module, which is one weight under one name, see `renamings`.
         """
         self._exact = {module: Resolved(module, False) for module in known}
-        own = {bare(module) for module in self._exact}
+        own = {bare(module) for module in self._exact} if names or aliases else set()
         for further, is_alias in ((names, False), (aliases, True)):
             for name, module in (further or {}).items():
                 if bare(name) not in own:
                     self._exact.setdefault(name, Resolved(module, is_alias))
-        self._bare: dict[str, list[str]] = {}
+
+    @cached_property
+    def _bare(self) -> dict[str, list[str]]:
+        """Known names by what is left of them without wrappers; exact names are found without it."""
+        spelled: dict[str, list[str]] = {}
         for name in self._exact:
-            self._bare.setdefault(bare(name), []).append(name)
+            spelled.setdefault(bare(name), []).append(name)
+        return spelled
 
     def resolve(self, name: str) -> Resolved | None:
         """Return the module that a name means: the one of that name, else the only one that differs by wrappers.

@@ -37,6 +37,8 @@ class OverrideIndex:
 
     def find(self, module: str) -> int | None:
         """Return which override counts for a module."""
+        if not self._matching:
+            return None
         ends = (module[at:] for at in range(len(module)) if at == 0 or module[at - 1] == ".")
         found = [self._named[end] for end in ends if end in self._named]
         found += islice((at for at in self._globs if matches(module, self._matching[at])), 1)

@@ -91,7 +91,7 @@ class DirectoryGuard:
         gate: Gate,
         settle: float = 2.0,
         patience: float = 60.0,
-        base_model: Path | None = None,
+        base_model: str | Path | None = None,
         say: Say = print,
     ) -> None:
         """Set the guard up.

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_WEIGHTS
+from csulora.adapters.weights_files import LARGEST_WEIGHTS
 from csulora.errors import InputError, printable
 from csulora.io.files import GGUF_SUFFIX, parse_json, read_regular, sha256_of_file
 
 RECORD_FILE = "csulora_guard.json"
 REFUSED = ".refused.json"
 MOST_FILES = 1000  # in an upload, which needs two
-_WEIGHTS_SUFFIXES = (".safetensors", ".safetensors.index.json")
+_ADAPTER_FILES = re.compile(r"adapter_config\.json|adapters\.safetensors|adapter_model\S*\.safetensors(\.index\.json)?")
 _LARGEST_RECORD = 1 << 20
 LONGEST_NAME = 200  # bytes; what is written beside a result has a longer one
 
@@ -59,17 +60,15 @@ def _signature_of_file(path: Path) -> tuple[str | int, ...]:
 def content_sha256(path: Path, signature: Signature) -> str:
     """Hash an entry: the names and kinds of its files, and the contents of those that make the adapter."""
     digest = hashlib.sha256()
-    for name, mode, *_ in signature:
+    left = LARGEST_WEIGHTS  # bytes; what is beyond makes the adapter unreadable
+    for name, mode, _, size, *_ in signature:
         file = path if name == path.name and len(signature) == 1 else path / str(name)
         digest.update(f"{name!r} {stat.S_IFMT(int(mode))} ".encode())
-        if stat.S_ISREG(int(mode)) and (_makes_the_adapter(str(name)) or file == path):
+        if stat.S_ISREG(int(mode)) and (_ADAPTER_FILES.fullmatch(str(name)) or file == path):
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
-                digest.update(sha256_of_file(file, LARGEST_WEIGHTS).encode())
+                digest.update(sha256_of_file(file, left).encode())
+                left -= int(size)
     return digest.hexdigest()
-
-
-def _makes_the_adapter(name: str) -> bool:
-    return name == CONFIG_FILE or name.endswith(_WEIGHTS_SUFFIXES)
 
 
 def refusal_of(name: str, error: Exception) -> dict[str, str]:

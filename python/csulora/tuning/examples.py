@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
+from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
 from csulora.tuning.fit import Replies
@@ -69,7 +70,8 @@ class Examples:
     @contextmanager
     def adapted(self, adapter: Adapter) -> Iterator[None]:
         """Add an adapter to the aligned model while the context lasts."""
-        with self.language_model.adapted(factors_of(adapter)):
+        apart = decoded(adapter, self.request.subspace.provenance.experts)
+        with self.language_model.adapted(factors_of(apart)):
             yield
 
     def _own_replies(self, adapter: Adapter, chats: Sequence[Chat]) -> list[Reply]:

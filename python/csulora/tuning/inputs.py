@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csulora.models.names import is_expert
 from csulora.subspace.input_filter import InputFilter
 from csulora.tuning.language_model import BATCH, LanguageModel, Reply
 
@@ -34,7 +35,7 @@ MOST_INPUTS = 1024  # of one module and adapter, evenly spaced over the tokens: 
 def safety_inputs(language_model: LanguageModel, modules: Iterable[str], replies: Sequence[Reply]) -> dict[str, Tensor]:
     """Inputs (tokens, in) of the modules where the model, as it now stands, decides the replies to safety prompts.
 
-    Modules that do not see every token, as those of experts do, are left out.
+    Modules that do not see every token are left out, and experts, whose inputs no module sees.
     """
     return _inputs(language_model, modules, replies, [range(reply.start - 1, len(reply.tokens)) for reply in replies])
 
@@ -62,8 +63,8 @@ def _inputs(
         return hook
 
     with ExitStack() as hooks:
-        for name in found:
-            hooks.callback(language_model.model.get_submodule(name).register_forward_pre_hook(collect(name)).remove)
+        for name in (name for name in found if not is_expert(name)):
+            hooks.callback(language_model.module(name).register_forward_pre_hook(collect(name)).remove)
         for start in range(0, len(replies), BATCH):
             chosen[:] = [(row - start, position) for row, position in every if start <= row < start + BATCH]
             if chosen:

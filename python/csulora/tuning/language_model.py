@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from csulora.adapters.experts import parsed
 from csulora.errors import InputError
+from csulora.models.experts import layout_of
+from csulora.models.resolver import Resolver
+from csulora.subspace.expert_layout import ExpertLayout
 from csulora.subspace.input_filter import Factors
+from csulora.tuning.expert_modules import adapted_experts, by_experts_module, is_experts
 from csulora.tuning.loading import Loading, load
 from csulora.tuning.probes import Chat, shown
 
@@ -80,8 +86,11 @@ class LanguageModel:
         Raises:
             InputError: the model has no such module, or one of another shape.
         """
+        of_experts, others = by_experts_module(factors)
         with ExitStack() as hooks:
-            for name, each in factors.items():
+            for name, updates in of_experts.items():
+                hooks.enter_context(adapted_experts(self.module(name), updates, self._expert_layout, name))
+            for name, each in others.items():
                 module = self._module(name, each)
                 hook = module.register_forward_hook(_adding(each, self.device_of(name)))
                 hooks.callback(hook.remove)
@@ -89,16 +98,35 @@ class LanguageModel:
 
     def device_of(self, name: str) -> torch.device:
         """Return the device on which a module's products are computed; an offloaded one's is the model's own."""
-        device: torch.device = self.model.get_submodule(name).weight.device
+        found = parsed(name)
+        device: torch.device = next(self.module(found[0] if found else name).parameters()).device
         return self.device if device.type == "meta" else device
 
+    @cached_property
+    def _resolver(self) -> Resolver:
+        return Resolver(
+            name for name, module in self.model.named_modules() if hasattr(module, "weight") or is_experts(module)
+        )
+
+    @cached_property
+    def _expert_layout(self) -> ExpertLayout:
+        config = self.model.config
+        return layout_of([config.model_type, config.get_text_config().model_type])
+
+    def module(self, name: str) -> Any:
+        """Return the layer that an adapter means by a name, whatever wrappers are in it.
+
+        Raises:
+            InputError: the model has no such module.
+            RefusedError: several may be meant.
+        """
+        found = self._resolver.resolve(name)
+        if found is None:
+            raise InputError(f"the model has no module {name}, which the adapter updates; is it for this model?")
+        return self.model.get_submodule(found.module)
+
     def _module(self, name: str, factors: Factors) -> nn.Module:
-        try:
-            module: nn.Module = self.model.get_submodule(name)
-        except AttributeError:
-            raise InputError(
-                f"the model has no module {name}, which the adapter updates; is it for this model?"
-            ) from None
+        module: nn.Module = self.module(name)
         shape = _shape(module)
         wanted = factors[0].shape[0], factors[1].shape[1]
         # transformers.Conv1D keeps (in, out)

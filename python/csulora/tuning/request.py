@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from csulora import __version__
+from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
 from csulora.policy.policy import Policy
@@ -29,7 +30,8 @@ class Request:
 
     Attributes:
         model: the aligned model, a directory or a hub id.
-        adapters: for this model; with several, one policy is fitted for all, and for others to come.
+        adapters: for this model, fused experts taken apart; with several, one policy is fitted for all, and for others
+            to come.
         subspace: the subspaces of the model pair.
         task: per adapter, prompts to be answered as the uncorrected adapter answers them.
         safety: prompts to be answered as the aligned model answers them.
@@ -71,6 +73,8 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check that nothing is asked for twice, nor with its contrary."""
+        layout = self.subspace.provenance.experts
+        object.__setattr__(self, "adapters", tuple(decoded(adapter, layout) for adapter in self.adapters))
         safety = set(self.safety)
         for chat in (chat for chats in self.task for chat in chats):
             if chat in safety:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.correction.correct import cover
 from csulora.correction.report import COMPONENTS
@@ -62,6 +63,7 @@ class Update:
             if module.is_embedding:
                 raise RefusedError(f"{adapter.path}: {name} is an embedding; tune fits updates of linear layers")
         policy = policy or Policy.none()
+        adapter = decoded(adapter, subspace.provenance.experts)
         targets = cover(adapter, subspace, policy)
         if not any(subspace[target].rank for target in targets.values()):
             raise InputError(

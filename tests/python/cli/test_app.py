@@ -408,7 +408,7 @@ BAD_INPUT = {
     "extract base damaged -o new": "damaged/model.safetensors: not a readable safetensors file",
     "extract base smaller -o new": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing, but base has it",
     "extract base wider -o new": "tensor model.layers.0.mlp.down_proj.weight is [48, 64] in base base and [64, 64]",
-    "extract base aligned -o new --modules q_porj": "base: no 2-D weight matches the module pattern 'q_porj'",
+    "extract base aligned -o new --modules q_porj": "aligned: no 2-D weight matches the module pattern 'q_porj'",
     "extract base aligned -o missing/new": "/missing: no such directory",
     "extract base aligned -o adapter": "adapter: is a directory",
     "extract base aligned -o new --json missing/report": "/missing: no such directory",

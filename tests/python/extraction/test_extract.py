@@ -109,10 +109,12 @@ def test_keeps_the_fewest_directions_that_capture_the_energy(models: tuple[Path,
 
 
 def test_every_option_reaches_the_core() -> None:
-    options = extraction.ExtractionOptions(rank=3, dtype="bf16", seed=2**63 - 1, keep_noise=True).to_core()
+    options = extraction.ExtractionOptions(rank=3, dtype="bf16", seed=2**63 - 1, keep_noise=True).to_core("q_proj")
     assert (options.rank, options.energy, options.factor_dtype) == (3, None, torch.bfloat16)
     assert (options.seed, options.keep_noise) == (2**63 - 1, True)
-    options = extraction.ExtractionOptions(rank=3, energy=0.75, max_rank=9).to_core()
+    of_experts = extraction.ExtractionOptions(rank=64, expert_rank=5).to_core("mlp.experts.0.up_proj")
+    assert of_experts.rank == 5
+    options = extraction.ExtractionOptions(rank=3, energy=0.75, max_rank=9).to_core("q_proj")
     assert (options.rank, options.energy) == (9, 0.75)
 
 

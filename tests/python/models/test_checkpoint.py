@@ -51,7 +51,7 @@ def test_fetches_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     rest = ["README.md", "consolidated.safetensors", "original/params.json", "pytorch_model.bin"]
     fetched = []
 
-    def snapshot_download(repo: str, **patterns: list[str]) -> str:
+    def snapshot_download(repo: str, revision: None, **patterns: list[str]) -> str:
         fetched.append((repo, *filter_repo_objects(wanted + rest, **patterns)))
         return str(directory)
 

@@ -17,6 +17,7 @@ SUPPORTED = [
     "olmo2",
     "phi3",
     "qwen2",
+    "qwen2vl",
     "qwen3",
     "qwen35",
     "qwen3vl",

@@ -131,6 +131,15 @@ def test_the_language_model_computes_as_with_the_dense_update(
         assert not close(language_model.model(input_ids=tokens).logits, adapted)  # and is as it was afterwards
 
 
+def test_a_module_is_found_by_any_spelling_of_wrappers(language_model: LanguageModel, adapter: csulora.Adapter) -> None:
+    factors, tokens = factors_of(adapter), torch.arange(4, 20)[None]
+    spelled = {name.replace("model.", "language_model.model.", 1): pair for name, pair in factors.items()}
+    with torch.no_grad(), language_model.adapted(factors):
+        expected = language_model.model(input_ids=tokens).logits
+    with torch.no_grad(), language_model.adapted(spelled):
+        assert torch.equal(language_model.model(input_ids=tokens).logits, expected)
+
+
 def test_a_module_that_the_model_does_not_have_is_refused(language_model: LanguageModel) -> None:
     pair = torch.ones(32, 1), torch.ones(1, 32)
     with (

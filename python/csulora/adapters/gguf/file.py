@@ -19,11 +19,12 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, Keys
 
 from csulora import __version__
+from csulora.adapters.factors import of_one_dtype
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import GGUF_SUFFIX, atomic_file
-from csulora.models import gguf_layout
+from csulora.models import gguf_layout, gguf_quants
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_ignored import WAY_OUT
@@ -157,8 +158,7 @@ def _module(file: GGUFFile, module: str, factors: dict[str, str], alpha: float) 
         if factor not in factors:
             raise InputError(f"{file.path}: {module} has no {factor}; an update needs both factors")
     a, b = (_matrix(file, factors[factor]) for factor in ("lora_a", "lora_b"))
-    if a.dtype != b.dtype:
-        raise InputError(f"{file.path}: {module} has {a.dtype} and {b.dtype} factors; both must have one type")
+    a, b = of_one_dtype(a, b, module, file.path)
     is_embedding = module == EMBEDDING  # stored as a (vocabulary, rank), b (width, rank)
     rank = b.shape[1]
     if rank != a.shape[1 if is_embedding else 0]:
@@ -171,13 +171,17 @@ def _module(file: GGUFFile, module: str, factors: dict[str, str], alpha: float) 
 def _matrix(file: GGUFFile, tensor: str) -> torch.Tensor:
     info = file.tensors[tensor]
     dtype = _TYPES.get(info.type)
-    if dtype is None:
-        raise RefusedError(f"{file.path}: tensor {tensor} is {info.type.name}; F32, F16 or BF16 is needed")
+    if dtype is None and info.type != GGMLQuantizationType.Q8_0:
+        raise RefusedError(f"{file.path}: tensor {tensor} is {info.type.name}; F32, F16, BF16 or Q8_0 is needed")
     # ggml leaves out leading dimensions of 1: a factor of rank 1 may have one dimension.
     shape = (1, *info.shape) if len(info.shape) == 1 else info.shape
     if len(shape) != 2:
         raise InputError(f"{file.path}: tensor {tensor} is {list(shape)}; a matrix is needed")
-    matrix = torch.frombuffer(file.bytes_of(tensor), dtype=dtype).reshape(shape)
+    data = file.bytes_of(tensor)
+    if dtype is None:
+        matrix = gguf_quants.dequantise(data, (shape[0], shape[1]), info.type)
+    else:
+        matrix = torch.frombuffer(data, dtype=dtype).reshape(shape)
     if not is_finite(matrix):
         raise InputError(f"{file.path}: tensor {tensor} holds NaN or infinity")
     return matrix

@@ -91,16 +91,16 @@ def read_config(config: dict[str, Any], path: Path) -> Settings:
     if kind != "lora":
         reason = _OTHER_TYPES.get(str(kind), "csulora does not know it")
         raise RefusedError(f"{path}: fine_tune_type is {kind!r}: {reason}; only lora can be corrected")
+    layers = config.get("num_layers")
+    if not _is_whole(layers):
+        hint = "; older versions of mlx-lm called it lora_layers, rename it" if "lora_layers" in config else ""
+        raise InputError(f"{path}: num_layers is {layers!r}; it must be a whole number{hint}")
     for field in sorted(config.keys() - _READ - _TRAINING):
         if config[field] is not None and config[field] is not False:
             raise RefusedError(
                 f"{path}: csulora does not know the field {field!r}, which may change what the adapter does; "
                 "remove it if it has no effect, or use a csulora that knows it"
             )
-    layers = config.get("num_layers")
-    if not _is_whole(layers):
-        hint = "; older versions of mlx-lm called it lora_layers, rename it" if "lora_layers" in config else ""
-        raise InputError(f"{path}: num_layers is {layers!r}; it must be a whole number{hint}")
     return _settings(config.get("lora_parameters"), base_model_name(config.get("model")), path)
 
 

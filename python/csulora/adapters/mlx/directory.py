@@ -7,7 +7,7 @@ scale is a factor of its own, which no rank divides. What is written has scale 1
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ _FOREIGN = {
     "biases": "it belongs to a quantised weight of the base model",
 }
 _PEFT_FACTOR = re.compile(r"lora_(A|B|embedding_A|embedding_B)")
+_SCALED = ("falcon_h1", "falcon-h1")  # transformers' and llama.cpp's name for it
+_WRAPPED = re.compile(r"^model\.language_model\.")
 _TIED = (
     "where embedding and head are tied mlx-lm applies it to both, and the file does not say whether they are; leave "
     "it out of the keys"
@@ -60,7 +62,7 @@ def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return the factors under mlx-lm's names, scales folded into ``lora_b``, all padded to the largest rank."""
     rank = _rank(adapter)
     tensors = {}
-    for name, module in adapter.modules.items():
+    for name, module in _by_their_names(adapter).items():
         folded = module.folded()
         tensors[f"{name}.lora_a"] = _padded(folded.a, rank).t().contiguous()
         tensors[f"{name}.lora_b"] = _padded(folded.b.t(), rank).contiguous()
@@ -70,7 +72,7 @@ def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
 def config_of(adapter: Adapter) -> dict[str, Any]:
     """Return the configuration under which `tensors_of` has scale 1."""
     base_model = base_model_name(adapter.config.get("base_model_name_or_path"))
-    return written_config(_rank(adapter), sorted(adapter.modules), base_model)
+    return written_config(_rank(adapter), sorted(_by_their_names(adapter)), base_model)
 
 
 def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
@@ -78,8 +80,9 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         InputError: folding a scale into a factor overflows its storage type.
-        RefusedError: the adapter updates an embedding.
+        RefusedError: the adapter updates an embedding, or a model whose weights mlx-lm scales.
     """
+    check_model(adapter.modules, adapter.path)
     for name in adapter.modules:
         _check_kind(name, adapter.path)
     tensors = tensors_of(adapter)
@@ -90,6 +93,28 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
     (directory / CONFIG_FILE).write_text(config, encoding="utf-8", errors="backslashreplace")
     save_tensors(tensors, directory / WEIGHTS_FILE, {"format": "mlx"})
     return tensors
+
+
+def check_model(modules: Collection[str], path: Path, model_type: str | None = None) -> None:
+    """Raise `RefusedError` if modules are of a model whose weights mlx-lm scales, so that updates mean something else.
+
+    Args:
+        modules: names of its modules, as many as are known.
+        path: what the message calls the adapter.
+        model_type: the model's, if it is known.
+    """
+    layers = {layer for layer, found, _ in (name.partition(".mamba.") for name in modules) if found}
+    side_by_side = any(f"{layer}.self_attn.q_proj" in modules for layer in layers)  # as in no other model
+    if side_by_side or model_type in _SCALED:
+        raise RefusedError(
+            f"{path}: mlx-lm multiplies the weights of Falcon-H1 by constants of its own, so that their update is "
+            "another one elsewhere; train and serve the adapter with PEFT"
+        )
+
+
+def _by_their_names(adapter: Adapter) -> dict[str, LoraModule]:
+    """Return the modules as mlx-lm calls them: a language model that also sees is wrapped the other way round."""
+    return {_WRAPPED.sub("language_model.model.", name): module for name, module in adapter.modules.items()}
 
 
 def _rank(adapter: Adapter) -> int:

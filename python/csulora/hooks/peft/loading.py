@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from csulora.adapters.lora import Adapter
-from csulora.adapters.peft.directory import WEIGHTS_FILE
-from csulora.adapters.weights_files import CONFIG_FILE
+from csulora.adapters.peft.directory import WEIGHTS_FILE, parse
+from csulora.adapters.weights_files import CONFIG_FILE, sha256_of
 from csulora.errors import InputError, RefusedError
 from csulora.io.hub import download
 from csulora.serving.gate import private_directory
@@ -108,3 +111,12 @@ def check_name_is_free(adapters: Mapping[str, Any], name: str) -> None:
     """Let no adapter be loaded over another: PEFT would keep the configuration, and with it the scale, of the old."""
     if name in adapters:
         raise InputError(f"the model has an adapter {name!r} already; delete it first or choose another name")
+
+
+def of_model(model: Any, adapter_name: str) -> Adapter:
+    """Return an adapter that a model holds as it would be read from disk."""
+    settings = json.dumps(model.peft_config[adapter_name].to_dict(), sort_keys=True, default=sorted).encode()
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    sha256 = sha256_of(settings, safetensors.torch.save(tensors))
+    return parse(json.loads(settings), tensors, Path(adapter_name), sha256)

@@ -12,7 +12,6 @@ one, made from a single reading of the original's bytes.
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import safetensors.torch
-from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.xlora import model as xlora
 from peft.utils import save_and_load as peft_save_and_load
@@ -33,10 +31,9 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from csulora.adapters.lora import Adapter
-from csulora.adapters.peft.directory import parse
-from csulora.adapters.weights_files import sha256_of
 from csulora.correction.report import Report
 from csulora.errors import InputError, RefusedError
+from csulora.hooks.peft.arrival import check_arrived
 from csulora.hooks.peft.base_models import BaseModels
 from csulora.hooks.peft.hotswap import check_hotswap, hotswap_replacements
 from csulora.hooks.peft.loading import (
@@ -47,6 +44,7 @@ from csulora.hooks.peft.loading import (
     host_loads,
     loads_corrected,
     local_directory,
+    of_model,
     without_initialising,
 )
 from csulora.hooks.signature import check_signature
@@ -102,8 +100,11 @@ def load(
             if isinstance(model, (PeftModel, PeftMixedModel)):
                 check_name_is_free(model.peft_config, adapter_name)
                 model.load_adapter(str(directory), adapter_name, **options)
+                check_arrived(model, adapter_name, corrected, lambda: model.delete_adapter(adapter_name))
                 return model, report
-            return PeftModel.from_pretrained(model, directory, adapter_name, **options), report
+            wrapped = PeftModel.from_pretrained(model, directory, adapter_name, **options)
+            check_arrived(wrapped, adapter_name, corrected, wrapped.unload)
+            return wrapped, report
 
 
 def correct_model(
@@ -132,9 +133,10 @@ def correct_model(
     check_name_is_free(model.peft_config, new_adapter_name)
     gate = Gate.open(subspace, policy)
     with gate.decision(adapter_name) as decision:
-        corrected, report = decision.correct(_of_model(model, adapter_name))
+        corrected, report = decision.correct(of_model(model, adapter_name))
         with host_loads(corrected) as directory:
             model.load_adapter(directory, new_adapter_name)
+        check_arrived(model, new_adapter_name, corrected, lambda: model.delete_adapter(new_adapter_name))
     return report
 
 
@@ -232,7 +234,12 @@ def _loaded(gate: Gate, original: Callable[..., Any], model: Any, name: str, giv
     with gate.decision(location) as decision:
         corrected, _ = decision.correct(decision.read_directory(location))
         with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
-            return original(model_id=directory, **given)
+            loaded = original(model_id=directory, **given)
+        if isinstance(loaded, (PeftModel, PeftMixedModel)):
+            check_arrived(loaded, name, corrected, loaded.unload)
+        else:  # load_adapter, which returns no model
+            check_arrived(model, name, corrected, lambda: model.delete_adapter(name))
+        return loaded
 
 
 def _load_adapter(gate: Gate, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,7 +282,10 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
             corrected, _ = decision.correct(decision.read_directory(location))
             _check_swap(given["self"], given.get("adapter_name"), corrected)
             with host_loads(corrected) as directory:
-                return original(peft_model_id=str(directory), **given)
+                loaded = original(peft_model_id=str(directory), **given)
+            model, name = given["self"], given.get("adapter_name") or "default"
+            check_arrived(model, name, corrected, lambda: model.delete_adapter(name))
+            return loaded
 
     return load_adapter
 
@@ -333,12 +343,3 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refusing_x_lora(lora_model: Any, adapter_name: str, model_id: Any, *args: Any, **options: Any) -> None:
     raise RefusedError(f"{model_id}: under a guard no adapter is loaded into X-LoRA, which mixes several by the token")
-
-
-def _of_model(model: Any, adapter_name: str) -> Adapter:
-    """Return an adapter that a model holds as it would be read from disk."""
-    settings = json.dumps(model.peft_config[adapter_name].to_dict(), sort_keys=True, default=sorted).encode()
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    sha256 = sha256_of(settings, safetensors.torch.save(tensors))
-    return parse(json.loads(settings), tensors, Path(adapter_name), sha256)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor
 
 import csulora
@@ -83,8 +84,8 @@ def distance(one: Adapter, other: Adapter) -> float:
 def test_peft_to_gguf_to_peft_keeps_every_update(config: dict[str, object], model: Path, tmp_path: Path) -> None:
     original = peft(tmp_path, **config)
     csulora.save_adapter(original, tmp_path / "lora.gguf", "gguf", base_model=model)
-    csulora.save_adapter(csulora.load_adapter(tmp_path / "lora.gguf", model), tmp_path / "back")
-    assert distance(original, csulora.load_adapter(tmp_path / "back")) <= ROUND_TRIP
+    csulora.save_adapter(csulora.load_adapter(tmp_path / "lora.gguf", model), tmp_path / "back", "peft")
+    assert distance(original, csulora.load_adapter(tmp_path / "back", "peft")) <= ROUND_TRIP
 
 
 def test_a_model_directory_serves_as_well_as_its_gguf_file(model: Path, tmp_path: Path) -> None:
@@ -288,3 +289,36 @@ def test_refuses_unknown_types_and_formats(model: Path, tmp_path: Path) -> None:
         write({"model.layers.0.mlp.up_proj": linear(64, 48)}, model, tmp_path, "q8_0")
     with pytest.raises(InputError, match="unknown adapter format"):
         csulora.save_adapter(adapter({}), tmp_path / "x", "onnx")
+
+
+@pytest.mark.parametrize("kind", ["both", "a alone"])
+def test_q8_0_factors_are_read_as_gguf_dequantises_them(kind: str, tmp_path: Path) -> None:
+    """A factor b of rank 8 has no whole blocks, so that llama.cpp's converter leaves it in float16."""
+    a, b = factories.gaussian(32, 64, seed=1), factories.gaussian(48, 32, seed=2)
+    writer = GGUFWriter(tmp_path / "lora.gguf", "llama")
+    gguf_files.add_metadata(writer, gguf_files.LORA)
+    stored = quants.quantize(a.numpy(), GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_up.weight.lora_a", stored, raw_dtype=GGMLQuantizationType.Q8_0)
+    if kind == "both":
+        other = quants.quantize(b.numpy(), GGMLQuantizationType.Q8_0)
+        writer.add_tensor("blk.0.ffn_up.weight.lora_b", other, raw_dtype=GGMLQuantizationType.Q8_0)
+        expected = torch.from_numpy(quants.dequantize(other, GGMLQuantizationType.Q8_0))
+    else:
+        writer.add_tensor("blk.0.ffn_up.weight.lora_b", b.half().numpy())
+        expected = b.half().float()
+    gguf_files.close(writer)
+    module = csulora.load_adapter(tmp_path / "lora.gguf").modules["model.layers.0.mlp.up_proj"]
+    assert torch.equal(module.a, torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType.Q8_0)))
+    assert torch.equal(module.b, expected)
+
+
+def test_q8_0_with_a_scale_that_is_not_finite_is_a_bad_input(tmp_path: Path) -> None:
+    stored = quants.quantize(torch.ones(4, 32).numpy(), GGMLQuantizationType.Q8_0)
+    stored[0, :2] = [0, 0x7E]  # the block's float16 scale
+    writer = GGUFWriter(tmp_path / "lora.gguf", "llama")
+    gguf_files.add_metadata(writer, gguf_files.LORA)
+    writer.add_tensor("blk.0.ffn_up.weight.lora_a", stored, raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_up.weight.lora_b", torch.ones(48, 4).numpy())
+    gguf_files.close(writer)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        csulora.load_adapter(tmp_path / "lora.gguf")

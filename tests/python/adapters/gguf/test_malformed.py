@@ -255,7 +255,6 @@ def tensors() -> dict[str, File]:
         "transposed": with_tensors(
             ones("blk.0.attn_v.weight.lora_a", 48, 2), ones("blk.0.attn_v.weight.lora_b", 2, 24)
         ),
-        "two types": with_tensors(A, replace(B, kind=F16, data=bytes(96))),
         **{
             f"{kind.name} factor": with_tensors(replace(A, kind=kind, dimensions=(256, 2), data=bytes(4096)), B)
             for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_K, GGMLQuantizationType.F64)

@@ -161,7 +161,7 @@ REASONS = {
     "trainable tokens": "trainable_token_indices",
     "aLoRA": "alora_invocation_tokens",
     "layer_replication": "layer_replication",
-    "target_parameters": "target_parameters",
+    "target_parameters": "updates fused experts",
     "saved embedding": "save_embedding_layers=False",
 }
 

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import experts
 import pytest
 from answers import assert_same, assert_unlike
-
-import experts
 
 # Model -> whether the server takes both layouts, and which layout its clients say that all of their adapters have.
 SERVED = {"Qwen 3 MoE": (False, True), "Mixtral": (True, True), "gpt-oss": (False, False)}

@@ -18,12 +18,12 @@ STEPS = 4
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,  # the least that vLLM takes on a CPU
+    "head_dim": 32,  # the least that vLLM takes on a CPU; SGLang takes no other than hidden size over heads
     "max_position_embeddings": 64,
     "num_experts_per_tok": 2,
     "tie_word_embeddings": False,

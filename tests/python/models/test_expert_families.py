@@ -99,7 +99,7 @@ def test_experts_are_corrected(kind: str, place: tuple[str, Path], tmp_path: Pat
     loaded, subspace = csulora.load_adapter(tmp_path / "adapter"), csulora.Subspace.open(root / "subspace")
     # The scales are powers of two, so that folding one into a factor rounds nothing.
     outcomes = ((csulora.Policy.none(), raw, 1e-6), (NOTHING_LEFT, plain, 1e-4))
-    layouts = (None, "per-expert") if family.per_expert and kind != "all-linear" else (None,)
+    layouts = (None, "fused", "per-expert") if family.per_expert and kind != "all-linear" else (None, "fused")
     for layout, (policy, expected, within) in itertools.product(layouts, outcomes):
         fixed, report = csulora.correct(loaded, subspace, policy, layout)
         assert {module.status for module in report.modules} == {"corrected"}

@@ -5,6 +5,7 @@ import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from csulora.adapters.peft import directory as peft
 from csulora.serving.admission import Admission, Terms, refusal
 from csulora.serving.gate import Gate
 from csulora.serving.publication import check_published
+from csulora.subspace.expert_layout import ExpertLayout
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -287,3 +289,21 @@ def test_a_refusal_that_is_remembered_holds_nothing_of_the_upload(admission: Adm
 def test_what_clients_are_told_begins_with_who_refuses(tmp_path: Path) -> None:
     assert refusal("adapter", csulora.RefusedError("adapter: no")) == "csulora: adapter: no"
     assert refusal("a\nb", OSError("gone")).startswith("csulora: a\\nb: could not be decided on")
+
+
+def test_experts_are_published_as_the_server_reads_them(tmp_path: Path) -> None:
+    names = [f"model.layers.0.mlp.experts.{i}" for i in (0, 1)]
+    inward = {f"{name}.{projection}": (24, 16) for name in names for projection in ("gate_proj", "up_proj")}
+    modules = inward | {f"{name}.down_proj": (16, 24) for name in names}
+    found = factories.subspace(modules)
+    known = csulora.Subspace(found, replace(found.provenance, experts=ExpertLayout(per_expert=True)))
+    path = factories.save_adapter(tmp_path / "adapter", modules)
+    admission = Admission(Gate.open(known, "csulora"))
+
+    apart = admission.admit("a", lambda: path, Terms(torch.float32, 4, lambda: "per-expert"), reload=False)
+    assert csulora.load_adapter(apart).modules.keys() == modules.keys()
+    admission = Admission(Gate.open(known, "csulora"))
+    with pytest.raises(csulora.RefusedError, match="rank 8 after correction, and the server takes 4; raise"):
+        admission.admit("b", lambda: path, Terms(torch.float32, 4, lambda: "fused"), reload=False)
+    fused = admission.admit("b", lambda: path, Terms(torch.float32, 8, lambda: "fused"), reload=False)
+    assert {f"{name}.gate_up_proj" for name in names} < csulora.load_adapter(fused).modules.keys()

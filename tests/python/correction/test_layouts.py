@@ -1,0 +1,74 @@
+"""Updates of experts from one layout to the other and back, and what is filled with zeros on the way."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import csulora
+import factories
+from csulora.adapters.experts import parsed
+from expert_families import EXPERT_FAMILIES
+from model_families import built
+
+NONE = csulora.Policy.none()
+
+
+@pytest.fixture(scope="module", params=["Qwen 3 MoE", "Mixtral"])
+def subspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> csulora.Subspace:
+    root, model = tmp_path_factory.mktemp("family"), built(EXPERT_FAMILIES[request.param])
+    model.save_pretrained(root / "base")
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.add_(0.05 * factories.gaussian(*parameter.shape, seed=1000 + i))
+    model.save_pretrained(root / "aligned")
+    return csulora.extract(root / "base", root / "aligned", rank=4, expert_rank=4)
+
+
+@pytest.fixture
+def one_by_one(subspace: csulora.Subspace, tmp_path: Path) -> Path:
+    """An adapter as transformers 4 wrote it: a pair of factors for each expert and projection, under names on disk."""
+    modules = {name: module.shape for name, module in subspace.items() if parsed(name) or "q_proj" in name}
+    return factories.save_adapter(tmp_path / "adapter", modules)
+
+
+def relaid(path: Path, subspace: csulora.Subspace, layout: str) -> Path:
+    fixed, _ = csulora.correct(csulora.load_adapter(path), subspace, NONE, layout)
+    csulora.save_adapter(fixed, path.with_name(layout))
+    return path.with_name(layout)
+
+
+def test_there_and_back_is_bit_identical(one_by_one: Path, subspace: csulora.Subspace) -> None:
+    before = csulora.load_adapter(relaid(one_by_one, subspace, "per-expert"))
+    fused = relaid(one_by_one, subspace, "fused")
+    assert not any(".experts.0." in name for name in load_file(fused / "adapter_model.safetensors"))
+    after = csulora.load_adapter(relaid(fused, subspace, "per-expert"))
+
+    assert before.modules.keys() == after.modules.keys() == csulora.load_adapter(one_by_one).modules.keys()
+    for name, module in before.modules.items():
+        assert torch.equal(module.a, after.modules[name].a)
+        assert torch.equal(module.b, after.modules[name].b)
+
+
+@pytest.mark.parametrize("layout", ["per-expert", "fused"])
+def test_experts_that_an_adapter_leaves_out_are_zero(
+    layout: str, one_by_one: Path, subspace: csulora.Subspace, tmp_path: Path
+) -> None:
+    whole = csulora.load_adapter(one_by_one)
+    part = {name: module for name, module in whole.modules.items() if not name.endswith(("experts.2.up_proj", "2.w3"))}
+    part = {name: module for name, module in part.items() if ".experts.3." not in name}
+    fixed, _ = csulora.correct(replace(whole, modules=part, partial=True), subspace, NONE, layout)
+    csulora.save_adapter(fixed, tmp_path / "part")
+    found = csulora.load_adapter(relaid(tmp_path / "part", subspace, "per-expert"))
+
+    assert found.modules.keys() == whole.modules.keys()
+    for name, module in found.modules.items():
+        expected = part[name].b * part[name].scale @ part[name].a if name in part else torch.zeros(module.shape)
+        assert torch.allclose(module.b @ module.a, expected, atol=1e-6)
+
+
+def test_an_unknown_layout_is_refused(one_by_one: Path, subspace: csulora.Subspace) -> None:
+    with pytest.raises(csulora.InputError, match="must be per-expert or fused"):
+        csulora.correct(csulora.load_adapter(one_by_one), subspace, NONE, "stacked")

@@ -13,7 +13,7 @@ import torch
 
 from csulora.adapters.lora import Adapter
 from csulora.errors import RefusedError
-from csulora.models.names import bare
+from csulora.models.names import bare, with_known_projection
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _ROUTERS = (".gate", ".router")
@@ -43,7 +43,10 @@ def fitted(adapter: Adapter) -> Adapter:
             first = slots.setdefault((layer[1], name.rpartition(".")[2]), name)
             if first != name:
                 raise RefusedError(f"{adapter.path}: SGLang puts {first} and {name} into one module")
-    return _with_uniform_rank(adapter)
+    # SGLang reads w1, but does not know it in a configuration.
+    modules = {with_known_projection(name): module for name, module in adapter.modules.items()}
+    is_renamed = modules.keys() != adapter.modules.keys()
+    return _with_uniform_rank(replace(adapter, modules=modules, partial=adapter.partial or is_renamed))
 
 
 def _with_uniform_rank(adapter: Adapter) -> Adapter:

@@ -59,3 +59,13 @@ def test_wrappers_of_the_language_model_do_not_matter(tmp_path: Path) -> None:
     names = {"model.language_model.layers.0.mlp.up_proj": (48, 48), "lm_head": (48, 48)}
     adapter = csulora.load_adapter(factories.save_adapter(tmp_path / "adapter", names))
     assert fitted(adapter).modules.keys() == names.keys()
+
+
+def test_a_router_is_refused() -> None:
+    with pytest.raises(csulora.RefusedError, match="SGLang has no LoRA for a router, model.layers.0.mlp.gate"):
+        fitted(factories.adapter(MODULES | {"model.layers.0.mlp.gate": (4, 48)}))
+
+
+def test_projections_of_experts_have_the_names_that_configurations_may_have() -> None:
+    found = fitted(factories.adapter({"model.layers.0.block_sparse_moe.experts.0.w1": (64, 48)}))
+    assert list(found.modules) == ["model.layers.0.block_sparse_moe.experts.0.gate_proj"]

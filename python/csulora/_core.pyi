@@ -16,9 +16,11 @@ class Certificate:
 
     displacement_norm2: float
     captured_energy: float
+    optimal_share: float
     residual: float
     orthonormality: float
     next_value: float
+    standing_out: int
     subspace_error: float
     noise_edge: float
     above_noise: int
@@ -44,6 +46,7 @@ class ExtractOptions:
     rank: int
     energy: float | None
     tolerance: float
+    energy_tolerance: float
     keep_noise: bool
     noise_std: float | None
     factor_dtype: torch.dtype
@@ -63,7 +66,11 @@ def validate(subspace: Subspace) -> None: ...
 @overload
 def validate(subspaces: Sequence[tuple[str, Subspace]]) -> None: ...
 def certify(
-    base: torch.Tensor, aligned: torch.Tensor, subspace: Subspace, options: ExtractOptions = ...
+    base: torch.Tensor,
+    aligned: torch.Tensor,
+    subspace: Subspace,
+    options: ExtractOptions = ...,
+    standing_out: int | None = None,
 ) -> Certificate: ...
 
 class LoraFactors:

@@ -140,7 +140,7 @@ Tensor extend(const Tensor& projected, const BlockBasis::Coefficients& column) {
   return extended;
 }
 
-/// A Krylov space in which the target triples have converged.
+/// A Krylov space that holds the target triples.
 struct Krylov {
   BlockBasis left, right;
   Tensor projected;
@@ -171,7 +171,7 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& tar
     }
     next_look = blocks + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
     auto ritz = rayleigh_ritz(projected, residual_block);
-    if (converged(ritz.found, target_count(ritz.found.values), target_count, options.tolerance)) {
+    if (accepted(ritz.found, target_count(ritz.found.values), target_count, options.accuracy)) {
       return Krylov{std::move(left), std::move(right), projected, std::move(ritz), 2 * blocks + 1};
     }
   }
@@ -186,7 +186,7 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const TargetCo
   if (!krylov) {
     return std::nullopt;
   }
-  const auto& [values, residuals] = krylov->ritz.found;
+  const auto& values = krylov->ritz.found.values;
   const int64_t count = target_count(values);
   const auto coefficients = krylov->ritz.left.narrow(1, 0, count);
   SingularTriples triples;
@@ -194,7 +194,8 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const TargetCo
   triples.u = krylov->left.combine(coefficients.to(at::kFloat));
   triples.v =
       krylov->right.combine(krylov->projected.t().to(at::kDouble).matmul(coefficients).div_(triples.s).to(at::kFloat));
-  triples.next_value = (values[count] + residuals[count]).item<double>();
+  triples.upper = upper_values(krylov->ritz.found, count);
+  triples.largest_energy = largest_energy(krylov->ritz.found, count);
   triples.computed = values;
   triples.passes = krylov->passes;
   return triples;
@@ -208,7 +209,7 @@ std::optional<SingularTriples> low_precision_block_krylov(const Tensor& matrix, 
     return std::nullopt;
   }
   const auto start = krylov->left.combine(krylov->ritz.left.narrow(1, 0, options.block).to(at::kFloat));
-  auto triples = refine(matrix, low_precision, start.t(), target_count, options.tolerance);
+  auto triples = refine(matrix, low_precision, start.t(), target_count, options.accuracy);
   if (triples) {
     triples->passes += krylov->passes;
   }

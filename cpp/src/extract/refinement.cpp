@@ -49,7 +49,7 @@ Tensor residuals(const Projected& found, const Tensor& low_precision, const Tens
 }  // namespace
 
 std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& low_precision, const Tensor& start,
-                                      const TargetCount& target_count, double tolerance) {
+                                      const TargetCount& target_count, const Accuracy& accuracy) {
   auto a = matrix, low_precision_a = low_precision;  // and their transposes in every other step
   auto rows = start.contiguous();
   orthonormalise(rows);
@@ -60,7 +60,7 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& low_pr
     const auto found = project(rows, image);
     const RitzValues ritz{found.values, residuals(found, low_precision_a, known)};
     const int64_t count = target_count(ritz.values);
-    if (count < rows.size(0) && converged(ritz, count, target_count, tolerance)) {
+    if (count < rows.size(0) && accepted(ritz, count, target_count, accuracy)) {
       SingularTriples triples;
       triples.s = ritz.values.narrow(0, 0, count);
       triples.u = found.left.narrow(0, 0, count).t();
@@ -68,7 +68,8 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& low_pr
       if (i % 2 == 1) {
         std::swap(triples.u, triples.v);
       }
-      triples.next_value = (ritz.values[count] + ritz.residuals[count]).item<double>();
+      triples.upper = upper_values(ritz, count);
+      triples.largest_energy = largest_energy(ritz, count);
       triples.computed = ritz.values;
       triples.passes = 2 * (i + 1);
       return triples;

@@ -18,6 +18,7 @@ _MARGIN = 1e-6
 # magnifies the small difference between them.
 _NEXT_VALUE_FACTOR = 1.1
 _SUBSPACE_ERROR_FACTOR = 10
+_OPTIMAL_SHARE_MARGIN = 0.005
 # No extraction takes so large a seed: the start block is never the one that the subspace file was made with.
 _SEED = 1 << 63
 
@@ -36,12 +37,14 @@ class Verification:
         """Whether the weights are the subspace file's and the stored certificate claims nothing better than was
         measured.
 
+        The angle is measured for as many directions as it is stored for, so there is nothing to compare in ``standing_out``.
         ``above_noise`` and ``passes`` describe the run that made the subspace file, so there is nothing to compare.
         """
         stored, measured = self.stored, self.measured
         return (
             self.same_weights
             and measured.captured_energy >= stored.captured_energy - _MARGIN
+            and measured.optimal_share >= stored.optimal_share - _OPTIMAL_SHARE_MARGIN
             and measured.residual <= stored.residual + _MARGIN
             and measured.orthonormality <= stored.orthonormality + _MARGIN
             and measured.next_value <= stored.next_value * _NEXT_VALUE_FACTOR
@@ -78,7 +81,7 @@ def verify(
         stored, (factors,) = subspace[loaded.name], subspace.to_core([loaded.name])
         options.noise_std = loaded.noise_std
         try:
-            measured = _core.certify(loaded.base, loaded.aligned, factors, options)
+            measured = _core.certify(loaded.base, loaded.aligned, factors, options, stored.certificate.standing_out or None)
         except InputError as error:
             raise InputError(f"{loaded.name}: {error}") from error
         same = (loaded.base_sha256, loaded.aligned_sha256) == (stored.base_sha256, stored.aligned_sha256)

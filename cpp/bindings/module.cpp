@@ -41,6 +41,7 @@ void translate(std::exception_ptr pending) {
 void register_subspace(py::module_& module) {
   using csulora::Certificate;
   using csulora::ExtractOptions;
+  using csulora::ExtractTask;
   using csulora::Subspace;
   using csulora::Workspace;
 
@@ -78,8 +79,18 @@ void register_subspace(py::module_& module) {
 
   py::class_<Workspace>(module, "Workspace").def(py::init<>());
 
+  py::class_<ExtractTask>(module, "ExtractTask")
+      .def(py::init<at::Tensor, at::Tensor, std::string, std::optional<double>>(), "base"_a, "aligned"_a,
+           "label"_a = "displacement", "noise_std"_a = py::none())
+      .def_readonly("base", &ExtractTask::base)
+      .def_readonly("aligned", &ExtractTask::aligned)
+      .def_readonly("label", &ExtractTask::label)
+      .def_readonly("noise_std", &ExtractTask::noise_std);
+
   module.def("extract_subspace", &csulora::extract_subspace, "base"_a, "aligned"_a, "options"_a = ExtractOptions{},
              "workspace"_a = nullptr, py::call_guard<py::gil_scoped_release>());
+  module.def("extract_subspaces", &csulora::extract_subspaces, "tasks"_a, "options"_a = ExtractOptions{},
+             py::call_guard<py::gil_scoped_release>());
   module.def("validate", py::overload_cast<const Subspace&>(&csulora::validate), "subspace"_a,
              py::call_guard<py::gil_scoped_release>());
   module.def("validate", py::overload_cast<const std::vector<std::pair<std::string, Subspace>>&>(&csulora::validate),

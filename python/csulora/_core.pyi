@@ -61,6 +61,27 @@ class Workspace:
 def extract_subspace(
     base: torch.Tensor, aligned: torch.Tensor, options: ExtractOptions = ..., workspace: Workspace | None = None
 ) -> Subspace: ...
+
+class ExtractTask:
+    """One displacement of many: base and aligned (m, n), what messages call it, and its own ``noise_std``."""
+
+    def __init__(
+        self,
+        base: torch.Tensor,
+        aligned: torch.Tensor,
+        label: str = "displacement",
+        noise_std: float | None = None,
+    ) -> None: ...
+    @property
+    def base(self) -> torch.Tensor: ...
+    @property
+    def aligned(self) -> torch.Tensor: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def noise_std(self) -> float | None: ...
+
+def extract_subspaces(tasks: Sequence[ExtractTask], options: ExtractOptions = ...) -> list[Subspace]: ...
 @overload
 def validate(subspace: Subspace) -> None: ...
 @overload

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "csulora/subspace.h"
 
@@ -71,6 +73,21 @@ struct Workspace {
 /// @throws InputError for shapes, dtypes, devices, options or values (NaN, infinity) that cannot be used
 Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {},
                           Workspace* workspace = nullptr);
+
+/// One displacement of many to be decomposed.
+struct ExtractTask {
+  at::Tensor base;                    ///< as for extract_subspace
+  at::Tensor aligned;                 ///< same shape and device
+  std::string label{"displacement"};  ///< what messages call it
+  std::optional<double> noise_std{};  ///< as in the options
+};
+
+/// extract_subspace for many small matrices, such as a model's experts: on a CPU one list of tasks for all cores, each
+/// matrix on one thread. A result depends neither on the number of threads nor on the other tasks.
+///
+/// @param options  for all of them; noise_std is not read
+/// @throws InputError as extract_subspace, of the first task that cannot be used, beginning with its label
+std::vector<Subspace> extract_subspaces(const std::vector<ExtractTask>& tasks, const ExtractOptions& options = {});
 
 /// Recomputes the certificate of stored factors from the matrices themselves, trusting nothing that came with them.
 ///

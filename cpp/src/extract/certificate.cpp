@@ -57,8 +57,8 @@ Products products_in_double(const Displacement& d, const Triples& triples) {
   Products result{at::empty_like(u), at::zeros_like(v), at::zeros_like(triples.s)};
   for_row_blocks(u.size(1), v.size(1), [&](int64_t row, int64_t count) {
     const auto block = d.matrix.narrow(0, row, count).to(at::kDouble);
-    result.left.narrow(1, row, count).copy_(v.mm(block.t()));
-    result.right.addmm_(u.narrow(1, row, count), block);
+    result.left.narrow(1, row, count).copy_(product(v, block.t()));
+    add_product(result.right, u.narrow(1, row, count), block, 1);
   });
   return result;
 }

@@ -3,9 +3,12 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace csulora {
 namespace {
+
+using at::Tensor;
 
 /// How well the first unwanted Ritz value must have converged, as a share of it or of the gap to it. A Ritz value errs
 /// by the square of its residual, so this leaves well under a percent.
@@ -65,9 +68,20 @@ bool accepted(const RitzValues& ritz, int64_t count, const TargetCount& target_c
   return converged(ritz, count, target_count, accuracy.residual) || captured(ritz, count, accuracy);
 }
 
+RitzValues::RitzValues(Tensor ritz_values, Tensor vectors)
+    : values(std::move(ritz_values)),
+      residual_vectors(std::move(vectors)),
+      residuals(residual_vectors.norm(2, 1).add_(values[0], kResolution)) {}
+
 double largest_energy(const RitzValues& ritz, int64_t count) {
+  if (count == 0) {
+    return 0;
+  }
   const auto values = ritz.values.narrow(0, 0, count);
-  return values.mul(values + ritz.residuals.narrow(0, 0, count)).sum().item<double>();
+  const auto beside = ritz.residual_vectors.narrow(0, 0, count) * values.unsqueeze(1);
+  const auto beside_sum = at::linalg_eigvalsh(beside.mm(beside.t())).clamp_min_(0).sqrt_().sum();
+  const auto rounding = values.sum() * values[0] * kResolution;
+  return (values.square().sum() + beside_sum + rounding).item<double>();
 }
 
 at::Tensor upper_values(const RitzValues& ritz, int64_t count) {

@@ -10,6 +10,8 @@
 #include "extract/displacement.h"
 #include "runtime/check.h"
 #include "runtime/torch_guards.h"
+#include "runtime/workers.h"
+#include "runtime/workspaces.h"
 
 namespace csulora {
 namespace {
@@ -69,6 +71,7 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
   }
   const auto target_count = [&](const Tensor& values) { return count_targets(values, d, limit, options); };
   if (is_searched(d.matrix, limit) && fits_float32(d)) {
+    const OwnThreads own_threads;
     const int64_t block = limit + kOversampling;
     const int64_t max_blocks = std::min(d.matrix.size(0), d.matrix.size(1)) / 2 / block;
     const KrylovOptions krylov{block, max_blocks, {options.tolerance, options.energy_tolerance}, options.seed};
@@ -87,6 +90,7 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
 /// @param standing_out  the directions whose angle is certified; absent: as many as can be
 Certificate measured(const Displacement& d, const Subspace& subspace, const SingularTriples& triples,
                      std::optional<int64_t> standing_out = {}) {
+  const OwnThreads own_threads;
   auto certificate = measure_factors(d, subspace, {triples.upper, triples.largest_energy}, standing_out);
   certificate.above_noise = count_above_noise(triples.computed, d.noise_edge);
   certificate.passes = triples.passes;
@@ -110,6 +114,26 @@ Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const Extra
         "the singular values of aligned - base lie outside the range of float32");
   subspace.certificate = measured(d, subspace, triples);
   return subspace;
+}
+
+std::vector<Subspace> extract_subspaces(const std::vector<ExtractTask>& tasks, const ExtractOptions& options) {
+  check_options(options);
+  const bool on_device = std::any_of(
+      tasks.begin(), tasks.end(), [](const ExtractTask& task) { return task.base.defined() && !task.base.is_cpu(); });
+  Workspaces workspaces;
+  std::vector<Subspace> results(tasks.size());
+  for_each(tasks.size(), on_device, [&](size_t i) {
+    const auto& task = tasks[i];
+    auto own_options = options;
+    own_options.noise_std = task.noise_std;
+    const auto workspace = workspaces.lend();
+    try {
+      results[i] = extract_subspace(task.base, task.aligned, own_options, workspace.get());
+    } catch (const InputError& error) {
+      throw InputError(task.label + ": " + error.what());
+    }
+  });
+  return results;
 }
 
 Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& subspace, const ExtractOptions& options,

@@ -18,7 +18,7 @@ using at::Tensor;
 using at::indexing::Slice;
 
 /// Blocks between two looks at the Ritz values, as a share of those there are: looking costs as much as adding them.
-constexpr double kStride = 0.25;
+constexpr double kStride = 0.2;
 
 /// Columns that a sweep shortens by less than this are orthogonal to what was removed: "twice is enough" (Parlett
 /// 1998).
@@ -75,15 +75,15 @@ class BlockBasis {
 
   /// The leading vectors of the basis times coefficients (vectors, k), as columns (length, k).
   Tensor combine(const Tensor& coefficients) const {
-    return vectors_.narrow(0, 0, coefficients.size(0)).t().matmul(coefficients);
+    return product(coefficients.t(), vectors_.narrow(0, 0, coefficients.size(0))).t();
   }
 
  private:
   /// Subtracts from the rows of `block` their part in the vectors [first, end); returns that part's coefficients.
   Tensor remove(const Tensor& block, int64_t first, int64_t end) const {
     const auto previous = vectors_.narrow(0, first, end - first);
-    const auto coefficients = block.matmul(previous.t());
-    block.addmm_(coefficients, previous, 1, -1);
+    const auto coefficients = product(block, previous.t());
+    add_product(block, coefficients, previous, -1);
     return coefficients;
   }
 
@@ -113,7 +113,7 @@ Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed, const at::TensorOp
 /// The matrix seen from both Krylov bases.
 struct Ritz {
   Tensor left;       // (j, j) float64, columns are coefficients of u in the left basis
-  RitzValues found;  // (j), with |A^T u - s v|; A v = s u holds by construction
+  RitzValues found;  // (j), with A^T u - s v; A v = s u holds by construction
 };
 
 Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
@@ -123,8 +123,7 @@ Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
   const auto left = vectors.flip(1);
   const int64_t width = residual_block.size(0);
   const auto last = left.narrow(0, left.size(0) - width, width);  // (b, j)
-  const auto residuals = residual_block.to(at::kDouble).matmul(last).norm(2, 0).add_(values[0], kResolution);
-  return {left, {values, residuals}};
+  return {left, {values, last.t().mm(residual_block.t().to(at::kDouble))}};
 }
 
 /// Adds the coefficients of one more block to the right of the projected matrix.

@@ -26,7 +26,7 @@ def subspace_table(subspace: Subspace) -> Table:
     for name, module in subspace.items():
         kinds[name.rpartition(".")[2]].append(module)
     table = plain_table(
-        "kind", "layers", "shape", "rank", "captured energy", "residual", "subspace error", "above noise"
+        "kind", "layers", "shape", "rank", "captured energy", "residual", "stand out", "subspace error", "above noise"
     )
     for kind, modules in sorted(kinds.items()):
         certificates = [module.certificate for module in modules if module.rank]
@@ -37,6 +37,7 @@ def subspace_table(subspace: Subspace) -> Table:
             span([module.rank for module in modules]),
             f"{min((c.captured_energy for c in certificates), default=0.0):.1%}",
             f"{max((c.residual for c in certificates), default=0.0):.1e}",
+            span([module.certificate.standing_out for module in modules]),
             f"<= {max((c.subspace_error for c in certificates), default=0.0):.1e}",
             span([module.certificate.above_noise for module in modules]),
         )

@@ -7,6 +7,7 @@ stays vLLM's: the adapter's loading, its layout, scale and slot, the mapping of 
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
 
@@ -23,7 +24,7 @@ def apply(
     w2: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    activation: Any,
+    activation: MoEActivation,
     *_: Any,
     **options: Any,
 ) -> None:
@@ -34,17 +35,32 @@ def apply(
         slot = slots[token] if token < len(slots) else -1
         output[token] = 0
         for weight, expert in zip(topk_weights[token], topk_ids[token].tolist(), strict=True):
-            both = w1[expert] @ hidden + updates(context.w13_lora_a_stacked, context.w13_lora_b_stacked, slot, expert)(
-                hidden
-            )
-            active = torch.empty(1, self.adjust_N_for_activation(both.numel(), activation), dtype=both.dtype)
-            self.activation(activation, active, both[None])
-            down = updates(context.w2_lora_a_stacked, context.w2_lora_b_stacked, slot, expert)(active[0])
-            output[token] += weight * (w2[expert] @ active[0] + down)
+            both = product(w1[expert], self.w1_bias, expert, hidden)
+            both += update(context.w13_lora_a_stacked, context.w13_lora_b_stacked, slot, expert, hidden)
+            active = activated(both, activation)
+            down = product(w2[expert], self.w2_bias, expert, active)
+            down += update(context.w2_lora_a_stacked, context.w2_lora_b_stacked, slot, expert, active)
+            output[token] += weight * down
 
 
-def updates(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...], slot: int, expert: int) -> Any:
-    """Return what the factors in a slot (slots, experts, rank, in), (slots, experts, out, rank) add to an input."""
+def product(matrix: torch.Tensor, bias: torch.Tensor | None, expert: int, x: torch.Tensor) -> torch.Tensor:
+    return matrix @ x if bias is None else matrix @ x + bias[expert]
+
+
+def update(
+    a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...], slot: int, expert: int, x: torch.Tensor
+) -> torch.Tensor | int:
+    """Return what the factors in a slot, (slots, experts, rank, in) and (slots, experts, out, rank), add."""
     if slot < 0:
-        return lambda x: 0
-    return lambda x: torch.cat([up[slot, expert] @ (down[slot, expert] @ x) for down, up in zip(a, b, strict=True)])
+        return 0
+    return torch.cat([up[slot, expert] @ (down[slot, expert] @ x) for down, up in zip(a, b, strict=True)])
+
+
+def activated(both: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
+    """Return the activation of gate and up: side by side with SiLU, or gpt-oss's, in which they alternate."""
+    if activation == MoEActivation.SILU:
+        gate, up = both.chunk(2)
+        return torch.nn.functional.silu(gate) * up
+    assert activation == MoEActivation.SWIGLUOAI
+    gate, up = both[::2].clamp(max=7), both[1::2].clamp(-7, 7)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)

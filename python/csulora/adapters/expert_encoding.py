@@ -22,7 +22,7 @@ from csulora.adapters.experts import (
 )
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
-from csulora.models.names import WEIGHT, bare
+from csulora.models.names import WEIGHT, with_known_projection, without_wrappers
 from csulora.models.resolver import Resolver
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.subspace.subspace import Subspace
@@ -57,18 +57,18 @@ class _Model:
             if of_expert := parsed(module):
                 experts, expert, _ = of_expert
                 number, projections = layers.get(experts, _Experts(0, frozenset()))
-                projection = to_memory.get(module, module).rpartition(".")[2]
+                projection = with_known_projection(module).rpartition(".")[2]
                 layers[experts] = _Experts(max(number, expert + 1), projections | {projection})
         return cls(subspace.provenance.experts, layers, Resolver(subspace, names=subspace.names), to_memory)
 
     def on_disk(self, name: str) -> str:
         """Return what the checkpoint calls a module; names that differ by wrappers alone stay."""
         module = self.to_disk.name_of(name)
-        return name if bare(module) == bare(name) else module
+        return name if without_wrappers(module) == without_wrappers(name) else module
 
     def in_memory(self, name: str) -> str:
         """Return what transformers calls a module; names that differ by wrappers alone stay."""
-        return self.to_memory.get(self.to_disk.name_of(name), name)
+        return with_known_projection(self.to_memory.get(self.to_disk.name_of(name), name))
 
     def experts(self, name: str) -> _Experts:
         """Return the experts of the layer of one of them."""
@@ -120,19 +120,16 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
     modules: dict[str, LoraModule] = {}
     for name, module in whole.items():
         stored = model.on_disk(name)
+        modules[stored] = padded(module, rank) if parsed(name) or stored in matrices else module
         if parsed(name):
-            filled = padded(module, rank)
             # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
-            modules[stored] = replace(filled, a=filled.a.clone())
-        elif stored in matrices:
-            modules[stored] = padded(module, rank)
-        else:
-            modules[name] = module
+            modules[stored] = replace(modules[stored], a=modules[stored].a.clone())
     listed = adapter.config.get("target_modules") or []
     endings = {name.rpartition(".")[2] for name in modules if parsed(name) or name in matrices}
     targets = listed if isinstance(listed, str) else sorted({*listed, *endings})
     config = adapter.config | {"target_modules": targets, "target_parameters": []}
-    return replace(adapter, modules=modules, config=config, partial=adapter.partial or targets is listed)
+    is_partial = adapter.partial or targets is listed
+    return replace(adapter, modules=modules, config=config, partial=is_partial, is_decoded=False)
 
 
 def _fused(adapter: Adapter, model: _Model) -> Adapter:
@@ -151,12 +148,13 @@ def _fused(adapter: Adapter, model: _Model) -> Adapter:
             has_gate = f"{experts}.0.{GATE}" in modules
             parameters[f"{experts}.{GATE_UP if has_gate and projection != DOWN else projection}"] = None
     config = adapter.config | {"target_parameters": list(parameters)}
-    return encoded(replace(adapter, modules=modules, config=config, partial=True), model.layout)
+    decoded = replace(adapter, modules=modules, config=config, partial=True, is_decoded=True)
+    return encoded(decoded, model.layout)
 
 
 def _filled(adapter: Adapter, model: _Model) -> dict[str, LoraModule]:
-    """Return the modules, experts under their names in memory, with an update of zero for each that has none."""
-    modules = {model.in_memory(name) if parsed(name) else name: module for name, module in adapter.modules.items()}
+    """Return the modules, under their names in memory, with an update of zero for each that has none."""
+    modules = {model.in_memory(name): module for name, module in adapter.modules.items()}
     return modules | dict(_zeros(modules, model))
 
 

@@ -74,12 +74,30 @@ def token_embedding(modules: Iterable[str]) -> str | None:
 
 def bare(module: str) -> str:
     """Return a name without the wrappers that hosts put before and into names, and take out again as they load."""
-    found = _EXPERT.search(module)
-    if found:
-        projection = found["projection"]
-        module = f"{module[: found.start()]}{found['expert']}.{_PROJECTIONS.get(projection, projection)}"
-        module = module.replace(".block_sparse_moe.", ".mlp.")
+    if _EXPERT.search(module):
+        module = with_known_projection(module).replace(".block_sparse_moe.", ".mlp.")
+    return without_wrappers(module)
+
+
+def without_wrappers(module: str) -> str:
+    """Return a name without the attributes under which hosts hang the bare model, and the language model in others.
+
+    >>> without_wrappers("model.language_model.layers.0.block_sparse_moe.experts.3.w1")
+    'layers.0.block_sparse_moe.experts.3.w1'
+    """
     return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
+
+
+def with_known_projection(module: str) -> str:
+    """Return an expert's name with its projection called as most families do; other names as they are.
+
+    >>> with_known_projection("model.layers.0.block_sparse_moe.experts.3.w1")
+    'model.layers.0.block_sparse_moe.experts.3.gate_proj'
+    """
+    if not (found := _EXPERT.search(module)):
+        return module
+    projection = found["projection"]
+    return f"{module[: found.start()]}{found['expert']}.{_PROJECTIONS.get(projection, projection)}"
 
 
 def is_expert(module: str) -> bool:

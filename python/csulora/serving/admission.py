@@ -27,11 +27,13 @@ class Terms:
         dtype: the type in which the host holds them.
         max_rank: the largest rank that it takes.
         layout: asks the served model in which layout it reads updates of experts; None: in that of the adapter.
+        fit: gives a corrected adapter the form that the host reads rightly, or refuses it.
     """
 
     dtype: torch.dtype
     max_rank: int
     layout: Callable[[], Layout] | None = None
+    fit: Callable[[Adapter], Adapter] | None = None
 
 
 _Signature = tuple[tuple[str, int, int, int, int], ...]
@@ -46,15 +48,9 @@ class Admission:
     what it was made of and never changes, so that cached prefixes, which a host may keep by path, stay true too.
     """
 
-    def __init__(self, gate: Gate, fit: Callable[[Adapter], Adapter] | None = None) -> None:
-        """Start with nothing decided.
-
-        Args:
-            gate: decides and records.
-            fit: gives a corrected adapter the form that the host reads rightly, or refuses it.
-        """
+    def __init__(self, gate: Gate) -> None:
+        """Start with nothing decided; ``gate`` decides and records."""
         self.gate = gate
-        self._fit = fit
         self._publication = Publication()
         self._admitted: dict[Hashable, Path] = {}
         self._outcomes: dict[tuple[str, torch.dtype], tuple[_Signature, Path | CsuloraError]] = {}
@@ -128,9 +124,9 @@ class Admission:
                 return directory
             layout = terms.layout() if terms.layout and has_experts(adapter) else None
             corrected, _ = decision.correct(_cast(adapter, torch.float32), layout)
-            fitted = self._fit(corrected) if self._fit else corrected
+            fitted = terms.fit(corrected) if terms.fit else corrected
             self._publication.publish(_cast(fitted, terms.dtype), directory)
-        self._ranks[directory] = max(module.rank for module in corrected.modules.values())
+        self._ranks[directory] = max(module.rank for module in fitted.modules.values())
         return directory
 
     def _check_rank(self, adapter: Adapter, max_rank: int) -> None:

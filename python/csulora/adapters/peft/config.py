@@ -207,6 +207,16 @@ def targets(config: dict[str, Any], modules: Sequence[str]) -> list[str]:
     return list(modules)
 
 
+def target_parameters(config: dict[str, Any], parameters: Sequence[str]) -> list[str]:
+    """Return ``target_parameters`` that select all of these: the configuration's own endings where those do.
+
+    PEFT holds several such adapters in one model only if this list is the same in all of them.
+    """
+    listed = set(config.get("target_parameters") or [])
+    selecting = [listed.intersection(_endings(parameter)) for parameter in parameters]
+    return sorted(set().union(*selecting)) if all(selecting) else list(parameters)
+
+
 def _check_field(field: str, value: Any, path: Path) -> None:
     if field in _OFF:
         off, reason = _OFF[field]

@@ -22,6 +22,7 @@ from csulora.adapters.peft.config import (
     base_model_name,
     ranks_and_scales,
     read_config,
+    target_parameters,
     targets,
     untargeted,
 )
@@ -161,7 +162,8 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "use_rslora": False,
         **_rank_settings(ranks, adapter.path),
     }
-    return config | ({"target_parameters": parameters} if parameters else {})
+    selected = parameters if adapter.partial else target_parameters(known, parameters)
+    return config | ({"target_parameters": selected} if parameters else {})
 
 
 def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora import LoraLayer
 
-from csulora.adapters.lora import Adapter, LoraModule
+from csulora.adapters.lora import Adapter
 from csulora.adapters.peft.directory import tensors_of
 from csulora.adapters.peft.tensor_names import PREFIX
 from csulora.errors import RefusedError
 from csulora.models.names import bare
 
 _FACTOR = re.compile(r"\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)$")
-_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)$")
-_HALVES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}  # of the rows of gate_up_proj
-_EXPERTS_TOLERANCE = 1e-3  # relative; PEFT lays their factors out anew
 
 
 def check_arrived(model: Any, adapter_name: str, corrected: Adapter, undo: Callable[[], Any]) -> None:
@@ -34,8 +31,6 @@ def check_arrived(model: Any, adapter_name: str, corrected: Adapter, undo: Calla
         for name, factor in tensors_of(corrected).items()
         if not _is_same(arrived.get(bare(name)), factor, is_offloaded)
     }
-    if missing:
-        missing -= set(_converted_experts(model, adapter_name, {name: corrected.modules[name] for name in missing}))
     if missing:
         undo()
         raise RefusedError(
@@ -64,25 +59,3 @@ def _is_same(arrived: torch.Tensor | None, factor: torch.Tensor, is_offloaded: b
     if arrived.is_meta:  # accelerate keeps the values
         return is_offloaded
     return torch.equal(arrived, factor.to(arrived))
-
-
-def _converted_experts(model: Any, adapter_name: str, modules: Mapping[str, LoraModule]) -> Iterator[str]:
-    """Yield the experts whose updates PEFT put into the stacked parameters."""
-    updates: dict[tuple[str, str], torch.Tensor] = {}  # (E, out, in)
-    for name, layer in model.named_modules():
-        if isinstance(layer, ParamWrapper) and adapter_name in layer.lora_A:
-            key = bare(name.replace(".base_layer", "")), layer.parameter_name
-            updates[key] = layer.get_delta_weight(adapter_name)  # type: ignore[no-untyped-call]
-    for name, module in modules.items():
-        if not (found := _EXPERT.match(name)):
-            continue
-        half = _HALVES.get(found["projection"])
-        experts = bare(found["experts"]).replace("block_sparse_moe", "mlp")  # Mixtral's, on disk
-        stacked = updates.get((experts, "down_proj" if half is None else "gate_up_proj"))
-        if stacked is None or int(found["index"]) >= len(stacked):
-            continue
-        update = stacked[int(found["index"])]
-        update = update if half is None else update.chunk(2)[half]
-        expected = (module.b.float() @ module.a.float() * module.scale).to(update)
-        if update.shape == expected.shape and (update - expected).norm() <= _EXPERTS_TOLERANCE * expected.norm():
-            yield name

@@ -7,18 +7,25 @@ which tensors were corrected, for as long as those live.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, MutableMapping
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import ParamWrapper
 from peft.utils import hotswap as peft_hotswap
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from csulora.adapters.experts import parsed
+from csulora.adapters.peft import stacked
 from csulora.errors import RefusedError
 from csulora.hooks.peft.loading import check_nothing_overrides, host_loads, loads_corrected, local_directory
 from csulora.hooks.signature import check_signature
 from csulora.serving.gate import Gate
+
+_OF_EXPERTS = re.compile(r"\.experts\.(\d+\.\w+\.|(base_layer\.)*)lora_[AB]\.")
 
 _Configs = MutableMapping[torch.Tensor, peft.LoraConfig]
 
@@ -82,7 +89,28 @@ def _swap(configs: _Configs, original: Callable[..., Any]) -> Callable[..., Any]
             config = found[0] if found else None
             if config is None or any(other is not config for other in found):
                 raise RefusedError("under a guard an adapter is swapped in from a directory, not from memory")
+            _check_experts(model, state_dict, adapter_name, config)
             check(model.peft_config[adapter_name], config)
         original(model, state_dict, adapter_name, config, *args, **options)
 
     return hotswap_adapter_from_state_dict
+
+
+def _check_experts(
+    model: Any, state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: peft.LoraConfig
+) -> None:
+    """Raise `RefusedError` for factors of experts that PEFT would put elsewhere or, at another rank, scramble."""
+    factors = {key: tensor for key, tensor in state_dict.items() if _OF_EXPERTS.search(key)}
+    places = {key: key.removesuffix(f".{adapter_name}.weight").rpartition(".") for key in factors}
+    fused = {module for module, _, _ in places.values() if not parsed(module)}
+    parameters = stacked.parameter_names(fused, {"target_parameters": config.target_parameters}, Path(adapter_name))
+    layers = dict(model.named_modules())
+    for key, (module, _, factor) in places.items():
+        layer, parameter = layers.get(module), parameters.get(module, "").rpartition(".")[2]
+        is_its_own = isinstance(layer, ParamWrapper) and layer.parameter_name == parameter
+        if not is_its_own or getattr(layer, factor)[adapter_name].weight.shape != factors[key].shape:
+            raise RefusedError(
+                f"PEFT scrambles factors of experts that it swaps in for others than those of the same parameter and "
+                f"rank: {key} is {list(factors[key].shape)}, for {parameter or 'one expert'}; load the adapter under a "
+                "name of its own (load_adapter)"
+            )

@@ -15,12 +15,15 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
+from csulora.adapters.expert_encoding import FUSED, has_experts
+from csulora.adapters.experts import is_fused, is_parameter_of_experts
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft.directory import WEIGHTS_FILE, parse
 from csulora.adapters.weights_files import CONFIG_FILE, sha256_of
+from csulora.correction.report import Report
 from csulora.errors import InputError, RefusedError
 from csulora.io.hub import download
-from csulora.serving.gate import private_directory
+from csulora.serving.gate import OpenDecision, private_directory
 
 HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -31,6 +34,16 @@ _INITIALISED_FASTER = 1 << 15  # entries of a module's factors up to which PEFT 
 
 # Set while the host loads what was corrected: everything the guard replaced then behaves as the original.
 loads_corrected: ContextVar[bool] = ContextVar("corrected", default=False)
+
+
+def corrected_for(model: Any, decision: OpenDecision, adapter: Adapter) -> tuple[Adapter, Report]:
+    """Return the corrected adapter and the report; factors of single experts as the model keeps its experts.
+
+    PEFT would put them together, too, but drops those of some families, and forgets patterns.
+    """
+    is_stacked = any(p.dim() == 3 and is_parameter_of_experts(name) for name, p in model.named_parameters())
+    is_apart = has_experts(adapter) and not is_fused(adapter)
+    return decision.correct(adapter, FUSED if is_stacked and is_apart else None)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from csulora.hooks.peft.loading import (
     by_name,
     check_name_is_free,
     check_nothing_overrides,
+    corrected_for,
     host_loads,
     loads_corrected,
     local_directory,
@@ -92,7 +93,7 @@ def load(
     gate = Gate.open(subspace, policy)
     location = local_directory(path, options)
     with gate.decision(location) as decision:
-        corrected, report = decision.correct(decision.read_directory(location))
+        corrected, report = corrected_for(model, decision, decision.read_directory(location))
         with (
             host_loads(corrected) as directory,
             without_initialising(corrected, model, adapter_name, options) as options,
@@ -232,7 +233,7 @@ def _loaded(gate: Gate, original: Callable[..., Any], model: Any, name: str, giv
     check_nothing_overrides(given, source)
     location = local_directory(source, given)
     with gate.decision(location) as decision:
-        corrected, _ = decision.correct(decision.read_directory(location))
+        corrected, _ = corrected_for(model, decision, decision.read_directory(location))
         with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
             loaded = original(model_id=directory, **given)
         if isinstance(loaded, (PeftModel, PeftMixedModel)):
@@ -279,7 +280,7 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
         check_nothing_overrides(given | _mapping(given["self"], config), source)
         location = local_directory(source, _taken_from_hub(given))
         with gate.decision(location) as decision:
-            corrected, _ = decision.correct(decision.read_directory(location))
+            corrected, _ = corrected_for(given["self"], decision, decision.read_directory(location))
             _check_swap(given["self"], given.get("adapter_name"), corrected)
             with host_loads(corrected) as directory:
                 loaded = original(peft_model_id=str(directory), **given)

@@ -38,10 +38,9 @@ def activate() -> str:
         SGLANG.check(sglang.__version__)
         gate = Gate.from_environment()
         from csulora.hooks.sglang.front_end import install
-        from csulora.hooks.sglang.placement import fitted
         from csulora.serving.admission import Admission
 
-        install(Admission(gate, fitted))
+        install(Admission(gate))
         logger.info("csulora guards this process: policy %s, fingerprint %s", gate.policy, gate.fingerprint)
         _active = gate.fingerprint
     return _active

@@ -24,7 +24,9 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.runtime_context import get_lora
 from sglang.srt.utils import kill_process_tree
 
+from csulora.adapters.expert_encoding import PER_EXPERT
 from csulora.errors import HostError, RefusedError
+from csulora.hooks.sglang.placement import fitted
 from csulora.hooks.sglang.schedulers import PROBE, Guarded, check_worker
 from csulora.hooks.signature import check_signature
 from csulora.io.hub import download
@@ -90,7 +92,7 @@ def _admitted(admission: Admission, name: str, source: str, dtype: torch.dtype, 
     if admission.is_published(Path(source)):
         check_published(Path(source))
         return Path(source)
-    terms = Terms(dtype, LARGEST if max_rank is None else max_rank)
+    terms = Terms(dtype, LARGEST if max_rank is None else max_rank, lambda: PER_EXPERT, fitted)
     return admission.admit((name, source), lambda: _located(source), terms, reload=True)
 
 

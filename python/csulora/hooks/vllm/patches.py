@@ -36,7 +36,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from csulora.adapters.expert_encoding import FUSED
 from csulora.errors import InputError, RefusedError
 from csulora.hooks.signature import check_signature
-from csulora.hooks.vllm.expert_layout import layout_of
+from csulora.hooks.vllm.experts import layout_of, without_ignored
 from csulora.hooks.vllm.readiness import PROBE, check_ready, check_ready_async
 from csulora.serving.admission import Admission, Terms, refusal
 from csulora.serving.publication import check_published
@@ -155,7 +155,12 @@ def _corrected(admission: Admission, request: LoRARequest, config: VllmConfig) -
 
     try:
         _check_request(request)
-        terms = Terms(lora.lora_dtype, lora.max_lora_rank, layout)
+        terms = Terms(
+            lora.lora_dtype,
+            lora.max_lora_rank,
+            layout,
+            lambda corrected: without_ignored(corrected, config, admission.gate.policy),
+        )
         directory = admission.admit(identity, locate, terms, request.load_inplace)
         is_fused = lora.enable_mixed_moe_lora_format and layout() == FUSED
     except Exception as error:  # also of a file system, or a bug of ours: the engine must not hear of it

@@ -8,19 +8,21 @@ A correction needs them apart, because alignment moved them apart: ``experts.3.g
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count, takewhile
 
 import torch
 
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
-from csulora.models.names import WEIGHT
+from csulora.models.names import WEIGHT, projection_of
 from csulora.subspace.expert_layout import ExpertLayout
 
 GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
 
-PER_EXPERT = "per-expert"
+PER_EXPERT, FUSED = "per-expert", "fused"
+LAYOUTS = (PER_EXPERT, FUSED)
 
 _EXPERT = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<expert>\d{1,6})\.(?P<projection>\w+)")
 
@@ -63,10 +65,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
     if not is_fused(adapter):
         return adapter
     if layout is None:
-        raise RefusedError(
-            f"{adapter.path}: updates fused experts, and the subspace file does not say how its model lays them out; "
-            "extract it again from the model's checkpoints"
-        )
+        raise RefusedError(_unknown_layout(adapter))
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
         if (found := parsed(name)) is None:
@@ -138,6 +137,78 @@ def per_expert(adapter: Adapter, layout: ExpertLayout | None, stored_name: Calla
     )
 
 
+def fused(
+    adapter: Adapter,
+    layout: ExpertLayout | None,
+    name_in_memory: Callable[[str], str],
+    is_known: Callable[[str], bool],
+) -> Adapter:
+    """Return an adapter of single experts as PEFT fuses it on transformers 5; one that is fused stays so.
+
+    Args:
+        adapter: what `decoded` returned.
+        layout: that of the model; None if it is not known.
+        name_in_memory: gives what transformers calls a module, but for the projection of an expert.
+        is_known: whether the model has a module; experts of its without an update get one of zero.
+
+    Raises:
+        RefusedError: it is not known how the model lays out its experts, or it has no such expert.
+    """
+    if is_fused(adapter) or not any(map(parsed, adapter.modules)):
+        return encoded(adapter, layout)
+    if layout is None:
+        raise RefusedError(_unknown_layout(adapter))
+    modules: dict[str, LoraModule] = {}
+    found: dict[str, dict[tuple[int, str], LoraModule]] = {}
+    for name, module in adapter.modules.items():
+        if parsed(name) is None:
+            modules[name_in_memory(name)] = module
+            continue
+        if not is_known(name):
+            raise RefusedError(f"{adapter.path}: {name} is none of the model's experts, which fused factors hold")
+        owner, expert, projection = parsed(name_in_memory(name)) or ("", 0, "")
+        found.setdefault(owner, {})[expert, projection_of(projection)] = module
+    parameters = [f"{name}{WEIGHT}" for owner in found for name in _routers(owner) if name in modules]
+    for owner, updates in found.items():
+        parts = (GATE, UP) if is_known(f"{owner}.0.{GATE}") else (UP,)
+        for parameter, projections in ((GATE_UP if len(parts) == 2 else UP, parts), (DOWN, (DOWN,))):
+            if given := {key: module for key, module in updates.items() if key[1] in projections}:
+                parameters.append(f"{owner}.{parameter}")
+                modules |= _completed(owner, given, projections, is_known)
+    config = adapter.config | {"target_parameters": parameters}
+    return encoded(replace(adapter, modules=modules, config=config, partial=True), layout)
+
+
+def _completed(
+    owner: str,
+    given: Mapping[tuple[int, str], LoraModule],
+    projections: Sequence[str],
+    is_known: Callable[[str], bool],
+) -> dict[str, LoraModule]:
+    """Return updates of all experts in a common rank, of zero where none was given."""
+    some = next(iter(given.values()))
+    nothing = replace(some, b=torch.zeros_like(some.b))
+    rank = max(module.rank for module in given.values())
+    modules: dict[str, LoraModule] = {}
+    for expert in takewhile(lambda expert: is_known(f"{owner}.{expert}.{projections[-1]}"), count()):
+        for projection in projections:
+            modules[f"{owner}.{expert}.{projection}"] = padded(given.get((expert, projection), nothing), rank)
+    return modules
+
+
+def _routers(owner: str) -> tuple[str, str]:
+    """Return what the router beside some experts may be called, which transformers 5 keeps as a bare parameter."""
+    parent = owner.rpartition(".")[0]
+    return f"{parent}.gate", f"{parent}.router"
+
+
+def _unknown_layout(adapter: Adapter) -> str:
+    return (
+        f"{adapter.path}: updates fused experts, and the subspace file does not say how its model lays them out; "
+        "extract it again from the model's checkpoints"
+    )
+
+
 def is_targeted(parameter: str, target_parameters: Iterable[str]) -> bool:
     """Whether PEFT would adapt a parameter, under PEFT's rule for ``target_parameters``."""
     return any(parameter == name or parameter.endswith(f".{name}") for name in target_parameters)
@@ -184,12 +255,17 @@ def _joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool
     gate, up = gate or _zero(up), up or _zero(gate)
     gate, up = gate.folded(), up.folded()
     shared = gate.a.shape == up.a.shape and torch.equal(gate.a, up.a)
-    a = gate.a if shared else torch.cat([gate.a, up.a])
-    rows = gate.b.shape[0]
-    b = gate.b.new_zeros(2 * rows, a.shape[0])
+    rows, rank = gate.b.shape[0], gate.rank if shared else gate.rank + up.rank
+    b = gate.b.new_empty(2 * rows, rank)
     of_gate, of_up = (b[0::2], b[1::2]) if interleaved else (b[:rows], b[rows:])
     of_gate[:, : gate.rank] = gate.b
-    of_up[:, 0 if shared else gate.rank :] = up.b
+    of_up[:, rank - up.rank :] = up.b
+    if shared:
+        return LoraModule(b, gate.a)
+    of_gate[:, gate.rank :] = 0
+    of_up[:, : gate.rank] = 0
+    a = gate.a.new_empty(rank, gate.a.shape[1])
+    a[: gate.rank], a[gate.rank :] = gate.a, up.a
     return LoraModule(b, a)
 
 

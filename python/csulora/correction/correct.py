@@ -11,6 +11,7 @@ from csulora.adapters import experts
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
+from csulora.correction.expert_layouts import is_written_fused, jointly_truncated, laid_out
 from csulora.correction.host_meaning import host_notes, todays_names
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
@@ -37,7 +38,8 @@ def correct(
         policy: what to keep and what to refuse. There is no default: a policy that fits one adapter leaves all of
             the undo in another.
         layout: ``per-expert`` returns a pair of factors for each expert and projection where the adapter has fused
-            ones; None: as they came.
+            ones, and ``fused`` the reverse; None: as they came. Fused factors of gate and up have both ranks together,
+            or the policy's where it asks for a number.
 
     Returns:
         The corrected adapter, in the input's storage types with every scale 1, and the report. Modules that have the
@@ -59,12 +61,14 @@ def correct(
     check_type(subspace, Subspace, "subspace")
     policy = check_type(policy, Policy, "policy")
     check_subspace(policy, subspace)
-    if layout not in (None, experts.PER_EXPERT):
-        raise InputError(f"layout is {layout!r}; it must be {experts.PER_EXPERT}, or None for that of the adapter")
+    if layout is not None and layout not in experts.LAYOUTS:
+        raise InputError(f"layout is {layout!r}; it must be {' or '.join(experts.LAYOUTS)}, or None for the adapter's")
     adapter = experts.decoded(adapter, subspace.provenance.experts)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
     corrected = _corrected(adapter, subspace, policy, covered)
+    if isinstance(policy.rank, int) and is_written_fused(adapter, layout):
+        corrected |= jointly_truncated(corrected, subspace, covered, policy.rank)
     report = _report(adapter, subspace, policy, covered, corrected)
     _check_undo(adapter, report, policy, covered)
 
@@ -81,11 +85,7 @@ def correct(
     )
     partial = adapter.partial or bool(renamed) or len(modules) < len(adapter.modules)
     result = replace(adapter, modules=modules, documents=documents, partial=partial, copies={})
-    if layout == experts.PER_EXPERT:
-        return experts.per_expert(
-            result, subspace.provenance.experts, Resolver(subspace, names=subspace.names).name_of
-        ), report
-    return experts.encoded(result, subspace.provenance.experts), report
+    return laid_out(result, subspace, layout), report
 
 
 def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:

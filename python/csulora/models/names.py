@@ -82,6 +82,15 @@ def bare(module: str) -> str:
     return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
 
 
+def projection_of(name: str) -> str:
+    """Return which projection of an expert a family's name for it is: ``w1`` is Mixtral's ``gate_proj``.
+
+    >>> [projection_of(name) for name in ("w1", "up_proj")]
+    ['gate_proj', 'up_proj']
+    """
+    return _PROJECTIONS.get(name, name)
+
+
 def is_expert(module: str) -> bool:
     """Whether a module is a projection of one expert.
 

@@ -129,12 +129,17 @@ def _joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool
     gate, up = gate or _zero(up), up or _zero(gate)
     gate, up = gate.folded(), up.folded()
     shared = gate.a.shape == up.a.shape and torch.equal(gate.a, up.a)
-    a = gate.a if shared else torch.cat([gate.a, up.a])
-    rows = gate.b.shape[0]
-    b = gate.b.new_zeros(2 * rows, a.shape[0])
+    rows, rank = gate.b.shape[0], gate.rank if shared else gate.rank + up.rank
+    b = gate.b.new_empty(2 * rows, rank)
     of_gate, of_up = (b[0::2], b[1::2]) if interleaved else (b[:rows], b[rows:])
     of_gate[:, : gate.rank] = gate.b
-    of_up[:, 0 if shared else gate.rank :] = up.b
+    of_up[:, rank - up.rank :] = up.b
+    if shared:
+        return LoraModule(b, gate.a)
+    of_gate[:, gate.rank :] = 0
+    of_up[:, : gate.rank] = 0
+    a = gate.a.new_empty(rank, gate.a.shape[1])
+    a[: gate.rank], a[gate.rank :] = gate.a, up.a
     return LoraModule(b, a)
 
 

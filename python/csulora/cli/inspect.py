@@ -74,7 +74,7 @@ def inspect(
     if subspace is None:
         document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}
         summary = f"{printable(adapters[0])}: {len(loaded[0].modules)} modules"
-        deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
+        deliver(tables.adapter_table(loaded[0], every_module), summary, document, json, quiet)
         return
     opened = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, opened, factors)

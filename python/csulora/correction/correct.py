@@ -14,6 +14,7 @@ from csulora.adapters.mlx.directory import check_model
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.host_meaning import host_notes, todays_names
+from csulora.correction.joint_rank import is_written_fused, jointly_truncated
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
 from csulora.correction.uncovered import its_own_file, of_another_family, why_uncovered
@@ -40,7 +41,8 @@ def correct(
         policy: what to keep and what to refuse. There is no default: a policy that fits one adapter leaves all of
             the undo in another.
         layout: of updates of experts. ``per-expert`` returns a pair of factors for each expert and projection,
-            ``fused`` one for both parameters of each layer's experts, as PEFT writes them; None: as they came.
+            ``fused`` one for both parameters of each layer's experts, as PEFT writes them; None: as they came. Fused
+            factors of gate and up have both ranks together, or the policy's where it asks for a number.
 
     Returns:
         The corrected adapter, in the input's storage types with every scale 1, and the report. Modules that have the
@@ -67,6 +69,8 @@ def correct(
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
     corrected = _corrected(adapter, subspace, policy, covered)
+    if isinstance(policy.rank, int) and is_written_fused(adapter, layout):
+        corrected |= jointly_truncated(corrected, subspace, covered, policy.rank)
     report = _report(adapter, subspace, policy, covered, corrected)
     _check_undo(adapter, report, policy, covered)
 

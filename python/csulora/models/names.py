@@ -96,8 +96,16 @@ def with_known_projection(module: str) -> str:
     """
     if not (found := _EXPERT.search(module)):
         return module
-    projection = found["projection"]
-    return f"{module[: found.start()]}{found['expert']}.{_PROJECTIONS.get(projection, projection)}"
+    return f"{module[: found.start()]}{found['expert']}.{projection_of(found['projection'])}"
+
+
+def projection_of(name: str) -> str:
+    """Return which projection of an expert a family's name for it is: ``w1`` is Mixtral's ``gate_proj``.
+
+    >>> [projection_of(name) for name in ("w1", "up_proj")]
+    ['gate_proj', 'up_proj']
+    """
+    return _PROJECTIONS.get(name, name)
 
 
 def is_expert(module: str) -> bool:

@@ -124,6 +124,14 @@ def _falcon_h1(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_ssm_group_count(config.mamba_n_groups)
 
 
+def _experts(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    numbers = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    writer.add_expert_count(next(number for number in numbers if number))
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if width := getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(width)
+
+
 def _where(config: PretrainedConfig, layer_type: str) -> list[bool]:
     return [found == layer_type for found in config.layer_types]
 
@@ -140,6 +148,7 @@ _EXTRA: dict[str, Add] = {
     "qwen2_5_vl_text": _qwen2_vl,
     "qwen3_vl_text": _qwen3_vl,
     "qwen3_5_text": _qwen3_5,
+    "qwen3_moe": _experts,
     "lfm2": _lfm2,
     "falcon_h1": _falcon_h1,
     "gemma4_text": _gemma4,

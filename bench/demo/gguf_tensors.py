@@ -24,6 +24,8 @@ _TOWERS = ("vision_tower", "visual", "multi_modal_projector", "audio_tower", "em
 _SPELLINGS = {"dt_bias": "dt_proj.bias", "layer_scalar": "layer_scalar.weight"}
 _SPELLED = re.compile("|".join(_SPELLINGS))
 
+_EXPERTS = re.compile(r"layers\.(?P<layer>\d+)\..*\bexperts\.(?P<parameter>gate_up_proj|down_proj)(?P<bias>_bias)?")
+
 # Orders of what is no weight matrix.
 _OTHER_ORDERS = {
     "A_log": gguf_orders.value_heads,
@@ -43,6 +45,9 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
         is_tied = bare == f"{HEAD}.weight" and stored.data_ptr() == embedding.data_ptr()
         if is_tied or bare.startswith(_TOWERS):
             continue
+        if found := _EXPERTS.fullmatch(bare):
+            yield from _experts(found, stored.detach().float(), layout)
+            continue
         module = bare if bare.startswith(HEAD) else f"model.{bare}"
         name = table.get_name(module, try_suffixes=(".weight", ".bias"))
         if name is None:
@@ -50,6 +55,20 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
         yield name, _in_layout(module, stored.detach().float(), config, layout)
     if layout.name == "gemma4":
         yield "rope_freqs.weight", _gemma4_frequencies(config)
+
+
+def _experts(name: re.Match[str], stacked: Tensor, layout: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of all experts of a layer, (E, out, in), or their biases, (E, out)."""
+    kind = "bias" if name["bias"] else "weight"
+    if layout.name == "gpt-oss" and kind == "weight":  # (E, in, out)
+        stacked = stacked.transpose(1, 2)
+    if name["parameter"] == "gate_up_proj" and not layout.fuses_experts:
+        gate, up = (stacked[:, 0::2], stacked[:, 1::2]) if layout.expert_layout.interleaved else stacked.chunk(2, dim=1)
+        held = {"gate": gate, "up": up}
+    else:
+        held = {name["parameter"].removesuffix("_proj"): stacked}
+    for projection, tensor in held.items():
+        yield f"blk.{name['layer']}.ffn_{projection}_exps.{kind}", tensor
 
 
 def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Architecture) -> Tensor:

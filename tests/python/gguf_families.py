@@ -36,6 +36,7 @@ class Family:
     gguf_name: str = ""  # where it is not `name` in lower case
     # Makes the configuration of a model that also sees of its language model's.
     wrap: Callable[[Any], Any] | None = None
+    parameters: list[str] = field(default_factory=list)  # that adapters target beside modules: experts and routers
 
     @property
     def architecture(self) -> str:
@@ -152,6 +153,19 @@ _GEMMA4: dict[str, Any] = {
     "final_logit_softcapping": 30.0,  # llama.cpp's default, which a file cannot turn off
 }
 
+_ATTENTION = _SEPARATE[:4]
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+
+
+def _parameters(experts: str = "mlp.experts", router: str = "mlp.gate.weight") -> list[str]:
+    return [f"{experts}.gate_up_proj", f"{experts}.down_proj", *([router] if router else [])]
+
+
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -191,6 +205,7 @@ FAMILIES = {
     "olmo2": Family("Olmo2"),
     "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3", {"head_dim": 16}),
+    "qwen3moe": Family("Qwen3Moe", _EXPERTS | {"head_dim": 16}, _ATTENTION, parameters=_parameters()),
     "gemma": Family("Gemma", {"head_dim": 16}),
     "gemma2": Family("Gemma2", _GEMMA),
     # Every sixth layer attends to everything, with other rotary frequencies.

@@ -94,6 +94,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
     """Save an adapter with other factors for every module; return the model with the adapter."""
     chosen: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": _targets(family)}
+    if "target_modules" not in settings:
+        chosen["target_parameters"] = FAMILIES[family].parameters
     adapted = get_peft_model(deepcopy(model(family)), LoraConfig(task_type="CAUSAL_LM", **(chosen | settings)))
     with torch.no_grad():
         factors = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]

@@ -93,7 +93,7 @@ def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
             if name in modules:
                 continue
             halves = (adapter.modules.get(f"{experts}.{expert}.{half}") for half in (GATE, UP))
-            module = _joined(*halves, interleaved=layout.interleaved)
+            module = joined(*halves, interleaved=layout.interleaved)
         modules[name] = _exchanged(module) if layout.exchanged else module
     return replace(adapter, modules=modules, is_decoded=False)
 
@@ -124,7 +124,7 @@ def _parts(module: LoraModule, layout: ExpertLayout, where: str) -> dict[str, Lo
     return {GATE: replace(module, b=gate, a=a_gate), UP: replace(module, b=up, a=a_up)}
 
 
-def _joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool) -> LoraModule:
+def joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool) -> LoraModule:
     """Return the update whose rows are those of both; one that was dropped is zero."""
     gate, up = gate or _zero(up), up or _zero(gate)
     gate, up = gate.folded(), up.folded()

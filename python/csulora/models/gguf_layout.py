@@ -15,10 +15,11 @@ from typing import Any
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, TensorNameMap
 
 from csulora.errors import BuildError, RefusedError
-from csulora.models import gguf_orders
+from csulora.models import experts, gguf_experts, gguf_orders
 from csulora.models.gguf_ignored import why_not
 from csulora.models.gguf_orders import Order
 from csulora.models.names import bare
+from csulora.subspace.expert_layout import ExpertLayout
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -32,6 +33,8 @@ _VALUE_HEADS = {
     ),
 }
 _ROTARY = {"self_attn.q_proj": gguf_orders.rotary_queries, "self_attn.k_proj": gguf_orders.rotary_keys}
+
+_EXPERTS = "mlp.experts"
 
 _OUTSIDE = {EMBEDDING: TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD], HEAD: TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}
 
@@ -52,6 +55,8 @@ class Architecture:
         multipliers: keys of the configuration whose product is multiplied into a GGUF file's weight, by part.
         unlike: metadata that models have whose rows are in yet another order, which is not supported.
         counts: what the orders follow from, by the names of `gguf_orders.SOURCES`.
+        experts: end of the names of experts modules; empty if there are none.
+        fuses_experts: llama.cpp's converter always keeps gate and up of experts in one tensor.
     """
 
     name: str
@@ -62,6 +67,13 @@ class Architecture:
     ignored: Mapping[str, str] = field(default_factory=dict)
     multipliers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unlike: str = ""
+    experts: str = ""
+    fuses_experts: bool = False
+
+    @property
+    def expert_layout(self) -> ExpertLayout:
+        """How transformers lays out experts in memory."""
+        return experts.layout_of([kind for kind, name in _MODEL_TYPES.items() if name == self.name])
 
     def tensor_name(self, module: str) -> str | None:
         """Return a module's GGUF name less ``.weight``; None if llama.cpp has no such weight matrix."""
@@ -72,6 +84,10 @@ class Architecture:
         parts = {name: part for part, name in _part_names(self.name, self.parts).items()}
         outside = {name: module for module, name in self._outside().items()}
         return outside.get(tensor) or _rename(tensor, "blk", "model.layers", parts)
+
+    def is_expert(self, module: str) -> bool:
+        """Whether a module is a projection of one of the architecture's experts."""
+        return gguf_experts.tensor_name(module, self.experts, fused=False) is not None
 
     def is_ignored(self, module: str) -> bool:
         """Whether llama.cpp ignores updates of this module."""
@@ -131,6 +147,7 @@ _ARCHITECTURES = {
         Architecture("olmo2"),
         Architecture("qwen2"),
         Architecture("qwen3"),
+        Architecture("qwen3moe", parts=(*_SEPARATE_QKV, "mlp.gate"), experts=_EXPERTS),
         Architecture("gemma"),
         Architecture("gemma2"),
         Architecture("gemma3"),
@@ -181,6 +198,7 @@ _MODEL_TYPES = {
     "olmo3": "olmo2",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",

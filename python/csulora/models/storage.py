@@ -111,6 +111,15 @@ class Contents:
         return cls(weights, others)
 
 
+def logical_shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, list[int]]:
+    """Return the shapes of weights by name less ``.weight``; those that are kept in blocks have their own."""
+    return {
+        _logical(name, tensor).removesuffix(names.WEIGHT): _logical_shape(name, tensor)
+        for name, tensor in tensors.items()
+        if name.endswith(names.WEIGHT) or _logical(name, tensor) != name or len(tensor.shape) == 3
+    }
+
+
 def load(weight: Weight) -> tuple[torch.Tensor, str]:
     """Return a weight, (out, in), and the hex sha256 of its bytes as they are stored, its scales' after its own.
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, Keys
 
 from csulora import __version__
+from csulora.adapters import experts
 from csulora.adapters.factors import of_one_dtype
+from csulora.adapters.gguf import stacks
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
 from csulora.errors import InputError, RefusedError
@@ -214,28 +217,43 @@ def _check_fits(path: Path, name: str, module: str, update: LoraModule, base: Ba
 
 def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Return the factors under llama.cpp's names, in its order of rows, in the type to be written."""
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    of_experts: dict[str, LoraModule] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for tensor, module, update in _placed(adapter, base):
+        dtypes[tensor] = torch.promote_types(dtypes.get(tensor, update.b.dtype), update.b.dtype)
+        scale = update.scale * base.multipliers.get(module, 1.0)
+        wide = replace(update, b=update.b.float(), a=update.a.float(), scale=scale).folded()
+        if base.expert_tensor(module):
+            of_experts[module] = wide
+        else:
+            b, a = base.to_gguf(module, wide.b, wide.a)
+            factors[tensor] = (b, a.t()) if update.is_embedding else (a, b)
     tensors: dict[str, torch.Tensor] = {}
+    for tensor, pair in (factors | stacks.together(of_experts, base)).items():
+        for factor, matrix in zip(("lora_a", "lora_b"), pair, strict=True):
+            key = f"{tensor}.weight.{factor}"
+            tensors[key] = matrix.to(dtype or dtypes[tensor]).contiguous()
+            if not is_finite(tensors[key]):
+                raise InputError(f"{adapter.path}: {key} with its scale does not fit {tensors[key].dtype}")
+    return tensors
+
+
+def _placed(adapter: Adapter, base: BaseModel) -> Iterator[tuple[str, str, LoraModule]]:
+    """Yield every update with the tensor that it is for, its GGUF name less ``.weight``, and the base's module."""
     resolver = Resolver(base.shapes)
-    for name, update in adapter.modules.items():
-        found = resolver.resolve(name)
-        module = found.module if found else name
-        tensor = base.architecture.tensor_name(module)
+    seen: set[str] = set()
+    for name, update in experts.decoded(adapter, base.architecture.expert_layout).modules.items():
+        module = resolver.name_of(name)
+        tensor = base.expert_tensor(module) or base.architecture.tensor_name(module)
         if tensor is None or base.architecture.is_ignored(module):
             reason = f"ignores updates of {name}" if tensor else f"has no {base.architecture.name} tensor for {name}"
             raise RefusedError(f"{adapter.path}: llama.cpp {reason}; {WAY_OUT}")
         _check_fits(adapter.path, name, module, update, base)
-        scale = update.scale * base.multipliers.get(module, 1.0)
-        wide = replace(update, b=update.b.float(), a=update.a.float(), scale=scale).folded()
-        b, a = base.to_gguf(module, wide.b, wide.a)
-        a, b = (b, a.t()) if update.is_embedding else (a, b)
-        for factor, matrix in (("lora_a", a), ("lora_b", b)):
-            key = f"{tensor}.weight.{factor}"
-            if key in tensors:
-                raise InputError(f"{adapter.path}: {name} is a second update of {module}")
-            tensors[key] = matrix.to(dtype or update.b.dtype).contiguous()
-            if not is_finite(tensors[key]):
-                raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensors[key].dtype}")
-    return tensors
+        if module in seen:
+            raise InputError(f"{adapter.path}: {name} is a second update of {module}")
+        seen.add(module)
+        yield tensor, module, update
 
 
 def _add_metadata(writer: GGUFWriter, adapter: Adapter, base: BaseModel) -> None:

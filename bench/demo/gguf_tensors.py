@@ -17,12 +17,21 @@ from csulora.models.gguf_layout import HEAD, Architecture
 from csulora.models.gguf_orders import SOURCES
 
 # Their norms multiply by 1 + weight, and llama.cpp's by weight.
-OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "qwen35")
+OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next")
 _TOWERS = ("vision_tower", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
 
 # Names that gguf's table knows otherwise.
-_SPELLINGS = {"dt_bias": "dt_proj.bias", "layer_scalar": "layer_scalar.weight"}
+_SPELLINGS = {
+    "dt_bias": "dt_proj.bias",
+    "layer_scalar": "layer_scalar.weight",
+    "self_attn.sinks": "self_attn.sinks.weight",
+    "e_score_correction_bias": "e_score_correction.bias",
+    "feed_forward.expert_bias": "feed_forward.expert_bias.bias",
+}
 _SPELLED = re.compile("|".join(_SPELLINGS))
+# Gemma 4's, of which gguf's table has no names.
+_ROUTER = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+_IN_ROUTER = re.compile(rf"layers\.(?P<layer>\d+)\.(?P<scale>{'|'.join(_ROUTER)})")
 
 _EXPERTS = re.compile(r"layers\.(?P<layer>\d+)\..*\bexperts\.(?P<parameter>gate_up_proj|down_proj)(?P<bias>_bias)?")
 
@@ -44,6 +53,9 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
         bare = _SPELLED.sub(lambda found: _SPELLINGS[found[0]], names.bare(key))
         is_tied = bare == f"{HEAD}.weight" and stored.data_ptr() == embedding.data_ptr()
         if is_tied or bare.startswith(_TOWERS):
+            continue
+        if found := _IN_ROUTER.fullmatch(bare):
+            yield f"blk.{found['layer']}.{_ROUTER[found['scale']]}", stored.detach().float()
             continue
         if found := _EXPERTS.fullmatch(bare):
             yield from _experts(found, stored.detach().float(), layout)
@@ -78,9 +90,12 @@ def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Arch
         return tensor + 1
     if name.endswith("A_log"):
         tensor = -tensor.exp()
+    if name.endswith("shared_expert_gate.weight"):
+        return tensor[0]
     if tensor.dim() == 3:  # a convolution of every channel alone
         tensor = tensor.squeeze(1)
-    order = layout.row_order(module) or _OTHER_ORDERS.get(name.rpartition("linear_attn.")[2])
+    others = _OTHER_ORDERS if "value_heads" in layout.counts else {}
+    order = layout.row_order(module) or others.get(name.rpartition("linear_attn.")[2])
     if order is not None:
         tensor = tensor[order(counts, tensor.shape[0])]
     if (order := layout.column_order(module)) is not None:

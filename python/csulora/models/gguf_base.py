@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType
 
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import to_json
@@ -18,6 +19,8 @@ from csulora.models.gguf_directory import MOST_LAYERS, read_counts
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_layout import HEAD, Architecture
 from csulora.models.gguf_orders import Order
+
+_WITH_SCALES = frozenset({GGMLQuantizationType.NVFP4})  # whose weights have a further scale for each expert
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class BaseModel:
             head if that is the token embedding.
         name: what the model calls itself.
         license: its licence, if it says so.
-        multipliers: what a GGUF file's weights are multiplied by, by module, where its architecture has such factors.
+        multipliers: what updates in GGUF files are multiplied by, by module, where its architecture has such factors.
         fuses_experts: its GGUF file keeps gate and up of experts in one tensor.
     """
 
@@ -91,7 +94,8 @@ class BaseModel:
         fused = gguf_experts.is_fused([tensor for part in files for tensor in part.tensors])
         name = file.text("general.name") or file.path.stem
         licence = file.text("general.license")
-        return cls(file.path, architecture, counts, shapes, name, licence, fuses_experts=fused)
+        multipliers = _expert_scales(files, architecture)
+        return cls(file.path, architecture, counts, shapes, name, licence, multipliers, fused)
 
     @property
     def is_tied(self) -> bool:
@@ -174,10 +178,30 @@ def _shapes(files: Sequence[GGUFFile], architecture: Architecture) -> dict[str, 
             found = {key: part.shape for key, part in gguf_experts.parts(tensor, held, info.shape, str(file.path))}
         elif (module := architecture.module_name(name)) and len(info.shape) == 2:
             found = {module: (info.shape[0], info.shape[1])}
+        elif module and module.endswith(gguf_layout.SHARED_EXPERT_GATE) and len(info.shape) == 1:
+            found = {module: (1, info.shape[0])}
         else:
             continue
         shapes |= {module: shape for module, shape in found.items() if (gguf_layout.layer_of(module) or 0) < layers}
     return shapes
+
+
+def _expert_scales(files: Sequence[GGUFFile], architecture: Architecture) -> dict[str, float]:
+    """Return what the outputs of experts are multiplied by before an update is added to them, by module."""
+    found: dict[str, float] = {}
+    if not architecture.expert_scales:
+        return found
+    for file, tensor in ((part, tensor) for part in files for tensor in part.tensors):
+        if (layer := gguf_experts.layer_of_scales(tensor)) is None:
+            continue
+        weights = file.tensors.get(tensor.replace(".scale", ".weight"))
+        if file.tensors[tensor].type != GGMLQuantizationType.F32 or weights is None or weights.type in _WITH_SCALES:
+            raise RefusedError(
+                f"{file.path}: {tensor} also holds scales of quantised weights; name the Hugging Face directory instead"
+            )
+        scales = torch.frombuffer(file.bytes_of(tensor), dtype=torch.float32)
+        found |= gguf_experts.multipliers(layer, architecture.experts, scales, f"{file.path}: {tensor}")
+    return found
 
 
 def _check_file_tells_all(file: GGUFFile, architecture: Architecture) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import metadata_load
 
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular
-from csulora.models import experts, gguf_layout, names, renamings, storage
+from csulora.models import experts, gguf_experts, gguf_layout, names, renamings, storage
 from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
 from csulora.models.gguf_orders import SOURCES, Source
 from csulora.models.shards import stored_tensors
@@ -34,6 +34,7 @@ _REGULAR_PARTS = frozenset(
         "mlp.down_proj",
     }
 )
+_ROUTER = "mlp.gate"  # of models that also come without experts
 
 
 class Description(NamedTuple):
@@ -65,6 +66,8 @@ def describe(directory: Path) -> Description:
         for module in shapes
         if architecture.multipliers
     }
+    if architecture.expert_scales and any(map(architecture.is_expert, shapes)):
+        multipliers |= _expert_scales(directory, architecture)
     return Description(architecture, counts, shapes, multipliers, _license(directory / "README.md"))
 
 
@@ -163,7 +166,8 @@ def _computed_shapes(path: Path, config: Mapping[str, Any], architecture: Archit
         "mlp.gate_up_proj": (2 * hidden, width),
         "mlp.down_proj": (width, hidden),
     }
-    shapes = {f"model.layers.{layer}.{part}": in_layer[part] for layer in range(layers) for part in architecture.parts}
+    parts = [part for part in architecture.parts if part in in_layer]
+    shapes = {f"model.layers.{layer}.{part}": in_layer[part] for layer in range(layers) for part in parts}
     return shapes | dict.fromkeys((EMBEDDING, HEAD), (count("vocab_size"), width))
 
 
@@ -182,6 +186,18 @@ def _stored_shapes(
         if architecture.tensor_name(module) or architecture.is_expert(module):
             shapes[module] = shape
     return shapes
+
+
+def _expert_scales(directory: Path, architecture: Architecture) -> dict[str, float]:
+    """Read what transformers multiplies the outputs of experts by, by module."""
+    found: dict[str, float] = {}
+    for tensor, stored in stored_tensors(directory).items():
+        module = f"model.{names.bare(tensor)}"
+        layer = gguf_layout.layer_of(module)
+        if layer is not None and module == f"model.layers.{layer}.{architecture.expert_scales}":
+            scales = storage.read(stored.file, tensor).float()
+            found |= gguf_experts.multipliers(layer, architecture.experts, scales, f"{stored.file}: {tensor}")
+    return found
 
 
 def _license(card: Path) -> str | None:

@@ -9,8 +9,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 from csulora.errors import InputError
 from csulora.models.experts import ExpertPart
+
+MOST_EXPERTS = 4096  # of a layer; the largest published models have 512
 
 _GATE_UP = "ffn_gate_up_exps"
 _PROJECTIONS = {
@@ -20,6 +24,7 @@ _PROJECTIONS = {
     "ffn_down_exps": ("down_proj",),
 }
 _TENSOR = re.compile(rf"blk\.(?P<layer>0|[1-9][0-9]{{0,3}})\.(?P<kind>{'|'.join(_PROJECTIONS)})")
+_SCALES = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,3})\.ffn_down_exps\.scale")
 _MODULE = re.compile(
     r"model\.layers\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<owner>(?:.*\.)?experts)\.(?P<expert>0|[1-9][0-9]{0,5})\.(?P<projection>\w+)"
 )
@@ -72,6 +77,29 @@ def number(module: str) -> int:
     return int(found["expert"])
 
 
+def multipliers(layer: int | str, owner: str, scales: torch.Tensor, where: str) -> dict[str, float]:
+    """Return what the down projections of a layer's experts are multiplied by, by module.
+
+    Args:
+        layer: its number.
+        owner: the end of the experts module's name.
+        scales: one for each expert.
+        where: what messages call the tensor of them.
+
+    Raises:
+        InputError: a scale is not finite.
+    """
+    if not scales.isfinite().all():
+        raise InputError(f"{where} holds a scale that is no number; it is damaged, fetch it again")
+    return {f"model.layers.{layer}.{owner}.{i}.down_proj": scale for i, scale in enumerate(scales.tolist())}
+
+
+def layer_of_scales(tensor: str) -> str | None:
+    """Return the layer of a tensor that multiplies what experts return; None if it is another."""
+    found = _SCALES.fullmatch(tensor)
+    return found["layer"] if found else None
+
+
 def is_fused(tensors: Sequence[str]) -> bool:
     """Whether a file with these tensors keeps gate and up of experts in one."""
     return any(tensor.endswith(f".{_GATE_UP}.weight") for tensor in tensors)
@@ -81,9 +109,11 @@ def parts(tensor: str, held: Stack, shape: Sequence[int], where: str) -> Iterato
     """Yield the experts' projections that a tensor (E, out, in) holds, by module.
 
     Raises:
-        InputError: gate and up do not have as many rows each.
+        InputError: gate and up do not have as many rows each, or there are more than `MOST_EXPERTS`.
     """
     experts, rows, columns = shape
+    if experts > MOST_EXPERTS:
+        raise InputError(f"{where}: {tensor} has {experts} experts; at most {MOST_EXPERTS} are possible")
     height, rest = divmod(rows, len(held.projections))
     if rest:
         raise InputError(f"{where}: {tensor} has {rows} rows; gate and up have as many each")

@@ -22,6 +22,7 @@ from csulora.models.names import bare
 from csulora.subspace.expert_layout import ExpertLayout
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+SHARED_EXPERT_GATE = "mlp.shared_expert_gate"  # a matrix of one row, which GGUF files keep as a vector
 
 _SEPARATE_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _SEPARATE = (*_SEPARATE_QKV, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -34,7 +35,16 @@ _VALUE_HEADS = {
 }
 _ROTARY = {"self_attn.q_proj": gguf_orders.rotary_queries, "self_attn.k_proj": gguf_orders.rotary_keys}
 
-_EXPERTS = "mlp.experts"
+_EXPERTS, _ROUTER = "mlp.experts", "mlp.gate"
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_QWEN_MOE = (
+    *(*_SEPARATE_QKV, _ROUTER),
+    *(*(f"mlp.shared_expert.{part}" for part in _PROJECTIONS), SHARED_EXPERT_GATE),
+)
+_LFM2 = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+    *("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
 
 _OUTSIDE = {EMBEDDING: TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD], HEAD: TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}
 
@@ -57,6 +67,8 @@ class Architecture:
         counts: what the orders follow from, by the names of `gguf_orders.SOURCES`.
         experts: end of the names of experts modules; empty if there are none.
         fuses_experts: llama.cpp's converter always keeps gate and up of experts in one tensor.
+        expert_scales: end of the name of what multiplies the outputs of experts, (E); llama.cpp does so before it
+            adds updates, transformers afterwards.
     """
 
     name: str
@@ -69,6 +81,7 @@ class Architecture:
     unlike: str = ""
     experts: str = ""
     fuses_experts: bool = False
+    expert_scales: str = ""
 
     @property
     def expert_layout(self) -> ExpertLayout:
@@ -109,8 +122,10 @@ class Architecture:
         return {**_OUTSIDE, **self.ignored}
 
     def is_reordered(self, module: str) -> bool:
-        """Whether rows or columns of this module's weight are in another order in some GGUF files."""
-        return bool(self.unlike or self.multipliers) or _part(module) in self.rows or _part(module) in self.columns
+        """Whether rows or columns of this module's weight, or its updates' scale, are others in some GGUF files."""
+        if self.unlike or self.multipliers or (self.expert_scales and self.is_expert(module)):
+            return True
+        return _part(module) in self.rows or _part(module) in self.columns
 
 
 # Without mamba.in_proj, whose rows have multipliers of their own, and mamba.out_proj, which PEFT does not adapt.
@@ -133,27 +148,41 @@ _FALCON_H1 = Architecture(
 )
 
 
-def _permuted(name: str) -> Architecture:
-    return Architecture(name, rows=_ROTARY, counts=("heads", "kv_heads"))
+def _permuted(name: str, parts: tuple[str, ...] = _SEPARATE, experts: str = "") -> Architecture:
+    return Architecture(name, parts, rows=_ROTARY, counts=("heads", "kv_heads"), experts=experts)
+
+
+def _gated_delta(name: str, parts: tuple[str, ...], experts: str = "") -> Architecture:
+    return Architecture(
+        name,
+        parts=(*parts, *_VALUE_HEADS, "linear_attn.out_proj"),
+        rows=_VALUE_HEADS,
+        columns={"linear_attn.out_proj": gguf_orders.value_heads},
+        counts=("key_heads", "value_heads", "value_size"),
+        experts=experts,
+    )
 
 
 _ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        _permuted("llama"),
+        _permuted("llama", (*_SEPARATE, _ROUTER), _EXPERTS),  # Mixtral too
         _permuted("mistral3"),
         _permuted("smollm3"),
         _permuted("granite"),
         Architecture("olmo2"),
         Architecture("qwen2"),
         Architecture("qwen3"),
-        Architecture("qwen3moe", parts=(*_SEPARATE_QKV, "mlp.gate"), experts=_EXPERTS),
+        Architecture("qwen3moe", parts=(*_SEPARATE_QKV, _ROUTER), experts=_EXPERTS),
         Architecture("gemma"),
         Architecture("gemma2"),
         Architecture("gemma3"),
         Architecture(
             "gemma4",
-            parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection"),
+            parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection", "router.proj"),
+            experts="experts",
+            fuses_experts=True,
+            expert_scales="router.per_expert_scale",
             ignored={
                 "model.per_layer_model_projection": "per_layer_model_proj",
                 "model.embed_tokens_per_layer": "per_layer_token_embd",
@@ -164,21 +193,34 @@ _ARCHITECTURES = {
         Architecture(
             "glm4", parts=(*_SEPARATE_QKV, "mlp.gate_up_proj", "mlp.down_proj"), unlike="rope.dimension_sections"
         ),
+        Architecture(
+            "glm4moe",
+            parts=(*_SEPARATE, _ROUTER, *(f"mlp.shared_experts.{part}" for part in _PROJECTIONS)),
+            unlike="rope.dimension_sections",
+            experts=_EXPERTS,
+        ),
         Architecture("qwen2vl"),
         Architecture("qwen3vl"),
+        _gated_delta("qwen35", _SEPARATE),
+        _gated_delta("qwen35moe", _QWEN_MOE, _EXPERTS),
+        # Without linear_attn.in_proj_qkvz, whose rows are spread over two tensors.
         Architecture(
-            "qwen35",
-            parts=(*_SEPARATE, *_VALUE_HEADS, "linear_attn.out_proj"),
-            rows=_VALUE_HEADS,
-            columns={"linear_attn.out_proj": gguf_orders.value_heads},
-            counts=("key_heads", "value_heads", "value_size"),
+            "qwen3next",
+            parts=(*_QWEN_MOE, "linear_attn.in_proj_ba", "linear_attn.out_proj"),
+            experts=_EXPERTS,
         ),
+        Architecture("gpt-oss", parts=(*_SEPARATE_QKV, "mlp.router"), experts=_EXPERTS),
+        Architecture("lfm2", parts=_LFM2),
+        Architecture("lfm2moe", parts=(*_LFM2, "feed_forward.gate"), experts="feed_forward.experts"),
+        # Without mamba.dt_proj, of which transformers ignores updates, and mamba.out_proj, which PEFT does not adapt.
         Architecture(
-            "lfm2",
+            "jamba",
             parts=(
-                *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
-                *("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+                *_SEPARATE_QKV,
+                *("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+                *("feed_forward.router", "mamba.in_proj", "mamba.x_proj"),
             ),
+            experts="feed_forward.experts",
         ),
         _FALCON_H1,
     )
@@ -214,6 +256,14 @@ _MODEL_TYPES = {
     "qwen3_vl (qwen3_vl_text)": "qwen3vl",
     "qwen3_5_text": "qwen35",
     "qwen3_5 (qwen3_5_text)": "qwen35",
+    "mixtral": "llama",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_moe (qwen3_5_moe_text)": "qwen35moe",
+    "qwen3_next": "qwen3next",
+    "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
+    "lfm2_moe": "lfm2moe",
+    "jamba": "jamba",
     "lfm2": "lfm2",
     "falcon_h1": "falcon-h1",
 }

@@ -6,14 +6,17 @@ llama.cpp takes it on trust that E and the other dimensions are the model's, and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
-from csulora.adapters.experts import joined, padded
+from csulora.adapters.experts import joined, padded, split
 from csulora.adapters.lora import LoraModule
+from csulora.errors import InputError
 from csulora.models import gguf_experts
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_experts import Stack
+from csulora.subspace.expert_layout import ExpertLayout
 
 
 def together(updates: Mapping[str, LoraModule], base: BaseModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -34,12 +37,28 @@ def together(updates: Mapping[str, LoraModule], base: BaseModel) -> dict[str, tu
     return factors
 
 
-def apart(stack: Stack, a: torch.Tensor, b: torch.Tensor, scale: float) -> Iterator[tuple[str, LoraModule]]:
-    """Yield every expert's updates by module, of factors (E, r, in) and (E, out, r)."""
+def apart(stack: Stack, a: torch.Tensor, b: torch.Tensor, scale: float, where: str) -> Iterator[tuple[str, LoraModule]]:
+    """Yield every expert's updates by module, of factors (E, r, in) and (E, out, r).
+
+    Raises:
+        InputError: the rows of B are not those of gate and up.
+    """
     for expert in range(len(a)):
-        modules = stack.modules(expert)
-        for module, rows in zip(modules, b[expert].chunk(len(modules)), strict=True):
-            yield module, LoraModule(rows, a[expert], scale)
+        update, modules = LoraModule(b[expert], a[expert], scale), stack.modules(expert)
+        halves = [update] if len(modules) == 1 else split(update, ExpertLayout(), where).values()
+        yield from zip(modules, halves, strict=True)
+
+
+def check_number(tensor: str, number: int, base: BaseModel, path: Path) -> None:
+    """Raise `InputError` unless the model's tensor, a GGUF name less ``.weight``, is there and has as many experts."""
+    expected = base.number_of_experts.get(tensor)
+    if expected is None:
+        raise InputError(f"{path}: {tensor} does not exist in {base.path}; the adapter is for another model")
+    if number != expected:
+        raise InputError(
+            f"{path}: {tensor} has updates of {number} experts, but {base.path} has {expected}; the adapter is for "
+            "another model"
+        )
 
 
 def _of_tensor(stack: Stack, number: int, updates: Mapping[str, LoraModule]) -> tuple[torch.Tensor, torch.Tensor]:

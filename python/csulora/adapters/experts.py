@@ -71,7 +71,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
             continue
         experts, expert, projection = found
         oriented = _exchanged(module) if layout.exchanged else module
-        parts = _parts(oriented, layout, f"{adapter.path}: {name}") if projection == GATE_UP else {projection: oriented}
+        parts = split(oriented, layout, f"{adapter.path}: {name}") if projection == GATE_UP else {projection: oriented}
         for part, update in parts.items():
             modules[f"{experts}.{expert}.{part}"] = update
     return replace(adapter, modules=modules, is_decoded=True)
@@ -93,7 +93,7 @@ def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
             if name in modules:
                 continue
             halves = (adapter.modules.get(f"{experts}.{expert}.{half}") for half in (GATE, UP))
-            module = _joined(*halves, interleaved=layout.interleaved)
+            module = joined(*halves, interleaved=layout.interleaved)
         modules[name] = _exchanged(module) if layout.exchanged else module
     return replace(adapter, modules=modules, is_decoded=False)
 
@@ -112,7 +112,8 @@ def padded(module: LoraModule, rank: int) -> LoraModule:
     return replace(module, b=b, a=torch.cat([module.a, module.a.new_zeros(missing, module.a.shape[1])]))
 
 
-def _parts(module: LoraModule, layout: ExpertLayout, where: str) -> dict[str, LoraModule]:
+def split(module: LoraModule, layout: ExpertLayout, where: str) -> dict[str, LoraModule]:
+    """Return the updates of gate and up; they share A unless one's columns of B are zero where the other's are not."""
     rows = module.b.shape[0]
     if rows % 2:
         raise InputError(f"{where} has {rows} rows; gate and up have as many each")
@@ -124,7 +125,7 @@ def _parts(module: LoraModule, layout: ExpertLayout, where: str) -> dict[str, Lo
     return {GATE: replace(module, b=gate, a=a_gate), UP: replace(module, b=up, a=a_up)}
 
 
-def _joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool) -> LoraModule:
+def joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool) -> LoraModule:
     """Return the update whose rows are those of both; one that was dropped is zero."""
     gate, up = gate or _zero(up), up or _zero(gate)
     gate, up = gate.folded(), up.folded()

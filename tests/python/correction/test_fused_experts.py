@@ -10,6 +10,7 @@ from torch import Tensor
 
 import csulora
 import factories
+from csulora.adapters.peft import directory
 from csulora.adapters.peft.directory import parse
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.subspace.expert_layout import ExpertLayout
@@ -54,6 +55,15 @@ def test_another_number_of_experts_is_refused(number: int, rank: int) -> None:
     for policy in (csulora.Policy.project(), LENIENT, csulora.Policy.none(drop_uncovered=("*",))):
         with pytest.raises(InputError, match=f"factors of {number} experts"):
             csulora.correct(adapter(fused(number, rank), rank), subspace(), policy)
+
+
+def test_a_small_file_of_very_many_experts_is_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four bytes make an expert of a 1 x 1 matrix, and an object a thousand."""
+    with pytest.raises(RefusedError, match="factors of 200000 experts; at most"):
+        adapter(factors(".base_layer", 2 * WIDTH, HIDDEN, 8) | factors("", 1, 1, 200_000), 1)
+    monkeypatch.setattr(directory, "MOST_UPDATES", 7)  # gate and up are still together, once per expert
+    with pytest.raises(RefusedError, match="holds more than 7 updates"):
+        adapter(fused(NUMBER, 2))
 
 
 @pytest.mark.parametrize("name", [".1.gate_proj", ".001.down_proj", ".1.w1"])

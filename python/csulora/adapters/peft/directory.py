@@ -27,7 +27,14 @@ from csulora.adapters.peft.config import (
 )
 from csulora.adapters.peft.patterns import Matcher
 from csulora.adapters.peft.tensor_names import COPY, PREFIX, module_and_factor
-from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_bytes, tensors_in, with_sha256
+from csulora.adapters.weights_files import (
+    CONFIG_FILE,
+    LARGEST_CONFIG,
+    MOST_UPDATES,
+    read_bytes,
+    tensors_in,
+    with_sha256,
+)
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular, save_tensors, to_json
 from csulora.models.names import WEIGHT, kind_of, may_be_conv1d
@@ -115,6 +122,8 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
         else:
             a, b = _pair(name, factors[name], _LINEAR, path / WEIGHTS_FILE)
             modules |= stacked.apart(parameter, a, b, rank, scale, path / WEIGHTS_FILE)
+        if len(modules) > MOST_UPDATES:
+            raise RefusedError(f"{path / WEIGHTS_FILE}: holds more than {MOST_UPDATES} updates, the most that are read")
     return Adapter(modules, config, path, sha256, copies=copies)
 
 

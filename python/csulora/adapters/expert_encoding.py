@@ -5,7 +5,7 @@ Hosts want every expert of a layer and each of its projections; what an adapter 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, NamedTuple, Self, get_args
@@ -85,6 +85,54 @@ def check_layout(layout: str | None) -> None:
     """Raise `InputError` unless it is a layout, or None."""
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"layout is {layout!r}; it must be {' or '.join(LAYOUTS)}, or None for that of the adapter")
+
+
+def check_number(adapter: Adapter, subspace: Subspace) -> None:
+    """Raise `InputError` if fused factors hold another number of experts than the subspace file.
+
+    vLLM takes the number from the model, and would share the same factors out among other experts.
+
+    Args:
+        adapter: what `experts.decoded` returned.
+        subspace: the subspace file of the model.
+    """
+    if not adapter.is_decoded:
+        return
+    model = _Model.of(subspace)
+    held: dict[str, dict[int, str]] = {}
+    for name in adapter.modules:
+        if of_expert := parsed(name):
+            experts, expert, _ = of_expert
+            held.setdefault(experts, {})[expert] = name
+    for experts, names in held.items():
+        number = model.experts(names[0]).number
+        if number not in (0, len(names)):
+            raise InputError(
+                f"{adapter.path}: {experts} has factors of {len(names)} experts under the configuration's rank, and "
+                f"the subspace file has {number}; use the adapter with the model and the configuration that it was "
+                "trained with"
+            )
+
+
+def check_none_is_left_out(adapter: Adapter, names: Collection[str]) -> None:
+    """Raise `RefusedError` if only some experts of a parameter are among ``names``: fused factors hold them all.
+
+    Args:
+        adapter: what `experts.decoded` returned.
+        names: those of its modules that are to be written.
+    """
+    partly: dict[tuple[str, str], set[bool]] = {}
+    for name in adapter.modules if adapter.is_decoded else ():
+        if of_expert := parsed(name):
+            experts, _, projection = of_expert
+            found = partly.setdefault((experts, projection), set())
+            found.add(name in names)
+            if len(found) > 1:
+                raise RefusedError(
+                    f"{adapter.path}: drop_uncovered leaves out {projection} of some experts of {experts}, and fused "
+                    "factors hold them all; let its globs name all of these experts, or write them one by one "
+                    f"(--layout {PER_EXPERT})"
+                )
 
 
 def in_layout(adapter: Adapter, subspace: Subspace, layout: Layout | None) -> Adapter:

@@ -8,7 +8,14 @@ from dataclasses import replace
 import torch
 
 from csulora.adapters import experts
-from csulora.adapters.expert_encoding import Layout, check_layout, in_layout
+from csulora.adapters.expert_encoding import (
+    PER_EXPERT,
+    Layout,
+    check_layout,
+    check_none_is_left_out,
+    check_number,
+    in_layout,
+)
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.adapters.mlx.directory import check_model
 from csulora.correction.copies import check_copies
@@ -68,6 +75,9 @@ def correct(
     adapter = experts.decoded(adapter, subspace.provenance.experts)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
+    if layout != PER_EXPERT:
+        kept = {name for name in adapter.modules if name in covered or policy.fate_of(name) == "keep"}
+        check_none_is_left_out(adapter, kept)
     corrected = _corrected(adapter, subspace, policy, covered)
     if isinstance(policy.rank, int) and is_written_fused(adapter, layout):
         corrected |= jointly_truncated(corrected, subspace, covered, policy.rank)
@@ -163,9 +173,10 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
 
     Raises:
         RefusedError: a module is not covered, or a copy of a base matrix is not the aligned checkpoint's.
-        InputError: a shape differs from that in ``subspace``.
+        InputError: a shape or a number of experts differs from that in ``subspace``.
     """
     check_copies(adapter, subspace)
+    check_number(adapter, subspace)
     if adapter.format == "mlx":
         check_model(subspace.keys(), adapter.path, subspace.provenance.model_type)
     covered: dict[str, str] = {}

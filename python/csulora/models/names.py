@@ -42,7 +42,16 @@ def conv1d(shapes: Mapping[str, Sequence[int]]) -> set[str]:
 
     if not any(map(is_transposed, shapes)):
         return set()
-    return {module for module in shapes if module.rpartition(".")[2] in _CONV1D_MODULES}
+    return set(filter(may_be_conv1d, shapes))
+
+
+def may_be_conv1d(module: str) -> bool:
+    """Whether GPT-2 or one of its descendants may store a weight of this name as (in, out).
+
+    >>> may_be_conv1d("transformer.h.0.attn.c_proj"), may_be_conv1d("model.layers.0.self_attn.o_proj")
+    (True, False)
+    """
+    return module.rpartition(".")[2] in _CONV1D_MODULES
 
 
 def kind_of(module: str) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted, padded, parsed
 from csulora.adapters.lora import Adapter, LoraModule
+from csulora.adapters.weights_files import MOST_UPDATES
 from csulora.errors import InputError, RefusedError
 
 _WRAPPED = ".base_layer"
@@ -65,6 +66,7 @@ def apart(
 
     Raises:
         InputError: the factors do not hold a whole number of experts, or not the same.
+        RefusedError: they hold more experts than an adapter may update.
     """
     experts = a.shape[0] // rank
     if a.shape[0] != experts * rank or b.shape[1] != experts * rank:
@@ -72,6 +74,8 @@ def apart(
             f"{path}: {parameter} has factors {list(a.shape)} and {list(b.shape)}, no whole number of experts "
             f"of the configuration's rank {rank}"
         )
+    if experts > MOST_UPDATES:
+        raise RefusedError(f"{path}: {parameter} has factors of {experts} experts; at most {MOST_UPDATES} are read")
     owner, _, projection = parameter.rpartition(".")
     for expert in range(experts):
         update = LoraModule(b[:, expert::experts], a[expert * rank : (expert + 1) * rank], scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.io.files import to_json
 from csulora.io.hub import local_path
 from csulora.models import gguf_directory, gguf_experts, gguf_layout, gguf_parts, names
+from csulora.models.experts import ExpertPart
 from csulora.models.gguf_directory import MOST_LAYERS, read_counts
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_layout import HEAD, Architecture
@@ -168,22 +169,25 @@ def _check_model_file(file: GGUFFile, parts: int) -> None:
 
 
 def _shapes(files: Sequence[GGUFFile], architecture: Architecture) -> dict[str, tuple[int, int]]:
+    shapes = {module: part.shape for module, part in expert_parts(files, architecture)}
+    for tensor, info in (named for file in files for named in file.tensors.items()):
+        module = architecture.module_name(tensor.removesuffix(names.WEIGHT))
+        if not module or not tensor.endswith(names.WEIGHT):
+            continue
+        if len(info.shape) == 2:
+            shapes[module] = (info.shape[0], info.shape[1])
+        elif len(info.shape) == 1 and module.endswith(gguf_layout.SHARED_EXPERT_GATE):
+            shapes[module] = (1, info.shape[0])
     layers = _layers(files[0], architecture)
-    shapes: dict[str, tuple[int, int]] = {}
+    return {module: shape for module, shape in shapes.items() if (gguf_layout.layer_of(module) or 0) < layers}
+
+
+def expert_parts(files: Sequence[GGUFFile], architecture: Architecture) -> Iterator[tuple[str, ExpertPart]]:
+    """Yield every expert's projections by module, and where they lie in these files."""
     for file, tensor, info in ((part, *named) for part in files for named in part.tensors.items()):
-        name = tensor.removesuffix(names.WEIGHT)
-        if name == tensor:
-            continue
-        if (held := gguf_experts.stack(name, architecture.experts)) and len(info.shape) == 3:
-            found = {key: part.shape for key, part in gguf_experts.parts(tensor, held, info.shape, str(file.path))}
-        elif (module := architecture.module_name(name)) and len(info.shape) == 2:
-            found = {module: (info.shape[0], info.shape[1])}
-        elif module and module.endswith(gguf_layout.SHARED_EXPERT_GATE) and len(info.shape) == 1:
-            found = {module: (1, info.shape[0])}
-        else:
-            continue
-        shapes |= {module: shape for module, shape in found.items() if (gguf_layout.layer_of(module) or 0) < layers}
-    return shapes
+        held = gguf_experts.stack(tensor.removesuffix(names.WEIGHT), architecture.experts)
+        if held and tensor.endswith(names.WEIGHT) and len(info.shape) == 3:
+            yield from gguf_experts.parts(tensor, held, info.shape, str(file.path))
 
 
 def _expert_scales(files: Sequence[GGUFFile], architecture: Architecture) -> dict[str, float]:

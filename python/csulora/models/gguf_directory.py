@@ -113,7 +113,7 @@ def _tells_shapes(config: Mapping[str, Any], architecture: Architecture) -> bool
     has_experts = architecture.experts and any(config.get(key) for key in _NUMBERS_OF_EXPERTS)
     return (
         not has_experts
-        and set(architecture.parts) <= _REGULAR_PARTS
+        and set(architecture.parts) - {_ROUTER} <= _REGULAR_PARTS
         and all(config.get(key) is not None for key in _SIZES)
     )
 

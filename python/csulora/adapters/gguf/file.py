@@ -27,7 +27,7 @@ from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import GGUF_SUFFIX, atomic_file
-from csulora.models import gguf_experts, gguf_layout, gguf_quants
+from csulora.models import gguf_experts, gguf_layout, gguf_quants, names
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_ignored import WAY_OUT
@@ -80,8 +80,9 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
             b, a = base.from_gguf(module, update.b, update.a)
             update = replace(update, b=b, a=a, scale=_unmultiplied(update.scale, module, base))
         elif architecture.is_reordered(module):
+            unknown = "scale" if names.is_expert(module) else "order"
             raise InputError(
-                f"{path}: order or scale of the rows of {module} follows from the model, of which the file does not "
+                f"{path}: the {unknown} of the rows of {module} follows from the model, of which the file does not "
                 "tell enough; name the base model (--base-model)"
             )
         modules[module] = update

@@ -20,6 +20,7 @@ from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft import diagnosis, stacked
 from csulora.adapters.peft.config import (
     base_model_name,
+    column_order,
     ranks_and_scales,
     read_config,
     targets,
@@ -40,8 +41,12 @@ _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
 
-def read(directory: Path) -> Adapter:
+def read(directory: Path, expert_layout: str | None = None) -> Adapter:
     """Read a PEFT directory. The bytes that are hashed are the bytes that are used.
+
+    Args:
+        directory: with the configuration and the weights.
+        expert_layout: ``peft`` or ``unsloth``, where nothing in the files says it; see `column_order`.
 
     Raises:
         InputError: a file is missing or malformed, or the two contradict each other.
@@ -58,7 +63,7 @@ def read(directory: Path) -> Adapter:
     weights = read_bytes(found.files, module_and_factor)
     tensors = tensors_in(dict(zip(found.files, weights, strict=True)))
     found.check_complete(tensors)
-    return with_sha256(lambda: _assembled(config, tensors, directory, ""), config_bytes, weights)
+    return with_sha256(lambda: _assembled(config, tensors, directory, "", expert_layout), config_bytes, weights)
 
 
 def _missing_weights(directory: Path) -> Exception:
@@ -90,7 +95,13 @@ def parse(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Pat
     return _assembled(read_config(config, path / CONFIG_FILE), tensors, path, sha256)
 
 
-def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Path, sha256: str) -> Adapter:
+def _assembled(
+    config: dict[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    path: Path,
+    sha256: str,
+    expert_layout: str | None = None,
+) -> Adapter:
     """Put an adapter together from a configuration that `read_config` let through."""
     factors, copies = _group(tensors, path / WEIGHTS_FILE)
     names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
@@ -114,7 +125,8 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
             modules[name] = _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)
         else:
             a, b = _pair(name, factors[name], _LINEAR, path / WEIGHTS_FILE)
-            modules |= stacked.apart(parameter, a, b, rank, scale, path / WEIGHTS_FILE)
+            order = column_order(config, expert_layout, path / CONFIG_FILE)
+            modules |= stacked.apart(parameter, a, b, rank, scale, order, path / WEIGHTS_FILE)
     return Adapter(modules, config, path, sha256, copies=copies)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from csulora.adapters import experts
 from csulora.adapters.experts import is_targeted
 from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
@@ -122,11 +123,14 @@ def _assembled(
         parameter = parameters.get(name, name)
         rank, scale = settings[parameter]
         if parameter.endswith(WEIGHT) or parameter == name:
-            modules[name] = _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)
+            found = {name: _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)}
         else:
             a, b = _pair(name, factors[name], _LINEAR, path / WEIGHTS_FILE)
             order = column_order(config, expert_layout, path / CONFIG_FILE)
-            modules |= stacked.apart(parameter, a, b, rank, scale, order, path / WEIGHTS_FILE)
+            found = dict(stacked.apart(parameter, a, b, rank, scale, order, path / WEIGHTS_FILE))
+        if twice := modules.keys() & found:
+            raise experts.in_two_layouts(min(twice), path / WEIGHTS_FILE)
+        modules |= found
     return Adapter(modules, config, path, sha256, copies=copies)
 
 

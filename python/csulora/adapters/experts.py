@@ -8,8 +8,10 @@ A correction needs them apart, because alignment moved them apart: ``experts.3.g
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import count, islice, takewhile
+from pathlib import Path
 
 import torch
 
@@ -54,7 +56,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         layout: that of the model; None if it is not known.
 
     Raises:
-        RefusedError: the adapter's experts are fused, and ``layout`` is None.
+        RefusedError: the adapter's experts are fused, and ``layout`` is None, or they are there one by one too.
         InputError: the factors do not fit the model's experts.
     """
     if not is_fused(adapter) or adapter.is_decoded:
@@ -73,8 +75,45 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         oriented = _exchanged(module) if layout.exchanged else module
         parts = split(oriented, layout, f"{adapter.path}: {name}") if projection == GATE_UP else {projection: oriented}
         for part, update in parts.items():
-            modules[f"{experts}.{expert}.{part}"] = update
+            whole = f"{experts}.{expert}.{part}"
+            if whole in modules or (whole != name and whole in adapter.modules):
+                raise in_two_layouts(whole, adapter.path)
+            modules[whole] = update
     return replace(adapter, modules=modules, is_decoded=True)
+
+
+def in_two_layouts(module: str, path: Path) -> RefusedError:
+    """Return what to raise where a file updates an expert twice."""
+    return RefusedError(
+        f"{path}: updates {module} both among fused experts and by itself; hosts disagree on which of them they apply"
+    )
+
+
+def check_counts(adapter: Adapter, is_known: Callable[[str], bool]) -> None:
+    """Raise unless fused factors hold as many experts as the model has.
+
+    A host that counts for itself would take them apart otherwise than the file says.
+
+    Args:
+        adapter: what `decoded` returned.
+        is_known: whether the model has a module; where it has no expert at all, nothing is checked.
+
+    Raises:
+        InputError: there are more or fewer.
+    """
+    held: dict[tuple[str, str], int] = {}
+    for name in adapter.modules if is_fused(adapter) else ():
+        if (found := parsed(name)) and found[2] in (GATE, UP, DOWN):
+            experts, expert, projection = found
+            held[experts, projection] = max(held.get((experts, projection), 0), expert + 1)
+    for (experts, projection), number in held.items():
+        names = (f"{experts}.{expert}.{projection}" for expert in count())
+        known = sum(1 for _ in takewhile(is_known, islice(names, number + 1)))
+        if known not in (0, number):
+            more = "more" if known > number else str(known)
+            raise InputError(
+                f"{adapter.path}: updates {number} experts of {experts}, and the model has {more}; it is for another"
+            )
 
 
 def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
@@ -120,9 +159,14 @@ def split(module: LoraModule, layout: ExpertLayout, where: str) -> dict[str, Lor
     gate, up = (module.b[0::2], module.b[1::2]) if layout.interleaved else module.b.chunk(2)
     a_gate, a_up = module.a, module.a
     rank, odd = divmod(module.rank, 2)
-    if not (odd or gate[:, rank:].any() or up[:, :rank].any()):  # two updates side by side, as PEFT fuses them
+    if not odd and _is_zero(gate[:, rank:]) and _is_zero(up[:, :rank]):  # two side by side, as PEFT fuses them
         gate, up, a_gate, a_up = gate[:, :rank], up[:, rank:], module.a[:rank], module.a[rank:]
     return {GATE: replace(module, b=gate, a=a_gate), UP: replace(module, b=up, a=a_up)}
+
+
+def _is_zero(b: torch.Tensor) -> bool:
+    """Whether all entries are 0; where they are not, the first row tells at once."""
+    return not (b[:1].any() or b.any())
 
 
 def joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool) -> LoraModule:

@@ -30,9 +30,17 @@ ROUTERS = {"Qwen 3 MoE": "mlp.gate", "Mixtral": "block_sparse_moe.gate"}
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    family = EXPERT_FAMILIES[request.param]
-    root = tmp_path_factory.mktemp("family")
-    model = built(family)
+    return request.param, model_pair(request.param, tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_pair("Qwen 3 MoE", tmp_path_factory.mktemp("family"))
+
+
+def model_pair(name: str, root: Path) -> Path:
+    """Write a tiny model before and after alignment, and its subspace file."""
+    model = built(EXPERT_FAMILIES[name])
     model.save_pretrained(root / "base")
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
@@ -40,7 +48,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 parameter.add_(0.05 * factories.gaussian(*parameter.shape, seed=1000 + i))
     model.save_pretrained(root / "aligned")
     csulora.extract(root / "base", root / "aligned", rank=8, expert_rank=8, output=root / "subspace")
-    return request.param, root
+    return root
 
 
 def per_expert_adapter(name: str, aligned: Path, path: Path, experts: range) -> Adapter:
@@ -174,3 +182,85 @@ def test_an_unknown_layout_is_refused(place: tuple[str, Path], tmp_path: Path) -
     adapter = per_expert_adapter(name, root / "aligned", tmp_path / "adapter", range(4))
     with pytest.raises(InputError, match="layout is 'stacked'; it must be per-expert or fused"):
         csulora.correct(adapter, csulora.Subspace.open(root / "subspace"), csulora.Policy.none(), "stacked")
+
+
+# The order of the columns of B in files that Unsloth wrote
+
+
+def of_unsloth(root: Path, path: Path, fields: dict[str, Any]) -> tuple[Path, Adapter]:
+    """An adapter of fused experts with the columns of B expert by expert, and the same as PEFT orders them."""
+    adapter = per_expert_adapter("Qwen 3 MoE", root / "aligned", path / "single", range(4))
+    fused = csulora.correct(adapter, csulora.Subspace.open(root / "subspace"), csulora.Policy.none(), "fused")[0]
+    csulora.save_adapter(fused, path / "peft")
+    csulora.save_adapter(fused, path / "unsloth")
+    weights = load_file(path / "peft" / "adapter_model.safetensors")
+    for name, tensor in weights.items():
+        if ".experts" in name and name.endswith("lora_B.weight"):
+            weights[name] = tensor.view(len(tensor), -1, 4).transpose(1, 2).reshape(tensor.shape).contiguous()
+    save_file(weights, path / "unsloth" / "adapter_model.safetensors")
+    config = path / "unsloth" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    return path / "unsloth", csulora.load_adapter(path / "peft")
+
+
+OF_UNSLOTH = {"auto_mapping": {"base_model_class": "Qwen3MoeForCausalLM", "unsloth_fixed": True}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told", "is_peft"),
+    [
+        (OF_UNSLOTH, "unsloth", False),
+        (OF_UNSLOTH, "peft", True),
+        (OF_UNSLOTH | {"lora_B_layout": "grouped_by_expert"}, None, False),
+        (OF_UNSLOTH | {"lora_B_layout": "rank_major"}, None, True),
+        ({"auto_mapping": {"unsloth_fixed": True, "lora_B_layout": "grouped_by_expert"}}, None, False),
+        ({"lora_B_layout": "grouped_by_expert"}, "unsloth", False),
+        ({"unsloth_fixed": False}, None, True),
+        ({}, None, True),
+    ],
+)
+def test_who_ordered_the_columns_decides(
+    qwen: Path, tmp_path: Path, fields: dict[str, Any], told: str | None, is_peft: bool
+) -> None:
+    path, expected = of_unsloth(qwen, tmp_path, fields)
+    found = csulora.load_adapter(path, expert_layout=told)
+    assert found.modules.keys() == expected.modules.keys()
+    same = all(torch.equal(found.modules[name].b, module.b) for name, module in expected.modules.items())
+    assert same is not is_peft
+
+
+@pytest.mark.parametrize(
+    ("fields", "told", "error", "words"),
+    [
+        (OF_UNSLOTH, None, RefusedError, "nothing in the file says which order this is.*--expert-layout unsloth"),
+        ({"unsloth_fixed": True}, None, RefusedError, "Unsloth trained these fused experts"),
+        ({"lora_B_layout": "rank_major"}, "unsloth", InputError, "laid out as peft does; leave out unsloth"),
+        (
+            {"lora_B_layout": "other"},
+            None,
+            InputError,
+            "lora_B_layout is 'other'; it must be null or one of rank_major",
+        ),
+        ({"auto_mapping": {"lora_B_layout": ["rank_major"]}}, None, InputError, "lora_B_layout is"),
+        (
+            {"lora_B_layout": "rank_major", "auto_mapping": {"lora_B_layout": "grouped_by_expert"}},
+            None,
+            InputError,
+            "lora_B_layout is there twice",
+        ),
+        ({}, "other", InputError, "layout of experts is 'other'; it must be peft or unsloth"),
+    ],
+)
+def test_an_order_that_nothing_says_is_refused(
+    qwen: Path, tmp_path: Path, fields: dict[str, Any], told: str | None, error: type[Exception], words: str
+) -> None:
+    path, _ = of_unsloth(qwen, tmp_path, fields)
+    with pytest.raises(error, match=words):
+        csulora.load_adapter(path, expert_layout=told)
+
+
+def test_an_adapter_of_unsloths_without_fused_experts_is_read(qwen: Path, tmp_path: Path) -> None:
+    adapter = per_expert_adapter("Qwen 3 MoE", qwen / "aligned", tmp_path / "adapter", range(4))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | OF_UNSLOTH))
+    assert csulora.load_adapter(tmp_path / "adapter").modules.keys() == adapter.modules.keys()

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.experts import is_parameter_of_experts, is_targeted, parsed
+from csulora.adapters.experts import in_two_layouts, is_parameter_of_experts, is_targeted, parsed
 from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft import diagnosis, stacked
 from csulora.adapters.peft.config import (
     base_model_name,
+    column_order,
     ranks_and_scales,
     read_config,
     target_parameters,
@@ -48,8 +49,12 @@ _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
 
-def read(directory: Path) -> Adapter:
+def read(directory: Path, expert_layout: str | None = None) -> Adapter:
     """Read a PEFT directory. The bytes that are hashed are the bytes that are used.
+
+    Args:
+        directory: with the configuration and the weights.
+        expert_layout: ``peft`` or ``unsloth``, where nothing in the files says it; see `column_order`.
 
     Raises:
         InputError: a file is missing or malformed, or the two contradict each other.
@@ -66,7 +71,7 @@ def read(directory: Path) -> Adapter:
     weights = read_bytes(found.files, module_and_factor)
     tensors = tensors_in(dict(zip(found.files, weights, strict=True)))
     found.check_complete(tensors)
-    return with_sha256(lambda: _assembled(config, tensors, directory, ""), config_bytes, weights)
+    return with_sha256(lambda: _assembled(config, tensors, directory, "", expert_layout), config_bytes, weights)
 
 
 def _missing_weights(directory: Path) -> Exception:
@@ -98,7 +103,13 @@ def parse(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Pat
     return _assembled(read_config(config, path / CONFIG_FILE), tensors, path, sha256)
 
 
-def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Path, sha256: str) -> Adapter:
+def _assembled(
+    config: dict[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    path: Path,
+    sha256: str,
+    expert_layout: str | None = None,
+) -> Adapter:
     """Put an adapter together from a configuration that `read_config` let through."""
     factors, copies = _group(tensors, path / WEIGHTS_FILE)
     names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
@@ -119,10 +130,14 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
         parameter = parameters.get(name, name)
         rank, scale = settings[parameter]
         if parameter.endswith(WEIGHT) or parameter == name:
-            modules[name] = _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)
+            found = {name: _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)}
         else:
             a, b = _pair(name, factors[name], _LINEAR, path / WEIGHTS_FILE)
-            modules |= stacked.apart(parameter, a, b, rank, scale, path / WEIGHTS_FILE)
+            order = column_order(config, expert_layout, path / CONFIG_FILE)
+            found = dict(stacked.apart(parameter, a, b, rank, scale, order, path / WEIGHTS_FILE))
+        if twice := modules.keys() & found:
+            raise in_two_layouts(min(twice), path / WEIGHTS_FILE)
+        modules |= found
         if len(modules) > MOST_UPDATES:
             raise RefusedError(f"{path / WEIGHTS_FILE}: holds more than {MOST_UPDATES} updates, the most that are read")
     return Adapter(modules, config, path, sha256, copies=copies)

@@ -404,9 +404,12 @@ def test_tensors_beside_the_factors_are_refused_under_every_policy(
     refused_always(upload(tmp_path / "adapter", named(Q, *factors()) | extra), subspace, reason)
 
 
-def test_factors_that_hosts_transpose_or_drop_are_refused(tmp_path: Path, subspace: csulora.Subspace) -> None:
-    b, a = factors()
-    embedding = {f"{PREFIX}{Q}.lora_embedding_A": a.contiguous(), f"{PREFIX}{Q}.lora_embedding_B": b.contiguous()}
+@pytest.mark.parametrize("module", [Q, "lm_head"])
+def test_factors_that_hosts_transpose_or_drop_are_refused(
+    module: str, tmp_path: Path, subspace: csulora.Subspace
+) -> None:
+    b, a = (factor.contiguous() for factor in factors())
+    embedding = {f"{PREFIX}{module}.lora_embedding_A": a, f"{PREFIX}{module}.lora_embedding_B": b}
     refused_always(upload(tmp_path / "embedding", embedding), subspace, "which is no embedding")
 
 

@@ -5,7 +5,7 @@ Hosts want every expert of a layer and each of its projections; what an adapter 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, NamedTuple, Self, get_args
@@ -114,25 +114,34 @@ def check_number(adapter: Adapter, subspace: Subspace) -> None:
             )
 
 
-def check_none_is_left_out(adapter: Adapter, names: Collection[str]) -> None:
-    """Raise `RefusedError` if only some experts of a parameter are among ``names``: fused factors hold them all.
+def check_none_is_left_out(adapter: Adapter, names: Iterable[str], subspace: Subspace) -> None:
+    """Raise `RefusedError` if only some experts of a projection would be written as they came.
+
+    Fused factors hold them all, and PEFT fuses others as it loads them: two experts of rank 4 in a model of four become
+    four of rank 2, each with parts of both.
 
     Args:
         adapter: what `experts.decoded` returned.
         names: those of its modules that are to be written.
+        subspace: the subspace file of the model.
     """
-    partly: dict[tuple[str, str], set[bool]] = {}
-    for name in adapter.modules if adapter.is_decoded else ():
+    layout = subspace.provenance.experts
+    if layout is None or not (adapter.is_decoded or layout.per_expert):
+        return
+    model = _Model.of(subspace)
+    held: dict[tuple[str, str], list[str]] = {}
+    for name in names:
         if of_expert := parsed(name):
             experts, _, projection = of_expert
-            found = partly.setdefault((experts, projection), set())
-            found.add(name in names)
-            if len(found) > 1:
-                raise RefusedError(
-                    f"{adapter.path}: drop_uncovered leaves out {projection} of some experts of {experts}, and fused "
-                    "factors hold them all; let its globs name all of these experts, or write them one by one "
-                    f"(--layout {PER_EXPERT})"
-                )
+            held.setdefault((experts, projection), []).append(name)
+    for (experts, projection), found in held.items():
+        number = model.experts(found[0]).number
+        if number not in (0, len(found)):
+            raise RefusedError(
+                f"{adapter.path}: {projection} of {len(found)} of the {number} experts of {experts} would be written, "
+                "and PEFT takes factors of some for factors of all; have zeros written for the others "
+                f"(--layout {PER_EXPERT} or --layout {FUSED})"
+            )
 
 
 def in_layout(adapter: Adapter, subspace: Subspace, layout: Layout | None) -> Adapter:

@@ -9,7 +9,6 @@ import torch
 
 from csulora.adapters import experts
 from csulora.adapters.expert_encoding import (
-    PER_EXPERT,
     Layout,
     check_layout,
     check_none_is_left_out,
@@ -57,7 +56,8 @@ def correct(
 
     Raises:
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, a copy of a
-            base matrix is not the aligned checkpoint's, or the policy was tuned for another subspace file.
+            base matrix is not the aligned checkpoint's, only some experts of a projection would be written, or the
+            policy was tuned for another subspace file.
         InputError: an argument is a path or missing, a shape differs from that in ``subspace``, an override of the
             policy matches none of its modules or has gains for more directions than it has, or the result does not fit
             the storage type.
@@ -75,9 +75,9 @@ def correct(
     adapter = experts.decoded(adapter, subspace.provenance.experts)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
-    if layout != PER_EXPERT:
-        kept = {name for name in adapter.modules if name in covered or policy.fate_of(name) == "keep"}
-        check_none_is_left_out(adapter, kept)
+    if layout is None:
+        kept = [name for name in adapter.modules if name in covered or policy.fate_of(name) == "keep"]
+        check_none_is_left_out(adapter, kept, subspace)
     corrected = _corrected(adapter, subspace, policy, covered)
     if isinstance(policy.rank, int) and is_written_fused(adapter, layout):
         corrected |= jointly_truncated(corrected, subspace, covered, policy.rank)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import csulora
 import factories
+from csulora.adapters.expert_encoding import LAYOUTS
+from csulora.adapters.experts import decoded
 from csulora.adapters.peft import directory
 from csulora.adapters.peft.directory import parse
 from csulora.errors import CsuloraError, InputError, RefusedError
@@ -80,11 +82,25 @@ def test_some_experts_are_left_out_of_no_fused_factors() -> None:
     modules = {name: module for name, module in known.items() if name != f"{EXPERTS}.3.up_proj"}
     partly = csulora.Subspace(modules, known.provenance)
     drop = csulora.Policy.none(drop_uncovered=("experts.3.*",))
-    with pytest.raises(RefusedError, match="--layout per-expert"):
+    with pytest.raises(RefusedError, match="up_proj of 3 of the 4 experts"):
         csulora.correct(adapter(fused(NUMBER, 2)), partly, drop)
     fixed, _ = csulora.correct(adapter(fused(NUMBER, 2)), partly, drop, "per-expert")
     assert len(fixed.modules) == NUMBER * len(PROJECTIONS)
     assert not fixed.modules[f"{EXPERTS}.3.up_proj"].b.any()
+
+
+def test_some_experts_alone_are_written_with_zeros_for_the_others() -> None:
+    """PEFT would stack two experts of rank 4, and take them for four of rank 2."""
+    two = {**factors(".0.down_proj", HIDDEN, WIDTH, 4), **factors(".2.down_proj", HIDDEN, WIDTH, 4)}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["down_proj"]}
+    partly = parse(config, two, Path("adapter"), "ab" * 32)
+    with pytest.raises(RefusedError, match=r"down_proj of 2 of the 4 experts .* --layout fused"):
+        csulora.correct(partly, subspace(), csulora.Policy.none())
+    for layout in LAYOUTS:
+        fixed, _ = csulora.correct(partly, subspace(), csulora.Policy.none(), layout)
+        found = decoded(fixed, subspace().provenance.experts).modules
+        for expert in range(NUMBER):
+            assert found[f"{EXPERTS}.{expert}.down_proj"].b.any() == (expert in (0, 2))
 
 
 def test_the_sum_of_fused_adapters_is_measured_expert_by_expert() -> None:

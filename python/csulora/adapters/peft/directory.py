@@ -242,7 +242,7 @@ def _group(
 def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float, path: Path) -> LoraModule:
     is_embedding = any(factor in factors for factor in _EMBEDDING)
     a, b = _pair(name, factors, _EMBEDDING if is_embedding else _LINEAR, path)
-    if is_embedding and kind_of(name) == "linear":
+    if is_embedding and kind_of(name) != "embedding":
         raise RefusedError(
             f"{path}: holds an embedding's factors for {name}, which is no embedding; hosts drop them, or apply the "
             "transpose; save the adapter again with PEFT's save_pretrained"

@@ -83,7 +83,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     # PEFT sorts the keys on saving and the first match counts, so no two may match one name.
     "rank_pattern": {
         "rank_pattern": {
-            r"layers\.0\.(?!.*experts\.gate_up).*_proj": 3,  # those have a pattern of PEFT's own
+            r"layers\.0\.(?!.*experts).*_proj": 3,  # those have a pattern of PEFT's own
             r"layers\.1\..*(down_proj|w2)": 7,
             r"layers\.1\.self_attn\.(o|out)_proj": 1,
         }

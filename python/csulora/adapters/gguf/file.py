@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, Keys
 
 from csulora import __version__
 from csulora.adapters import experts
-from csulora.adapters.factors import of_one_dtype
+from csulora.adapters.factors import of_one_dtype, wide
 from csulora.adapters.gguf import stacks
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
@@ -254,25 +254,27 @@ def _check_fits(path: Path, name: str, module: str, update: LoraModule, base: Ba
 
 def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Return the factors under llama.cpp's names, in its order of rows, in the type to be written."""
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    of_experts: dict[str, LoraModule] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for tensor, module, update in _placed(adapter, base):
-        dtypes[tensor] = torch.promote_types(dtypes.get(tensor, update.b.dtype), update.b.dtype)
-        scale = update.scale * base.multipliers.get(module, 1.0)
-        wide = replace(update, b=update.b.float(), a=update.a.float(), scale=scale).folded()
-        if base.expert_tensor(module):
-            of_experts[module] = wide
-        else:
-            b, a = base.to_gguf(module, wide.b, wide.a)
-            factors[tensor] = (b, a.t()) if update.is_embedding else (a, b)
     tensors: dict[str, torch.Tensor] = {}
-    for tensor, pair in (factors | stacks.together(of_experts, base)).items():
-        for factor, matrix in zip(("lora_a", "lora_b"), pair, strict=True):
-            key = f"{tensor}.weight.{factor}"
+    dtypes: dict[str, torch.dtype] = {}
+
+    def add(tensor: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        for key, matrix in ((f"{tensor}.weight.lora_a", a), (f"{tensor}.weight.lora_b", b)):
             tensors[key] = matrix.to(dtype or dtypes[tensor]).contiguous()
             if not is_finite(tensors[key]):
                 raise InputError(f"{adapter.path}: {key} with its scale does not fit {tensors[key].dtype}")
+
+    of_experts: dict[str, LoraModule] = {}
+    for tensor, module, update in _placed(adapter, base):
+        dtypes[tensor] = torch.promote_types(dtypes.get(tensor, update.b.dtype), update.b.dtype)
+        multiplied = replace(update, scale=update.scale * base.multipliers.get(module, 1.0))
+        if base.expert_tensor(module):
+            of_experts[module] = multiplied
+            continue
+        widened = wide(multiplied)
+        b, a = base.to_gguf(module, widened.b, widened.a)
+        add(tensor, *((b, a.t()) if update.is_embedding else (a, b)))
+    for tensor, (a, b) in stacks.together(of_experts, base):
+        add(tensor, a, b)
     return tensors
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from csulora.adapters.experts import joined, padded, split
+from csulora.adapters.factors import wide
 from csulora.adapters.lora import LoraModule
 from csulora.errors import InputError
 from csulora.models import gguf_experts
@@ -19,22 +20,22 @@ from csulora.models.gguf_experts import Stack
 from csulora.subspace.expert_layout import ExpertLayout
 
 
-def together(updates: Mapping[str, LoraModule], base: BaseModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return A and B of all experts by the GGUF name, less ``.weight``, of the tensor that they update.
+def together(
+    updates: Mapping[str, LoraModule], base: BaseModel
+) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield A and B of all experts, float32, with the GGUF name, less ``.weight``, of the tensor that they update.
 
-    Experts without an update get zeros, and so do ranks below the largest.
+    Experts without an update get zeros, and so do ranks below the largest. Scales are folded into B.
 
     Args:
-        updates: by module; each is one of ``base``, float32, and has scale 1.
+        updates: by module; each is one of ``base``.
         base: the model.
     """
-    factors = {}
     for tensor in dict.fromkeys(map(base.expert_tensor, updates)):
         stack = gguf_experts.stack(tensor or "", base.architecture.experts)
         assert tensor
         assert stack
-        factors[tensor] = _of_tensor(stack, base.number_of_experts[tensor], updates)
-    return factors
+        yield tensor, _of_tensor(stack, base.number_of_experts[tensor], updates)
 
 
 def apart(stack: Stack, a: torch.Tensor, b: torch.Tensor, scale: float, where: str) -> Iterator[tuple[str, LoraModule]]:
@@ -75,6 +76,7 @@ def _of_tensor(stack: Stack, number: int, updates: Mapping[str, LoraModule]) -> 
 
 def _of_expert(parts: list[LoraModule | None]) -> LoraModule | None:
     """Return the update of an expert's rows: of one projection, or of gate and up."""
-    if not any(parts):
+    widened = [part and wide(part) for part in parts]
+    if not any(widened):
         return None
-    return parts[0] if len(parts) == 1 else joined(*parts, interleaved=False)
+    return widened[0] if len(parts) == 1 else joined(*widened, interleaved=False)

@@ -37,12 +37,13 @@ _FAMILIES: dict[str, Callable[[], Any]] = {
         transformers.GptOssConfig(**_SIZES | {"intermediate_size": 64}, num_local_experts=4)
     ),
 }
+_ATTENTION = ["q_proj", "k_proj", "v_proj"]  # SGLang wants all three
 _PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 _TARGETS: dict[str, dict[str, Any]] = {
-    "both": {"target_modules": ["q_proj"], "target_parameters": _PARAMETERS},
-    "gate and up": {"target_modules": ["q_proj"], "target_parameters": _PARAMETERS[:1]},
+    "both": {"target_modules": _ATTENTION, "target_parameters": _PARAMETERS},
+    "gate and up": {"target_modules": _ATTENTION, "target_parameters": _PARAMETERS[:1]},
     "all-linear": {"target_modules": "all-linear"},
-    "rank 16": {"target_modules": ["q_proj"], "target_parameters": _PARAMETERS, "r": 16},
+    "rank 16": {"target_modules": _ATTENTION, "target_parameters": _PARAMETERS, "r": 16},
 }
 
 

@@ -16,6 +16,7 @@ from csulora.errors import RefusedError
 from csulora.models.names import bare
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_ROUTERS = (".gate", ".router")
 _OUTSIDE_LAYERS = frozenset({"embed_tokens", "lm_head"})
 
 
@@ -23,8 +24,13 @@ def fitted(adapter: Adapter) -> Adapter:
     """Return the same updates as SGLang applies them to the modules that they were corrected for.
 
     Raises:
-        RefusedError: SGLang would put a module's factors into another module.
+        RefusedError: SGLang would put a module's factors into another module, or has none for them.
     """
+    for name in adapter.modules:
+        if name.endswith(_ROUTERS):
+            raise RefusedError(
+                f"{adapter.path}: SGLang has no LoRA for a router, {name}; use an adapter that does not target it"
+            )
     slots: dict[tuple[str, str], str] = {}
     for name in adapter.modules:
         layer = _LAYER.match(bare(name))

@@ -8,10 +8,8 @@ A correction needs them apart, because alignment moved them apart: ``experts.3.g
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import count, islice, takewhile
-from pathlib import Path
 
 import torch
 
@@ -56,7 +54,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         layout: that of the model; None if it is not known.
 
     Raises:
-        RefusedError: the adapter's experts are fused, and ``layout`` is None, or they are there one by one too.
+        RefusedError: the adapter's experts are fused, and ``layout`` is None.
         InputError: the factors do not fit the model's experts.
     """
     if not is_fused(adapter) or adapter.is_decoded:
@@ -75,45 +73,8 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         oriented = _exchanged(module) if layout.exchanged else module
         parts = split(oriented, layout, f"{adapter.path}: {name}") if projection == GATE_UP else {projection: oriented}
         for part, update in parts.items():
-            whole = f"{experts}.{expert}.{part}"
-            if whole in modules or (whole != name and whole in adapter.modules):
-                raise in_two_layouts(whole, adapter.path)
-            modules[whole] = update
+            modules[f"{experts}.{expert}.{part}"] = update
     return replace(adapter, modules=modules, is_decoded=True)
-
-
-def in_two_layouts(module: str, path: Path) -> RefusedError:
-    """Return what to raise where a file updates an expert twice."""
-    return RefusedError(
-        f"{path}: updates {module} both among fused experts and by itself; hosts disagree on which of them they apply"
-    )
-
-
-def check_counts(adapter: Adapter, is_known: Callable[[str], bool]) -> None:
-    """Raise unless fused factors hold as many experts as the model has.
-
-    A host that counts for itself would take them apart otherwise than the file says.
-
-    Args:
-        adapter: what `decoded` returned.
-        is_known: whether the model has a module; where it has no expert at all, nothing is checked.
-
-    Raises:
-        InputError: there are more or fewer.
-    """
-    held: dict[tuple[str, str], int] = {}
-    for name in adapter.modules if is_fused(adapter) else ():
-        if (found := parsed(name)) and found[2] in (GATE, UP, DOWN):
-            experts, expert, projection = found
-            held[experts, projection] = max(held.get((experts, projection), 0), expert + 1)
-    for (experts, projection), number in held.items():
-        names = (f"{experts}.{expert}.{projection}" for expert in count())
-        known = sum(1 for _ in takewhile(is_known, islice(names, number + 1)))
-        if known not in (0, number):
-            more = "more" if known > number else str(known)
-            raise InputError(
-                f"{adapter.path}: updates {number} experts of {experts}, and the model has {more}; it is for another"
-            )
 
 
 def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:

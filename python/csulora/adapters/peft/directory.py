@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.experts import in_two_layouts, is_parameter_of_experts, is_targeted, parsed
+from csulora.adapters.experts import is_parameter_of_experts, is_targeted, parsed
 from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft import diagnosis, stacked
@@ -135,8 +135,6 @@ def _assembled(
             a, b = _pair(name, factors[name], _LINEAR, path / WEIGHTS_FILE)
             order = column_order(config, expert_layout, path / CONFIG_FILE)
             found = dict(stacked.apart(parameter, a, b, rank, scale, order, path / WEIGHTS_FILE))
-        if twice := modules.keys() & found:
-            raise in_two_layouts(min(twice), path / WEIGHTS_FILE)
         modules |= found
         if len(modules) > MOST_UPDATES:
             raise RefusedError(f"{path / WEIGHTS_FILE}: holds more than {MOST_UPDATES} updates, the most that are read")

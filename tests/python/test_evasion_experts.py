@@ -92,25 +92,25 @@ REFUSED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         DOWN_ALONE,
         "no whole number of experts",
     ),
-    "more experts than there are": (gate_up(5) | down(5), BOTH, "factors of 5 experts .* has 4"),
-    "fewer experts than there are": (gate_up(3) | down(3), BOTH, "factors of 3 experts .* has 4"),
-    "half the experts at twice the rank": (down(), DOWN_ALONE | {"r": 2 * RANK}, "factors of 2 experts .* has 4"),
+    "more experts than there are": (gate_up(5) | down(5), BOTH, "factors of 5 experts .* the subspace file has 4"),
+    "fewer experts than there are": (gate_up(3) | down(3), BOTH, "factors of 3 experts .* the subspace file has 4"),
+    "half the experts at twice the rank": (down(), DOWN_ALONE | {"r": 2 * RANK}, "factors of 2 experts"),
     "NaN in one expert": (with_entry(down(), float("nan")), DOWN_ALONE, "holds NaN or infinity"),
     "infinity in one expert": (with_entry(down(), float("inf")), DOWN_ALONE, "holds NaN or infinity"),
     "one projection twice": (
         down() | single(DOWN),
         DOWN_ALONE | {"target_modules": [DOWN]},
-        "alone, and target_parameters names parameters of all",
+        "alone, and target_parameters names",
     ),
     "a gate twice": (
         factors(IN_FILE, 2 * WIDTH, HIDDEN) | single(GATE),
         GATE_UP_ALONE | {"target_modules": [GATE]},
-        "alone, and target_parameters names parameters of all",
+        "alone, and target_parameters names",
     ),
     "a gate twice, under Mixtral's name": (
         factors(IN_FILE, 2 * WIDTH, HIDDEN) | factors(f"{IN_FILE}.1.w1", WIDTH, HIDDEN, experts=1),
         GATE_UP_ALONE | {"target_modules": ["w1"]},
-        "alone, and target_parameters names parameters of all",
+        "alone, and target_parameters names",
     ),
     "another parameter's factors": (down(), GATE_UP_ALONE, "has 40 rows|updates a .* matrix"),
     "a parameter too many": (down(), BOTH, "target_parameters names 2 parameters"),
@@ -192,10 +192,9 @@ def test_one_expert_with_all_the_energy_is_seen(size: float, layout: str | None,
         csulora.correct(adapter, subspace, csulora.Policy.csulora(max_undo=0.9), layout)
 
 
-def test_a_kept_expert_that_is_none_of_the_models_is_not_fused(subspace: csulora.Subspace, tmp_path: Path) -> None:
+def test_a_kept_expert_that_is_none_of_the_models_is_not_fused(subspace: csulora.Subspace) -> None:
     adapter = factories.adapter({f"{OWNER}.{expert}.{DOWN}": SHAPES[DOWN] for expert in (0, 999_999)})
     lenient = POLICIES[1]
     assert len(csulora.correct(adapter, subspace, lenient)[1].kept) == 1
-    fixed, _ = csulora.correct(adapter, subspace, lenient, "fused")
-    with pytest.raises(InputError, match="has no update of expert 4, and fused factors hold them all"):
-        csulora.save_adapter(fixed, tmp_path / "fixed")
+    with pytest.raises(RefusedError, match=r"999999\.down_proj is none of the model's experts"):
+        csulora.correct(adapter, subspace, lenient, "fused")

@@ -189,6 +189,11 @@ def _fused(adapter: Adapter, model: _Model) -> Adapter:
             f"{adapter.path}: the subspace file does not say how its model lays experts out; extract it again from the "
             "model's checkpoints"
         )
+    for name in adapter.modules:
+        if parsed(name) and model.to_disk.resolve(name) is None:
+            raise RefusedError(
+                f"{adapter.path}: {name} is none of the model's experts, and fused factors hold them all"
+            )
     modules = _filled(adapter, model)
     matrices = [name for name in adapter.config.get("target_parameters") or [] if not is_parameter_of_experts(name)]
     parameters: dict[str, None] = dict.fromkeys(matrices)

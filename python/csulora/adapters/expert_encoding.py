@@ -182,7 +182,9 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
             # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
             modules[stored] = replace(modules[stored], a=modules[stored].a.clone())
     listed = adapter.config.get("target_modules") or []
-    endings = {name.rpartition(".")[2] for name in modules if parsed(name) or name in matrices}
+    # Names that the adapter has not, as the router's of Mixtral, are in none of its targets.
+    added = {name for name in modules if parsed(name) or name in matrices or name not in adapter.modules}
+    endings = {name.rpartition(".")[2] for name in added}
     targets = listed if isinstance(listed, str) else sorted({*listed, *endings})
     config = adapter.config | {"target_modules": targets, "target_parameters": []}
     is_partial = adapter.partial or targets is listed

@@ -270,6 +270,7 @@ docs: build $(VENV)/.docs ## Build the pages under docs/ into build/docs; a brok
 	$(BIN)/python docs/command_line.py
 	$(BIN)/python docs/tables.py
 	$(BIN)/python docs/idea.py
+	$(BIN)/python docs/experts.py
 	$(BIN)/python -m mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 format: $(VENV)/.dependencies ## Rewrite sources in the house format.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gguf import GGUFWriter, RopeScalingType
+from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
 from transformers import PretrainedConfig
 
 Add = Callable[[GGUFWriter, PretrainedConfig], None]
@@ -20,7 +20,8 @@ def add_settings(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_freq_base(rotary(config)["rope_theta"])
+    if config.model_type != "jamba":  # whose attention knows no positions
+        writer.add_rope_freq_base(rotary(config)["rope_theta"])
     if config.model_type not in _OWN_HEADS:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         writer.add_head_count_kv(config.num_key_value_heads)
@@ -84,6 +85,10 @@ def _qwen3_vl(writer: GGUFWriter, config: PretrainedConfig) -> None:
 
 def _qwen3_5(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_rope_dimension_sections([*rotary(config)["mrope_section"], 0])
+    _gated_delta(writer, config)
+
+
+def _gated_delta(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
     writer.add_ssm_state_size(config.linear_key_head_dim)
     writer.add_ssm_group_count(config.linear_num_key_heads)
@@ -102,6 +107,8 @@ def _gemma4(writer: GGUFWriter, config: PretrainedConfig) -> None:
     _olmo3(writer, config)
     writer.add_head_count_kv([layer.num_key_value_heads for layer in config.per_layer_config])
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if config.enable_moe_block:
+        _experts(writer, config)
     writer.add_shared_kv_layers(config.num_kv_shared_layers)
     writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
     head, sliding = (
@@ -124,12 +131,69 @@ def _falcon_h1(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_ssm_group_count(config.mamba_n_groups)
 
 
+def _experts(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_expert_count(_first(config, "num_experts", "num_local_experts", "n_routed_experts"))
+    writer.add_expert_used_count(_first(config, "num_experts_per_tok", "top_k_experts"))
+    writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    if width := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(width)
+
+
+def _sigmoid_experts(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _experts(writer, config)
+    writer.add_leading_dense_block_count(_first(config, "first_k_dense_replace", "num_dense_layers"))
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+
+
+def _glm4_moe(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _sigmoid_experts(writer, config)
+    writer.add_expert_shared_count(config.n_shared_experts)
+
+
+def _lfm2_moe(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _lfm2(writer, config)
+    _sigmoid_experts(writer, config)
+
+
+def _gpt_oss(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _experts(writer, config)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _qwen3_next(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _gated_delta(writer, config)
+    _experts(writer, config)
+
+
+def _qwen3_5_moe(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _qwen3_5(writer, config)
+    _experts(writer, config)
+
+
+def _jamba(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _experts(writer, config)
+    writer.add_head_count_kv(
+        [0 if kind == "mamba" else config.num_key_value_heads for kind in config.layers_block_type]
+    )
+    writer.add_ssm_conv_kernel(config.mamba_d_conv)
+    writer.add_ssm_inner_size(config.mamba_expand * config.hidden_size)
+    writer.add_ssm_state_size(config.mamba_d_state)
+    writer.add_ssm_time_step_rank(config.mamba_dt_rank)
+
+
+def _first(config: PretrainedConfig, *names: str) -> Any:
+    """The value of the first of these settings that the model has."""
+    return next(value for name in names if (value := getattr(config, name, None)) is not None)
+
+
 def _where(config: PretrainedConfig, layer_type: str) -> list[bool]:
     return [found == layer_type for found in config.layer_types]
 
 
 # Models whose layers differ in their heads.
-_OWN_HEADS = frozenset({"lfm2", "gemma4_text"})
+_OWN_HEADS = frozenset({"lfm2", "lfm2_moe", "gemma4_text", "jamba"})
 _EXTRA: dict[str, Add] = {
     "gemma2": _gemma2,
     "gemma3_text": _sliding,
@@ -140,6 +204,14 @@ _EXTRA: dict[str, Add] = {
     "qwen2_5_vl_text": _qwen2_vl,
     "qwen3_vl_text": _qwen3_vl,
     "qwen3_5_text": _qwen3_5,
+    "mixtral": _experts,
+    "qwen3_moe": _experts,
+    "qwen3_5_moe_text": _qwen3_5_moe,
+    "qwen3_next": _qwen3_next,
+    "gpt_oss": _gpt_oss,
+    "glm4_moe": _glm4_moe,
+    "lfm2_moe": _lfm2_moe,
+    "jamba": _jamba,
     "lfm2": _lfm2,
     "falcon_h1": _falcon_h1,
     "gemma4_text": _gemma4,

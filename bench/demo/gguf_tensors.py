@@ -17,12 +17,23 @@ from csulora.models.gguf_layout import HEAD, Architecture
 from csulora.models.gguf_orders import SOURCES
 
 # Their norms multiply by 1 + weight, and llama.cpp's by weight.
-OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "qwen35")
+OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next")
 _TOWERS = ("vision_tower", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
 
 # Names that gguf's table knows otherwise.
-_SPELLINGS = {"dt_bias": "dt_proj.bias", "layer_scalar": "layer_scalar.weight"}
+_SPELLINGS = {
+    "dt_bias": "dt_proj.bias",
+    "layer_scalar": "layer_scalar.weight",
+    "self_attn.sinks": "self_attn.sinks.weight",
+    "e_score_correction_bias": "e_score_correction.bias",
+    "feed_forward.expert_bias": "feed_forward.expert_bias.bias",
+}
 _SPELLED = re.compile("|".join(_SPELLINGS))
+# Gemma 4's, of which gguf's table has no names.
+_ROUTER = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+_IN_ROUTER = re.compile(rf"layers\.(?P<layer>\d+)\.(?P<scale>{'|'.join(_ROUTER)})")
+
+_EXPERTS = re.compile(r"layers\.(?P<layer>\d+)\..*\bexperts\.(?P<parameter>gate_up_proj|down_proj)(?P<bias>_bias)?")
 
 # Orders of what is no weight matrix.
 _OTHER_ORDERS = {
@@ -43,6 +54,12 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
         is_tied = bare == f"{HEAD}.weight" and stored.data_ptr() == embedding.data_ptr()
         if is_tied or bare.startswith(_TOWERS):
             continue
+        if found := _IN_ROUTER.fullmatch(bare):
+            yield f"blk.{found['layer']}.{_ROUTER[found['scale']]}", stored.detach().float()
+            continue
+        if found := _EXPERTS.fullmatch(bare):
+            yield from _experts(found, stored.detach().float(), layout)
+            continue
         module = bare if bare.startswith(HEAD) else f"model.{bare}"
         name = table.get_name(module, try_suffixes=(".weight", ".bias"))
         if name is None:
@@ -52,6 +69,20 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
         yield "rope_freqs.weight", _gemma4_frequencies(config)
 
 
+def _experts(name: re.Match[str], stacked: Tensor, layout: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of all experts of a layer, (E, out, in), or their biases, (E, out)."""
+    kind = "bias" if name["bias"] else "weight"
+    if layout.name == "gpt-oss" and kind == "weight":  # (E, in, out)
+        stacked = stacked.transpose(1, 2)
+    if name["parameter"] == "gate_up_proj" and not layout.fuses_experts:
+        gate, up = (stacked[:, 0::2], stacked[:, 1::2]) if layout.expert_layout.interleaved else stacked.chunk(2, dim=1)
+        held = {"gate": gate, "up": up}
+    else:
+        held = {name["parameter"].removesuffix("_proj"): stacked}
+    for projection, tensor in held.items():
+        yield f"blk.{name['layer']}.ffn_{projection}_exps.{kind}", tensor
+
+
 def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Architecture) -> Tensor:
     module = name.rpartition(".")[0]
     counts = {name: getattr(config, SOURCES[name].config) for name in layout.counts}
@@ -59,9 +90,12 @@ def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Arch
         return tensor + 1
     if name.endswith("A_log"):
         tensor = -tensor.exp()
+    if name.endswith("shared_expert_gate.weight"):
+        return tensor[0]
     if tensor.dim() == 3:  # a convolution of every channel alone
         tensor = tensor.squeeze(1)
-    order = layout.row_order(module) or _OTHER_ORDERS.get(name.rpartition("linear_attn.")[2])
+    others = _OTHER_ORDERS if "value_heads" in layout.counts else {}
+    order = layout.row_order(module) or others.get(name.rpartition("linear_attn.")[2])
     if order is not None:
         tensor = tensor[order(counts, tensor.shape[0])]
     if (order := layout.column_order(module)) is not None:

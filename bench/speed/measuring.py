@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,13 @@ def read_files(*files: Path) -> None:
                 pass
 
 
+_PACKAGES = ("csulora", "torch", "numpy", "scikit-learn")
+
+
+def _is_installed(package: str) -> bool:
+    return any(True for _ in distributions(name=package))
+
+
 def machine() -> dict[str, Any]:
     """Say what measured, in which state."""
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
@@ -94,7 +101,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("csulora", "torch", "numpy", "scikit-learn")},
+        "versions": {package: version(package) for package in _PACKAGES if _is_installed(package)},
         "commit": commit.stdout.strip(),
         "load_average": os.getloadavg(),
     }

@@ -41,6 +41,7 @@ void translate(std::exception_ptr pending) {
 void register_subspace(py::module_& module) {
   using csulora::Certificate;
   using csulora::ExtractOptions;
+  using csulora::ExtractTask;
   using csulora::Subspace;
   using csulora::Workspace;
 
@@ -48,9 +49,11 @@ void register_subspace(py::module_& module) {
       .def(py::init<>())
       .def_readwrite("displacement_norm2", &Certificate::displacement_norm2)
       .def_readwrite("captured_energy", &Certificate::captured_energy)
+      .def_readwrite("optimal_share", &Certificate::optimal_share)
       .def_readwrite("residual", &Certificate::residual)
       .def_readwrite("orthonormality", &Certificate::orthonormality)
       .def_readwrite("next_value", &Certificate::next_value)
+      .def_readwrite("standing_out", &Certificate::standing_out)
       .def_readwrite("subspace_error", &Certificate::subspace_error)
       .def_readwrite("noise_edge", &Certificate::noise_edge)
       .def_readwrite("above_noise", &Certificate::above_noise)
@@ -68,6 +71,7 @@ void register_subspace(py::module_& module) {
       .def_readwrite("rank", &ExtractOptions::rank)
       .def_readwrite("energy", &ExtractOptions::energy)
       .def_readwrite("tolerance", &ExtractOptions::tolerance)
+      .def_readwrite("energy_tolerance", &ExtractOptions::energy_tolerance)
       .def_readwrite("keep_noise", &ExtractOptions::keep_noise)
       .def_readwrite("noise_std", &ExtractOptions::noise_std)
       .def_readwrite("factor_dtype", &ExtractOptions::factor_dtype)
@@ -75,14 +79,24 @@ void register_subspace(py::module_& module) {
 
   py::class_<Workspace>(module, "Workspace").def(py::init<>());
 
+  py::class_<ExtractTask>(module, "ExtractTask")
+      .def(py::init<at::Tensor, at::Tensor, std::string, std::optional<double>>(), "base"_a, "aligned"_a,
+           "label"_a = "displacement", "noise_std"_a = py::none())
+      .def_readonly("base", &ExtractTask::base)
+      .def_readonly("aligned", &ExtractTask::aligned)
+      .def_readonly("label", &ExtractTask::label)
+      .def_readonly("noise_std", &ExtractTask::noise_std);
+
   module.def("extract_subspace", &csulora::extract_subspace, "base"_a, "aligned"_a, "options"_a = ExtractOptions{},
              "workspace"_a = nullptr, py::call_guard<py::gil_scoped_release>());
+  module.def("extract_subspaces", &csulora::extract_subspaces, "tasks"_a, "options"_a = ExtractOptions{},
+             py::call_guard<py::gil_scoped_release>());
   module.def("validate", py::overload_cast<const Subspace&>(&csulora::validate), "subspace"_a,
              py::call_guard<py::gil_scoped_release>());
   module.def("validate", py::overload_cast<const std::vector<std::pair<std::string, Subspace>>&>(&csulora::validate),
              "subspaces"_a, py::call_guard<py::gil_scoped_release>());
   module.def("certify", &csulora::certify, "base"_a, "aligned"_a, "subspace"_a, "options"_a = ExtractOptions{},
-             py::call_guard<py::gil_scoped_release>());
+             "standing_out"_a = py::none(), py::call_guard<py::gil_scoped_release>());
 }
 
 void register_correction(py::module_& module) {

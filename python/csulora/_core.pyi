@@ -16,9 +16,11 @@ class Certificate:
 
     displacement_norm2: float
     captured_energy: float
+    optimal_share: float
     residual: float
     orthonormality: float
     next_value: float
+    standing_out: int
     subspace_error: float
     noise_edge: float
     above_noise: int
@@ -44,6 +46,7 @@ class ExtractOptions:
     rank: int
     energy: float | None
     tolerance: float
+    energy_tolerance: float
     keep_noise: bool
     noise_std: float | None
     factor_dtype: torch.dtype
@@ -58,12 +61,37 @@ class Workspace:
 def extract_subspace(
     base: torch.Tensor, aligned: torch.Tensor, options: ExtractOptions = ..., workspace: Workspace | None = None
 ) -> Subspace: ...
+
+class ExtractTask:
+    """One displacement of many: base and aligned (m, n), what messages call it, and its own ``noise_std``."""
+
+    def __init__(
+        self,
+        base: torch.Tensor,
+        aligned: torch.Tensor,
+        label: str = "displacement",
+        noise_std: float | None = None,
+    ) -> None: ...
+    @property
+    def base(self) -> torch.Tensor: ...
+    @property
+    def aligned(self) -> torch.Tensor: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def noise_std(self) -> float | None: ...
+
+def extract_subspaces(tasks: Sequence[ExtractTask], options: ExtractOptions = ...) -> list[Subspace]: ...
 @overload
 def validate(subspace: Subspace) -> None: ...
 @overload
 def validate(subspaces: Sequence[tuple[str, Subspace]]) -> None: ...
 def certify(
-    base: torch.Tensor, aligned: torch.Tensor, subspace: Subspace, options: ExtractOptions = ...
+    base: torch.Tensor,
+    aligned: torch.Tensor,
+    subspace: Subspace,
+    options: ExtractOptions = ...,
+    standing_out: int | None = None,
 ) -> Certificate: ...
 
 class LoraFactors:

@@ -36,6 +36,7 @@ class Family:
     gguf_name: str = ""  # where it is not `name` in lower case
     # Makes the configuration of a model that also sees of its language model's.
     wrap: Callable[[Any], Any] | None = None
+    parameters: list[str] = field(default_factory=list)  # that adapters target beside modules: experts and routers
 
     @property
     def architecture(self) -> str:
@@ -152,6 +153,23 @@ _GEMMA4: dict[str, Any] = {
     "final_logit_softcapping": 30.0,  # llama.cpp's default, which a file cannot turn off
 }
 
+_ATTENTION = _SEPARATE[:4]
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+
+
+def _parameters(experts: str = "mlp.experts", router: str = "mlp.gate.weight") -> list[str]:
+    return [f"{experts}.gate_up_proj", f"{experts}.down_proj", *([router] if router else [])]
+
+
+_SHARED = {"shared_expert_intermediate_size": 24}
+_SHARED_NAMES = ["gate_proj", "up_proj", "down_proj", "shared_expert_gate"]
+_SIGMOID: dict[str, Any] = {"routed_scaling_factor": 1.0, "norm_topk_prob": True}
+
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -191,6 +209,89 @@ FAMILIES = {
     "olmo2": Family("Olmo2"),
     "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3", {"head_dim": 16}),
+    "qwen3moe": Family("Qwen3Moe", _EXPERTS | {"head_dim": 16}, _ATTENTION, parameters=_parameters()),
+    "mixtral": Family(
+        "Mixtral", {"num_local_experts": 4, "head_dim": 16}, _ATTENTION, gguf_name="llama", parameters=_parameters()
+    ),
+    "qwen35moe": Family(
+        "Qwen3_5Moe",
+        _QWEN35 | _EXPERTS | _SHARED,
+        [*_ATTENTION, *_SHARED_NAMES, *_LINEAR],
+        config="Qwen3_5MoeText",
+        gguf_name="qwen35moe",
+        parameters=_parameters(),
+    ),
+    "qwen3next": Family(
+        "Qwen3Next",
+        _QWEN35
+        | _EXPERTS
+        | _SHARED
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
+        [*_ATTENTION, *_SHARED_NAMES, "in_proj_ba", "out_proj"],
+        parameters=_parameters(),
+    ),
+    "gpt-oss": Family(
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        _ATTENTION,
+        gguf_name="gpt-oss",
+        parameters=_parameters(router="mlp.router.weight"),
+    ),
+    "glm4moe": Family(
+        "Glm4Moe",
+        _SIGMOID
+        | {
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "head_dim": 16,
+            "use_qk_norm": True,
+        },
+        parameters=_parameters(),
+    ),
+    "lfm2moe": Family(
+        "Lfm2Moe",
+        _SIGMOID | _EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        ["q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"],
+        parameters=_parameters("feed_forward.experts", "feed_forward.gate.weight"),
+    ),
+    "jamba": Family(
+        "Jamba",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 8,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": 4,
+        },
+        [*_SEPARATE, "in_proj", "x_proj"],
+        parameters=_parameters("feed_forward.experts", "feed_forward.router.weight"),
+    ),
+    "gemma4 (experts)": Family(
+        "Gemma4",
+        _GEMMA4
+        | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+        | {"hidden_size_per_layer_input": 0},
+        config="Gemma4Text",
+        gguf_name="gemma4",
+        parameters=_parameters("experts", "router.proj.weight"),
+    ),
     "gemma": Family("Gemma", {"head_dim": 16}),
     "gemma2": Family("Gemma2", _GEMMA),
     # Every sixth layer attends to everything, with other rotary frequencies.

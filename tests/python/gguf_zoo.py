@@ -55,13 +55,14 @@ def _weight(name: str, like: Tensor, seed: int, architecture: str) -> Tensor:
 
 
 def moved(family: str) -> PreTrainedModel:
-    """The model after a change of low rank in every weight matrix."""
+    """The model after a change of low rank in every weight matrix, those of experts among them."""
     changed = deepcopy(model(family))
     with torch.no_grad():
-        for i, parameter in enumerate(changed.parameters()):
-            if parameter.dim() == 2:
-                left = factories.gaussian(parameter.shape[0], 2, seed=i)
-                parameter.add_(0.1 * left @ factories.gaussian(2, parameter.shape[1], seed=1000 + i))
+        for i, (name, parameter) in enumerate(changed.named_parameters()):
+            if parameter.dim() == 2 or (parameter.dim() == 3 and "experts" in name):
+                *experts, rows, columns = parameter.shape
+                left = factories.gaussian(*experts, rows, 2, seed=i)
+                parameter.add_(0.1 * left @ factories.gaussian(*experts, 2, columns, seed=1000 + i))
     return changed
 
 
@@ -82,7 +83,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     # PEFT sorts the keys on saving and the first match counts, so no two may match one name.
     "rank_pattern": {
         "rank_pattern": {
-            r"layers\.0\..*_proj": 3,
+            r"layers\.0\.(?!.*experts).*_proj": 3,  # those have a pattern of PEFT's own
             r"layers\.1\..*(down_proj|w2)": 7,
             r"layers\.1\.self_attn\.(o|out)_proj": 1,
         }
@@ -94,6 +95,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
     """Save an adapter with other factors for every module; return the model with the adapter."""
     chosen: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": _targets(family)}
+    if FAMILIES[family].parameters and "target_modules" not in settings:
+        chosen["target_parameters"] = FAMILIES[family].parameters
     adapted = get_peft_model(deepcopy(model(family)), LoraConfig(task_type="CAUSAL_LM", **(chosen | settings)))
     with torch.no_grad():
         factors = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]

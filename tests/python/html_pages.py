@@ -48,6 +48,12 @@ def page(name: str, modules: Sequence[str] | None = None) -> str:
     return rendered(replace(factories.adapter(shapes), path=path), named, refusing, frontier(named.sha256, name))
 
 
+def experts(layers: int, experts: int) -> list[str]:
+    """Modules of a model that has nothing else than experts with gates."""
+    projections = ("gate_proj", "up_proj", "down_proj")
+    return [f"model.layers.{i}.mlp.experts.{j}.{p}" for i in range(layers) for j in range(experts) for p in projections]
+
+
 def rendered(adapter: Adapter, subspace: Subspace, policy: Policy, frontier: Frontier | None = None) -> str:
     """The page of what a policy does to an adapter."""
     return render(assess(adapter, subspace, policy), subspace, policy, frontier)

@@ -404,6 +404,23 @@ def test_tensors_beside_the_factors_are_refused_under_every_policy(
     refused_always(upload(tmp_path / "adapter", named(Q, *factors()) | extra), subspace, reason)
 
 
+@pytest.mark.parametrize("module", [Q, "lm_head"])
+def test_factors_that_hosts_transpose_or_drop_are_refused(
+    module: str, tmp_path: Path, subspace: csulora.Subspace
+) -> None:
+    b, a = (factor.contiguous() for factor in factors())
+    embedding = {f"{PREFIX}{module}.lora_embedding_A": a, f"{PREFIX}{module}.lora_embedding_B": b}
+    refused_always(upload(tmp_path / "embedding", embedding), subspace, "which is no embedding")
+
+
+def test_a_parameter_that_is_stored_transposed_is_refused(tmp_path: Path) -> None:
+    """PEFT adds B A to GPT-2's matrix as it is stored, (in, out); a square one does not show it."""
+    module = "transformer.h.0.attn.c_proj"
+    settings = config(target_modules=[], target_parameters=["attn.c_proj.weight"])
+    path = upload(tmp_path / "adapter", named(module, *factors()), settings)
+    refused_always(path, factories.subspace({module: (40, 40)}), "name the module in target_modules")
+
+
 def test_uncovered_modules_pass_only_where_the_policy_says_so(tmp_path: Path, subspace: csulora.Subspace) -> None:
     extra = named("model.layers.7.self_attn.q_proj", *factors())
     path = upload(tmp_path / "adapter", named(Q, *factors()) | extra)

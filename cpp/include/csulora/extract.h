@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "csulora/subspace.h"
 
@@ -19,8 +21,13 @@ struct ExtractOptions {
   /// Keep the fewest directions that capture this share of |D|^2, in (0, 1]; absent: keep `rank`.
   std::optional<double> energy;
 
-  /// Convergence: every kept triple must reach |D^T u - s v| <= tolerance * s. In (0, 1).
+  /// Convergence: every kept triple that stands out must reach |D^T u - s v| <= tolerance * s. In (0, 1).
   double tolerance = 1e-3;
+
+  /// Inside a bulk, where no gap separates directions, they are accepted as soon as all that are kept capture at least
+  /// 1 - energy_tolerance of what the best ones do, and the residual of each is at most 5 energy_tolerance s. In
+  /// [0, 0.1]; 0: every triple must reach `tolerance`.
+  double energy_tolerance = 0.01;
 
   /// Keep directions whose singular value lies below the rounding noise of the two checkpoints.
   bool keep_noise = false;
@@ -47,9 +54,10 @@ struct Workspace {
 /// Truncated SVD of the displacement D = aligned - base.
 ///
 /// Randomized block Krylov (Musco & Musco 2015) in the form of a block Golub-Kahan bidiagonalisation with full
-/// re-orthogonalisation, Rayleigh-Ritz, and stopping on residuals; a full decomposition where the matrix is small or
-/// the Krylov space would not stay small. D is formed in float32; peak memory is about twice D in float32, and with the
-/// Gram matrix of its shorter side, some four times that in float64, if the full decomposition is needed.
+/// re-orthogonalisation, Rayleigh-Ritz, and stopping on residuals and captured energy; a full decomposition where the
+/// matrix is small or the Krylov space would not stay small. D is formed in float32; peak memory is about twice D in
+/// float32, and with the Gram matrix of its shorter side, some four times that in float64, if the full decomposition is
+/// needed.
 ///
 /// A CPU that multiplies tiles of bfloat16 numbers builds the Krylov space with a bfloat16 copy of D, and refines what
 /// it holds by subspace iteration with D itself until the residuals meet the tolerance.
@@ -66,13 +74,29 @@ struct Workspace {
 Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {},
                           Workspace* workspace = nullptr);
 
+/// One displacement of many to be decomposed.
+struct ExtractTask {
+  at::Tensor base;                    ///< as for extract_subspace
+  at::Tensor aligned;                 ///< same shape and device
+  std::string label{"displacement"};  ///< what messages call it
+  std::optional<double> noise_std{};  ///< as in the options
+};
+
+/// extract_subspace for many small matrices, such as a model's experts: on a CPU one list of tasks for all cores, each
+/// matrix on one thread. A result depends neither on the number of threads nor on the other tasks.
+///
+/// @param options  for all of them; noise_std is not read
+/// @throws InputError as extract_subspace, of the first task that cannot be used, beginning with its label
+std::vector<Subspace> extract_subspaces(const std::vector<ExtractTask>& tasks, const ExtractOptions& options = {});
+
 /// Recomputes the certificate of stored factors from the matrices themselves, trusting nothing that came with them.
 ///
 /// @param base, aligned  as for extract_subspace
 /// @param subspace       u (m, k), s (k), v (n, k); its certificate is not read
-/// @param options        tolerance, noise_std and seed are used
+/// @param options        tolerance, energy_tolerance, noise_std and seed are used
+/// @param standing_out   how many leading directions subspace_error is for; absent: those that stand out
 /// @throws InputError as extract_subspace, and for factors that do not fit the matrices
 Certificate certify(const at::Tensor& base, const at::Tensor& aligned, const Subspace& subspace,
-                    const ExtractOptions& options = {});
+                    const ExtractOptions& options = {}, std::optional<int64_t> standing_out = {});
 
 }  // namespace csulora

@@ -17,6 +17,10 @@ struct Certificate {
   /// 1 - |D - U S V^T|_F^2 / |D|_F^2, at least; equals sum s^2 / |D|^2 for exact factors. 0 when D = 0.
   double captured_energy = 0;
 
+  /// captured_energy is at least this share of what the best k directions capture. It counts what the residuals leave
+  /// open (Fan 1949), and rests on a start block that missed no leading direction. 1 at most; 0 when k = 0.
+  double optimal_share = 0;
+
   /// max over i of max(|D v_i - s_i u_i|, |D^T u_i - s_i v_i|) / s_i.
   double residual = 0;
 
@@ -29,8 +33,13 @@ struct Certificate {
   /// leading direction.
   double next_value = 0;
 
-  /// Bound on the share of the true leading left or right subspace that is missed, 1 - |U_true^T U|_F^2 / k,
-  /// from the residuals and the gaps s_i - next_value (Wedin 1972, column by column). 1: nothing is known.
+  /// So many leading directions stand out: a gap separates them from what follows, and they are known by themselves.
+  /// The rest lies inside a bulk, of which any directions are as good as others that capture as much.
+  int64_t standing_out = 0;
+
+  /// Bound on the share of the true subspace of those that stand out, left or right, that is missed,
+  /// 1 - |U_true^T U|_F^2 / standing_out, from the residuals and the gaps to an upper estimate of the value that
+  /// follows them (Wedin 1972, column by column). 1: nothing is known, as where nothing stands out.
   double subspace_error = 1;
 
   /// Largest singular value that the storage rounding of both matrices can have, sigma (sqrt m + sqrt n) for errors of

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "linalg/products.h"
 #include "linalg/row_blocks.h"
@@ -56,8 +57,8 @@ Products products_in_double(const Displacement& d, const Triples& triples) {
   Products result{at::empty_like(u), at::zeros_like(v), at::zeros_like(triples.s)};
   for_row_blocks(u.size(1), v.size(1), [&](int64_t row, int64_t count) {
     const auto block = d.matrix.narrow(0, row, count).to(at::kDouble);
-    result.left.narrow(1, row, count).copy_(v.mm(block.t()));
-    result.right.addmm_(u.narrow(1, row, count), block);
+    result.left.narrow(1, row, count).copy_(product(v, block.t()));
+    add_product(result.right, u.narrow(1, row, count), block, 1);
   });
   return result;
 }
@@ -101,19 +102,43 @@ double captured_energy(double norm2, const Tensor& s, const Residuals& measured,
 /// most 1 / (1 - error), with the orthonormality error in Frobenius norm.
 double subspace_error_bound(const Tensor& residuals2, const Tensor& s, double next_value, double orthonormality) {
   const auto gaps = s - next_value;
-  if (orthonormality >= 1 || gaps.le(0).any().item<bool>()) {
+  if (s.size(0) == 0 || orthonormality >= 1 || gaps.le(0).any().item<bool>()) {
     return 1;
   }
   const double sine2 = residuals2.div(gaps.square()).sum().item<double>();
   return std::min(1.0, sine2 / static_cast<double>(s.size(0)) / (1 - orthonormality));
 }
 
+/// Directions stand out if the bound on what they miss of the true ones is no larger.
+constexpr double kLargestSubspaceError = 0.01;
+
+/// The error bound of the leading `count` directions, for every count from 0 on.
+std::vector<double> subspace_error_bounds(const Tensor& residuals2, const Tensor& s, const Tensor& upper,
+                                          double orthonormality) {
+  std::vector<double> bounds;
+  for (int64_t count = 0; count <= s.size(0); ++count) {
+    bounds.push_back(subspace_error_bound(residuals2.narrow(0, 0, count), s.narrow(0, 0, count),
+                                          upper[count].item<double>(), orthonormality));
+  }
+  return bounds;
+}
+
+/// The most leading directions whose error bound is small.
+int64_t count_standing_out(const std::vector<double>& bounds) {
+  auto count = static_cast<int64_t>(bounds.size()) - 1;
+  while (count > 0 && bounds[count] > kLargestSubspaceError) {
+    --count;
+  }
+  return count;
+}
+
 }  // namespace
 
-Certificate measure_factors(const Displacement& d, const Subspace& subspace, double next_value) {
+Certificate measure_factors(const Displacement& d, const Subspace& subspace, const Optimum& optimum,
+                            std::optional<int64_t> standing_out) {
   Certificate certificate;
   certificate.displacement_norm2 = d.norm2;
-  certificate.next_value = next_value;
+  certificate.next_value = optimum.upper[-1].item<double>();
   certificate.noise_edge = d.noise_edge;
   if (subspace.s.size(0) == 0) {
     return certificate;
@@ -127,8 +152,11 @@ Certificate measure_factors(const Displacement& d, const Subspace& subspace, dou
   certificate.residual = at::maximum(left, right).div(s).max().item<double>();
   certificate.orthonormality = std::max(orthonormality_error(gram_u), orthonormality_error(gram_v));
   certificate.captured_energy = captured_energy(d.norm2, s, measured, gram_u, gram_v);
-  certificate.subspace_error =
-      subspace_error_bound(left.square() + right.square(), s, next_value, certificate.orthonormality);
+  certificate.optimal_share = std::clamp(certificate.captured_energy * d.norm2 / optimum.largest_energy, 0.0, 1.0);
+  const auto bounds =
+      subspace_error_bounds(left.square() + right.square(), s, optimum.upper, certificate.orthonormality);
+  certificate.standing_out = standing_out.value_or(count_standing_out(bounds));
+  certificate.subspace_error = bounds[certificate.standing_out];
   return certificate;
 }
 

@@ -3,13 +3,23 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace csulora {
 namespace {
 
+using at::Tensor;
+
 /// How well the first unwanted Ritz value must have converged, as a share of it or of the gap to it. A Ritz value errs
 /// by the square of its residual, so this leaves well under a percent.
 constexpr double kNextTolerance = 0.1;
+
+/// A direction stands out before what follows if that lies lower by this share.
+constexpr double kGap = 0.1;
+
+/// Residual of a value inside a bulk, in multiples of what its energy may lack: the captured energy alone would say
+/// little about small values after large ones.
+constexpr double kResidualShare = 5;
 
 /// How far the first unwanted value may still be off. A tenth of the gap to it serves as well as a tenth of itself
 /// where how many are targets does not hinge on it.
@@ -22,12 +32,60 @@ double allowed_of_next(const RitzValues& ritz, int64_t count, const TargetCount&
   return std::max(kNextTolerance * scale, 2 * kResolution * ritz.values[0].item<double>());
 }
 
+/// Whether the residuals of the leading `count` triples are at most `tolerance` times their values.
+bool within(const RitzValues& ritz, int64_t count, double tolerance) {
+  return ritz.residuals.narrow(0, 0, count).le(ritz.values.narrow(0, 0, count) * tolerance).all().item<bool>();
+}
+
+/// Whether the leading `count` triples have converged, and the next value is known well enough, or is as good as zero,
+/// to say that it is no target and to measure the gap to it.
+bool converged(const RitzValues& ritz, int64_t count, const TargetCount& target_count, double tolerance) {
+  return ritz.residuals[count].item<double>() <= allowed_of_next(ritz, count, target_count) &&
+         within(ritz, count, tolerance);
+}
+
+/// How many of the leading `count` values are followed by a gap.
+int64_t standing_out(const RitzValues& ritz, int64_t count) {
+  const auto before = ritz.values.narrow(0, 0, count);
+  const auto after = upper_values(ritz, count).narrow(0, 1, count);
+  const auto followed_by_gap = after.le(before * (1 - kGap)).nonzero();
+  return followed_by_gap.numel() > 0 ? followed_by_gap[-1].item<int64_t>() + 1 : 0;
+}
+
+/// Whether those that stand out have converged, and the energy and every value of the targets and of the value after
+/// them are close to the optimum.
+bool captured(const RitzValues& ritz, int64_t count, const Accuracy& accuracy) {
+  const int64_t with_next = count + 1;
+  const double energy = ritz.values.narrow(0, 0, with_next).square().sum().item<double>();
+  return energy >= (1 - accuracy.energy) * largest_energy(ritz, with_next) &&
+         within(ritz, with_next, kResidualShare * accuracy.energy) &&
+         within(ritz, standing_out(ritz, count), accuracy.residual);
+}
+
 }  // namespace
 
-bool converged(const RitzValues& ritz, int64_t count, const TargetCount& target_count, double tolerance) {
-  const auto& [values, residuals] = ritz;
-  return residuals[count].item<double>() <= allowed_of_next(ritz, count, target_count) &&
-         residuals.narrow(0, 0, count).le(values.narrow(0, 0, count) * tolerance).all().item<bool>();
+bool accepted(const RitzValues& ritz, int64_t count, const TargetCount& target_count, const Accuracy& accuracy) {
+  return converged(ritz, count, target_count, accuracy.residual) || captured(ritz, count, accuracy);
+}
+
+RitzValues::RitzValues(Tensor ritz_values, Tensor vectors)
+    : values(std::move(ritz_values)),
+      residual_vectors(std::move(vectors)),
+      residuals(residual_vectors.norm(2, 1).add_(values[0], kResolution)) {}
+
+double largest_energy(const RitzValues& ritz, int64_t count) {
+  if (count == 0) {
+    return 0;
+  }
+  const auto values = ritz.values.narrow(0, 0, count);
+  const auto beside = ritz.residual_vectors.narrow(0, 0, count) * values.unsqueeze(1);
+  const auto beside_sum = at::linalg_eigvalsh(beside.mm(beside.t())).clamp_min_(0).sqrt_().sum();
+  const auto rounding = values.sum() * values[0] * kResolution;
+  return (values.square().sum() + beside_sum + rounding).item<double>();
+}
+
+at::Tensor upper_values(const RitzValues& ritz, int64_t count) {
+  return ritz.values.narrow(0, 0, count + 1) + ritz.residuals.narrow(0, 0, count + 1);
 }
 
 }  // namespace csulora

@@ -14,21 +14,29 @@ inline constexpr double kResolution = 4 * std::numeric_limits<float>::epsilon();
 
 /// Approximate leading singular triples of a matrix, descending.
 struct SingularTriples {
-  at::Tensor u;           ///< (m, k) float32 or float64
-  at::Tensor s;           ///< (k) float64
-  at::Tensor v;           ///< (n, k) as u
-  double next_value = 0;  ///< upper estimate of the (k+1)-th singular value; 0 when there is none
-  at::Tensor computed;    ///< all singular or Ritz values, float64
-  int64_t passes = 0;     ///< products with the matrix and its transpose; 0 for a full decomposition
+  at::Tensor u;      ///< (m, k) float32 or float64
+  at::Tensor s;      ///< (k) float64
+  at::Tensor v;      ///< (n, k) as u
+  at::Tensor upper;  ///< (k + 1) float64, upper estimates of the leading singular values; 0 where there is none
+  double largest_energy = 0;  ///< no k directions capture more of |A|_F^2
+  at::Tensor computed;        ///< all singular or Ritz values, float64
+  int64_t passes = 0;         ///< products with the matrix and its transpose; 0 for a full decomposition
 };
 
 /// Says how many of the leading singular values (float64, descending) are targets.
 using TargetCount = std::function<int64_t(const at::Tensor& values)>;
 
+/// How accurate the target triples have to be. Those that stand out, before a gap, reach the residual. Those inside a
+/// bulk cannot be told from one another: either they reach it, too, or all targets together capture the energy.
+struct Accuracy {
+  double residual = 0;  ///< |A^T u - s v| <= residual * s
+  double energy = 0;    ///< the captured energy is at least 1 - energy of the optimum; 0: residuals alone count
+};
+
 struct KrylovOptions {
   int64_t block = 0;       ///< columns of the random start block, more than there will ever be targets
   int64_t max_blocks = 0;  ///< give up beyond this depth
-  double tolerance = 0;    ///< every target triple reaches |A^T u - s v| <= tolerance * s
+  Accuracy accuracy;
   uint64_t seed = 0;
 };
 
@@ -53,7 +61,8 @@ std::optional<SingularTriples> low_precision_block_krylov(const at::Tensor& matr
 /// @param start  (b, m) float32, more vectors than there will be targets
 /// @return nothing if the start was not good enough
 std::optional<SingularTriples> refine(const at::Tensor& matrix, const at::Tensor& low_precision,
-                                      const at::Tensor& start, const TargetCount& target_count, double tolerance);
+                                      const at::Tensor& start, const TargetCount& target_count,
+                                      const Accuracy& accuracy);
 
 /// The same from all eigenvalues of the smaller Gram matrix, in float64. Squaring costs half the digits of a value far
 /// below the largest, which leaves more of them than a float32 SVD does.

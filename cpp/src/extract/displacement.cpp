@@ -135,7 +135,7 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool
   }
   const int64_t step = rows_per_block(columns);
   std::vector<Sums> parts((rows + step - 1) / step);
-  for_each_on_torch_threads(parts.size(), [&](size_t i) {
+  for_each_in_parallel(parts.size(), [&](size_t i) {
     const TorchGuards torch_guards;
     const int64_t row = static_cast<int64_t>(i) * step;
     parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result);

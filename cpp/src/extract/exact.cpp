@@ -1,6 +1,5 @@
 #include <ATen/ATen.h>
 
-#include <cmath>
 #include <limits>
 
 #include "extract/decomposition.h"
@@ -28,11 +27,15 @@ Tensor product(const Tensor& matrix, const Tensor& factor) {  // (rows, k) float
   return result;
 }
 
-/// Upper bound on the square root of an eigenvalue: the solver is off by a few roundings of the largest one.
-double root_bound(const Tensor& eigenvalues, int64_t index) {
-  const double largest = eigenvalues[-1].item<double>();
-  const double rounding = static_cast<double>(eigenvalues.size(0)) * std::numeric_limits<double>::epsilon() * largest;
-  return std::sqrt(std::max(0.0, eigenvalues[index].item<double>()) + rounding);
+/// Upper bounds on the leading `count` eigenvalues, descending: the solver is off by a few roundings of the largest
+/// one. What would follow the last one is 0.
+Tensor upper_eigenvalues(const Tensor& ascending, int64_t count) {
+  const auto rounding =
+      ascending[-1] * (static_cast<double>(ascending.size(0)) * std::numeric_limits<double>::epsilon());
+  const int64_t found = std::min(count, ascending.size(0));
+  auto bounds = at::zeros({count}, ascending.options());
+  bounds.narrow(0, 0, found).copy_(ascending.flip(0).narrow(0, 0, found).clamp_min(0) + rounding);
+  return bounds;
 }
 
 }  // namespace
@@ -54,7 +57,9 @@ SingularTriples exact_triples(const Tensor& matrix, const TargetCount& target_co
   triples.u = wide ? right : left;
   triples.s = values;
   triples.v = wide ? left : right;
-  triples.next_value = rest > 0 ? root_bound(eigenvalues, rest - 1) : 0;
+  const auto upper = upper_eigenvalues(eigenvalues, count + 1);
+  triples.upper = upper.sqrt();
+  triples.largest_energy = upper.narrow(0, 0, count).sum().item<double>();
   return triples;
 }
 

@@ -10,6 +10,8 @@
 #include "extract/displacement.h"
 #include "runtime/check.h"
 #include "runtime/torch_guards.h"
+#include "runtime/workers.h"
+#include "runtime/workspaces.h"
 
 namespace csulora {
 namespace {
@@ -20,11 +22,17 @@ using at::Tensor;
 constexpr int64_t kOversampling = 16;
 /// Below this many blocks per short side a full decomposition costs no more than the Krylov method.
 constexpr int64_t kExactBlocks = 8;
+/// Where more of the energy may be missing, a bound on what is missing that rests on residuals says little.
+constexpr double kLargestEnergyTolerance = 0.1;
+/// What is certified is looked for so much more accurately than it was made, that the certificate is not worse.
+constexpr double kCertifiedShare = 0.5;
 
 void check_options(const ExtractOptions& options) {
   check(options.rank >= 1, "rank is ", options.rank, "; it must be at least 1");
   check(!options.energy || (*options.energy > 0 && *options.energy <= 1), "energy must lie in (0, 1]");
   check(options.tolerance > 0 && options.tolerance < 1, "tolerance must lie in (0, 1)");
+  check(options.energy_tolerance >= 0 && options.energy_tolerance <= kLargestEnergyTolerance,
+        "energy_tolerance must lie in [0, ", kLargestEnergyTolerance, "]");
   const auto dtype = options.factor_dtype;
   check(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat,
         "factor_dtype must be float16, bfloat16 or float32");
@@ -58,13 +66,15 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
   if (d.norm2 == 0) {
     const auto options = d.matrix.options();
     const auto none = at::empty({0}, options);
-    return {at::empty({d.matrix.size(0), 0}, options), none, at::empty({d.matrix.size(1), 0}, options), 0, none};
+    return {at::empty({d.matrix.size(0), 0}, options),  none, at::empty({d.matrix.size(1), 0}, options),
+            at::zeros({1}, options.dtype(at::kDouble)), 0,    none};
   }
   const auto target_count = [&](const Tensor& values) { return count_targets(values, d, limit, options); };
   if (is_searched(d.matrix, limit) && fits_float32(d)) {
+    const OwnThreads own_threads;
     const int64_t block = limit + kOversampling;
     const int64_t max_blocks = std::min(d.matrix.size(0), d.matrix.size(1)) / 2 / block;
-    const KrylovOptions krylov{block, max_blocks, options.tolerance, options.seed};
+    const KrylovOptions krylov{block, max_blocks, {options.tolerance, options.energy_tolerance}, options.seed};
     if (d.low_precision.defined()) {
       if (auto triples = low_precision_block_krylov(d.matrix, d.low_precision, target_count, krylov)) {
         return *std::move(triples);
@@ -77,8 +87,11 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
   return exact_triples(d.matrix, target_count);
 }
 
-Certificate measured(const Displacement& d, const Subspace& subspace, const SingularTriples& triples) {
-  auto certificate = measure_factors(d, subspace, triples.next_value);
+/// @param standing_out  the directions whose angle is certified; absent: as many as can be
+Certificate measured(const Displacement& d, const Subspace& subspace, const SingularTriples& triples,
+                     std::optional<int64_t> standing_out = {}) {
+  const OwnThreads own_threads;
+  auto certificate = measure_factors(d, subspace, {triples.upper, triples.largest_energy}, standing_out);
   certificate.above_noise = count_above_noise(triples.computed, d.noise_edge);
   certificate.passes = triples.passes;
   return certificate;
@@ -103,10 +116,33 @@ Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const Extra
   return subspace;
 }
 
-Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& subspace,
-                    const ExtractOptions& options) {
+std::vector<Subspace> extract_subspaces(const std::vector<ExtractTask>& tasks, const ExtractOptions& options) {
+  check_options(options);
+  const bool on_device = std::any_of(
+      tasks.begin(), tasks.end(), [](const ExtractTask& task) { return task.base.defined() && !task.base.is_cpu(); });
+  Workspaces workspaces;
+  std::vector<Subspace> results(tasks.size());
+  for_each(tasks.size(), on_device, [&](size_t i) {
+    const auto& task = tasks[i];
+    auto own_options = options;
+    own_options.noise_std = task.noise_std;
+    const auto workspace = workspaces.lend();
+    try {
+      results[i] = extract_subspace(task.base, task.aligned, own_options, workspace.get());
+    } catch (const InputError& error) {
+      throw InputError(task.label + ": " + error.what());
+    }
+  });
+  return results;
+}
+
+Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& subspace, const ExtractOptions& options,
+                    std::optional<int64_t> standing_out) {
   check_options(options);
   validate(subspace);
+  const int64_t directions = subspace.s.size(0);
+  check(!standing_out || (*standing_out >= 0 && *standing_out <= directions), "standing_out is ",
+        standing_out.value_or(0), "; the subspace has ", directions, " directions");
   check_same_device(subspace.u, base, "the subspace's u");
   const TorchGuards torch_guards;
   const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
@@ -116,7 +152,8 @@ Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& s
   ExtractOptions fresh = options;
   fresh.energy.reset();
   fresh.keep_noise = true;
-  return measured(d, subspace, leading_triples(d, subspace.s.size(0), fresh));
+  fresh.energy_tolerance *= kCertifiedShare;
+  return measured(d, subspace, leading_triples(d, directions, fresh), standing_out);
 }
 
 }  // namespace csulora

@@ -18,7 +18,7 @@ using at::Tensor;
 using at::indexing::Slice;
 
 /// Blocks between two looks at the Ritz values, as a share of those there are: looking costs as much as adding them.
-constexpr double kStride = 0.25;
+constexpr double kStride = 0.2;
 
 /// Columns that a sweep shortens by less than this are orthogonal to what was removed: "twice is enough" (Parlett
 /// 1998).
@@ -75,15 +75,15 @@ class BlockBasis {
 
   /// The leading vectors of the basis times coefficients (vectors, k), as columns (length, k).
   Tensor combine(const Tensor& coefficients) const {
-    return vectors_.narrow(0, 0, coefficients.size(0)).t().matmul(coefficients);
+    return product(coefficients.t(), vectors_.narrow(0, 0, coefficients.size(0))).t();
   }
 
  private:
   /// Subtracts from the rows of `block` their part in the vectors [first, end); returns that part's coefficients.
   Tensor remove(const Tensor& block, int64_t first, int64_t end) const {
     const auto previous = vectors_.narrow(0, first, end - first);
-    const auto coefficients = block.matmul(previous.t());
-    block.addmm_(coefficients, previous, 1, -1);
+    const auto coefficients = product(block, previous.t());
+    add_product(block, coefficients, previous, -1);
     return coefficients;
   }
 
@@ -113,7 +113,7 @@ Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed, const at::TensorOp
 /// The matrix seen from both Krylov bases.
 struct Ritz {
   Tensor left;       // (j, j) float64, columns are coefficients of u in the left basis
-  RitzValues found;  // (j), with |A^T u - s v|; A v = s u holds by construction
+  RitzValues found;  // (j), with A^T u - s v; A v = s u holds by construction
 };
 
 Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
@@ -123,8 +123,7 @@ Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
   const auto left = vectors.flip(1);
   const int64_t width = residual_block.size(0);
   const auto last = left.narrow(0, left.size(0) - width, width);  // (b, j)
-  const auto residuals = residual_block.to(at::kDouble).matmul(last).norm(2, 0).add_(values[0], kResolution);
-  return {left, {values, residuals}};
+  return {left, {values, last.t().mm(residual_block.t().to(at::kDouble))}};
 }
 
 /// Adds the coefficients of one more block to the right of the projected matrix.
@@ -140,7 +139,7 @@ Tensor extend(const Tensor& projected, const BlockBasis::Coefficients& column) {
   return extended;
 }
 
-/// A Krylov space in which the target triples have converged.
+/// A Krylov space that holds the target triples.
 struct Krylov {
   BlockBasis left, right;
   Tensor projected;
@@ -171,7 +170,7 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& tar
     }
     next_look = blocks + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
     auto ritz = rayleigh_ritz(projected, residual_block);
-    if (converged(ritz.found, target_count(ritz.found.values), target_count, options.tolerance)) {
+    if (accepted(ritz.found, target_count(ritz.found.values), target_count, options.accuracy)) {
       return Krylov{std::move(left), std::move(right), projected, std::move(ritz), 2 * blocks + 1};
     }
   }
@@ -186,7 +185,7 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const TargetCo
   if (!krylov) {
     return std::nullopt;
   }
-  const auto& [values, residuals] = krylov->ritz.found;
+  const auto& values = krylov->ritz.found.values;
   const int64_t count = target_count(values);
   const auto coefficients = krylov->ritz.left.narrow(1, 0, count);
   SingularTriples triples;
@@ -194,7 +193,8 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const TargetCo
   triples.u = krylov->left.combine(coefficients.to(at::kFloat));
   triples.v =
       krylov->right.combine(krylov->projected.t().to(at::kDouble).matmul(coefficients).div_(triples.s).to(at::kFloat));
-  triples.next_value = (values[count] + residuals[count]).item<double>();
+  triples.upper = upper_values(krylov->ritz.found, count);
+  triples.largest_energy = largest_energy(krylov->ritz.found, count);
   triples.computed = values;
   triples.passes = krylov->passes;
   return triples;
@@ -208,7 +208,7 @@ std::optional<SingularTriples> low_precision_block_krylov(const Tensor& matrix, 
     return std::nullopt;
   }
   const auto start = krylov->left.combine(krylov->ritz.left.narrow(1, 0, options.block).to(at::kFloat));
-  auto triples = refine(matrix, low_precision, start.t(), target_count, options.tolerance);
+  auto triples = refine(matrix, low_precision, start.t(), target_count, options.accuracy);
   if (triples) {
     triples->passes += krylov->passes;
   }

@@ -36,20 +36,21 @@ Projected project(const Tensor& rows, const Tensor& image) {
 /// `block` less its part in the span of orthonormal rows.
 Tensor outside(const Tensor& block, const Tensor& rows) { return block.addmm(block.mm(rows.t()), rows, 1, -1); }
 
-/// |A v - s u| of every triple, which is what A makes of v outside of all u; A^T u = s v holds by construction.
+/// A v - s u of every triple, (b, m) float64, which is what A makes of v outside of all u; A^T u = s v holds by
+/// construction.
 ///
 /// @param known  orthonormal rows that A maps into the span of u, or undefined: of v only the rest counts. What is
 ///               rounded in the product is then a small share of something small.
-Tensor residuals(const Projected& found, const Tensor& low_precision, const Tensor& known) {
+Tensor residual_vectors(const Projected& found, const Tensor& low_precision, const Tensor& known) {
   auto product = at::empty_like(found.left);
   multiply(product, known.defined() ? outside(found.right, known) : found.right, low_precision.t());
-  return outside(product, found.left).to(at::kDouble).norm(2, 1).add_(found.values[0], kResolution);
+  return outside(product, found.left).to(at::kDouble);
 }
 
 }  // namespace
 
 std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& low_precision, const Tensor& start,
-                                      const TargetCount& target_count, double tolerance) {
+                                      const TargetCount& target_count, const Accuracy& accuracy) {
   auto a = matrix, low_precision_a = low_precision;  // and their transposes in every other step
   auto rows = start.contiguous();
   orthonormalise(rows);
@@ -58,9 +59,9 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& low_pr
     const auto image = at::empty({rows.size(0), a.size(1)}, rows.options());
     multiply(image, rows, a);
     const auto found = project(rows, image);
-    const RitzValues ritz{found.values, residuals(found, low_precision_a, known)};
+    const RitzValues ritz(found.values, residual_vectors(found, low_precision_a, known));
     const int64_t count = target_count(ritz.values);
-    if (count < rows.size(0) && converged(ritz, count, target_count, tolerance)) {
+    if (count < rows.size(0) && accepted(ritz, count, target_count, accuracy)) {
       SingularTriples triples;
       triples.s = ritz.values.narrow(0, 0, count);
       triples.u = found.left.narrow(0, 0, count).t();
@@ -68,7 +69,8 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& low_pr
       if (i % 2 == 1) {
         std::swap(triples.u, triples.v);
       }
-      triples.next_value = (ritz.values[count] + ritz.residuals[count]).item<double>();
+      triples.upper = upper_values(ritz, count);
+      triples.largest_energy = largest_energy(ritz, count);
       triples.computed = ritz.values;
       triples.passes = 2 * (i + 1);
       return triples;

@@ -110,7 +110,7 @@ Tensor transposed_factor(const Tensor& rows) {
 /// Calls work(first, count) for blocks of [0, size), in parallel.
 template <typename Work>
 void for_each_block(int64_t size, Work work) {
-  for_each_on_torch_threads((size + kEntries - 1) / kEntries, [&](size_t i) {
+  for_each_in_parallel((size + kEntries - 1) / kEntries, [&](size_t i) {
     const int64_t first = static_cast<int64_t>(i) * kEntries;
     work(first, std::min(kEntries, size - first));
     at::native::cpublas::brgemm_release();

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "linalg/products.h"
+
 namespace csulora {
 namespace {
 
@@ -17,7 +19,7 @@ at::Tensor orthonormalise(const at::Tensor& block) {
   const bool safe = info.item<int>() == 0 && pivots.min().item<double>() > kSafePivots * pivots.max().item<double>();
   if (safe) {
     const auto inverse = at::linalg_solve_triangular(factor, at::eye(block.size(0), factor.options()), /*upper=*/false);
-    block.copy_(inverse.to(at::kFloat).matmul(block));
+    block.copy_(product(inverse.to(at::kFloat), block));
     return factor.to(at::kFloat);
   }
   const auto [directions, triangle] = at::linalg_qr(block.t());

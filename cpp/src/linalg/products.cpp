@@ -6,6 +6,8 @@
 #include <algorithm>
 
 #include "linalg/block_products.h"
+#include "runtime/torch_guards.h"
+#include "runtime/workers.h"
 
 // Part of every torch that is built with MKL; null in others. torch's own product would round the sums to bfloat16.
 extern "C" void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
@@ -17,13 +19,30 @@ namespace {
 
 using at::Tensor;
 
+/// Calls work(first, count) for blocks of the columns of a product of so many terms, in parallel. What is small makes
+/// one block: starting threads would take longer.
+template <typename Work>
+void for_column_blocks(int64_t terms, int64_t columns, Work work) {
+  constexpr int64_t kBlock = 512, kSmall = int64_t{1} << 19;
+  const int64_t step = terms * columns <= kSmall ? std::max<int64_t>(columns, 1) : kBlock;
+  for_each_in_parallel((columns + step - 1) / step, [&](size_t i) {
+    const TorchGuards torch_guards;
+    const int64_t first = static_cast<int64_t>(i) * step;
+    work(first, std::min(step, columns - first));
+  });
+}
+
 void multiply_with_mkl(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
   constexpr int kRowMajor = 101, kAsItIs = 111, kTransposed = 112;
   const bool transposed = !matrix.is_contiguous();
-  const int b = static_cast<int>(rows.size(0)), m = static_cast<int>(matrix.size(0)),
-            n = static_cast<int>(matrix.size(1));
-  cblas_gemm_bf16bf16f32(kRowMajor, kAsItIs, transposed ? kTransposed : kAsItIs, b, n, m, 1, rows.const_data_ptr(), m,
-                         matrix.const_data_ptr(), transposed ? m : n, 0, out.mutable_data_ptr<float>(), n);
+  const int64_t m = matrix.size(0), n = matrix.size(1), stride = transposed ? m : n;
+  const auto* const entries = matrix.const_data_ptr<at::BFloat16>();
+  const auto as_int = [](int64_t size) { return static_cast<int>(size); };
+  for_column_blocks(m, n, [&](int64_t first, int64_t count) {
+    cblas_gemm_bf16bf16f32(kRowMajor, kAsItIs, transposed ? kTransposed : kAsItIs, as_int(rows.size(0)), as_int(count),
+                           as_int(m), 1, rows.const_data_ptr(), as_int(m), entries + first * (transposed ? m : 1),
+                           as_int(stride), 0, out.mutable_data_ptr<float>() + first, as_int(n));
+  });
 }
 
 /// Whether MKL uses the unit of a CPU that multiplies tiles of bfloat16 numbers. torch packs matrices for that unit,
@@ -62,6 +81,22 @@ void multiply_low_precision(Tensor out, const Tensor& rows, const Tensor& matrix
 
 bool has_fast_bfloat16(const Tensor& matrix) {
   return matrix.is_cpu() && (multiplies_tiles() || multiplies_blocks(at::kBFloat16));
+}
+
+void add_product(const Tensor& out, const Tensor& left, const Tensor& right, double scale) {
+  if (!out.is_cpu()) {
+    out.addmm_(left, right, 1, scale);
+    return;
+  }
+  for_column_blocks(right.size(0), right.size(1), [&](int64_t first, int64_t count) {
+    out.narrow(1, first, count).addmm_(left, right.narrow(1, first, count), 1, scale);
+  });
+}
+
+Tensor product(const Tensor& left, const Tensor& right) {
+  auto out = at::zeros({left.size(0), right.size(1)}, left.options());
+  add_product(out, left, right, 1);
+  return out;
 }
 
 void multiply(const Tensor& out, const Tensor& rows, const Tensor& matrix) {

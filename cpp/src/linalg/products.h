@@ -20,4 +20,10 @@ inline constexpr int64_t kFloatTerms = 64;
 ///                rounded to bfloat16, too
 void multiply(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& matrix);
 
+/// out += scale left right: (b, n), (b, m), (m, n) of one type, on several threads where they are large.
+void add_product(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, double scale);
+
+/// left right, made like that.
+at::Tensor product(const at::Tensor& left, const at::Tensor& right);
+
 }  // namespace csulora

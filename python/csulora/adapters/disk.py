@@ -42,7 +42,9 @@ class _Directory(Protocol):
 _DIRECTORIES: dict[str, _Directory] = {"peft": peft, "mlx": mlx}
 
 
-def load_adapter(path: str | Path, base_model: str | Path | None = None) -> Adapter:
+def load_adapter(
+    path: str | Path, base_model: str | Path | None = None, *, expert_layout: str | None = None
+) -> Adapter:
     """Read an adapter and check every field and tensor of it.
 
     Args:
@@ -51,6 +53,8 @@ def load_adapter(path: str | Path, base_model: str | Path | None = None) -> Adap
             ``org/name``, ``org/name@revision`` or ``org/name@revision:sub/folder``.
         base_model: the model that a GGUF file is for, a GGUF file or a Hugging Face model directory. Some
             architectures need it, because their rows are reordered by heads that the file does not count.
+        expert_layout: ``peft`` or ``unsloth``: who ordered the columns of fused experts. It is asked for where Unsloth
+            wrote the file and nothing in it says which of its two orders they have.
 
     Raises:
         InputError: the adapter is missing or malformed, or does not fit ``base_model``.
@@ -64,15 +68,15 @@ def load_adapter(path: str | Path, base_model: str | Path | None = None) -> Adap
     if not local.exists():
         if isinstance(path, Path) or "/" not in path:
             raise InputError(f"{path}: no such adapter")
-        return replace(_read(local_path(path, _FILES), base_model), path=local)
-    return _read(local, base_model)
+        return replace(_read(local_path(path, _FILES), base_model, expert_layout), path=local)
+    return _read(local, base_model, expert_layout)
 
 
-def _read(path: Path, base_model: str | Path | None) -> Adapter:
+def _read(path: Path, base_model: str | Path | None, expert_layout: str | None) -> Adapter:
     if not path.is_dir():
         return gguf.read(path, BaseModel.open(base_model) if base_model is not None else None)
     is_mlx = (path / mlx.WEIGHTS_FILE).exists() and not (path / peft.WEIGHTS_FILE).exists()
-    return mlx.read(path) if is_mlx else peft.read(path)
+    return mlx.read(path) if is_mlx else peft.read(path, expert_layout)
 
 
 def save_adapter(

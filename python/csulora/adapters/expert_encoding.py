@@ -5,7 +5,7 @@ Hosts want every expert of a layer and each of its projections; what an adapter 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, NamedTuple, Self, get_args
@@ -87,6 +87,63 @@ def check_layout(layout: str | None) -> None:
         raise InputError(f"layout is {layout!r}; it must be {' or '.join(LAYOUTS)}, or None for that of the adapter")
 
 
+def check_number(adapter: Adapter, subspace: Subspace) -> None:
+    """Raise `InputError` if fused factors hold another number of experts than the subspace file.
+
+    vLLM takes the number from the model, and would share the same factors out among other experts.
+
+    Args:
+        adapter: what `experts.decoded` returned.
+        subspace: the subspace file of the model.
+    """
+    if not adapter.is_decoded:
+        return
+    model = _Model.of(subspace)
+    held: dict[str, dict[int, str]] = {}
+    for name in adapter.modules:
+        if of_expert := parsed(name):
+            experts, expert, _ = of_expert
+            held.setdefault(experts, {})[expert] = name
+    for experts, names in held.items():
+        number = model.experts(names[0]).number
+        if number not in (0, len(names)):
+            raise InputError(
+                f"{adapter.path}: {experts} has factors of {len(names)} experts under the configuration's rank, and "
+                f"the subspace file has {number}; use the adapter with the model and the configuration that it was "
+                "trained with"
+            )
+
+
+def check_none_is_left_out(adapter: Adapter, names: Iterable[str], subspace: Subspace) -> None:
+    """Raise `RefusedError` if only some experts of a projection would be written as they came.
+
+    Fused factors hold them all, and PEFT fuses others as it loads them: two experts of rank 4 in a model of four become
+    four of rank 2, each with parts of both.
+
+    Args:
+        adapter: what `experts.decoded` returned.
+        names: those of its modules that are to be written.
+        subspace: the subspace file of the model.
+    """
+    layout = subspace.provenance.experts
+    if layout is None or not (adapter.is_decoded or layout.per_expert):
+        return
+    model = _Model.of(subspace)
+    held: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        if of_expert := parsed(name):
+            experts, _, projection = of_expert
+            held.setdefault((experts, projection), []).append(name)
+    for (experts, projection), found in held.items():
+        number = model.experts(found[0]).number
+        if number not in (0, len(found)):
+            raise RefusedError(
+                f"{adapter.path}: {projection} of {len(found)} of the {number} experts of {experts} would be written, "
+                "and PEFT takes factors of some for factors of all; have zeros written for the others "
+                f"(--layout {PER_EXPERT} or --layout {FUSED})"
+            )
+
+
 def in_layout(adapter: Adapter, subspace: Subspace, layout: Layout | None) -> Adapter:
     """Encode what `experts.decoded` returned.
 
@@ -125,7 +182,9 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
             # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
             modules[stored] = replace(modules[stored], a=modules[stored].a.clone())
     listed = adapter.config.get("target_modules") or []
-    endings = {name.rpartition(".")[2] for name in modules if parsed(name) or name in matrices}
+    # Names that the adapter has not, as the router's of Mixtral, are in none of its targets.
+    added = {name for name in modules if parsed(name) or name in matrices or name not in adapter.modules}
+    endings = {name.rpartition(".")[2] for name in added}
     targets = listed if isinstance(listed, str) else sorted({*listed, *endings})
     config = adapter.config | {"target_modules": targets, "target_parameters": []}
     is_partial = adapter.partial or targets is listed
@@ -139,6 +198,11 @@ def _fused(adapter: Adapter, model: _Model) -> Adapter:
             f"{adapter.path}: the subspace file does not say how its model lays experts out; extract it again from the "
             "model's checkpoints"
         )
+    for name in adapter.modules:
+        if parsed(name) and model.to_disk.resolve(name) is None:
+            raise RefusedError(
+                f"{adapter.path}: {name} is none of the model's experts, and fused factors hold them all"
+            )
     modules = _filled(adapter, model)
     matrices = [name for name in adapter.config.get("target_parameters") or [] if not is_parameter_of_experts(name)]
     parameters: dict[str, None] = dict.fromkeys(matrices)

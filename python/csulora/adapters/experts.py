@@ -71,7 +71,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
             continue
         experts, expert, projection = found
         oriented = _exchanged(module) if layout.exchanged else module
-        parts = _parts(oriented, layout, f"{adapter.path}: {name}") if projection == GATE_UP else {projection: oriented}
+        parts = split(oriented, layout, f"{adapter.path}: {name}") if projection == GATE_UP else {projection: oriented}
         for part, update in parts.items():
             modules[f"{experts}.{expert}.{part}"] = update
     return replace(adapter, modules=modules, is_decoded=True)
@@ -93,7 +93,7 @@ def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
             if name in modules:
                 continue
             halves = (adapter.modules.get(f"{experts}.{expert}.{half}") for half in (GATE, UP))
-            module = _joined(*halves, interleaved=layout.interleaved)
+            module = joined(*halves, interleaved=layout.interleaved)
         modules[name] = _exchanged(module) if layout.exchanged else module
     return replace(adapter, modules=modules, is_decoded=False)
 
@@ -112,29 +112,40 @@ def padded(module: LoraModule, rank: int) -> LoraModule:
     return replace(module, b=b, a=torch.cat([module.a, module.a.new_zeros(missing, module.a.shape[1])]))
 
 
-def _parts(module: LoraModule, layout: ExpertLayout, where: str) -> dict[str, LoraModule]:
+def split(module: LoraModule, layout: ExpertLayout, where: str) -> dict[str, LoraModule]:
+    """Return the updates of gate and up; they share A unless one's columns of B are zero where the other's are not."""
     rows = module.b.shape[0]
     if rows % 2:
         raise InputError(f"{where} has {rows} rows; gate and up have as many each")
     gate, up = (module.b[0::2], module.b[1::2]) if layout.interleaved else module.b.chunk(2)
     a_gate, a_up = module.a, module.a
     rank, odd = divmod(module.rank, 2)
-    if not (odd or gate[:, rank:].any() or up[:, :rank].any()):  # two updates side by side, as PEFT fuses them
+    if not odd and _is_zero(gate[:, rank:]) and _is_zero(up[:, :rank]):  # two side by side, as PEFT fuses them
         gate, up, a_gate, a_up = gate[:, :rank], up[:, rank:], module.a[:rank], module.a[rank:]
     return {GATE: replace(module, b=gate, a=a_gate), UP: replace(module, b=up, a=a_up)}
 
 
-def _joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool) -> LoraModule:
+def _is_zero(b: torch.Tensor) -> bool:
+    """Whether all entries are 0; where they are not, the first row tells at once."""
+    return not (b[:1].any() or b.any())
+
+
+def joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool) -> LoraModule:
     """Return the update whose rows are those of both; one that was dropped is zero."""
     gate, up = gate or _zero(up), up or _zero(gate)
     gate, up = gate.folded(), up.folded()
     shared = gate.a.shape == up.a.shape and torch.equal(gate.a, up.a)
-    a = gate.a if shared else torch.cat([gate.a, up.a])
-    rows = gate.b.shape[0]
-    b = gate.b.new_zeros(2 * rows, a.shape[0])
+    rows, rank = gate.b.shape[0], gate.rank if shared else gate.rank + up.rank
+    b = gate.b.new_empty(2 * rows, rank)
     of_gate, of_up = (b[0::2], b[1::2]) if interleaved else (b[:rows], b[rows:])
     of_gate[:, : gate.rank] = gate.b
-    of_up[:, 0 if shared else gate.rank :] = up.b
+    of_up[:, rank - up.rank :] = up.b
+    if shared:
+        return LoraModule(b, gate.a)
+    of_gate[:, gate.rank :] = 0
+    of_up[:, : gate.rank] = 0
+    a = gate.a.new_empty(rank, gate.a.shape[1])
+    a[: gate.rank], a[gate.rank :] = gate.a, up.a
     return LoraModule(b, a)
 
 

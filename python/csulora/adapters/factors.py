@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from csulora.adapters.lora import is_finite
+from csulora.adapters.lora import LoraModule, is_finite
 from csulora.errors import InputError, RefusedError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,3 +43,8 @@ def of_one_dtype(a: torch.Tensor, b: torch.Tensor, name: str, path: Path) -> tup
     if not (is_finite(a) and is_finite(b)):
         raise InputError(f"{path}: {name} has factors that float32 cannot hold")
     return a, b
+
+
+def wide(module: LoraModule) -> LoraModule:
+    """Return the same update in float32, with its scale folded into ``b``."""
+    return replace(module, b=module.b.float(), a=module.a.float()).folded()

@@ -25,6 +25,7 @@ LARGEST_CONFIG = 16 << 20  # bytes; a config with a rank and an alpha for each o
 LARGEST_WEIGHTS = 16 << 30  # bytes, of all files of an adapter together
 _LONGEST_HEADER = 64 << 20  # bytes, of all files together; that of the largest adapter that is read has 23 MiB
 _MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
+MOST_UPDATES = _MOST_TENSORS // 2  # that an adapter may have; fused factors hold many of them in two tensors
 _HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
 
 CheckName = Callable[[str, Path], object]

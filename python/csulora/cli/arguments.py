@@ -48,6 +48,20 @@ class Format(StrEnum):
     gguf = "gguf"
 
 
+class ColumnOrder(StrEnum):
+    """Who ordered the columns of fused experts."""
+
+    peft = "peft"
+    unsloth = "unsloth"
+
+
+class ExpertLayout(StrEnum):
+    """How the experts of a written adapter are laid out."""
+
+    per_expert = "per-expert"
+    fused = "fused"
+
+
 def is_gguf_written(output: Path, chosen: Format | None, adapter: str) -> bool:
     """Whether a GGUF file is to be written: it was chosen, else the name asks for it, else the adapter is one."""
     if chosen is not None and chosen is not Format.gguf and output.suffix == GGUF_SUFFIX:
@@ -106,6 +120,10 @@ KeepUncovered = Annotated[
 DropUncovered = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Modules that are left out if the subspace file lacks them; repeatable."),
+]
+ExpertOrder = Annotated[
+    ColumnOrder | None,
+    typer.Option("--expert-layout", help="Who ordered an adapter's fused experts, where Unsloth's file does not say."),
 ]
 EveryModule = Annotated[bool, typer.Option("--all", help="A row per module in place of one per kind of module.")]
 Outtype = Annotated[Dtype | None, typer.Option(help="Type of a GGUF file's tensors. [default: the adapter's]")]

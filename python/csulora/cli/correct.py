@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -14,6 +14,8 @@ from csulora.cli.arguments import (
     BaseModel,
     DropUncovered,
     EveryModule,
+    ExpertLayout,
+    ExpertOrder,
     Format,
     Json,
     KeepUncovered,
@@ -29,6 +31,9 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver
 from csulora.errors import InputError
+
+if TYPE_CHECKING:
+    from csulora.adapters.expert_encoding import Layout
 
 
 def correct(
@@ -47,6 +52,10 @@ def correct(
         Format | None,
         typer.Option(help="Format to write. [default: gguf for *.gguf, else the adapter's]"),
     ] = None,
+    layout: Annotated[
+        ExpertLayout | None, typer.Option(help="Layout of experts to write. [default: the adapter's]")
+    ] = None,
+    expert_layout: ExpertOrder = None,
     base_model: BaseModel = None,
     outtype: Outtype = None,
     subspace_sha256: SubspaceSha256 = None,
@@ -63,6 +72,8 @@ def correct(
         raise typer.BadParameter("a GGUF file is written for the model that llama.cpp will run: --base-model")
     if not is_gguf and outtype is not None:
         raise typer.BadParameter("--outtype is for GGUF files")
+    if is_gguf and layout is not None:
+        raise typer.BadParameter("--layout is for directories; a GGUF file has the layout of its model")
     check_outputs([output, json], [adapter, subspace, policy, base_model])
     start = chosen_policy(policy)
     if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
@@ -83,8 +94,9 @@ def correct(
     from csulora.adapters.lora import CORRECTED_SHA256
     from csulora.views.report_table import report_table
 
-    loaded = csulora.load_adapter(adapter, base_model)
-    fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen)
+    loaded = csulora.load_adapter(adapter, base_model, expert_layout=expert_layout)
+    wanted = cast("Layout | None", layout and layout.value)
+    fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen, wanted)
     dtype = outtype and outtype.value
     written = "gguf" if is_gguf else format.value if format else loaded.format
     sha256 = csulora.save_adapter(fixed, output, written, base_model=base_model, outtype=dtype)

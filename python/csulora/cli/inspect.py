@@ -14,6 +14,7 @@ from csulora.cli.arguments import (
     Adapters,
     BaseModel,
     EveryModule,
+    ExpertOrder,
     Json,
     MaxUndo,
     PolicySource,
@@ -45,6 +46,7 @@ def inspect(
     frontier: Annotated[
         Path | None, typer.Option(help="What `csulora tune` measured. [default: what lies beside the policy]")
     ] = None,
+    expert_layout: ExpertOrder = None,
     base_model: BaseModel = None,
     subspace_sha256: SubspaceSha256 = None,
     every_module: EveryModule = False,
@@ -70,11 +72,11 @@ def inspect(
     check_outputs([html, json], [*adapters, subspace, policy, frontier, base_model])
     if subspace is None and len(adapters) > 1:
         raise typer.BadParameter("sums need --subspace")
-    loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
+    loaded = [csulora.load_adapter(adapter, base_model, expert_layout=expert_layout) for adapter in adapters]
     if subspace is None:
         document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}
         summary = f"{printable(adapters[0])}: {len(loaded[0].modules)} modules"
-        deliver(tables.adapter_table(loaded[0]), summary, document, json, quiet)
+        deliver(tables.adapter_table(loaded[0], every_module), summary, document, json, quiet)
         return
     opened = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, opened, factors)

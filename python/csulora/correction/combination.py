@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from csulora.adapters.expert_encoding import check_number
+from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.correction.copies import check_copies
 from csulora.errors import InputError, check_type
@@ -32,7 +34,8 @@ def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[f
 
     Raises:
         RefusedError: a copy of a base matrix in an adapter is not the aligned checkpoint's.
-        InputError: no adapter, weights that do not fit, or updates of one module that differ in shape.
+        InputError: no adapter, weights that do not fit, another number of experts than in ``subspace``, or updates of
+            one module that differ in shape.
 
     >>> lora = csulora.load_adapter(adapter)
     >>> both = csulora.combine([lora, lora], csulora.Subspace.open(subspace), [1, 0.5])
@@ -51,6 +54,8 @@ def combine(adapters: Sequence[Adapter], subspace: Subspace, weights: Sequence[f
     resolver = Resolver(subspace, subspace.aliases, subspace.names)
     for adapter, weight in zip(adapters, weights, strict=True):
         check_copies(adapter, subspace)
+        adapter = decoded(adapter, subspace.provenance.experts)
+        check_number(adapter, subspace)
         for name, module in adapter.modules.items():
             found = resolver.resolve(name)
             target = found.module if found else name

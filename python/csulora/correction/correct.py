@@ -8,12 +8,19 @@ from dataclasses import replace
 import torch
 
 from csulora.adapters import experts
-from csulora.adapters.expert_encoding import Layout, check_layout, in_layout
+from csulora.adapters.expert_encoding import (
+    Layout,
+    check_layout,
+    check_none_is_left_out,
+    check_number,
+    in_layout,
+)
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.adapters.mlx.directory import check_model
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.host_meaning import host_notes, todays_names
+from csulora.correction.joint_rank import is_written_fused, jointly_truncated
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
 from csulora.correction.uncovered import its_own_file, of_another_family, why_uncovered
@@ -40,7 +47,8 @@ def correct(
         policy: what to keep and what to refuse. There is no default: a policy that fits one adapter leaves all of
             the undo in another.
         layout: of updates of experts. ``per-expert`` returns a pair of factors for each expert and projection,
-            ``fused`` one for both parameters of each layer's experts, as PEFT writes them; None: as they came.
+            ``fused`` one for both parameters of each layer's experts, as PEFT writes them; None: as they came. Fused
+            factors of gate and up have both ranks together, or the policy's where it asks for a number.
 
     Returns:
         The corrected adapter, in the input's storage types with every scale 1, and the report. Modules that have the
@@ -48,7 +56,8 @@ def correct(
 
     Raises:
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, a copy of a
-            base matrix is not the aligned checkpoint's, or the policy was tuned for another subspace file.
+            base matrix is not the aligned checkpoint's, only some experts of a projection would be written, or the
+            policy was tuned for another subspace file.
         InputError: an argument is a path or missing, a shape differs from that in ``subspace``, an override of the
             policy matches none of its modules or has gains for more directions than it has, or the result does not fit
             the storage type.
@@ -66,7 +75,12 @@ def correct(
     adapter = experts.decoded(adapter, subspace.provenance.experts)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
+    if layout is None:
+        kept = [name for name in adapter.modules if name in covered or policy.fate_of(name) == "keep"]
+        check_none_is_left_out(adapter, kept, subspace)
     corrected = _corrected(adapter, subspace, policy, covered)
+    if isinstance(policy.rank, int) and is_written_fused(adapter, layout):
+        corrected |= jointly_truncated(corrected, subspace, covered, policy.rank)
     report = _report(adapter, subspace, policy, covered, corrected)
     _check_undo(adapter, report, policy, covered)
 
@@ -159,9 +173,10 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
 
     Raises:
         RefusedError: a module is not covered, or a copy of a base matrix is not the aligned checkpoint's.
-        InputError: a shape differs from that in ``subspace``.
+        InputError: a shape or a number of experts differs from that in ``subspace``.
     """
     check_copies(adapter, subspace)
+    check_number(adapter, subspace)
     if adapter.format == "mlx":
         check_model(subspace.keys(), adapter.path, subspace.provenance.model_type)
     covered: dict[str, str] = {}

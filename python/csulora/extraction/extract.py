@@ -194,19 +194,30 @@ def _assembled(model_pair: ModelPair, options: ExtractionOptions, extracted: dic
 def _extract_batch(
     batch: Sequence[LoadedModule], options: ExtractionOptions, device: torch.device, workspace: _core.Workspace
 ) -> dict[str, ModuleSubspace]:
-    return {loaded.name: _extract_module(loaded, options, device, workspace) for loaded in batch}
+    core_options = options.to_core(batch[0].name)
+    if is_expert(batch[0].name):
+        # Also for a batch of one: bits must not depend on what else is extracted beside a module.
+        tasks = [
+            _core.ExtractTask(each.base.to(device), each.aligned.to(device), each.name, each.noise_std)
+            for each in batch
+        ]
+        results = _core.extract_subspaces(tasks, core_options)
+    else:
+        results = [_extract_module(loaded, core_options, device, workspace) for loaded in batch]
+    return {loaded.name: _module_subspace(loaded, result) for loaded, result in zip(batch, results, strict=True)}
 
 
 def _extract_module(
-    loaded: LoadedModule, options: ExtractionOptions, device: torch.device, workspace: _core.Workspace
-) -> ModuleSubspace:
+    loaded: LoadedModule, options: _core.ExtractOptions, device: torch.device, workspace: _core.Workspace
+) -> _core.Subspace:
     try:
-        core_options = options.to_core(loaded.name)
-        core_options.noise_std = loaded.noise_std
-        base, aligned = loaded.base.to(device), loaded.aligned.to(device)
-        result = _core.extract_subspace(base, aligned, core_options, workspace)
+        options.noise_std = loaded.noise_std
+        return _core.extract_subspace(loaded.base.to(device), loaded.aligned.to(device), options, workspace)
     except InputError as error:
         raise InputError(f"{loaded.name}: {error}") from error
+
+
+def _module_subspace(loaded: LoadedModule, result: _core.Subspace) -> ModuleSubspace:
     certificate = Certificate.from_core(result.certificate)
     u, s, v = (factor.cpu() for factor in (result.u, result.s, result.v))
     u = torch.nn.functional.pad(u, (0, 0, 0, loaded.rows - len(u)))

@@ -19,6 +19,7 @@ _MARGIN = 1e-6
 # magnifies the small difference between them.
 _NEXT_VALUE_FACTOR = 1.1
 _SUBSPACE_ERROR_FACTOR = 10
+_OPTIMAL_SHARE_MARGIN = 0.005
 # No extraction takes so large a seed: the start block is never the one that the subspace file was made with.
 _SEED = 1 << 63
 
@@ -37,12 +38,14 @@ class Verification:
         """Whether the weights are the subspace file's and the stored certificate claims nothing better than was
         measured.
 
+        The angle is measured for as many directions as it is stored for, so that ``standing_out`` is not compared.
         ``above_noise`` and ``passes`` describe the run that made the subspace file, so there is nothing to compare.
         """
         stored, measured = self.stored, self.measured
         return (
             self.same_weights
             and measured.captured_energy >= stored.captured_energy - _MARGIN
+            and measured.optimal_share >= stored.optimal_share - _OPTIMAL_SHARE_MARGIN
             and measured.residual <= stored.residual + _MARGIN
             and measured.orthonormality <= stored.orthonormality + _MARGIN
             and measured.next_value <= stored.next_value * _NEXT_VALUE_FACTOR
@@ -81,7 +84,8 @@ def verify(
         # Of further rows nothing is known. Columns that need them are not orthonormal without them.
         common = _core.Subspace(factors.u[: len(loaded.base)], factors.s, factors.v)
         try:
-            measured = _core.certify(loaded.base, loaded.aligned, common, options)
+            standing_out = stored.certificate.standing_out or None
+            measured = _core.certify(loaded.base, loaded.aligned, common, options, standing_out)
         except InputError as error:
             raise InputError(f"{loaded.name}: {error}") from error
         same = (loaded.base_sha256, loaded.aligned_sha256) == (stored.base_sha256, stored.aligned_sha256)

@@ -14,7 +14,7 @@ from csulora.io.files import GGUF_SUFFIX
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9_][\w.-]*(/[\w.-]+)?)"
-    r"(@(?P<revision>[\w.-]+(/[\w.-]+)*))?"
+    r"(@(?P<revision>\w[\w.-]*(/\w[\w.-]*)*))?"
     r"(:(?P<inside>[\w-][\w. -]*(/[\w-][\w. -]*)*))?"
 )
 

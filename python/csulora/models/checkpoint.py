@@ -14,7 +14,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular
 from csulora.io.hub import local_path
 from csulora.models import experts, gguf_layout, gguf_quants, names, renamings, storage
-from csulora.models.gguf_base import BaseModel
+from csulora.models.gguf_base import BaseModel, expert_parts
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.rounding import RoundingVariances
 from csulora.models.shards import stored_tensors
@@ -164,12 +164,15 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, file: GGUFFile) -> None:
         """Describe an open file; use `Checkpoint.open`."""
         base = BaseModel.of_files([file])
+        parts = dict(expert_parts([file], base.architecture))
         weights = {}
         for module, shape in sorted(base.shapes.items()):
-            tensor = f"{base.architecture.tensor_name(module)}{names.WEIGHT}"
-            weights[module] = Weight(file.path, tensor, shape, file.tensors[tensor].type.name, transposed=False)
+            part = parts.get(module)
+            tensor = part.tensor if part else f"{base.architecture.tensor_name(module)}{names.WEIGHT}"
+            weights[module] = Weight(file.path, tensor, shape, file.tensors[tensor].type.name, False, part=part)
         config = {"model_type": base.architecture.name, "tie_word_embeddings": base.is_tied}
-        others = {name: list(info.shape) for name, info in file.tensors.items() if len(info.shape) != 2}
+        held = {weight.tensor for weight in weights.values()}
+        others = {name: list(info.shape) for name, info in file.tensors.items() if name not in held}
         super().__init__(file.path.name, [file.path], config, weights, others)
         self._file = file
         self._base = base
@@ -182,9 +185,10 @@ class GGUFCheckpoint(Checkpoint):
         Hugging Face's order; what is quantised is dequantised to float32, and its blocks are hashed.
         """
         weight = self.weights[module]
-        data, kind = self._file.bytes_of(weight.tensor), self._file.tensors[weight.tensor].type
         if weight.dtype in storage.FLOATING:
-            stored = torch.frombuffer(data, dtype=storage.FLOATING[weight.dtype]).reshape(weight.shape)
+            stored = torch.frombuffer(self._bytes_of(weight), dtype=storage.FLOATING[weight.dtype]).reshape(
+                weight.shape
+            )
             matrix = self._base.weight_from_gguf(module, stored).contiguous()
             return matrix, hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest()
         if self._has_importance and weight.dtype != "Q8_0":  # which ignores it
@@ -192,7 +196,8 @@ class GGUFCheckpoint(Checkpoint):
                 f"{weight.file}: {weight.tensor} was quantised with an importance matrix, so how far its entries were "
                 "moved does not follow from the file; use Q8_0 or a checkpoint that is not quantised"
             )
-        stored = gguf_quants.dequantise(data, weight.shape, kind)
+        data = self._bytes_of(weight)
+        stored = gguf_quants.dequantise(data, weight.shape, self._file.tensors[weight.tensor].type)
         return self._base.weight_from_gguf(module, stored), hashlib.sha256(data).hexdigest()
 
     def rounding_variances(self, module: str) -> RoundingVariances | None:
@@ -201,7 +206,22 @@ class GGUFCheckpoint(Checkpoint):
         if weight.dtype in storage.FLOATING:
             return None
         kind = self._file.tensors[weight.tensor].type
-        return gguf_quants.rounding_variances(self._file.bytes_of(weight.tensor), weight.shape, kind)
+        return gguf_quants.rounding_variances(self._bytes_of(weight), weight.shape, kind)
+
+    def _bytes_of(self, weight: Weight) -> memoryview:
+        """Return where a weight lies in the mapped file: its rows follow each other, whatever their type."""
+        data = self._file.bytes_of(weight.tensor)
+        if weight.part is None:
+            return data
+        experts, rows, _ = self._file.tensors[weight.tensor].shape
+        row = len(data) // (experts * rows)
+        first = weight.part.expert * rows
+        return data[(first + weight.part.rows.start) * row : (first + weight.part.rows.stop) * row]
+
+    @property
+    def expert_layout(self) -> ExpertLayout | None:
+        """How transformers lays out the model's experts in memory; None if it has none."""
+        return self._base.architecture.expert_layout if any(map(names.is_expert, self.weights)) else None
 
     @property
     def gguf_architecture(self) -> str:

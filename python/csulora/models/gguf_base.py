@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType
 
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import to_json
 from csulora.io.hub import local_path
-from csulora.models import gguf_directory, gguf_layout, gguf_parts, names
+from csulora.models import gguf_directory, gguf_experts, gguf_layout, gguf_parts, names
+from csulora.models.experts import ExpertPart
 from csulora.models.gguf_directory import MOST_LAYERS, read_counts
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_layout import HEAD, Architecture
 from csulora.models.gguf_orders import Order
+
+_WITH_SCALES = frozenset({GGMLQuantizationType.NVFP4})  # whose weights have a further scale for each expert
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class BaseModel:
             head if that is the token embedding.
         name: what the model calls itself.
         license: its licence, if it says so.
-        multipliers: what a GGUF file's weights are multiplied by, by module, where its architecture has such factors.
+        multipliers: what updates in GGUF files are multiplied by, by module, where its architecture has such factors.
+        fuses_experts: its GGUF file keeps gate and up of experts in one tensor.
     """
 
     path: Path
@@ -41,6 +47,7 @@ class BaseModel:
     name: str
     license: str | None = None
     multipliers: dict[str, float] = field(default_factory=dict)
+    fuses_experts: bool = False
 
     def __post_init__(self) -> None:
         """Check that rows and columns can be reordered head by head."""
@@ -63,7 +70,16 @@ class BaseModel:
             return cls.of_files(gguf_parts.open_parts(path))
         found = gguf_directory.describe(path)
         name = Path(source).resolve().name
-        return cls(path, found.architecture, found.counts, found.shapes, name, found.license, found.multipliers)
+        return cls(
+            path,
+            found.architecture,
+            found.counts,
+            found.shapes,
+            name,
+            found.license,
+            found.multipliers,
+            found.architecture.fuses_experts,
+        )
 
     @classmethod
     def of_files(cls, files: Sequence[GGUFFile]) -> BaseModel:
@@ -75,16 +91,12 @@ class BaseModel:
         counts = read_counts(
             architecture, str(file.path), lambda source: f"{architecture.name}.{source.metadata}", file.integer
         )
-        layers = _layers(file, architecture)
-        shapes = {}
-        for tensor, info in (named for part in files for named in part.tensors.items()):
-            module = architecture.module_name(tensor.removesuffix(names.WEIGHT))
-            if not module or (gguf_layout.layer_of(module) or 0) >= layers:
-                continue
-            if tensor.endswith(names.WEIGHT) and len(info.shape) == 2:
-                shapes[module] = (info.shape[0], info.shape[1])
+        shapes = _shapes(files, architecture)
+        fused = gguf_experts.is_fused([tensor for part in files for tensor in part.tensors])
         name = file.text("general.name") or file.path.stem
-        return cls(file.path, architecture, counts, shapes, name, file.text("general.license"))
+        licence = file.text("general.license")
+        multipliers = _expert_scales(files, architecture)
+        return cls(file.path, architecture, counts, shapes, name, licence, multipliers, fused)
 
     @property
     def is_tied(self) -> bool:
@@ -101,8 +113,22 @@ class BaseModel:
             "name": self.name,
             "license": self.license,
             "multipliers": self.multipliers,
+            "fuses_experts": self.fuses_experts,
         }
         return hashlib.sha256(to_json(document).encode()).hexdigest()
+
+    @cached_property
+    def number_of_experts(self) -> dict[str, int]:
+        """How many experts there are in each tensor that holds them, by its GGUF name less ``.weight``."""
+        numbers: dict[str, set[int]] = {}
+        for module in self.shapes:
+            if names.is_expert(module) and (tensor := self.expert_tensor(module)):
+                numbers.setdefault(tensor, set()).add(gguf_experts.number(module))
+        return {tensor: len(found) for tensor, found in numbers.items()}
+
+    def expert_tensor(self, module: str) -> str | None:
+        """Return the GGUF name, less ``.weight``, of the tensor that holds an expert's projection; None for others."""
+        return gguf_experts.tensor_name(module, self.architecture.experts, fused=self.fuses_experts)
 
     def to_gguf(self, module: str, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the rows of ``b`` and the columns of ``a``, factors of a module's update, in llama.cpp's orders."""
@@ -140,6 +166,46 @@ def _check_model_file(file: GGUFFile, parts: int) -> None:
         raise InputError(f"{file.path}: general.type is {kind!r}; a model is needed")
     if (file.integer("split.count") or 1) != parts:
         raise RefusedError(f"{file.path}: one part of several; join them with llama-gguf-split --merge first")
+
+
+def _shapes(files: Sequence[GGUFFile], architecture: Architecture) -> dict[str, tuple[int, int]]:
+    shapes = {module: part.shape for module, part in expert_parts(files, architecture)}
+    for tensor, info in (named for file in files for named in file.tensors.items()):
+        module = architecture.module_name(tensor.removesuffix(names.WEIGHT))
+        if not module or not tensor.endswith(names.WEIGHT):
+            continue
+        if len(info.shape) == 2:
+            shapes[module] = (info.shape[0], info.shape[1])
+        elif len(info.shape) == 1 and module.endswith(gguf_layout.SHARED_EXPERT_GATE):
+            shapes[module] = (1, info.shape[0])
+    layers = _layers(files[0], architecture)
+    return {module: shape for module, shape in shapes.items() if (gguf_layout.layer_of(module) or 0) < layers}
+
+
+def expert_parts(files: Sequence[GGUFFile], architecture: Architecture) -> Iterator[tuple[str, ExpertPart]]:
+    """Yield every expert's projections by module, and where they lie in these files."""
+    for file, tensor, info in ((part, *named) for part in files for named in part.tensors.items()):
+        held = gguf_experts.stack(tensor.removesuffix(names.WEIGHT), architecture.experts)
+        if held and tensor.endswith(names.WEIGHT) and len(info.shape) == 3:
+            yield from gguf_experts.parts(tensor, held, info.shape, str(file.path))
+
+
+def _expert_scales(files: Sequence[GGUFFile], architecture: Architecture) -> dict[str, float]:
+    """Return what the outputs of experts are multiplied by before an update is added to them, by module."""
+    found: dict[str, float] = {}
+    if not architecture.expert_scales:
+        return found
+    for file, tensor in ((part, tensor) for part in files for tensor in part.tensors):
+        if (layer := gguf_experts.layer_of_scales(tensor)) is None:
+            continue
+        weights = file.tensors.get(tensor.replace(".scale", ".weight"))
+        if file.tensors[tensor].type != GGMLQuantizationType.F32 or weights is None or weights.type in _WITH_SCALES:
+            raise RefusedError(
+                f"{file.path}: {tensor} also holds scales of quantised weights; name the Hugging Face directory instead"
+            )
+        scales = torch.frombuffer(file.bytes_of(tensor), dtype=torch.float32)
+        found |= gguf_experts.multipliers(layer, architecture.experts, scales, f"{file.path}: {tensor}")
+    return found
 
 
 def _check_file_tells_all(file: GGUFFile, architecture: Architecture) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import metadata_load
 
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular
-from csulora.models import gguf_layout, names
+from csulora.models import experts, gguf_experts, gguf_layout, names, renamings, storage
 from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
 from csulora.models.gguf_orders import SOURCES, Source
 from csulora.models.shards import stored_tensors
@@ -20,6 +20,7 @@ MOST_LAYERS = 10_000
 _LARGEST_CONFIG = 16 << 20  # bytes
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _REGULAR_PARTS = frozenset(
     {
         "self_attn.q_proj",
@@ -33,6 +34,7 @@ _REGULAR_PARTS = frozenset(
         "mlp.down_proj",
     }
 )
+_ROUTER = "mlp.gate"  # of models that also come without experts
 
 
 class Description(NamedTuple):
@@ -64,6 +66,8 @@ def describe(directory: Path) -> Description:
         for module in shapes
         if architecture.multipliers
     }
+    if architecture.expert_scales and any(map(architecture.is_expert, shapes)):
+        multipliers |= _expert_scales(directory, architecture)
     return Description(architecture, counts, shapes, multipliers, _license(directory / "README.md"))
 
 
@@ -106,7 +110,12 @@ def _multiplier(path: Path, config: Mapping[str, Any], key: str) -> float:
 
 
 def _tells_shapes(config: Mapping[str, Any], architecture: Architecture) -> bool:
-    return set(architecture.parts) <= _REGULAR_PARTS and all(config.get(key) is not None for key in _SIZES)
+    has_experts = architecture.experts and any(config.get(key) for key in _NUMBERS_OF_EXPERTS)
+    return (
+        not has_experts
+        and set(architecture.parts) - {_ROUTER} <= _REGULAR_PARTS
+        and all(config.get(key) is not None for key in _SIZES)
+    )
 
 
 def _holds_weights(directory: Path) -> bool:
@@ -121,7 +130,7 @@ def _shapes(
     is_told = any(isinstance(tie, bool) for tie in told)
     is_enough = _tells_shapes(text, architecture)
     needs_weights = _holds_weights(directory) and not (is_enough and is_told)
-    stored = _stored_shapes(directory, architecture) if needs_weights else {}
+    stored = _stored_shapes(directory, config, architecture) if needs_weights else {}
     shapes = stored if stored and not is_enough else _computed_shapes(directory / "config.json", text, architecture)
     has_head = any(tie is False for tie in told) if is_told else HEAD in stored
     return {module: shape for module, shape in shapes.items() if module != HEAD or has_head}
@@ -130,7 +139,7 @@ def _shapes(
 def _computed_shapes(path: Path, config: Mapping[str, Any], architecture: Architecture) -> dict[str, tuple[int, int]]:
     """Compute the shapes of a model all of whose layers are alike."""
     missing = ", ".join(f"{key} is None" for key in _SIZES if config.get(key) is None)
-    if missing or not set(architecture.parts) <= _REGULAR_PARTS:
+    if missing or not _tells_shapes(config, architecture):
         raise InputError(
             f"{path}: does not tell all shapes of a {architecture.name} model{missing and f' ({missing})'}; "
             "name a local directory that holds the weights too, or the GGUF file"
@@ -157,19 +166,38 @@ def _computed_shapes(path: Path, config: Mapping[str, Any], architecture: Archit
         "mlp.gate_up_proj": (2 * hidden, width),
         "mlp.down_proj": (width, hidden),
     }
-    shapes = {f"model.layers.{layer}.{part}": in_layer[part] for layer in range(layers) for part in architecture.parts}
+    parts = [part for part in architecture.parts if part in in_layer]
+    shapes = {f"model.layers.{layer}.{part}": in_layer[part] for layer in range(layers) for part in parts}
     return shapes | dict.fromkeys((EMBEDDING, HEAD), (count("vocab_size"), width))
 
 
-def _stored_shapes(directory: Path, architecture: Architecture) -> dict[str, tuple[int, int]]:
+def _stored_shapes(
+    directory: Path, config: Mapping[str, Any], architecture: Architecture
+) -> dict[str, tuple[int, int]]:
     """Read the shapes of the language model's weights from the headers of the files, whatever class wraps it."""
+    stored = storage.logical_shapes(stored_tensors(directory))
+    matrices = {name: (shape[0], shape[1]) for name, shape in stored.items() if len(shape) == 2}
+    matrices |= {name: part.shape for name, part in experts.parts(stored, architecture.expert_layout)}
+    in_memory = {on_disk: name for name, on_disk in renamings.names_in_memory(config, matrices).items()}
     shapes = {}
-    for tensor, stored in stored_tensors(directory).items():
-        bare = names.bare(tensor.removesuffix(names.WEIGHT))
+    for name, shape in matrices.items():
+        bare = names.bare(in_memory.get(name, name))
         module = bare if bare == HEAD else f"model.{bare}"
-        if tensor.endswith(names.WEIGHT) and len(stored.shape) == 2 and architecture.tensor_name(module):
-            shapes[module] = (stored.shape[0], stored.shape[1])
+        if architecture.tensor_name(module) or architecture.is_expert(module):
+            shapes[module] = shape
     return shapes
+
+
+def _expert_scales(directory: Path, architecture: Architecture) -> dict[str, float]:
+    """Read what transformers multiplies the outputs of experts by, by module."""
+    found: dict[str, float] = {}
+    for tensor, stored in stored_tensors(directory).items():
+        module = f"model.{names.bare(tensor)}"
+        layer = gguf_layout.layer_of(module)
+        if layer is not None and module == f"model.layers.{layer}.{architecture.expert_scales}":
+            scales = storage.read(stored.file, tensor).float()
+            found |= gguf_experts.multipliers(layer, architecture.experts, scales, f"{stored.file}: {tensor}")
+    return found
 
 
 def _license(card: Path) -> str | None:

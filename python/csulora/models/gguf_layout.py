@@ -15,12 +15,14 @@ from typing import Any
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, TensorNameMap
 
 from csulora.errors import BuildError, RefusedError
-from csulora.models import gguf_orders
+from csulora.models import experts, gguf_experts, gguf_orders
 from csulora.models.gguf_ignored import why_not
 from csulora.models.gguf_orders import Order
 from csulora.models.names import bare
+from csulora.subspace.expert_layout import ExpertLayout
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+SHARED_EXPERT_GATE = "mlp.shared_expert_gate"  # a matrix of one row, which GGUF files keep as a vector
 
 _SEPARATE_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _SEPARATE = (*_SEPARATE_QKV, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -32,6 +34,17 @@ _VALUE_HEADS = {
     ),
 }
 _ROTARY = {"self_attn.q_proj": gguf_orders.rotary_queries, "self_attn.k_proj": gguf_orders.rotary_keys}
+
+_EXPERTS, _ROUTER = "mlp.experts", "mlp.gate"
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_QWEN_MOE = (
+    *(*_SEPARATE_QKV, _ROUTER),
+    *(*(f"mlp.shared_expert.{part}" for part in _PROJECTIONS), SHARED_EXPERT_GATE),
+)
+_LFM2 = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+    *("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
 
 _OUTSIDE = {EMBEDDING: TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD], HEAD: TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}
 
@@ -52,6 +65,10 @@ class Architecture:
         multipliers: keys of the configuration whose product is multiplied into a GGUF file's weight, by part.
         unlike: metadata that models have whose rows are in yet another order, which is not supported.
         counts: what the orders follow from, by the names of `gguf_orders.SOURCES`.
+        experts: end of the names of experts modules; empty if there are none.
+        fuses_experts: llama.cpp's converter always keeps gate and up of experts in one tensor.
+        expert_scales: end of the name of what multiplies the outputs of experts, (E); llama.cpp does so before it
+            adds updates, transformers afterwards.
     """
 
     name: str
@@ -62,6 +79,14 @@ class Architecture:
     ignored: Mapping[str, str] = field(default_factory=dict)
     multipliers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unlike: str = ""
+    experts: str = ""
+    fuses_experts: bool = False
+    expert_scales: str = ""
+
+    @property
+    def expert_layout(self) -> ExpertLayout:
+        """How transformers lays out experts in memory."""
+        return experts.layout_of([kind for kind, name in _MODEL_TYPES.items() if name == self.name])
 
     def tensor_name(self, module: str) -> str | None:
         """Return a module's GGUF name less ``.weight``; None if llama.cpp has no such weight matrix."""
@@ -72,6 +97,10 @@ class Architecture:
         parts = {name: part for part, name in _part_names(self.name, self.parts).items()}
         outside = {name: module for module, name in self._outside().items()}
         return outside.get(tensor) or _rename(tensor, "blk", "model.layers", parts)
+
+    def is_expert(self, module: str) -> bool:
+        """Whether a module is a projection of one of the architecture's experts."""
+        return gguf_experts.tensor_name(module, self.experts, fused=False) is not None
 
     def is_ignored(self, module: str) -> bool:
         """Whether llama.cpp ignores updates of this module."""
@@ -93,8 +122,10 @@ class Architecture:
         return {**_OUTSIDE, **self.ignored}
 
     def is_reordered(self, module: str) -> bool:
-        """Whether rows or columns of this module's weight are in another order in some GGUF files."""
-        return bool(self.unlike or self.multipliers) or _part(module) in self.rows or _part(module) in self.columns
+        """Whether rows or columns of this module's weight, or its updates' scale, are others in some GGUF files."""
+        if self.unlike or self.multipliers or (self.expert_scales and self.is_expert(module)):
+            return True
+        return _part(module) in self.rows or _part(module) in self.columns
 
 
 # Without mamba.in_proj, whose rows have multipliers of their own, and mamba.out_proj, which PEFT does not adapt.
@@ -117,26 +148,41 @@ _FALCON_H1 = Architecture(
 )
 
 
-def _permuted(name: str) -> Architecture:
-    return Architecture(name, rows=_ROTARY, counts=("heads", "kv_heads"))
+def _permuted(name: str, parts: tuple[str, ...] = _SEPARATE, experts: str = "") -> Architecture:
+    return Architecture(name, parts, rows=_ROTARY, counts=("heads", "kv_heads"), experts=experts)
+
+
+def _gated_delta(name: str, parts: tuple[str, ...], experts: str = "") -> Architecture:
+    return Architecture(
+        name,
+        parts=(*parts, *_VALUE_HEADS, "linear_attn.out_proj"),
+        rows=_VALUE_HEADS,
+        columns={"linear_attn.out_proj": gguf_orders.value_heads},
+        counts=("key_heads", "value_heads", "value_size"),
+        experts=experts,
+    )
 
 
 _ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        _permuted("llama"),
+        _permuted("llama", (*_SEPARATE, _ROUTER), _EXPERTS),  # Mixtral too
         _permuted("mistral3"),
         _permuted("smollm3"),
         _permuted("granite"),
         Architecture("olmo2"),
         Architecture("qwen2"),
         Architecture("qwen3"),
+        Architecture("qwen3moe", parts=(*_SEPARATE_QKV, _ROUTER), experts=_EXPERTS),
         Architecture("gemma"),
         Architecture("gemma2"),
         Architecture("gemma3"),
         Architecture(
             "gemma4",
-            parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection"),
+            parts=(*_SEPARATE, "per_layer_input_gate", "per_layer_projection", "router.proj"),
+            experts="experts",
+            fuses_experts=True,
+            expert_scales="router.per_expert_scale",
             ignored={
                 "model.per_layer_model_projection": "per_layer_model_proj",
                 "model.embed_tokens_per_layer": "per_layer_token_embd",
@@ -147,21 +193,34 @@ _ARCHITECTURES = {
         Architecture(
             "glm4", parts=(*_SEPARATE_QKV, "mlp.gate_up_proj", "mlp.down_proj"), unlike="rope.dimension_sections"
         ),
+        Architecture(
+            "glm4moe",
+            parts=(*_SEPARATE, _ROUTER, *(f"mlp.shared_experts.{part}" for part in _PROJECTIONS)),
+            unlike="rope.dimension_sections",
+            experts=_EXPERTS,
+        ),
         Architecture("qwen2vl"),
         Architecture("qwen3vl"),
+        _gated_delta("qwen35", _SEPARATE),
+        _gated_delta("qwen35moe", _QWEN_MOE, _EXPERTS),
+        # Without linear_attn.in_proj_qkvz, whose rows are spread over two tensors.
         Architecture(
-            "qwen35",
-            parts=(*_SEPARATE, *_VALUE_HEADS, "linear_attn.out_proj"),
-            rows=_VALUE_HEADS,
-            columns={"linear_attn.out_proj": gguf_orders.value_heads},
-            counts=("key_heads", "value_heads", "value_size"),
+            "qwen3next",
+            parts=(*_QWEN_MOE, "linear_attn.in_proj_ba", "linear_attn.out_proj"),
+            experts=_EXPERTS,
         ),
+        Architecture("gpt-oss", parts=(*_SEPARATE_QKV, "mlp.router"), experts=_EXPERTS),
+        Architecture("lfm2", parts=_LFM2),
+        Architecture("lfm2moe", parts=(*_LFM2, "feed_forward.gate"), experts="feed_forward.experts"),
+        # Without mamba.dt_proj, of which transformers ignores updates, and mamba.out_proj, which PEFT does not adapt.
         Architecture(
-            "lfm2",
+            "jamba",
             parts=(
-                *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
-                *("conv.in_proj", "conv.out_proj", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+                *_SEPARATE_QKV,
+                *("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+                *("feed_forward.router", "mamba.in_proj", "mamba.x_proj"),
             ),
+            experts="feed_forward.experts",
         ),
         _FALCON_H1,
     )
@@ -181,6 +240,7 @@ _MODEL_TYPES = {
     "olmo3": "olmo2",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
@@ -196,6 +256,14 @@ _MODEL_TYPES = {
     "qwen3_vl (qwen3_vl_text)": "qwen3vl",
     "qwen3_5_text": "qwen35",
     "qwen3_5 (qwen3_5_text)": "qwen35",
+    "mixtral": "llama",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_moe (qwen3_5_moe_text)": "qwen35moe",
+    "qwen3_next": "qwen3next",
+    "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
+    "lfm2_moe": "lfm2moe",
+    "jamba": "jamba",
     "lfm2": "lfm2",
     "falcon_h1": "falcon-h1",
 }

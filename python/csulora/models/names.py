@@ -42,7 +42,16 @@ def conv1d(shapes: Mapping[str, Sequence[int]]) -> set[str]:
 
     if not any(map(is_transposed, shapes)):
         return set()
-    return {module for module in shapes if module.rpartition(".")[2] in _CONV1D_MODULES}
+    return set(filter(may_be_conv1d, shapes))
+
+
+def may_be_conv1d(module: str) -> bool:
+    """Whether GPT-2 or one of its descendants may store a weight of this name as (in, out).
+
+    >>> may_be_conv1d("transformer.h.0.attn.c_proj"), may_be_conv1d("model.layers.0.self_attn.o_proj")
+    (True, False)
+    """
+    return module.rpartition(".")[2] in _CONV1D_MODULES
 
 
 def kind_of(module: str) -> str:
@@ -96,8 +105,16 @@ def with_known_projection(module: str) -> str:
     """
     if not (found := _EXPERT.search(module)):
         return module
-    projection = found["projection"]
-    return f"{module[: found.start()]}{found['expert']}.{_PROJECTIONS.get(projection, projection)}"
+    return f"{module[: found.start()]}{found['expert']}.{projection_of(found['projection'])}"
+
+
+def projection_of(name: str) -> str:
+    """Return which projection of an expert a family's name for it is: ``w1`` is Mixtral's ``gate_proj``.
+
+    >>> [projection_of(name) for name in ("w1", "up_proj")]
+    ['gate_proj', 'up_proj']
+    """
+    return _PROJECTIONS.get(name, name)
 
 
 def is_expert(module: str) -> bool:

@@ -111,6 +111,15 @@ class Contents:
         return cls(weights, others)
 
 
+def logical_shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, list[int]]:
+    """Return the shapes of weights by name less ``.weight``; those that are kept in blocks have their own."""
+    return {
+        _logical(name, tensor).removesuffix(names.WEIGHT): _logical_shape(name, tensor)
+        for name, tensor in tensors.items()
+        if name.endswith(names.WEIGHT) or _logical(name, tensor) != name or len(tensor.shape) == 3
+    }
+
+
 def load(weight: Weight) -> tuple[torch.Tensor, str]:
     """Return a weight, (out, in), and the hex sha256 of its bytes as they are stored, its scales' after its own.
 
@@ -124,8 +133,8 @@ def load(weight: Weight) -> tuple[torch.Tensor, str]:
     # A mapping of its own: what was read to be hashed counts as memory until it is unmapped.
     digest = hashlib.sha256()
     for file, tensor in _parts(weight):
-        digest.update(_bytes_of(_map(file, tensor)))
-    stored = _map(weight.file, weight.tensor)
+        digest.update(_bytes_of(read(file, tensor)))
+    stored = read(weight.file, weight.tensor)
     if weight.scales is not None:
         stored = scaled_codes.dequantise(*_scaled(weight, weight.scales))
         _check_finite(stored, weight)
@@ -135,7 +144,7 @@ def load(weight: Weight) -> tuple[torch.Tensor, str]:
 def _load_part(weight: Weight, part: ExpertPart) -> tuple[torch.Tensor, str]:
     """Return an expert's projection; what is floating point is hashed as a file of single experts would store it."""
     if weight.scales is None:
-        stored = _map(weight.file, weight.tensor, part.expert)
+        stored = read(weight.file, weight.tensor, part.expert)
         matrix = (stored.t() if part.transposed else stored)[part.rows].contiguous()
         return matrix, hashlib.sha256(_bytes_of(matrix)).hexdigest()
     codes, scales, block, code_format = _scaled(weight, weight.scales)
@@ -225,9 +234,9 @@ def _fitting(name: str, scales: StoredTensor, shape: tuple[int, int], blocks: li
 def _scaled(weight: Weight, scales: Scales) -> tuple[torch.Tensor, torch.Tensor, Block, scaled_codes.CodeFormat]:
     """Return codes, scales, block and format as `scaled_codes` takes them."""
     expert = weight.part.expert if weight.part else None
-    stored = _map(weight.file, weight.tensor, expert)
+    stored = read(weight.file, weight.tensor, expert)
     codes = scaled_codes.unpack_nibbles(stored) if weight.dtype == _MXFP4 else stored.view(torch.uint8)
-    factors = _map(scales.file, scales.tensor, expert)
+    factors = read(scales.file, scales.tensor, expert)
     factors = scaled_codes.decode_exponents(factors) if factors.dtype == torch.uint8 else factors.float()
     if not ((factors > 0) & factors.isfinite()).all():
         raise InputError(
@@ -262,7 +271,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return data
 
 
-def _map(file: Path, tensor: str, expert: int | None = None) -> torch.Tensor:
+def read(file: Path, tensor: str, expert: int | None = None) -> torch.Tensor:
     """Return a tensor of a file, or what it holds of one expert."""
     try:
         with safe_open(file, framework="pt") as opened:

@@ -17,10 +17,14 @@ class Certificate:
     Attributes:
         displacement_norm2: |D|_F^2.
         captured_energy: 1 - |D - U S V^T|^2 / |D|^2, at least.
+        optimal_share: at least this share of what the best k directions capture is captured; 0 means nothing is known.
         residual: max over i of max(|D v - s u|, |D^T u - s v|) / s.
         orthonormality: max(|U^T U - I|_F, |V^T V - I|_F).
         next_value: upper estimate of the next singular value.
-        subspace_error: bound on the share of the true left or right subspace that is missed; 1 means nothing is known.
+        standing_out: how many leading directions a gap separates from what follows. Inside the bulk that follows,
+            any directions are as good as others that capture as much.
+        subspace_error: bound on the share that is missed of the true left or right subspace of those that stand out;
+            1 means nothing is known.
         noise_edge: singular values below it cannot be told from storage rounding.
         above_noise: how many computed singular values lie above ``noise_edge``.
         passes: products with D and its transpose; 0 for a full decomposition.
@@ -35,6 +39,8 @@ class Certificate:
     noise_edge: float
     above_noise: int
     passes: int
+    optimal_share: float = 0.0  # absent from a subspace file before it was known
+    standing_out: int = 0
 
     @classmethod
     def from_core(cls, certificate: _core.Certificate) -> Self:

@@ -1,4 +1,7 @@
-"""Where a module stands in the model, by its name: a table of layers and kinds of module."""
+"""Where a module stands in the model, by its name: a table of layers and kinds of module.
+
+A model has thousands of experts, whose projections are of a few kinds: ``experts.gate_proj`` of all layers and experts.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+from csulora.adapters import experts
+
 # model.layers.3.self_attn.q_proj: the stack `model.layers.`, layer 3, kind self_attn.q_proj.
 _LAYER = re.compile(r"(.*?\.)?(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _DIGITS = re.compile("[0-9]+")
+_OF_EXPERTS = re.compile(r"(?:.*\.)?(experts\.[^.]+)", re.DOTALL)
 _CELL_WIDTH = 40  # pixels
 
 
@@ -21,6 +27,16 @@ def place(module: str) -> tuple[tuple[str, int], str]:
     """
     found = _LAYER.fullmatch(module)
     return ((found[1] or "", int(found[2])), found[3]) if found else (("", -1), module)
+
+
+def kind_of(module: str) -> str:
+    """Return a module's kind: its name below the layer, without the number of its expert.
+
+    >>> kind_of("model.layers.3.mlp.experts.12.gate_proj")
+    'mlp.experts.gate_proj'
+    """
+    found = experts.parsed(module)
+    return place(f"{found[0]}.{found[2]}" if found else module)[1]
 
 
 @dataclass(frozen=True)
@@ -85,10 +101,16 @@ def by_number(kind: str) -> tuple[str, str]:
 
 
 def columns(kinds: Iterable[str]) -> list[Column]:
-    """Shorten the names of kinds as far as they stay apart."""
+    """Shorten the names of kinds as far as they stay apart; those of experts remain recognisable."""
     kinds = list(kinds)
-    lasts = Counter(kind.rpartition(".")[2] for kind in kinds)
-    return [Column(kind, last if lasts[last := kind.rpartition(".")[2]] == 1 else kind) for kind in kinds]
+    short = [_short(kind) for kind in kinds]
+    uses = Counter(short)
+    return [Column(kind, last if uses[last] == 1 else kind) for kind, last in zip(kinds, short, strict=True)]
+
+
+def _short(kind: str) -> str:
+    of_experts = _OF_EXPERTS.fullmatch(kind)
+    return of_experts[1] if of_experts else kind.rpartition(".")[2]
 
 
 def _label(stack: str, number: int, one_stack: bool) -> str:

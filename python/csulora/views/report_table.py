@@ -9,9 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from csulora.adapters import experts
 from csulora.correction.report import ModuleReport, Report, Totals
 from csulora.errors import printable
-from csulora.views.layout import Layout, by_number, columns, place
+from csulora.views.layout import Layout, by_number, columns, kind_of
 from csulora.views.tables import span
 
 _LONGEST_NAME = 200  # characters
@@ -27,7 +28,8 @@ _READING = (
 def report_table(report: Report, every_module: bool = False) -> RenderableType:
     """Return the table and the sentences below it.
 
-    Without a policy that changes something there are no columns for what was changed.
+    Without a policy that changes something there are no columns for what was changed. Where experts are among the
+    modules, ``n`` says how many modules a row stands for.
 
     Args:
         report: what `csulora.correct` returned.
@@ -36,7 +38,10 @@ def report_table(report: Report, every_module: bool = False) -> RenderableType:
     is_changed = not report.changes_nothing
     rows = _module_rows(report) if every_module else _kind_rows(report)
     figures = (_MODULE_FIGURES if every_module else _KIND_FIGURES) | (_CHANGE if is_changed else {})
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    counted = not every_module and any(experts.parsed(module.module) for module in report.measured)
+    figures = (_COUNT if counted else {}) | figures
+    padding = 0 if counted else 1  # in 80 columns
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("module" if every_module else "kind", overflow="fold")
     for heading in figures:
         table.add_column(heading, justify="right")
@@ -66,7 +71,7 @@ def _sentences(report: Report, is_changed: bool) -> Iterable[Text]:
 def _kind_rows(report: Report) -> list[tuple[str, list[ModuleReport]]]:
     kinds: dict[str, list[ModuleReport]] = {}
     for module in report.measured:
-        kinds.setdefault(place(module.module)[1], []).append(module)
+        kinds.setdefault(kind_of(module.module), []).append(module)
     ordered = sorted(kinds, key=by_number)
     return [(column.short, kinds[column.kind]) for column in columns(ordered)]
 
@@ -91,6 +96,7 @@ def _ranks(modules: list[ModuleReport]) -> str:
     return span(before) if before == after else f"{span(before)}->{span(after)}"
 
 
+_COUNT: dict[str, Figure] = {"n": lambda modules, _: str(len(modules))}
 _ENERGIES: dict[str, Figure] = {
     "rank": lambda modules, _: _ranks(modules),
     "aligned": lambda _, totals: f"{totals.energies['aligned']:.1%}",

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from csulora.adapters import experts
 from csulora.errors import printable
+from csulora.views.layout import by_number, columns, kind_of
 
 if TYPE_CHECKING:
     from csulora.adapters.lora import Adapter
@@ -21,14 +23,14 @@ _LONGEST_CELL = 1000  # characters
 
 
 def subspace_table(subspace: Subspace) -> Table:
-    """One row per kind of module (the last part of its name), with the worst figures among its layers."""
+    """One row per kind of module, with the worst figures among its layers and experts."""
     kinds: dict[str, list[ModuleSubspace]] = defaultdict(list)
     for name, module in subspace.items():
-        kinds[name.rpartition(".")[2]].append(module)
+        kinds[kind_of(name)].append(module)
     table = plain_table(
-        "kind", "layers", "shape", "rank", "captured energy", "residual", "subspace error", "above noise"
+        "kind", "n", "shape", "rank", "captured energy", "residual", "stand out", "subspace error", "above noise"
     )
-    for kind, modules in sorted(kinds.items()):
+    for kind, modules in [(column.short, kinds[column.kind]) for column in columns(sorted(kinds, key=by_number))]:
         certificates = [module.certificate for module in modules if module.rank]
         table.add_row(
             kind,
@@ -37,6 +39,7 @@ def subspace_table(subspace: Subspace) -> Table:
             span([module.rank for module in modules]),
             f"{min((c.captured_energy for c in certificates), default=0.0):.1%}",
             f"{max((c.residual for c in certificates), default=0.0):.1e}",
+            span([module.certificate.standing_out for module in modules]),
             f"<= {max((c.subspace_error for c in certificates), default=0.0):.1e}",
             span([module.certificate.above_noise for module in modules]),
         )
@@ -74,12 +77,19 @@ def adapter_rows(adapter: Adapter) -> list[dict[str, Any]]:
     ]
 
 
-def adapter_table(adapter: Adapter) -> Table:
-    """One row per module of an adapter."""
-    table = plain_table("module", "shape", "rank", "scale", "dtype")
+def adapter_table(adapter: Adapter, every_module: bool = False) -> Table:
+    """One row per module of an adapter; unless ``every_module``, experts have one per projection."""
+    table = plain_table("module", "n", "shape", "rank", "scale", "dtype")
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in adapter_rows(adapter):
-        shape = " x ".join(map(str, row["shape"]))
-        table.add_row(row["module"], shape, str(row["rank"]), f"{row['scale']:g}", row["dtype"])
+        name = row["module"]
+        groups[kind_of(name) if experts.parsed(name) and not every_module else name].append(row)
+    for name, rows in groups.items():
+        shapes = sorted({" x ".join(map(str, row["shape"])) for row in rows})
+        scales = sorted({f"{row['scale']:g}" for row in rows})
+        dtypes = sorted({row["dtype"] for row in rows})
+        ranks = span([row["rank"] for row in rows])
+        table.add_row(name, str(len(rows)), ", ".join(shapes), ranks, ", ".join(scales), ", ".join(dtypes))
     return table
 
 

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console, RenderableType
 
 import factories
+import html_pages
 import oracle
 from csulora import Policy, correct
 from csulora.correction.model_card import model_card
@@ -150,6 +151,19 @@ def test_nothing_breaks_at_80_columns(policy: Policy, every_module: bool) -> Non
     table = [line.rstrip() for line in wide if "_proj" in line]
     assert len(table) == (7 * 32 if every_module else 7)
     assert [line.rstrip() for line in narrow if "_proj" in line] == table
+
+
+def test_experts_have_a_row_per_projection_that_says_how_many() -> None:
+    shapes = dict.fromkeys(html_pages.experts(4, 30), (40, 40)) | {Q: (40, 40)}
+    adapter, subspace = factories.adapter(shapes), factories.subspace(shapes)
+    report = correct(adapter, subspace, Policy.csulora(1.0))[1]
+    counts = {"experts.gate_proj": "120", "experts.up_proj": "120", "experts.down_proj": "120", "q_proj": "1"}
+    lines = [line.split() for line in printed(report_table(report), 80).splitlines()]
+    assert {line[0]: line[1] for line in lines if line and line[0].endswith("_proj")} == counts
+    for table in (tables.adapter_table(adapter), tables.subspace_table(subspace)):
+        assert sum("experts" in line for line in printed(table).splitlines()) == 3
+    assert printed(tables.adapter_table(adapter, every_module=True)).count("experts") == 360
+    assert len(report.to_dict()["modules"]) == 361
 
 
 def test_a_notebook_shows_the_verdict_and_no_markup_of_a_strangers() -> None:

@@ -115,6 +115,7 @@ def test_a_local_path_comes_first(hub: Hub, tmp_path: Path) -> None:
         "org/sub/adapter",
         "org/a@v1:../b",
         "org/a@",
+        "org/a@../../b",
         "org/a:/etc",
         "o/a\nb",
     ],

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +20,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, Keys
 
 from csulora import __version__
-from csulora.adapters.factors import of_one_dtype
+from csulora.adapters import experts
+from csulora.adapters.factors import of_one_dtype, wide
+from csulora.adapters.gguf import stacks
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import GGUF_SUFFIX, atomic_file
-from csulora.models import gguf_layout, gguf_quants
+from csulora.models import gguf_experts, gguf_layout, gguf_quants, names
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_ignored import WAY_OUT
@@ -71,16 +74,16 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
     if not math.isfinite(alpha):
         raise InputError(f"{path}: {Keys.Adapter.LORA_ALPHA} is {alpha}")
     modules = {}
-    for module, factors in sorted(_group(file, architecture).items()):
-        update = _module(file, module, factors, alpha)
+    for module, update in sorted(_updates(file, architecture, base, alpha)):
         if base is not None:
             _check_fits(path, module, module, update, base)
             b, a = base.from_gguf(module, update.b, update.a)
-            update = replace(update, b=b, a=a, scale=update.scale / base.multipliers.get(module, 1.0))
+            update = replace(update, b=b, a=a, scale=_unmultiplied(update.scale, module, base))
         elif architecture.is_reordered(module):
+            unknown = "scale" if names.is_expert(module) else "order"
             raise InputError(
-                f"{path}: the order of the rows of {module} follows from the model, of which the file does not tell "
-                "enough; name the base model (--base-model)"
+                f"{path}: the {unknown} of the rows of {module} follows from the model, of which the file does not "
+                "tell enough; name the base model (--base-model)"
             )
         modules[module] = update
     config = {"base_model_name_or_path": base_model_name(_base_model_name(file)), "task_type": "CAUSAL_LM"}
@@ -134,8 +137,40 @@ def _check_metadata(file: GGUFFile) -> Architecture:
     return architecture
 
 
+def _unmultiplied(scale: float, module: str, base: BaseModel) -> float:
+    factor = base.multipliers.get(module, 1.0)
+    if factor == 0:
+        raise InputError(f"{base.path}: multiplies outputs of {module} by 0; its updates cannot be read back from GGUF")
+    return scale / factor
+
+
+def _updates(
+    file: GGUFFile, architecture: Architecture, base: BaseModel | None, alpha: float
+) -> Iterator[tuple[str, LoraModule]]:
+    """Yield every module with its update, the rows as they stand in the file."""
+    for tensor, factors in _group(file, architecture).items():
+        stack = gguf_experts.stack(tensor, architecture.experts)
+        module = architecture.module_name(tensor) or ""
+        a, b = _pair(file, tensor if stack else module, factors, dimensions=3 if stack else 2)
+        is_embedding = module == EMBEDDING  # stored as a (vocabulary, rank), b (width, rank)
+        rank = b.shape[-1]
+        if rank != a.shape[-1 if is_embedding else -2] or a.shape[:-2] != b.shape[:-2]:
+            unlike = "number of experts or rank" if stack else "rank"
+            raise InputError(
+                f"{file.path}: {module or tensor} has factors {list(a.shape)} and {list(b.shape)} of unlike {unlike}"
+            )
+        # llama.cpp's rule, in its precision: alpha 0 means that there is no alpha.
+        scale = float(torch.tensor(alpha) / rank) if alpha else 1.0
+        if stack is None:
+            yield module, LoraModule(a, b.t(), scale, is_embedding=True) if is_embedding else LoraModule(b, a, scale)
+            continue
+        if base is not None:
+            stacks.check_number(tensor, len(a), base, file.path)
+        yield from stacks.apart(stack, a, b, scale, f"{file.path}: {tensor}")
+
+
 def _group(file: GGUFFile, architecture: Architecture) -> dict[str, dict[str, str]]:
-    """Sort tensor names by module and factor; none is left over."""
+    """Sort tensor names by what they update, a GGUF name less ``.weight``, and factor; none is left over."""
     if not file.tensors:
         raise InputError(f"{file.path}: holds no tensor")
     factors: dict[str, dict[str, str]] = {}
@@ -145,46 +180,51 @@ def _group(file: GGUFFile, architecture: Architecture) -> dict[str, dict[str, st
             reason = "llama.cpp ignores it" if tensor.endswith("_norm.weight") else "it is neither lora_a nor lora_b"
             raise RefusedError(f"{file.path}: tensor {tensor} is not part of plain LoRA: {reason}")
         module = architecture.module_name(found["name"])
-        if module is None or architecture.is_ignored(module):
+        is_known = module is not None or gguf_experts.stack(found["name"], architecture.experts) is not None
+        if not is_known or (module and architecture.is_ignored(module)):
             reason = "llama.cpp ignores it" if module else f"no known weight of {architecture.name} has that name"
             raise RefusedError(f"{file.path}: tensor {tensor} cannot be used: {reason}; {WAY_OUT}")
-        factors.setdefault(module, {})[found["factor"]] = tensor
+        factors.setdefault(found["name"], {})[found["factor"]] = tensor
     return factors
 
 
-def _module(file: GGUFFile, module: str, factors: dict[str, str], alpha: float) -> LoraModule:
-    """Assemble one module's update with its rows as they stand in the file."""
+def _pair(file: GGUFFile, what: str, factors: dict[str, str], dimensions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B of one update in one type."""
     for factor in ("lora_a", "lora_b"):
         if factor not in factors:
-            raise InputError(f"{file.path}: {module} has no {factor}; an update needs both factors")
-    a, b = (_matrix(file, factors[factor]) for factor in ("lora_a", "lora_b"))
-    a, b = of_one_dtype(a, b, module, file.path)
-    is_embedding = module == EMBEDDING  # stored as a (vocabulary, rank), b (width, rank)
-    rank = b.shape[1]
-    if rank != a.shape[1 if is_embedding else 0]:
-        raise InputError(f"{file.path}: {module} has factors {list(a.shape)} and {list(b.shape)} of unlike rank")
-    # llama.cpp's rule, in its precision: alpha 0 means that there is no alpha.
-    scale = float(torch.tensor(alpha) / rank) if alpha else 1.0
-    return LoraModule(a, b.t(), scale, is_embedding=True) if is_embedding else LoraModule(b, a, scale)
+            raise InputError(f"{file.path}: {what} has no {factor}; an update needs both factors")
+    a, b = (_factor(file, factors[factor], dimensions) for factor in ("lora_a", "lora_b"))
+    return of_one_dtype(a, b, what, file.path)
 
 
-def _matrix(file: GGUFFile, tensor: str) -> torch.Tensor:
+def _factor(file: GGUFFile, tensor: str, dimensions: int) -> torch.Tensor:
     info = file.tensors[tensor]
     dtype = _TYPES.get(info.type)
     if dtype is None and info.type != GGMLQuantizationType.Q8_0:
         raise RefusedError(f"{file.path}: tensor {tensor} is {info.type.name}; F32, F16, BF16 or Q8_0 is needed")
     # ggml leaves out leading dimensions of 1: a factor of rank 1 may have one dimension.
     shape = (1, *info.shape) if len(info.shape) == 1 else info.shape
-    if len(shape) != 2:
-        raise InputError(f"{file.path}: tensor {tensor} is {list(shape)}; a matrix is needed")
+    if len(shape) != dimensions:
+        needed = "a matrix" if dimensions == 2 else "a matrix for each expert"
+        raise InputError(f"{file.path}: tensor {tensor} is {list(shape)}; {needed} is needed")
+    if dimensions == 3 and shape[0] > gguf_experts.MOST_EXPERTS:
+        raise InputError(
+            f"{file.path}: tensor {tensor} has {shape[0]} experts; at most {gguf_experts.MOST_EXPERTS} are possible"
+        )
     data = file.bytes_of(tensor)
     if dtype is None:
-        matrix = gguf_quants.dequantise(data, (shape[0], shape[1]), info.type)
+        matrix = gguf_quants.dequantise(data, (math.prod(shape[:-1]), shape[-1]), info.type).reshape(shape)
     else:
         matrix = torch.frombuffer(data, dtype=dtype).reshape(shape)
     if not is_finite(matrix):
-        raise InputError(f"{file.path}: tensor {tensor} holds NaN or infinity")
+        raise InputError(f"{file.path}: tensor {tensor} holds NaN or infinity{_first_expert(matrix)}")
     return matrix
+
+
+def _first_expert(factor: torch.Tensor) -> str:
+    if factor.dim() == 2:
+        return ""
+    return f" for expert {next(i for i, matrix in enumerate(factor) if not is_finite(matrix))}"
 
 
 def _base_model_name(file: GGUFFile) -> str | None:
@@ -215,27 +255,44 @@ def _check_fits(path: Path, name: str, module: str, update: LoraModule, base: Ba
 def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Return the factors under llama.cpp's names, in its order of rows, in the type to be written."""
     tensors: dict[str, torch.Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+
+    def add(tensor: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        for key, matrix in ((f"{tensor}.weight.lora_a", a), (f"{tensor}.weight.lora_b", b)):
+            tensors[key] = matrix.to(dtype or dtypes[tensor]).contiguous()
+            if not is_finite(tensors[key]):
+                raise InputError(f"{adapter.path}: {key} with its scale does not fit {tensors[key].dtype}")
+
+    of_experts: dict[str, LoraModule] = {}
+    for tensor, module, update in _placed(adapter, base):
+        dtypes[tensor] = torch.promote_types(dtypes.get(tensor, update.b.dtype), update.b.dtype)
+        multiplied = replace(update, scale=update.scale * base.multipliers.get(module, 1.0))
+        if base.expert_tensor(module):
+            of_experts[module] = multiplied
+            continue
+        widened = wide(multiplied)
+        b, a = base.to_gguf(module, widened.b, widened.a)
+        add(tensor, *((b, a.t()) if update.is_embedding else (a, b)))
+    for tensor, (a, b) in stacks.together(of_experts, base):
+        add(tensor, a, b)
+    return tensors
+
+
+def _placed(adapter: Adapter, base: BaseModel) -> Iterator[tuple[str, str, LoraModule]]:
+    """Yield every update with the tensor that it is for, its GGUF name less ``.weight``, and the base's module."""
     resolver = Resolver(base.shapes)
-    for name, update in adapter.modules.items():
-        found = resolver.resolve(name)
-        module = found.module if found else name
-        tensor = base.architecture.tensor_name(module)
+    seen: set[str] = set()
+    for name, update in experts.decoded(adapter, base.architecture.expert_layout).modules.items():
+        module = resolver.name_of(name)
+        tensor = base.expert_tensor(module) or base.architecture.tensor_name(module)
         if tensor is None or base.architecture.is_ignored(module):
             reason = f"ignores updates of {name}" if tensor else f"has no {base.architecture.name} tensor for {name}"
             raise RefusedError(f"{adapter.path}: llama.cpp {reason}; {WAY_OUT}")
         _check_fits(adapter.path, name, module, update, base)
-        scale = update.scale * base.multipliers.get(module, 1.0)
-        wide = replace(update, b=update.b.float(), a=update.a.float(), scale=scale).folded()
-        b, a = base.to_gguf(module, wide.b, wide.a)
-        a, b = (b, a.t()) if update.is_embedding else (a, b)
-        for factor, matrix in (("lora_a", a), ("lora_b", b)):
-            key = f"{tensor}.weight.{factor}"
-            if key in tensors:
-                raise InputError(f"{adapter.path}: {name} is a second update of {module}")
-            tensors[key] = matrix.to(dtype or update.b.dtype).contiguous()
-            if not is_finite(tensors[key]):
-                raise InputError(f"{adapter.path}: {name} with its scale does not fit {tensors[key].dtype}")
-    return tensors
+        if module in seen:
+            raise InputError(f"{adapter.path}: {name} is a second update of {module}")
+        seen.add(module)
+        yield tensor, module, update
 
 
 def _add_metadata(writer: GGUFWriter, adapter: Adapter, base: BaseModel) -> None:

@@ -71,6 +71,7 @@ class Settings:
     scale: float
     keys: frozenset[str] | None
     base_model: str | None
+    layers: int  # the last ones of the model; all of them if it is not positive
 
     def selects(self, module: str) -> bool:
         """Whether mlx-lm makes room for an update of this module."""
@@ -101,7 +102,7 @@ def read_config(config: dict[str, Any], path: Path) -> Settings:
                 f"{path}: csulora does not know the field {field!r}, which may change what the adapter does; "
                 "remove it if it has no effect, or use a csulora that knows it"
             )
-    return _settings(config.get("lora_parameters"), base_model_name(config.get("model")), path)
+    return _settings(config.get("lora_parameters"), base_model_name(config.get("model")), layers, path)
 
 
 def written_config(rank: int, modules: list[str], base_model: str | None) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def written_config(rank: int, modules: list[str], base_model: str | None) -> dic
     return {"fine_tune_type": "lora", "lora_parameters": parameters, "model": base_model, "num_layers": -1}
 
 
-def _settings(parameters: Any, base_model: str | None, path: Path) -> Settings:
+def _settings(parameters: Any, base_model: str | None, layers: int, path: Path) -> Settings:
     if not isinstance(parameters, dict):
         raise InputError(f"{path}: lora_parameters is {parameters!r}; mlx-lm writes an object there")
     if unknown := sorted(parameters.keys() - _PARAMETERS):
@@ -122,7 +123,7 @@ def _settings(parameters: Any, base_model: str | None, path: Path) -> Settings:
         raise InputError(f"{path}: lora_parameters.scale is {scale!r}; it must be a finite number")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise InputError(f"{path}: lora_parameters.keys must be null or a list of names")
-    return Settings(rank, float(scale), None if keys is None else frozenset(keys), base_model)
+    return Settings(rank, float(scale), None if keys is None else frozenset(keys), base_model, layers)
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:

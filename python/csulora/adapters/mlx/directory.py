@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from csulora.adapters.experts import parsed
 from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.mlx.config import Settings, read_config, written_config
@@ -36,6 +37,7 @@ _FOREIGN = {
 }
 _PEFT_FACTOR = re.compile(r"lora_(A|B|embedding_A|embedding_B)")
 _SCALED = ("falcon_h1", "falcon-h1")  # transformers' and llama.cpp's name for it
+_LAYER = re.compile(r".*?\.\d+(?=\.)")
 _WRAPPED = re.compile(r"^model\.language_model\.")
 _TIED = (
     "where embedding and head are tied mlx-lm applies it to both, and the file does not say whether they are; leave "
@@ -80,11 +82,16 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         InputError: folding a scale into a factor overflows its storage type.
-        RefusedError: the adapter updates an embedding, or a model whose weights mlx-lm scales.
+        RefusedError: the adapter updates an embedding, an expert, or a model whose weights mlx-lm scales.
     """
     check_model(adapter.modules, adapter.path)
     for name in adapter.modules:
         _check_kind(name, adapter.path)
+        if parsed(name):
+            raise RefusedError(
+                f"{adapter.path}: updates {name}, and mlx-lm keeps the factors of all experts in one tensor, which "
+                "csulora does not write yet; write another format (--format peft)"
+            )
     tensors = tensors_of(adapter)
     for name, tensor in tensors.items():
         if not is_finite(tensor):
@@ -135,9 +142,22 @@ def _assembled(settings: Settings, tensors: Mapping[str, torch.Tensor], director
         factors.setdefault(module, {})[factor] = tensors[name]
     if not factors:
         raise InputError(f"{path}: holds no factor of an update")
+    _check_layers(factors, settings, path)
     modules = {module: _module(module, found, settings, path) for module, found in factors.items()}
     config = {"base_model_name_or_path": settings.base_model, "task_type": "CAUSAL_LM"}
     return Adapter(modules, config, directory, "", format="mlx")
+
+
+def _check_layers(modules: Collection[str], settings: Settings, path: Path) -> None:
+    """Raise `RefusedError` for updates of more layers than mlx-lm makes room for, where keys do not name them whole."""
+    layers = {
+        found[0] for name in modules if (found := _LAYER.match(name)) and name not in (settings.keys or frozenset())
+    }
+    if 0 < settings.layers < len(layers):
+        raise RefusedError(
+            f"{path}: holds factors for {len(layers)} layers, and num_layers is {settings.layers}; versions of mlx-lm "
+            f"disagree on what becomes of the others; set it to {len(layers)} if all were trained"
+        )
 
 
 def _module(name: str, factors: dict[str, torch.Tensor], settings: Settings, path: Path) -> LoraModule:

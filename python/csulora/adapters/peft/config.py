@@ -21,6 +21,8 @@ from csulora.adapters.peft.patterns import Matcher
 from csulora.errors import InputError, RefusedError
 
 ALL_LINEAR = "all-linear"
+# In which order fused experts' columns of B stand: what Unsloth writes since September 2026 -> whose order that is.
+COLUMN_ORDERS = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
 _LARGEST_RANK = 2**31 - 1
 _LONGEST_TEXT = 1000  # characters, of what an adapter says of its base model
 
@@ -87,6 +89,8 @@ _READ: dict[str, Check] = _REQUIRED | {
     ),
     "layers_pattern": (lambda value: value is None or _is_list_of(_listed(value), str), "null, a name or a list"),
     "target_parameters": (lambda value: value in (None, []) or _is_list_of(value, str), "null or a list of names"),
+    "lora_B_layout": (lambda value: value in (None, *COLUMN_ORDERS), f"null or one of {', '.join(COLUMN_ORDERS)}"),
+    "unsloth_fixed": _BOOLEAN,
     "fan_in_fan_out": _BOOLEAN,
     "task_type": (_or_null(lambda value: isinstance(value, str) and value in _TASKS), f"null or one of {_TASKS}"),
     "base_model_name_or_path": _DESCRIPTION,
@@ -160,7 +164,43 @@ def read_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     for field in sorted(fields, key=lambda field: field not in _OFF):  # what it is before what it lacks
         _check_field(field, fields[field], path)
     _check_initialisation(config.get("init_lora_weights"), path)
-    return {field: config[field] for field in _READ if config.get(field) is not None}
+    found = {field: config[field] for field in _READ if config.get(field) is not None}
+    # Unsloth writes both among what describes the model.
+    described = config.get("auto_mapping") or {}
+    for field in ("lora_B_layout", "unsloth_fixed"):
+        if field in described:
+            _check_field(field, described[field], path)
+            if found.setdefault(field, described[field]) != described[field]:
+                raise InputError(f"{path}: {field} is there twice, as {found[field]!r} and {described[field]!r}")
+    return found
+
+
+def column_order(config: dict[str, Any], told: str | None, path: Path) -> str:
+    """Return in whose order the columns of B of fused experts stand: ``peft`` or ``unsloth``.
+
+    Args:
+        config: what `read_config` returned.
+        told: what somebody who knows says; None: nothing.
+        path: the configuration, for messages.
+
+    Raises:
+        RefusedError: Unsloth wrote the file, whose order was another one until September 2026, and nothing says which.
+        InputError: ``told`` is neither, or the file says otherwise.
+    """
+    if told is not None and told not in COLUMN_ORDERS.values():
+        raise InputError(f"the layout of experts is {told!r}; it must be {' or '.join(COLUMN_ORDERS.values())}")
+    stated = COLUMN_ORDERS.get(config.get("lora_B_layout") or "")
+    if stated and told and told != stated:
+        raise InputError(f"{path}: lora_B_layout says that experts are laid out as {stated} does; leave out {told}")
+    if order := stated or told:
+        return order
+    if config.get("unsloth_fixed"):
+        raise RefusedError(
+            f"{path}: Unsloth trained these fused experts, and until September 2026 it ordered them unlike PEFT; "
+            "nothing in the file says which order this is. Say so: csulora correct ... --expert-layout unsloth if it "
+            "was trained before, --expert-layout peft if after"
+        )
+    return "peft"
 
 
 def base_model_name(value: Any) -> str | None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.experts import is_targeted
+from csulora.adapters.experts import is_parameter_of_experts, is_targeted, parsed
 from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft import diagnosis, stacked
 from csulora.adapters.peft.config import (
     base_model_name,
+    column_order,
     ranks_and_scales,
     read_config,
     target_parameters,
@@ -28,10 +29,17 @@ from csulora.adapters.peft.config import (
 )
 from csulora.adapters.peft.patterns import Matcher
 from csulora.adapters.peft.tensor_names import COPY, PREFIX, module_and_factor
-from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_bytes, tensors_in, with_sha256
+from csulora.adapters.weights_files import (
+    CONFIG_FILE,
+    LARGEST_CONFIG,
+    MOST_UPDATES,
+    read_bytes,
+    tensors_in,
+    with_sha256,
+)
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular, save_tensors, to_json
-from csulora.models.names import WEIGHT, kind_of
+from csulora.models.names import WEIGHT, kind_of, may_be_conv1d
 from csulora.models.shards import single_name, weight_files
 
 _STEM = "adapter_model"
@@ -41,8 +49,12 @@ _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
 
-def read(directory: Path) -> Adapter:
+def read(directory: Path, expert_layout: str | None = None) -> Adapter:
     """Read a PEFT directory. The bytes that are hashed are the bytes that are used.
+
+    Args:
+        directory: with the configuration and the weights.
+        expert_layout: ``peft`` or ``unsloth``, where nothing in the files says it; see `column_order`.
 
     Raises:
         InputError: a file is missing or malformed, or the two contradict each other.
@@ -59,7 +71,7 @@ def read(directory: Path) -> Adapter:
     weights = read_bytes(found.files, module_and_factor)
     tensors = tensors_in(dict(zip(found.files, weights, strict=True)))
     found.check_complete(tensors)
-    return with_sha256(lambda: _assembled(config, tensors, directory, ""), config_bytes, weights)
+    return with_sha256(lambda: _assembled(config, tensors, directory, "", expert_layout), config_bytes, weights)
 
 
 def _missing_weights(directory: Path) -> Exception:
@@ -91,7 +103,13 @@ def parse(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Pat
     return _assembled(read_config(config, path / CONFIG_FILE), tensors, path, sha256)
 
 
-def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path: Path, sha256: str) -> Adapter:
+def _assembled(
+    config: dict[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    path: Path,
+    sha256: str,
+    expert_layout: str | None = None,
+) -> Adapter:
     """Put an adapter together from a configuration that `read_config` let through."""
     factors, copies = _group(tensors, path / WEIGHTS_FILE)
     names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
@@ -112,10 +130,14 @@ def _assembled(config: dict[str, Any], tensors: Mapping[str, torch.Tensor], path
         parameter = parameters.get(name, name)
         rank, scale = settings[parameter]
         if parameter.endswith(WEIGHT) or parameter == name:
-            modules[name] = _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)
+            found = {name: _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)}
         else:
             a, b = _pair(name, factors[name], _LINEAR, path / WEIGHTS_FILE)
-            modules |= stacked.apart(parameter, a, b, rank, scale, path / WEIGHTS_FILE)
+            order = column_order(config, expert_layout, path / CONFIG_FILE)
+            found = dict(stacked.apart(parameter, a, b, rank, scale, order, path / WEIGHTS_FILE))
+        modules |= found
+        if len(modules) > MOST_UPDATES:
+            raise RefusedError(f"{path / WEIGHTS_FILE}: holds more than {MOST_UPDATES} updates, the most that are read")
     return Adapter(modules, config, path, sha256, copies=copies)
 
 
@@ -123,6 +145,17 @@ def _parameters(config: dict[str, Any], names: Sequence[str], path: Path) -> dic
     """Return the parameters that PEFT adapts by their own names, by the module name in the file."""
     wanted = config.get("target_parameters") or []
     matrices = {name: f"{name}{WEIGHT}" for name in names if is_targeted(f"{name}{WEIGHT}", wanted)}
+    for name in filter(may_be_conv1d, matrices):
+        raise RefusedError(
+            f"{path}: target_parameters names {name}{WEIGHT}, which GPT-2 and its kin store as (in, out), so that PEFT "
+            "applies the transpose of the update; name the module in target_modules and train again"
+        )
+    single = next(filter(parsed, names), None)
+    if single and any(map(is_parameter_of_experts, wanted)):
+        raise RefusedError(
+            f"{path}: holds factors for {single} alone, and target_parameters names parameters of all experts; hosts "
+            "disagree on which they apply; save experts in one of the two layouts"
+        )
     return matrices | stacked.parameter_names((name for name in names if name not in matrices), config, path)
 
 
@@ -209,6 +242,11 @@ def _group(
 def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float, path: Path) -> LoraModule:
     is_embedding = any(factor in factors for factor in _EMBEDDING)
     a, b = _pair(name, factors, _EMBEDDING if is_embedding else _LINEAR, path)
+    if is_embedding and kind_of(name) != "embedding":
+        raise RefusedError(
+            f"{path}: holds an embedding's factors for {name}, which is no embedding; hosts drop them, or apply the "
+            "transpose; save the adapter again with PEFT's save_pretrained"
+        )
     if a.shape[0] != rank or b.shape[1] != rank:
         raise InputError(
             f"{path}: {name} has factors {list(a.shape)} and {list(b.shape)}, but the configuration says rank {rank}"

@@ -4,6 +4,8 @@ For E experts and rank r, A is (E r, in), its rows expert by expert, and B is (o
 with the expert running fastest (PEFT 0.21, ``ParamWrapper``). PEFT wraps an experts module once per parameter, so that
 the factors of the first one lie under ``experts.base_layer`` if two are adapted. With one, only
 ``target_parameters`` says which.
+
+Unsloth's B had its columns expert by expert until September 2026, as the rows of A.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 
 from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted, padded, parsed
 from csulora.adapters.lora import Adapter, LoraModule
+from csulora.adapters.weights_files import MOST_UPDATES
 from csulora.errors import InputError, RefusedError
 
 _WRAPPED = ".base_layer"
@@ -59,12 +62,22 @@ def parameter_names(modules: Iterable[str], config: Mapping[str, Any], path: Pat
 
 
 def apart(
-    parameter: str, a: torch.Tensor, b: torch.Tensor, rank: int, scale: float, path: Path
+    parameter: str, a: torch.Tensor, b: torch.Tensor, rank: int, scale: float, order: str, path: Path
 ) -> Iterator[tuple[str, LoraModule]]:
     """Yield the update of each expert, under the parameter's name with the expert in it.
 
+    Args:
+        parameter: its name.
+        a: (E rank, in).
+        b: (out, rank E).
+        rank: of each expert's update.
+        scale: of each expert's update.
+        order: of the columns of ``b``, see `csulora.adapters.peft.config.column_order`.
+        path: the file, for messages.
+
     Raises:
         InputError: the factors do not hold a whole number of experts, or not the same.
+        RefusedError: they hold more experts than an adapter may update.
     """
     experts = a.shape[0] // rank
     if a.shape[0] != experts * rank or b.shape[1] != experts * rank:
@@ -72,9 +85,12 @@ def apart(
             f"{path}: {parameter} has factors {list(a.shape)} and {list(b.shape)}, no whole number of experts "
             f"of the configuration's rank {rank}"
         )
+    if experts > MOST_UPDATES:
+        raise RefusedError(f"{path}: {parameter} has factors of {experts} experts; at most {MOST_UPDATES} are read")
     owner, _, projection = parameter.rpartition(".")
     for expert in range(experts):
-        update = LoraModule(b[:, expert::experts], a[expert * rank : (expert + 1) * rank], scale)
+        rows = slice(expert * rank, (expert + 1) * rank)
+        update = LoraModule(b[:, rows if order == "unsloth" else slice(expert, None, experts)], a[rows], scale)
         yield f"{owner}.{expert}.{projection}", update
 
 
@@ -118,5 +134,6 @@ def together(updates: Sequence[LoraModule]) -> tuple[torch.Tensor, torch.Tensor]
     """Return A and B of all experts, scales folded into B; smaller ranks are filled with zeros."""
     rank = max(update.rank for update in updates)
     filled = [padded(update.folded(), rank) for update in updates]
-    b = torch.stack([update.b for update in filled], dim=2)
-    return torch.cat([update.a for update in filled]), b.reshape(b.shape[0], rank * len(filled))
+    b = torch.stack([update.b for update in filled])  # (E, out, r)
+    rows = b.shape[1]
+    return torch.cat([update.a for update in filled]), b.flatten(1).t().reshape(rows, rank * len(filled))

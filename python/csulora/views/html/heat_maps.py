@@ -1,4 +1,7 @@
-"""What is measured of every module, as coloured tables: one row per layer, one column per kind of module."""
+"""What is measured of every module, as coloured tables: one row per layer, one column per kind of module.
+
+Experts, of which there are thousands, have grids of their own: `csulora.views.html.expert_maps`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from csulora.adapters import experts
 from csulora.correction.report import COMPONENTS, ModuleReport, Report
 from csulora.views.html.numbers import percent, short_undo, undo
 
@@ -72,8 +76,13 @@ class Group:
 
 
 def heat_maps(report: Report) -> tuple[Group, ...]:
-    """Return the maps of a report; where nothing was changed there are none of the change."""
-    modules = report.measured
+    """Return the maps of a report's modules that are no experts.
+
+    Where nothing was changed there are none of the change; where all modules are experts there are none.
+    """
+    modules = [module for module in report.measured if experts.parsed(module.module) is None]
+    if not modules:
+        return ()
     before = _map("Undo", _UNDO, "signed", modules, lambda module: module.undo or 0.0)
     after = _map("Undo after", _UNDO_AFTER, "signed", modules, lambda module: module.undo_after or 0.0, before.limit)
     relative_change = _map(
@@ -136,6 +145,10 @@ def _map(
     value: Callable[[ModuleReport], float],
     limit: float | None = None,
 ) -> HeatMap:
-    values = {module.module: value(module) for module in modules}
+    return heat_map(title, sentence, tone, {module.module: value(module) for module in modules}, limit)
+
+
+def heat_map(title: str, sentence: str, tone: Tone, values: dict[str, float], limit: float | None = None) -> HeatMap:
+    """Return the map of some figures, whose largest has the full colour unless ``limit`` is given."""
     largest = max(map(abs, values.values()), default=0.0)
     return HeatMap(title, sentence, tone, limit or max(largest, 1e-3), 0 if largest >= 0.1 else 1, values)

@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from csulora.adapters import experts
 from csulora.adapters.lora import Adapter
 from csulora.correction.correct import check_subspace, correct
 from csulora.correction.report import COMPONENTS, Report
@@ -19,6 +20,7 @@ from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Frontier
+from csulora.views.html.expert_maps import ExpertMaps
 from csulora.views.html.frontier_chart import FrontierChart
 from csulora.views.html.heat_maps import heat_maps
 from csulora.views.html.numbers import number, percent, undo
@@ -95,6 +97,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "number": number, "undo": undo}
+    others = [module for module in report.modules if experts.parsed(module.module) is None]
     by_undo = sorted(report.measured, key=lambda module: -(module.undo or 0.0))
     return environment.get_template("page.html").render(
         report=report,
@@ -105,8 +108,10 @@ def render(
         headlines=_HEADLINES,
         components=COMPONENTS,
         provenance=subspace.provenance,
-        layout=Layout.of(module.module for module in report.modules),
+        layout=Layout.of(module.module for module in others),
         maps=heat_maps(report),
+        experts=ExpertMaps.of(report),
+        others=others,
         spectrum=Spectrum.of(subspace),
         offenders=by_undo[:_OFFENDERS],
         frontier=FrontierChart.of(frontier) if frontier else None,

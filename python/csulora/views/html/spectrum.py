@@ -10,7 +10,7 @@ from typing import Self
 from csulora.subspace.module_subspace import ModuleSubspace
 from csulora.subspace.subspace import Subspace
 from csulora.views.html.charts import Axis, Frame, Tick, round_values
-from csulora.views.layout import by_number, columns, place
+from csulora.views.layout import by_number, columns, kind_of, place
 
 _FRAME = Frame(width=360, height=220, left=44, right=350, top=10, bottom=186)
 _POINTS = 48  # of a line; more cannot be told apart
@@ -59,7 +59,7 @@ class Spectrum:
         """Draw a subspace file."""
         kinds: dict[str, dict[str, ModuleSubspace]] = defaultdict(dict)
         for name, module in subspace.items():
-            kinds[place(name)[1]][name] = module
+            kinds[kind_of(name)][name] = module
         x, y = _axes(list(subspace.values()))
         panels = [
             _panel(column.kind, column.short, kinds[column.kind], x, y)
@@ -102,7 +102,13 @@ def _panel(kind: str, short: str, modules: Mapping[str, ModuleSubspace], x: Axis
 
 
 def _lines(modules: Mapping[str, ModuleSubspace], x: Axis, y: Axis) -> list[Line]:
-    ordered = sorted(modules, key=lambda name: place(name)[0])
+    """Return a line per layer; of a layer's experts, that of the one which alignment moved most."""
+    drawn: dict[tuple[str, int], str] = {}
+    for name, module in modules.items():
+        layer = place(name)[0]
+        if layer not in drawn or module.norm > modules[drawn[layer]].norm:
+            drawn[layer] = name
+    ordered = [drawn[layer] for layer in sorted(drawn)]
     lines = []
     for position, name in enumerate(ordered):
         values = modules[name].s.tolist()

@@ -226,7 +226,7 @@ def test_refuses_a_head_that_is_the_token_embedding(tied_model: Path, tmp_path: 
     [
         "model.layers.0.input_layernorm",
         "model.layers.0.self_attn.qkv_proj",
-        "model.layers.0.mlp.experts.0.up_proj",
+        "model.layers.0.mlp.experts.0.w4",
         "model.layers.00.mlp.up_proj",
         "blk.0.ffn_up",
         "visual.proj",
@@ -241,6 +241,7 @@ def test_refuses_what_llama_cpp_has_no_place_for(name: str, model: Path, tmp_pat
     ("modules", "error", "message"),
     [
         ({"model.layers.2.mlp.up_proj": linear(64, 48)}, InputError, "does not exist in"),
+        ({"model.layers.0.mlp.experts.0.up_proj": linear(64, 48)}, InputError, "does not exist in"),
         ({"model.layers.0.mlp.up_proj": linear(64, 47)}, InputError, r"\[64, 47\] matrix, but it is \[64, 48\]"),
         ({"model.layers.0.mlp.up_proj": embedding(64)}, RefusedError, "as an embedding"),
         ({"model.embed_tokens": linear(40, 48)}, RefusedError, "as no embedding"),
@@ -251,7 +252,7 @@ def test_refuses_what_llama_cpp_has_no_place_for(name: str, model: Path, tmp_pat
             r"is a second update of model\.layers\.0\.mlp\.up_proj",
         ),
     ],
-    ids=["layer", "shape", "embedding", "no embedding", "overflow", "twice"],
+    ids=["layer", "expert", "shape", "embedding", "no embedding", "overflow", "twice"],
 )
 def test_refuses_what_does_not_fit(
     modules: dict[str, LoraModule], error: type[Exception], message: str, model: Path, tmp_path: Path

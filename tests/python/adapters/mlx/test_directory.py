@@ -247,3 +247,33 @@ def test_embeddings_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="tied"):
         csulora.save_adapter(factories.adapter({"model.embed_tokens": (40, 40)}), tmp_path / "out", "mlx")
     assert not (tmp_path / "out").exists()
+
+
+def test_more_layers_than_the_configuration_says_are_refused(tmp_path: Path) -> None:
+    """mlx-lm makes room in the last layers alone; it drops the others or raises, by its version."""
+
+    def three_layers(config: Config, tensors: dict[str, Tensor]) -> None:
+        config["num_layers"] = 2
+        for name in list(tensors):
+            for layer in (1, 2):
+                tensors[name.replace("layers.0", f"layers.{layer}")] = tensors[name].clone()
+
+    def named_whole(config: Config, tensors: dict[str, Tensor]) -> None:
+        three_layers(config, tensors)
+        config["lora_parameters"] = parameters(keys=sorted({name.rpartition(".")[0] for name in tensors}))
+
+    save(tmp_path / "adapter", three_layers)
+    with pytest.raises(RefusedError, match="set it to 3 if all were trained"):
+        csulora.load_adapter(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 3'))
+    assert len(csulora.load_adapter(tmp_path / "adapter").modules) == 9
+    save(tmp_path / "whole", named_whole)
+    assert len(csulora.load_adapter(tmp_path / "whole").modules) == 9
+
+
+def test_experts_are_not_written_one_by_one(tmp_path: Path) -> None:
+    adapter = factories.adapter({"model.layers.0.mlp.experts.0.up_proj": (40, 40)})
+    with pytest.raises(RefusedError, match="--format peft"):
+        csulora.save_adapter(adapter, tmp_path / "out", "mlx")
+    csulora.save_adapter(adapter, tmp_path / "out", "peft")

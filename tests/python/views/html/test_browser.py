@@ -27,7 +27,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "plain": lambda: html_pages.page("adapter", [f"model.layers.{i}.mlp.up_proj" for i in range(4)]),
     "hostile": lambda: html_pages.page("\"><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>"),
     "long": lambda: html_pages.page("unbroken" * 40),
-    "wide": lambda: html_pages.page("moe", [f"layers.{i}.mlp.experts.{j}.gate" for i in range(3) for j in range(40)]),
+    "wide": lambda: html_pages.page("wide", [f"layers.{i}.mlp.part{j}.gate" for i in range(3) for j in range(40)]),
+    "experts": lambda: html_pages.page("moe", html_pages.experts(layers=6, experts=130)),
     "deep": lambda: html_pages.page("deep", [f"model.layers.{i}.mlp.up_proj" for i in range(100)]),
 }
 

@@ -19,10 +19,11 @@ from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import InputFilter
 from csulora.subspace.subspace import Subspace
 from csulora.views.html.charts import Axis, round_values
+from csulora.views.html.expert_maps import ExpertMaps, Grid
 from csulora.views.html.numbers import number, percent, short_undo, undo
 from csulora.views.html.page import assess, render
 from csulora.views.html.spectrum import Spectrum
-from csulora.views.layout import Layout, place
+from csulora.views.layout import Layout, columns, kind_of, place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,6 +200,54 @@ def test_the_page_is_deterministic(adapter: Adapter, subspace: Subspace) -> None
     )
 
 
+# Experts
+
+
+def page_of_experts(layers: int, experts: int, **others: tuple[int, int]) -> Parsed:
+    shapes = dict.fromkeys(html_pages.experts(layers, experts), (40, 40)) | others
+    page = Parsed(html_pages.rendered(factories.adapter(shapes), factories.subspace(shapes), Policy.csulora()))
+    assert not page.open
+    return page
+
+
+def test_experts_are_cells_of_four_maps_and_no_rows() -> None:
+    page = page_of_experts(3, 5, **{Q: (40, 40)})
+    assert page.count()[0]["rect"] == 4 * 3 * 5
+    assert "The 1 modules that are no experts" in page.text
+    assert page.text.count("layer 2, expert 4:") == 4
+    assert sum("experts.4" in title for title in page.titles()) == 0
+
+
+def test_a_model_of_nothing_but_experts_has_maps_of_them_alone() -> None:
+    page = page_of_experts(2, 3)
+    assert page.count()[0]["rect"] == 4 * 2 * 3
+    assert "that are no experts" not in page.text
+    assert "column a kind of module" not in page.text
+
+
+def test_one_expert_that_undoes_much_has_the_full_colour() -> None:
+    shapes = dict.fromkeys(html_pages.experts(2, 4), (40, 40))
+    adapter, subspace = factories.adapter(shapes), factories.subspace(shapes)
+    guilty = "model.layers.1.mlp.experts.2.up_proj"
+    found = subspace[guilty]
+    against = csulora.LoraModule(-100 * found.u.float() * found.s, found.v.float().t().contiguous())
+    report = assess(replace(adapter, modules=adapter.modules | {guilty: against}), subspace, Policy.none()).report
+    maps = ExpertMaps.of(report)
+    assert maps is not None
+    undo, share, inside = maps.maps
+    name = guilty.removesuffix(".up_proj")
+    assert undo.depth(name) == 1
+    assert undo.values[name] == pytest.approx(100, rel=1e-3)
+    assert sum(share.values.values()) == pytest.approx(1)
+    assert all(0 <= value <= 1 for value in inside.values.values())
+
+
+def test_experts_of_two_stacks_have_rows_of_their_own() -> None:
+    grid = Grid.of(["encoder.layers.0.experts.1", "decoder.layers.0.experts.0", "encoder.layers.0.experts.0"])
+    assert [line.label for line in grid.lines] == ["decoder.layers.0.experts", "encoder.layers.0.experts"]
+    assert [expert for _, expert, _ in grid.lines[1].cells] == [0, 1]
+
+
 # The frontier
 
 
@@ -343,6 +392,12 @@ def test_place(module: str, layer: tuple[str, int], kind: str) -> None:
     assert place(module) == (layer, kind)
 
 
+def test_the_kind_of_an_expert_has_no_number() -> None:
+    kinds = [kind_of(f"model.layers.3.{name}") for name in ("mlp.experts.12.up_proj", "mlp.up_proj", "mlp.gate")]
+    assert kinds == ["mlp.experts.up_proj", "mlp.up_proj", "mlp.gate"]
+    assert [column.short for column in columns(kinds)] == ["experts.up_proj", "up_proj", "gate"]
+
+
 def test_layers_stand_in_order_of_their_numbers() -> None:
     layout = Layout.of([f"model.layers.{i}.mlp.up_proj" for i in (10, 9, 0)] + ["lm_head"])
     assert [row.label for row in layout.rows] == ["none", "0", "9", "10"]
@@ -409,6 +464,14 @@ def test_a_noise_edge_above_all_values_is_said_to_be_there(adapter: Adapter, sub
     page = html_pages.rendered(adapter, Subspace(modules, subspace.provenance), Policy.csulora())
     assert "noise edge 1.00e+06, above all values" in page
     assert "far below" not in page
+
+
+def test_the_spectrum_has_a_line_per_layer_of_experts(subspace: Subspace) -> None:
+    shapes = dict.fromkeys(html_pages.experts(3, 8), (40, 40))
+    panels = Spectrum.of(factories.subspace(shapes)).panels
+    assert [(panel.short, len(panel.lines), panel.modules) for panel in panels] == [
+        (f"experts.{projection}_proj", 3, 24) for projection in ("down", "gate", "up")
+    ]
 
 
 def test_long_spectra_are_thinned_and_keep_their_ends() -> None:

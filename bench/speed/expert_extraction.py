@@ -1,12 +1,12 @@
 """Extraction of experts of Qwen3-30B-A3B's shapes, from disk in a warm page cache, against batched `svd_lowrank`.
 
-    python bench/speed/experts.py [--experts 128] [--repetitions 3] [--suffix S]
+    python bench/speed/expert_extraction.py [--experts 128] [--repetitions 3] [--suffix S]
 
 Writes bfloat16 model pairs of one layer and of two, with 128 experts and three projections each, to a temporary
 directory (7.5 GB), removed after. Spectra fall, or have sixteen values above a bulk. The peer is
 `torch.svd_lowrank` with q = k + 8 and 4 iterations on batches of matrices that are in memory already, in float32.
 Ratios are those of medians in one run. Peak memory is that of processes of their own.
-Writes bench/results/speed/experts.json, with a suffix for another kind of CPU.
+Writes bench/results/speed/expert_extraction.json, with a suffix for another kind of CPU.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {kind: measure(arguments.experts, kind, arguments.repetitions) for kind in ("falling", "bulk")}
     print(json.dumps(found, indent=2))
-    save(f"experts{arguments.suffix}", {"load_average": os.getloadavg()[0], **found})
+    save(f"expert_extraction{arguments.suffix}", {"load_average": os.getloadavg()[0], **found})
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_wrappers_of_the_language_model_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_a_router_is_refused() -> None:
-    with pytest.raises(csulora.RefusedError, match="SGLang has no LoRA for a router, model.layers.0.mlp.gate"):
+    with pytest.raises(csulora.RefusedError, match=r"SGLang has no LoRA for a router, model\.layers\.0\.mlp\.gate"):
         fitted(factories.adapter(MODULES | {"model.layers.0.mlp.gate": (4, 48)}))
 
 

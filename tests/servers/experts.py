@@ -19,7 +19,7 @@ STEPS = 4
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 128,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -33,9 +33,7 @@ _FAMILIES: dict[str, Callable[[], Any]] = {
         transformers.Qwen3MoeConfig(**_SIZES, num_experts=4, moe_intermediate_size=32)
     ),
     "Mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**_SIZES, num_local_experts=4)),
-    "gpt-oss": lambda: transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(**_SIZES | {"intermediate_size": 64}, num_local_experts=4)
-    ),
+    "gpt-oss": lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(**_SIZES, num_local_experts=4)),
 }
 _ATTENTION = ["q_proj", "k_proj", "v_proj"]  # SGLang wants all three
 _PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

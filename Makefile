@@ -37,7 +37,7 @@ DOCTEST := /usr/include/doctest/doctest.h
 BENCHMARK := /usr/include/benchmark/benchmark.h
 CHROMIUM := /usr/bin/chromium
 
-FUZZ_TARGETS := adapter_config safetensors gguf subspace policy prompts
+FUZZ_TARGETS := adapter_config safetensors experts_config experts gguf subspace policy prompts
 SECONDS := 60
 RANDOM_SEED := 0
 KILLS := 300
@@ -210,7 +210,7 @@ $(VENV)/.fuzz: $(VENV)/.dependencies
 	$(PIP) install --quiet --group fuzz
 	touch $@
 
-fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of six kinds of file.
+fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of eight kinds of file.
 	set -e; for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(SECONDS) --random-seed $(RANDOM_SEED); done
 
 crash: build ## KILLS=300 kills at random moments; nothing may be lost.

@@ -128,11 +128,11 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
             modules[stored] = padded(module, rank)
         else:
             modules[name] = module
-    listed = adapter.config.get("target_modules") or []
-    endings = {name.rpartition(".")[2] for name in modules if parsed(name) or name in matrices}
-    targets = listed if isinstance(listed, str) else sorted({*listed, *endings})
-    config = adapter.config | {"target_modules": targets, "target_parameters": []}
-    return replace(adapter, modules=modules, config=config, partial=adapter.partial or targets is listed)
+    config, listed = adapter.config | {"target_parameters": []}, adapter.config.get("target_modules")
+    if isinstance(listed, list):
+        endings = {name.rpartition(".")[2] for name in modules if parsed(name) or name in matrices}
+        config["target_modules"] = sorted({*listed, *endings})
+    return replace(adapter, modules=modules, config=config, partial=adapter.partial or isinstance(listed, str))
 
 
 def _fused(adapter: Adapter, model: _Model) -> Adapter:
@@ -151,7 +151,7 @@ def _fused(adapter: Adapter, model: _Model) -> Adapter:
             has_gate = f"{experts}.0.{GATE}" in modules
             parameters[f"{experts}.{GATE_UP if has_gate and projection != DOWN else projection}"] = None
     config = adapter.config | {"target_parameters": list(parameters)}
-    return encoded(replace(adapter, modules=modules, config=config, partial=True), model.layout)
+    return encoded(replace(adapter, modules=modules, config=config, partial=True, is_decoded=True), model.layout)
 
 
 def _filled(adapter: Adapter, model: _Model) -> dict[str, LoraModule]:

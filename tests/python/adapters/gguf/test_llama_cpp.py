@@ -19,9 +19,7 @@ import transformers
 import csulora
 import gguf_files
 import gguf_zoo
-from csulora.adapters import experts
 from csulora.errors import InputError, RefusedError
-from csulora.models.gguf_layout import architecture
 
 pytestmark = [
     pytest.mark.llama_cpp,
@@ -107,22 +105,23 @@ def test_corrected_updates_of_experts_are_pefts(family: str, files: Path, figure
 
 @pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_updates_of_experts_come_back(family: str, files: Path, tmp_path: Path) -> None:
-    """One module per expert and projection, with the update that was written, also if it is written again."""
+    """They are named as PEFT's are, also if they are written again, and PEFT loads them from a directory."""
     base, first, second = files / f"{family}.gguf", tmp_path / "first.gguf", tmp_path / "second.gguf"
-    gguf_zoo.make_adapter(family, tmp_path / "adapter", dtype=torch.bfloat16, rank_pattern={"experts.down_proj": 3})
+    made = gguf_zoo.make_adapter(family, tmp_path / "adapter", rank_pattern={"experts.down_proj": 3})
     adapter = csulora.load_adapter(tmp_path / "adapter")
     csulora.save_adapter(adapter, first, base_model=base, outtype="f32")
     read = csulora.load_adapter(first, base)
     csulora.save_adapter(read, second, base_model=base)
     again = csulora.load_adapter(second, base)
-    apart = experts.decoded(adapter, architecture(gguf_zoo.FAMILIES[family].architecture, "test").expert_layout)
-    assert read.modules.keys() == apart.modules.keys()
-    for name, module in read.modules.items():
-        expected = apart.modules[name]
-        update = expected.scale * expected.b.double() @ expected.a.double()
-        for found in (module, again.modules[name]):
+    csulora.save_adapter(read, tmp_path / "directory", "peft")
+    assert read.modules.keys() == again.modules.keys() == adapter.modules.keys()
+    for name, module in adapter.modules.items():
+        update = module.scale * module.b.double() @ module.a.double()
+        for found in (read.modules[name], again.modules[name]):
             written = found.scale * found.b.double() @ found.a.double()
-            torch.testing.assert_close(written, update, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(written, update, rtol=1e-5, atol=1e-6)
+    loaded = peft.PeftModel.from_pretrained(deepcopy(gguf_zoo.model(family)), str(tmp_path / "directory"))
+    assert np.abs(gguf_zoo.logits(loaded) - gguf_zoo.logits(made)).max() <= LARGEST_DIFFERENCE
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from csulora.adapters.experts import (
 )
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
-from csulora.models.names import WEIGHT, bare
+from csulora.models.names import WEIGHT, bare, with_usual_projection
 from csulora.models.resolver import Resolver
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.subspace.subspace import Subspace
@@ -57,7 +57,7 @@ class _Model:
             if of_expert := parsed(module):
                 experts, expert, _ = of_expert
                 number, projections = layers.get(experts, _Experts(0, frozenset()))
-                projection = to_memory.get(module, module).rpartition(".")[2]
+                projection = with_usual_projection(to_memory.get(module, module)).rpartition(".")[2]
                 layers[experts] = _Experts(max(number, expert + 1), projections | {projection})
         return cls(subspace.provenance.experts, layers, Resolver(subspace, names=subspace.names), to_memory)
 
@@ -67,7 +67,11 @@ class _Model:
         return name if bare(module) == bare(name) else module
 
     def in_memory(self, name: str) -> str:
-        """Return what transformers calls a module; names that differ by wrappers alone stay."""
+        """Return what transformers calls a module, or would if experts were modules; wrappers alone do not count."""
+        return with_usual_projection(self.single(name))
+
+    def single(self, name: str) -> str:
+        """Return the name of one expert's projection from which PEFT fuses; of other modules, that in memory."""
         return self.to_memory.get(self.to_disk.name_of(name), name)
 
     def experts(self, name: str) -> _Experts:
@@ -121,7 +125,7 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
     for name, module in whole.items():
         stored = model.on_disk(name)
         if parsed(name):
-            filled = padded(module, rank)
+            stored, filled = model.single(name), padded(module, rank)
             # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
             modules[stored] = replace(filled, a=filled.a.clone())
         elif stored in matrices:

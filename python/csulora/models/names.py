@@ -82,6 +82,18 @@ def bare(module: str) -> str:
     return ".".join(part for part in module.split(".") if part not in _WRAPPERS)
 
 
+def with_usual_projection(module: str) -> str:
+    """Return the name of an expert's projection with that which most families have for it; others stay.
+
+    >>> with_usual_projection("model.layers.0.mlp.experts.3.w1")
+    'model.layers.0.mlp.experts.3.gate_proj'
+    """
+    found = _EXPERT.search(module)
+    if found is None:
+        return module
+    return f"{module[: found.start('projection')]}{_PROJECTIONS.get(found['projection'], found['projection'])}"
+
+
 def is_expert(module: str) -> bool:
     """Whether a module is a projection of one expert.
 

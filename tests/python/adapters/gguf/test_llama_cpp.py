@@ -19,6 +19,7 @@ import transformers
 import csulora
 import gguf_files
 import gguf_zoo
+from csulora.adapters.expert_encoding import Layout
 from csulora.errors import InputError, RefusedError
 
 pytestmark = [
@@ -163,6 +164,24 @@ def test_a_file_that_lacks_its_multipliers_is_no_base_model(tmp_path: Path) -> N
         expected = adapter.modules[name].folded()
         assert torch.allclose(module.folded().b, expected.b, rtol=1e-6)
         assert torch.equal(module.a, expected.a)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("mixtral", "fused"), ("mixtral", "per-expert"), ("qwen3moe", "per-expert"), ("lfm2moe", "fused")],
+)
+def test_updates_from_gguf_in_another_layout(family: str, layout: Layout, tmp_path: Path) -> None:
+    base = gguf_zoo.save_gguf(family, tmp_path / "base.gguf")
+    gguf_zoo.moved(family).save_pretrained(tmp_path / "aligned")
+    subspace = csulora.extract(gguf_zoo.save_model(family, tmp_path / "base"), tmp_path / "aligned", rank=2)
+    expected = gguf_zoo.logits(gguf_zoo.make_adapter(family, tmp_path / "adapter"))
+    csulora.save_adapter(csulora.load_adapter(tmp_path / "adapter"), tmp_path / "lora.gguf", base_model=base)
+
+    raw = csulora.load_adapter(tmp_path / "lora.gguf", base)
+    same, _ = csulora.correct(raw, subspace, csulora.Policy.none(), layout=layout)
+    csulora.save_adapter(same, tmp_path / "directory", "peft")
+    loaded = peft.PeftModel.from_pretrained(deepcopy(gguf_zoo.model(family)), str(tmp_path / "directory"))
+    assert np.abs(gguf_zoo.logits(loaded) - expected).max() <= LARGEST_DIFFERENCE
 
 
 def test_llama_cpp_reads_the_other_types(tmp_path: Path) -> None:

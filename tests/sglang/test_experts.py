@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import experts
 import pytest
 from answers import assert_same, assert_unlike
+
+import experts
 
 
 @pytest.fixture(scope="module", params=["Qwen 3 MoE", "Mixtral"])

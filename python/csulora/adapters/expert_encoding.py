@@ -181,13 +181,12 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
         if parsed(name):
             # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
             modules[stored] = replace(modules[stored], a=modules[stored].a.clone())
-    listed = adapter.config.get("target_modules") or []
     # Names that the adapter has not, as the router's of Mixtral, are in none of its targets.
     added = {name for name in modules if parsed(name) or name in matrices or name not in adapter.modules}
-    endings = {name.rpartition(".")[2] for name in added}
-    targets = listed if isinstance(listed, str) else sorted({*listed, *endings})
-    config = adapter.config | {"target_modules": targets, "target_parameters": []}
-    is_partial = adapter.partial or targets is listed
+    config, listed = adapter.config | {"target_parameters": []}, adapter.config.get("target_modules")
+    if isinstance(listed, list):
+        config["target_modules"] = sorted({*listed, *(name.rpartition(".")[2] for name in added)})
+    is_partial = adapter.partial or not isinstance(listed, list)  # then all modules are named
     return replace(adapter, modules=modules, config=config, partial=is_partial, is_decoded=False)
 
 

@@ -37,7 +37,7 @@ class Verification:
         """Whether the weights are the subspace file's and the stored certificate claims nothing better than was
         measured.
 
-        The angle is measured for as many directions as it is stored for, so there is nothing to compare in ``standing_out``.
+        The angle is measured for as many directions as it is stored for, so ``standing_out`` is not compared.
         ``above_noise`` and ``passes`` describe the run that made the subspace file, so there is nothing to compare.
         """
         stored, measured = self.stored, self.measured
@@ -81,7 +81,9 @@ def verify(
         stored, (factors,) = subspace[loaded.name], subspace.to_core([loaded.name])
         options.noise_std = loaded.noise_std
         try:
-            measured = _core.certify(loaded.base, loaded.aligned, factors, options, stored.certificate.standing_out or None)
+            measured = _core.certify(
+                loaded.base, loaded.aligned, factors, options, stored.certificate.standing_out or None
+            )
         except InputError as error:
             raise InputError(f"{loaded.name}: {error}") from error
         same = (loaded.base_sha256, loaded.aligned_sha256) == (stored.base_sha256, stored.aligned_sha256)

@@ -237,6 +237,7 @@ bench-python: build $(VENV)/.bench
 	set -e; for rows in 4096 14336; do for spectrum in falling floor; do \
 	  $(BIN)/python bench/speed/extraction.py --rows $$rows --spectrum $$spectrum --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"; \
 	done; done
+	$(BIN)/python bench/speed/bulk.py --repetitions $(REPETITIONS)
 	$(BIN)/python bench/speed/model_pair.py
 	$(BIN)/python bench/speed/correction.py --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"
 

@@ -32,6 +32,7 @@ from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_ignored import WAY_OUT
 from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
+from csulora.models.names import parse_expert
 from csulora.models.resolver import Resolver
 
 OUTTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -101,7 +102,7 @@ def _parameters(modules: Iterable[str], architecture: Architecture) -> list[str]
     """Return what PEFT adapts as parameters: experts, and routers, since most of them are no linear layers."""
     found: dict[str, None] = {}
     for module in modules:
-        if of_expert := experts.parsed(module):
+        if of_expert := parse_expert(module):
             owner, _, projection = of_expert
             found[f"{owner}.{experts.DOWN if projection == experts.DOWN else experts.GATE_UP}"] = None
         elif architecture.is_router(module):

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted, padded, parsed
+from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted, padded
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.adapters.weights_files import MOST_UPDATES
 from csulora.errors import InputError, RefusedError
+from csulora.models.names import parse_expert
 
 _WRAPPED = ".base_layer"
 _EXPERTS = re.compile(r"(?:.*\.)?experts")
@@ -110,7 +111,7 @@ def gathered(adapter: Adapter) -> tuple[dict[str, list[LoraModule]], dict[str, L
     experts: dict[str, dict[int, LoraModule]] = {}
     others: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
-        if (found := parsed(name)) is None:
+        if (found := parse_expert(name)) is None:
             others[name] = module
         else:
             experts.setdefault(f"{found[0]}.{found[2]}", {})[found[1]] = module

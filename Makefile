@@ -37,7 +37,7 @@ DOCTEST := /usr/include/doctest/doctest.h
 BENCHMARK := /usr/include/benchmark/benchmark.h
 CHROMIUM := /usr/bin/chromium
 
-FUZZ_TARGETS := adapter_config safetensors gguf subspace policy prompts
+FUZZ_TARGETS := adapter_config safetensors experts_config experts gguf subspace policy prompts
 SECONDS := 60
 RANDOM_SEED := 0
 KILLS := 300
@@ -210,7 +210,7 @@ $(VENV)/.fuzz: $(VENV)/.dependencies
 	$(PIP) install --quiet --group fuzz
 	touch $@
 
-fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of six kinds of file.
+fuzz: build $(VENV)/.fuzz ## Coverage-guided fuzzing, SECONDS=60 for each of eight kinds of file.
 	set -e; for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(SECONDS) --random-seed $(RANDOM_SEED); done
 
 crash: build ## KILLS=300 kills at random moments; nothing may be lost.
@@ -237,6 +237,7 @@ bench-python: build $(VENV)/.bench
 	set -e; for rows in 4096 14336; do for spectrum in falling floor; do \
 	  $(BIN)/python bench/speed/extraction.py --rows $$rows --spectrum $$spectrum --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"; \
 	done; done
+	$(BIN)/python bench/speed/bulk.py --repetitions $(REPETITIONS)
 	$(BIN)/python bench/speed/model_pair.py
 	$(BIN)/python bench/speed/correction.py --repetitions $(REPETITIONS) --suffix "$(SUFFIX)"
 

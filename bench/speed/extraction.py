@@ -72,9 +72,9 @@ class Case:
         self.left, self.right = left[:, :RANK].clone(), right[:, :RANK].clone()
 
     def csulora(self, tolerance: float) -> _core.Subspace:
-        """From both matrices to certified factors."""
+        """From both matrices to certified factors, every direction of which has converged."""
         options = _core.ExtractOptions()
-        options.rank, options.tolerance = RANK, tolerance
+        options.rank, options.tolerance, options.energy_tolerance = RANK, tolerance, 0.0
         return _core.extract_subspace(self.base, self.aligned, options, self.workspace)
 
     def subtract(self) -> Tensor:

@@ -33,6 +33,8 @@ from csulora.adapters.peft import patterns  # noqa: E402
 
 WORDS = {
     "adapter_config": sorted(peft_config.KNOWN_FIELDS),
+    "experts": ["base_layer", "experts", ".0.", "gate_proj", "lora_embedding_A", "data_offsets", "BF16"],
+    "experts_config": [*sorted(peft_config.KNOWN_FIELDS), "mlp.experts.gate_up_proj", *peft_config.COLUMN_ORDERS],
     "gguf": ["GGUF", "general.architecture", "general.alignment", "adapter.lora.alpha", "qwen2", "gemma3", ".lora_a"],
     "policy": ["penalties", "gains", "match", "inf", "nan", "exact", "uncovered", "max_undo", "directions", "left"],
     "safetensors": ["F16", "BF16", "F8_E4M3", "F4", "lora_embedding_A", "data_offsets", "__metadata__"],
@@ -119,7 +121,8 @@ def fuzz(target: str, seconds: int, random_seed: int, found: Path) -> None:
         "-verbosity=0",
         f"-dict={words}",
     ]
-    mutate = _mutate_json if target in ("adapter_config", "safetensors", "subspace") else None
+    of_json = {"adapter_config", "safetensors", "experts_config", "experts", "subspace"}
+    mutate = _mutate_json if target in of_json else None
     atheris.Setup(
         [sys.argv[0], *options, str(found), str(CORPUS / target)],
         functools.partial(run_once, target),

@@ -8,7 +8,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +25,7 @@ from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.errors import CsuloraError
 from csulora.policy.overrides import Directions
 from csulora.serving.gate import Gate
+from csulora.subspace.expert_layout import ExpertLayout
 from csulora.tuning import probes
 
 _MOST_DATA = 1 << 16  # bytes that a structured input may ask for behind its header
@@ -84,6 +85,28 @@ def safetensors(data: bytes) -> None:
     _finish(peft.read(directory), _subspace(), csulora.Policy.none(keep_uncovered=("*",)))
 
 
+def experts_config(data: bytes) -> None:
+    """The bytes of adapter_config.json, beside good weights of fused experts."""
+    _fused(data, _fused_weights())
+
+
+def experts(data: bytes) -> None:
+    """The bytes of adapter_model.safetensors, see `_container`, beside a good configuration of fused experts."""
+    _fused(_fused_config(), _container(data, _values()))
+
+
+def _fused(config: bytes, weights: bytes) -> None:
+    """Correct experts, and write them in the layout that came in, fused, and one by one."""
+    directory = _write("experts/" + CONFIG_FILE, config).parent
+    _write("experts/" + peft.WEIGHTS_FILE, weights)
+    found = peft.read(directory)
+    for layout in (None, "fused", "per-expert"):
+        fixed, report = csulora.correct(found, _experts_subspace(), csulora.Policy.none(rank="exact"), layout)
+        json.dumps(report.to_dict(), allow_nan=False)
+        again = peft.parse(peft.config_of(fixed), peft.tensors_of(fixed), fixed.path, "")
+        assert all(module.scale == 1 for module in again.modules.values())
+
+
 def gguf(data: bytes) -> None:
     """The bytes of a GGUF LoRA file."""
     _finish(
@@ -115,7 +138,8 @@ def prompts(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (adapter_config, safetensors, gguf, subspace, policy, prompts)
+    target.__name__: target
+    for target in (adapter_config, safetensors, experts_config, experts, gguf, subspace, policy, prompts)
 }
 
 
@@ -163,6 +187,40 @@ def _gguf_subspace() -> csulora.Subspace:
     return factories.subspace({"model.layers.0.mlp.down_proj": (40, 56), "model.layers.0.self_attn.q_proj": (40, 40)})
 
 
+_EXPERTS, _HIDDEN, _WIDTH, _RANK = 3, 20, 12, 2
+
+
+@cache
+def _experts_subspace() -> csulora.Subspace:
+    shapes = {
+        f"model.layers.0.mlp.experts.{expert}.{projection}": shape
+        for expert in range(_EXPERTS)
+        for projection, shape in {
+            "gate_proj": (_WIDTH, _HIDDEN),
+            "up_proj": (_WIDTH, _HIDDEN),
+            "down_proj": (_HIDDEN, _WIDTH),
+        }.items()
+    }
+    found = factories.subspace(shapes, rank=4)
+    return csulora.Subspace(dict(found), replace(found.provenance, experts=ExpertLayout(per_expert=True)))
+
+
+def _fused_config() -> bytes:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = {"peft_type": "LORA", "r": _RANK, "lora_alpha": 4, "target_modules": [], "target_parameters": parameters}
+    return json.dumps(settings).encode()
+
+
+def _fused_weights() -> bytes:
+    owner, rank = "base_model.model.model.layers.0.mlp.experts", _EXPERTS * _RANK
+    shapes = {f"{owner}.base_layer": (2 * _WIDTH, _HIDDEN), owner: (_HIDDEN, _WIDTH)}
+    tensors = {}
+    for seed, (name, (rows, columns)) in enumerate(shapes.items()):
+        tensors[f"{name}.lora_A.weight"] = factories.gaussian(rank, columns, seed=seed)
+        tensors[f"{name}.lora_B.weight"] = factories.gaussian(rows, rank, seed=seed + 2)
+    return save(tensors)
+
+
 def seeds() -> dict[str, dict[str, bytes]]:
     """Good files of every kind, from which the corpus was started."""
     config = (_adapter() / CONFIG_FILE).read_bytes()
@@ -175,6 +233,8 @@ def seeds() -> dict[str, dict[str, bytes]]:
     return {
         "adapter_config": {"plain": config, "patterned": _patterned()},
         "safetensors": {"header": _header(weights), "file": save({"a": torch.ones(1)}), "small": _header(_tiny())},
+        "experts_config": {"fused": _fused_config(), "unsloth": _fused_config()[:-1] + b', "unsloth_fixed": true}'},
+        "experts": {"header": _header(_fused_weights())},
         "gguf": {"qwen2": _gguf_lora("qwen2"), "llama": _gguf_lora("llama")},
         "subspace": {"header": _header(_small_subspace()), "file": _small_subspace()},
         "policy": {name: (_directory() / f"{name}.toml").read_bytes() for name in ("project", "tuned", "directions")},

@@ -97,7 +97,8 @@ def make_adapter(family: str, directory: Path, dtype: torch.dtype = torch.float3
     chosen: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": _targets(family)}
     if FAMILIES[family].parameters and "target_modules" not in settings:
         chosen["target_parameters"] = FAMILIES[family].parameters
-    adapted = get_peft_model(deepcopy(model(family)), LoraConfig(task_type="CAUSAL_LM", **(chosen | settings)))
+    chosen |= deepcopy(settings)  # PEFT adds to patterns
+    adapted = get_peft_model(deepcopy(model(family)), LoraConfig(task_type="CAUSAL_LM", **chosen))
     with torch.no_grad():
         factors = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
         for i, parameter in enumerate(factors):

@@ -13,7 +13,8 @@ import targets  # noqa: E402 - lies beside the fuzzer
 CORPUS = FUZZ / "corpus"
 INPUTS = sorted(str(path.relative_to(CORPUS)) for path in CORPUS.glob("*/*"))
 GOOD = {f"{target}/{name}" for target, files in targets.seeds().items() for name in files}
-NEEDS_MORE = {"gguf/llama", "safetensors/file"}  # a base model; the modules of the configuration beside it
+# A base model; the modules of the configuration beside it; who ordered the columns.
+NEEDS_MORE = {"gguf/llama", "safetensors/file", "experts_config/unsloth"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

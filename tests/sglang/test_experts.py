@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import experts
+import expert_servers
 import pytest
 from answers import assert_same, assert_unlike
 
@@ -18,8 +18,8 @@ from answers import assert_same, assert_unlike
 @pytest.fixture(scope="module", params=["Qwen 3 MoE", "Mixtral"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A model, its adapters, and what a guarded engine answers with them."""
-    files = experts.make(tmp_path_factory.mktemp("files"), request.param, "protect")
-    asked = {"prompt": experts.PROMPT, "steps": experts.STEPS, "max_rank": 8}
+    files = expert_servers.make(tmp_path_factory.mktemp("files"), request.param, "protect")
+    asked = {"prompt": expert_servers.PROMPT, "steps": expert_servers.STEPS, "max_rank": 8}
     paths = {"model": str(files.model), "adapters": {name: str(path) for name, path in files.raw.items()}}
     (files.root / "request.json").write_text(json.dumps(asked | paths))
     command = [sys.executable, Path(__file__).with_name("experts_engine.py"), files.root / "request.json"]
@@ -36,13 +36,13 @@ def test_adapter_of_experts_is_corrected(name: str, served: SimpleNamespace) -> 
     files, found = served.files, served.answers.get(name)
     assert isinstance(found, dict), found
 
-    assert_same(found, experts.answer(files.model, files.corrected[name]))
+    assert_same(found, expert_servers.answer(files.model, files.corrected[name]))
     if name != "one by one":  # which PEFT cannot load as it is
-        assert_unlike(found, experts.answer(files.model, files.raw[name]))
+        assert_unlike(found, expert_servers.answer(files.model, files.raw[name]))
 
 
 def test_model_answers_as_transformers(served: SimpleNamespace) -> None:
-    assert_same(served.answers["base"], experts.answer(served.files.model, None))
+    assert_same(served.answers["base"], expert_servers.answer(served.files.model, None))
 
 
 def test_update_of_a_router_is_refused(served: SimpleNamespace) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import experts
+import expert_servers
 import pytest
 from answers import assert_same, assert_unlike
 
@@ -21,9 +21,9 @@ SERVED = {"Qwen 3 MoE": (False, True), "Mixtral": (True, True), "gpt-oss": (Fals
 @pytest.fixture(scope="module", params=SERVED)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A model, its adapters, and what a guarded engine answers with them."""
-    files = experts.make(tmp_path_factory.mktemp("files"), request.param, "protect")
+    files = expert_servers.make(tmp_path_factory.mktemp("files"), request.param, "protect")
     mixed, claim = SERVED[request.param]
-    asked = {"prompt": experts.PROMPT, "steps": experts.STEPS, "mixed": mixed, "claim": claim}
+    asked = {"prompt": expert_servers.PROMPT, "steps": expert_servers.STEPS, "mixed": mixed, "claim": claim}
     paths = {"model": str(files.model), "adapters": [str(path) for path in files.raw.values()]}
     (files.root / "request.json").write_text(json.dumps(asked | paths))
     command = [sys.executable, Path(__file__).with_name("experts_offline.py"), files.root / "request.json"]
@@ -35,7 +35,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_model_answers_as_transformers(served: SimpleNamespace) -> None:
-    assert_same(served.answers["base"], experts.answer(served.files.model, None))
+    assert_same(served.answers["base"], expert_servers.answer(served.files.model, None))
 
 
 @pytest.mark.parametrize("name", ["both", "gate and up", "all-linear", "one by one"])
@@ -46,10 +46,10 @@ def test_adapter_of_experts_is_corrected(name: str, served: SimpleNamespace) -> 
     found, again = (served.answers[f"{files.raw[name]}{suffix}"] for suffix in ("", " again"))
     assert isinstance(found, dict), found
 
-    assert_same(found, experts.answer(files.model, files.corrected[name]))
+    assert_same(found, expert_servers.answer(files.model, files.corrected[name]))
     assert again == found
     if name != "one by one":  # which PEFT cannot load as it is
-        assert_unlike(found, experts.answer(files.model, files.raw[name]))
+        assert_unlike(found, expert_servers.answer(files.model, files.raw[name]))
 
 
 def test_update_of_a_router_that_the_server_ignores_is_refused(served: SimpleNamespace) -> None:

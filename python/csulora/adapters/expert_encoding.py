@@ -18,11 +18,10 @@ from csulora.adapters.experts import (
     is_parameter_of_experts,
     is_targeted,
     padded,
-    parsed,
 )
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
-from csulora.models.names import WEIGHT, with_known_projection, without_wrappers
+from csulora.models.names import WEIGHT, parse_expert, with_known_projection, without_wrappers
 from csulora.models.resolver import Resolver
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.subspace.subspace import Subspace
@@ -54,7 +53,7 @@ class _Model:
         to_memory = {module: name for name, module in subspace.names.items()}
         layers: dict[str, _Experts] = {}
         for module in subspace:
-            if of_expert := parsed(module):
+            if of_expert := parse_expert(module):
                 experts, expert, _ = of_expert
                 number, projections = layers.get(experts, _Experts(0, frozenset()))
                 projection = with_known_projection(module).rpartition(".")[2]
@@ -72,13 +71,13 @@ class _Model:
 
     def experts(self, name: str) -> _Experts:
         """Return the experts of the layer of one of them."""
-        found = parsed(self.to_disk.name_of(name))
+        found = parse_expert(self.to_disk.name_of(name))
         return self.layers.get(found[0] if found else "", _Experts(0, frozenset()))
 
 
 def has_experts(adapter: Adapter) -> bool:
     """Whether an adapter updates experts, in whatever layout."""
-    return any(map(parsed, adapter.modules))
+    return any(map(parse_expert, adapter.modules))
 
 
 def check_layout(layout: str | None) -> None:
@@ -101,7 +100,7 @@ def check_number(adapter: Adapter, subspace: Subspace) -> None:
     model = _Model.of(subspace)
     held: dict[str, dict[int, str]] = {}
     for name in adapter.modules:
-        if of_expert := parsed(name):
+        if of_expert := parse_expert(name):
             experts, expert, _ = of_expert
             held.setdefault(experts, {})[expert] = name
     for experts, names in held.items():
@@ -131,7 +130,7 @@ def check_none_is_left_out(adapter: Adapter, names: Iterable[str], subspace: Sub
     model = _Model.of(subspace)
     held: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        if of_expert := parsed(name):
+        if of_expert := parse_expert(name):
             experts, _, projection = of_expert
             held.setdefault((experts, projection), []).append(name)
     for (experts, projection), found in held.items():
@@ -173,21 +172,20 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
     parameters = adapter.config.get("target_parameters") or []
     matrices = {model.on_disk(name) for name in adapter.modules if is_targeted(f"{name}{WEIGHT}", parameters)}
     whole = _filled(adapter, model)
-    rank = max(module.rank for name, module in whole.items() if parsed(name))
+    rank = max(module.rank for name, module in whole.items() if parse_expert(name))
     modules: dict[str, LoraModule] = {}
     for name, module in whole.items():
         stored = model.on_disk(name)
-        modules[stored] = padded(module, rank) if parsed(name) or stored in matrices else module
-        if parsed(name):
+        modules[stored] = padded(module, rank) if parse_expert(name) or stored in matrices else module
+        if parse_expert(name):
             # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
             modules[stored] = replace(modules[stored], a=modules[stored].a.clone())
-    listed = adapter.config.get("target_modules") or []
     # Names that the adapter has not, as the router's of Mixtral, are in none of its targets.
-    added = {name for name in modules if parsed(name) or name in matrices or name not in adapter.modules}
-    endings = {name.rpartition(".")[2] for name in added}
-    targets = listed if isinstance(listed, str) else sorted({*listed, *endings})
-    config = adapter.config | {"target_modules": targets, "target_parameters": []}
-    is_partial = adapter.partial or targets is listed
+    added = {name for name in modules if parse_expert(name) or name in matrices or name not in adapter.modules}
+    config, listed = adapter.config | {"target_parameters": []}, adapter.config.get("target_modules")
+    if isinstance(listed, list):
+        config["target_modules"] = sorted({*listed, *(name.rpartition(".")[2] for name in added)})
+    is_partial = adapter.partial or not isinstance(listed, list)  # then all modules are named
     return replace(adapter, modules=modules, config=config, partial=is_partial, is_decoded=False)
 
 
@@ -199,7 +197,7 @@ def _fused(adapter: Adapter, model: _Model) -> Adapter:
             "model's checkpoints"
         )
     for name in adapter.modules:
-        if parsed(name) and model.to_disk.resolve(name) is None:
+        if parse_expert(name) and model.to_disk.resolve(name) is None:
             raise RefusedError(
                 f"{adapter.path}: {name} is none of the model's experts, and fused factors hold them all"
             )
@@ -207,7 +205,7 @@ def _fused(adapter: Adapter, model: _Model) -> Adapter:
     matrices = [name for name in adapter.config.get("target_parameters") or [] if not is_parameter_of_experts(name)]
     parameters: dict[str, None] = dict.fromkeys(matrices)
     for name in modules:
-        if of_expert := parsed(name):
+        if of_expert := parse_expert(name):
             experts, _, projection = of_expert
             has_gate = f"{experts}.0.{GATE}" in modules
             parameters[f"{experts}.{GATE_UP if has_gate and projection != DOWN else projection}"] = None
@@ -226,7 +224,7 @@ def _zeros(modules: Mapping[str, LoraModule], model: _Model) -> Iterator[tuple[s
     """Yield an update of zero for each projection of the experts of a layer that has none, if others have one."""
     samples: dict[str, str] = {}
     for name in modules:
-        if of_expert := parsed(name):
+        if of_expert := parse_expert(name):
             samples.setdefault(of_expert[0], name)
     for experts, name in samples.items():
         sample, of_down = modules[name], name.endswith(f".{DOWN}")

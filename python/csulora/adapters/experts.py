@@ -7,7 +7,6 @@ A correction needs them apart, because alignment moved them apart: ``experts.3.g
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -15,21 +14,10 @@ import torch
 
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
+from csulora.models.names import parse_expert
 from csulora.subspace.expert_layout import ExpertLayout
 
 GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
-
-_EXPERT = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<expert>\d{1,6})\.(?P<projection>\w+)")
-
-
-def parsed(module: str) -> tuple[str, int, str] | None:
-    """Return the experts module, the expert and the projection that a name says; None if it is no expert's.
-
-    >>> parsed("model.layers.0.mlp.experts.3.gate_proj")
-    ('model.layers.0.mlp.experts', 3, 'gate_proj')
-    """
-    found = _EXPERT.fullmatch(module)
-    return (found["experts"], int(found["expert"]), found["projection"]) if found else None
 
 
 def is_fused(adapter: Adapter) -> bool:
@@ -66,7 +54,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         )
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
-        if (found := parsed(name)) is None:
+        if (found := parse_expert(name)) is None:
             modules[name] = module
             continue
         experts, expert, projection = found
@@ -83,7 +71,7 @@ def encoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
         return adapter
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
-        found = parsed(name)
+        found = parse_expert(name)
         if found is None:
             modules[name] = module
             continue

@@ -9,7 +9,7 @@ import torch
 from csulora.adapters import experts
 from csulora.adapters.expert_encoding import FUSED, Layout
 from csulora.adapters.lora import Adapter
-from csulora.models.names import projection_of
+from csulora.models.names import parse_expert, projection_of
 from csulora.native import _core
 from csulora.subspace.subspace import Subspace
 
@@ -58,7 +58,7 @@ def jointly_truncated(
 
 def _pairs(modules: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield gate and up of each expert that has both."""
-    ups = {_place(name): name for name in modules if experts.parsed(name)}
+    ups = {_place(name): name for name in modules if parse_expert(name)}
     for name in modules:
         owner, expert, projection = _place(name)
         if projection == experts.GATE and (up := ups.get((owner, expert, experts.UP))):
@@ -66,7 +66,7 @@ def _pairs(modules: Collection[str]) -> Iterator[tuple[str, str]]:
 
 
 def _place(name: str) -> tuple[str, int, str]:
-    owner, expert, projection = experts.parsed(name) or (name, -1, "")
+    owner, expert, projection = parse_expert(name) or (name, -1, "")
     return owner, expert, projection_of(projection)
 
 

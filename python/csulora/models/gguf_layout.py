@@ -102,6 +102,10 @@ class Architecture:
         """Whether a module is a projection of one of the architecture's experts."""
         return gguf_experts.tensor_name(module, self.experts, fused=False) is not None
 
+    def is_router(self, module: str) -> bool:
+        """Whether a module chooses between experts."""
+        return (self.tensor_name(module) or "").endswith(".ffn_gate_inp")
+
     def is_ignored(self, module: str) -> bool:
         """Whether llama.cpp ignores updates of this module."""
         return bare(module) in {bare(known) for known in self.ignored}

@@ -16,6 +16,7 @@ _WRAPPERS = frozenset({"model", "transformer", "gpt_neox", "backbone", "base_mod
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "fc1": "gate_proj", "fc3": "up_proj"} | {
     "fc2": "down_proj"
 }
+_NAME_OF_EXPERT = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<expert>\d{1,6})\.(?P<projection>\w+)")
 _EXPERT = re.compile(r"(?<=\bexperts\.)(?P<expert>\d+)\.(?P<projection>\w+)$")
 
 # What GPT-2 and its descendants call weights that most of them keep as Conv1D, (in, out); those that widen say which.
@@ -115,6 +116,16 @@ def projection_of(name: str) -> str:
     ['gate_proj', 'up_proj']
     """
     return _PROJECTIONS.get(name, name)
+
+
+def parse_expert(module: str) -> tuple[str, int, str] | None:
+    """Return the experts module, the expert and the projection that a name says; None if it is no expert's.
+
+    >>> parse_expert("model.layers.0.mlp.experts.3.gate_proj")
+    ('model.layers.0.mlp.experts', 3, 'gate_proj')
+    """
+    found = _NAME_OF_EXPERT.fullmatch(module)
+    return (found["experts"], int(found["expert"]), found["projection"]) if found else None
 
 
 def is_expert(module: str) -> bool:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from csulora.adapters.experts import DOWN, GATE, GATE_UP, UP, parsed
+from csulora.adapters.experts import DOWN, GATE, GATE_UP, UP
 from csulora.errors import InputError
+from csulora.models.names import parse_expert
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.subspace.input_filter import Factors
 
@@ -30,7 +31,7 @@ def by_experts_module(factors: Mapping[str, Factors]) -> tuple[dict[str, OfExper
     of_experts: dict[str, OfExperts] = {}
     others: dict[str, Factors] = {}
     for name, each in factors.items():
-        if (found := parsed(name)) is None:
+        if (found := parse_expert(name)) is None:
             others[name] = each
         else:
             of_experts.setdefault(found[0], {})[found[1], found[2]] = each

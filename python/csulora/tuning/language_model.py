@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csulora.adapters.experts import parsed
 from csulora.errors import InputError
 from csulora.models.experts import layout_of
+from csulora.models.names import parse_expert
 from csulora.models.resolver import Resolver
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.subspace.input_filter import Factors
@@ -98,7 +98,7 @@ class LanguageModel:
 
     def device_of(self, name: str) -> torch.device:
         """Return the device on which a module's products are computed; an offloaded one's is the model's own."""
-        found = parsed(name)
+        found = parse_expert(name)
         device: torch.device = next(self.module(found[0] if found else name).parameters()).device
         return self.device if device.type == "meta" else device
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from csulora.adapters import experts
+from csulora.models.names import parse_expert
 
 # model.layers.3.self_attn.q_proj: the stack `model.layers.`, layer 3, kind self_attn.q_proj.
 _LAYER = re.compile(r"(.*?\.)?(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
@@ -35,7 +35,7 @@ def kind_of(module: str) -> str:
     >>> kind_of("model.layers.3.mlp.experts.12.gate_proj")
     'mlp.experts.gate_proj'
     """
-    found = experts.parsed(module)
+    found = parse_expert(module)
     return place(f"{found[0]}.{found[2]}" if found else module)[1]
 
 

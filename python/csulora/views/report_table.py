@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from csulora.adapters import experts
 from csulora.correction.report import ModuleReport, Report, Totals
 from csulora.errors import printable
+from csulora.models.names import parse_expert
 from csulora.views.layout import Layout, by_number, columns, kind_of
 from csulora.views.tables import span
 
@@ -38,7 +38,7 @@ def report_table(report: Report, every_module: bool = False) -> RenderableType:
     is_changed = not report.changes_nothing
     rows = _module_rows(report) if every_module else _kind_rows(report)
     figures = (_MODULE_FIGURES if every_module else _KIND_FIGURES) | (_CHANGE if is_changed else {})
-    counted = not every_module and any(experts.parsed(module.module) for module in report.measured)
+    counted = not every_module and any(parse_expert(module.module) for module in report.measured)
     figures = (_COUNT if counted else {}) | figures
     padding = 0 if counted else 1  # in 80 columns
     table = Table(box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), pad_edge=False, show_edge=False)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from csulora.adapters import experts
 from csulora.errors import printable
+from csulora.models.names import parse_expert
 from csulora.views.layout import by_number, columns, kind_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def adapter_table(adapter: Adapter, every_module: bool = False) -> Table:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in adapter_rows(adapter):
         name = row["module"]
-        groups[kind_of(name) if experts.parsed(name) and not every_module else name].append(row)
+        groups[kind_of(name) if parse_expert(name) and not every_module else name].append(row)
     for name, rows in groups.items():
         shapes = sorted({" x ".join(map(str, row["shape"])) for row in rows})
         scales = sorted({f"{row['scale']:g}" for row in rows})

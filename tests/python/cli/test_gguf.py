@@ -136,7 +136,7 @@ def test_bad_input_exits_with_4(command: str, message: str, work: Path, run: Run
 
 
 def test_what_llama_cpp_cannot_run_exits_with_3(work: Path, run: Run) -> None:
-    factories.save_adapter(work / "foreign", {"model.layers.0.mlp.gate": (8, 48)})
+    factories.save_adapter(work / "foreign", {"model.layers.0.mlp.other": (8, 48)})
     code, _, err = run("export foreign -o out.gguf --base-model model.gguf")
     assert code == 3
-    assert "llama.cpp has no llama tensor for model.layers.0.mlp.gate" in err
+    assert "llama.cpp has no llama tensor for model.layers.0.mlp.other" in err

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import csulora
 import factories
-from csulora.adapters.experts import parsed
+from csulora.models.names import parse_expert
 from expert_families import EXPERT_FAMILIES
 from model_families import built
 
@@ -30,7 +30,7 @@ def subspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def one_by_one(subspace: csulora.Subspace, tmp_path: Path) -> Path:
     """An adapter as transformers 4 wrote it: a pair of factors for each expert and projection, under names on disk."""
-    modules = {name: module.shape for name, module in subspace.items() if parsed(name) or "q_proj" in name}
+    modules = {name: module.shape for name, module in subspace.items() if parse_expert(name) or "q_proj" in name}
     return factories.save_adapter(tmp_path / "adapter", modules)
 
 

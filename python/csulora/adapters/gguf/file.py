@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_ignored import WAY_OUT
 from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
+from csulora.models.names import parse_expert
 from csulora.models.resolver import Resolver
 
 OUTTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -57,6 +58,8 @@ _KNOWN_KEYS = (Keys.Adapter.TYPE, Keys.Adapter.LORA_ALPHA, Keys.Adapter.LORA_TAS
 
 def read(path: Path, base: BaseModel | None = None) -> Adapter:
     """Read a GGUF LoRA file. The bytes that are hashed are the bytes that are used.
+
+    Updates of experts come as PEFT has them: gate and up in one, under the names of parameters.
 
     Args:
         path: the file.
@@ -86,8 +89,25 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
                 "tell enough; name the base model (--base-model)"
             )
         modules[module] = update
-    config = {"base_model_name_or_path": base_model_name(_base_model_name(file)), "task_type": "CAUSAL_LM"}
-    return Adapter(modules, config, path, hashlib.sha256(file.data).hexdigest(), format="gguf")
+    config = {
+        "base_model_name_or_path": base_model_name(_base_model_name(file)),
+        "task_type": "CAUSAL_LM",
+        "target_parameters": _parameters(modules, architecture),
+    }
+    adapter = Adapter(modules, config, path, hashlib.sha256(file.data).hexdigest(), format="gguf", is_decoded=True)
+    return experts.encoded(adapter, architecture.expert_layout)
+
+
+def _parameters(modules: Iterable[str], architecture: Architecture) -> list[str]:
+    """Return what PEFT adapts as parameters: experts, and routers, since most of them are no linear layers."""
+    found: dict[str, None] = {}
+    for module in modules:
+        if of_expert := parse_expert(module):
+            owner, _, projection = of_expert
+            found[f"{owner}.{experts.DOWN if projection == experts.DOWN else experts.GATE_UP}"] = None
+        elif architecture.is_router(module):
+            found[f"{module}{names.WEIGHT}"] = None
+    return list(found)
 
 
 def write(adapter: Adapter, path: Path, base: BaseModel, outtype: str | None = None) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.experts import parsed
 from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.mlx.config import Settings, read_config, written_config
@@ -21,7 +20,7 @@ from csulora.adapters.peft.config import base_model_name
 from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_bytes, tensors_in, with_sha256
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular, save_tensors, to_json
-from csulora.models.names import kind_of
+from csulora.models.names import kind_of, parse_expert
 
 WEIGHTS_FILE = "adapters.safetensors"
 
@@ -87,7 +86,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
     check_model(adapter.modules, adapter.path)
     for name in adapter.modules:
         _check_kind(name, adapter.path)
-        if parsed(name):
+        if parse_expert(name):
             raise RefusedError(
                 f"{adapter.path}: updates {name}, and mlx-lm keeps the factors of all experts in one tensor, which "
                 "csulora does not write yet; write another format (--format peft)"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.experts import is_parameter_of_experts, is_targeted, parsed
+from csulora.adapters.experts import is_parameter_of_experts, is_targeted
 from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.peft import diagnosis, stacked
@@ -39,7 +39,7 @@ from csulora.adapters.weights_files import (
 )
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular, save_tensors, to_json
-from csulora.models.names import WEIGHT, kind_of, may_be_conv1d
+from csulora.models.names import WEIGHT, kind_of, may_be_conv1d, parse_expert
 from csulora.models.shards import single_name, weight_files
 
 _STEM = "adapter_model"
@@ -150,7 +150,7 @@ def _parameters(config: dict[str, Any], names: Sequence[str], path: Path) -> dic
             f"{path}: target_parameters names {name}{WEIGHT}, which GPT-2 and its kin store as (in, out), so that PEFT "
             "applies the transpose of the update; name the module in target_modules and train again"
         )
-    single = next(filter(parsed, names), None)
+    single = next(filter(parse_expert, names), None)
     if single and any(map(is_parameter_of_experts, wanted)):
         raise RefusedError(
             f"{path}: holds factors for {single} alone, and target_parameters names parameters of all experts; hosts "

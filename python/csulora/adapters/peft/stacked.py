@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted, padded, parsed
+from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted, padded
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.adapters.weights_files import MOST_UPDATES
 from csulora.errors import InputError, RefusedError
+from csulora.models.names import parse_expert
 
 _WRAPPED = ".base_layer"
 _EXPERTS = re.compile(r"(?:.*\.)?experts")
@@ -88,9 +89,14 @@ def apart(
     if experts > MOST_UPDATES:
         raise RefusedError(f"{path}: {parameter} has factors of {experts} experts; at most {MOST_UPDATES} are read")
     owner, _, projection = parameter.rpartition(".")
+    rows = b.shape[0]
+    # At once, since a column at a time would read a whole line of memory for each number.
+    if order == "unsloth":
+        columns = b.reshape(rows, experts, rank).transpose(0, 1).contiguous()  # (E, out, r)
+    else:
+        columns = b.reshape(rows * rank, experts).t().contiguous().view(experts, rows, rank)
     for expert in range(experts):
-        rows = slice(expert * rank, (expert + 1) * rank)
-        update = LoraModule(b[:, rows if order == "unsloth" else slice(expert, None, experts)], a[rows], scale)
+        update = LoraModule(columns[expert], a[expert * rank : (expert + 1) * rank], scale)
         yield f"{owner}.{expert}.{projection}", update
 
 
@@ -105,7 +111,7 @@ def gathered(adapter: Adapter) -> tuple[dict[str, list[LoraModule]], dict[str, L
     experts: dict[str, dict[int, LoraModule]] = {}
     others: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():
-        if (found := parsed(name)) is None:
+        if (found := parse_expert(name)) is None:
             others[name] = module
         else:
             experts.setdefault(f"{found[0]}.{found[2]}", {})[found[1]] = module

@@ -18,11 +18,11 @@ from peft.tuners.lora import ParamWrapper
 from peft.utils import hotswap as peft_hotswap
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from csulora.adapters.experts import parsed
 from csulora.adapters.peft import stacked
 from csulora.errors import RefusedError
 from csulora.hooks.peft.loading import check_nothing_overrides, host_loads, loads_corrected, local_directory
 from csulora.hooks.signature import check_signature
+from csulora.models.names import parse_expert
 from csulora.serving.gate import Gate
 
 _OF_EXPERTS = re.compile(r"\.experts\.(\d+\.\w+\.|(base_layer\.)*)lora_[AB]\.")
@@ -102,7 +102,7 @@ def _check_experts(
     """Raise `RefusedError` for factors of experts that PEFT would put elsewhere or, at another rank, scramble."""
     factors = {key: tensor for key, tensor in state_dict.items() if _OF_EXPERTS.search(key)}
     places = {key: key.removesuffix(f".{adapter_name}.weight").rpartition(".") for key in factors}
-    fused = {module for module, _, _ in places.values() if not parsed(module)}
+    fused = {module for module, _, _ in places.values() if not parse_expert(module)}
     parameters = stacked.parameter_names(fused, {"target_parameters": config.target_parameters}, Path(adapter_name))
     layers = dict(model.named_modules())
     for key, (module, _, factor) in places.items():

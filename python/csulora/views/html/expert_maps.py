@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from csulora.adapters import experts
 from csulora.correction.report import ModuleReport, Report, Totals
+from csulora.models.names import parse_expert
 from csulora.views.html.charts import Tick
 from csulora.views.html.heat_maps import HeatMap, heat_map
 from csulora.views.layout import place
@@ -85,7 +85,7 @@ class ExpertMaps:
         """Return the maps of a report; None if no expert was measured. There is none of a change if nothing changed."""
         found: dict[str, list[ModuleReport]] = defaultdict(list)
         for module in report.measured:
-            if (parsed := experts.parsed(module.module)) is not None:
+            if (parsed := parse_expert(module.module)) is not None:
                 found[f"{parsed[0]}.{parsed[1]}"].append(module)
         if not found:
             return None

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from csulora.adapters import experts
 from csulora.correction.report import COMPONENTS, ModuleReport, Report
+from csulora.models.names import parse_expert
 from csulora.views.html.numbers import percent, short_undo, undo
 
 Tone = Literal["energy", "signed", "relative-change", "gain"]
@@ -80,7 +80,7 @@ def heat_maps(report: Report) -> tuple[Group, ...]:
 
     Where nothing was changed there are none of the change; where all modules are experts there are none.
     """
-    modules = [module for module in report.measured if experts.parsed(module.module) is None]
+    modules = [module for module in report.measured if parse_expert(module.module) is None]
     if not modules:
         return ()
     before = _map("Undo", _UNDO, "signed", modules, lambda module: module.undo or 0.0)

@@ -12,11 +12,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from csulora.adapters import experts
 from csulora.adapters.lora import Adapter
 from csulora.correction.correct import check_subspace, correct
 from csulora.correction.report import COMPONENTS, Report
 from csulora.errors import InputError, RefusedError
+from csulora.models.names import parse_expert
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Frontier
@@ -97,7 +97,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "number": number, "undo": undo}
-    others = [module for module in report.modules if experts.parsed(module.module) is None]
+    others = [module for module in report.modules if parse_expert(module.module) is None]
     by_undo = sorted(report.measured, key=lambda module: -(module.undo or 0.0))
     return environment.get_template("page.html").render(
         report=report,

@@ -19,9 +19,8 @@ import transformers
 import csulora
 import gguf_files
 import gguf_zoo
-from csulora.adapters import experts
+from csulora.adapters.expert_encoding import Layout
 from csulora.errors import InputError, RefusedError
-from csulora.models.gguf_layout import architecture
 
 pytestmark = [
     pytest.mark.llama_cpp,
@@ -107,22 +106,23 @@ def test_corrected_updates_of_experts_are_pefts(family: str, files: Path, figure
 
 @pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_updates_of_experts_come_back(family: str, files: Path, tmp_path: Path) -> None:
-    """One module per expert and projection, with the update that was written, also if it is written again."""
+    """They are named as PEFT's are, also if they are written again, and PEFT loads them from a directory."""
     base, first, second = files / f"{family}.gguf", tmp_path / "first.gguf", tmp_path / "second.gguf"
-    gguf_zoo.make_adapter(family, tmp_path / "adapter", dtype=torch.bfloat16, rank_pattern={"experts.down_proj": 3})
+    made = gguf_zoo.make_adapter(family, tmp_path / "adapter", rank_pattern={"experts.down_proj": 3})
     adapter = csulora.load_adapter(tmp_path / "adapter")
     csulora.save_adapter(adapter, first, base_model=base, outtype="f32")
     read = csulora.load_adapter(first, base)
     csulora.save_adapter(read, second, base_model=base)
     again = csulora.load_adapter(second, base)
-    apart = experts.decoded(adapter, architecture(gguf_zoo.FAMILIES[family].architecture, "test").expert_layout)
-    assert read.modules.keys() == apart.modules.keys()
-    for name, module in read.modules.items():
-        expected = apart.modules[name]
-        update = expected.scale * expected.b.double() @ expected.a.double()
-        for found in (module, again.modules[name]):
+    csulora.save_adapter(read, tmp_path / "directory", "peft")
+    assert read.modules.keys() == again.modules.keys() == adapter.modules.keys()
+    for name, module in adapter.modules.items():
+        update = module.scale * module.b.double() @ module.a.double()
+        for found in (read.modules[name], again.modules[name]):
             written = found.scale * found.b.double() @ found.a.double()
-            torch.testing.assert_close(written, update, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(written, update, rtol=1e-5, atol=1e-6)
+    loaded = peft.PeftModel.from_pretrained(deepcopy(gguf_zoo.model(family)), str(tmp_path / "directory"))
+    assert np.abs(gguf_zoo.logits(loaded) - gguf_zoo.logits(made)).max() <= LARGEST_DIFFERENCE
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,24 @@ def test_a_file_that_lacks_its_multipliers_is_no_base_model(tmp_path: Path) -> N
         expected = adapter.modules[name].folded()
         assert torch.allclose(module.folded().b, expected.b, rtol=1e-6)
         assert torch.equal(module.a, expected.a)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("mixtral", "fused"), ("mixtral", "per-expert"), ("qwen3moe", "per-expert"), ("lfm2moe", "fused")],
+)
+def test_updates_from_gguf_in_another_layout(family: str, layout: Layout, tmp_path: Path) -> None:
+    base = gguf_zoo.save_gguf(family, tmp_path / "base.gguf")
+    gguf_zoo.moved(family).save_pretrained(tmp_path / "aligned")
+    subspace = csulora.extract(gguf_zoo.save_model(family, tmp_path / "base"), tmp_path / "aligned", rank=2)
+    expected = gguf_zoo.logits(gguf_zoo.make_adapter(family, tmp_path / "adapter"))
+    csulora.save_adapter(csulora.load_adapter(tmp_path / "adapter"), tmp_path / "lora.gguf", base_model=base)
+
+    raw = csulora.load_adapter(tmp_path / "lora.gguf", base)
+    same, _ = csulora.correct(raw, subspace, csulora.Policy.none(), layout=layout)
+    csulora.save_adapter(same, tmp_path / "directory", "peft")
+    loaded = peft.PeftModel.from_pretrained(deepcopy(gguf_zoo.model(family)), str(tmp_path / "directory"))
+    assert np.abs(gguf_zoo.logits(loaded) - expected).max() <= LARGEST_DIFFERENCE
 
 
 def test_llama_cpp_reads_the_other_types(tmp_path: Path) -> None:

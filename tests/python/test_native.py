@@ -101,7 +101,7 @@ def test_onednn_may_be_told_to_use_fewer_instructions(instructions: str) -> None
         "from csulora.native import _core\n"
         "moved = torch.randn(600, 500, generator=torch.Generator().manual_seed(0))\n"
         "options = _core.ExtractOptions()\n"
-        "options.rank, options.tolerance = 4, 1e-4\n"
+        "options.rank, options.tolerance, options.energy_tolerance = 4, 1e-4, 0\n"
         "found = _core.extract_subspace(torch.zeros_like(moved), moved, options)\n"
         "expected = torch.linalg.svdvals(moved.double())[:4]\n"
         "assert torch.allclose(found.s.double(), expected, rtol=1e-6), (found.s, expected)\n"

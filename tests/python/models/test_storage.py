@@ -19,6 +19,7 @@ from csulora.models import scaled_codes
 from csulora.models.checkpoint import Checkpoint, check_comparable
 from csulora.models.shards import StoredTensor
 from csulora.models.storage import Contents
+from csulora.subspace.expert_layout import ExpertLayout
 
 Q = "model.layers.0.self_attn.q_proj"
 WEIGHTS = factories.llama_weights(layers=1, width=64, hidden=96)
@@ -294,7 +295,7 @@ def test_whatever_a_configuration_says_the_blocks_cover_the_matrix_or_it_is_refu
         SCALE: StoredTensor(Path("file"), grid, "F32"),
     }
     with suppress(InputError):
-        scales = Contents.of(tensors, {"quantization_config": settings}, Path()).weights[Q].scales
+        scales = Contents.of(tensors, {"quantization_config": settings}, Path(), ExpertLayout()).weights[Q].scales
         assert scales is not None
         assert scales.grid == (math.ceil(64 / scales.block[0]), math.ceil(96 / scales.block[1]))
         assert math.prod(grid) == math.prod(scales.grid)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, get_args
 from torch import Tensor
 
 from csulora.adapters.gguf import file as gguf
-from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, Format
+from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, Format, LoraModule
 from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.weights_files import CONFIG_FILE, sha256_as_written
@@ -140,6 +140,11 @@ def weights_file_of(format: Format) -> str:
 def config_as_written(adapter: Adapter, format: Format) -> dict[str, Any]:
     """Return the ``adapter_config.json`` that `save_adapter` writes for an adapter in a format that has one."""
     return _DIRECTORIES[format].config_of(adapter)
+
+
+def modules_as_written(adapter: Adapter, format: Format) -> Mapping[str, LoraModule]:
+    """Return the modules under the names that `save_adapter` writes in a format."""
+    return mlx.by_their_names(adapter) if format == "mlx" else adapter.modules
 
 
 def _save_directory(adapter: Adapter, path: Path, format: Format) -> str:

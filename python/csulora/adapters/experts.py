@@ -50,7 +50,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
     if layout is None:
         raise RefusedError(
             f"{adapter.path}: updates fused experts, and the subspace file does not say how its model lays them out; "
-            "extract it again from the model's checkpoints"
+            "use the subspace file of its own model, and extract that again if it does not say so either"
         )
     modules: dict[str, LoraModule] = {}
     for name, module in adapter.modules.items():

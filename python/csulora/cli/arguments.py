@@ -62,12 +62,18 @@ class ExpertLayout(StrEnum):
     fused = "fused"
 
 
+_WEIGHTS = ".safetensors"  # a file of it is no adapter, as reading it says
+
+
 def is_gguf_written(output: Path, chosen: Format | None, adapter: str) -> bool:
     """Whether a GGUF file is to be written: it was chosen, else the name asks for it, else the adapter is one."""
     if chosen is not None and chosen is not Format.gguf and output.suffix == GGUF_SUFFIX:
         raise typer.BadParameter(f"--format {chosen.value} writes a directory, and {output} is named like a GGUF file")
-    is_file = Path(adapter).is_file() or adapter.endswith(GGUF_SUFFIX)
-    return chosen is Format.gguf or (chosen is None and (output.suffix == GGUF_SUFFIX or is_file))
+    is_file = (Path(adapter).is_file() and not adapter.endswith(_WEIGHTS)) or adapter.endswith(GGUF_SUFFIX)
+    is_gguf = chosen is Format.gguf or (chosen is None and (output.suffix == GGUF_SUFFIX or is_file))
+    if output.suffix == _WEIGHTS and not is_gguf:
+        raise typer.BadParameter(f"a directory is written, and {output} is named like a file of weights")
+    return is_gguf
 
 
 def check_output(path: Path | None) -> Path | None:

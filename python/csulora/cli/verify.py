@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import csulora
-from csulora.cli.arguments import BaseModel, Json, Quiet, check_outputs
+from csulora.cli.arguments import BaseModel, ExpertOrder, Json, Quiet, check_outputs
 from csulora.cli.console import deliver, progress_bar
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import GGUF_SUFFIX
@@ -41,6 +41,7 @@ def verify(
             help="Policy that an adapter must have been corrected with. [default: what it states]",
         ),
     ] = None,
+    expert_layout: ExpertOrder = None,
     base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -56,7 +57,8 @@ def verify(
     if subject.is_dir() and len(sources or ()) in (0, 2):
         original, subspace = sources or (None, None)
         known = csulora.Subspace.open(subspace) if subspace else None
-        checks = csulora.audit(subject, original, known, base_model, Policy.load(policy) if policy else None)
+        required = Policy.load(policy) if policy else None
+        checks = csulora.audit(subject, original, known, base_model, required, expert_layout=expert_layout)
         _deliver_audit(subject, checks, json, quiet, is_complete=subspace is not None)
     elif not subject.is_dir() and sources and len(sources) == 2:
         _verify_subspace(subject, sources[0], sources[1], json, quiet)

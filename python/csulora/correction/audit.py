@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from csulora.adapters.disk import config_as_written, load_adapter
+from csulora.adapters.disk import config_as_written, load_adapter, modules_as_written
+from csulora.adapters.expert_encoding import LAYOUTS, Layout
 from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, LoraModule
 from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG
 from csulora.correction.correct import correct
@@ -59,6 +61,8 @@ def audit(
     subspace: Subspace | None = None,
     base_model: str | Path | None = None,
     policy: Policy | None = None,
+    *,
+    expert_layout: str | None = None,
 ) -> list[Check]:
     """Compare a corrected adapter with its report, and with what the report says it was made from.
 
@@ -68,6 +72,7 @@ def audit(
         subspace: the one it was made with; with both, the correction is made again.
         base_model: the model that the original is for, if that is a GGUF file; see `load_adapter`.
         policy: the one it must have been corrected with; None: whichever the report states, which may keep everything.
+        expert_layout: who ordered the original's fused experts; see `load_adapter`.
 
     Returns:
         One `Check` per statement. Without ``original`` and ``subspace`` they say that the directory is as it was
@@ -87,18 +92,18 @@ def audit(
     report = _read_report(corrected / REPORT_FILE)
     adapter = load_adapter(corrected)
     checks = [_same("content", report[CORRECTED_SHA256], adapter.sha256)]
-    source = load_adapter(original, base_model) if original is not None else None
+    source = load_adapter(original, base_model, expert_layout=expert_layout) if original is not None else None
     if source is not None:
         checks.append(_same("original", report["adapter_sha256"], source.sha256))
     if subspace is not None:
         checks.append(_same("subspace", report["subspace_sha256"], subspace.sha256))
     if source is not None and subspace is not None and all(check.holds for check in checks[1:]):
         stated = _policy(report["policy"], corrected / REPORT_FILE)
-        again, _ = correct(source, subspace, stated)
+        again, _ = correct(source, subspace, stated, _layout(report, corrected / REPORT_FILE))
         checks += [
             _same_policy(stated, policy),
             _configuration(corrected / CONFIG_FILE, config_as_written(again, adapter.format)),
-            _update(adapter, again),
+            _update(adapter, modules_as_written(again, adapter.format)),
         ]
     return checks
 
@@ -128,6 +133,14 @@ def _policy(stated: dict[str, Any], path: Path) -> Policy:
         raise InputError(f"{path}: {error}") from error
 
 
+def _layout(report: dict[str, Any], path: Path) -> Layout | None:
+    """Read which layout of experts was asked for: it decides names and shapes, and nothing about the update."""
+    stated = report.get("layout")
+    if stated is None or stated in LAYOUTS:
+        return stated
+    raise InputError(f"{path}: layout must be {' or '.join(LAYOUTS)}")
+
+
 def _configuration(path: Path, wanted: dict[str, Any]) -> Check:
     """Compare every field of a configuration with what csulora writes."""
     found = parse_json(read_regular(path, LARGEST_CONFIG), path)
@@ -150,14 +163,12 @@ def _line(value: str | dict[str, Any]) -> str:
     return one_line(value) if isinstance(value, dict) else value
 
 
-def _update(adapter: Adapter, again: Adapter) -> Check:
+def _update(adapter: Adapter, again: Mapping[str, LoraModule]) -> Check:
     """Compare the updates of two adapters module by module."""
-    if adapter.modules.keys() != again.modules.keys():
-        different = min(adapter.modules.keys() ^ again.modules.keys())
+    if adapter.modules.keys() != again.keys():
+        different = min(adapter.modules.keys() ^ again.keys())
         return Check("update", None, f"{different} is in one of both only", False)
-    distances = {
-        name: _distance(module.folded(), again.modules[name].folded()) for name, module in adapter.modules.items()
-    }
+    distances = {name: _distance(module.folded(), again[name].folded()) for name, module in adapter.modules.items()}
     allowed = {name: _TOLERANCE[module.b.dtype] for name, module in adapter.modules.items()}
     worst = max(distances, key=lambda name: distances[name] / allowed[name])
     holds = distances[worst] <= allowed[worst]

@@ -81,7 +81,7 @@ def correct(
     corrected = _corrected(adapter, subspace, policy, covered)
     if isinstance(policy.rank, int) and is_written_fused(adapter, layout):
         corrected |= jointly_truncated(corrected, subspace, covered, policy.rank)
-    report = _report(adapter, subspace, policy, covered, corrected)
+    report = _report(adapter, subspace, policy, covered, corrected, layout)
     _check_undo(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
@@ -217,6 +217,7 @@ def _report(
     policy: Policy,
     covered: dict[str, str],
     corrected: Mapping[str, _core.Correction],
+    layout: Layout | None,
 ) -> Report:
     modules = []
     for name, module in adapter.modules.items():
@@ -236,6 +237,7 @@ def _report(
         modules=tuple(modules),
         copies=tuple(adapter.copies),
         host_notes=host_notes(adapter, covered, subspace.names, subspace.provenance.model_type),
+        layout=layout,
     )
 
 

@@ -16,6 +16,8 @@ from csulora.native import _core
 if TYPE_CHECKING:
     import pandas
 
+    from csulora.adapters.expert_encoding import Layout
+
 COMPONENTS = ("aligned", "left", "right", "off")
 _LITTLE_UNDO = 0.01  # share of a module's alignment below which a verdict names no undo
 _TOLERANCE = 0.05  # share of the undo that counts as none, or as no difference
@@ -160,7 +162,8 @@ class Report:
     """What a correction was made from and what it did. Holds nothing that varies between identical runs.
 
     ``copies`` are the modules whose base matrix the adapter held too: it is the aligned checkpoint's, and left out.
-    ``host_notes`` say what a host would not apply as the adapter's file says, see `host_meaning`.
+    ``host_notes`` say what a host would not apply as the adapter's file says, see `host_meaning`. ``layout`` is the one
+    of experts that was asked for; None: as they came.
 
     >>> policy = csulora.Policy.none()
     >>> _, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), policy)
@@ -176,6 +179,7 @@ class Report:
     modules: tuple[ModuleReport, ...]
     copies: tuple[str, ...] = ()
     host_notes: tuple[str, ...] = ()
+    layout: Layout | None = None
     csulora: str = __version__
 
     @property

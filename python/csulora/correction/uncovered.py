@@ -16,6 +16,8 @@ _OTHER_MODEL = re.compile(
     r"vis(ion|ual)|vit|image|video|audio|speech|tower|coder|projector|connector|merger|mtp|draft|talker|expert"
 )
 
+_LAYER = re.compile(r"\.\d+\.")
+
 
 def why_uncovered(adapter: Adapter, name: str, subspace: Subspace, resolver: Resolver) -> str:
     """Return why no module of the subspace file is meant by ``name``, and what to do."""
@@ -27,9 +29,14 @@ def why_uncovered(adapter: Adapter, name: str, subspace: Subspace, resolver: Res
     is_known = any(_found(resolver, other) for other in adapter.modules)
     if not is_known and kind_of(name) == "linear":  # heads and embeddings are extracted where they are asked for
         return of_another_family(adapter)
+    if _LAYER.search(name) and any(_found(resolver, other) for other in _in_other_layers(name)):
+        return (
+            f"the subspace file covers other layers, but not module {name}; if its model has no such layer, "
+            f"{its_own_file(adapter)}, and otherwise extract all layers (--modules '*')"
+        )
     return (
-        f"the subspace file does not cover module {name}; extract it too (--modules), or name it in --drop-uncovered "
-        "or --keep-uncovered"
+        f"the subspace file does not cover module {name}; extract it too (--modules '*' takes all), or name it in "
+        "--drop-uncovered or --keep-uncovered"
     )
 
 
@@ -55,6 +62,11 @@ def _impossible_prefix(adapter: Adapter, name: str, subspace: Subspace, resolver
         if module and not _OTHER_MODEL.search(prefix) and subspace[module].shape == adapter.modules[name].shape:
             return prefix
     return None
+
+
+def _in_other_layers(name: str) -> list[str]:
+    """Return what a module is called in each of the first ten layers."""
+    return [_LAYER.sub(f".{layer}.", name, count=1) for layer in range(10)]
 
 
 def _found(resolver: Resolver, name: str) -> str | None:

@@ -237,7 +237,11 @@ def _read_preamble(cursor: _Cursor) -> tuple[int, int]:
     """Return the numbers of tensors and of metadata fields."""
     magic = cursor.skip(4, "the magic number")
     if cursor.data[magic : magic + 4] != _MAGIC:
-        hint = f"; name its directory, {cursor.path.parent}" if cursor.path.suffix == ".safetensors" else ""
+        hint = (
+            "; name the adapter's directory, with its adapter_config.json"
+            if cursor.path.suffix == ".safetensors"
+            else ""
+        )
         raise InputError(f"{cursor.path}: not a GGUF file{hint}")
     version = cursor.u32("the version")
     if version not in _VERSIONS:

@@ -92,7 +92,7 @@ def test_what_a_subspace_file_lacks_is_named_and_advice_on_it_works(work: Path, 
     assert run("extract base aligned -o partial --rank 4 --modules *.q_proj").code == 0
     result = run("correct adapter --subspace partial --policy csulora -o out")
     assert result.code == 3
-    assert f"does not cover module {DOWN}; extract it too (--modules)" in result.err
+    assert f"does not cover module {DOWN}; extract it too (--modules '*' takes all)" in result.err
     assert not (work / "out").exists()
 
     assert run(f"extract base aligned -o whole --rank 4 --modules *.q_proj --modules {DOWN}").code == 0
@@ -216,6 +216,32 @@ def test_an_adapter_of_another_size_is_told(work: Path, run: Run) -> None:
     factories.save_checkpoint(work / "a", {f"{Q}.weight": factories.gaussian(96, 96, seed=2)})
     assert run("extract b a -o its-own --rank 4").code == 0
     assert run("correct large --subspace its-own --policy csulora -o out").code == 0
+
+
+def test_an_adapter_with_more_layers_is_told(work: Path, run: Run) -> None:
+    beyond = "model.layers.12.self_attn.q_proj"
+    factories.save_adapter(
+        work / "deep", MODULES | {beyond: MODULES[Q]}, base_model_name_or_path="org/deep", layers_to_transform=None
+    )
+    result = run(CORRECT.format("deep"))
+    assert result.code == 3
+    assert f"covers other layers, but not module {beyond}; if its model has no such layer" in result.err
+    assert "use the subspace file of org/deep" in result.err
+
+    assert run(f"extract base aligned -o first --rank 4 --modules {Q}").code == 0
+    result = run("correct adapter --subspace first --policy csulora -o out")
+    assert (result.code, "--modules '*'" in result.err) == (3, True)
+    assert run("extract base aligned -o every --rank 4 --modules *").code == 0
+    assert run("correct adapter --subspace every --policy csulora -o out").code == 0
+
+
+def test_a_file_of_weights_in_place_of_its_directory_is_told(work: Path, run: Run) -> None:
+    result = run(CORRECT.format("adapter/adapter_model.safetensors"))
+    assert (result.code, "name the adapter's directory" in result.err) == (4, True)
+    result = run("correct adapter --subspace subspace --policy csulora -o out.safetensors")
+    assert (result.code, "a directory is written" in result.err) == (2, True)
+    assert not (work / "out.safetensors").exists()
+    assert run(CORRECT.format("adapter")).code == 0
 
 
 def test_an_adapter_of_another_family_is_told(work: Path, run: Run) -> None:

@@ -68,6 +68,15 @@ def test_what_correct_wrote_follows(policy: str, dtype: torch.dtype, subspace: P
     assert all(check.holds for check in checks)
 
 
+def test_what_was_written_under_the_names_of_mlx_follows(tmp_path: Path) -> None:
+    shapes = {"model.language_model.layers.0.self_attn.q_proj": (48, 48)}
+    original = factories.save_adapter(tmp_path / "original", shapes)
+    known = factories.subspace(shapes)
+    fixed, _ = csulora.correct(csulora.load_adapter(original), known, CSULORA)
+    csulora.save_adapter(fixed, tmp_path / "out", "mlx")
+    assert all(check.holds for check in csulora.audit(tmp_path / "out", original, known))
+
+
 def test_save_returns_what_the_report_states_and_load_finds(original: Path, subspace: Path, tmp_path: Path) -> None:
     fixed, _ = csulora.correct(
         csulora.load_adapter(original), csulora.Subspace.open(subspace), csulora.Policy.csulora()

@@ -1,5 +1,6 @@
 """Updates of experts from one layout to the other and back, and what is filled with zeros on the way."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 import csulora
 import factories
+from csulora.adapters.lora import REPORT_FILE
 from csulora.models.names import parse_expert
 from expert_families import EXPERT_FAMILIES
 from model_families import built
@@ -67,6 +69,34 @@ def test_experts_that_an_adapter_leaves_out_are_zero(
     for name, module in found.modules.items():
         expected = part[name].b * part[name].scale @ part[name].a if name in part else torch.zeros(module.shape)
         assert torch.allclose(module.b @ module.a, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["per-expert", "fused"])
+def test_what_was_relaid_follows(layout: str, one_by_one: Path, subspace: csulora.Subspace) -> None:
+    """From one by one, and from fused as PEFT writes them today."""
+    for source in (one_by_one, relaid(one_by_one, subspace, "fused")):
+        out = source.with_name(f"{source.name}-{layout}")
+        fixed, _ = csulora.correct(csulora.load_adapter(source), subspace, csulora.Policy.protect(), layout)
+        csulora.save_adapter(fixed, out)
+        assert all(check.holds for check in csulora.audit(out, source, subspace))
+        report = json.loads((out / REPORT_FILE).read_text())
+        assert report["layout"] == layout
+        (out / REPORT_FILE).write_text(json.dumps(report | {"layout": "stacked"}))
+        with pytest.raises(csulora.InputError, match="layout must be per-expert or fused"):
+            csulora.audit(out, source, subspace)
+
+
+def test_what_unsloth_ordered_follows_where_that_is_said(one_by_one: Path, subspace: csulora.Subspace) -> None:
+    source = relaid(one_by_one, subspace, "fused")
+    config = source / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"unsloth_fixed": True}))
+    fixed, _ = csulora.correct(csulora.load_adapter(source, expert_layout="unsloth"), subspace, NONE)
+    csulora.save_adapter(fixed, source.with_name("out"))
+    for order, holds in (("unsloth", True), ("peft", False)):
+        checks = csulora.audit(source.with_name("out"), source, subspace, expert_layout=order)
+        assert all(check.holds for check in checks) == holds
+    with pytest.raises(csulora.RefusedError, match="Say so"):
+        csulora.audit(source.with_name("out"), source, subspace)
 
 
 def test_an_unknown_layout_is_refused(one_by_one: Path, subspace: csulora.Subspace) -> None:

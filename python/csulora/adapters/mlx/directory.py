@@ -63,7 +63,7 @@ def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return the factors under mlx-lm's names, scales folded into ``lora_b``, all padded to the largest rank."""
     rank = _rank(adapter)
     tensors = {}
-    for name, module in _by_their_names(adapter).items():
+    for name, module in by_their_names(adapter).items():
         folded = module.folded()
         tensors[f"{name}.lora_a"] = _padded(folded.a, rank).t().contiguous()
         tensors[f"{name}.lora_b"] = _padded(folded.b.t(), rank).contiguous()
@@ -73,7 +73,7 @@ def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
 def config_of(adapter: Adapter) -> dict[str, Any]:
     """Return the configuration under which `tensors_of` has scale 1."""
     base_model = base_model_name(adapter.config.get("base_model_name_or_path"))
-    return written_config(_rank(adapter), sorted(_by_their_names(adapter)), base_model)
+    return written_config(_rank(adapter), sorted(by_their_names(adapter)), base_model)
 
 
 def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
@@ -101,6 +101,11 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def by_their_names(adapter: Adapter) -> dict[str, LoraModule]:
+    """Return the modules as mlx-lm calls them: a language model that also sees is wrapped the other way round."""
+    return {_WRAPPED.sub("language_model.model.", name): module for name, module in adapter.modules.items()}
+
+
 def check_model(modules: Collection[str], path: Path, model_type: str | None = None) -> None:
     """Raise `RefusedError` if modules are of a model whose weights mlx-lm scales, so that updates mean something else.
 
@@ -116,11 +121,6 @@ def check_model(modules: Collection[str], path: Path, model_type: str | None = N
             f"{path}: mlx-lm multiplies the weights of Falcon-H1 by constants of its own, so that their update is "
             "another one elsewhere; train and serve the adapter with PEFT"
         )
-
-
-def _by_their_names(adapter: Adapter) -> dict[str, LoraModule]:
-    """Return the modules as mlx-lm calls them: a language model that also sees is wrapped the other way round."""
-    return {_WRAPPED.sub("language_model.model.", name): module for name, module in adapter.modules.items()}
 
 
 def _rank(adapter: Adapter) -> int:

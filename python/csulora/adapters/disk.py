@@ -139,16 +139,25 @@ def weights_file_of(format: Format) -> str:
 
 def config_as_written(adapter: Adapter, format: Format) -> dict[str, Any]:
     """Return the ``adapter_config.json`` that `save_adapter` writes for an adapter in a format that has one."""
-    return _DIRECTORIES[format].config_of(adapter)
+    return _DIRECTORIES[format].config_of(_named_for(adapter, format))
 
 
 def modules_as_written(adapter: Adapter, format: Format) -> Mapping[str, LoraModule]:
     """Return the modules under the names that `save_adapter` writes in a format."""
-    return mlx.by_their_names(adapter) if format == "mlx" else adapter.modules
+    return mlx.by_their_names(adapter) if format == "mlx" else _named_for(adapter, format).modules
+
+
+def _named_for(adapter: Adapter, format: Format) -> Adapter:
+    """Return an adapter of mlx-lm under the names by which PEFT finds its modules, if it is written for PEFT."""
+    names = adapter.names_in_peft
+    if format != "peft" or not names:
+        return adapter
+    modules = {names.get(name, name): module for name, module in adapter.modules.items()}
+    return replace(adapter, modules=modules, names_in_peft={}, partial=True)
 
 
 def _save_directory(adapter: Adapter, path: Path, format: Format) -> str:
-    layout = _DIRECTORIES[format]
+    adapter, layout = _named_for(adapter, format), _DIRECTORIES[format]
     with atomic_directory(path, marker=REPORT_FILE) as directory:
         sha256 = sha256_as_written(directory / layout.WEIGHTS_FILE, layout.write(adapter, directory))
         for name, text in adapter.documents.items():

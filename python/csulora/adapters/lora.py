@@ -59,7 +59,7 @@ class Adapter:
     out on purpose, so that ``config`` may target more than there is. ``copies`` are base matrices that the file holds
     besides, by module; `correct` compares them with the aligned checkpoint's and leaves them out. ``format`` is the one
     it was read in, and is written in unless another is asked for. ``is_decoded`` says that fused experts have been
-    taken apart, see `experts.decoded`.
+    taken apart, see `experts.decoded`. ``names_in_peft`` are what PEFT calls modules that mlx-lm calls otherwise.
 
     >>> csulora.load_adapter(adapter).config["r"]
     8
@@ -76,6 +76,7 @@ class Adapter:
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     format: Format = "peft"
     is_decoded: bool = False
+    names_in_peft: Mapping[str, str] = field(default_factory=dict)
 
 
 class TextsOnDemand(Mapping[str, str]):

@@ -85,7 +85,9 @@ def correct(
     _check_undo(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
-    renamed = todays_names(covered, subspace.names) if adapter.format != "mlx" else {}
+    renamed = todays_names(covered, subspace.names)
+    # mlx-lm has names of its own, which its directories keep.
+    in_peft, renamed = (renamed, {}) if adapter.format == "mlx" else ({}, renamed)
     for name, module in adapter.modules.items():
         if name in corrected:
             factors = corrected[name].factors
@@ -96,7 +98,7 @@ def correct(
         {REPORT_FILE: lambda: to_json(report.to_dict()), "README.md": lambda: model_card(report, _base_model(adapter))}
     )
     partial = adapter.partial or bool(renamed) or len(modules) < len(adapter.modules)
-    result = replace(adapter, modules=modules, documents=documents, partial=partial, copies={})
+    result = replace(adapter, modules=modules, documents=documents, partial=partial, copies={}, names_in_peft=in_peft)
     return in_layout(result, subspace, layout), report
 
 

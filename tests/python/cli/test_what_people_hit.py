@@ -88,6 +88,28 @@ def test_an_adapter_of_a_multimodal_model_is_corrected_in_full(family: str, run:
         assert "uncorrected" not in result.out
 
 
+def test_an_adapter_of_mlx_lm_arrives_in_a_multimodal_model_of_peft(run: Run, tmp_path: Path) -> None:
+    model = built(FAMILIES["Gemma 3"])
+    model.save_pretrained(tmp_path / "base")
+    move(model, seed=1000)
+    model.save_pretrained(tmp_path / "aligned")
+    found = (name for name, _ in model.named_modules() if "language_model" in name and name.endswith("q_proj"))
+    names = {name: tuple(model.get_submodule(name).weight.shape) for name in found}
+    factories.save_adapter(tmp_path / "adapter", names)
+    csulora.save_adapter(csulora.load_adapter(tmp_path / "adapter"), tmp_path / "mlx", "mlx")
+    assert not names.keys() & csulora.load_adapter(tmp_path / "mlx").modules.keys()
+
+    assert run(f"extract {tmp_path}/base {tmp_path}/aligned -o {tmp_path}/subspace --rank 4").code == 0
+    again = f"--subspace {tmp_path}/subspace --policy none"
+    assert run(f"correct {tmp_path}/mlx {again} --format peft -o {tmp_path}/peft").code == 0
+    assert csulora.load_adapter(tmp_path / "peft").modules.keys() == names.keys()
+    assert run(f"verify {tmp_path}/peft {tmp_path}/mlx {tmp_path}/subspace").code == 0
+    assert run(f"correct {tmp_path}/mlx {again} -o {tmp_path}/same").code == 0
+    assert (
+        csulora.load_adapter(tmp_path / "same").modules.keys() == csulora.load_adapter(tmp_path / "mlx").modules.keys()
+    )
+
+
 def test_what_a_subspace_file_lacks_is_named_and_advice_on_it_works(work: Path, run: Run) -> None:
     assert run("extract base aligned -o partial --rank 4 --modules *.q_proj").code == 0
     result = run("correct adapter --subspace partial --policy csulora -o out")

@@ -75,7 +75,7 @@ def test_safe_lora_without_the_alignment_is_refused(adapter: csulora.Adapter, su
         controls.safe_lora(adapter, subspace, math.nan)
     with pytest.raises(InputError, match="must be exact or fast"):
         controls.cosines(adapter, subspace, "quick")  # type: ignore[arg-type]
-    with pytest.raises(RefusedError, match="does not cover module"):
+    with pytest.raises(RefusedError, match="covers other layers, but not module"):
         controls.cosines(adapter, factories.subspace())
 
 

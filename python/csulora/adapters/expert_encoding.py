@@ -17,7 +17,6 @@ from csulora.adapters.experts import (
     encoded,
     is_parameter_of_experts,
     is_targeted,
-    padded,
 )
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.errors import InputError, RefusedError
@@ -176,7 +175,7 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
     modules: dict[str, LoraModule] = {}
     for name, module in whole.items():
         stored = model.on_disk(name)
-        modules[stored] = padded(module, rank) if parse_expert(name) or stored in matrices else module
+        modules[stored] = module.padded(rank) if parse_expert(name) or stored in matrices else module
         if parse_expert(name):
             # A file cannot hold one tensor under the names of gate and up, which share it where nothing was changed.
             modules[stored] = replace(modules[stored], a=modules[stored].a.clone())

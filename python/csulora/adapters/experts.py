@@ -91,15 +91,6 @@ def is_targeted(parameter: str, target_parameters: Iterable[str]) -> bool:
     return any(parameter == name or parameter.endswith(f".{name}") for name in target_parameters)
 
 
-def padded(module: LoraModule, rank: int) -> LoraModule:
-    """Return the same update with as many columns of ``b``, the further ones zero."""
-    missing = rank - module.rank
-    if not missing:
-        return module
-    b = torch.cat([module.b, module.b.new_zeros(module.b.shape[0], missing)], dim=1)
-    return replace(module, b=b, a=torch.cat([module.a, module.a.new_zeros(missing, module.a.shape[1])]))
-
-
 def split(module: LoraModule, layout: ExpertLayout, where: str) -> dict[str, LoraModule]:
     """Return the updates of gate and up; they share A unless one's columns of B are zero where the other's are not."""
     rows = module.b.shape[0]

@@ -48,6 +48,14 @@ class LoraModule:
             return self
         return replace(self, b=(self.b.double() * self.scale).to(self.b.dtype), scale=1.0)
 
+    def padded(self, rank: int) -> LoraModule:
+        """Return the same update with as many columns of ``b``, the further ones zero."""
+        missing = rank - self.rank
+        if not missing:
+            return self
+        b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], missing)], dim=1)
+        return replace(self, b=b, a=torch.cat([self.a, self.a.new_zeros(missing, self.a.shape[1])]))
+
 
 @dataclass(frozen=True)
 class Adapter:

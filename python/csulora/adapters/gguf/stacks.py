@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from csulora.adapters.experts import joined, padded, split
+from csulora.adapters.experts import joined, split
 from csulora.adapters.factors import wide
 from csulora.adapters.lora import LoraModule
 from csulora.errors import InputError
@@ -69,7 +69,7 @@ def _of_tensor(stack: Stack, number: int, updates: Mapping[str, LoraModule]) -> 
     a, b = torch.zeros(number, rank, columns), torch.zeros(number, rows, rank)
     for expert, update in found.items():
         if update is not None:
-            filled = padded(update, rank)
+            filled = update.padded(rank)
             a[expert], b[expert] = filled.a, filled.b
     return a, b
 

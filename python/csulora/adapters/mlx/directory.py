@@ -64,9 +64,9 @@ def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
     rank = _rank(adapter)
     tensors = {}
     for name, module in by_their_names(adapter).items():
-        folded = module.folded()
-        tensors[f"{name}.lora_a"] = _padded(folded.a, rank).t().contiguous()
-        tensors[f"{name}.lora_b"] = _padded(folded.b.t(), rank).contiguous()
+        filled = module.folded().padded(rank)  # mlx-lm has one rank for all modules
+        tensors[f"{name}.lora_a"] = filled.a.t().contiguous()
+        tensors[f"{name}.lora_b"] = filled.b.t().contiguous()
     return tensors
 
 
@@ -125,11 +125,6 @@ def check_model(modules: Collection[str], path: Path, model_type: str | None = N
 
 def _rank(adapter: Adapter) -> int:
     return max(module.rank for module in adapter.modules.values())
-
-
-def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
-    """Add rows of zeros: mlx-lm has one rank for all modules."""
-    return torch.cat([factor, factor.new_zeros(rank - factor.shape[0], factor.shape[1])])
 
 
 def _assembled(settings: Settings, tensors: Mapping[str, torch.Tensor], directory: Path) -> Adapter:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted, padded
+from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.adapters.weights_files import MOST_UPDATES
 from csulora.errors import InputError, RefusedError
@@ -139,7 +139,7 @@ def names_in_file(parameters: Iterable[str]) -> dict[str, str]:
 def together(updates: Sequence[LoraModule]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and B of all experts, scales folded into B; smaller ranks are filled with zeros."""
     rank = max(update.rank for update in updates)
-    filled = [padded(update.folded(), rank) for update in updates]
+    filled = [update.folded().padded(rank) for update in updates]
     b = torch.stack([update.b for update in filled])  # (E, out, r)
     rows = b.shape[1]
     return torch.cat([update.a for update in filled]), b.flatten(1).t().reshape(rows, rank * len(filled))

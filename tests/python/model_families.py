@@ -6,7 +6,10 @@ from typing import Any
 import torch
 import transformers
 
+import csulora
 import factories
+from csulora.models.checkpoint import Checkpoint
+from csulora.models.names import kind_of
 from language_families import LANGUAGE_FAMILIES, Family
 from wrapper_families import WRAPPER_FAMILIES
 
@@ -39,6 +42,27 @@ def move(model: Any, seed: int) -> None:
         for i, parameter in enumerate(model.parameters()):
             if parameter.dim() == 2:
                 parameter.add_(0.05 * factories.gaussian(*parameter.shape, seed=seed + i))
+
+
+def extracted(family: Family, root: Path, *endings: str) -> tuple[dict[str, tuple[int, int]], csulora.Subspace]:
+    """Save a base and an aligned model; return the linear modules as on disk, and the pair's subspaces."""
+    model = built(family)
+    model.save_pretrained(root / "base")
+    move(model, seed=1000)
+    model.save_pretrained(root / "aligned")
+    subspace = csulora.extract(root / "base", root / "aligned", rank=4)
+    weights = Checkpoint.open(root / "aligned").weights
+    modules = {
+        name: weight.shape for name, weight in weights.items() if kind_of(name) == "linear" and name.endswith(endings)
+    }
+    return modules, subspace
+
+
+def train(adapted: Any, scale: float = 0.1, seed: int = 100, dtype: torch.dtype | None = None) -> None:
+    """Give a model of PEFT's random factors, in a storage type or each in its own."""
+    for i, (name, parameter) in enumerate(adapted.named_parameters()):
+        if "lora_" in name:
+            parameter.data = (scale * factories.gaussian(*parameter.shape, seed=seed + i)).to(dtype or parameter.dtype)
 
 
 def opened(family: Family, checkpoint: Path, *, is_text_only: bool = False) -> Any:

@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import csulora
 import factories
 import html_pages
-from csulora.cli import app as cli
+from commands import Outcome, Run
 from csulora.cli import doctor
 from csulora.tuning.frontier import frontier_path
 from csulora.views.html.page import assess, render
@@ -30,28 +28,6 @@ Q = "model.layers.0.self_attn.q_proj"
 ADAPTER_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "csulora_report.json"]
 LLAMA_LAYERS = 12
 LLAMA_MODULES = 7 * LLAMA_LAYERS
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["csulora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return Outcome(int(exit.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The command line on GGUF files: adapters in and out, models and checkpoints."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,25 +8,10 @@ import pytest
 import csulora
 import factories
 import gguf_files
-from csulora.cli import app as cli
+from commands import Run
 from csulora.cli import exit_codes
 
-Run = Callable[[str], tuple[int, str, str]]
-
 SHAPES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process; returns its exit code, stdout and stderr."""
-
-    def run(command: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["csulora", *command.split()])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return int(exit.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The command line on adapters of every source: mlx-lm's, the hub's, and those that hold copies of base matrices."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import csulora
 import factories
-from csulora.cli import app as cli
+from commands import Run
 from csulora.cli import exit_codes
-
-Run = Callable[[str], tuple[int, str, str]]
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 CORRECT = "correct {} --subspace subspace --policy csulora -o {} --json {}"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process; returns its exit code, stdout and stderr."""
-
-    def run(command: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["csulora", *command.split()])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return int(exit.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

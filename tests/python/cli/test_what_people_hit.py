@@ -1,10 +1,8 @@
 """What public reports of 2024 to 2026 tell of, by command, exit code and message; the advice is followed."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import csulora
 import factories
-from csulora.cli import app as cli
+from commands import Run
 from model_families import FAMILIES, built, move
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,28 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 MODULES = {Q: (48, 48), DOWN: (48, 64)}
 PREFIX = "base_model.model."
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command, its words separated by spaces, in this process."""
-
-    def run(command: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["csulora", *command.split()])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return Outcome(int(exit.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 
 import csulora
 import factories
-from csulora.models.checkpoint import Checkpoint
-from csulora.models.names import bare, kind_of
+from csulora.models.names import bare
 from expert_families import EXPERT_FAMILIES
 from language_families import LANGUAGE_FAMILIES, Family
-from model_families import FAMILIES, built, move, opened
+from model_families import FAMILIES, extracted, opened
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -31,15 +30,7 @@ EXPERTS = EXPERT_FAMILIES | {"Qwen 2 MoE": LANGUAGE_FAMILIES["Qwen 2 MoE, shared
 
 def place(family: Family, root: Path, *ending: str, **config: object) -> tuple[csulora.Adapter, csulora.Subspace]:
     """An adapter whose modules are called as on disk, and a subspace file."""
-    model = built(family)
-    model.save_pretrained(root / "base")
-    move(model, seed=1000)
-    model.save_pretrained(root / "aligned")
-    subspace = csulora.extract(root / "base", root / "aligned", rank=4)
-    weights = Checkpoint.open(root / "aligned").weights
-    modules = {
-        name: weight.shape for name, weight in weights.items() if kind_of(name) == "linear" and name.endswith(ending)
-    }
+    modules, subspace = extracted(family, root, *ending)
     return csulora.load_adapter(factories.save_adapter(root / "adapter", modules, **config)), subspace
 
 

@@ -15,7 +15,7 @@ import csulora
 import factories
 from csulora.models.resolver import Resolver
 from expert_families import EXPERT_FAMILIES, ExpertFamily
-from model_families import built, logits
+from model_families import built, logits, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -72,10 +72,7 @@ def config_of(family: ExpertFamily, kind: str) -> LoraConfig:
 
 def make_adapter(model: Any, config: LoraConfig, path: Path, dtype: torch.dtype) -> None:
     adapted = get_peft_model(deepcopy(model), config)
-    with torch.no_grad():
-        for i, (name, parameter) in enumerate(adapted.named_parameters()):
-            if "lora_" in name:
-                parameter.data = (0.1 * factories.gaussian(*parameter.shape, seed=100 + i)).to(dtype)
+    train(adapted, dtype=dtype)
     adapted.save_pretrained(str(path), save_embedding_layers=False)
 
 

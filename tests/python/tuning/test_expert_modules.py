@@ -21,7 +21,7 @@ from csulora.tuning.request import Request
 from csulora.tuning.tune import tune
 from csulora.tuning.update import factors_of
 from expert_families import EXPERT_FAMILIES
-from model_families import built, logits
+from model_families import built, logits, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -32,10 +32,7 @@ pytestmark = [
 def make_adapter(model: Any, parameters: list[str], path: Path) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=[], target_parameters=parameters)
     adapted = get_peft_model(model, config)
-    with torch.no_grad():
-        for i, (name, parameter) in enumerate(adapted.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_(0.2 * factories.gaussian(*parameter.shape, seed=i))
+    train(adapted, scale=0.2, seed=0)
     adapted.save_pretrained(str(path))
 
 

@@ -12,10 +12,8 @@ import csulora
 import factories
 from csulora.hooks import peft as hook
 from csulora.models.checkpoint import Checkpoint
-from csulora.models.names import kind_of
 from expert_families import EXPERT_FAMILIES
-from language_families import Family
-from model_families import FAMILIES, built, logits, move, opened
+from model_families import FAMILIES, extracted, logits, opened
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -28,23 +26,9 @@ LANGUAGE = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2",
 POLICY = csulora.Policy.csulora(1.0)
 
 
-def place(family: Family, root: Path, *endings: str) -> tuple[dict[str, tuple[int, int]], csulora.Subspace]:
-    """The language model's modules as on disk, and a subspace file that says what transformers calls them."""
-    model = built(family)
-    model.save_pretrained(root / "base")
-    move(model, seed=1000)
-    model.save_pretrained(root / "aligned")
-    subspace = csulora.extract(root / "base", root / "aligned", rank=4)
-    weights = Checkpoint.open(root / "aligned").weights
-    modules = {
-        name: weight.shape for name, weight in weights.items() if kind_of(name) == "linear" and name.endswith(endings)
-    }
-    return modules, subspace
-
-
 def test_an_adapter_under_old_names_arrives(tmp_path: Path) -> None:
     family = FAMILIES["Qwen 2.5 VL"]
-    modules, subspace = place(family, tmp_path, *LANGUAGE)
+    modules, subspace = extracted(family, tmp_path, *LANGUAGE)
     adapter = factories.save_adapter(tmp_path / "adapter", modules)
     model = opened(family, tmp_path / "aligned")
     plain = logits(model)
@@ -57,7 +41,7 @@ def test_an_adapter_under_old_names_arrives(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen 3 MoE"])
 def test_experts_that_peft_converts_arrive(name: str, tmp_path: Path) -> None:
     family = EXPERT_FAMILIES[name]
-    modules, subspace = place(family, tmp_path, *LANGUAGE)
+    modules, subspace = extracted(family, tmp_path, *LANGUAGE)
     adapter = factories.save_adapter(tmp_path / "adapter", modules)
     _, report = hook.load(opened(family, tmp_path / "aligned"), adapter, subspace, POLICY)
     assert len(report.measured) == len(modules)
@@ -67,7 +51,7 @@ def test_experts_that_peft_converts_arrive(name: str, tmp_path: Path) -> None:
 def text_only(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, csulora.Subspace]:
     """An adapter for the text-only class of a model that also sees."""
     root = tmp_path_factory.mktemp("text_only")
-    modules, subspace = place(FAMILIES["Qwen 3.5"], root, *LANGUAGE)
+    modules, subspace = extracted(FAMILIES["Qwen 3.5"], root, *LANGUAGE)
     language = {name: shape for name, shape in modules.items() if "visual" not in name}
     renamed = {name.replace("model.language_model.", "model."): shape for name, shape in language.items()}
     factories.save_adapter(root / "adapter", renamed)

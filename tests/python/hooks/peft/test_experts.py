@@ -15,7 +15,7 @@ import csulora
 import factories
 from csulora.hooks import peft as hook
 from expert_families import EXPERT_FAMILIES
-from model_families import built, logits
+from model_families import built, logits, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -44,10 +44,7 @@ class Place:
             task_type="CAUSAL_LM", r=rank, lora_alpha=8, target_modules=["q_proj"], target_parameters=parameters
         )
         adapted = PeftModel(self.model(), config)
-        with torch.no_grad():
-            for i, (name, parameter) in enumerate(adapted.named_parameters()):
-                if "lora_" in name:
-                    parameter.copy_(0.1 * factories.gaussian(*parameter.shape, seed=seed + i))
+        train(adapted, seed=seed)
         adapted.save_pretrained(str(path), save_embedding_layers=False)
         return path
 

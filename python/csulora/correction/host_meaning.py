@@ -12,11 +12,10 @@ from collections.abc import Collection, Iterator, Mapping
 from csulora.adapters.experts import is_fused
 from csulora.adapters.lora import Adapter
 from csulora.models import renamings
-from csulora.models.names import bare
+from csulora.models.names import bare, is_expert
 
 HOST = "PEFT 0.21 on transformers 5"
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 _DROPPED_OUTSIDE_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 _FUSED = ("gate_proj", "up_proj", "w1", "w3")
 
@@ -74,12 +73,12 @@ def _notes(
 
 
 def _expert_notes(adapter: Adapter, fate: str | None) -> Iterator[str]:
-    experts = [] if is_fused(adapter) else [name for name in adapter.modules if _EXPERT.search(name)]
+    experts = [] if is_fused(adapter) else [name for name in adapter.modules if is_expert(name)]
     if fate == "dropped" and experts:
         yield f"{HOST} drops {_count(experts, adapter)}, an expert's; serve it with vLLM"
     if fate != "converted":
         return
-    outside = [name for name in adapter.modules if name.endswith(_DROPPED_OUTSIDE_EXPERTS) and not _EXPERT.search(name)]
+    outside = [name for name in adapter.modules if name.endswith(_DROPPED_OUTSIDE_EXPERTS) and not is_expert(name)]
     if outside:
         yield (
             f"{HOST} drops {_count(outside, adapter)}, of a dense layer or a shared expert, since it takes the name "

@@ -6,7 +6,8 @@
 16, as PEFT fuses it and per expert; the subspace file has 16 directions for each matrix and is written to a temporary
 directory (1.7 GB, removed after). Factors are in memory, and the subspace file is mapped and in the page cache.
 The first correction with a subspace file also validates its factors, and is timed apart from the later ones. In the
-first layer every tenth matrix must agree with the formula, computed in float64 on the dense update, before anything is timed.
+first layer every tenth matrix must agree with the formula, computed in float64 on the dense update, before anything is
+timed.
 On a machine that others use too, set OMP_WAIT_POLICY=PASSIVE: threads that wait would else spin, and count as busy.
 """
 

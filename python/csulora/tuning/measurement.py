@@ -13,7 +13,8 @@ from csulora.subspace.subspace import Subspace
 from csulora.tuning.counter import Counter
 from csulora.tuning.examples import Examples
 from csulora.tuning.frontier import Point, Rate, Refusals
-from csulora.tuning.language_model import Reply, agreeing
+from csulora.tuning.language_model import agreeing
+from csulora.tuning.replies import Reply
 from csulora.tuning.splits import selected, validation_of
 from csulora.tuning.stages import Stages
 

@@ -92,7 +92,7 @@ class Experiment:
             written=best.policy,
             verdict="; ".join([verdict, *self._doubts()]),
         )
-        return Result(frontier, sweep.pinned(policy, subspace.sha256), subspace)
+        return Result(frontier, sweep.pinned(policy, subspace.sha256, self.request.provenance), subspace)
 
     def policy(self, family: str, numbers: Sequence[int], weight: float) -> Policy:
         """Return a family's policy fitted on some adapters, the task prompts weighing so much.

@@ -12,11 +12,12 @@ from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
 from csulora.policy.policy import Policy
+from csulora.policy.provenance import PolicyProvenance
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.inputs import ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS, TASK_WEIGHT
 from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
-from csulora.tuning.probes import Chat, shown
+from csulora.tuning.probes import Chat, prompt_hash, shown
 
 # A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
 # How much more the task prompts should weigh differs from model to model (bench/efficacy).
@@ -104,6 +105,12 @@ class Request:
     def untuned(self) -> Policy:
         """The policy that changes nothing, with what every policy of a run has."""
         return Policy.none(**self.policy_fields)
+
+    @property
+    def provenance(self) -> PolicyProvenance:
+        """What a policy says that comes of this: all prompts, those that only chose it included."""
+        chats = [*(chat for chats in self.task for chat in chats), *self.safety, *self.general]
+        return PolicyProvenance(tuple(sorted(set(map(prompt_hash, chats)))))
 
     @property
     def identity(self) -> dict[str, Any]:

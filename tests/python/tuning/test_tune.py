@@ -69,6 +69,8 @@ def test_the_policy_is_taken_with_its_subspace_and_with_no_other(place: tiny_mod
         csulora.correct(adapter, other, policy)
     assert Frontier.load(frontier_path(tmp_path / "policy.toml")) == frontier
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.frontier.json", "policy.toml"]
+    given = {*probes.read(place.task), *probes.read(place.safety)}
+    assert set(policy.provenance.prompts) == set(map(probes.prompt_hash, given))
 
 
 def test_a_frontier_has_every_family_and_counts_validation_prompts_only(

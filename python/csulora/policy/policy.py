@@ -216,8 +216,9 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Write the policy to a TOML file, with its provenance."""
-        provenance = self.provenance.to_dict()
-        toml.write(Path(path), self.to_dict() | ({"provenance": provenance} if provenance else {}))
+        document, provenance = self.to_dict(), self.provenance.to_dict()
+        overrides = document.pop("overrides")  # which are long, and come last
+        toml.write(Path(path), document | ({"provenance": provenance} if provenance else {}) | {"overrides": overrides})
 
 
 def _is_sha256(value: object) -> bool:

@@ -116,21 +116,32 @@ class LanguageModel:
             raise InputError(f"module {name} is {list(shape)} in the model, and the adapter updates {list(wanted)}")
         return module
 
+    def check_lengths(self, chats: Sequence[Chat]) -> None:
+        """Check that the model takes every prompt with the longest reply.
+
+        Raises:
+            InputError: it does not; with the longest reply that it would take with all of them, if there is one.
+        """
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(chats, key=lambda chat: len(self.encode(chat)))
+        tokens = len(self.encode(longest))
+        if most is None or tokens + self.longest_reply <= most:
+            return
+        advice = f"use --tokens {most - tokens}" if tokens < most else "remove or shorten it"
+        raise InputError(
+            f"the prompt {shown(longest)} has {tokens} tokens and its reply up to {self.longest_reply}; "
+            f"the model takes {most}: {advice}"
+        )
+
     def encode(self, chat: Chat) -> list[int]:
         """Tokens of a prompt, up to where the reply begins; without a chat template, of its only turn's text.
 
         Raises:
             InputError: the model does not take the prompt.
         """
-        tokens, name = self._tokens(chat), shown(chat)
+        tokens = self._tokens(chat)
         if not tokens:
-            raise InputError(f"the prompt {name} has no tokens")
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if most is not None and len(tokens) + self.longest_reply > most:
-            raise InputError(
-                f"the prompt {name} has {len(tokens)} tokens and its reply up to {self.longest_reply}; "
-                f"the model takes {most}"
-            )
+            raise InputError(f"the prompt {shown(chat)} has no tokens")
         return tokens
 
     def _tokens(self, chat: Chat) -> list[int]:
@@ -152,7 +163,9 @@ class LanguageModel:
         Raises:
             InputError: the model does not take a prompt, or computes NaN.
         """
-        prompts = [self.encode(chat) for chat in chats]  # all at once: the last may be one that the model does not take
+        if chats:
+            self.check_lengths(chats)  # of all at once: the last may be one that the model does not take
+        prompts = [self.encode(chat) for chat in chats]
         replies: list[Reply] = []
         for start in range(0, len(prompts), BATCH):
             replies += self._reply(chats[start : start + BATCH], prompts[start : start + BATCH])

@@ -19,7 +19,7 @@ from csulora.tuning.inputs import ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS, TASK_
 from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat, prompt_hash, shown
-from csulora.tuning.splits import Split, Splits
+from csulora.tuning.splits import STRIDE, Split, Splits
 
 # A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
 # How much more the task prompts should weigh differs from model to model (bench/efficacy); the first is tried first.
@@ -158,6 +158,7 @@ class Request:
             "longest_reply": self.longest_reply,
             "options": asdict(self.options),
             "task_weights": list(self.weights),
+            "splits": STRIDE,
             "refusals": list(self.refusals),
             "input_filters": self.input_filters and [TASK_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
         }

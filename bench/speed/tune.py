@@ -93,16 +93,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    trees = {"peer": arguments.peer.resolve(), "csulora": ROOT}
     results: dict[str, Any] = {"adapter": TASK.name, "seeds": {}}
     for seed in arguments.seeds:
         command = prepare(arguments.out.resolve(), seed)
-        runs = {"peer": (arguments.peer.resolve(), command), "csulora": (ROOT, command)}
-        runs["csulora --controls"] = ROOT, [*command, "--controls"]
-        policies = {name: arguments.out.resolve() / f"speed-{number}.toml" for number, name in enumerate(runs)}
-        used: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        policies = {name: arguments.out.resolve() / f"speed-{name}.toml" for name in trees}
+        used: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
         for _ in range(arguments.repetitions):
-            for name, (tree, asked) in runs.items():
-                used[name].append(run(tree, asked, policies[name]))
+            for name, tree in trees.items():
+                used[name].append(run(tree, command, policies[name]))
         times = {name: summary([each["cpu"] for each in every]) for name, every in used.items()}
         results["seeds"][seed] = {
             "cpu_seconds": times,

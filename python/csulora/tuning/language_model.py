@@ -69,12 +69,13 @@ class LanguageModel:
             InputError: the model has no such module, or one of another shape.
         """
         of_experts, others = by_experts_module(factors)
+        inputs = _Inputs()
         with ExitStack() as hooks:
             for name, updates in of_experts.items():
                 hooks.enter_context(adapted_experts(self.module(name), updates, self._expert_layout, name))
             for name, each in others.items():
                 module = self._module(name, each)
-                hook = module.register_forward_hook(_adding(each, self.device_of(name)))
+                hook = module.register_forward_hook(_adding(each, self.device_of(name), inputs))
                 hooks.callback(hook.remove)
             yield
 
@@ -258,12 +259,28 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(getattr(module, "weight", torch.empty(0)).shape)
 
 
-def _adding(factors: Factors, device: torch.device) -> Any:
+class _Inputs:
+    """The inputs of modules as their updates take them; modules that read the same tensor share one copy of it."""
+
+    def __init__(self) -> None:
+        self._source: Tensor | None = None
+        self._version = 0
+        self._copy = torch.empty(0)
+
+    def of(self, source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the input on a device, in a type: it may still be where the module before ran."""
+        if source.is_inference():  # which may have changed in place without a trace
+            return source.to(device, dtype)
+        if source is not self._source or source._version != self._version or self._copy.device != device:
+            self._source, self._version, self._copy = source, source._version, source.to(device, dtype)
+        return self._copy
+
+
+def _adding(factors: Factors, device: torch.device, shared: _Inputs) -> Any:
     b, a = (factor.to(device) for factor in factors)
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # Here, the inputs may still be where the module before it ran.
-        return output + (inputs[0].to(device, a.dtype) @ a.T @ b.T).to(output)
+        return output + (shared.of(inputs[0], device, a.dtype) @ a.T @ b.T).to(output)
 
     return hook
 

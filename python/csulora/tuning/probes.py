@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from csulora.errors import InputError
 from csulora.io.files import read_regular
+from csulora.policy.provenance import HASH_DIGITS
 
 FEWEST = 8  # prompts; a quarter of them is in the validation split
 MOST = 1024
@@ -91,6 +94,16 @@ def shown(chat: Chat) -> str:
     """
     text = chat[-1].content
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
+def prompt_hash(chat: Chat) -> str:
+    """Return the hash by which a policy file names a prompt: the same for other spaces, capitals and widths of letters.
+
+    >>> prompt_hash((Message("user", "Tell me  a tale "),)) == prompt_hash((Message("user", "tell me a tale"),))
+    True
+    """
+    turns = [[turn.role, " ".join(unicodedata.normalize("NFKC", turn.content).casefold().split())] for turn in chat]
+    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def _is_json_array(text: str) -> bool:

@@ -164,16 +164,16 @@ class LanguageModel:
         return list(encoded["input_ids"])
 
     @torch.no_grad()
-    def replies(self, chats: Sequence[Chat]) -> list[Reply]:
-        """The model's greedy reply to every prompt, as it now stands: with what `adapted` adds to it.
+    def replies(self, chats: Sequence[Chat], batch: int = BATCH) -> list[Reply]:
+        """The model's greedy reply to every prompt, ``batch`` at a time, as it now stands: with what `adapted` adds.
 
         Raises:
             InputError: the model does not take a prompt, or computes NaN.
         """
         prompts = [self.encode(chat) for chat in chats]  # all at once: the last may be one that the model does not take
         replies: list[Reply] = []
-        for start in range(0, len(prompts), BATCH):
-            replies += self._reply(chats[start : start + BATCH], prompts[start : start + BATCH])
+        for start in range(0, len(prompts), batch):
+            replies += self._reply(chats[start : start + batch], prompts[start : start + batch])
         return replies
 
     def _reply(self, chats: Sequence[Chat], prompts: list[list[int]]) -> list[Reply]:

@@ -14,6 +14,7 @@ from csulora.tuning.counter import Counter
 from csulora.tuning.examples import Examples
 from csulora.tuning.frontier import Point, Rate, Refusals
 from csulora.tuning.language_model import Reply, agreeing
+from csulora.tuning.probes import is_refusal
 from csulora.tuning.splits import selected, validation_of
 from csulora.tuning.stages import Stages
 
@@ -94,4 +95,4 @@ class Measurement:
         return list(map(max, agreeing(language_model, own), agreeing(language_model, aligned)))
 
     def _is_refusal(self, answer: str) -> bool:
-        return any(text.casefold() in answer.casefold() for text in self.request.refusals)
+        return is_refusal(answer, self.request.refusals)

@@ -1,0 +1,122 @@
+"""What an evaluation found, as its file holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from csulora import __version__
+from csulora.evaluation.outcomes import Outcome, Tally
+from csulora.evaluation.statistics import Paired
+from csulora.io.files import to_json, write_text
+
+FORMAT_VERSION = 1
+Role = Literal["model", "raw", "policy", "scaling"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to serve an adapter, and what it replied.
+
+    Attributes:
+        name: ``model alone``, ``raw``, a policy's name, or a scaling's factor.
+        role: which of these it is.
+        policy: the policy itself, or the one whose relative change a scaling has; None for ``model`` and ``raw``.
+        relative_change: |X - dW| / |dW|; None for the model alone and where the policy refuses the adapter.
+        refusal: why the policy refuses the adapter; None if it does not. There are no replies then.
+        outcomes: kind of prompt -> the outcome of every reply, in the order of the prompts.
+    """
+
+    name: str
+    role: Role
+    policy: str | None
+    relative_change: float | None
+    refusal: str | None
+    outcomes: dict[str, tuple[Outcome, ...]]
+
+    def tally(self, kind: str) -> Tally:
+        """Count what became of the replies to one kind of prompt."""
+        return Tally.of(self.outcomes[kind])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row with its counts, for JSON."""
+        return asdict(self) | {"tallies": {kind: asdict(self.tally(kind)) for kind in self.outcomes}}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A policy beside the raw adapter, or beside plain scaling at equal relative change, on the same prompts.
+
+    Attributes:
+        policy: its name.
+        versus: the name of the other row.
+        role: ``raw`` or ``scaling``, of the other row.
+        kind: of the prompts.
+        what: ``same`` or ``refused``, see `csulora.evaluation.outcomes.Outcome`.
+        paired: how often only one of both is.
+    """
+
+    policy: str
+    versus: str
+    role: Role
+    kind: str
+    what: str
+    paired: Paired
+
+
+@dataclass(frozen=True)
+class AdapterEvaluation:
+    """What became of one adapter.
+
+    Attributes:
+        adapter: its name.
+        sha256: of its content.
+        prompts: kind of prompt -> the prompts, as chats of role and content.
+        rows: the ways to serve it, the model alone and the raw adapter first.
+        comparisons: of the policies.
+    """
+
+    adapter: str
+    sha256: str
+    prompts: dict[str, tuple[tuple[dict[str, str], ...], ...]]
+    rows: tuple[Row, ...]
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What became of adapters under several policies, on prompts that nothing was fitted to.
+
+    Attributes:
+        model: the aligned model, as it was named.
+        subspace_sha256: of the subspace file.
+        adapters: one entry each.
+        csulora: version.
+    """
+
+    model: str
+    subspace_sha256: str
+    adapters: tuple[AdapterEvaluation, ...]
+    csulora: str = __version__
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The kinds of prompt."""
+        return tuple(self.adapters[0].prompts)
+
+    @property
+    def counts_refusals(self) -> bool:
+        """Whether refusals were counted."""
+        first = next(iter(self.adapters[0].rows[0].outcomes.values()))
+        return first[0].refused is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the evaluation as its JSON document."""
+        adapters = [asdict(each) | {"rows": [row.to_dict() for row in each.rows]} for each in self.adapters]
+        return {"format": FORMAT_VERSION, **asdict(self), "adapters": adapters}
+
+    def save(self, path: str | Path) -> None:
+        """Write the evaluation as JSON, atomically."""
+        write_text(Path(path), to_json(self.to_dict()))

@@ -1,0 +1,107 @@
+"""What models say to an evaluation's prompts, a batch at a time; an interrupted run loses one batch at most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from csulora.adapters.experts import decoded
+from csulora.adapters.lora import Adapter
+from csulora.subspace.expert_layout import ExpertLayout
+from csulora.tuning.counter import Counter
+from csulora.tuning.language_model import BATCH, LanguageModel, Reply
+from csulora.tuning.probes import Chat
+from csulora.tuning.stages import Stages
+from csulora.tuning.update import factors_of
+
+_DECISIVE = 8  # first tokens of a reply that must be the same for it to count as the same reply
+_LARGEST_BATCH = 128  # prompts
+_MOST_LOGITS = 1 << 26  # of a batch
+_MOST_SURPRISE = 80.0  # mean negative log-probability of a token; its exponential is a number that JSON can hold
+Batch = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Said:
+    """A model's greedy reply to one prompt.
+
+    Attributes:
+        start: its first tokens, which say whether two replies are the same.
+        text: all of it, in words.
+        perplexity: of the whole under the aligned model, without an adapter.
+    """
+
+    start: tuple[int, ...]
+    text: str
+    perplexity: float
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Said:
+        """Read what `dataclasses.asdict` wrote."""
+        return cls(tuple(record["start"]), record["text"], record["perplexity"])
+
+
+class Speaker:
+    """Lets the aligned model, with an adapter or without, reply to prompts."""
+
+    def __init__(
+        self, language_model: LanguageModel, layout: ExpertLayout | None, stages: Stages | None, counter: Counter
+    ) -> None:
+        """Keep finished batches in ``stages``, if any; ``layout`` is that of fused experts."""
+        self.language_model, self.layout, self.stages, self.counter = language_model, layout, stages, counter
+        self._said: dict[str, list[Said]] = {}
+        logits: int = language_model.longest_reply * language_model.model.config.get_text_config().vocab_size
+        self._batch_size = max(BATCH, min(_LARGEST_BATCH, _MOST_LOGITS // logits))
+
+    def replies(self, name: str, adapter: Adapter | None, chats: Sequence[Chat]) -> list[Said]:
+        """Return what the model says to every prompt; ``name`` says whose replies they are, within the run.
+
+        Raises:
+            InputError: the model does not take a prompt or the adapter, or computes NaN.
+        """
+        if name not in self._said:
+            said: list[Said] = []
+            for start in range(0, len(chats), self._batch_size):
+                self.counter.tick(name)
+                batch = partial(self._batch, adapter, chats[start : start + self._batch_size])
+                records = self.stages.finish(f"{name} from {start}", batch) if self.stages else batch()
+                said += map(Said.from_record, records)
+            self._said[name] = said
+        return self._said[name]
+
+    def batches(self, prompts: int) -> int:
+        """Return in how many batches so many prompts are answered."""
+        return -(-prompts // self._batch_size)
+
+    def _batch(self, adapter: Adapter | None, chats: Sequence[Chat]) -> Batch:
+        with self._adapted(adapter):
+            replies = self.language_model.replies(chats, self._batch_size)
+        texts = self.language_model.tokenizer.batch_decode(
+            [reply.tokens[reply.start :] for reply in replies], skip_special_tokens=True
+        )
+        perplexities = self._perplexities(replies)
+        return [
+            asdict(Said(tuple(reply.tokens[reply.start :][:_DECISIVE].tolist()), text, perplexity))
+            for reply, text, perplexity in zip(replies, texts, perplexities, strict=True)
+        ]
+
+    def _adapted(self, adapter: Adapter | None) -> AbstractContextManager[None]:
+        if adapter is None:
+            return nullcontext()
+        return self.language_model.adapted(factors_of(decoded(adapter, self.layout)))
+
+    @torch.no_grad()
+    def _perplexities(self, replies: Sequence[Reply]) -> list[float]:
+        logs = self.language_model.log_probabilities(
+            [reply.tokens for reply in replies], [reply.start for reply in replies]
+        )
+        surprises = [
+            -log.gather(1, reply.tokens[reply.start :, None]).mean() for reply, log in zip(replies, logs, strict=True)
+        ]
+        return [math.exp(min(_MOST_SURPRISE, float(surprise.nan_to_num(_MOST_SURPRISE)))) for surprise in surprises]

@@ -21,7 +21,7 @@ from csulora.extraction.model_pair import Progress
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.counter import Counter
-from csulora.tuning.language_model import LanguageModel
+from csulora.tuning.language_model import BATCH, LanguageModel
 from csulora.tuning.stages import Stages
 
 MODEL, RAW = "model alone", "raw"
@@ -126,8 +126,7 @@ class Evaluator:
         )
         self._check_prompts()
         layout = request.subspace.provenance.experts
-        self.speaker = Speaker(self.language_model, layout, self.stages, Counter(progress, 0))
-        self.speaker.counter.total = self._batches()
+        self.speaker = Speaker(self.language_model, layout, self.stages, Counter(progress, self._batches()))
 
     def run(self) -> Evaluation:
         """Let every model reply to every prompt, and count."""
@@ -202,7 +201,7 @@ class Evaluator:
     def _batches(self) -> int:
         rows = 2 + 2 * len(self.request.policies)
         kinds = (self.request.prompts(number).values() for number in range(len(self.request.adapters)))
-        return rows * sum(self.speaker.batches(len(chats)) for each in kinds for chats in each)
+        return rows * sum(-(-len(chats) // BATCH) for each in kinds for chats in each)
 
 
 def _row(

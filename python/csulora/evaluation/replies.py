@@ -10,19 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.tuning.counter import Counter
-from csulora.tuning.language_model import BATCH, LanguageModel, Reply
+from csulora.tuning.language_model import BATCH, LanguageModel
 from csulora.tuning.probes import Chat
+from csulora.tuning.replies import DECISIVE, Reply
 from csulora.tuning.stages import Stages
 from csulora.tuning.update import factors_of
 
-_DECISIVE = 8  # first tokens of a reply that must be the same for it to count as the same reply
-_LARGEST_BATCH = 128  # prompts
-_MOST_LOGITS = 1 << 26  # of a batch
 _MOST_SURPRISE = 80.0  # mean negative log-probability of a token; its exponential is a number that JSON can hold
 Batch = list[dict[str, Any]]
 
@@ -56,8 +55,6 @@ class Speaker:
         """Keep finished batches in ``stages``, if any; ``layout`` is that of fused experts."""
         self.language_model, self.layout, self.stages, self.counter = language_model, layout, stages, counter
         self._said: dict[str, list[Said]] = {}
-        logits: int = language_model.longest_reply * language_model.model.config.get_text_config().vocab_size
-        self._batch_size = max(BATCH, min(_LARGEST_BATCH, _MOST_LOGITS // logits))
 
     def replies(self, name: str, adapter: Adapter | None, chats: Sequence[Chat]) -> list[Said]:
         """Return what the model says to every prompt; ``name`` says whose replies they are, within the run.
@@ -67,27 +64,23 @@ class Speaker:
         """
         if name not in self._said:
             said: list[Said] = []
-            for start in range(0, len(chats), self._batch_size):
+            for start in range(0, len(chats), BATCH):
                 self.counter.tick(name)
-                batch = partial(self._batch, adapter, chats[start : start + self._batch_size])
+                batch = partial(self._batch, adapter, chats[start : start + BATCH])
                 records = self.stages.finish(f"{name} from {start}", batch) if self.stages else batch()
                 said += map(Said.from_record, records)
             self._said[name] = said
         return self._said[name]
 
-    def batches(self, prompts: int) -> int:
-        """Return in how many batches so many prompts are answered."""
-        return -(-prompts // self._batch_size)
-
     def _batch(self, adapter: Adapter | None, chats: Sequence[Chat]) -> Batch:
         with self._adapted(adapter):
-            replies = self.language_model.replies(chats, self._batch_size)
+            replies = self.language_model.replies(chats)
         texts = self.language_model.tokenizer.batch_decode(
             [reply.tokens[reply.start :] for reply in replies], skip_special_tokens=True
         )
         perplexities = self._perplexities(replies)
         return [
-            asdict(Said(tuple(reply.tokens[reply.start :][:_DECISIVE].tolist()), text, perplexity))
+            asdict(Said(tuple(reply.tokens[reply.start :][:DECISIVE].tolist()), text, perplexity))
             for reply, text, perplexity in zip(replies, texts, perplexities, strict=True)
         ]
 
@@ -98,10 +91,10 @@ class Speaker:
 
     @torch.no_grad()
     def _perplexities(self, replies: Sequence[Reply]) -> list[float]:
-        logs = self.language_model.log_probabilities(
-            [reply.tokens for reply in replies], [reply.start for reply in replies]
-        )
+        tokens = [reply.tokens[reply.start :] for reply in replies]
+        logits = self.language_model.logits([reply.tokens for reply in replies], [reply.start for reply in replies])
         surprises = [
-            -log.gather(1, reply.tokens[reply.start :, None]).mean() for reply, log in zip(replies, logs, strict=True)
+            nn.functional.cross_entropy(each.float(), said.to(each.device))
+            for each, said in zip(torch.split(logits, list(map(len, tokens))), tokens, strict=True)
         ]
         return [math.exp(min(_MOST_SURPRISE, float(surprise.nan_to_num(_MOST_SURPRISE)))) for surprise in surprises]

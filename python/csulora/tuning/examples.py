@@ -10,8 +10,9 @@ from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
 from csulora.tuning.fit import Replies
-from csulora.tuning.language_model import LanguageModel, Reply
+from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.probes import Chat
+from csulora.tuning.replies import Reply
 from csulora.tuning.request import Request
 from csulora.tuning.splits import prompt_of, selected
 from csulora.tuning.update import factors_of

@@ -10,7 +10,7 @@ from torch import Tensor
 from csulora.subspace.input_filter import InputFilter
 from csulora.tuning.examples import Examples
 from csulora.tuning.inputs import input_filter_between, safety_inputs, task_inputs
-from csulora.tuning.language_model import Reply
+from csulora.tuning.replies import Reply
 from csulora.tuning.targets import Targets
 
 

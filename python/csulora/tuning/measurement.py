@@ -13,8 +13,9 @@ from csulora.subspace.subspace import Subspace
 from csulora.tuning.counter import Counter
 from csulora.tuning.examples import Examples
 from csulora.tuning.frontier import Point, Rate, Refusals
-from csulora.tuning.language_model import Reply, agreeing
+from csulora.tuning.language_model import agreeing
 from csulora.tuning.probes import is_refusal
+from csulora.tuning.replies import Reply
 from csulora.tuning.splits import selected, validation_of
 from csulora.tuning.stages import Stages
 

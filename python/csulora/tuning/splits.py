@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from csulora.tuning.fit import Replies
-from csulora.tuning.language_model import Reply
+from csulora.tuning.replies import Reply
 
 Item = TypeVar("Item")
 

@@ -75,12 +75,23 @@ def test_no_logits_of_long_prompts_are_computed(language_model: LanguageModel) -
     starts = [46, 48]
     computed: list[int] = []
     hook = language_model.model.lm_head.register_forward_hook(lambda *given: computed.append(given[2].shape[1]))
-    found = language_model.log_probabilities(texts, starts)
+    found = language_model.logits(texts, starts)
+    language_model.read(texts)
     hook.remove()
-    assert computed == [55 - 45]
-    for text, start, logs in zip(texts, starts, found, strict=True):
-        whole = language_model.model(input_ids=text[None]).logits[0].log_softmax(-1)
-        torch.testing.assert_close(logs, whole[start - 1 : -1], atol=1e-4, rtol=0)
+    assert computed == [4 + 7, 1]
+    for text, start, logits in zip(texts, starts, found.split([4, 7]), strict=True):
+        whole = language_model.model(input_ids=text[None]).logits[0]
+        torch.testing.assert_close(logits, whole[start - 1 : -1], atol=1e-4, rtol=0)
+
+
+def test_a_head_that_sees_no_tokens_computes_all_logits(
+    language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, starts = [torch.arange(length) % 20 + 4 for length in (9, 12)], [5, 7]
+    wanted = language_model.logits(texts, starts)
+    for head in (None, torch.nn.Identity()):
+        monkeypatch.setattr(language_model.model, "get_output_embeddings", lambda head=head: head)
+        torch.testing.assert_close(language_model.logits(texts, starts), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -167,6 +167,7 @@ class Evaluator:
         try:
             fixed, report = correct(adapter, subspace, policy)
         except RefusedError as error:
+            self.speaker.counter.done += 2 * self._batches_of(number)
             yield Row(name, "policy", name, None, str(error).removeprefix(f"{adapter.path}: "), {})
             return
         change = report.totals.relative_change
@@ -200,8 +201,10 @@ class Evaluator:
 
     def _batches(self) -> int:
         rows = 2 + 2 * len(self.request.policies)
-        kinds = (self.request.prompts(number).values() for number in range(len(self.request.adapters)))
-        return rows * sum(-(-len(chats) // BATCH) for each in kinds for chats in each)
+        return rows * sum(map(self._batches_of, range(len(self.request.adapters))))
+
+    def _batches_of(self, number: int) -> int:
+        return sum(-(-len(chats) // BATCH) for chats in self.request.prompts(number).values())
 
 
 def _row(

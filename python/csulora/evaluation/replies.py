@@ -54,7 +54,7 @@ class Speaker:
     ) -> None:
         """Keep finished batches in ``stages``, if any; ``layout`` is that of fused experts."""
         self.language_model, self.layout, self.stages, self.counter = language_model, layout, stages, counter
-        self._said: dict[str, list[Said]] = {}
+        self._finished: dict[str, Batch] = {}  # the model alone is asked once for all adapters
 
     def replies(self, name: str, adapter: Adapter | None, chats: Sequence[Chat]) -> list[Said]:
         """Return what the model says to every prompt; ``name`` says whose replies they are, within the run.
@@ -62,15 +62,15 @@ class Speaker:
         Raises:
             InputError: the model does not take a prompt or the adapter, or computes NaN.
         """
-        if name not in self._said:
-            said: list[Said] = []
-            for start in range(0, len(chats), BATCH):
-                self.counter.tick(name)
+        said: list[Said] = []
+        for start in range(0, len(chats), BATCH):
+            self.counter.tick(name)
+            key = f"{name} from {start}"
+            if key not in self._finished:
                 batch = partial(self._batch, adapter, chats[start : start + BATCH])
-                records = self.stages.finish(f"{name} from {start}", batch) if self.stages else batch()
-                said += map(Said.from_record, records)
-            self._said[name] = said
-        return self._said[name]
+                self._finished[key] = self.stages.finish(key, batch) if self.stages else batch()
+            said += map(Said.from_record, self._finished[key])
+        return said
 
     def _batch(self, adapter: Adapter | None, chats: Sequence[Chat]) -> Batch:
         with self._adapted(adapter):

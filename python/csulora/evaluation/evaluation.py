@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 from csulora import __version__
+from csulora.errors import InputError
 from csulora.evaluation.outcomes import Outcome, Tally
 from csulora.evaluation.statistics import Paired
-from csulora.io.files import to_json, write_text
+from csulora.io.files import parse_json, read_regular, to_json, write_text
 
 FORMAT_VERSION = 1
+_LARGEST_FILE = 1 << 30  # bytes
+KINDS = ("safety", "task", "general")  # of prompts
 Role = Literal["model", "raw", "policy", "scaling"]
 
 
@@ -43,6 +46,22 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Return the row with its counts, for JSON."""
         return asdict(self) | {"tallies": {kind: asdict(self.tally(kind)) for kind in self.outcomes}}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """Read what `to_dict` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        fields = {name: value for name, value in record.items() if name != "tallies"}
+        fields["outcomes"] = {
+            kind: tuple(Outcome(**each) for each in record["outcomes"][kind])
+            for kind in KINDS
+            if kind in record["outcomes"]
+        }
+        row = cls(**fields)
+        if row.role not in get_args(Role) or not isinstance(row.name, str):
+            raise ValueError(f"{row.role!r} is no role of a row")
+        if not all(isinstance(each.text, str) for outcomes in row.outcomes.values() for each in outcomes):
+            raise TypeError("a reply is no text")
+        return row
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,23 @@ class AdapterEvaluation:
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
 
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """Read what stands in a file; raises KeyError, TypeError or ValueError for anything else."""
+        prompts = {kind: tuple(map(_chat, record["prompts"][kind])) for kind in KINDS if kind in record["prompts"]}
+        rows = tuple(map(Row.from_record, record["rows"]))
+        for row in rows:
+            if any(len(outcomes) != len(prompts[kind]) for kind, outcomes in row.outcomes.items()):
+                raise ValueError(f"{row.name} has another number of replies than there are prompts")
+        comparisons = tuple(Comparison(**each | {"paired": Paired(**each["paired"])}) for each in record["comparisons"])
+        return cls(str(record["adapter"]), str(record["sha256"]), prompts, rows, comparisons)
+
+
+def _chat(turns: Sequence[dict[str, Any]]) -> tuple[dict[str, str], ...]:
+    if not turns:
+        raise ValueError("a prompt has no turns")
+    return tuple({"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -120,3 +156,22 @@ class Evaluation:
     def save(self, path: str | Path) -> None:
         """Write the evaluation as JSON, atomically."""
         write_text(Path(path), to_json(self.to_dict()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read an evaluation.
+
+        Raises:
+            InputError: the file is none, or damaged.
+        """
+        document = parse_json(read_regular(Path(path), _LARGEST_FILE), Path(path))
+        if document.get("format") != FORMAT_VERSION:
+            raise InputError(
+                f"{path}: evaluation format {document.get('format')}; this csulora reads format {FORMAT_VERSION}; "
+                "make it again with `csulora evaluate`"
+            )
+        try:
+            adapters = tuple(map(AdapterEvaluation.from_record, document["adapters"]))
+            return cls(str(document["model"]), str(document["subspace_sha256"]), adapters, str(document["csulora"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not an evaluation as `csulora evaluate` writes it ({error!r})") from error

@@ -11,12 +11,11 @@ from csulora import __version__
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError
+from csulora.evaluation.evaluation import KINDS
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.loading import Loading
 from csulora.tuning.probes import Chat, prompt_hash, shown
-
-KINDS = ("safety", "task", "general")
 
 
 @dataclass(frozen=True)

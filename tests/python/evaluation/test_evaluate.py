@@ -163,6 +163,37 @@ def test_the_file_holds_what_was_asked_and_said(place: tiny_model.Place, tmp_pat
     assert document["rows"][2]["tallies"]["task"]["same"]["value"] == found.rows[2].tally("task").same.value
 
 
+def test_a_file_is_read_as_it_was_written(place: tiny_model.Place, tmp_path: Path) -> None:
+    policies = {"project": csulora.Policy.project(), "strict": csulora.Policy.project(max_undo=0.0)}
+    found = evaluated(place, policies, output=tmp_path / "found.json")
+    assert Evaluation.load(tmp_path / "found.json") == found
+
+
+def spoilt(document: dict[str, Any], case: str) -> None:
+    first = document["adapters"][0]
+    if case == "format":
+        document["format"] = 9
+    elif case == "role":
+        first["rows"][0]["role"] = "<b>"
+    elif case == "text":
+        first["rows"][0]["outcomes"]["task"][0]["text"] = 1
+    elif case == "count":
+        first["prompts"]["task"].pop()
+    else:
+        first["prompts"]["task"][0] = []
+
+
+@pytest.mark.parametrize("case", ["format", "role", "text", "count", "turns"])
+def test_a_damaged_file_is_told(place: tiny_model.Place, tmp_path: Path, case: str) -> None:
+    path = tmp_path / "found.json"
+    evaluated(place, {}, output=path)
+    document = json.loads(path.read_text())
+    spoilt(document, case)
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="csulora evaluate"):
+        Evaluation.load(path)
+
+
 def test_progress_reaches_its_end(place: tiny_model.Place) -> None:
     steps: list[tuple[int, int]] = []
     policies = {"a": csulora.Policy.project(), "b": csulora.Policy.protect(1.0, max_undo=0.0)}

@@ -54,7 +54,9 @@ def page(name: str, modules: Sequence[str] | None = None) -> str:
 
 def evaluation(adapter: Adapter, name: str) -> Evaluation:
     """One prompt of each kind; a policy answers one as it should, and another refuses the adapter."""
-    said = {kind: (Outcome(name, 1.5, kind != "task", kind == "general", kind == "safety"),) for kind in KINDS}
+    said: dict[str, tuple[Outcome, ...]] = {
+        kind: (Outcome(name, 1.5, kind != "task", kind == "general", kind == "safety"),) for kind in KINDS
+    }
     rows = (
         Row("model alone", "model", None, None, None, said),
         Row("raw", "raw", None, 0.0, None, said),

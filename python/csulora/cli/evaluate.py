@@ -56,6 +56,16 @@ def evaluate(
     refusal: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="What refusals say, to count them; repeatable.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Server of a guard model, up to /v1, that says which replies to safety prompts are safe.",
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its model. [default: the first that it lists]")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Most tokens of a reply.")] = 32,
     keep_uncovered: KeepUncovered = None,
     drop_uncovered: DropUncovered = None,
@@ -73,9 +83,10 @@ def evaluate(
 ) -> None:
     """Measure policies on prompts that they have not seen, beside the raw adapter and plain scaling; it fits nothing.
 
-    A SOURCE is a file with a prompt per line or with chats as JSON lines, FILE.csv#COLUMN, FILE.parquet#COLUMN, or
-    hf:ORG/NAME/SPLIT#COLUMN, a data set of the hub.
+    A SOURCE is a file with a prompt per line or with chats as JSON lines, or a column of a table. A column is
+    FILE.csv#COLUMN, FILE.parquet#COLUMN, or hf:ORG/NAME/SPLIT#COLUMN, a data set of the hub.
     """
+    from csulora.evaluation.judge import Judge
     from csulora.evaluation.request import Options
     from csulora.evaluation.sources import HUB
     from csulora.tuning.loading import Loading
@@ -88,6 +99,8 @@ def evaluate(
         raise typer.BadParameter(f"{len(adapters)} adapters need one --task for all or one for each, not {len(task)}")
     if not all(map(str.strip, refusal or ())):
         raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
+    if judge_model and not judge:
+        raise typer.BadParameter("--judge-model is for --judge")
     if device and device_map:
         raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
     opened = csulora.Subspace.open(subspace, subspace_sha256)
@@ -97,6 +110,7 @@ def evaluate(
         refusals=tuple(refusal or ()),
         longest_reply=tokens,
         loading=Loading((device or Device.auto).value, device_map, load_in),
+        judge=Judge.at(judge, judge_model) if judge else None,
     )
     loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     with (

@@ -12,7 +12,7 @@ from csulora.correction.controls.baselines import scaling_policy
 from csulora.correction.correct import correct
 from csulora.errors import RefusedError
 from csulora.evaluation.evaluation import AdapterEvaluation, Comparison, Evaluation, Role, Row
-from csulora.evaluation.outcomes import Judge, perplexity_limit
+from csulora.evaluation.outcomes import Yardstick, perplexity_limit
 from csulora.evaluation.replies import Said, Speaker
 from csulora.evaluation.request import EvaluationRequest, Options
 from csulora.evaluation.sources import Prompts, chats_of
@@ -146,13 +146,13 @@ class Evaluator:
             MODEL: self._replies(MODEL, None, number),
             RAW: self._replies(f"{RAW} on {number}", adapter, number),
         }
-        judges = self._judges(replies)
+        yardsticks = self._yardsticks(replies)
         rows = [
-            _row(MODEL, "model", None, None, replies[MODEL], judges),
-            _row(RAW, "raw", None, 0.0, replies[RAW], judges),
+            _row(MODEL, "model", None, None, replies[MODEL], yardsticks),
+            _row(RAW, "raw", None, 0.0, replies[RAW], yardsticks),
         ]
         for name, policy in self.request.policies.items():
-            rows += self._corrected(number, name, policy, judges)
+            rows += self._corrected(number, name, policy, yardsticks)
         return AdapterEvaluation(
             adapter.path.resolve().name,
             adapter.sha256,
@@ -161,7 +161,7 @@ class Evaluator:
             tuple(_comparisons(rows)),
         )
 
-    def _corrected(self, number: int, name: str, policy: Policy, judges: Mapping[str, Judge]) -> Iterator[Row]:
+    def _corrected(self, number: int, name: str, policy: Policy, yardsticks: Mapping[str, Yardstick]) -> Iterator[Row]:
         """The rows of a policy and of plain scaling that changes the update as much."""
         adapter, subspace = self.request.adapters[number], self.request.subspace_of(name)
         try:
@@ -171,27 +171,32 @@ class Evaluator:
             yield Row(name, "policy", name, None, str(error).removeprefix(f"{adapter.path}: "), {})
             return
         change = report.totals.relative_change
-        yield _row(name, "policy", name, change, self._replies(f"policy {name} on {number}", fixed, number), judges)
+        yield _row(name, "policy", name, change, self._replies(f"policy {name} on {number}", fixed, number), yardsticks)
         factor = max(0.0, 1 - change)
         uncovered = {"keep_uncovered": policy.keep_uncovered, "drop_uncovered": policy.drop_uncovered}
         scaled, report = correct(adapter, subspace, scaling_policy(factor, **uncovered))
         said = self._replies(f"scaling as {name} on {number}", scaled, number)
-        yield _row(f"scaling x{factor:.2f}", "scaling", name, report.totals.relative_change, said, judges)
+        yield _row(f"scaling x{factor:.2f}", "scaling", name, report.totals.relative_change, said, yardsticks)
 
     def _replies(self, name: str, adapter: Adapter | None, number: int) -> Replies:
         return {
-            kind: self.speaker.replies(f"{name}: {kind}{f' of {number}' if kind == 'task' else ''}", adapter, chats)
+            kind: self.speaker.replies(
+                f"{name}: {kind}{f' of {number}' if kind == 'task' else ''}",
+                adapter,
+                chats,
+                self.request.options.judge if kind == "safety" else None,
+            )
             for kind, chats in self.request.prompts(number).items()
         }
 
-    def _judges(self, replies: Mapping[str, Replies]) -> dict[str, Judge]:
+    def _yardsticks(self, replies: Mapping[str, Replies]) -> dict[str, Yardstick]:
         """What each kind's replies are compared with: the aligned model's, the raw adapter's, or both."""
-        options, judges = self.request.options, {}
+        options, yardsticks = self.request.options, {}
         for kind in replies[MODEL]:
             references = replies[MODEL][kind], replies[RAW][kind]
             wanted = {"safety": references[:1], "task": references[1:], "general": references}[kind]
-            judges[kind] = Judge(wanted, perplexity_limit(references, options.incoherence), options.refusals)
-        return judges
+            yardsticks[kind] = Yardstick(wanted, perplexity_limit(references, options.incoherence), options.refusals)
+        return yardsticks
 
     def _check_prompts(self) -> None:
         """Raise `InputError` now, and not after an hour's work, for a prompt that the model does not take."""
@@ -208,9 +213,14 @@ class Evaluator:
 
 
 def _row(
-    name: str, role: Role, policy: str | None, change: float | None, replies: Replies, judges: Mapping[str, Judge]
+    name: str,
+    role: Role,
+    policy: str | None,
+    change: float | None,
+    replies: Replies,
+    yardsticks: Mapping[str, Yardstick],
 ) -> Row:
-    outcomes = {kind: tuple(judges[kind].outcomes(said)) for kind, said in replies.items()}
+    outcomes = {kind: tuple(yardsticks[kind].outcomes(said)) for kind, said in replies.items()}
     return Row(name, role, policy, change, None, outcomes)
 
 
@@ -224,8 +234,10 @@ def _comparisons(rows: Sequence[Row]) -> Iterator[Comparison]:
                 yield _compared(row, other, kind, "same")
                 if row.outcomes[kind][0].refused is not None:
                     yield _compared(row, other, kind, "refused")
+                if row.outcomes[kind][0].unsafe is not None:
+                    yield _compared(row, other, kind, "unsafe")
 
 
-def _compared(row: Row, other: Row, kind: str, what: Literal["same", "refused"]) -> Comparison:
+def _compared(row: Row, other: Row, kind: str, what: Literal["same", "refused", "unsafe"]) -> Comparison:
     found = [[bool(getattr(each, what)) for each in one.outcomes[kind]] for one in (row, other)]
     return Comparison(row.name, other.name, other.role, kind, what, Paired.of(*found))

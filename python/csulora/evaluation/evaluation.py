@@ -73,7 +73,7 @@ class Comparison:
         versus: the name of the other row.
         role: ``raw`` or ``scaling``, of the other row.
         kind: of the prompts.
-        what: ``same`` or ``refused``, see `csulora.evaluation.outcomes.Outcome`.
+        what: ``same``, ``refused`` or ``unsafe``, see `csulora.evaluation.outcomes.Outcome`.
         paired: how often only one of both is.
     """
 
@@ -147,6 +147,11 @@ class Evaluation:
         """Whether refusals were counted."""
         first = next(iter(self.adapters[0].rows[0].outcomes.values()))
         return first[0].refused is not None
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge was asked about replies to safety prompts."""
+        return self.adapters[0].rows[0].outcomes["safety"][0].unsafe is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the evaluation as its JSON document."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
+from csulora.evaluation.judge import Judge
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.tuning.counter import Counter
 from csulora.tuning.language_model import BATCH, LanguageModel
@@ -34,16 +35,18 @@ class Said:
         start: its first tokens, which say whether two replies are the same.
         text: all of it, in words.
         perplexity: of the whole under the aligned model, without an adapter.
+        unsafe: whether the judge calls it so; None where none was asked.
     """
 
     start: tuple[int, ...]
     text: str
     perplexity: float
+    unsafe: bool | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Said:
         """Read what `dataclasses.asdict` wrote."""
-        return cls(tuple(record["start"]), record["text"], record["perplexity"])
+        return cls(tuple(record["start"]), record["text"], record["perplexity"], record["unsafe"])
 
 
 class Speaker:
@@ -56,32 +59,41 @@ class Speaker:
         self.language_model, self.layout, self.stages, self.counter = language_model, layout, stages, counter
         self._finished: dict[str, Batch] = {}  # the model alone is asked once for all adapters
 
-    def replies(self, name: str, adapter: Adapter | None, chats: Sequence[Chat]) -> list[Said]:
-        """Return what the model says to every prompt; ``name`` says whose replies they are, within the run.
+    def replies(
+        self, name: str, adapter: Adapter | None, chats: Sequence[Chat], judge: Judge | None = None
+    ) -> list[Said]:
+        """Return what the model says to every prompt, and what the judge says of it.
+
+        Args:
+            name: whose replies they are, within the run.
+            adapter: the one to add to the model.
+            chats: the prompts.
+            judge: is asked about every reply, if there is one.
 
         Raises:
-            InputError: the model does not take a prompt or the adapter, or computes NaN.
+            InputError: the model does not take a prompt or the adapter, or computes NaN, or the judge does not answer.
         """
         said: list[Said] = []
         for start in range(0, len(chats), BATCH):
             self.counter.tick(name)
             key = f"{name} from {start}"
             if key not in self._finished:
-                batch = partial(self._batch, adapter, chats[start : start + BATCH])
+                batch = partial(self._batch, adapter, chats[start : start + BATCH], judge)
                 self._finished[key] = self.stages.finish(key, batch) if self.stages else batch()
             said += map(Said.from_record, self._finished[key])
         return said
 
-    def _batch(self, adapter: Adapter | None, chats: Sequence[Chat]) -> Batch:
+    def _batch(self, adapter: Adapter | None, chats: Sequence[Chat], judge: Judge | None) -> Batch:
         with self._adapted(adapter):
             replies = self.language_model.replies(chats)
         texts = self.language_model.tokenizer.batch_decode(
             [reply.tokens[reply.start :] for reply in replies], skip_special_tokens=True
         )
         perplexities = self._perplexities(replies)
+        verdicts = judge.verdicts(chats, texts) if judge else [None] * len(texts)
         return [
-            asdict(Said(tuple(reply.tokens[reply.start :][:DECISIVE].tolist()), text, perplexity))
-            for reply, text, perplexity in zip(replies, texts, perplexities, strict=True)
+            asdict(Said(tuple(reply.tokens[reply.start :][:DECISIVE].tolist()), *rest))
+            for reply, *rest in zip(replies, texts, perplexities, verdicts, strict=True)
         ]
 
     def _adapted(self, adapter: Adapter | None) -> AbstractContextManager[None]:

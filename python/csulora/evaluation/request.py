@@ -12,6 +12,7 @@ from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, RefusedError
 from csulora.evaluation.evaluation import KINDS
+from csulora.evaluation.judge import Judge
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.loading import Loading
@@ -28,12 +29,14 @@ class Options:
         loading: where the model runs, and in how many bits.
         incoherence: a reply is incoherent if its perplexity exceeds this multiple of what most replies of the aligned
             model and of the raw adapter to that kind of prompt have, see `csulora.evaluation.outcomes`.
+        judge: is asked whether replies to safety prompts are unsafe.
     """
 
     refusals: tuple[str, ...] = ()
     longest_reply: int = 32
     loading: Loading = field(default_factory=Loading)
     incoherence: float = 10.0
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class EvaluationRequest:
             "prompts": hashlib.sha256(repr(kinds).encode()).hexdigest(),
             "load_in": self.options.loading.load_in,
             "longest_reply": self.options.longest_reply,
+            "judge": [judge.url, judge.model] if (judge := self.options.judge) else None,
         }
 
     def _check_adapters(self) -> None:

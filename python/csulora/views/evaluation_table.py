@@ -40,6 +40,7 @@ def _rows(each: AdapterEvaluation, evaluation: Evaluation) -> Table:
     headings = ["change"]
     for kind in evaluation.kinds:
         headings += [f"{kind} same", *(["refused"] if evaluation.counts_refusals else [])]
+        headings += ["unsafe"] if kind == "safety" and evaluation.is_judged else []
     table = _table("", *headings, "incoherent", "perplexity")
     for row in each.rows:
         table.add_row(_name(row.name), *_cells(row))
@@ -56,6 +57,8 @@ def _cells(row: Row) -> Iterator[str]:
         yield str(tally.same)
         if tally.refused:
             yield str(tally.refused) if kind == "safety" else f"{tally.refused.value:.2f}"
+        if tally.unsafe:
+            yield str(tally.unsafe)
     outcomes = [outcome for kind in row.outcomes.values() for outcome in kind]
     yield f"{Rate.of(sum(outcome.incoherent for outcome in outcomes), len(outcomes)).value:.2f}"
     yield f"{tallies['safety'].perplexity:.3g}"

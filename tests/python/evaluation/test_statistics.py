@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from csulora.evaluation.outcomes import Judge, Tally, perplexity_limit
+from csulora.evaluation.outcomes import Tally, Yardstick, perplexity_limit
 from csulora.evaluation.replies import Said
 from csulora.evaluation.statistics import Paired
 
@@ -28,7 +28,7 @@ def test_p_of_very_many_prompts_is_finite() -> None:
 
 def test_outcomes_are_told_apart() -> None:
     model, raw = [Said((1, 2), "sorry", 1.5)] * 3, [Said((7,), "go", 3.0)] * 3
-    judge = Judge((model, raw), perplexity_limit([model, raw], 10.0), ("Sorry",))
+    judge = Yardstick((model, raw), perplexity_limit([model, raw], 10.0), ("Sorry",))
     assert judge.limit == pytest.approx(30)
     replies = [Said((1, 2), "Sorry, no", 1.5), Said((7,), "go", 30.0), Said((9,), "sorry sorry", 30.1)]
     same, answered, incoherent = judge.outcomes(replies)

@@ -18,11 +18,13 @@ class EvaluationSection:
     Attributes:
         found: the adapter's part.
         counts_refusals: whether refusals were counted.
+        is_judged: whether a judge was asked.
         replies: kind of prompt -> positions of the prompts whose replies are shown.
     """
 
     found: AdapterEvaluation
     counts_refusals: bool
+    is_judged: bool
     replies: dict[str, list[int]]
 
     @classmethod
@@ -30,7 +32,8 @@ class EvaluationSection:
         """Take the part about an adapter; raises `InputError` if there is none."""
         for found in evaluation.adapters:
             if found.sha256 == adapter_sha256:
-                return cls(found, evaluation.counts_refusals, {kind: _telling(found, kind) for kind in found.prompts})
+                replies = {kind: _telling(found, kind) for kind in found.prompts}
+                return cls(found, evaluation.counts_refusals, evaluation.is_judged, replies)
         names = ", ".join(each.adapter for each in evaluation.adapters)
         raise InputError(
             f"the evaluation is of {names}, whose content is another than this adapter's; evaluate this one"

@@ -60,12 +60,12 @@ def evaluation(adapter: Adapter, name: str) -> Evaluation:
     rows = (
         Row("model alone", "model", None, None, None, said),
         Row("raw", "raw", None, 0.0, None, said),
-        Row(name, "policy", name, 0.3, None, said),
+        Row(name, "policy", name, 0.3, None, said, {name: {name: 0.5}}),
         Row("scaling x0.70", "scaling", name, 0.3, None, said),
         Row(f"strict {name}", "policy", f"strict {name}", None, f"it undoes {name}", {}),
     )
-    prompts = {kind: (({"role": "user", "content": name},),) for kind in KINDS}
-    found = AdapterEvaluation(name, adapter.sha256, prompts, rows, ())
+    chats: tuple[tuple[dict[str, str], ...], ...] = (({"role": "user", "content": name},),)
+    found = AdapterEvaluation(name, adapter.sha256, dict.fromkeys(KINDS, chats), rows, ())
     return Evaluation(name, "0" * 64, (found,))
 
 

@@ -66,6 +66,10 @@ def evaluate(
     judge_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Its model. [default: the first that it lists]")
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-eval, or YAML files of tasks, separated by commas."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Most tokens of a reply.")] = 32,
     keep_uncovered: KeepUncovered = None,
     drop_uncovered: DropUncovered = None,
@@ -111,6 +115,7 @@ def evaluate(
         longest_reply=tokens,
         loading=Loading((device or Device.auto).value, device_map, load_in),
         judge=Judge.at(judge, judge_model) if judge else None,
+        lm_eval=tuple(task.strip() for task in lm_eval.split(",")) if lm_eval else (),
     )
     loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     with (

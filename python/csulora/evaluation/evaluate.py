@@ -11,6 +11,7 @@ from csulora.adapters.lora import Adapter
 from csulora.correction.controls.baselines import scaling_policy
 from csulora.correction.correct import correct
 from csulora.errors import RefusedError
+from csulora.evaluation.benchmarks import Benchmarks, Scores
 from csulora.evaluation.evaluation import AdapterEvaluation, Comparison, Evaluation, Role, Row
 from csulora.evaluation.outcomes import Yardstick, perplexity_limit
 from csulora.evaluation.replies import Said, Speaker
@@ -121,6 +122,7 @@ class Evaluator:
         self.request = request
         self.stages = Stages(output, request.identity) if output else None
         options = request.options
+        self.benchmarks = Benchmarks(options.lm_eval) if options.lm_eval else None
         self.language_model = language_model or LanguageModel.open(
             request.model, options.loading, options.longest_reply
         )
@@ -148,8 +150,8 @@ class Evaluator:
         }
         yardsticks = self._yardsticks(replies)
         rows = [
-            _row(MODEL, "model", None, None, replies[MODEL], yardsticks),
-            _row(RAW, "raw", None, 0.0, replies[RAW], yardsticks),
+            _row(MODEL, "model", None, None, replies[MODEL], yardsticks, self._scores(MODEL, None)),
+            _row(RAW, "raw", None, 0.0, replies[RAW], yardsticks, self._scores(f"{RAW} on {number}", adapter)),
         ]
         for name, policy in self.request.policies.items():
             rows += self._corrected(number, name, policy, yardsticks)
@@ -171,12 +173,16 @@ class Evaluator:
             yield Row(name, "policy", name, None, str(error).removeprefix(f"{adapter.path}: "), {})
             return
         change = report.totals.relative_change
-        yield _row(name, "policy", name, change, self._replies(f"policy {name} on {number}", fixed, number), yardsticks)
+        key = f"policy {name} on {number}"
+        said, scores = self._replies(key, fixed, number), self._scores(key, fixed)
+        yield _row(name, "policy", name, change, said, yardsticks, scores)
         factor = max(0.0, 1 - change)
         uncovered = {"keep_uncovered": policy.keep_uncovered, "drop_uncovered": policy.drop_uncovered}
         scaled, report = correct(adapter, subspace, scaling_policy(factor, **uncovered))
-        said = self._replies(f"scaling as {name} on {number}", scaled, number)
-        yield _row(f"scaling x{factor:.2f}", "scaling", name, report.totals.relative_change, said, yardsticks)
+        key = f"scaling as {name} on {number}"
+        said, scores = self._replies(key, scaled, number), self._scores(key, scaled)
+        change = report.totals.relative_change
+        yield _row(f"scaling x{factor:.2f}", "scaling", name, change, said, yardsticks, scores)
 
     def _replies(self, name: str, adapter: Adapter | None, number: int) -> Replies:
         return {
@@ -188,6 +194,10 @@ class Evaluator:
             )
             for kind, chats in self.request.prompts(number).items()
         }
+
+    def _scores(self, name: str, adapter: Adapter | None) -> Scores:
+        """What lm-eval finds, if it is asked."""
+        return self.speaker.scores(name, adapter, self.benchmarks) if self.benchmarks else {}
 
     def _yardsticks(self, replies: Mapping[str, Replies]) -> dict[str, Yardstick]:
         """What each kind's replies are compared with: the aligned model's, the raw adapter's, or both."""
@@ -209,7 +219,8 @@ class Evaluator:
         return rows * sum(map(self._batches_of, range(len(self.request.adapters))))
 
     def _batches_of(self, number: int) -> int:
-        return sum(-(-len(chats) // BATCH) for chats in self.request.prompts(number).values())
+        batches = sum(-(-len(chats) // BATCH) for chats in self.request.prompts(number).values())
+        return batches + (self.benchmarks is not None)
 
 
 def _row(
@@ -219,9 +230,10 @@ def _row(
     change: float | None,
     replies: Replies,
     yardsticks: Mapping[str, Yardstick],
+    scores: Scores,
 ) -> Row:
     outcomes = {kind: tuple(yardsticks[kind].outcomes(said)) for kind, said in replies.items()}
-    return Row(name, role, policy, change, None, outcomes)
+    return Row(name, role, policy, change, None, outcomes, scores)
 
 
 def _comparisons(rows: Sequence[Row]) -> Iterator[Comparison]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from csulora import __version__
 from csulora.errors import InputError
+from csulora.evaluation.benchmarks import Scores
 from csulora.evaluation.outcomes import Outcome, Tally
 from csulora.evaluation.statistics import Paired
 from csulora.io.files import parse_json, read_regular, to_json, write_text
@@ -30,6 +31,7 @@ class Row:
         relative_change: |X - dW| / |dW|; None for the model alone and where the policy refuses the adapter.
         refusal: why the policy refuses the adapter; None if it does not. There are no replies then.
         outcomes: kind of prompt -> the outcome of every reply, in the order of the prompts.
+        scores: task of lm-eval -> metric -> value.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Row:
     relative_change: float | None
     refusal: str | None
     outcomes: dict[str, tuple[Outcome, ...]]
+    scores: Scores = field(default_factory=dict)
 
     def tally(self, kind: str) -> Tally:
         """Count what became of the replies to one kind of prompt."""
@@ -59,6 +62,8 @@ class Row:
         row = cls(**fields)
         if row.role not in get_args(Role) or not isinstance(row.name, str):
             raise ValueError(f"{row.role!r} is no role of a row")
+        if not all(isinstance(value, float) for metrics in row.scores.values() for value in metrics.values()):
+            raise TypeError("a score is no number")
         if not all(isinstance(each.text, str) for outcomes in row.outcomes.values() for each in outcomes):
             raise TypeError("a reply is no text")
         return row

@@ -14,6 +14,7 @@ from torch import nn
 
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
+from csulora.evaluation.benchmarks import Benchmarks, Scores
 from csulora.evaluation.judge import Judge
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.tuning.counter import Counter
@@ -57,6 +58,7 @@ class Speaker:
     ) -> None:
         """Keep finished batches in ``stages``, if any; ``layout`` is that of fused experts."""
         self.language_model, self.layout, self.stages, self.counter = language_model, layout, stages, counter
+        self._scored: dict[str, Scores] = {}
         self._finished: dict[str, Batch] = {}  # the model alone is asked once for all adapters
 
     def replies(
@@ -82,6 +84,19 @@ class Speaker:
                 self._finished[key] = self.stages.finish(key, batch) if self.stages else batch()
             said += map(Said.from_record, self._finished[key])
         return said
+
+    def scores(self, name: str, adapter: Adapter | None, benchmarks: Benchmarks) -> Scores:
+        """Return what the model reaches in benchmarks; ``name`` as in `replies`."""
+        self.counter.tick(f"{name}: lm-eval")
+        key = f"lm-eval of {name}"
+        if key not in self._scored:
+            compute = partial(self._score, adapter, benchmarks)
+            self._scored[key] = self.stages.finish(key, compute) if self.stages else compute()
+        return self._scored[key]
+
+    def _score(self, adapter: Adapter | None, benchmarks: Benchmarks) -> Scores:
+        with self._adapted(adapter):
+            return benchmarks.scores(self.language_model)
 
     def _batch(self, adapter: Adapter | None, chats: Sequence[Chat], judge: Judge | None) -> Batch:
         with self._adapted(adapter):

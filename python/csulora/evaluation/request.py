@@ -30,6 +30,7 @@ class Options:
         incoherence: a reply is incoherent if its perplexity exceeds this multiple of what most replies of the aligned
             model and of the raw adapter to that kind of prompt have, see `csulora.evaluation.outcomes`.
         judge: is asked whether replies to safety prompts are unsafe.
+        lm_eval: tasks and groups of lm-eval, or YAML files of tasks, that every model is measured on besides.
     """
 
     refusals: tuple[str, ...] = ()
@@ -37,6 +38,7 @@ class Options:
     loading: Loading = field(default_factory=Loading)
     incoherence: float = 10.0
     judge: Judge | None = None
+    lm_eval: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class EvaluationRequest:
             "prompts": hashlib.sha256(repr(kinds).encode()).hexdigest(),
             "load_in": self.options.loading.load_in,
             "longest_reply": self.options.longest_reply,
+            "lm_eval": list(self.options.lm_eval),
             "judge": [judge.url, judge.model] if (judge := self.options.judge) else None,
         }
 

@@ -28,7 +28,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
     parts: list[RenderableType] = []
     for each in evaluation.adapters:
         parts += [Text(f"{_name(each.adapter)}: {_counts(each)}"), _rows(each, evaluation)]
-        parts += [_comparisons(each, evaluation), *_refusals(each)]
+        parts += [_comparisons(each, evaluation), *_scores(each), *_refusals(each)]
     return Group(*parts, Text(READING))
 
 
@@ -82,6 +82,20 @@ def _compared(comparison: Comparison) -> str:
     if not paired.better + paired.worse:
         return "equal"
     return f"{paired.difference:+.2f} ({paired.better} won, {paired.worse} lost, p {paired.p:.1g})"
+
+
+def _scores(each: AdapterEvaluation) -> Iterator[Table]:
+    """Metrics of lm-eval, without their standard errors, if there are any."""
+    names = [(task, metric) for task, metrics in each.rows[0].scores.items() for metric in metrics]
+    shown = [name for name in names if "stderr" not in name[1]]
+    if shown:
+        table = _table(
+            "lm-eval", *(f"{printable(task)} {printable(metric.removesuffix(',none'))}" for task, metric in shown)
+        )
+        for row in each.rows:
+            cells = (row.scores.get(task, {}).get(metric) for task, metric in shown)
+            table.add_row(_name(row.name), *("" if value is None else f"{value:.3f}" for value in cells))
+        yield table
 
 
 def _refusals(each: AdapterEvaluation) -> Iterator[Text]:

@@ -60,6 +60,11 @@ class EvaluationSection:
         return self.found.prompts
 
     @property
+    def scores(self) -> list[tuple[str, str]]:
+        """Tasks and metrics of lm-eval."""
+        return sorted({(task, metric) for row in self.rows for task, found in row.scores.items() for metric in found})
+
+    @property
     def counts(self) -> str:
         """How many prompts there are of each kind."""
         return ", ".join(f"{len(chats)} {kind} prompts" for kind, chats in self.prompts.items())

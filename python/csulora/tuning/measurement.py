@@ -16,6 +16,7 @@ from csulora.tuning.counter import Counter
 from csulora.tuning.examples import Examples
 from csulora.tuning.frontier import Point, Rate, Refusals
 from csulora.tuning.language_model import agreeing
+from csulora.tuning.probes import is_refusal
 from csulora.tuning.replies import Reply
 from csulora.tuning.splits import HELD_OUT, Split
 from csulora.tuning.stages import Stages
@@ -107,4 +108,4 @@ class Measurement:
         return list(map(self._is_refusal, self.examples.language_model.answers(replies)))
 
     def _is_refusal(self, answer: str) -> bool:
-        return any(text.casefold() in answer.casefold() for text in self.request.refusals)
+        return is_refusal(answer, self.request.refusals)

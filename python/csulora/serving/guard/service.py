@@ -1,84 +1,36 @@
-"""`csulora guard`: whatever appears in one directory appears corrected in another, or the reason why it does not.
-
-For servers without a hook of their own: uploads go to INCOMING, and the server is pointed at OUTGOING.
-
-    INCOMING/name        an adapter directory, or a file ``name.gguf``
-    OUTGOING/name        the corrected adapter in the same format, complete
-    OUTGOING/name.refused.json    or, instead of it, why there is none
-
-What was decided is recorded beside the result: the hash of the input and the fingerprint of subspace file, policy and
-version. After a restart, an input whose record still holds is left alone. Names that begin with a dot, and files
-that are no GGUF, are ignored.
-
-Whatever one upload does, the next is decided on. What this machine fails to do (a full disk, a log that cannot be
-written) is tried again, at longer and longer intervals.
-"""
+"""The guard as a service: looks at INCOMING again and again, has uploads decided on, and answers signals and probes."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csulora.adapters.disk import save_adapter, weights_file_of
-from csulora.adapters.lora import Adapter
-from csulora.errors import InputError, RefusedError, printable
-from csulora.io.files import (
-    GGUF_SUFFIX,
-    locked,
-    remove_abandoned,
-    to_json,
-    workplace,
-    write_text,
-)
+from csulora.errors import CsuloraError, InputError, LogError, printable
+from csulora.io.files import locked, remove_abandoned
 from csulora.models.gguf_base import BaseModel
-from csulora.serving.decisions import LogError
-from csulora.serving.gate import Gate, OpenDecision
-from csulora.serving.interrupted import Interrupted
-from csulora.serving.systemd import ALIVE, READY, STOPPING, notify
-from csulora.serving.uploads import (
-    LONGEST_NAME,
-    MOST_FILES,
-    RECORD_FILE,
-    REFUSED,
-    Signature,
-    content_sha256,
-    holds,
-    is_presentable,
-    is_upload,
-    refusal_of,
-    signature_of,
-)
+from csulora.serving import metrics
+from csulora.serving.gate import Gate
+from csulora.serving.guard.entries import Entries, Entry
+from csulora.serving.guard.health import HealthFile
+from csulora.serving.guard.journal import Journal
+from csulora.serving.guard.judge import TOO_EARLY, Judge
+from csulora.serving.guard.options import PRESENT_FILE, Options
+from csulora.serving.guard.outgoing import Outgoing
+from csulora.serving.guard.quarantine import Quarantine
+from csulora.serving.systemd import ALIVE, READY, STOPPING, notify, reloading
 
 _LOCK_FILE = ".csulora-guard.lock"
-_INTERRUPTED_FILE = ".csulora-guard.deciding"
 _LONGEST_DECISION = 900.0  # seconds after which a decision is one that hangs, and systemd is no longer told otherwise
 _HEARTBEAT = 1.0  # seconds
-_GRACE = 5.0  # seconds that a decision may take after `stop`
-_TRIES = 3  # without `watch`
-_LONGEST_WAIT = 60.0  # seconds between tries
+_GRACE = 5.0  # seconds that decisions may take after `stop`
+_ORDER = ("corrected", "refused", "invalid", "failed", "withdrawn")
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class _Entry:
-    """What is known of one name in INCOMING."""
-
-    signature: Signature
-    since: float  # monotonic time at which this signature was first seen, or deciding last failed
-    wait: float  # seconds from then until it is to be decided on
-    decided: bool = False
-    failures: int = 0  # how often this machine failed to decide
-    reason: str = ""  # of the last failure
-    waiting: bool = False  # whether somebody was told that it cannot be read yet, in this content or the one before
 
 
 class DirectoryGuard:
@@ -89,10 +41,9 @@ class DirectoryGuard:
         incoming: Path,
         outgoing: Path,
         gate: Gate,
-        settle: float = 2.0,
-        patience: float = 60.0,
-        base_model: str | Path | None = None,
+        options: Options | None = None,
         say: Say = print,
+        reopen: Callable[[], Gate] | None = None,
     ) -> None:
         """Set the guard up.
 
@@ -100,38 +51,57 @@ class DirectoryGuard:
             incoming: where adapters are uploaded to.
             outgoing: where corrected ones are to appear; created if absent.
             gate: decides.
-            settle: seconds for which an entry must not change before it is read.
-            patience: seconds for which an entry that cannot be read may be an upload that has come to a halt;
-                after that it is refused as malformed.
-            base_model: the model that GGUF files are for; without it they are refused.
+            options: how the guard works.
             say: receives a line for every decision.
+            reopen: returns the gate of policy and subspace file as they are when `reload` is called.
 
         Raises:
-            InputError: a directory is missing, or one lies inside the other.
+            InputError: a directory is missing, or one lies inside the other, or an option does not fit them.
         """
         if not incoming.is_dir():
             raise InputError(f"{incoming}: no such directory")
         self.incoming, self.outgoing = incoming.resolve(), outgoing.resolve()
         if self.incoming.is_relative_to(self.outgoing) or self.outgoing.is_relative_to(self.incoming):
             raise InputError(f"{outgoing}: neither directory may lie inside the other")
+        self.options = options or Options()
+        self.gate, self.say, self._reopen = gate, say, reopen or (lambda: gate)
+        if self.options.withdraw and not self._is_present():
+            raise InputError(
+                f"{self.incoming / PRESENT_FILE}: no such file; without it a volume that is not mounted would look as "
+                f"if all uploads were gone; make it once: touch {self.incoming / PRESENT_FILE}"
+            )
         self.outgoing.mkdir(exist_ok=True)
-        self.gate, self.settle, self.patience, self.say = gate, settle, patience, say
-        self.base_model = base_model
-        self._base_model_identity = BaseModel.open(base_model).identity if base_model else ""
-        self._entries: dict[str, _Entry] = {}
-        self._interrupted = Interrupted(self.outgoing / _INTERRUPTED_FILE)
-        self._working_since = time.monotonic()
-        self._stop = threading.Event()
+        self._quarantine = self.options.quarantine and Quarantine(self.options.quarantine, self.incoming, self.outgoing)
+        self._health = HealthFile(self.options.health) if self.options.health else None
+        base_model, aside = self.options.base_model, self.options.quarantine
+        self._results = Outgoing(self.outgoing, base_model)
+        self._entries = Entries(self.options.settle)
+        self._verdicts: dict[str, str] = {}
+        self._journal = Journal(self.outgoing)
+        self._judge = Judge(
+            self.incoming,
+            self._results,
+            self._journal,
+            Quarantine(aside, self.incoming, self.outgoing) if aside else None,
+            self.options,
+            BaseModel.open(base_model).identity if base_model else "",
+            self._tell,
+        )
+        self._threads = ThreadPoolExecutor(self.options.jobs, thread_name_prefix="csulora-guard-job")
+        self._working_since: dict[str, float] = {}
+        self._scanned = False
+        self._reload_error: str | None = None
+        self._stop, self._reload = threading.Event(), threading.Event()
 
     def run(self, watch: bool, interval: float = 0.5) -> bool:
         """Scan until nothing is left to decide, or with ``watch`` until `stop` is called.
 
-        Decisions are made on a thread of their own, so that this one answers `stop`. systemd, if it started this
-        process, is told that it lives; see `csulora.serving.systemd`.
+        Decisions are made on threads of their own, so that this one answers `stop` and `reload`. systemd, if it started
+        this process, is told that it lives; see `csulora.serving.systemd`.
 
         Returns:
-            Whether the thread is done. If not, it was left in the middle of a decision: end the process, and the next
-            one decides again.
+            Whether the threads are done. If not, they were left in the middle of a decision: end the process, and the
+            next one decides again.
 
         Raises:
             InputError: another guard writes to OUTGOING, or without ``watch`` an upload could not be decided on.
@@ -139,42 +109,132 @@ class DirectoryGuard:
         pool = ThreadPoolExecutor(1, thread_name_prefix="csulora-guard")
         with self._alone():
             self._tell(f"guarding {self.incoming} -> {self.outgoing} with subspace file {self.gate.subspace.sha256}")
+            self._tell_what_is_outdated()
             notify(READY)
             work = pool.submit(self._scan_repeatedly, watch, interval)
             while not work.done() and not self._stop.is_set():
-                if time.monotonic() - self._working_since < _LONGEST_DECISION:
-                    notify(ALIVE)
+                self._beat()
+                if self._reload.is_set():
+                    self._reload.clear()
+                    self._read_rules_again()
                 wait([work], _HEARTBEAT)
             notify(STOPPING)
             pool.shutdown(wait=False)
-            if not wait([work], _GRACE).done:
-                self._interrupted.clear()
+            self._threads.shutdown(wait=False)
+            is_done = bool(wait([work], _GRACE).done)
+            if self._health:
+                self._health.remove()
+            if not is_done:
+                self._journal.clear()
                 return False
             work.result()
-        undecided = {name: entry for name, entry in self._entries.items() if entry.failures and not entry.decided}
-        if undecided:
+        undecided = {name: entry for name, entry in self._entries.items() if entry.failures and not entry.decided_by}
+        if undecided and not watch:
             reasons = "; ".join(f"{name}: {entry.reason}" for name, entry in undecided.items())
             raise InputError(f"{len(undecided)} uploads could not be decided on; {reasons}")
         return True
 
-    def _scan_repeatedly(self, watch: bool, interval: float) -> None:
-        done = False
-        while not self._stop.is_set() and (watch or not done):
-            try:
-                done = self.scan()
-            except OSError as error:  # a file system that may come back
-                if not watch:
-                    raise
-                self._tell(f"{self.incoming}: cannot be listed: {error}")
-            if watch or not done:
-                self._stop.wait(interval)
-
     def stop(self) -> None:
-        """Make `run` return after the adapter it is working on, or after five seconds of that.
+        """Make `run` return after the adapters it is working on, or after five seconds of that.
 
         May be called from a signal handler or a thread.
         """
         self._stop.set()
+
+    def reload(self) -> None:
+        """Make `run` read policy and subspace file again; if they are not usable, the old ones stay in force.
+
+        What was decided by others is decided on anew; until then it stays in OUTGOING. May be called as `stop` may.
+        """
+        self._reload.set()
+
+    @property
+    def not_let_through(self) -> list[str]:
+        """Names of the uploads whose last verdict is another than corrected."""
+        return sorted(name for name, verdict in self._verdicts.items() if verdict not in ("corrected", "withdrawn"))
+
+    @property
+    def summary(self) -> str:
+        """How many uploads got which verdict since this guard started: ``1 corrected, 2 refused, 1 invalid``."""
+        counts = Counter(self._verdicts.values())
+        return ", ".join(f"{counts[verdict]} {verdict}" for verdict in _ORDER if counts[verdict]) or "no uploads"
+
+    def scan(self) -> bool:
+        """Look at every entry once and decide what can be decided; return whether nothing is left to wait for."""
+        gate = self.gate
+        self._recover(gate)
+        if self.options.withdraw:
+            self._withdraw_what_is_gone(gate)
+        self._entries.look(self.incoming)
+        due = {name: entry for name, entry in self._entries.items() if entry.is_due(gate.fingerprint)}
+        killed = {name: self._journal.times(name, entry.signature) for name, entry in due.items()}
+        self._decide_all([name for name in due if not killed[name]], gate, self.options.jobs)
+        # What guards were killed at comes last, and alone, so that no other is blamed.
+        self._decide_all(sorted((name for name in due if killed[name]), key=killed.__getitem__), gate, 1)
+        left = [entry for entry in self._entries.values() if entry.is_left(gate.fingerprint)]
+        self._scanned = not self._stop.is_set()
+        if (found := metrics.found()) is not None:
+            found.undecided.set(sum(entry.decided_by != gate.fingerprint for entry in self._entries.values()))
+            found.scanned.set_to_current_time()
+        return not left and not self._entries.is_losing and self._scanned
+
+    def _decide_all(self, names: Iterable[str], gate: Gate, jobs: int) -> None:
+        running: set[Future[None]] = set()
+        for name in names:
+            if len(running) >= jobs:
+                running = wait(running, return_when=FIRST_COMPLETED).not_done
+            if self._stop.is_set():
+                break
+            running.add(self._threads.submit(self._decide_or_postpone, name, self._entries[name], gate))
+        wait(running)
+
+    def _decide_or_postpone(self, name: str, entry: Entry, gate: Gate) -> None:
+        self._working_since[name] = time.monotonic()
+        try:
+            verdict = self._judge.decide(name, entry, gate)
+        except Exception as error:  # a disk, a log or a bug of ours: it must not keep others from being decided on
+            entry.postpone(str(error) or repr(error))
+            self._judge.undecided(name, error)
+            self._tell(f"{name}: not decided on, tried again in {entry.wait:.0f} s: {entry.reason}")
+        else:
+            if verdict != TOO_EARLY:
+                entry.decided_by, entry.failures, entry.reason = gate.fingerprint, 0, ""
+                self._verdicts[name] = verdict
+        finally:
+            del self._working_since[name]
+
+    def _withdraw_what_is_gone(self, gate: Gate) -> None:
+        """Withdraw what has no upload, unless INCOMING is not there, before it is listed or after."""
+        if not self._is_present():
+            raise OSError(f"lacks {PRESENT_FILE}; nothing is withdrawn, nor decided on, until it is there")
+        names = [path.name for path in self.incoming.iterdir()]
+        if not self._is_present():
+            return
+        for name in self._entries.gone(self._results.without(names)):
+            try:
+                self._judge.withdraw(name, gate)
+            except (OSError, CsuloraError) as error:
+                self._tell(f"{name}: not withdrawn, tried again: {error}")
+            else:
+                self._entries.withdrawn(name)
+                self._verdicts[name] = "withdrawn"
+
+    def _is_present(self) -> bool:
+        return (self.incoming / PRESENT_FILE).is_file()
+
+    def _scan_repeatedly(self, watch: bool, interval: float) -> None:
+        done, said = False, ""
+        while not self._stop.is_set() and (watch or not done):
+            try:
+                done, said = self.scan(), ""
+            except OSError as error:  # a file system that may come back
+                if not watch:
+                    raise
+                if (reason := str(error)) != said:
+                    self._tell(f"{self.incoming}: cannot be looked at: {reason}")
+                said = reason
+            if watch or not done:
+                self._stop.wait(interval)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -187,162 +247,63 @@ class DirectoryGuard:
             remove_abandoned(self.outgoing)
             yield
 
-    def scan(self) -> bool:
-        """Look at every entry once and decide what can be decided; return whether nothing is left to wait for."""
-        self._working_since = time.monotonic()
-        self._entries = {path.name: self._look(path) for path in sorted(self.incoming.iterdir()) if is_upload(path)}
-        in_order = sorted(self._entries.items(), key=lambda item: self._interrupted.times(item[0], item[1].signature))
-        for name, entry in in_order:
-            if self._stop.is_set():
-                return False
-            if not entry.decided and time.monotonic() - entry.since >= entry.wait:
-                self._working_since = time.monotonic()
-                entry.decided = self._decide_or_postpone(name, entry)
-        return all(entry.decided or entry.failures >= _TRIES for entry in self._entries.values())
-
-    def _look(self, path: Path) -> _Entry:
-        signature = signature_of(path)
-        known = self._entries.get(path.name)
-        if known and known.signature == signature:
-            return known
-        waiting = known is not None and known.waiting and not known.decided
-        return _Entry(signature, time.monotonic(), self.settle, waiting=waiting)
-
-    def _decide_or_postpone(self, name: str, entry: _Entry) -> bool:
+    def _recover(self, gate: Gate) -> None:
+        """Record what took effect before somebody got to record it."""
         try:
-            with self._interrupted.deciding(name, entry.signature):
-                return self._decide(name, entry)
-        except Exception as error:  # a disk, a log or a bug of ours: it must not keep others from being decided on
-            reason = str(error) or repr(error)
-            entry.failures, entry.reason = entry.failures + 1, reason
-            entry.since, entry.wait = time.monotonic(), min(2.0**entry.failures, _LONGEST_WAIT)
-            with suppress(Exception):  # without what makes a record that holds: it is decided on again
-                write_text(self._refusal(name), to_json(refusal_of(name, error)))
-            self._tell(f"{name}: not decided on, tried again in {entry.wait:.0f} s: {reason}")
-            return False
+            if count := self._journal.recover(gate.log, self._results.outcome):
+                self._tell(f"recorded {count} decisions that took effect before and were not in the log yet")
+        except LogError as error:
+            raise OSError(str(error)) from error  # as a file system that may come back
 
-    def _decide(self, name: str, entry: _Entry) -> bool:
-        """Publish the corrected adapter or the refusal; False if it is too early to tell.
+    def _tell_what_is_outdated(self) -> None:
+        standing = [self._results.standing(name) for name in self._results.names()]
+        count = sum(found is not None and found.record.get("made_by") != self.gate.fingerprint for found in standing)
+        if count:
+            self._tell(
+                f"{count} results are of another policy, subspace file or version; each stays until its upload is "
+                "decided on anew"
+            )
 
-        Raises:
-            OSError, LogError: this machine cannot read the upload, write the result, or record the decision.
-        """
-        path = self.incoming / name
-        if not is_presentable(name):
-            return self._turn_away(name, path)
-        record = {
-            "input_sha256": content_sha256(path, entry.signature),
-            "made_by": self.gate.fingerprint,
-            "base_model": self._base_model_identity,
-        }
-        if self._is_recorded(name, record):
-            return True
+    def _read_rules_again(self) -> None:
+        notify(reloading())
         try:
-            with self.gate.decision(path) as decision:
-                found = self._read(path, entry.signature, decision)
-                if isinstance(found, InputError) and entry.wait < self.patience:
-                    self._wait_for(name, entry, found)
-                    return False
-                if signature_of(path) != entry.signature:
-                    return False
-                if isinstance(found, Exception):
-                    raise found
-                corrected, report = decision.correct(found)
-                self._publish(name, corrected, record)
-        except LogError:
-            self._withdraw(name)  # what nobody recorded is not let through
-            raise
-        except OSError:
-            raise
-        except Exception as error:  # also a bug of ours: it must neither stop the guard nor let the adapter through
-            return self._refuse(name, error, record)
-        self._refusal(name).unlink(missing_ok=True)
-        self._tell(f"{name}: corrected, {report.warning}relative change {report.totals.relative_change:.1%}")
-        return True
+            gate = self._reopen()
+        except (CsuloraError, OSError) as error:
+            self._reload_error = printable(error)
+            self._tell(f"policy and subspace file stay as they were, since what is there now is not usable: {error}")
+        else:
+            self._reload_error = None
+            is_same, self.gate = gate.fingerprint == self.gate.fingerprint, gate
+            self._tell(
+                f"read policy and subspace file again: {'nothing has changed' if is_same else 'they are others'}"
+            )
+            if not is_same:
+                self._tell_what_is_outdated()
+        if (found := metrics.found()) is not None:
+            found.reloads.labels(result="failed" if self._reload_error else "done").inc()
+        notify(READY)
 
-    def _wait_for(self, name: str, entry: _Entry, error: InputError) -> None:
-        """Give an upload that has come to a halt its time; one that goes on is a new entry. Say so once."""
-        entry.wait = self.patience
-        if not entry.waiting:
-            self._tell(f"{name}: not readable yet ({error}); waiting up to {self.patience:g} s")
-        entry.waiting = True
-
-    def _turn_away(self, name: str, path: Path) -> bool:
-        """Refuse an upload whose name can stand neither in a log nor in OUTGOING."""
-        error = RefusedError(f"{path}: its name is longer than {LONGEST_NAME} bytes or not printable; rename it")
-        with suppress(RefusedError), self.gate.decision(path):
-            raise error
-        write_text(self._refusal(name), to_json(refusal_of(name, error)))
-        self._tell(f"{name}: refused: {error}")
-        return True
+    def _beat(self) -> None:
+        """Say that the guard lives, unless a decision hangs."""
+        now = time.monotonic()
+        if any(now - since >= _LONGEST_DECISION for since in list(self._working_since.values())):
+            return
+        notify(ALIVE)
+        if self._health:
+            fingerprint = self.gate.fingerprint
+            entries = list(self._entries.values())
+            self._health.write(
+                {
+                    "ready": self._scanned,
+                    "undecided": sum(entry.decided_by != fingerprint for entry in entries),
+                    "verdicts": dict(Counter(self._verdicts.copy().values())),
+                    "fingerprint": fingerprint,
+                    "subspace_sha256": self.gate.subspace.sha256,
+                    "policy_sha256": self.gate.source.sha256,
+                    "reload_error": self._reload_error,
+                }
+            )
 
     def _tell(self, line: str) -> None:
         with suppress(OSError):  # nobody may be reading any more
             self.say(printable(line))
-
-    def _read(self, path: Path, signature: Signature, decision: OpenDecision) -> Adapter | Exception:
-        try:
-            if self._interrupted.is_hopeless(path.name, signature):
-                raise RefusedError(
-                    f"{path}: guards were killed while they read it; it may need more memory than they get"
-                )
-            if len(signature) > MOST_FILES:
-                raise RefusedError(f"{path}: holds more than {MOST_FILES} files; upload the adapter alone")
-            for name, mode, *_ in signature:
-                if stat.S_ISLNK(int(mode)):
-                    raise RefusedError(f"{path}: {name} is a symbolic link; upload the files themselves")
-            return decision.read(path, self.base_model)
-        except Exception as error:
-            error.__context__ = None
-            return error.with_traceback(None)  # which holds the upload's bytes
-
-    def _publish(self, name: str, corrected: Adapter, record: dict[str, str]) -> None:
-        if name.endswith(GGUF_SUFFIX):
-            save_adapter(corrected, self.outgoing / name, "gguf", base_model=self.base_model)
-            write_text(self._record(name), to_json(record))
-        else:
-            if not (self.outgoing / name / weights_file_of(corrected.format)).exists():
-                self._withdraw(name)  # a directory in another format is not replaced file by file
-            documents = dict(corrected.documents) | {RECORD_FILE: to_json(record)}
-            save_adapter(replace(corrected, documents=documents), self.outgoing / name)
-
-    def _refuse(self, name: str, error: Exception, record: dict[str, str]) -> bool:
-        self._withdraw(name)
-        write_text(self._refusal(name), to_json(record | refusal_of(name, error)))
-        self._tell(f"{name}: refused: {error}")
-        return True
-
-    def _is_recorded(self, name: str, record: dict[str, str]) -> bool:
-        """Whether the record beside the result holds; the other kind of result, if there is one, is outdated."""
-        if (self.outgoing / name).exists() and holds(self._record(name), record):
-            self._refusal(name).unlink(missing_ok=True)
-            return True
-        if holds(self._refusal(name), record):
-            self._withdraw(name)
-            return True
-        return False
-
-    def _withdraw(self, name: str) -> None:
-        """Take away the corrected form of what an adapter was before."""
-        if not self._record(name).is_file():
-            return
-        if name.endswith(GGUF_SUFFIX):
-            (self.outgoing / name).unlink(missing_ok=True)
-            self._record(name).unlink()
-        else:
-            with workplace(self.outgoing / name) as place:
-                (self.outgoing / name).rename(place / "old")
-
-    def _record(self, name: str) -> Path:
-        """Where the record of a corrected adapter lies: in its directory, or beside its file."""
-        return (
-            self.outgoing / f"{name}.{RECORD_FILE}"
-            if name.endswith(GGUF_SUFFIX)
-            else self.outgoing / name / RECORD_FILE
-        )
-
-    def _refusal(self, name: str) -> Path:
-        if not is_presentable(name):
-            shown = printable(name).encode()[:80].decode(errors="ignore")  # bytes count, and escapes are long
-            name = f"{shown}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
-        return self.outgoing / f"{name}{REFUSED}"

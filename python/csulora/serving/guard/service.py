@@ -274,9 +274,7 @@ class DirectoryGuard:
         else:
             self._reload_error = None
             is_same, self.gate = gate.fingerprint == self.gate.fingerprint, gate
-            self._tell(
-                f"read policy and subspace file again: {'nothing has changed' if is_same else 'they are others'}"
-            )
+            self._tell(f"policy and subspace file were read again: {'no change' if is_same else 'they are others'}")
             if not is_same:
                 self._tell_what_is_outdated()
         if (found := metrics.found()) is not None:

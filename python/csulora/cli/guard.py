@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +66,9 @@ def guard(
         raise typer.BadParameter("--watch goes on for ever; leave out --fail-on-refusal and --plan")
     if json and not plan:
         raise typer.BadParameter("--json goes with --plan; --decisions logs what the guard decides")
+    reload = threading.Event()  # asked for; also while torch is imported, where nobody listens yet
+    if watch:
+        signal.signal(signal.SIGHUP, lambda *_: reload.set())
     chosen_policy(policy)
     check_outputs([json, health, decisions], [incoming, outgoing, subspace, policy, base_model])
     from csulora.serving import metrics as exposed
@@ -84,13 +88,12 @@ def guard(
         Options(settle, patience, base_model, jobs, withdraw, quarantine, health),
         say=lambda line: None if quiet else print(line, flush=True),
         reopen=opened,
+        reload=reload,
     )
     if metrics:
         exposed.serve(metrics)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
-    if watch:
-        signal.signal(signal.SIGHUP, lambda *_: worker.reload())
     with interruptible("what was not finished is done at the next start"):
         is_done = worker.run(watch)
     if not quiet:

@@ -46,6 +46,7 @@ class World:
         self.incoming.mkdir()
         (self.incoming / ".csulora-incoming").touch()
         self.said: list[str] = []
+        self.reload = threading.Event()
 
     def gate(self, policy: Any = "csulora") -> Gate:
         return Gate.open(self.subspace, policy, self.log, route="guard")
@@ -53,8 +54,8 @@ class World:
     def guard(
         self, policy: Any = "csulora", reopen: Callable[[], Gate] | None = None, **options: Any
     ) -> DirectoryGuard:
-        settings = Options(**({"settle": 0.0, "patience": 0.0} | options))
-        return DirectoryGuard(self.incoming, self.outgoing, self.gate(policy), settings, self.said.append, reopen)
+        settings, say = Options(**({"settle": 0.0, "patience": 0.0} | options)), self.said.append
+        return DirectoryGuard(self.incoming, self.outgoing, self.gate(policy), settings, say, reopen, self.reload)
 
     def upload(self, *names: str, **settings: Any) -> None:
         for seed, name in enumerate(names):
@@ -262,12 +263,12 @@ def test_reload_reads_rules_again_and_keeps_the_old_ones_if_they_are_unusable(
     try:
         wait_until(lambda: world.results == {"a"} and health.is_file())
         policy.write_text("off = 'much'")
-        worker.reload()
+        world.reload.set()
         wait_until(lambda: json.loads(health.read_text())["reload_error"] is not None)
         assert "stay as they were" in world.said[-1]
         assert world.verdicts == [("a", "corrected")]
         STRICT.save(policy)
-        worker.reload()
+        world.reload.set()
         wait_until(lambda: world.results == {"a.refused.json"})
         wait_until(lambda: json.loads(health.read_text())["verdicts"] == {"refused": 1})
         state = json.loads(health.read_text())

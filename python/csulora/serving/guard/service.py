@@ -44,6 +44,7 @@ class DirectoryGuard:
         options: Options | None = None,
         say: Say = print,
         reopen: Callable[[], Gate] | None = None,
+        reload: threading.Event | None = None,
     ) -> None:
         """Set the guard up.
 
@@ -53,7 +54,10 @@ class DirectoryGuard:
             gate: decides.
             options: how the guard works.
             say: receives a line for every decision.
-            reopen: returns the gate of policy and subspace file as they are when `reload` is called.
+            reopen: returns the gate of policy and subspace file as they are by then.
+            reload: set it, in a signal handler or a thread, to have `run` read policy and subspace file again. If they
+                are not usable, the old ones stay in force. What was decided by others is decided on anew; until then
+                it stays in OUTGOING.
 
         Raises:
             InputError: a directory is missing, or one lies inside the other, or an option does not fit them.
@@ -91,13 +95,13 @@ class DirectoryGuard:
         self._working_since: dict[str, float] = {}
         self._scanned = False
         self._reload_error: str | None = None
-        self._stop, self._reload = threading.Event(), threading.Event()
+        self._stop, self._reload = threading.Event(), reload or threading.Event()
 
     def run(self, watch: bool, interval: float = 0.5) -> bool:
         """Scan until nothing is left to decide, or with ``watch`` until `stop` is called.
 
-        Decisions are made on threads of their own, so that this one answers `stop` and `reload`. systemd, if it started
-        this process, is told that it lives; see `csulora.serving.systemd`.
+        Decisions are made on threads of their own, so that this one answers `stop` and ``reload``. systemd, if it
+        started this process, is told that it lives; see `csulora.serving.systemd`.
 
         Returns:
             Whether the threads are done. If not, they were left in the middle of a decision: end the process, and the
@@ -120,7 +124,6 @@ class DirectoryGuard:
                 wait([work], _HEARTBEAT)
             notify(STOPPING)
             pool.shutdown(wait=False)
-            self._threads.shutdown(wait=False)
             is_done = bool(wait([work], _GRACE).done)
             if self._health:
                 self._health.remove()
@@ -128,6 +131,7 @@ class DirectoryGuard:
                 self._journal.clear()
                 return False
             work.result()
+        self._threads.shutdown()
         undecided = {name: entry for name, entry in self._entries.items() if entry.failures and not entry.decided_by}
         if undecided and not watch:
             reasons = "; ".join(f"{name}: {entry.reason}" for name, entry in undecided.items())
@@ -140,13 +144,6 @@ class DirectoryGuard:
         May be called from a signal handler or a thread.
         """
         self._stop.set()
-
-    def reload(self) -> None:
-        """Make `run` read policy and subspace file again; if they are not usable, the old ones stay in force.
-
-        What was decided by others is decided on anew; until then it stays in OUTGOING. May be called as `stop` may.
-        """
-        self._reload.set()
 
     @property
     def not_let_through(self) -> list[str]:

@@ -358,6 +358,15 @@ def test_a_killed_guard_loses_no_decision_and_repeats_none(moment: str, kind: st
     assert not [path for path in world.outgoing.iterdir() if "deciding" in path.name]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_guard_has_refused_a_name_that_cannot_be_printed(world: World) -> None:
+    world.upload("a\n\udcff")
+    run_until_killed(world, DecisionLog, "restore", killed)
+    assert world.guard().scan()
+    assert [line["reason_code"] for line in world.lines] == ["unsafe-name"]
+
+
 def test_a_withdrawal_that_cannot_be_logged_is_logged_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.upload("a")
     worker = world.guard(withdraw=True)

@@ -23,17 +23,17 @@ _MOST_TIMES = 3
 _PREFIX = ".csulora-guard.deciding-"
 _LARGEST = 4 << 20  # bytes
 
-Outcome = Callable[[Mapping[str, Any]], Mapping[str, str] | None]
-"""Returns the outputs of a decision if it took effect, else None."""
+Outcome = Callable[[str, Mapping[str, Any]], Mapping[str, str] | None]
+"""Returns the outputs of a decision on an upload of that name if it took effect, else None."""
 
 
 class Trace:
     """The file of one upload while it is decided on."""
 
-    def __init__(self, file: Path, times: int) -> None:
+    def __init__(self, file: Path, name: str, times: int) -> None:
         """Leave the trace."""
         self._file = file
-        self._document: dict[str, Any] = {"times": times}
+        self._document: dict[str, Any] = {"upload": name, "times": times}
         self.is_kept = False
         with suppress(OSError):
             self._write()
@@ -49,7 +49,7 @@ class Trace:
 
     def _write(self) -> None:
         new = self._file.with_suffix(".new")
-        new.write_text(json.dumps(self._document), encoding="utf-8", errors="backslashreplace")
+        new.write_text(json.dumps(self._document))
         new.replace(self._file)
 
 
@@ -77,7 +77,7 @@ class Journal:
         recovered = 0
         for name, left in self._left().items():
             decision = left.get("decision")
-            outputs = outcome(decision) if isinstance(decision, dict) else None
+            outputs = outcome(left["upload"], decision) if isinstance(decision, dict) else None
             if decision is None or outputs is None:
                 continue
             if not log.holds(decision["id"]):
@@ -100,7 +100,7 @@ class Journal:
     def deciding(self, name: str, signature: Signature) -> Iterator[Trace]:
         """Leave a trace of the upload if the process is killed within the block."""
         file = self._directory / _file_name(name, signature)
-        trace = Trace(file, self.times(name, signature) + 1)
+        trace = Trace(file, name, self.times(name, signature) + 1)
         try:
             yield trace
         finally:

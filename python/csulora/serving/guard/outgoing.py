@@ -109,9 +109,8 @@ class Outgoing:
         gone = [name for name in self.names() if name not in present]
         return [name for name in gone if not ((found := self.standing(name)) and found.record.get("quarantined"))]
 
-    def outcome(self, decision: Mapping[str, Any]) -> dict[str, str] | None:
-        """Return the outputs of a decision, path -> sha256, if it took effect here, else None."""
-        name = str(decision.get("name"))
+    def outcome(self, name: str, decision: Mapping[str, Any]) -> dict[str, str] | None:
+        """Return the outputs of a decision on an upload, path -> sha256, if it took effect here, else None."""
         found = self.standing(name)
         if decision.get("verdict") == "withdrawn":
             return {} if found is None else None

@@ -15,7 +15,8 @@ import typer
 from csulora.cli.console import STDOUT
 from csulora.errors import printable
 from csulora.io.files import GGUF_SUFFIX, check_file, check_not_input
-from csulora.policy.policy import POLICY_CHOICES, PRESETS, Policy
+from csulora.policy.policy import Policy
+from csulora.policy.toml import POLICY_CHOICES, PRESETS
 from csulora.serving.variables import (
     DECISIONS_VARIABLE,
     POLICY_VARIABLE,

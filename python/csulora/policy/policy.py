@@ -16,12 +16,11 @@ from csulora.policy.globs import matches
 from csulora.policy.override_index import OverrideIndex
 from csulora.policy.overrides import LARGEST, PENALTIES, Override, check_number, check_penalty
 from csulora.policy.provenance import PolicyProvenance
+from csulora.policy.toml import POLICY_CHOICES, PRESETS
 
 _UNCOVERED = ("keep_uncovered", "drop_uncovered")
 _MOST_GLOBS = 1000
 
-PRESETS = ("csulora", "project", "protect", "none")
-POLICY_CHOICES = f"choose a preset ({', '.join(PRESETS)}) or a policy file (TOML); `csulora tune` fits one to prompts"
 Rank = Literal["keep", "exact"] | int
 Fate = Literal["refuse", "drop", "keep"]
 
@@ -206,9 +205,16 @@ class Policy:
             preset: Self = getattr(cls, str(source))()
             return preset
         path = Path(source)
-        if not path.exists():
-            raise InputError(f"{path}: no such policy; {POLICY_CHOICES}")
-        document = toml.read(path)
+        return cls.parse(toml.data_of(path), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Self:
+        """Read a policy from the bytes of a TOML file.
+
+        Raises:
+            InputError: they are malformed; the message names ``path``.
+        """
+        document = toml.parse(data, path)
         try:
             return cls.from_dict(document)
         except InputError as error:

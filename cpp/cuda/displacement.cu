@@ -38,6 +38,14 @@ __device__ double spacing2(T stored) {
   return power * power * (Format<T>::kSpacing * Format<T>::kSpacing);
 }
 
+/// The variance of what rounding adds to aligned - base.
+template <typename Base, typename Aligned>
+__device__ double rounding_variance(Base base, Aligned aligned) {
+  const double moved = widened(aligned) - widened(base);
+  const double spacings2 = spacing2(base) + spacing2(aligned);
+  return moved * moved >= 2 * spacings2 ? spacings2 / 12 : spacings2 / 8;
+}
+
 /// One block per row at a time.
 template <typename Base, typename Aligned>
 __global__ void subtract_rows(const Base* base, const Aligned* aligned, int64_t rows, int64_t columns,
@@ -49,7 +57,7 @@ __global__ void subtract_rows(const Base* base, const Aligned* aligned, int64_t 
       const float entry = widened(aligned[i]) - widened(base[i]);
       difference[i] = entry;
       norm2 += double{entry} * entry;
-      noise += spacing2(base[i]) + spacing2(aligned[i]);
+      noise += rounding_variance(base[i], aligned[i]);
     }
     norm2 = block_sum(norm2);
     noise = block_sum(noise);
@@ -72,7 +80,7 @@ __global__ void sum_columns(const Base* base, const Aligned* aligned, int64_t ro
   const int64_t last = first + kRowsPerSum < rows ? first + kRowsPerSum : rows;
   double noise = 0;
   for (int64_t row = first; row < last; ++row) {
-    noise += spacing2(base[row * columns + column]) + spacing2(aligned[row * columns + column]);
+    noise += rounding_variance(base[row * columns + column], aligned[row * columns + column]);
   }
   sums.column_noise[blockIdx.y * columns + column] = noise;
 }

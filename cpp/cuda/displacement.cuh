@@ -20,7 +20,7 @@ inline constexpr int64_t kRowsPerSum = 256;
 /// What is measured while subtracting, all float64 on the device and written.
 struct DisplacementSums {
   double* row_norms2;    ///< (rows) |row of D|^2
-  double* row_noise;     ///< (rows) squared spacings of both matrices' entries, summed along the row
+  double* row_noise;     ///< (rows) rounding variances of D's entries, summed along the row
   double* column_noise;  ///< (ceil(rows / kRowsPerSum), columns) the same down the column, in parts
 };
 

@@ -29,10 +29,36 @@ def spacings(stored: Tensor) -> Tensor:
     return format.eps * powers
 
 
+def rounding_variances(base: Tensor, aligned: Tensor) -> Tensor:
+    """The variance of what storage rounding of both adds to each entry of aligned - base."""
+    squares = spacings(base).square() + spacings(aligned).square()
+    moved = aligned.double() - base.double()
+    return torch.where(moved.square() >= 2 * squares, squares / 12, squares / 8)
+
+
+def spectral_edge(rows: Tensor, columns: Tensor) -> float:
+    """The largest singular value of a large matrix of independent entries with variances r_i c_j / sum(r)."""
+    a, b = rows / rows.sum().sqrt(), columns / columns.sum().sqrt()
+
+    def z(s: float) -> float:
+        t = float((b / (1 - s * b)).sum())
+        low, high = float(a.max()) * t, float(a.max()) * t + float(a.sum()) / s
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float((a / (middle - a * t)).sum()) > s else (low, middle)
+        return high
+
+    low, high = 0.0, 1 / float(b.max())
+    for _ in range(60):
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, right) if z(left) < z(right) else (left, high)
+    return z((low + high) / 2) ** 0.5
+
+
 def noise_edge(base: Tensor, aligned: Tensor) -> float:
     """What storage rounding of both can make the largest singular value of aligned - base."""
-    squares = spacings(base).square() + spacings(aligned).square()
-    return float((squares.sum(1).max().sqrt() + squares.sum(0).max().sqrt()) / 8**0.5)
+    variances = rounding_variances(base, aligned)
+    return (1 + min(variances.shape) ** (-2 / 3)) * spectral_edge(variances.sum(1), variances.sum(0))
 
 
 def update(b: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:

@@ -34,11 +34,10 @@ StorageFormat storage_format(at::ScalarType dtype) {
   }
 }
 
-/// Sums over some rows of D and of the squared spacings h^2 + h'^2 of both matrices, float64.
+/// Sums over some rows of D, of squares and of rounding variances.
 struct Sums {
   double norm2 = 0;
-  double largest_row_spacings2 = 0;
-  Tensor column_spacings2;  // (columns)
+  std::vector<double> row_variances, column_variances;
 };
 
 /// A matrix's rows as float32, where they lie if they can be read there, else copied into a tile.
@@ -78,8 +77,8 @@ Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int
   const int64_t columns = d.matrix.size(1);
   const int64_t step = std::max<int64_t>(1, kCacheEntries / columns);
   WidenedRows before(base, step), after(aligned, step);
-  Sums sums{0, 0, at::zeros({columns}, at::kDouble)};
-  auto* const column_spacings2 = sums.column_spacings2.mutable_data_ptr<double>();
+  Sums sums;
+  sums.column_variances.resize(columns);
   DifferenceRow target{d.matrix.mutable_data_ptr<float>() + first * columns, nullptr};
   if (d.low_precision.defined()) {
     target.low_precision =
@@ -90,11 +89,11 @@ Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int
     before.read(row, rows);
     after.read(row, rows);
     for (int64_t i = 0; i < rows; ++i) {
-      const auto of_row = subtract_row(before[i], after[i], columns, target, column_spacings2);
+      const auto of_row = subtract_row(before[i], after[i], columns, target, sums.column_variances.data());
       target.entries += columns;
       target.low_precision += d.low_precision.defined() ? columns : 0;
       sums.norm2 += of_row.norm2;
-      sums.largest_row_spacings2 = std::max(sums.largest_row_spacings2, of_row.spacings2);
+      sums.row_variances.push_back(of_row.variances);
     }
   }
   return sums;
@@ -140,14 +139,14 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool
     const int64_t row = static_cast<int64_t>(i) * step;
     parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result);
   });
-  double largest_row_spacings2 = 0;
-  auto column_spacings2 = at::zeros({columns}, at::kDouble);
+  std::vector<double> row_variances, column_variances(columns);
   for (const auto& part : parts) {
     result.norm2 += part.norm2;
-    largest_row_spacings2 = std::max(largest_row_spacings2, part.largest_row_spacings2);
-    column_spacings2.add_(part.column_spacings2);
+    row_variances.insert(row_variances.end(), part.row_variances.begin(), part.row_variances.end());
+    std::transform(column_variances.begin(), column_variances.end(), part.column_variances.begin(),
+                   column_variances.begin(), std::plus<>());
   }
-  result.noise_edge = noise_edge(largest_row_spacings2, column_spacings2.max().item<double>());
+  result.noise_edge = noise_edge(row_variances, column_variances);
   return result;
 }
 

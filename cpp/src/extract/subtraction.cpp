@@ -55,19 +55,19 @@ CSULORA_INLINED void store_low_precision(const typename Lanes<kLanes>::Floats& e
 template <int kLanes>
 struct LaneSums {
   typename Lanes<kLanes>::Doubles norm2 = {};
-  typename Lanes<kLanes>::Doubles spacings2 = {};
+  typename Lanes<kLanes>::Doubles variances = {};
 
   CSULORA_INLINED void add_to(RowSums& sums) const {
     for (int lane = 0; lane < kLanes; ++lane) {
       sums.norm2 += norm2[lane];
-      sums.spacings2 += spacings2[lane];
+      sums.variances += variances[lane];
     }
   }
 };
 
 template <int kLanes>
 CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const float* aligned, const Grid& aligned_grid,
-                              float* difference, uint16_t* low_precision, double* column_spacings2,
+                              float* difference, uint16_t* low_precision, double* column_variances,
                               LaneSums<kLanes>& sums) {
   typename Lanes<kLanes>::Floats before, after;
   std::memcpy(&before, base, sizeof before);
@@ -78,22 +78,25 @@ CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const fl
     store_low_precision<kLanes>(moved, low_precision);
   }
   const auto wide = __builtin_convertvector(moved, typename Lanes<kLanes>::Doubles);
-  sums.norm2 += wide * wide;
+  const auto norm2 = wide * wide;
+  sums.norm2 += norm2;
 
   typename Lanes<kLanes>::Doubles spacings2 = {};
   add_spacings2<kLanes>(before, base_grid, spacings2);
   add_spacings2<kLanes>(after, aligned_grid, spacings2);
-  sums.spacings2 += spacings2;
+  // extract/noise_edge.h says why
+  const auto variances = norm2 >= 2 * spacings2 ? spacings2 / 12 : spacings2 / 8;
+  sums.variances += variances;
   typename Lanes<kLanes>::Doubles column;
-  std::memcpy(&column, column_spacings2, sizeof column);
-  column += spacings2;
-  std::memcpy(column_spacings2, &column, sizeof column);
+  std::memcpy(&column, column_variances, sizeof column);
+  column += variances;
+  std::memcpy(column_variances, &column, sizeof column);
 }
 
 struct SubtractRow {
   template <int kFloats>
   CSULORA_INLINED static RowSums run(const StoredRow& base, const StoredRow& aligned, int64_t columns,
-                                     const DifferenceRow& difference, double* column_spacings2) {
+                                     const DifferenceRow& difference, double* column_variances) {
     constexpr int kLanes = kFloats / 2;  // so that the sums in float64 fill a register
     const auto low_precision = [&](int64_t column) {
       return difference.low_precision ? difference.low_precision + column : nullptr;
@@ -104,11 +107,11 @@ struct SubtractRow {
     int64_t i = 0;
     for (; i + kLanes <= columns; i += kLanes) {
       subtract<kLanes>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i,
-                       low_precision(i), column_spacings2 + i, lanes);
+                       low_precision(i), column_variances + i, lanes);
     }
     for (; i < columns; ++i) {
       subtract<1>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i,
-                  low_precision(i), column_spacings2 + i, rest);
+                  low_precision(i), column_variances + i, rest);
     }
     RowSums sums;
     lanes.add_to(sums);
@@ -120,8 +123,8 @@ struct SubtractRow {
 }  // namespace
 
 RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, const DifferenceRow& difference,
-                     double* column_spacings2) {
-  return run_widest<SubtractRow>(base, aligned, columns, difference, column_spacings2);
+                     double* column_variances) {
+  return run_widest<SubtractRow>(base, aligned, columns, difference, column_variances);
 }
 
 }  // namespace csulora

@@ -25,13 +25,13 @@ struct DifferenceRow {
 
 struct RowSums {
   double norm2 = 0;      ///< squares of the difference
-  double spacings2 = 0;  ///< squared spacings of both formats around the entries
+  double variances = 0;  ///< of its entries' rounding, see extract/noise_edge.h
 };
 
 /// difference = aligned - base for one row, in one pass over it.
 ///
-/// @param column_spacings2  (columns) float64, the row's squared spacings are added
+/// @param column_variances  (columns) float64, the rounding variances of the row's entries are added
 RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, const DifferenceRow& difference,
-                     double* column_spacings2);
+                     double* column_variances);
 
 }  // namespace csulora

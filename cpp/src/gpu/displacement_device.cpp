@@ -4,12 +4,23 @@
 #include <c10/core/DeviceGuard.h>
 #include <cuda_runtime_api.h>
 
+#include <vector>
+
 #include "cuda/displacement.cuh"
 #include "extract/noise_edge.h"
 #include "gpu/element.h"
 #include "gpu/stream.h"
 
 namespace csulora {
+namespace {
+
+std::vector<double> on_host(const at::Tensor& values) {
+  const auto copy = values.to(at::kCPU);
+  const auto* const first = copy.const_data_ptr<double>();
+  return {first, first + copy.numel()};
+}
+
+}  // namespace
 
 Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& aligned) {
   const c10::DeviceGuard guard(base.device());
@@ -30,10 +41,8 @@ Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& al
                   column_noise.mutable_data_ptr<double>()},
                  static_cast<cudaStream_t>(current_stream(base.device())));
 
-  const auto found = at::stack({row_norms2.sum(), row_noise.max(), column_noise.sum(0).max()}).to(at::kCPU);
-  const auto* values = found.data_ptr<double>();
-  result.norm2 = values[0];
-  result.noise_edge = noise_edge(values[1], values[2]);
+  result.norm2 = row_norms2.sum().item<double>();
+  result.noise_edge = noise_edge(on_host(row_noise), on_host(column_noise.sum(0)));
   return result;
 }
 

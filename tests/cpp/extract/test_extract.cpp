@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dense.h"
+#include "extract/noise_edge.h"
 
 namespace {
 
@@ -179,6 +180,22 @@ TEST_CASE("directions below the rounding of the checkpoints are kept only on req
   const auto same = csulora::extract_subspace(base, base);
   CHECK(same.s.size(0) == 0);
   CHECK(same.certificate.displacement_norm2 == 0);
+}
+
+TEST_CASE("the spectral edge is the norm of a large matrix of independent entries") {
+  CHECK(csulora::spectral_edge({0, 0}, {0, 0, 0}) == 0);
+  const std::vector<double> rows(300, 500.0), columns(500, 300.0);
+  CHECK(csulora::spectral_edge(rows, columns) == doctest::Approx(std::sqrt(300.0) + std::sqrt(500.0)).epsilon(1e-6));
+  at::manual_seed(5);
+  for (const double spread : {0.5, 2.0}) {
+    const auto scales = (at::rand({400, 1}, at::kDouble) * spread).exp() * (at::rand({1, 700}, at::kDouble) * spread).exp();
+    const auto sums = [&](int64_t along) {
+      const auto sum = scales.square().sum(along).contiguous();
+      return std::vector<double>(sum.const_data_ptr<double>(), sum.const_data_ptr<double>() + sum.numel());
+    };
+    const auto norm = std::get<1>(at::linalg_svd(scales * at::randn({400, 700}, at::kDouble), false))[0].item<double>();
+    CHECK(csulora::spectral_edge(sums(1), sums(0)) == doctest::Approx(norm).epsilon(0.05));
+  }
 }
 
 TEST_CASE("the same seed gives the same bits") {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -11,7 +11,15 @@ from typing import Any, Protocol, get_args
 from torch import Tensor
 
 from csulora.adapters.gguf import file as gguf
-from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, Format, LoraModule
+from csulora.adapters.lora import (
+    CORRECTED_SHA256,
+    REPORT_FILE,
+    SIGNATURE_FILE,
+    STATEMENT_FILE,
+    Adapter,
+    Format,
+    LoraModule,
+)
 from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.weights_files import CONFIG_FILE, sha256_as_written
@@ -24,6 +32,7 @@ from csulora.models.gguf_parts import parts_beside
 FORMATS = get_args(Format)
 
 _FILES = (CONFIG_FILE, "adapter_model*.safetensors*", mlx.WEIGHTS_FILE)
+_SEALS = (SIGNATURE_FILE, STATEMENT_FILE)  # that the one written before may have had
 _CARD, _LIBRARY = "README.md", "library_name: {}\n"  # by which the hub tells what loads it
 
 
@@ -75,8 +84,19 @@ def load_adapter(
 def _read(path: Path, base_model: str | Path | None, expert_layout: str | None) -> Adapter:
     if not path.is_dir():
         return gguf.read(path, BaseModel.open(base_model) if base_model is not None else None)
-    is_mlx = (path / mlx.WEIGHTS_FILE).exists() and not (path / peft.WEIGHTS_FILE).exists()
-    return mlx.read(path) if is_mlx else peft.read(path, expert_layout)
+    return mlx.read(path) if _is_mlx(path) else peft.read(path, expert_layout)
+
+
+def _is_mlx(directory: Path) -> bool:
+    return (directory / mlx.WEIGHTS_FILE).exists() and not (directory / peft.WEIGHTS_FILE).exists()
+
+
+def content_files(path: Path) -> list[Path]:
+    """Return the files whose bytes an adapter at a local path is read from, in the order of its ``sha256``."""
+    if not path.is_dir():
+        return [path]
+    weights = [path / mlx.WEIGHTS_FILE] if _is_mlx(path) else peft.weights_of(path)
+    return [path / CONFIG_FILE, *weights]
 
 
 def save_adapter(
@@ -86,6 +106,7 @@ def save_adapter(
     *,
     base_model: str | Path | None = None,
     outtype: str | None = None,
+    seal: Callable[[Path], None] | None = None,
 ) -> str:
     """Write an adapter, complete or not at all.
 
@@ -96,6 +117,7 @@ def save_adapter(
         format: ``peft``, ``mlx`` or ``gguf``; None: ``gguf`` if ``path`` ends in .gguf, else the adapter's own.
         base_model: for ``gguf``, the model that llama.cpp will run it with.
         outtype: for ``gguf``, the type of the tensors: ``f32``, ``f16`` or ``bf16``; None keeps the adapter's.
+        seal: signs what was written: adds files to a directory before it appears, or beside a GGUF file.
 
     Returns:
         The sha256 of what was written, as `load_adapter` finds it: of a directory's configuration and weights
@@ -126,10 +148,12 @@ def save_adapter(
                 "(--format peft)"
             )
         gguf.write(adapter, path, BaseModel.open(base_model), outtype)
+        if seal:
+            seal(path)
         return sha256_of_file(path)
     if format not in FORMATS:
         raise InputError(f"unknown adapter format {format!r}; it must be one of {', '.join(FORMATS)}")
-    return _save_directory(adapter, path, format)
+    return _save_directory(adapter, path, format, seal)
 
 
 def weights_file_of(format: Format) -> str:
@@ -156,9 +180,9 @@ def _named_for(adapter: Adapter, format: Format) -> Adapter:
     return replace(adapter, modules=modules, names_in_peft={}, partial=True)
 
 
-def _save_directory(adapter: Adapter, path: Path, format: Format) -> str:
+def _save_directory(adapter: Adapter, path: Path, format: Format, seal: Callable[[Path], None] | None) -> str:
     adapter, layout = _named_for(adapter, format), _DIRECTORIES[format]
-    with atomic_directory(path, marker=REPORT_FILE) as directory:
+    with atomic_directory(path, REPORT_FILE, _SEALS) as directory:
         sha256 = sha256_as_written(directory / layout.WEIGHTS_FILE, layout.write(adapter, directory))
         for name, text in adapter.documents.items():
             if name == REPORT_FILE:
@@ -166,4 +190,6 @@ def _save_directory(adapter: Adapter, path: Path, format: Format) -> str:
             elif name == _CARD:
                 text = text.replace(_LIBRARY.format("peft"), _LIBRARY.format(format), 1)
             (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        if seal:
+            seal(directory)
     return sha256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -129,6 +129,10 @@ def sha256_as_written(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     return _joined(hashlib.sha256((file.parent / CONFIG_FILE).read_bytes()), weights)
 
 
+def sha256_of_digests(digests: Iterable[str]) -> str:
+    """Hash an adapter whose files have these sha256: that of the configuration, then those of the files of weights."""
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+
+
 def _joined(*files: hashlib._Hash) -> str:
-    lines = "".join(f"{file.hexdigest()}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return sha256_of_digests(file.hexdigest() for file in files)

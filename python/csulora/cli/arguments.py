@@ -17,6 +17,8 @@ from csulora.policy.policy import POLICY_CHOICES, PRESETS, Policy
 from csulora.serving.variables import (
     DECISIONS_VARIABLE,
     POLICY_VARIABLE,
+    RULES_SIGNATURE_VARIABLE,
+    SIGNATURE_VARIABLE,
     SUBSPACE_SHA256_VARIABLE,
     SUBSPACE_VARIABLE,
 )
@@ -145,6 +147,27 @@ SubspaceSha256 = Annotated[
         envvar=SUBSPACE_SHA256_VARIABLE, metavar="HEX", help="The one content of the subspace file that is accepted."
     ),
 ]
+RequireSignature = Annotated[
+    str | None,
+    typer.Option(
+        envvar=SIGNATURE_VARIABLE,
+        metavar="PEM|IDENTITY",
+        help="Who must have signed adapters: a PEM file of public keys or certificates, or "
+        "identity=NAME,issuer=URL[,trust=FILE].",
+    ),
+]
+RequireRulesSignature = Annotated[
+    str | None,
+    typer.Option(
+        envvar=RULES_SIGNATURE_VARIABLE,
+        metavar="PEM|IDENTITY",
+        help="Who must have signed the subspace file and the policy file.",
+    ),
+]
+SignWith = Annotated[
+    Path | None,
+    typer.Option(metavar="KEY", help="Private key (PEM, EC) that signs what is written, and what it was made of."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -162,9 +185,21 @@ ServedDecisions = Annotated[
 ]
 
 
-def set_variables(subspace: Path | None, policy: str | None, decisions: Path | None) -> None:
+def set_variables(
+    subspace: Path | None,
+    policy: str | None,
+    decisions: Path | None,
+    require_signature: str | None,
+    require_rules_signature: str | None,
+) -> None:
     """Let the processes of a server, which may work elsewhere, find what was chosen."""
     files = {SUBSPACE_VARIABLE: subspace, DECISIONS_VARIABLE: decisions}
+    signers = {SIGNATURE_VARIABLE: require_signature, RULES_SIGNATURE_VARIABLE: require_rules_signature}
+    for variable, signer in signers.items():
+        if signer is not None and Path(signer).exists():
+            files[variable] = Path(signer)
+        elif signer is not None:
+            os.environ[variable] = signer
     if policy in PRESETS:
         os.environ[POLICY_VARIABLE] = policy
     elif policy is not None:
@@ -172,11 +207,21 @@ def set_variables(subspace: Path | None, policy: str | None, decisions: Path | N
     os.environ.update({name: str(path.resolve()) for name, path in files.items() if path is not None})
 
 
-def chosen_policy(source: str | None) -> Policy:
-    """Return the policy that was named; none is taken for granted."""
+def named_policy(source: str | None) -> str:
+    """Return the policy's name or file that was given; none is taken for granted."""
     if source is None:
         raise typer.BadParameter(f"say which policy: --policy NAME|FILE; {POLICY_CHOICES}")
-    return Policy.load(source)
+    return source
+
+
+def chosen_policy(source: str | None, signer: str | None = None) -> Policy:
+    """Return the policy that was named; its file must be signed if somebody must have done that."""
+    name = named_policy(source)
+    if signer is None:
+        return Policy.load(name)
+    from csulora.serving.signatures import Verifier
+
+    return Verifier.open(signer).load_policy(name)
 
 
 def parse_rank(text: str | None) -> str | int | None:

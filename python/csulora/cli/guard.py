@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from csulora.cli.arguments import BaseModel, PolicySource, Quiet, SubspaceSha256, chosen_policy
+from csulora.cli.arguments import (
+    BaseModel,
+    PolicySource,
+    Quiet,
+    RequireRulesSignature,
+    RequireSignature,
+    SignWith,
+    SubspaceSha256,
+    named_policy,
+)
 from csulora.cli.interruption import interruptible
 
 
@@ -25,16 +34,20 @@ def guard(
     patience: Annotated[float, typer.Option(min=0, help="Seconds until an unreadable upload is refused.")] = 60.0,
     decisions: Annotated[Path | None, typer.Option(help="Append a JSON line per decision to this file.")] = None,
     subspace_sha256: SubspaceSha256 = None,
+    require_signature: RequireSignature = None,
+    require_rules_signature: RequireRulesSignature = None,
+    sign_with: SignWith = None,
     quiet: Quiet = False,
 ) -> None:
     """Correct or refuse every adapter that appears in a directory."""
     from csulora.serving.gate import Gate
     from csulora.serving.guard import DirectoryGuard
 
+    rules = named_policy(policy)
     worker = DirectoryGuard(
         incoming,
         outgoing,
-        Gate.open(subspace, chosen_policy(policy), decisions, subspace_sha256),
+        Gate.open(subspace, rules, decisions, subspace_sha256, require_signature, require_rules_signature, sign_with),
         settle,
         patience,
         base_model,

@@ -182,13 +182,18 @@ class Policy:
         return cls(**values, overrides=tuple(toml.read_override(entry) for entry in overrides))
 
     @classmethod
-    def load(cls, source: str | Path) -> Self:
+    def load(cls, source: str | Path, sha256: str | None = None) -> Self:
         """Return the policy of a preset's name, or read it from a TOML file.
 
         A file that is called as a preset is has to be named with its folder: ``./none``.
 
+        Args:
+            source: the name or the file.
+            sha256: the one content of a file, in hex, that is accepted; None: any.
+
         Raises:
             InputError: there is no such preset or file, or the file is malformed.
+            RefusedError: the file has another content than ``sha256`` says.
 
         >>> Policy.load("project").off
         inf
@@ -199,7 +204,7 @@ class Policy:
         path = Path(source)
         if not path.exists():
             raise InputError(f"{path}: no such policy; {POLICY_CHOICES}")
-        document = toml.read(path)
+        document = toml.read(path, sha256)
         try:
             return cls.from_dict(document)
         except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 import tomli_w
 
-from csulora.errors import InputError
+from csulora.errors import InputError, RefusedError
 from csulora.io.files import read_regular, write_text
 from csulora.policy.overrides import GAINS, PENALTIES, SIDES, Directions, Override
 
 _LARGEST_FILE = 128 << 20  # bytes; a policy with gains of 64 directions has about 3 KiB a module
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Return a file's TOML document, or raise `InputError`."""
+def read(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """Return a file's TOML document, or raise `InputError`; `RefusedError` if it has another hash than ``sha256``."""
     data = read_regular(path, _LARGEST_FILE)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise RefusedError(f"{path}: its sha256 is not {sha256}; it is another policy file")
     try:
         return tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +25,13 @@ from csulora.io.files import workplace
 from csulora.policy.policy import POLICY_CHOICES, Policy
 from csulora.serving.decisions import Decision, DecisionLog, Verdict
 from csulora.serving.limiter import limited
+from csulora.serving.provenance import Ingredients, Seal, Signer
+from csulora.serving.signatures import Verifier, load_policy, open_subspace
 from csulora.serving.variables import (
     DECISIONS_VARIABLE,
     POLICY_VARIABLE,
+    RULES_SIGNATURE_VARIABLE,
+    SIGNATURE_VARIABLE,
     SUBSPACE_SHA256_VARIABLE,
     SUBSPACE_VARIABLE,
 )
@@ -38,13 +42,21 @@ class Gate:
     """A subspace file, a policy and a decision log. Adapters come in by `decision` alone.
 
     Attributes:
+        verifier: wants adapters to be signed; None: signatures are not looked at.
         policy_sha256: sha256 of the policy's TOML document.
         fingerprint: identity of everything that turns an adapter into the corrected one: subspace file, policy,
             version.
     """
 
-    def __init__(self, subspace: Subspace, policy: Policy | None = None, log: DecisionLog | None = None) -> None:
-        """Set the gate up; there is no default policy.
+    def __init__(
+        self,
+        subspace: Subspace,
+        policy: Policy | None = None,
+        log: DecisionLog | None = None,
+        verifier: Verifier | None = None,
+        signer: Signer | None = None,
+    ) -> None:
+        """Set the gate up; there is no default policy. With a verifier every adapter must be signed.
 
         The whole subspace file is read and validated now, not when an adapter first needs it.
 
@@ -61,7 +73,12 @@ class Gate:
         subspace.to_core(subspace)
         self.policy.check_filtered([module for module in subspace if subspace.input_filter(module)])
         self.policy_sha256 = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()
+        self.verifier, self._signer = verifier, signer
         made_of = f"csulora {__version__}, subspace {subspace.sha256}, policy {self.policy_sha256}"
+        if verifier:
+            made_of += f", signed by {verifier.trust.fingerprint}"
+        if signer:
+            made_of += f", to be signed by {signer.fingerprint}"
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
 
     @classmethod
@@ -71,19 +88,33 @@ class Gate:
         policy: Policy | str | Path | None = None,
         decisions: str | Path | None = None,
         subspace_sha256: str | None = None,
+        require_signature: str | Path | None = None,
+        require_rules_signature: str | Path | None = None,
+        sign_with: str | Path | None = None,
     ) -> Gate:
-        """Set a gate up from objects or files: a subspace file, a policy (a preset's name or a TOML
-        file), a file to append decisions to.
+        """Set a gate up from objects or files.
+
+        Args:
+            subspace: a subspace file.
+            policy: a preset's name or a TOML file.
+            decisions: file to append decisions to.
+            subspace_sha256: the one content of the subspace file that is accepted; None: any.
+            require_signature: who must have signed adapters, see `csulora.serving.trust.Trust.open`; None: nobody.
+            require_rules_signature: who must have signed the subspace file and the policy file.
+            sign_with: private key that signs what is written, see `seal_for`.
 
         Raises:
             InputError: a file is malformed.
             RefusedError: the subspace file has another content than ``subspace_sha256`` says, or the policy was tuned
-                for another subspace file.
+                for another subspace file, or a signature is required and does not hold.
         """
+        rules = Verifier.open(require_rules_signature) if require_rules_signature else None
         return cls(
-            subspace if isinstance(subspace, Subspace) else Subspace.open(subspace, subspace_sha256),
-            Policy.load(policy) if isinstance(policy, str | Path) else policy,
+            subspace if isinstance(subspace, Subspace) else open_subspace(subspace, subspace_sha256, rules),
+            load_policy(policy, rules) if isinstance(policy, str | Path) else policy,
             DecisionLog(Path(decisions) if decisions else None),
+            Verifier.open(require_signature) if require_signature else None,
+            Signer(sign_with) if sign_with else None,
         )
 
     @classmethod
@@ -91,6 +122,7 @@ class Gate:
         """Set up what CSULORA_SUBSPACE, CSULORA_POLICY and CSULORA_DECISIONS name; the last is optional.
 
         CSULORA_SUBSPACE_SHA256, if it is set, is the one content of the subspace file that is accepted.
+        CSULORA_REQUIRE_SIGNATURE says who must have signed adapters, CSULORA_REQUIRE_RULES_SIGNATURE who the rules.
 
         Raises:
             InputError: a variable is missing or names something unreadable.
@@ -101,8 +133,14 @@ class Gate:
         policy = environment.get(POLICY_VARIABLE)
         if not policy:
             raise InputError(f"{POLICY_VARIABLE} is not set; {POLICY_CHOICES}")
-        pinned = environment.get(SUBSPACE_SHA256_VARIABLE) or None
-        return cls.open(subspace, policy, environment.get(DECISIONS_VARIABLE), pinned)
+        return cls.open(
+            subspace,
+            policy,
+            environment.get(DECISIONS_VARIABLE),
+            environment.get(SUBSPACE_SHA256_VARIABLE) or None,
+            environment.get(SIGNATURE_VARIABLE) or None,
+            environment.get(RULES_SIGNATURE_VARIABLE) or None,
+        )
 
     @contextmanager
     def decision(self, source: str | Path) -> Iterator[OpenDecision]:
@@ -119,7 +157,7 @@ class Gate:
         >>> report.totals.undo_after < report.totals.undo
         True
         """
-        decision = OpenDecision(self.subspace, self.policy)
+        decision = OpenDecision(self.subspace, self.policy, self.verifier)
         start = time.perf_counter()
         try:
             yield decision
@@ -128,6 +166,16 @@ class Gate:
             raise
         if decision.is_made:
             self._record(source, decision, start, "corrected")
+
+    def seal_for(self, path: Path, adapter: Adapter) -> Seal | None:
+        """Return what `csulora.save_adapter` is to sign the corrected form of an adapter with, if that is signed.
+
+        Raises:
+            SignatureError: the files at ``path`` are no longer those that the adapter was read from.
+        """
+        if self._signer is None:
+            return None
+        return self._signer.sealing(Ingredients.of(path, adapter, self.subspace, self.policy))
 
     def _record(
         self, source: str | Path, decision: OpenDecision, start: float, verdict: Verdict, reason: str | None = None
@@ -155,22 +203,25 @@ class OpenDecision:
         is_made: whether an adapter was corrected or recalled.
     """
 
-    def __init__(self, subspace: Subspace, policy: Policy) -> None:
+    def __init__(self, subspace: Subspace, policy: Policy, verifier: Verifier | None) -> None:
         """Nothing is known of the adapter yet."""
-        self._subspace, self._policy = subspace, policy
+        self._subspace, self._policy, self._verifier = subspace, policy, verifier
         self.adapter_sha256: str | None = None
         self.report: Report | None = None
         self.is_made = False
 
     def read(self, path: Path, base_model: str | Path | None = None) -> Adapter:
         """Return what `csulora.load_adapter` reads. Threads wait for one another, see `csulora.serving.limiter`."""
-        with limited():
-            return self.take(load_adapter(path, base_model))
+        return self._read(path, lambda: load_adapter(path, base_model))
 
     def read_directory(self, path: Path) -> Adapter:
         """Return the adapter in a PEFT directory, for hosts that take no other format."""
+        return self._read(path, lambda: peft.read(path))
+
+    def _read(self, path: Path, reader: Callable[[], Adapter]) -> Adapter:
+        """Read an adapter, and if signatures are required, verify it before and compare it afterwards."""
         with limited():
-            return self.take(peft.read(path))
+            return self.take(self._verifier.read(path, reader) if self._verifier else reader())
 
     def take(self, adapter: Adapter) -> Adapter:
         """Return an adapter that is in memory; the decision is about this one."""

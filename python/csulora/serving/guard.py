@@ -42,6 +42,7 @@ from csulora.models.gguf_base import BaseModel
 from csulora.serving.decisions import LogError
 from csulora.serving.gate import Gate, OpenDecision
 from csulora.serving.interrupted import Interrupted
+from csulora.serving.provenance import Seal, seals_beside
 from csulora.serving.systemd import ALIVE, READY, STOPPING, notify
 from csulora.serving.uploads import (
     LONGEST_NAME,
@@ -231,7 +232,7 @@ class DirectoryGuard:
         if not is_presentable(name):
             return self._turn_away(name, path)
         record = {
-            "input_sha256": content_sha256(path, entry.signature),
+            "input_sha256": content_sha256(path, entry.signature, every_file=self.gate.verifier is not None),
             "made_by": self.gate.fingerprint,
             "base_model": self._base_model_identity,
         }
@@ -248,7 +249,7 @@ class DirectoryGuard:
                 if isinstance(found, Exception):
                     raise found
                 corrected, report = decision.correct(found)
-                self._publish(name, corrected, record)
+                self._publish(name, corrected, record, self.gate.seal_for(path, found))
         except LogError:
             self._withdraw(name)  # what nobody recorded is not let through
             raise
@@ -296,15 +297,15 @@ class DirectoryGuard:
             error.__context__ = None
             return error.with_traceback(None)  # which holds the upload's bytes
 
-    def _publish(self, name: str, corrected: Adapter, record: dict[str, str]) -> None:
+    def _publish(self, name: str, corrected: Adapter, record: dict[str, str], seal: Seal | None) -> None:
         if name.endswith(GGUF_SUFFIX):
-            save_adapter(corrected, self.outgoing / name, "gguf", base_model=self.base_model)
+            save_adapter(corrected, self.outgoing / name, "gguf", base_model=self.base_model, seal=seal)
             write_text(self._record(name), to_json(record))
         else:
             if not (self.outgoing / name / weights_file_of(corrected.format)).exists():
                 self._withdraw(name)  # a directory in another format is not replaced file by file
             documents = dict(corrected.documents) | {RECORD_FILE: to_json(record)}
-            save_adapter(replace(corrected, documents=documents), self.outgoing / name)
+            save_adapter(replace(corrected, documents=documents), self.outgoing / name, seal=seal)
 
     def _refuse(self, name: str, error: Exception, record: dict[str, str]) -> bool:
         self._withdraw(name)
@@ -327,7 +328,8 @@ class DirectoryGuard:
         if not self._record(name).is_file():
             return
         if name.endswith(GGUF_SUFFIX):
-            (self.outgoing / name).unlink(missing_ok=True)
+            for file in (self.outgoing / name, *seals_beside(self.outgoing / name)):
+                file.unlink(missing_ok=True)
             self._record(name).unlink()
         else:
             with workplace(self.outgoing / name) as place:

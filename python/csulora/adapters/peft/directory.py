@@ -74,6 +74,11 @@ def read(directory: Path, expert_layout: str | None = None) -> Adapter:
     return with_sha256(lambda: _assembled(config, tensors, directory, "", expert_layout), config_bytes, weights)
 
 
+def weights_of(directory: Path) -> list[Path]:
+    """Return the files of weights that `read` reads, in their order."""
+    return weight_files(directory, _STEM).files
+
+
 def _missing_weights(directory: Path) -> Exception:
     pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
     if pickles:

@@ -36,6 +36,7 @@ def load(
     *,
     cache: str | Path | None = None,
     decisions: str | Path | None = None,
+    require_signature: str | Path | None = None,
     **kwargs: Any,
 ) -> llama_cpp.Llama:
     """Load a model with corrected adapters.
@@ -48,6 +49,7 @@ def load(
         policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default.
         cache: where corrected files are kept; `default_directory` if absent.
         decisions: file to append a JSON line per decision to.
+        require_signature: who must have signed adapters, see `csulora.serving.trust.Trust.open`; None: nobody.
         kwargs: passed to ``llama_cpp.Llama``.
 
     Returns:
@@ -70,7 +72,7 @@ def load(
     for path, scale in adapters.items():
         if not math.isfinite(scale):
             raise InputError(f"{path}: its scale is {scale}; it must be finite")
-    gate = Gate.open(subspace, policy, decisions)
+    gate = Gate.open(subspace, policy, decisions, require_signature=require_signature)
     corrected_cache = CorrectedCache(Path(cache) if cache else default_directory())
     base = BaseModel.open(model_path)
     files = [corrected_cache.corrected(Path(path), base, gate) for path in adapters]

@@ -1,7 +1,6 @@
 """Adapters corrected where PEFT or transformers load them.
 
     model, report = csulora.hooks.peft.load(model, "my-adapter", "subspace.safetensors", "protect")  # one adapter
-
     with csulora.hooks.peft.guard("subspace.safetensors", "protect"):  # whatever loads an adapter here
         model = PeftModel.from_pretrained(model, "my-adapter")
 
@@ -65,6 +64,8 @@ def load(
     subspace: SubspaceSource,
     policy: Rules = None,
     adapter_name: str = "default",
+    *,
+    require_signature: str | Path | None = None,
     **options: Any,
 ) -> tuple[Any, Report]:
     """Load an adapter corrected.
@@ -75,6 +76,7 @@ def load(
         subspace: subspace file of the model.
         policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default.
         adapter_name: name of the adapter in the model.
+        require_signature: who must have signed the adapter, see `csulora.serving.trust.Trust.open`; None: nobody.
         options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``; none
             that change the configuration or the names of modules.
 
@@ -90,7 +92,7 @@ def load(
     ['default']
     """
     check_nothing_overrides(options, path)
-    gate = Gate.open(subspace, policy)
+    gate = Gate.open(subspace, policy, require_signature=require_signature)
     location = local_directory(path, options)
     with gate.decision(location) as decision:
         corrected, report = corrected_for(model, decision, decision.read_directory(location))
@@ -147,6 +149,7 @@ def guard(
     policy: Rules = None,
     decisions: str | Path | None = None,
     base_models: Sequence[str | Path] = (),
+    require_signature: str | Path | None = None,
 ) -> Iterator[Gate]:
     """Correct or refuse every adapter that is loaded within the block, in all threads of the process.
 
@@ -175,6 +178,7 @@ def guard(
         decisions: file to append a JSON line per decision to.
         base_models: base models that adapters may choose, as they name them; ``name@revision`` for one with a revision.
             A slash at the end does not count.
+        require_signature: who must have signed adapters, see `csulora.serving.trust.Trust.open`; None: nobody.
 
     Raises:
         HostError: the installed PEFT or transformers is not one this module knows.
@@ -184,7 +188,7 @@ def guard(
     >>> with csulora.hooks.peft.guard(subspace, csulora.Policy.protect(1.0)):
     ...     model = PeftModel.from_pretrained(model, adapter)
     """
-    gate = Gate.open(subspace, policy, decisions)
+    gate = Gate.open(subspace, policy, decisions, require_signature=require_signature)
     _check_host()
     if not _one_guard.acquire(blocking=False):
         raise InputError("a guard is active already; guards cannot be nested")

@@ -25,7 +25,8 @@ def key_pair(directory: Path, name: str) -> tuple[Path, Path]:
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     form = serialization.PrivateFormat.PKCS8
-    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    content: bytes = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    return content
 
 
 def certificates(directory: Path) -> tuple[Path, Path, Path]:

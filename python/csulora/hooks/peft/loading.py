@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,17 @@ def local_directory(source: Any, options: dict[str, Any]) -> Path:
     if not directory.exists():
         directory = download(str(source), [str(Path(subfolder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)], **hub)
     return directory / subfolder
+
+
+def taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
+    """Take what locates an adapter out of the arguments of transformers' ``load_adapter``; the last word counts."""
+    config = given.get("load_config")
+    hub = dict(getattr(config, "download_kwargs", None) or {})
+    if config is not None:
+        given["load_config"] = replace(config, download_kwargs={})
+    for name in ("download_kwargs", "adapter_kwargs"):
+        hub |= given.pop(name, None) or {}
+    return hub | {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
 
 
 def check_nothing_overrides(options: Mapping[str, Any], source: Any) -> None:

@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from csulora.hooks.peft.arrival import check_arrived
 from csulora.hooks.peft.base_models import BaseModels
 from csulora.hooks.peft.hotswap import check_hotswap, hotswap_replacements
 from csulora.hooks.peft.loading import (
-    HUB_ARGUMENTS,
     by_name,
     check_name_is_free,
     check_nothing_overrides,
@@ -45,6 +43,7 @@ from csulora.hooks.peft.loading import (
     loads_corrected,
     local_directory,
     of_model,
+    taken_from_hub,
     without_initialising,
 )
 from csulora.hooks.signature import check_signature
@@ -282,7 +281,7 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
         if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
             raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
         check_nothing_overrides(given | _mapping(given["self"], config), source)
-        location = local_directory(source, _taken_from_hub(given))
+        location = local_directory(source, taken_from_hub(given))
         with gate.decision(location) as decision:
             corrected, _ = corrected_for(given["self"], decision, decision.read_directory(location))
             _check_swap(given["self"], given.get("adapter_name"), corrected)
@@ -323,17 +322,6 @@ def _mapping(model: Any, config: Any) -> dict[str, Any]:
     known = [(mapping.source_patterns, mapping.target_patterns) for mapping in own]
     mappings = [(mapping.source_patterns, mapping.target_patterns) for mapping in config.weight_mapping or []]
     return {"key_mapping": [mapping for mapping in mappings if mapping not in known]}
-
-
-def _taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
-    """Take what locates an adapter out of the arguments of transformers' ``load_adapter``; the last word counts."""
-    config = given.get("load_config")
-    hub = dict(getattr(config, "download_kwargs", None) or {})
-    if config is not None:
-        given["load_config"] = replace(config, download_kwargs={})
-    for name in ("download_kwargs", "adapter_kwargs"):
-        hub |= given.pop(name, None) or {}
-    return hub | {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
 
 
 def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:

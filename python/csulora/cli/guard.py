@@ -37,6 +37,10 @@ def guard(
     require_signature: RequireSignature = None,
     require_rules_signature: RequireRulesSignature = None,
     sign_with: SignWith = None,
+    together: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Names that the server adds up; any sum obeys max_undo; repeatable."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Correct or refuse every adapter that appears in a directory."""
@@ -52,6 +56,7 @@ def guard(
         patience,
         base_model,
         say=lambda line: None if quiet else print(line, flush=True),
+        together=together or (),
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ from csulora.adapters.lora import Adapter
 from csulora.adapters.peft import directory as peft
 from csulora.correction.correct import check_subspace, correct
 from csulora.correction.report import Report
+from csulora.correction.together import Undone, check_together
 from csulora.errors import InputError, RefusedError, check_type
 from csulora.io.files import workplace
 from csulora.policy.policy import POLICY_CHOICES, Policy
@@ -166,6 +167,23 @@ class Gate:
             raise
         if decision.is_made:
             self._record(source, decision, start, "corrected")
+
+    def check_sum(self, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> None:
+        """Refuse what a host is to add up if the sum undoes more than the policy's ``max_undo``; record the refusal.
+
+        Args:
+            adapters: as the host applies them, so corrected ones, by the names that messages give them.
+            weights: a factor for each.
+
+        Raises:
+            TogetherError: the sum undoes too much.
+        """
+        if self.policy.max_undo is None:
+            return
+        with self.decision(" + ".join(adapters)):
+            members = [Undone.by(adapter, self.subspace, name) for name, adapter in adapters.items()]
+            scaled = [member.times(weight) for member, weight in zip(members, weights, strict=True)]
+            check_together(scaled, self.policy)
 
     def seal_for(self, path: Path, adapter: Adapter) -> Seal | None:
         """Return what `csulora.save_adapter` is to sign the corrected form of an adapter with, if that is signed.

@@ -21,7 +21,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -44,6 +44,7 @@ from csulora.serving.gate import Gate, OpenDecision
 from csulora.serving.interrupted import Interrupted
 from csulora.serving.provenance import Seal, seals_beside
 from csulora.serving.systemd import ALIVE, READY, STOPPING, notify
+from csulora.serving.together import Sets
 from csulora.serving.uploads import (
     LONGEST_NAME,
     MOST_FILES,
@@ -94,6 +95,7 @@ class DirectoryGuard:
         patience: float = 60.0,
         base_model: str | Path | None = None,
         say: Say = print,
+        together: Sequence[str] = (),
     ) -> None:
         """Set the guard up.
 
@@ -106,6 +108,7 @@ class DirectoryGuard:
                 after that it is refused as malformed.
             base_model: the model that GGUF files are for; without it they are refused.
             say: receives a line for every decision.
+            together: globs over names that the server adds up; see `csulora.serving.together`.
 
         Raises:
             InputError: a directory is missing, or one lies inside the other.
@@ -119,6 +122,7 @@ class DirectoryGuard:
         self.gate, self.settle, self.patience, self.say = gate, settle, patience, say
         self.base_model = base_model
         self._base_model_identity = BaseModel.open(base_model).identity if base_model else ""
+        self._sets = Sets(together, self.outgoing, gate, base_model)
         self._entries: dict[str, _Entry] = {}
         self._interrupted = Interrupted(self.outgoing / _INTERRUPTED_FILE)
         self._working_since = time.monotonic()
@@ -235,6 +239,7 @@ class DirectoryGuard:
             "input_sha256": content_sha256(path, entry.signature, every_file=self.gate.verifier is not None),
             "made_by": self.gate.fingerprint,
             "base_model": self._base_model_identity,
+            **self._sets.record(name),
         }
         if self._is_recorded(name, record):
             return True
@@ -249,7 +254,8 @@ class DirectoryGuard:
                 if isinstance(found, Exception):
                     raise found
                 corrected, report = decision.correct(found)
-                self._publish(name, corrected, record, self.gate.seal_for(path, found))
+                with self._sets.admitting(name, corrected):
+                    self._publish(name, corrected, record, self.gate.seal_for(path, found))
         except LogError:
             self._withdraw(name)  # what nobody recorded is not let through
             raise
@@ -309,7 +315,7 @@ class DirectoryGuard:
 
     def _refuse(self, name: str, error: Exception, record: dict[str, str]) -> bool:
         self._withdraw(name)
-        write_text(self._refusal(name), to_json(record | refusal_of(name, error)))
+        write_text(self._refusal(name), to_json(record | self._sets.refusal_record(name) | refusal_of(name, error)))
         self._tell(f"{name}: refused: {error}")
         return True
 
@@ -318,7 +324,7 @@ class DirectoryGuard:
         if (self.outgoing / name).exists() and holds(self._record(name), record):
             self._refusal(name).unlink(missing_ok=True)
             return True
-        if holds(self._refusal(name), record):
+        if holds(self._refusal(name), record | self._sets.refusal_record(name)):
             self._withdraw(name)
             return True
         return False

@@ -138,10 +138,16 @@ def check_name_is_free(adapters: Mapping[str, Any], name: str) -> None:
         raise InputError(f"the model has an adapter {name!r} already; delete it first or choose another name")
 
 
-def of_model(model: Any, adapter_name: str) -> Adapter:
-    """Return an adapter that a model holds as it would be read from disk."""
+def of_model(model: Any, adapter_name: str, prefix: str = "") -> Adapter:
+    """Return an adapter that a model holds as it would be read from disk.
+
+    Args:
+        model: a ``PeftModel``, its tuner, or a transformers model.
+        adapter_name: its name there.
+        prefix: what stands before the names of the model's state on disk.
+    """
     settings = json.dumps(model.peft_config[adapter_name].to_dict(), sort_keys=True, default=sorted).encode()
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {f"{prefix}{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     sha256 = sha256_of(settings, safetensors.torch.save(tensors))
     return parse(json.loads(settings), tensors, Path(adapter_name), sha256)

@@ -46,6 +46,7 @@ from csulora.hooks.peft.loading import (
     taken_from_hub,
     without_initialising,
 )
+from csulora.hooks.peft.together import check_together_host, together_replacements
 from csulora.hooks.signature import check_signature
 from csulora.policy.policy import Policy
 from csulora.serving.gate import Gate
@@ -157,6 +158,9 @@ def guard(
     refused: adapters that are not LoRA, weights or configurations handed over in memory, mappings of module names,
     and PEFT's other readers of adapter files.
 
+    Where several adapters are activated or merged, or made into a weighted one, the policy's ``max_undo`` limits their
+    sum, too.
+
     Where a program names an adapter alone (``AutoPeftModel``, transformers' auto classes, ``pipeline``), the hosts load
     the base model that the adapter names: refused unless it is one of ``base_models``. transformers ignores the
     revision that an adapter names, so there an adapter with a revision is refused.
@@ -207,6 +211,7 @@ def _check_host() -> None:
     check_signature(PeftMixedModel.from_pretrained, "model", "model_id", "adapter_name", "is_trainable", "config")
     check_signature(peft_save_and_load.load_peft_weights, "model_id", "device", "key_mapping")
     check_hotswap()
+    check_together_host()
     check_signature(find_adapter_config_file, "model_id")
     check_signature(PeftConfig.from_pretrained, "pretrained_model_name_or_path", "subfolder")
     check_signature(
@@ -222,6 +227,7 @@ def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
     yield PeftAdapterMixin, "load_adapter", _transformers_load_adapter(gate, PeftAdapterMixin.load_adapter)
     reader = peft_save_and_load.load_peft_weights
     yield from hotswap_replacements(gate)
+    yield from together_replacements(gate)
     # X-LoRA would put an adapter's configuration into the model before it reads the weights.
     yield xlora, "_load_adapter_into_lora_model", _refusing_x_lora
     # Under all the names that PEFT has for it; reached only by routes that none of the above covers.

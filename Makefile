@@ -47,7 +47,7 @@ REPETITIONS := 5
 SUFFIX :=
 
 .DEFAULT_GOAL := help
-.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-mlx test-html test-cpp test-cuda test-vllm check-vllm test-sglang soak fuzz crash load \
+.PHONY: help build wheel test-image test-wheel demo demo-gguf test test-python test-gguf test-mlx test-html test-cpp test-cuda test-vllm check-vllm test-sglang soak fuzz crash load \
   sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
@@ -75,6 +75,9 @@ $(WHEEL_VENV)/.tools: pyproject.toml
 
 wheel: $(WHEEL_VENV)/.tools ## The wheel for PYTHON with a core for each of TORCHES="2.13.0 2.14.1 2.15.0", and the sdist, in dist.
 	$(WHEEL_VENV)/bin/python .ci/wheel.py $(TORCHES)
+
+test-image: ## The steps of examples/containers with the wheel in dist: install, and the guard in a bare read-only root; needs root.
+	$(VENV)/bin/python .ci/try_image.py dist
 
 test-wheel: ## Install the wheel in dist into a fresh environment with PYTHON and TORCH=2.13.0, and test it there.
 	$(PYTHON) .ci/try_wheel.py --python $(PYTHON) --torch $(TORCH) $(if $(TESTS),--tests $(TESTS))

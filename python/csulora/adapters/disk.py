@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,8 +23,8 @@ from csulora.adapters.lora import (
 )
 from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft import directory as peft
-from csulora.adapters.weights_files import CONFIG_FILE, sha256_as_written
-from csulora.errors import InputError, RefusedError, check_type
+from csulora.adapters.weights_files import CONFIG_FILE, hashes_as_written, joined
+from csulora.errors import BaseCopyError, InputError, check_type
 from csulora.io.files import GGUF_SUFFIX, atomic_directory, check_not_input, sha256_of_file, to_json
 from csulora.io.hub import local_path
 from csulora.models.gguf_base import BaseModel
@@ -84,19 +85,8 @@ def load_adapter(
 def _read(path: Path, base_model: str | Path | None, expert_layout: str | None) -> Adapter:
     if not path.is_dir():
         return gguf.read(path, BaseModel.open(base_model) if base_model is not None else None)
-    return mlx.read(path) if _is_mlx(path) else peft.read(path, expert_layout)
-
-
-def _is_mlx(directory: Path) -> bool:
-    return (directory / mlx.WEIGHTS_FILE).exists() and not (directory / peft.WEIGHTS_FILE).exists()
-
-
-def content_files(path: Path) -> list[Path]:
-    """Return the files whose bytes an adapter at a local path is read from, in the order of its ``sha256``."""
-    if not path.is_dir():
-        return [path]
-    weights = [path / mlx.WEIGHTS_FILE] if _is_mlx(path) else peft.weights_of(path)
-    return [path / CONFIG_FILE, *weights]
+    is_mlx = (path / mlx.WEIGHTS_FILE).exists() and not (path / peft.WEIGHTS_FILE).exists()
+    return mlx.read(path) if is_mlx else peft.read(path, expert_layout)
 
 
 def save_adapter(
@@ -131,11 +121,27 @@ def save_adapter(
     >>> csulora.load_adapter("copy").sha256 == sha256
     True
     """
+    return save_with_hashes(adapter, path, format, base_model=base_model, outtype=outtype, seal=seal)[0]
+
+
+def save_with_hashes(
+    adapter: Adapter,
+    path: str | Path,
+    format: Format | None = None,
+    *,
+    base_model: str | Path | None = None,
+    outtype: str | None = None,
+    seal: Callable[[Path], None] | None = None,
+) -> tuple[str, dict[str, str]]:
+    """Write as `save_adapter` does, and return besides what it returns the sha256 of each file: path -> hex.
+
+    What ``seal`` adds is not among them: a signature is another each time.
+    """
     check_type(adapter, Adapter, "adapter")
     path = Path(path)
     format = format or ("gguf" if path.suffix == GGUF_SUFFIX else adapter.format)
     if adapter.copies:
-        raise RefusedError(
+        raise BaseCopyError(
             f"{adapter.path}: holds a copy of the base model's {min(adapter.copies)}, which only a correction compares "
             "with the model; correct the adapter (policy none changes nothing), or save it without: "
             "save_pretrained(..., save_embedding_layers=False)"
@@ -150,7 +156,8 @@ def save_adapter(
         gguf.write(adapter, path, BaseModel.open(base_model), outtype)
         if seal:
             seal(path)
-        return sha256_of_file(path)
+        sha256 = sha256_of_file(path)
+        return sha256, {str(path): sha256}
     if format not in FORMATS:
         raise InputError(f"unknown adapter format {format!r}; it must be one of {', '.join(FORMATS)}")
     return _save_directory(adapter, path, format, seal)
@@ -180,16 +187,21 @@ def _named_for(adapter: Adapter, format: Format) -> Adapter:
     return replace(adapter, modules=modules, names_in_peft={}, partial=True)
 
 
-def _save_directory(adapter: Adapter, path: Path, format: Format, seal: Callable[[Path], None] | None) -> str:
+def _save_directory(
+    adapter: Adapter, path: Path, format: Format, seal: Callable[[Path], None] | None
+) -> tuple[str, dict[str, str]]:
     adapter, layout = _named_for(adapter, format), _DIRECTORIES[format]
     with atomic_directory(path, REPORT_FILE, _SEALS) as directory:
-        sha256 = sha256_as_written(directory / layout.WEIGHTS_FILE, layout.write(adapter, directory))
+        hashes = hashes_as_written(directory / layout.WEIGHTS_FILE, layout.write(adapter, directory))
+        sha256 = joined(*hashes.values())
         for name, text in adapter.documents.items():
             if name == REPORT_FILE:
                 text = to_json(json.loads(text) | {CORRECTED_SHA256: sha256})
             elif name == _CARD:
                 text = text.replace(_LIBRARY.format("peft"), _LIBRARY.format(format), 1)
-            (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            data = text.encode(errors="backslashreplace")
+            (directory / name).write_bytes(data)
+            hashes[name] = hashlib.sha256(data).hexdigest()
         if seal:
             seal(directory)
-    return sha256
+    return sha256, {str(path / name): found for name, found in hashes.items()}

@@ -13,7 +13,8 @@ import typer
 
 from csulora.cli.console import STDOUT
 from csulora.io.files import GGUF_SUFFIX, check_file, check_not_input
-from csulora.policy.policy import POLICY_CHOICES, PRESETS, Policy
+from csulora.policy.policy import Policy
+from csulora.policy.toml import POLICY_CHOICES, PRESETS
 from csulora.serving.variables import (
     DECISIONS_VARIABLE,
     POLICY_VARIABLE,
@@ -221,7 +222,7 @@ def chosen_policy(source: str | None, signer: str | None = None) -> Policy:
         return Policy.load(name)
     from csulora.serving.signatures import Verifier
 
-    return Verifier.open(signer).load_policy(name)
+    return Verifier.open(signer).load_policy(name).policy
 
 
 def parse_rank(text: str | None) -> str | int | None:

@@ -110,7 +110,7 @@ def correct(
     opened = open_subspace(subspace, subspace_sha256, rules)
     wanted = cast("Layout | None", layout and layout.value)
     fixed, report = csulora.correct(loaded, opened, chosen, wanted)
-    seal = signer.sealing(Ingredients.of(Path(adapter), loaded, opened, chosen)) if signer else None
+    seal = signer.sealing(Ingredients.of(loaded, opened, chosen)) if signer else None
     dtype = outtype and outtype.value
     written = "gguf" if is_gguf else format.value if format else loaded.format
     sha256 = csulora.save_adapter(fixed, output, written, base_model=base_model, outtype=dtype, seal=seal)

@@ -12,18 +12,12 @@ from typing import Self
 
 from csulora.adapters.lora import Adapter
 from csulora.correction.correct import correct
-from csulora.errors import RefusedError
+from csulora.errors import UndoTogetherError
 from csulora.models.resolver import Resolver
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 
 _MEASURING = replace(Policy.none(), keep_uncovered=("*",))
-
-
-class TogetherError(RefusedError):
-    """Adapters that are added up undo more than the policy allows; ``code`` says so in a word."""
-
-    code = "undo_together"
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Undone:
 
 
 def check_together(members: Sequence[Undone], policy: Policy) -> None:
-    """Raise `TogetherError` if adapters that are added up undo more of a module than the policy's ``max_undo``."""
+    """Raise `UndoTogetherError` if adapters that are added up undo more of a module than the policy's ``max_undo``."""
     if policy.max_undo is None or not members:
         return
     totals: dict[str, float] = {}
@@ -75,7 +69,7 @@ def check_together(members: Sequence[Undone], policy: Policy) -> None:
     worst = max(totals, key=lambda module: totals[module])
     if totals[worst] > policy.max_undo:
         parts = ", ".join(f"{member.name} {member.shares.get(worst, 0.0):.3f}" for member in members)
-        raise TogetherError(
+        raise UndoTogetherError(
             f"{' + '.join(member.name for member in members)}: undo {totals[worst]:.3f} of the alignment of {worst} "
             f"together ({parts}); the policy allows {policy.max_undo:g}; serve them apart, or at smaller scales"
         )

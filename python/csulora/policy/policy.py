@@ -15,12 +15,11 @@ from csulora.policy import toml
 from csulora.policy.globs import matches
 from csulora.policy.override_index import OverrideIndex
 from csulora.policy.overrides import LARGEST, PENALTIES, Override, check_number, check_penalty
+from csulora.policy.toml import POLICY_CHOICES, PRESETS
 
 _UNCOVERED = ("keep_uncovered", "drop_uncovered")
 _MOST_GLOBS = 1000
 
-PRESETS = ("csulora", "project", "protect", "none")
-POLICY_CHOICES = f"choose a preset ({', '.join(PRESETS)}) or a policy file (TOML); `csulora tune` fits one to prompts"
 Rank = Literal["keep", "exact"] | int
 Fate = Literal["refuse", "drop", "keep"]
 
@@ -182,18 +181,13 @@ class Policy:
         return cls(**values, overrides=tuple(toml.read_override(entry) for entry in overrides))
 
     @classmethod
-    def load(cls, source: str | Path, sha256: str | None = None) -> Self:
+    def load(cls, source: str | Path) -> Self:
         """Return the policy of a preset's name, or read it from a TOML file.
 
         A file that is called as a preset is has to be named with its folder: ``./none``.
 
-        Args:
-            source: the name or the file.
-            sha256: the one content of a file, in hex, that is accepted; None: any.
-
         Raises:
             InputError: there is no such preset or file, or the file is malformed.
-            RefusedError: the file has another content than ``sha256`` says.
 
         >>> Policy.load("project").off
         inf
@@ -202,9 +196,16 @@ class Policy:
             preset: Self = getattr(cls, str(source))()
             return preset
         path = Path(source)
-        if not path.exists():
-            raise InputError(f"{path}: no such policy; {POLICY_CHOICES}")
-        document = toml.read(path, sha256)
+        return cls.parse(toml.data_of(path), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Self:
+        """Read a policy from the bytes of a TOML file.
+
+        Raises:
+            InputError: they are malformed; the message names ``path``.
+        """
+        document = toml.parse(data, path)
         try:
             return cls.from_dict(document)
         except InputError as error:

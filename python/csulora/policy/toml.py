@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
@@ -10,18 +9,24 @@ from typing import Any
 
 import tomli_w
 
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, MissingFileError
 from csulora.io.files import read_regular, write_text
 from csulora.policy.overrides import GAINS, PENALTIES, SIDES, Directions, Override
 
+PRESETS = ("csulora", "project", "protect", "none")
+POLICY_CHOICES = f"choose a preset ({', '.join(PRESETS)}) or a policy file (TOML); `csulora tune` fits one to prompts"
 _LARGEST_FILE = 128 << 20  # bytes; a policy with gains of 64 directions has about 3 KiB a module
 
 
-def read(path: Path, sha256: str | None = None) -> dict[str, Any]:
-    """Return a file's TOML document, or raise `InputError`; `RefusedError` if it has another hash than ``sha256``."""
-    data = read_regular(path, _LARGEST_FILE)
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise RefusedError(f"{path}: its sha256 is not {sha256}; it is another policy file")
+def data_of(path: Path) -> bytes:
+    """Return a policy file's bytes, or raise `InputError`."""
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such policy; {POLICY_CHOICES}")
+    return read_regular(path, _LARGEST_FILE)
+
+
+def parse(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the TOML document that ``path`` holds as ``data``, or raise `InputError`."""
     try:
         return tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:

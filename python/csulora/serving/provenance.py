@@ -17,19 +17,11 @@ from typing import Any
 import tomli_w
 
 from csulora import __version__
-from csulora.adapters.disk import content_files
 from csulora.adapters.lora import SIGNATURE_FILE, STATEMENT_FILE, Adapter
-from csulora.adapters.weights_files import sha256_of_digests
-from csulora.errors import InputError, RefusedError
+from csulora.errors import ChangedError, InputError, OtherSignerError, RefusedError, UnsignedError
 from csulora.io.files import parse_json, read_regular, sha256_of_file, write_text
 from csulora.policy.policy import Policy
-from csulora.serving.signatures import (
-    ChangedError,
-    OtherSignerError,
-    UnsignedError,
-    Verifier,
-    signature_file_of,
-)
+from csulora.serving.signatures import Verifier, signature_file_of
 from csulora.serving.trust import signing_module
 from csulora.subspace.subspace import Subspace
 
@@ -70,30 +62,10 @@ class Ingredients:
     policy: str
 
     @classmethod
-    def of(cls, source: Path, adapter: Adapter, subspace: Subspace, policy: Policy) -> Ingredients:
-        """Hash what a correction was made of.
-
-        Args:
-            source: the local directory or file that the adapter was read from.
-            adapter: what was read.
-            subspace: what it was corrected with.
-            policy: by which rules.
-
-        Raises:
-            InputError: there is nothing at ``source``.
-            SignatureError: the files changed since the adapter was read.
-        """
-        if not source.exists():
-            raise InputError(
-                f"{source}: no such file or directory; only what lies here can be stated as an input, so download what "
-                "the hub has (hf download ORG/NAME --local-dir DIR)"
-            )
-        digests = {file.name: sha256_of_file(file) for file in content_files(source)}
-        found = sha256_of_digests(digests.values()) if source.is_dir() else digests[source.name]
-        if found != adapter.sha256:
-            raise ChangedError(f"{source}: changed since it was read; let nobody write there, and try again")
+    def of(cls, adapter: Adapter, subspace: Subspace, policy: Policy) -> Ingredients:
+        """Return what a correction is made of: the adapter that was read, the subspace file, and the rules."""
         text = tomli_w.dumps(policy.to_dict())
-        files = {f"{ADAPTER}{name}": digest for name, digest in digests.items()}
+        files = {f"{ADAPTER}{name}": digest for name, digest in adapter.files.items()}
         rules = {SUBSPACE: subspace.sha256, POLICY: hashlib.sha256(text.encode()).hexdigest()}
         return cls(files | rules, text)
 

@@ -14,14 +14,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
-from csulora.adapters.disk import content_files
 from csulora.adapters.lora import SIGNATURE_FILE, Adapter
-from csulora.adapters.weights_files import sha256_of_digests
-from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.errors import (
+    ChangedError,
+    CsuloraError,
+    InputError,
+    NotCoveredError,
+    OtherSignerError,
+    SignatureError,
+    UnsafeFileError,
+    UnsignedError,
+)
 from csulora.io.files import read_regular, sha256_of_file
-from csulora.policy.policy import PRESETS, Policy
+from csulora.policy.policy import Policy
+from csulora.policy.source import PolicySource
+from csulora.policy.toml import PRESETS
 from csulora.serving.trust import Trust
 from csulora.subspace.subspace import Subspace
 
@@ -32,36 +41,6 @@ _THE_FILE = "."  # what model-signing calls a file that is signed by itself
 _PREDICATE = "https://model_signing/signature/v1.0"
 _METHOD = {"method": "files", "hash_type": "sha256"}
 _MISMATCH = "Signature mismatch:"  # model-signing says it once the signature itself has proved right
-
-
-class SignatureError(RefusedError):
-    """A signature is required, and there is none that holds; ``code`` says in a word what is wrong."""
-
-    code: ClassVar[str]
-
-
-class UnsignedError(SignatureError):
-    """There is no signature."""
-
-    code = "unsigned"
-
-
-class OtherSignerError(SignatureError):
-    """The signature is by somebody who is not trusted."""
-
-    code = "other_signer"
-
-
-class ChangedError(SignatureError):
-    """A signed file has another content, or is gone."""
-
-    code = "changed_since_signed"
-
-
-class NotCoveredError(SignatureError):
-    """There is a file of which the signature says nothing."""
-
-    code = "not_covered_by_signature"
 
 
 def signature_file_of(path: Path) -> Path:
@@ -83,11 +62,10 @@ class Signed:
 
     def check_adapter(self, adapter: Adapter) -> None:
         """Raise `SignatureError` unless the bytes that an adapter was read from are the signed ones."""
-        names = [file.name for file in content_files(self.path)]
-        for name in names:
-            self.sha256_of(name)
-        signed = self.digests[names[0]] if self.path.is_file() else sha256_of_digests(map(self.sha256_of, names))
-        self._check(signed, adapter.sha256)
+        if not adapter.files:
+            raise NotCoveredError(f"{self.path}: was not read from files; a signature says nothing of it")
+        for name, sha256 in adapter.files.items():
+            self._check(self.sha256_of(name), sha256)
 
     def check_file(self, sha256: str) -> None:
         """Raise `SignatureError` unless a file that was read by itself has the signed content."""
@@ -170,12 +148,14 @@ class Verifier:
         signed.check_file(subspace.sha256)
         return subspace
 
-    def load_policy(self, source: str | Path) -> Policy:
-        """Return a policy, of a file that is signed or of a preset's name; see `Policy.load`."""
-        if source in PRESETS:
-            return Policy.load(source)
-        path = Path(source)
-        return Policy.load(path, self.verify(path).sha256_of(path.name))
+    def load_policy(self, source: Policy | str | Path | None) -> PolicySource:
+        """Return a policy, of a file that is signed or of none; see `PolicySource.load`."""
+        if not isinstance(source, str | Path) or source in PRESETS:
+            return PolicySource.load(source)
+        signed = self.verify(Path(source))
+        policy = PolicySource.load(source)
+        signed.check_file(policy.sha256)
+        return policy
 
 
 def open_subspace(path: str | Path, sha256: str | None, verifier: Verifier | None) -> Subspace:
@@ -183,9 +163,9 @@ def open_subspace(path: str | Path, sha256: str | None, verifier: Verifier | Non
     return verifier.open_subspace(path, sha256) if verifier else Subspace.open(path, sha256)
 
 
-def load_policy(source: str | Path, verifier: Verifier | None) -> Policy:
+def load_policy(source: Policy | str | Path | None, verifier: Verifier | None) -> PolicySource:
     """Return a policy, whose file a verifier may want to be signed."""
-    return verifier.load_policy(source) if verifier else Policy.load(source)
+    return verifier.load_policy(source) if verifier else PolicySource.load(source)
 
 
 def _digests(content: bytes, path: Path, signature: Path) -> dict[str, str]:
@@ -211,7 +191,7 @@ def _refusal(path: Path, signature: Path, content: bytes, error: Exception, trus
     if is_foreign or isinstance(error, (LookupError, TypeError, AttributeError)):
         return InputError(f"{signature}: is not a signature of model-signing ({error!r}); sign again")
     if "symlink" in text:
-        return RefusedError(
+        return UnsafeFileError(
             f"{path}: holds a symbolic link, which no signature covers; bring the files themselves "
             "(hf download --local-dir DIR)"
         )

@@ -8,13 +8,13 @@ import csulora
 import factories
 import gguf_files
 from commands import Outcome, Run
-from csulora.errors import InputError
+from csulora.errors import ChangedError, InputError, OtherSignerError, UnsignedError
 from csulora.serving.gate import Gate
-from csulora.serving.guard import DirectoryGuard
+from csulora.serving.guard import DirectoryGuard, Options
 
 pytest.importorskip("model_signing")
 from csulora.serving.provenance import ADAPTER, SUBSPACE, Signer, verified_provenance
-from csulora.serving.signatures import ChangedError, OtherSignerError, UnsignedError, Verifier
+from csulora.serving.signatures import Verifier
 from signing import key_pair, sign
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
@@ -182,20 +182,23 @@ def test_the_guard_reads_what_is_signed_and_signs_what_it_writes(
     gate = Gate.open(
         subspace, "csulora", require_signature=keys / "publisher.pub", sign_with=str(keys / "platform.key")
     )
-    guard = DirectoryGuard(incoming, outgoing, gate, settle=0, patience=0, say=lambda line: None)
 
-    assert guard.run(watch=False)
+    def scan() -> None:
+        options = Options(settle=0, patience=0)
+        assert DirectoryGuard(incoming, outgoing, gate, options, say=lambda line: None).run(watch=False)
+
+    scan()
 
     assert verified_provenance(outgoing / "good", Verifier.open(keys / "platform.pub"))
     refusal = json.loads((outgoing / "bad.refused.json").read_text())
-    assert refusal["kind"] == "UnsignedError"
+    assert refusal["reason_code"] == "unsigned"
 
     sign(incoming / "bad", keys / "other.key")
-    assert guard.run(watch=False)
-    assert json.loads((outgoing / "bad.refused.json").read_text())["kind"] == "OtherSignerError"
+    scan()
+    assert json.loads((outgoing / "bad.refused.json").read_text())["reason_code"] == "other-signer"
 
     sign(incoming / "bad", keys / "publisher.key")
-    assert guard.run(watch=False)
+    scan()
     assert not (outgoing / "bad.refused.json").exists()
     assert verified_provenance(outgoing / "bad", Verifier.open(keys / "platform.pub"))
 

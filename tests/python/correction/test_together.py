@@ -6,7 +6,8 @@ import pytest
 
 import csulora
 import factories
-from csulora.correction.together import TogetherError, Undone, check_together
+from csulora.correction.together import Undone, check_together
+from csulora.errors import UndoTogetherError
 
 NAME = "model.layers.0.self_attn.q_proj"
 MODULES = {NAME: (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
@@ -39,7 +40,7 @@ def test_two_within_the_limit_whose_sum_is_beyond_it_are_refused(subspace: csulo
 
     for member in members:
         check_together([member], policy)
-    with pytest.raises(TogetherError, match=r"one \+ two: undo 0\.600 of the alignment of .*; the policy allows 0\.5"):
+    with pytest.raises(UndoTogetherError, match=r"one \+ two: undo 0\.600 of .*; the policy allows 0\.5"):
         check_together(members, policy)
     check_together([member.times(0.8) for member in members], policy)
     check_together(members, replace(policy, max_undo=None))
@@ -63,5 +64,5 @@ def test_one_that_reinforces_does_not_make_room_for_another(subspace: csulora.Su
     )
 
     check_together([against, too, reinforcing], policy)
-    with pytest.raises(TogetherError):
+    with pytest.raises(UndoTogetherError):
         check_together([member.at_most() for member in (against, too, reinforcing)], policy)

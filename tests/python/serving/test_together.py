@@ -10,7 +10,7 @@ import csulora
 import factories
 from csulora.errors import InputError
 from csulora.serving.gate import Gate
-from csulora.serving.guard import DirectoryGuard
+from csulora.serving.guard import DirectoryGuard, Options
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -36,14 +36,14 @@ class Place:
     def scan(self, *together: str, policy: csulora.Policy | None = None) -> list[str]:
         """Run a guard once, and return what is published."""
         gate = Gate.open(self.subspace, policy or csulora.Policy.none(max_undo=0.5), self.log)
-        options = {"settle": 0, "patience": 0, "say": lambda line: None, "together": together}
-        assert DirectoryGuard(self.incoming, self.outgoing, gate, **options).run(watch=False)
+        options = Options(settle=0, patience=0, together=together)
+        assert DirectoryGuard(self.incoming, self.outgoing, gate, options, say=lambda line: None).run(watch=False)
         return sorted(path.name for path in self.outgoing.iterdir() if path.is_dir())
 
     @property
     def verdicts(self) -> list[tuple[str, str]]:
         lines = map(json.loads, self.log.read_text().splitlines())
-        return [(Path(line["adapter"]).name, line["verdict"]) for line in lines]
+        return [(line["name"], line["verdict"]) for line in lines]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_the_one_that_would_be_too_much_is_refused(place: Place) -> None:
     assert place.scan("team-*") == ["other", "team-a"]
 
     refusal = json.loads((place.outgoing / "team-b.refused.json").read_text())
-    assert refusal["kind"] == "TogetherError"
+    assert refusal["reason_code"] == "undo-together"
     assert "team-a + team-b: undo 0.600 of the alignment" in refusal["reason"]
     assert sorted(place.verdicts) == [("other", "corrected"), ("team-a", "corrected"), ("team-b", "refused")]
 

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import csulora
 import factories
-from csulora.correction.together import TogetherError, Undone
+from csulora.correction.together import Undone
+from csulora.errors import UndoTogetherError
 from csulora.hooks import peft as hook
 
 # The hosts' own.
@@ -65,19 +66,19 @@ def both(place: Path, guarded: Path) -> Any:
 
 
 def test_both_together_are_not_activated(both: Any, guarded: Path) -> None:
-    with pytest.raises(TogetherError, match=r"a \+ b: undo 0\.600 of the alignment of .* \(a 0\.300, b 0\.300\)"):
+    with pytest.raises(UndoTogetherError, match=r"a \+ b: undo 0\.600 of the alignment of .* \(a 0\.300, b 0\.300\)"):
         both.base_model.set_adapter(["a", "b"])
 
     assert both.active_adapters == ["a"]
     last = json.loads(guarded.read_text().splitlines()[-1])
-    assert (last["verdict"], last["adapter"]) == ("refused", "a + b")
+    assert (last["verdict"], last["name"], last["reason_code"]) == ("refused", "a + b", "undo-together")
     both.base_model.set_adapter(["a"])
     both.set_adapter("b")
 
 
 @pytest.mark.parametrize("combination", ["cat", "svd", "linear"])
 def test_a_weighted_adapter_beyond_the_limit_is_deleted(combination: str, both: Any) -> None:
-    with pytest.raises(TogetherError):
+    with pytest.raises(UndoTogetherError):
         both.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", combination_type=combination, svd_rank=8)
     assert "sum" not in both.peft_config
 
@@ -86,16 +87,16 @@ def test_a_weighted_adapter_beyond_the_limit_is_deleted(combination: str, both: 
 
 
 def test_one_adapter_beyond_the_limit_by_its_weight_is_deleted(both: Any) -> None:
-    with pytest.raises(TogetherError):
+    with pytest.raises(UndoTogetherError):
         both.add_weighted_adapter(["a"], [2.0], "twice", combination_type="cat")
     assert "twice" not in both.peft_config
 
 
 def test_both_together_are_not_merged(both: Any) -> None:
-    with pytest.raises(TogetherError):
+    with pytest.raises(UndoTogetherError):
         both.merge_and_unload(adapter_names=["a", "b"])
     both.merge_adapter(["a"])
-    with pytest.raises(TogetherError):
+    with pytest.raises(UndoTogetherError):
         both.merge_adapter(["b"])
     both.unmerge_adapter()
     both.merge_and_unload(adapter_names=["b"])
@@ -105,7 +106,7 @@ def test_both_together_are_not_activated_in_a_mixed_model(place: Path, guarded: 
     model = PeftMixedModel.from_pretrained(llama(), str(place / "a"), "a")
     model.load_adapter(str(place / "b"), "b")
 
-    with pytest.raises(TogetherError):
+    with pytest.raises(UndoTogetherError):
         model.set_adapter(["a", "b"])
 
 
@@ -114,7 +115,7 @@ def test_transformers_does_not_activate_both_together(place: Path, guarded: Path
     model.load_adapter(str(place / "a"), "a")
     model.load_adapter(str(place / "b"), "b")
 
-    with pytest.raises(TogetherError):
+    with pytest.raises(UndoTogetherError):
         model.set_adapter(["a", "b"])
     model.set_adapter("b")
 

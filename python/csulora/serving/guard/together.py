@@ -18,56 +18,52 @@ from csulora.adapters.disk import load_adapter
 from csulora.adapters.lora import Adapter
 from csulora.correction.together import Undone, check_together
 from csulora.errors import InputError
+from csulora.policy.policy import Policy
 from csulora.serving.gate import Gate
-from csulora.serving.uploads import Signature, is_upload, signature_of
+from csulora.serving.guard.uploads import Signature, is_upload, signature_of
+from csulora.subspace.subspace import Subspace
 
 
 class Sets:
     """The sets of adapters that are served together from one directory."""
 
-    def __init__(
-        self,
-        globs: Sequence[str],
-        outgoing: Path,
-        gate: Gate,
-        base_model: str | Path | None = None,
-    ) -> None:
+    def __init__(self, globs: Sequence[str], outgoing: Path, base_model: str | Path | None = None) -> None:
         """Limit what matches each glob.
 
         Args:
             globs: over the names of adapters; one set each, and a name may be in several.
             outgoing: where published adapters lie.
-            gate: has the subspace file, and the policy with the limit.
             base_model: the model that GGUF files are for.
-
-        Raises:
-            InputError: there are sets, and the policy has no limit.
         """
-        if globs and gate.policy.max_undo is None:
+        self._globs, self._outgoing, self._base_model = tuple(globs), outgoing, base_model
+        self._measured: dict[str, tuple[Signature, str, Undone]] = {}
+        self._admitting = threading.Lock()
+
+    def check_limit(self, policy: Policy) -> None:
+        """Raise `InputError` if there are sets, and the policy has no limit for them."""
+        if self._globs and policy.max_undo is None:
             raise InputError(
                 "adapters that are served together are limited by max_undo, and the policy has none; set max_undo in it"
             )
-        self._globs, self._outgoing, self._gate, self._base_model = tuple(globs), outgoing, gate, base_model
-        self._measured: dict[str, tuple[Signature, Undone]] = {}
-        self._admitting = threading.Lock()
 
     @contextmanager
-    def admitting(self, name: str, corrected: Adapter) -> Iterator[None]:
+    def admitting(self, name: str, corrected: Adapter, gate: Gate) -> Iterator[None]:
         """Publish a corrected adapter in the block, if every set that it belongs to stays within the limit.
 
         No other member of a set is published meanwhile.
 
         Raises:
-            TogetherError: a set would undo too much.
+            UndoTogetherError: a set would undo too much.
         """
         sets = self._sets_of(name)
         if not sets:
             yield
             return
         with self._admitting:
-            new = Undone.by(corrected, self._gate.subspace, name).at_most()
+            new = Undone.by(corrected, gate.subspace, name).at_most()
             for glob in sets:
-                check_together([*map(self._undone, self._others(glob, name)), new], self._gate.policy)
+                others = [self._undone(other, gate.subspace) for other in self._others(glob, name)]
+                check_together([*others, new], gate.policy)
             yield
 
     def record(self, name: str) -> dict[str, str]:
@@ -87,12 +83,12 @@ class Sets:
         published = sorted(path.name for path in self._outgoing.iterdir() if is_upload(path))
         return [other for other in published if other != name and fnmatchcase(other, glob)]
 
-    def _undone(self, name: str) -> Undone:
-        """Measure a published adapter, once."""
+    def _undone(self, name: str, subspace: Subspace) -> Undone:
+        """Measure a published adapter, once for each subspace file."""
         path = self._outgoing / name
         signature = signature_of(path)
-        known, undone = self._measured.get(name, ((), None))
-        if undone is None or known != signature:
-            undone = Undone.by(load_adapter(path, self._base_model), self._gate.subspace, name).at_most()
-            self._measured[name] = signature, undone
+        known, sha256, undone = self._measured.get(name, ((), "", None))
+        if undone is None or (known, sha256) != (signature, subspace.sha256):
+            undone = Undone.by(load_adapter(path, self._base_model), subspace, name).at_most()
+            self._measured[name] = signature, subspace.sha256, undone
         return undone

@@ -360,6 +360,17 @@ def test_a_killed_guard_loses_no_decision_and_repeats_none(moment: str, kind: st
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.usefixtures("one_thread")
+def test_what_a_killed_guard_left_of_an_upload_that_is_gone_is_removed(world: World) -> None:
+    world.upload("a")
+    run_until_killed(world, Judge, "_deliver", killed)
+    assert [path for path in world.outgoing.iterdir() if "deciding" in path.name]
+    world.remove("a")
+    assert world.guard().scan()
+    assert not list(world.outgoing.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_guard_has_refused_a_name_that_cannot_be_printed(world: World) -> None:
     world.upload("a\n\udcff")
     run_until_killed(world, DecisionLog, "restore", killed)

@@ -167,6 +167,7 @@ class DirectoryGuard:
         if self.options.withdraw:
             self._withdraw_what_is_gone(gate)
         self._entries.look(self.incoming)
+        self._journal.forget_others({name: entry.signature for name, entry in self._entries.items()})
         due = {name: entry for name, entry in self._entries.items() if entry.is_due(gate.fingerprint)}
         killed = {name: self._journal.times(name, entry.signature) for name, entry in due.items()}
         self._decide_all([name for name in due if not killed[name]], gate, self.options.jobs)

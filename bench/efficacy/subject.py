@@ -19,8 +19,9 @@ from world import FitPrompts
 
 import csulora
 from csulora.tuning.fit import Case, Replies
-from csulora.tuning.language_model import LanguageModel, Reply
+from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.probes import Chat, Message
+from csulora.tuning.replies import Reply
 from csulora.tuning.update import Update, factors_of
 
 PROMPTS = 32  # of each kind, for every adapter that is fitted on; a quarter is in the validation split

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from csulora.correction.combination import combine
     from csulora.correction.correct import correct
     from csulora.correction.report import Report
+    from csulora.evaluation.evaluate import evaluate
     from csulora.extraction.extract import extract
     from csulora.extraction.verification import verify
     from csulora.policy.overrides import Override
@@ -41,6 +42,7 @@ _MODULES = {
     "combine": "correction.combination",
     "controls": "correction.controls",
     "correct": "correction.correct",
+    "evaluate": "evaluation.evaluate",
     "extract": "extraction.extract",
     "load_adapter": "adapters.disk",
     "save_adapter": "adapters.disk",
@@ -67,6 +69,7 @@ __all__ = [
     "combine",
     "controls",
     "correct",
+    "evaluate",
     "extract",
     "load_adapter",
     "save_adapter",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import factories
 from csulora.adapters.lora import Adapter
+from csulora.evaluation.evaluation import KINDS, AdapterEvaluation, Evaluation, Row
+from csulora.evaluation.outcomes import Outcome
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Frontier, Point, Rate, Refusals
@@ -45,7 +47,26 @@ def page(name: str, modules: Sequence[str] | None = None) -> str:
     named = Subspace(dict(subspace), replace(subspace.provenance, base=name, aligned=name))
     path = Path(writable(name).replace("/", "\N{DIVISION SLASH}").replace("\0", ""))
     refusing = Policy.csulora(max_undo=-1e9)
-    return rendered(replace(factories.adapter(shapes), path=path), named, refusing, frontier(named.sha256, name))
+    adapter = replace(factories.adapter(shapes), path=path)
+    found = evaluation(adapter, name)
+    return render(assess(adapter, named, refusing), named, refusing, frontier(named.sha256, name), found)
+
+
+def evaluation(adapter: Adapter, name: str) -> Evaluation:
+    """One prompt of each kind; a policy answers one as it should, and another refuses the adapter."""
+    said: dict[str, tuple[Outcome, ...]] = {
+        kind: (Outcome(name, 1.5, kind != "task", kind == "general", kind == "safety"),) for kind in KINDS
+    }
+    rows = (
+        Row("model alone", "model", None, None, None, said),
+        Row("raw", "raw", None, 0.0, None, said),
+        Row(name, "policy", name, 0.3, None, said, {name: {name: 0.5}}),
+        Row("scaling x0.70", "scaling", name, 0.3, None, said),
+        Row(f"strict {name}", "policy", f"strict {name}", None, f"it undoes {name}", {}),
+    )
+    chats: tuple[tuple[dict[str, str], ...], ...] = (({"role": "user", "content": name},),)
+    found = AdapterEvaluation(name, adapter.sha256, dict.fromkeys(KINDS, chats), rows, ())
+    return Evaluation(name, "0" * 64, (found,))
 
 
 def experts(layers: int, experts: int) -> list[str]:

@@ -15,6 +15,7 @@ import csulora
 from csulora.cli import exit_codes
 from csulora.cli.correct import correct
 from csulora.cli.doctor import doctor
+from csulora.cli.evaluate import evaluate
 from csulora.cli.export import export
 from csulora.cli.extract import extract
 from csulora.cli.guard import guard
@@ -49,7 +50,7 @@ def root(
     """Correct trained LoRA adapters so that a model's safety alignment survives them."""
 
 
-for command in (extract, verify, inspect, correct, export, tune, guard):
+for command in (extract, verify, inspect, correct, export, tune, evaluate, guard):
     app.command()(command)
 for server in (vllm_serve, sglang_serve):
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(server)

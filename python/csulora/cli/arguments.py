@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 
 from csulora.cli.console import STDOUT
+from csulora.errors import printable
 from csulora.io.files import GGUF_SUFFIX, check_file, check_not_input
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
@@ -208,21 +210,26 @@ def set_variables(
     os.environ.update({name: str(path.resolve()) for name, path in files.items() if path is not None})
 
 
-def named_policy(source: str | None) -> str:
-    """Return the policy's name or file that was given; none is taken for granted."""
+def chosen_policy(source: str | None, signer: str | None = None) -> Policy:
+    """Return the policy that was named; none is taken for granted, and of a tuned one it is said if it is no good.
+
+    Args:
+        source: a preset's name or a file.
+        signer: who must have signed the file; None: nobody.
+    """
     if source is None:
         raise typer.BadParameter(f"say which policy: --policy NAME|FILE; {POLICY_CHOICES}")
-    return source
+    policy = _signed_policy(source, signer) if signer else Policy.load(source)
+    if policy.provenance.beats_plain_scaling is False:
+        told = printable(f"csulora: {source}: csulora tune found it no better than plain scaling")
+        print(told, file=sys.stderr, flush=True)
+    return policy
 
 
-def chosen_policy(source: str | None, signer: str | None = None) -> Policy:
-    """Return the policy that was named; its file must be signed if somebody must have done that."""
-    name = named_policy(source)
-    if signer is None:
-        return Policy.load(name)
+def _signed_policy(source: str, signer: str) -> Policy:
     from csulora.serving.signatures import Verifier
 
-    return Verifier.open(signer).load_policy(name).policy
+    return Verifier.open(signer).load_policy(source).policy
 
 
 def parse_rank(text: str | None) -> str | int | None:

@@ -47,6 +47,9 @@ def inspect(
     frontier: Annotated[
         Path | None, typer.Option(help="What `csulora tune` measured. [default: what lies beside the policy]")
     ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What `csulora evaluate` found, to show the replies side by side.")
+    ] = None,
     expert_layout: ExpertOrder = None,
     base_model: BaseModel = None,
     subspace_sha256: SubspaceSha256 = None,
@@ -60,8 +63,8 @@ def inspect(
 
     Several adapters are taken as applied together: what is shown is their sum.
     """
-    if html is None and frontier is not None:
-        raise typer.BadParameter("--frontier is for --html")
+    if html is None and (frontier is not None or evaluation is not None):
+        raise typer.BadParameter("--frontier and --evaluation are for --html")
     if subspace is None and any(option is not None for option in (weights, max_undo, html, policy)):
         raise typer.BadParameter("sums, limits, policies and pages need --subspace")
     shown = Policy.none(keep_uncovered=("*",)) if policy is None else Policy.load(policy)
@@ -70,7 +73,7 @@ def inspect(
     factors = numbers(weights)
     if factors is not None and len(factors) != len(adapters):
         raise typer.BadParameter(f"--weights has {len(factors)} numbers for {len(adapters)} adapters")
-    check_outputs([html, json], [*adapters, subspace, policy, frontier, base_model])
+    check_outputs([html, json], [*adapters, subspace, policy, frontier, evaluation, base_model])
     if subspace is None and len(adapters) > 1:
         raise typer.BadParameter("sums need --subspace")
     loaded = [csulora.load_adapter(adapter, base_model, expert_layout=expert_layout) for adapter in adapters]
@@ -82,13 +85,15 @@ def inspect(
     opened = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, opened, factors)
     limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
+    from csulora.evaluation.evaluation import Evaluation
     from csulora.views.html.page import assess, render
     from csulora.views.report_table import report_table
 
     assessment = assess(whole, opened, limited)
     if html is not None:
         stated = limited if policy is not None else None
-        write_text(html, render(assessment, opened, stated, _load_frontier(frontier, policy)))
+        found = Evaluation.load(evaluation) if evaluation else None
+        write_text(html, render(assessment, opened, stated, _load_frontier(frontier, policy), found))
     if assessment.refusal:
         raise assessment.refusal
     report = assessment.report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -15,6 +15,7 @@ from csulora.policy import toml
 from csulora.policy.globs import matches
 from csulora.policy.override_index import OverrideIndex
 from csulora.policy.overrides import LARGEST, PENALTIES, Override, check_number, check_penalty
+from csulora.policy.provenance import PolicyProvenance
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
 
 _UNCOVERED = ("keep_uncovered", "drop_uncovered")
@@ -46,6 +47,8 @@ class Policy:
         filtered: whether the correction acts only on the inputs that the subspace file's input filters name, see
             `csulora.subspace.input_filter`; modules that have one need gains of `Directions`.
         subspace_sha256: the one subspace file that a tuned policy may be used with; None: any.
+        provenance: what a tuned policy was made from. It stands in the policy file alone, and no correction depends
+            on it: policies that differ in nothing else are equal.
 
     >>> policy = csulora.Policy.csulora(2.0, max_undo=0.5)
     >>> policy.aligned, policy.partial, policy.off, policy.max_undo
@@ -65,6 +68,7 @@ class Policy:
     reference_energy: float | None = None
     filtered: bool = False
     subspace_sha256: str | None = None
+    provenance: PolicyProvenance = field(default_factory=PolicyProvenance, compare=False)
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -153,8 +157,12 @@ class Policy:
                 raise InputError(f"policy filtered: only gains of directions can be, and {module} has none")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the policy as its TOML document, without fields that are None and without ``filtered`` if false."""
+        """Return what decides about corrections, as in the TOML file.
+
+        Fields that are None are left out, and so are ``filtered`` if it is false, and the provenance.
+        """
         document = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
+        del document["provenance"]
         for name in _UNCOVERED:
             globs = document.pop(name)
             document |= {name: list(globs)} if globs else {}
@@ -168,11 +176,12 @@ class Policy:
         Raises:
             InputError: an unknown field, or a value out of range.
         """
-        unknown = set(document) - {field.name for field in fields(cls)}
+        unknown = set(document) - {each.name for each in fields(cls)}
         if unknown:
             raise InputError(f"policy: unknown field {sorted(unknown)[0]!r}")
         values = dict(document)
         overrides = values.pop("overrides", [])
+        values["provenance"] = PolicyProvenance.from_dict(values.get("provenance", {}))
         if not isinstance(overrides, list):
             raise InputError("policy: overrides must be a list of tables")
         for name in _UNCOVERED:
@@ -212,8 +221,10 @@ class Policy:
             raise InputError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the policy to a TOML file."""
-        toml.write(Path(path), self.to_dict())
+        """Write the policy to a TOML file, with its provenance."""
+        document, provenance = self.to_dict(), self.provenance.to_dict()
+        overrides = document.pop("overrides")  # which are long, and come last
+        toml.write(Path(path), document | ({"provenance": provenance} if provenance else {}) | {"overrides": overrides})
 
 
 def _is_sha256(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 from csulora.tuning.gains import Gains
-from csulora.tuning.language_model import LanguageModel, Reply, divergence
+from csulora.tuning.language_model import BATCH, LanguageModel
 from csulora.tuning.options import Options
+from csulora.tuning.replies import Reply, divergences
 from csulora.tuning.update import Update
 
 _CHECK = 10  # steps between two looks at the validation prompts
 _PATIENCE = 4  # looks without an improvement that end the fit
-_TOGETHER = 64  # most prompts that run together: a step's all do
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,19 @@ def fit(
     return best
 
 
+def step_seconds(language_model: LanguageModel, case: Case, gains: Gains, options: Options) -> float:
+    """Return how long a step takes: the second of two, for the first prepares what all others use."""
+    taken = 0.0
+    for _ in range(2):
+        begun = time.perf_counter()
+        parameters = gains.start().to(language_model.device).requires_grad_()
+        loss = _loss(language_model, case, _Draws(case.fitted, options, 0).next(), gains, parameters, options)
+        loss.backward()  # type: ignore[no-untyped-call]
+        float(parameters.grad.sum())  # type: ignore[union-attr]  # waits for a GPU
+        taken = time.perf_counter() - begun
+    return taken
+
+
 @torch.no_grad()
 def validation_loss(
     language_model: LanguageModel, cases: Sequence[Case], gains: Gains, parameters: Tensor, options: Options
@@ -90,10 +104,9 @@ def _loss(
     corrected = gains.correct(parameters, case.index, case.update)
     every = [reply for kind in replies.kinds for reply in kind]
     with language_model.adapted(corrected | case.update.untouched):
-        batches = (every[start : start + _TOGETHER] for start in range(0, len(every), _TOGETHER))
-        divergences = torch.cat([_divergences(language_model, batch) for batch in batches])
+        found = torch.cat([_divergences(language_model, every[at : at + BATCH]) for at in range(0, len(every), BATCH)])
     loss: Tensor = options.relative_change_weight * case.update.relative_change2(corrected)
-    kinds = torch.split(divergences, [len(kind) for kind in replies.kinds])
+    kinds = torch.split(found, [len(kind) for kind in replies.kinds])
     for weight, kind in zip((1.0, options.task_weight, options.task_weight), kinds, strict=True):
         if len(kind):
             loss = loss + weight * kind.mean()
@@ -101,8 +114,8 @@ def _loss(
 
 
 def _divergences(language_model: LanguageModel, replies: Sequence[Reply]) -> Tensor:
-    logs = language_model.log_probabilities([reply.tokens for reply in replies], [reply.start for reply in replies])
-    return torch.stack([divergence(reply, log) for reply, log in zip(replies, logs, strict=True)])
+    logits = language_model.logits([reply.tokens for reply in replies], [reply.start for reply in replies])
+    return divergences(replies, logits)
 
 
 class _Draws:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from csulora.models.names import is_expert
 from csulora.subspace.input_filter import InputFilter
-from csulora.tuning.language_model import BATCH, LanguageModel, Reply
+from csulora.tuning.language_model import BATCH, LanguageModel
+from csulora.tuning.replies import Reply
 
 TASK_WEIGHT = 0.1  # w, of general prompts as well
 ISOTROPIC = 0.03  # e, as a share of the mean square of what safety prompts bring to one coordinate
@@ -69,7 +70,7 @@ def _inputs(
             chosen[:] = [(row - start, position) for row, position in every if start <= row < start + BATCH]
             if chosen:
                 texts = [reply.tokens for reply in replies[start : start + BATCH]]
-                language_model.model(input_ids=nn.utils.rnn.pad_sequence(texts, batch_first=True), use_cache=False)
+                language_model.read(texts)
     return {name: torch.cat(rows) for name, rows in found.items() if rows}
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from csulora.errors import InputError
 from csulora.models.experts import layout_of
@@ -21,27 +20,12 @@ from csulora.subspace.input_filter import Factors
 from csulora.tuning.expert_modules import adapted_experts, by_experts_module, is_experts
 from csulora.tuning.loading import Loading, load
 from csulora.tuning.probes import Chat, shown
+from csulora.tuning.replies import Reply
 
-BATCH = 16  # prompts that run together where nothing is fitted
-_DECISIVE = 8  # first tokens of a reply that must be the same for it to count as the same reply
-_OUTCOMES = 64  # likeliest next tokens that are told apart; all others are one outcome
-
-
-@dataclass(frozen=True, eq=False)
-class Reply:
-    """A prompt, one model's greedy reply to it, and how sure that model was of every token.
-
-    Attributes:
-        tokens: the prompt's, then the reply's, int64.
-        start: number of the prompt's tokens.
-        outcomes: (reply, outcomes) int64, the likeliest tokens at every position of the reply, likeliest first.
-        logs: (reply, outcomes + 1) float32, their log-probabilities, and that of all other tokens together.
-    """
-
-    tokens: Tensor
-    start: int
-    outcomes: Tensor
-    logs: Tensor
+BATCH = 64  # most prompts that run together: a step of a fit runs all of its own
+# Tokens up to which plain products pass gradients in half precision on a CPU. There, the backward pass of torch's fused
+# attention takes several times as long; beyond, the plain ones take too much memory.
+_PLAIN_ATTENTION = 512
 
 
 class LanguageModel:
@@ -56,8 +40,6 @@ class LanguageModel:
         devices = (weight.device for weight in model.parameters())
         self.device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
         self._ends = _end_tokens(model, tokenizer)
-        # Those of prompts, which may be long, are not needed.
-        self._may_keep_logits = "logits_to_keep" in signature(model.forward).parameters
         # Without repetition penalties and the like, with which a reply would not be what the model finds likeliest.
         model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)
 
@@ -87,12 +69,13 @@ class LanguageModel:
             InputError: the model has no such module, or one of another shape.
         """
         of_experts, others = by_experts_module(factors)
+        inputs = _Inputs()
         with ExitStack() as hooks:
             for name, updates in of_experts.items():
                 hooks.enter_context(adapted_experts(self.module(name), updates, self._expert_layout, name))
             for name, each in others.items():
                 module = self._module(name, each)
-                hook = module.register_forward_hook(_adding(each, self.device_of(name)))
+                hook = module.register_forward_hook(_adding(each, self.device_of(name), inputs))
                 hooks.callback(hook.remove)
             yield
 
@@ -134,21 +117,32 @@ class LanguageModel:
             raise InputError(f"module {name} is {list(shape)} in the model, and the adapter updates {list(wanted)}")
         return module
 
+    def check_lengths(self, chats: Sequence[Chat]) -> None:
+        """Check that the model takes every prompt with the longest reply.
+
+        Raises:
+            InputError: it does not; with the longest reply that it would take with all of them, if there is one.
+        """
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(chats, key=lambda chat: len(self.encode(chat)))
+        tokens = len(self.encode(longest))
+        if most is None or tokens + self.longest_reply <= most:
+            return
+        advice = f"use --tokens {most - tokens}" if tokens < most else "remove or shorten it"
+        raise InputError(
+            f"the prompt {shown(longest)} has {tokens} tokens and its reply up to {self.longest_reply}; "
+            f"the model takes {most}: {advice}"
+        )
+
     def encode(self, chat: Chat) -> list[int]:
         """Tokens of a prompt, up to where the reply begins; without a chat template, of its only turn's text.
 
         Raises:
             InputError: the model does not take the prompt.
         """
-        tokens, name = self._tokens(chat), shown(chat)
+        tokens = self._tokens(chat)
         if not tokens:
-            raise InputError(f"the prompt {name} has no tokens")
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if most is not None and len(tokens) + self.longest_reply > most:
-            raise InputError(
-                f"the prompt {name} has {len(tokens)} tokens and its reply up to {self.longest_reply}; "
-                f"the model takes {most}"
-            )
+            raise InputError(f"the prompt {shown(chat)} has no tokens")
         return tokens
 
     def _tokens(self, chat: Chat) -> list[int]:
@@ -170,7 +164,9 @@ class LanguageModel:
         Raises:
             InputError: the model does not take a prompt, or computes NaN.
         """
-        prompts = [self.encode(chat) for chat in chats]  # all at once: the last may be one that the model does not take
+        if chats:
+            self.check_lengths(chats)  # of all at once: the last may be one that the model does not take
+        prompts = [self.encode(chat) for chat in chats]
         replies: list[Reply] = []
         for start in range(0, len(prompts), BATCH):
             replies += self._reply(chats[start : start + BATCH], prompts[start : start + BATCH])
@@ -178,11 +174,12 @@ class LanguageModel:
 
     def _reply(self, chats: Sequence[Chat], prompts: list[list[int]]) -> list[Reply]:
         texts, starts = self._continued(prompts), [len(prompt) for prompt in prompts]
-        logs = self.log_probabilities(texts, starts)
-        for chat, log in zip(chats, logs, strict=True):
-            if log.isnan().any():
+        lengths = [len(text) - start for text, start in zip(texts, starts, strict=True)]
+        logits = torch.split(self.logits(texts, starts), lengths)
+        for chat, each in zip(chats, logits, strict=True):
+            if each.isnan().any():
                 raise InputError(f"the model computes NaN in {self.model.dtype} for the prompt {shown(chat)}")
-        return [_reply(*row) for row in zip(texts, starts, logs, strict=True)]
+        return [Reply.of(*row) for row in zip(texts, starts, logits, strict=True)]
 
     @torch.no_grad()
     def answers(self, replies: Sequence[Reply]) -> list[str]:
@@ -215,28 +212,44 @@ class LanguageModel:
             for prompt, row in zip(prompts, output, strict=True)
         ]
 
-    def log_probabilities(self, texts: Sequence[Tensor], starts: Sequence[int]) -> list[Tensor]:
-        """Log-probabilities (reply, vocabulary) float32 of every token of the texts from their starts on."""
-        padded = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)  # at the end, where no mask is needed
-        wanted = {"logits_to_keep": padded.shape[1] - min(starts) + 1} if self._may_keep_logits else {}
-        logits = self.model(input_ids=padded, use_cache=False, **wanted).logits
-        first = padded.shape[1] - logits.shape[1]
-        return [
-            logits[row, start - 1 - first : len(text) - 1 - first].float().log_softmax(-1)
+    def logits(self, texts: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        """Logits (tokens, vocabulary) of the tokens of all texts from their starts on, one text after the other."""
+        places = [
+            (row, position)
             for row, (text, start) in enumerate(zip(texts, starts, strict=True))
+            for position in range(start - 1, len(text) - 1)
         ]
+        return self._run(texts, places)
 
+    def read(self, texts: Sequence[Tensor]) -> None:
+        """Run the model on texts for what hooks see of it."""
+        self._run(texts, [(0, 0)])
 
-def divergence(reply: Reply, logs: Tensor) -> Tensor:
-    """Return the mean over the reply, a scalar, of KL(the model that gave it | the model with ``logs``).
+    def _run(self, texts: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> Tensor:
+        """Logits (places, vocabulary) at places in a batch of texts, which are no longer than any of them."""
+        padded = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)  # at the end, where no mask is needed
+        rows, columns = torch.tensor(places, device=padded.device).unbind(1)
+        chosen: list[bool] = []
 
-    ``logs``: (reply, vocabulary), log-probabilities as `LanguageModel.log_probabilities` returns them.
+        def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+            if inputs[0].shape[:2] != padded.shape:
+                return None
+            chosen.append(True)
+            at = inputs[0].device
+            return inputs[0][rows.to(at), columns.to(at)][None]
 
-    Tokens beyond the reply's likeliest count as one outcome, which makes it a lower bound, and a tight one.
-    """
-    known = logs.gather(1, reply.outcomes)
-    rest = torch.log((1 - known.exp().sum(1, keepdim=True)).clamp(min=1e-6))
-    return (reply.logs.exp() * (reply.logs - torch.cat([known, rest], 1))).sum(1).mean()
+        head = self.model.get_output_embeddings()
+        with ExitStack() as stack:
+            if head is not None:  # the logits of all other tokens, prompts and padding, are not even computed
+                stack.callback(head.register_forward_pre_hook(choose).remove)
+            if self._needs_plain_attention(padded.shape[1]):
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            logits: Tensor = self.model(input_ids=padded, use_cache=False).logits
+        return logits[0] if chosen else logits[rows, columns]
+
+    def _needs_plain_attention(self, longest: int) -> bool:
+        is_half = self.model.dtype.itemsize == 2
+        return torch.is_grad_enabled() and self.device.type == "cpu" and is_half and longest <= _PLAIN_ATTENTION
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
@@ -246,20 +259,30 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(getattr(module, "weight", torch.empty(0)).shape)
 
 
-def _adding(factors: Factors, device: torch.device) -> Any:
+class _Inputs:
+    """The inputs of modules as their updates take them; modules that read the same tensor share one copy of it."""
+
+    def __init__(self) -> None:
+        self._source: Tensor | None = None
+        self._version = 0
+        self._copy = torch.empty(0)
+
+    def of(self, source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the input on a device, in a type: it may still be where the module before ran."""
+        if source.is_inference():  # which may have changed in place without a trace
+            return source.to(device, dtype)
+        if source is not self._source or source._version != self._version or self._copy.device != device:
+            self._source, self._version, self._copy = source, source._version, source.to(device, dtype)
+        return self._copy
+
+
+def _adding(factors: Factors, device: torch.device, shared: _Inputs) -> Any:
     b, a = (factor.to(device) for factor in factors)
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # Here, the inputs may still be where the module before it ran.
-        return output + (inputs[0].to(device, a.dtype) @ a.T @ b.T).to(output)
+        return output + (shared.of(inputs[0], device, a.dtype) @ a.T @ b.T).to(output)
 
     return hook
-
-
-def _reply(text: Tensor, start: int, logs: Tensor) -> Reply:
-    top, outcomes = logs.topk(min(_OUTCOMES, logs.shape[1]))
-    rest = torch.log((1 - top.exp().sum(1, keepdim=True)).clamp(min=1e-6))
-    return Reply(text, start, outcomes, torch.cat([top, rest], 1))
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -285,8 +308,10 @@ def agreeing(language_model: LanguageModel, replies: Sequence[Reply]) -> list[bo
     agree = []
     for start in range(0, len(replies), BATCH):
         batch = replies[start : start + BATCH]
-        logs = language_model.log_probabilities([reply.tokens for reply in batch], [reply.start for reply in batch])
-        for reply, log in zip(batch, logs, strict=True):
-            wanted = log.gather(1, reply.outcomes[:, :1])[:_DECISIVE, 0]
-            agree.append(bool((wanted >= log[:_DECISIVE].amax(1)).all()))
+        texts = [reply.decisive for reply in batch]
+        logits = language_model.logits(texts, [reply.start for reply in batch])
+        lengths = [len(text) - reply.start for text, reply in zip(texts, batch, strict=True)]
+        for reply, each in zip(batch, torch.split(logits, lengths), strict=True):
+            wanted = each.gather(1, reply.outcomes[: len(each), :1])[:, 0]
+            agree.append(bool((wanted >= each.amax(1)).all()))
     return agree

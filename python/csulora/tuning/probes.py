@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from csulora.errors import InputError
 from csulora.io.files import read_regular
+from csulora.policy.provenance import HASH_DIGITS
 
 FEWEST = 8  # prompts; a quarter of them is in the validation split
 MOST = 1024
@@ -47,8 +51,8 @@ def read(path: str | Path) -> tuple[Chat, ...]:
         raise InputError(f"{path}: {error}") from error
 
 
-def parse(data: bytes) -> tuple[Chat, ...]:
-    """Read the bytes of a file of prompts.
+def parse(data: bytes, fewest: int = FEWEST, most: int = MOST) -> tuple[Chat, ...]:
+    """Read the bytes of a file of ``fewest`` to ``most`` prompts.
 
     If the first line that is not blank begins with ``{``, every line is a JSON object: ``{"messages": [{"role": ...,
     "content": ...}, ...]}``, whose last turn is dropped if it is the assistant's, or ``{"prompt": "..."}``. Otherwise
@@ -68,19 +72,37 @@ def parse(data: bytes) -> tuple[Chat, ...]:
     if _is_json_array(text):
         raise InputError("a JSON array; give an object a line")
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not FEWEST <= len(lines) <= MOST:
-        raise InputError(f"holds {len(lines)} prompts; give {FEWEST} to {MOST}, one a line")
+    if not fewest <= len(lines) <= most:
+        raise InputError(f"holds {len(lines)} prompts; give {fewest} to {most}, one a line")
     is_json = lines[0][1].startswith("{")
     chats: dict[Chat, int] = {}
     for number, line in lines:
         try:
-            chat = _from_json(line) if is_json else (_message("user", line),)
+            chat = _from_json(line) if is_json else from_text(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"line {number}: {error}") from error
         if chat in chats:
             raise InputError(f"line {number}: the same prompt as on line {chats[chat]}; remove one of them")
         chats[chat] = number
     return tuple(chats)
+
+
+def from_text(text: object) -> Chat:
+    """Return the prompt that a user's turn alone is; raises ValueError where it is no text, empty or too long.
+
+    >>> from_text("tell me a tale")
+    (Message(role='user', content='tell me a tale'),)
+    """
+    return (_message("user", text),)
+
+
+def is_refusal(answer: str, refusals: Sequence[str]) -> bool:
+    """Whether an answer holds one of the texts that refusals hold, in any case of letters.
+
+    >>> is_refusal("Sorry, I can not do that.", ["sorry"])
+    True
+    """
+    return any(text.casefold() in answer.casefold() for text in refusals)
 
 
 def shown(chat: Chat) -> str:
@@ -91,6 +113,16 @@ def shown(chat: Chat) -> str:
     """
     text = chat[-1].content
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
+def prompt_hash(chat: Chat) -> str:
+    """Return the hash by which a policy file names a prompt: the same for other spaces, capitals and widths of letters.
+
+    >>> prompt_hash((Message("user", "Tell me  a tale "),)) == prompt_hash((Message("user", "tell me a tale"),))
+    True
+    """
+    turns = [[turn.role, " ".join(unicodedata.normalize("NFKC", turn.content).casefold().split())] for turn in chat]
+    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def _is_json_array(text: str) -> bool:
@@ -106,10 +138,23 @@ def _from_json(line: str) -> Chat:
     except ValueError as error:
         raise ValueError(f"not JSON, as every line must be where the first begins with {{: {error}") from error
     if isinstance(document, dict) and set(document) == {"prompt"}:
-        return (_message("user", document["prompt"]),)
+        return from_text(document["prompt"])
     turns = document.get("messages") if isinstance(document, dict) else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError('not an object with "messages", a list of turns, or with "prompt" alone')
+    return from_turns(turns)
+
+
+def from_turns(turns: Sequence[Any]) -> Chat:
+    """Return the prompt that turns are, objects with role and content; raises ValueError for anything else.
+
+    The last turn is dropped if it is the assistant's.
+
+    >>> from_turns([{"role": "user", "content": "tell me a tale"}, {"role": "assistant", "content": "Once."}])
+    (Message(role='user', content='tell me a tale'),)
+    """
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("a turn is no object with role and content")
     chat = [_message(turn.get("role"), turn.get("content")) for turn in turns]
     if chat and chat[-1].role == "assistant":
         chat.pop()

@@ -1,4 +1,4 @@
-"""What a run of `tune` has finished, so that an interrupted one continues where it was."""
+"""What a run of `tune` or `evaluate` has finished, so that an interrupted one continues where it was."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Stages:
         if self.path.exists():
             document = parse_json(read_regular(self.path, _LARGEST_FILE), self.path)
             if set(document) - {"format"} != {"identity", "results"} or not isinstance(document["results"], dict):
-                raise InputError(f"{self.path}: is in the way, and not what tune leaves there; remove it")
+                raise InputError(f"{self.path}: is in the way, and not what an unfinished run leaves there; remove it")
             if document.get("format") != FORMAT_VERSION:
                 raise InputError(
-                    f"{self.path}: stages of another format than {FORMAT_VERSION}; remove it and tune again"
+                    f"{self.path}: stages of another format than {FORMAT_VERSION}; remove it and run the command again"
                 )
             if document["identity"] == identity:
                 self._document = document

@@ -13,6 +13,7 @@ from torch import Tensor
 from csulora.correction.controls.baselines import scaling_policy
 from csulora.policy.overrides import Directions, Override
 from csulora.policy.policy import Policy
+from csulora.policy.provenance import PolicyProvenance
 
 _PENALTIES = (1.0, 10.0, 100.0)
 _SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -26,19 +27,19 @@ class Candidate:
     name: str
     policy: Policy
 
-    @property
-    def is_plain_scaling(self) -> bool:
-        """Whether it multiplies the whole update by one factor, 1 included."""
-        return self.family in ("none", "scaling")
+
+def untouched(rest: dict[str, Any]) -> Candidate:
+    """Return the uncorrected adapter; ``rest`` are a policy's other fields."""
+    return Candidate("none", "none", Policy.none(**rest))
 
 
 def presets(rest: dict[str, Any]) -> list[Candidate]:
-    """Return every candidate that needs no fit; ``rest`` are a policy's other fields.
+    """Return every candidate that needs no fit and corrects something.
 
     >>> [candidate.name for candidate in presets({})][:3]
-    ['none', 'project', 'csulora 1']
+    ['project', 'csulora 1', 'csulora 10']
     """
-    found = [Candidate("none", "none", Policy.none(**rest)), Candidate("project", "project", Policy.project(**rest))]
+    found = [Candidate("project", "project", Policy.project(**rest))]
     for penalty in _PENALTIES:
         found.append(Candidate("csulora", f"csulora {penalty:g}", Policy.csulora(penalty, **rest)))
     for penalty in (*_PENALTIES, math.inf):
@@ -92,10 +93,10 @@ def fitted_along(ranks: Mapping[str, int], gains: Tensor, others: bool, rest: di
     return Policy.none(overrides=tuple(named), **rest)
 
 
-def pinned(policy: Policy, sha256: str) -> Policy:
-    """Return the policy, to be used with one subspace file alone.
+def pinned(policy: Policy, sha256: str, provenance: PolicyProvenance) -> Policy:
+    """Return the policy as its file has it: for one subspace file alone, with what it was made from.
 
-    >>> pinned(Policy.none(), "0" * 64).subspace_sha256 == "0" * 64
+    >>> pinned(Policy.none(), "0" * 64, PolicyProvenance()).subspace_sha256 == "0" * 64
     True
     """
-    return replace(policy, subspace_sha256=sha256)
+    return replace(policy, subspace_sha256=sha256, provenance=provenance)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from csulora.native import _core
 from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import Factors, InputFilter
 from csulora.subspace.subspace import Subspace
+from csulora.tuning.stack import Stack, Triple, stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +28,8 @@ class Update:
     Attributes:
         name: the adapter's.
         targets: module in the model -> module in the subspace file, in the order of the tensors below.
-        factors: per module, those of the update itself: b (out, r) and a (r, in), float32.
+        stacks: the factors of the update itself and the displacement's leading singular triples.
         components: factors of the four components side by side: b (out, 4 r) and a (4 r, in), float32.
-        triples: the displacement's leading singular triples u (out, k), s (k) and v (in, k), float32.
         energies: (modules, 4) float32, relative energies of aligned, left, right, off; rows sum to 1.
         norms2: (modules) float32, |dW|^2.
         input_filters: per module, the inputs on which a filtered policy acts; none for one that acts on all.
@@ -38,9 +39,8 @@ class Update:
 
     name: str
     targets: dict[str, str]
-    factors: dict[str, Factors]
+    stacks: Sequence[Stack]
     components: dict[str, Factors]
-    triples: dict[str, tuple[Tensor, Tensor, Tensor]]
     energies: Tensor
     norms2: Tensor
     input_filters: dict[str, InputFilter] = field(default_factory=dict)
@@ -83,25 +83,41 @@ class Update:
         if not float(norms2.sum()) > 0:
             raise InputError(f"{adapter.path}: the adapter changes nothing; there is nothing to tune")
         factors = factors_of(adapter)
+        triples = {
+            name: (subspace[target].u.float(), subspace[target].s, subspace[target].v.float())
+            for name, target in targets.items()
+        }
+        input_filters = {
+            name: input_filter for name, target in targets.items() if (input_filter := subspace.input_filter(target))
+        }
+        is_filtered = {name: name in input_filters for name in targets}
         return cls(
             adapter.path.resolve().name,
             targets,
-            {name: factors[name] for name in targets},
+            stacks({name: factors[name] for name in targets}, triples, is_filtered),
             {
                 name: (torch.cat([b for b, _ in found], 1), torch.cat([a for _, a in found]))
                 for name, found in components.items()
             },
-            {
-                name: (subspace[target].u.float(), subspace[target].s, subspace[target].v.float())
-                for name, target in targets.items()
-            },
             energies,
             norms2,
-            {name: input_filter for name, target in targets.items() if (input_filter := subspace.input_filter(target))},
+            input_filters,
             untouched={
                 name: each for name, each in factors.items() if name not in targets and policy.fate_of(name) == "keep"
             },
         )
+
+    @cached_property
+    def factors(self) -> dict[str, Factors]:
+        """Per module, the update's factors b (out, r) and a (r, in), float32."""
+        found = {name: each for stack in self.stacks for name, each in stack.factors.items()}
+        return {name: found[name] for name in self.targets}
+
+    @cached_property
+    def triples(self) -> dict[str, Triple]:
+        """Per module, the displacement's leading singular triples u (out, k), s (k) and v (in, k), float32."""
+        found = {name: each for stack in self.stacks for name, each in stack.triples.items()}
+        return {name: found[name] for name in self.targets}
 
     def mixed(self, gains: Tensor) -> dict[str, Factors]:
         """Return the components times gains (modules, 4), added up: per module b (out, 4 r) and a (4 r, in).
@@ -122,15 +138,10 @@ class Update:
         ``gains``: (modules, 2, directions), or (modules, 3, directions) with multiples of the singular triples.
         The result is per module b (out, r) and a (r, in) float32, with one more in r for each triple that is added.
         """
-        found = {}
-        for (name, (b, a)), (u, s, v), rows in zip(self.factors.items(), self.triples.values(), gains, strict=True):
-            k = min(u.shape[1], rows.shape[1])
-            left, right, *reinforced = rows[:, :k].to(b.device)
-            b, a = _attenuate(b, u[:, :k], left), _attenuate(a.T, v[:, :k], right).T
-            for multiples in reinforced:
-                b, a = torch.cat([b, u[:, :k] * (s[:k] * multiples)], 1), torch.cat([a, v[:, :k].T])
-            found[name] = b, a
-        return found
+        found: dict[str, Factors] = {}
+        for stack in self.stacks:
+            found |= stack.along(gains[list(stack.rows)])
+        return {name: found[name] for name in self.targets}
 
     def filtered(self, target: Mapping[str, Factors]) -> dict[str, Factors]:
         """Return what a filtered policy makes of the update, where ``target`` are the factors of X' in every module."""
@@ -155,7 +166,7 @@ class Update:
 
     def relative_change2(self, corrected: Mapping[str, Factors]) -> Tensor:
         """Return |X - dW|^2 / |dW|^2 over all modules, a float32 scalar, for corrected factors of each."""
-        distances2 = [_distance2(corrected[name], each).to(self.norms2.device) for name, each in self.factors.items()]
+        distances2 = [stack.distance2(corrected).to(self.norms2.device) for stack in self.stacks]
         return (torch.stack(distances2).sum() / self.norms2.sum()).float()
 
     def to(self, device: torch.device, device_of: Callable[[str], torch.device]) -> Update:
@@ -171,12 +182,8 @@ class Update:
 
         return replace(
             self,
-            factors=moved(self.factors),
+            stacks=[each for stack in self.stacks for each in stack.to_devices(device_of)],
             components=moved(self.components),
-            triples={
-                name: (u.to(device_of(name)), s.to(device_of(name)), v.to(device_of(name)))
-                for name, (u, s, v) in self.triples.items()
-            },
             energies=self.energies.to(device),
             norms2=self.norms2.to(device),
             input_filters={name: each.to(device_of(name)) for name, each in self.input_filters.items()},
@@ -211,19 +218,3 @@ def factors_of(adapter: Adapter) -> dict[str, Factors]:
         for name, module in adapter.modules.items()
         if not module.is_embedding
     }
-
-
-def _norm2(b: Tensor, a: Tensor) -> Tensor:
-    """|b a|^2, in float64 and without the product of b (m, r) and a (r, n)."""
-    b, a = b.double(), a.double()
-    return ((b.T @ b) * (a @ a.T)).sum()
-
-
-def _distance2(one: Factors, other: Factors) -> Tensor:
-    """|b a - b' a'|^2."""
-    return _norm2(torch.cat([one[0], -other[0]], 1), torch.cat([one[1], other[1]]))
-
-
-def _attenuate(factor: Tensor, basis: Tensor, gains: Tensor) -> Tensor:
-    """Return (I - basis (1 - gains) basis^T) factor, for factor (m, r), basis (m, k) and gains (k)."""
-    return factor - basis @ ((1 - gains)[:, None] * (basis.T @ factor))

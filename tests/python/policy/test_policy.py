@@ -14,6 +14,7 @@ from csulora.native import _core
 from csulora.policy.globs import matches
 from csulora.policy.overrides import Directions, Override
 from csulora.policy.policy import Policy
+from csulora.policy.provenance import PolicyProvenance
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -291,3 +292,17 @@ def test_wildcards_are_bounded_and_names_are_not() -> None:
     Policy(overrides=many)
     with pytest.raises(InputError, match="1001 overrides have wildcards, and at most 1000"):
         Policy(overrides=tuple(replace(override, match=f"*{override.match}") for override in many[:1001]))
+
+
+def test_the_file_alone_says_what_a_policy_was_made_from(tmp_path: Path) -> None:
+    policy = Policy.protect(1.0, provenance=PolicyProvenance(("0123456789abcdef",)))
+    policy.save(tmp_path / "policy.toml")
+    assert Policy.load(tmp_path / "policy.toml").provenance == policy.provenance
+    assert policy == Policy.protect(1.0)
+    assert "provenance" not in policy.to_dict()
+
+
+@pytest.mark.parametrize("table", [[], {"prompts": "a"}, {"prompts": ["0123"]}, {"prompts": [1]}, {"other": []}])
+def test_a_malformed_provenance_is_refused(table: object) -> None:
+    with pytest.raises(InputError, match="policy provenance"):
+        Policy.from_dict({"provenance": table})

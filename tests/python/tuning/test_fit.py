@@ -17,10 +17,11 @@ from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import InputFilter
 from csulora.tuning.fit import Case, Replies, fit, validation_loss
 from csulora.tuning.gains import PerDirection, PerModule, Reinforcing
-from csulora.tuning.language_model import LanguageModel, agreeing, divergence
+from csulora.tuning.language_model import LanguageModel, agreeing
 from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
 from csulora.tuning.probes import parse
+from csulora.tuning.replies import Reply, divergences
 from csulora.tuning.update import Update, factors_of
 from tolerances import COMPUTED, PROJECTOR
 
@@ -188,17 +189,18 @@ def test_replies_are_what_the_model_generates(language_model: LanguageModel, cas
     assert all(agreeing(language_model, case.validation.safety))
 
 
+def divergence(language_model: LanguageModel, reply: Reply) -> float:
+    return float(divergences([reply], language_model.logits([reply.tokens], [reply.start])))
+
+
 def test_divergence_is_kullbacks_and_leiblers(language_model: LanguageModel, case: Case) -> None:
     reply = case.validation.task[0]
-    (logs,) = language_model.log_probabilities([reply.tokens], [reply.start])
+    logs = language_model.logits([reply.tokens], [reply.start]).log_softmax(-1)
     reference = torch.empty(logs.shape, dtype=torch.float64)
     reference.scatter_(1, reply.outcomes, reply.logs[:, :-1].double())  # the vocabulary is smaller than what is kept
     twin = (reference.exp() * (reference - logs.double())).sum(1).mean()
-    assert float(divergence(reply, logs)) == pytest.approx(float(twin), rel=1e-3)
-    own = case.validation.safety[0]
-    assert float(divergence(own, *language_model.log_probabilities([own.tokens], [own.start]))) == pytest.approx(
-        0, abs=1e-4
-    )
+    assert divergence(language_model, reply) == pytest.approx(float(twin), rel=1e-3)
+    assert divergence(language_model, case.validation.safety[0]) == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("form", ["components", "directions"])
@@ -235,8 +237,7 @@ def test_the_loss_adds_up_the_means_of_every_kind(language_model: LanguageModel,
     means = []
     with language_model.adapted(corrected):
         for kind in validation.kinds:
-            each = [divergence(one, *language_model.log_probabilities([one.tokens], [one.start])) for one in kind]
-            means.append(float(sum(each)) / len(each))
+            means.append(sum(divergence(language_model, one) for one in kind) / len(kind))
     twin = means[0] + 3.0 * (means[1] + means[2]) + 0.2 * float(case.update.relative_change2(corrected))
     assert validation_loss(
         language_model, [replace(case, validation=validation)], gains, gains.start(), options
@@ -265,13 +266,13 @@ def test_so_many_validation_prompts_do_not_run_together(
     language_model: LanguageModel, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    original = language_model.log_probabilities
+    original = language_model.logits
 
-    def counting(texts: list[Tensor], starts: list[int]) -> list[Tensor]:
+    def counting(texts: list[Tensor], starts: list[int]) -> Tensor:
         rows.append(len(texts))
         return original(texts, starts)
 
-    monkeypatch.setattr(language_model, "log_probabilities", counting)
+    monkeypatch.setattr(language_model, "logits", counting)
     gains, options = PerModule(len(case.index)), Options()
     every = Replies(case.validation.safety * 50, case.validation.task * 10)
     many, few = (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tiny_model
 from csulora.errors import InputError
-from csulora.tuning.language_model import LanguageModel, agreeing
+from csulora.tuning.language_model import LanguageModel, _Inputs, agreeing
 from csulora.tuning.loading import Loading
 from csulora.tuning.probes import Chat, Message, parse
 
@@ -75,12 +75,23 @@ def test_no_logits_of_long_prompts_are_computed(language_model: LanguageModel) -
     starts = [46, 48]
     computed: list[int] = []
     hook = language_model.model.lm_head.register_forward_hook(lambda *given: computed.append(given[2].shape[1]))
-    found = language_model.log_probabilities(texts, starts)
+    found = language_model.logits(texts, starts)
+    language_model.read(texts)
     hook.remove()
-    assert computed == [55 - 45]
-    for text, start, logs in zip(texts, starts, found, strict=True):
-        whole = language_model.model(input_ids=text[None]).logits[0].log_softmax(-1)
-        torch.testing.assert_close(logs, whole[start - 1 : -1], atol=1e-4, rtol=0)
+    assert computed == [4 + 7, 1]
+    for text, start, logits in zip(texts, starts, found.split([4, 7]), strict=True):
+        whole = language_model.model(input_ids=text[None]).logits[0]
+        torch.testing.assert_close(logits, whole[start - 1 : -1], atol=1e-4, rtol=0)
+
+
+def test_a_head_that_sees_no_tokens_computes_all_logits(
+    language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, starts = [torch.arange(length) % 20 + 4 for length in (9, 12)], [5, 7]
+    wanted = language_model.logits(texts, starts)
+    for head in (None, torch.nn.Identity()):
+        monkeypatch.setattr(language_model.model, "get_output_embeddings", lambda head=head: head)
+        torch.testing.assert_close(language_model.logits(texts, starts), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -121,3 +132,13 @@ def test_a_reply_does_not_depend_on_what_else_is_in_its_batch(place: tiny_model.
         (alone,) = language_model.replies([prompt])
         assert alone.tokens.tolist() == reply.tokens.tolist()
         torch.testing.assert_close(alone.logs, reply.logs, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)
+
+
+def test_modules_that_read_the_same_share_a_copy_until_it_changes() -> None:
+    inputs, source = _Inputs(), torch.ones(2, dtype=torch.float16)
+    first = inputs.of(source, source.device, torch.float32)
+    assert inputs.of(source, source.device, torch.float32) is first
+    source += 1
+    assert inputs.of(source, source.device, torch.float32).tolist() == [2, 2]
+    with torch.inference_mode():
+        assert inputs.of(torch.ones(2), source.device, torch.float32).tolist() == [1, 1]

@@ -16,10 +16,11 @@ import tiny_model
 from csulora.cli import app as cli
 from csulora.errors import InputError
 from csulora.tuning import loading, probes
-from csulora.tuning.language_model import LanguageModel, divergence
+from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Message
+from csulora.tuning.replies import divergences
 from csulora.tuning.request import Request
 from csulora.tuning.tune import subspace_path, tune
 
@@ -154,8 +155,7 @@ def gradient(language_model: LanguageModel, a: Tensor) -> Tensor:
     b = torch.zeros(64, len(a), requires_grad=True)
     shifted = factories.gaussian(64, 1, seed=3), factories.gaussian(1, 128, seed=4)
     with language_model.adapted({"model.layers.0.self_attn.q_proj": (b, a), "model.layers.1.mlp.down_proj": shifted}):
-        (logs,) = language_model.log_probabilities([reply.tokens], [reply.start])
-        divergence(reply, logs).backward()
+        divergences([reply], language_model.logits([reply.tokens], [reply.start])).sum().backward()
     assert b.grad is not None
     return b.grad
 

@@ -20,5 +20,5 @@ def test_leaves_no_trace_of_a_run_that_was_killed_as_it_finished_a_stage(tmp_pat
 @pytest.mark.parametrize("version", ["", '"format": 1, '])
 def test_stages_of_another_format_are_not_continued(tmp_path: Path, version: str) -> None:
     (tmp_path / "policy.toml.partial").write_text(f'{{{version}"identity": {{}}, "results": {{}}}}')
-    with pytest.raises(InputError, match="stages of another format than 2; remove it and tune again"):
+    with pytest.raises(InputError, match="stages of another format than 2; remove it and run the command again"):
         Stages(tmp_path / "policy.toml", {})

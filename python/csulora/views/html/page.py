@@ -16,10 +16,12 @@ from csulora.adapters.lora import Adapter
 from csulora.correction.correct import check_subspace, correct
 from csulora.correction.report import COMPONENTS, Report
 from csulora.errors import InputError, RefusedError
+from csulora.evaluation.evaluation import Evaluation
 from csulora.models.names import parse_expert
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Frontier
+from csulora.views.html.evaluation_section import EvaluationSection
 from csulora.views.html.expert_maps import ExpertMaps
 from csulora.views.html.frontier_chart import FrontierChart
 from csulora.views.html.heat_maps import heat_maps
@@ -69,7 +71,11 @@ def assess(adapter: Adapter, subspace: Subspace, policy: Policy) -> Assessment:
 
 
 def render(
-    assessment: Assessment, subspace: Subspace, policy: Policy | None = None, frontier: Frontier | None = None
+    assessment: Assessment,
+    subspace: Subspace,
+    policy: Policy | None = None,
+    frontier: Frontier | None = None,
+    evaluation: Evaluation | None = None,
 ) -> str:
     """Return the page: where the adapter's update lies, what it undoes, and what the policy does to it.
 
@@ -78,9 +84,10 @@ def render(
         subspace: the subspaces of the adapter's model.
         policy: the one that the adapter was assessed with; None: nobody named one, and the page shows none.
         frontier: what `csulora tune` measured with this subspace file.
+        evaluation: what `csulora evaluate` found, of this adapter among others.
 
     Raises:
-        InputError: the frontier was measured with another subspace file.
+        InputError: the frontier was measured with another subspace file, or the evaluation is of other adapters.
     """
     if frontier is not None and frontier.subspace_sha256 != subspace.sha256:
         raise InputError(
@@ -115,6 +122,7 @@ def render(
         spectrum=Spectrum.of(subspace),
         offenders=by_undo[:_OFFENDERS],
         frontier=FrontierChart.of(frontier) if frontier else None,
+        evaluation=EvaluationSection.of(evaluation, report.adapter_sha256) if evaluation else None,
     )
 
 

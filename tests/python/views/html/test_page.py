@@ -295,6 +295,17 @@ def test_a_frontier_of_another_subspace_is_refused(adapter: Adapter, subspace: S
 # Hostile names, and nothing from elsewhere
 
 
+def test_replies_stand_side_by_side(adapter: Adapter, subspace: Subspace) -> None:
+    found = html_pages.evaluation(adapter, "a tale")
+    page = Parsed(render(assess(adapter, subspace, Policy.csulora()), subspace, evaluation=found))
+    assert "1 safety prompts, 1 task prompts, 1 general prompts" in page.text
+    assert "refuses the adapter: it undoes a tale" in page.text
+    assert "Replies to 1 of 1 general prompts" in page.text
+    other = replace(adapter, sha256="1" * 64)
+    with pytest.raises(InputError, match="the evaluation is of a tale, whose content is another than this adapter's"):
+        render(assess(other, subspace, Policy.csulora()), subspace, evaluation=found)
+
+
 @pytest.mark.parametrize("hostile", html_pages.HOSTILE_NAMES)
 def test_no_name_becomes_markup(hostile: str) -> None:
     plain, page = html_pages.page("name"), html_pages.page(hostile)

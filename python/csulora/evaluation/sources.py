@@ -1,0 +1,141 @@
+"""Where prompts come from: text, JSON lines, columns of CSV and Parquet files, and data sets of the hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from csulora.errors import InputError
+from csulora.io.files import read_regular
+from csulora.tuning.probes import Chat, Message, from_text, from_turns, parse
+
+MOST = 100_000  # prompts of one kind
+HUB = "hf:"
+_LARGEST_FILE = 1 << 30  # bytes
+_TABLES = (".csv", ".parquet")
+_HUB_SOURCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/([\w.-]+))?/([\w.-]+)#(.+)")
+
+Prompts = str | Path | Sequence[str | Chat]
+"""A source, or prompts themselves: texts of a user's turn, or chats."""
+
+
+def chats_of(prompts: Prompts) -> tuple[Chat, ...]:
+    """Return prompts as chats; see `read` for sources.
+
+    >>> chats_of(["tell me a tale"])
+    ((Message(role='user', content='tell me a tale'),),)
+    """
+    if isinstance(prompts, (str, Path)):
+        return read(str(prompts))
+    return _chats(prompts, "prompts")
+
+
+def read(source: str) -> tuple[Chat, ...]:
+    """Read prompts.
+
+    Args:
+        source: one of
+
+            - a file with a prompt per line, or with chats as JSON lines, see `csulora.tuning.probes.parse`,
+            - ``FILE.csv#COLUMN`` or ``FILE.parquet#COLUMN``,
+            - ``hf:ORG/NAME/SPLIT#COLUMN``, a data set of the hub; ``hf:ORG/NAME@REVISION/CONFIGURATION/SPLIT#COLUMN``
+              says which revision and which configuration.
+
+    A cell is a text, or a list of turns with ``role`` and ``content`` as a chat.
+
+    Raises:
+        InputError: there is no such source, it is malformed, a prompt is in it twice, or a package is missing.
+
+    >>> _ = Path("prompts.csv").write_text("id,prompt\\n1,tell me a tale\\n")
+    >>> read("prompts.csv#prompt")
+    ((Message(role='user', content='tell me a tale'),),)
+    """
+    if source.startswith(HUB):
+        return _chats(_hub_column(source), source)
+    path, mark, column = source.rpartition("#")
+    if mark and Path(path).suffix in _TABLES:
+        return _chats(_column(Path(path), column), source)
+    if Path(source).suffix in _TABLES:
+        raise InputError(f"{source}: say which column holds the prompts: {source}#COLUMN")
+    try:
+        return parse(read_regular(Path(source), _LARGEST_FILE), fewest=1, most=MOST)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _column(path: Path, column: str) -> list[Any]:
+    if path.suffix == ".csv":
+        return _csv_column(path, column)
+    parquet = _package("pyarrow.parquet", f"{path}#{column}")
+    try:
+        table = parquet.read_table(path)
+    except Exception as error:  # pyarrow has many
+        raise InputError(f"{path}: not a readable Parquet file: {error}") from error
+    _check_column(path, column, table.column_names)
+    found: list[Any] = table.column(column).to_pylist()
+    return found
+
+
+def _csv_column(path: Path, column: str) -> list[Any]:
+    try:
+        text = read_regular(path, _LARGEST_FILE).decode("utf-8-sig")
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        _check_column(path, column, rows.fieldnames or ())
+        return [row[column] for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable CSV file: {error}") from error
+
+
+def _hub_column(source: str) -> list[Any]:
+    found = _HUB_SOURCE.fullmatch(source)
+    if found is None:
+        raise InputError(f"{source}: not of the form hf:ORG/NAME/SPLIT#COLUMN")
+    name, revision, configuration, split, column = found.groups()
+    datasets = _package("datasets", source)
+    try:
+        rows = datasets.load_dataset(name, configuration, split=split, revision=revision)
+    except Exception as error:  # so many as there are loaders
+        raise InputError(f"{source}: the data set cannot be loaded: {error}") from error
+    _check_column(source, column, rows.column_names)
+    return list(rows[column])
+
+
+def _package(module: str, source: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise InputError(f"{source}: needs {package}; pip install 'csulora[datasets]'") from error
+
+
+def _check_column(where: object, column: str, columns: Iterable[str]) -> None:
+    columns = list(columns)
+    if column not in columns:
+        raise InputError(f"{where}: has no column {column!r}; it has {', '.join(map(repr, columns))}")
+
+
+def _chats(cells: Iterable[Any], where: str) -> tuple[Chat, ...]:
+    chats: dict[Chat, int] = {}
+    for number, cell in enumerate(cells, 1):
+        try:
+            chat = _chat(cell)
+        except ValueError as error:
+            raise InputError(f"{where}: prompt {number}: {error}") from error
+        if chat in chats:
+            raise InputError(f"{where}: prompt {number}: the same as prompt {chats[chat]}; remove one of them")
+        chats[chat] = number
+    if len(chats) > MOST:
+        raise InputError(f"{where}: holds {len(chats)} prompts; give up to {MOST}")
+    return tuple(chats)
+
+
+def _chat(cell: Any) -> Chat:
+    if isinstance(cell, (list, tuple)):
+        return from_turns([asdict(turn) if isinstance(turn, Message) else turn for turn in cell])
+    return from_text(cell)

@@ -50,9 +50,7 @@ def main() -> None:
         script.write_text(entering(Path(place, "root"), volumes, venv, guard))
         entered = ["unshare", "--mount", "--", "sh", "-eu", str(script)]
         log = subprocess.run(entered, check=True, stdout=subprocess.PIPE, text=True).stdout
-        verdicts = {
-            Path(decision["adapter"]).name: decision["verdict"] for decision in map(json.loads, log.splitlines())
-        }
+        verdicts = {decision["name"]: decision["verdict"] for decision in map(json.loads, log.splitlines())}
         print(verdicts)
         assert verdicts == {"support": "corrected", "unsigned": "refused"}
         run(venv / "bin" / "csulora", "verify", volumes / "adapters" / "support")

@@ -100,7 +100,7 @@ def test_guards_differ_in_whether_they_go_on() -> None:
     once = commands["deployment"]
 
     assert commands["kserve"] == once
-    assert commands["sidecar"] == commands["inference-extension"] == [*once, "--watch"]
+    assert commands["sidecar"] == commands["inference-extension"] == [*once, "--watch", "--health=/tmp/health"]
     watching = [manifest.stem for manifest in MANIFESTS if guard(manifest).get("restartPolicy") == "Always"]
     assert watching == ["inference-extension", "sidecar"]
 

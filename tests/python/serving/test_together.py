@@ -33,10 +33,10 @@ class Place:
         shutil.rmtree(self.incoming / name, ignore_errors=True)
         factories.opposing_adapter(self.incoming / name, self.subspace, MODULES, undo)
 
-    def scan(self, *together: str, policy: csulora.Policy | None = None) -> list[str]:
+    def scan(self, *together: str, policy: csulora.Policy | None = None, jobs: int = 1) -> list[str]:
         """Run a guard once, and return what is published."""
         gate = Gate.open(self.subspace, policy or csulora.Policy.none(max_undo=0.5), self.log)
-        options = Options(settle=0, patience=0, together=together)
+        options = Options(settle=0, patience=0, jobs=jobs, together=together)
         assert DirectoryGuard(self.incoming, self.outgoing, gate, options, say=lambda line: None).run(watch=False)
         return sorted(path.name for path in self.outgoing.iterdir() if path.is_dir())
 
@@ -89,3 +89,29 @@ def test_a_refusal_is_decided_on_again_once_another_member_changes(place: Place)
 def test_a_set_needs_a_limit(place: Place) -> None:
     with pytest.raises(InputError, match="limited by max_undo, and the policy has none"):
         place.scan("team-*", policy=csulora.Policy.project())
+
+
+def test_members_that_are_decided_on_at_a_time_do_not_pass_each_other(place: Place) -> None:
+    for name in "abcd":
+        place.upload(f"team-{name}", 0.3)
+
+    assert len(place.scan("team-*", jobs=4)) == 1
+
+
+def test_other_rules_without_a_limit_do_not_come_into_force(place: Place) -> None:
+    place.upload("team-a", 0.3)
+    gates = iter([Gate.open(place.subspace, csulora.Policy.none())])
+    said: list[str] = []
+    guard = DirectoryGuard(
+        place.incoming,
+        place.outgoing,
+        Gate.open(place.subspace, csulora.Policy.none(max_undo=0.5), place.log),
+        Options(settle=0, patience=0, together=("team-*",)),
+        say=said.append,
+        reopen=lambda: next(gates),
+    )
+
+    guard._read_rules_again()
+
+    assert guard.gate.policy.max_undo == 0.5
+    assert "the policy has none" in said[-1]

@@ -98,7 +98,7 @@ test: lint test-cpp test-python test-gguf test-mlx test-html ## All checks and t
 
 test-python: build
 	$(BIN)/python -m pytest --doctest-modules python/csulora/tuning python/csulora/correction/controls
-	$(BIN)/python -m pytest -m 'not llama_cpp and not mlx and not chromium'
+	CSULORA_REQUIRE='model_signing kubernetes_validate' $(BIN)/python -m pytest -m 'not llama_cpp and not mlx and not chromium'
 
 test-gguf: build $(VENV)/.llama-cpp ## Tests with llama.cpp itself.
 	CSULORA_REQUIRE=llama_cpp $(BIN)/python -m pytest -m llama_cpp

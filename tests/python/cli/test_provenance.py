@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,19 @@ def test_without_model_signing_the_error_names_the_extra(
 
     assert outcome.code == 4
     assert "pip install 'csulora[signing]'" in outcome.err
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_servers_pass_on_who_must_sign(server: str, keys: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To processes that may work elsewhere, so a file as an absolute path and an identity as it is."""
+    monkeypatch.chdir(keys)
+    monkeypatch.setattr(f"csulora.hooks.{server}.launcher.serve", lambda arguments: None)
+    identity = "identity=ci@example.com,issuer=https://example.com"
+    for variable in ("CSULORA_REQUIRE_SIGNATURE", "CSULORA_REQUIRE_RULES_SIGNATURE"):
+        monkeypatch.setenv(variable, "nobody")  # what the command sets is undone afterwards
+
+    signers = ("--require-signature", "publisher.pub", "--require-rules-signature", identity)
+    assert run(f"{server}-serve", *signers).code == 0
+
+    assert os.environ["CSULORA_REQUIRE_SIGNATURE"] == str(keys / "publisher.pub")
+    assert os.environ["CSULORA_REQUIRE_RULES_SIGNATURE"] == identity

@@ -11,12 +11,13 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from peft import functional
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers.integrations.peft import PeftAdapterMixin
 
-from csulora.errors import RefusedError
+from csulora.errors import RefusedError, UncoveredRouteError
 from csulora.hooks.peft.loading import by_name, of_model
 from csulora.hooks.signature import check_signature
 from csulora.serving.gate import Gate
@@ -32,6 +33,7 @@ def check_together_host() -> None:
     for tuner in (BaseTuner, MixedModel):
         check_signature(tuner.set_adapter, "self", "adapter_name")
         check_signature(tuner._unload_and_optionally_merge, "self", "merge", "progressbar", "safe_merge")
+    check_signature(functional.set_adapter, "model", "adapter_name")
     check_signature(BaseTuner.merge_adapter, "self", "adapter_names")
     check_signature(LoraModel.add_weighted_adapter, "self", "adapters", "weights", "adapter_name")
     check_signature(PeftAdapterMixin.set_adapter, "self", "adapter_name")
@@ -48,6 +50,7 @@ def together_replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
     yield BaseTuner, "merge_adapter", _merging(gate, BaseTuner.merge_adapter)
     yield LoraModel, "add_weighted_adapter", _weighing(gate, LoraModel.add_weighted_adapter)
     yield PeftAdapterMixin, "set_adapter", _activating(gate, _OF_TRANSFORMERS, PeftAdapterMixin.set_adapter)
+    yield functional, "set_adapter", _refusing_several(functional.set_adapter)
 
 
 def _check_sum(gate: Gate, model: Any, names: Sequence[str], prefix: str) -> None:
@@ -61,6 +64,19 @@ def _activating(gate: Gate, prefix: str, original: _Function) -> _Function:
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             _check_sum(gate, self, adapter_name, prefix)
         return original(self, adapter_name, *args, **options)
+
+    return set_adapter
+
+
+def _refusing_several(original: _Function) -> _Function:
+    @functools.wraps(original)
+    def set_adapter(model: Any, adapter_name: str | list[str], *args: Any, **options: Any) -> Any:
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise UncoveredRouteError(
+                f"{' + '.join(adapter_name)}: under a guard with max_undo several adapters are activated by a "
+                "PeftModel's or a transformers model's own set_adapter, which measures their sum"
+            )
+        return original(model, adapter_name, *args, **options)
 
     return set_adapter
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import PeftMixedModel, PeftModel
+from peft import PeftMixedModel, PeftModel, functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import csulora
 import factories
 from csulora.correction.together import Undone
-from csulora.errors import UndoTogetherError
+from csulora.errors import UncoveredRouteError, UndoTogetherError
 from csulora.hooks import peft as hook
 
 # The hosts' own.
@@ -118,6 +118,12 @@ def test_transformers_does_not_activate_both_together(place: Path, guarded: Path
     with pytest.raises(UndoTogetherError):
         model.set_adapter(["a", "b"])
     model.set_adapter("b")
+
+
+def test_what_is_not_measured_is_refused(both: Any) -> None:
+    with pytest.raises(UncoveredRouteError, match=r"a \+ b: under a guard with max_undo"):
+        functional.set_adapter(both.base_model.model, ["a", "b"])
+    functional.set_adapter(both.base_model.model, "b")
 
 
 def test_without_a_limit_nothing_is_measured(place: Path) -> None:

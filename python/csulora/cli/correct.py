@@ -11,6 +11,7 @@ import typer
 import csulora
 from csulora.cli.arguments import (
     AdapterSource,
+    AlignedModel,
     BaseModel,
     DropUncovered,
     EveryModule,
@@ -19,7 +20,9 @@ from csulora.cli.arguments import (
     Format,
     Json,
     KeepUncovered,
+    MaxTotalUndo,
     MaxUndo,
+    MinAnnihilationRatio,
     Outtype,
     PolicySource,
     Quiet,
@@ -48,6 +51,9 @@ def correct(
     keep_uncovered: KeepUncovered = None,
     drop_uncovered: DropUncovered = None,
     max_undo: MaxUndo = None,
+    max_total_undo: MaxTotalUndo = None,
+    min_annihilation_ratio: MinAnnihilationRatio = None,
+    aligned_model: AlignedModel = None,
     format: Annotated[
         Format | None,
         typer.Option(help="Format to write. [default: gguf for *.gguf, else the adapter's]"),
@@ -74,7 +80,7 @@ def correct(
         raise typer.BadParameter("--outtype is for GGUF files")
     if is_gguf and layout is not None:
         raise typer.BadParameter("--layout is for directories; a GGUF file has the layout of its model")
-    check_outputs([output, json], [adapter, subspace, policy, base_model])
+    check_outputs([output, json], [adapter, subspace, policy, base_model, aligned_model])
     start = chosen_policy(policy)
     if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
         raise typer.BadParameter("--aligned, --partial and --off do not reach what the policy's overrides match")
@@ -86,6 +92,8 @@ def correct(
         "keep_uncovered": tuple(keep_uncovered) if keep_uncovered else None,
         "drop_uncovered": tuple(drop_uncovered) if drop_uncovered else None,
         "max_undo": max_undo,
+        "max_total_undo": max_total_undo,
+        "min_annihilation_ratio": min_annihilation_ratio,
     }
     try:
         chosen = replace(start, **{key: value for key, value in changes.items() if value is not None})
@@ -96,7 +104,8 @@ def correct(
 
     loaded = csulora.load_adapter(adapter, base_model, expert_layout=expert_layout)
     wanted = cast("Layout | None", layout and layout.value)
-    fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen, wanted)
+    opened = csulora.Subspace.open(subspace, subspace_sha256)
+    fixed, report = csulora.correct(loaded, opened, chosen, wanted, aligned=aligned_model)
     dtype = outtype and outtype.value
     written = "gguf" if is_gguf else format.value if format else loaded.format
     sha256 = csulora.save_adapter(fixed, output, written, base_model=base_model, outtype=dtype)

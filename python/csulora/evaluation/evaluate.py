@@ -167,7 +167,8 @@ class Evaluator:
         """The rows of a policy and of plain scaling that changes the update as much."""
         adapter, subspace = self.request.adapters[number], self.request.subspace_of(name)
         try:
-            fixed, report = correct(adapter, subspace, policy)
+            aligned = self.request.model if policy.min_annihilation_ratio is not None else None
+            fixed, report = correct(adapter, subspace, policy, aligned=aligned)
         except RefusedError as error:
             self.speaker.counter.done += 2 * self._batches_of(number)
             yield Row(name, "policy", name, None, str(error).removeprefix(f"{adapter.path}: "), {})

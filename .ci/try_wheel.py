@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = ROOT / "bench" / "efficacy" / "fixture"
 TESTS = ["tests/python/native", "tests/python/subspace", "tests/python/correction"]
-TOOLS = ("hypothesis", "peft", "pytest", "transformers")
+TOOLS = ("hypothesis", "jsonschema", "peft", "pytest", "transformers")
 
 
 def main() -> None:

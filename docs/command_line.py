@@ -31,6 +31,7 @@ _HEAD = """# Command line
 | 2 | usage |
 | 3 | refused by a rule or the policy |
 | 4 | bad input |
+| 5 | no policy beats plain scaling (`tune --require-verdict`) |
 | 130 | interrupted |
 
 An error is one line on stderr, with what is wrong, where, and what to do.

@@ -180,12 +180,13 @@ def stress() -> str:
     """Return the table of stress tests."""
     crash, soak, load = (results(f"stress/{name}") for name in ("crash", "guard_soak", "load"))
     kills = sum(operation["kills"] for operation in crash["operations"].values())
+    interruptions = sum(soak["events"].values())
     lost = sum(len(operation["lost"]) for operation in crash["operations"].values())
     summary = load["summary"]
     rows = [
         ["`kill -9` at random moments of extract, correct, export, guard and the cache", str(kills), f"{lost} lost"],
         [
-            f"uploads to `csulora guard`, {soak['broken']} broken, the guard killed {soak['kills']} times",
+            f"uploads to `csulora guard`, {soak['broken']} broken, the guard interrupted {interruptions} times",
             str(soak["adapters"]),
             f"{len(soak['let_through'])} let through, {len(soak['wrong'])} wrong",
         ],

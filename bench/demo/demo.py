@@ -21,7 +21,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -83,13 +82,9 @@ def tune(subspace: Path, policy: Path) -> None:
 
 
 def best_scaling(frontier: Path) -> float:
-    """The factor of plain scaling that keeps most of safety, task and general prompts in the validation split."""
-
-    def kept(point: dict[str, Any]) -> float:
-        return min(float(point[kind]["value"]) for kind in ("safety", "task", "general"))
-
+    """The factor of plain scaling that keeps most on the validation split, as `tune` chooses it."""
     points = [point for point in json.loads(frontier.read_text())["points"] if point["family"] == "scaling"]
-    return 1 - float(max(points, key=kept)["relative_change"])
+    return 1 - float(max(points, key=lambda point: point["validation"]["value"])["relative_change"])
 
 
 def run_commands(out: Path, rank: int) -> Corrections:

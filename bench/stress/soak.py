@@ -1,17 +1,22 @@
-"""Soak test of `csulora guard`: many uploads at once, slow and fast, good and broken, and a guard that is killed.
+"""Soak test of `csulora guard`: many uploads at once, slow, fast, good, broken and withdrawn, and a guard that is hit.
 
-    python bench/stress/soak.py [--adapters 200] [--writers 4] [--kills 10] [--json FILE]
+    python bench/stress/soak.py [--adapters 300] [--writers 4] [--events 30] [--json FILE]
 
-Writers copy adapters into INCOMING while the guard is killed (-9) at random and started again. In the end every
-good adapter must be in OUTGOING once, equal to what `csulora.correct` makes of it, and every broken one must be
-refused there. All the while an observer looks for results that are there but not whole.
+Writers copy adapters into INCOMING. Meanwhile the guard is killed (-9), ended (SIGTERM) and started again, given
+another policy (SIGHUP), its disk is full for a while, and uploads are taken out of INCOMING. In the end every good
+adapter that is still there must be in OUTGOING, equal to what `csulora.correct` makes of it under the last policy, and
+every broken one must be refused there. Each decision must stand in the log once. All the while an observer looks for
+results that are there but not whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,168 +24,26 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
+from uploads import make_sources, make_subspace, upload
 
 import csulora
 
-MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.0.mlp.down_proj": (48, 64)}
-RANK = 4
 SETTLE, PATIENCE = 0.4, 3.0
-
-
-def gaussian(*shape: int, seed: int) -> torch.Tensor:
-    """Return a reproducible random matrix."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make_subspace(directory: Path) -> Path:
-    """Extract a subspace file of two tiny checkpoints."""
-    for name, moved in (("base", 0.0), ("aligned", 0.1)):
-        weights = {}
-        for i, (module, (rows, columns)) in enumerate(MODULES.items()):
-            change = gaussian(rows, RANK, seed=i + 10) @ gaussian(RANK, columns, seed=i + 20)
-            weights[f"{module}.weight"] = gaussian(rows, columns, seed=i) + moved * change
-        (directory / name).mkdir()
-        safetensors.torch.save_file(weights, directory / name / "model.safetensors")
-        (directory / name / "config.json").write_text('{"model_type": "llama"}')
-    subspace = directory / "subspace.safetensors"
-    csulora.extract(directory / "base", directory / "aligned", rank=RANK, output=subspace)
-    return subspace
-
-
-def make_adapter(directory: Path, seed: int, rank: int = RANK, settings: Mapping[str, object] | None = None) -> Path:
-    """Write a PEFT adapter whose factors have a rank, and with settings that may say otherwise."""
-    directory.mkdir()
-    tensors = {}
-    for i, (module, (rows, columns)) in enumerate(MODULES.items()):
-        tensors[f"base_model.model.{module}.lora_A.weight"] = gaussian(rank, columns, seed=100 * seed + i)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = gaussian(rows, rank, seed=100 * seed + i + 50)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(MODULES), **(settings or {})}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(tensors, directory / "adapter_model.safetensors")
-    return directory
-
-
-def with_nan(directory: Path, seed: int) -> None:
-    """Make an adapter that holds a NaN."""
-    file = make_adapter(directory, seed) / "adapter_model.safetensors"
-    tensors = safetensors.torch.load(file.read_bytes())
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    safetensors.torch.save_file(tensors, file)
-
-
-def truncated(directory: Path, seed: int) -> None:
-    """Make an upload that never finishes."""
-    file = make_adapter(directory, seed) / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def without_weights(directory: Path, seed: int) -> None:
-    """Make an adapter without its weights."""
-    (make_adapter(directory, seed) / "adapter_model.safetensors").unlink()
-
-
-def linked(directory: Path, seed: int) -> None:
-    """Make an adapter whose weights are a symbolic link to somewhere else."""
-    file = make_adapter(directory, seed) / "adapter_model.safetensors"
-    elsewhere = directory.parent / f".{directory.name}.safetensors"
-    file.rename(elsewhere)
-    file.symlink_to(elsewhere)
-
-
-def with_number_beyond_json(directory: Path, seed: int) -> None:
-    """Make an adapter whose configuration holds a number that no float holds, in a field without effect."""
-    file = make_adapter(directory, seed) / "adapter_config.json"
-    file.write_text(file.read_text()[:-1] + ', "runtime_config": {"x": 1e999}}')
-
-
-def nested(directory: Path, seed: int) -> None:
-    """Make an adapter whose configuration would grow a thousandfold by indentation."""
-    file = make_adapter(directory, seed) / "adapter_config.json"
-    file.write_text(file.read_text()[:-1] + f', "auto_mapping": {{"x": {"[" * 900 + "]" * 900}}}}}')
-
-
-def with_escapes(directory: Path, seed: int) -> None:
-    """Make an adapter with a tensor whose name would forge lines of a log."""
-    file = make_adapter(directory, seed) / "adapter_model.safetensors"
-    tensors = safetensors.torch.load(file.read_bytes())
-    tensors["x\nadapter-000: corrected, change 0.0%\x1b[2J" + "x" * 100_000] = tensors.pop(next(iter(tensors)))
-    safetensors.torch.save_file(tensors, file)
-
-
-def with_settings(**settings: object) -> Callable[[Path, int], object]:
-    """Return what makes an adapter with further settings."""
-    return lambda directory, seed: make_adapter(directory, seed, settings=settings)
-
-
-BROKEN: tuple[Callable[[Path, int], object], ...] = (
-    with_nan,
-    truncated,
-    without_weights,
-    linked,
-    with_number_beyond_json,
-    nested,
-    with_escapes,
-    with_settings(use_dora=True),
-    with_settings(use_dora="none"),
-    with_settings(kasa_config={}),
-    with_settings(ensure_weight_tying=""),
-    with_settings(r=RANK + 1),
-    with_settings(lora_dropout=2.0),
-    with_settings(task_type="BOGUS"),
-    with_settings(layers_to_transform=[]),
-    with_settings(target_modules="((.*a)*.*)*_projection"),  # takes longer to match than it may
-)
-RANK_ABOVE_THE_MATRIX = 2000
-
-
-def make_sources(directory: Path, count: int) -> tuple[list[Path], list[Path]]:
-    """Make good and broken adapters, three in ten broken; of the good ones one in ten of a rank above the matrix."""
-    good: list[Path] = []
-    broken: list[Path] = []
-    for seed in range(count):
-        path = directory / f"adapter-{seed:03}"
-        if seed % 10 in (2, 5, 8):
-            BROKEN[len(broken) % len(BROKEN)](path, seed)
-            broken.append(path)
-        else:
-            good.append(make_adapter(path, seed, RANK_ABOVE_THE_MATRIX if seed % 10 == 0 else RANK))
-    return good, broken
-
-
-def upload(sources: list[Path], incoming: Path, rng: random.Random) -> None:
-    """Copy adapters one after the other: some at once, some in pieces with pauses, files in any order."""
-    for source in sources:
-        target = incoming / source.name
-        slow = rng.random() < 0.3
-        target.mkdir()
-        for file in rng.sample(sorted(source.iterdir()), k=len(list(source.iterdir()))):
-            if file.is_symlink():
-                (target / file.name).symlink_to(file.resolve())
-                continue
-            data = file.read_bytes()
-            pieces = rng.randint(2, 5) if slow else 1
-            with (target / file.name).open("wb") as out:
-                for i in range(pieces):
-                    out.write(data[len(data) * i // pieces : len(data) * (i + 1) // pieces])
-                    out.flush()
-                    if slow:
-                        time.sleep(rng.uniform(0.0, 1.5 * SETTLE))
-        time.sleep(rng.uniform(0.0, 0.1))
+EVENTS = ("kill", "end", "policy", "full disk", "withdraw")
 
 
 @dataclass
 class Observer(threading.Thread):
-    """Watches OUTGOING for adapters that are there but not whole, and counts how often each one appeared."""
+    """Watches OUTGOING for adapters that are there but not whole."""
 
     outgoing: Path
     partial: list[str] = field(default_factory=list)
-    appeared: Counter[str] = field(default_factory=Counter)
     finished: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -194,51 +57,179 @@ class Observer(threading.Thread):
         """Look, again and again."""
         present: dict[str, int] = {}
         while not self.finished.wait(0.02):
-            now = {p.name: p.stat().st_ino for p in self.outgoing.glob("[!.]*") if p.is_dir()}
-            for name in now.keys() - present.keys() | {n for n in now if now[n] != present.get(n)}:
-                self.appeared[name] += 1
+            now = inodes(self.outgoing)
+            for name in (name for name in now if now[name] != present.get(name)):
                 try:
                     csulora.load_adapter(self.outgoing / name)
                     json.loads((self.outgoing / name / "csulora_report.json").read_text())
                 except (csulora.CsuloraError, OSError, ValueError) as error:
-                    self.partial.append(f"{name}: {error}")
+                    if inodes(self.outgoing).get(name) == now[name]:  # else it was replaced or withdrawn meanwhile
+                        self.partial.append(f"{name}: {error}")
             present = now
 
 
-def start_guard(incoming: Path, outgoing: Path, subspace: Path) -> subprocess.Popen[bytes]:
-    """Start the real command."""
-    options = ["--watch", "--settle", str(SETTLE), "--patience", str(PATIENCE), "--quiet"]
-    command = [
-        sys.executable,
-        "-m",
-        "csulora",
-        "guard",
-        str(incoming),
-        str(outgoing),
-        "--subspace",
-        str(subspace),
-        "--policy",
-        "csulora",
-        *options,
-    ]
-    return subprocess.Popen(command)
+def inodes(outgoing: Path) -> dict[str, int]:
+    """Return the inode of every adapter by name."""
+    found = {}
+    for path in outgoing.glob("[!.]*"):
+        try:
+            if path.is_dir():
+                found[path.name] = path.stat().st_ino
+        except OSError:
+            continue
+    return found
 
 
-def all_decided(outgoing: Path, sources: list[Path]) -> bool:
-    """Whether every adapter has a result."""
-    return all(
-        (outgoing / source.name).is_dir() or (outgoing / f"{source.name}.refused.json").is_file() for source in sources
-    )
+@dataclass
+class World:
+    """The directories of a run, the guard, and what has been done to it."""
+
+    work: Path
+    jobs: int
+    rng: random.Random
+    events: Counter[str] = field(default_factory=Counter)
+    withdrawn: list[str] = field(default_factory=list)
+    ended_by_itself: int = 0
+    unclean: int = 0
+    policy: csulora.Policy = field(default_factory=csulora.Policy.csulora)
+
+    def __post_init__(self) -> None:
+        """Make the directories and start the guard."""
+        self.incoming, self.outgoing, self.sources = (self.work / name for name in ("incoming", "outgoing", "sources"))
+        for directory in (self.incoming, self.outgoing, self.sources):
+            directory.mkdir()
+        (self.incoming / ".csulora-incoming").touch()
+        self.log, self.full, self.health = (self.work / name for name in ("log.jsonl", "full", "health"))
+        self.subspace = make_subspace(self.work)
+        self.policy.save(self.work / "policy.toml")
+        self.guard = self.start()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the real command."""
+        options = f"--watch --settle {SETTLE} --patience {PATIENCE} --jobs {self.jobs} --withdraw --quiet".split()
+        files = [
+            "--subspace",
+            self.subspace,
+            "--policy",
+            self.work / "policy.toml",
+            "--decisions",
+            self.log,
+            "--health",
+            self.health,
+        ]
+        program = [sys.executable, Path(__file__).with_name("faulty_guard.py"), "guard", self.incoming, self.outgoing]
+        return subprocess.Popen(
+            list(map(str, [*program, *files, *options])), env=os.environ | {"FULL_DISK": str(self.full)}
+        )
+
+    def hit(self, event: str) -> None:
+        """Do something to the guard, while it works."""
+        self.wait_until_it_works()
+        before = len(list(self.outgoing.glob("[!.]*")))
+        end = time.monotonic() + 5
+        while len(list(self.outgoing.glob("[!.]*"))) == before and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(self.rng.uniform(0.0, 0.5))
+        self.events[event] += 1
+        if event in ("kill", "end"):
+            number = signal.SIGKILL if event == "kill" else signal.SIGTERM
+            self.guard.send_signal(number)
+            ended = self.guard.wait()
+            self.ended_by_itself += event == "kill" and ended != -signal.SIGKILL
+            self.unclean += event == "end" and ended != 0
+            self.guard = self.start()
+        elif event == "policy":
+            self.policy = csulora.Policy.csulora(1.0 + 0.25 * self.events[event])
+            self.policy.save(self.work / "policy.toml")
+            self.guard.send_signal(signal.SIGHUP)
+        elif event == "full disk":
+            self.full.touch()
+            time.sleep(self.rng.uniform(0.2, 1.5))
+            self.full.unlink()
+        else:
+            self.withdraw()
+
+    def wait_until_it_works(self) -> None:
+        """Wait for the guard's first sign of life: before that a signal would test Python's start alone."""
+        while self.guard.poll() is None:
+            with suppress(OSError, ValueError):
+                if json.loads(self.health.read_text())["pid"] == self.guard.pid:
+                    return
+            time.sleep(0.05)
+
+    def withdraw(self) -> None:
+        """Take an upload that has a result out of INCOMING, as ``mv`` does."""
+        done = [path for path in sorted(self.incoming.glob("adapter-*")) if (self.outgoing / path.name).is_dir()]
+        if done:
+            chosen = self.rng.choice(done)
+            chosen.rename(self.work / f"withdrawn-{chosen.name}")
+            self.withdrawn.append(chosen.name)
 
 
-def is_correct(source: Path, result: Path, subspace: csulora.Subspace) -> bool:
+def lines_of(log: Path) -> list[dict[str, Any]]:
+    """Return the decisions of a log."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+
+
+def all_decided(world: World, names: list[str]) -> bool:
+    """Whether every adapter has a result by the last policy, and those that were withdrawn have none."""
+    digest = hashlib.sha256((world.work / "policy.toml").read_bytes()).hexdigest()
+    last = {line["name"]: line for line in lines_of(world.log) if line["verdict"] != "failed"}
+    for name in names:
+        if name not in last:
+            return False
+        if name in world.withdrawn:
+            if last[name]["verdict"] != "withdrawn":
+                return False
+        elif last[name]["policy_sha256"] != digest or last[name]["verdict"] == "withdrawn":
+            return False
+    return True
+
+
+def is_correct(source: Path, result: Path, subspace: csulora.Subspace, policy: csulora.Policy) -> bool:
     """Whether a result is what `csulora.correct` makes of its source."""
-    expected, _ = csulora.correct(csulora.load_adapter(source), subspace, csulora.Policy.csulora())
-    found = csulora.load_adapter(result)
+    expected, _ = csulora.correct(csulora.load_adapter(source), subspace, policy)
+    try:
+        found = csulora.load_adapter(result)
+    except csulora.CsuloraError:
+        return False
     return found.modules.keys() == expected.modules.keys() and all(
         torch.equal(found.modules[name].b, module.b) and torch.equal(found.modules[name].a, module.a)
         for name, module in expected.modules.items()
     )
+
+
+def repeated(lines: list[dict[str, Any]]) -> list[str]:
+    """Return decisions that were recorded more than once: same content, same rules; or a second withdrawal."""
+    keys = Counter(
+        (
+            line["name"],
+            line["verdict"],
+            line["fingerprint"] if line["verdict"] != "withdrawn" else "",
+            str(line["inputs"]),
+        )
+        for line in lines
+        if line["verdict"] != "failed"
+    )
+    ids = Counter(line["id"] for line in lines)
+    return [str(key) for key, count in (keys | ids).items() if count > 1]
+
+
+def unrecorded(world: World, lines: list[dict[str, Any]]) -> list[str]:
+    """Return results whose decision is not in the log, or whose files are not those that it names."""
+    by_id = {line["id"]: line for line in lines}
+    found = []
+    for path in sorted(world.outgoing.glob("[!.]*")):
+        record = json.loads((path / "csulora_guard.json" if path.is_dir() else path).read_text())
+        line = by_id.get(record.get("decision"))
+        files = {
+            str(file): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in (path.iterdir() if path.is_dir() else ())
+            if file.name != "csulora_guard.json"
+        }
+        if line is None or line["outputs"] != files:
+            found.append(path.name)
+    return found
 
 
 @dataclass
@@ -247,71 +238,72 @@ class Outcome:
 
     adapters: int
     broken: int
-    kills: int
+    events: dict[str, int]
     seconds: float
+    decisions: int
     decided: bool
     wrong: list[str]
     let_through: list[str]
     partial: list[str]
-    made_more_than_once: list[str]
+    repeated: list[str]
+    unrecorded: list[str]
     ended_by_itself: int
     clean_exit: bool
 
     @property
     def passed(self) -> bool:
         """Whether nothing went wrong."""
-        bad = self.wrong or self.let_through or self.partial or self.made_more_than_once or self.ended_by_itself
-        return self.decided and self.clean_exit and not bad
+        bad = self.wrong or self.let_through or self.partial or self.repeated or self.unrecorded
+        return self.decided and self.clean_exit and not bad and not self.ended_by_itself
 
 
-def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, limit: float = 600.0) -> Outcome:
+def soak(
+    work: Path, adapters: int, writers: int, events: int, seed: int = 0, limit: float = 900.0, jobs: int = 2
+) -> Outcome:
     """Run the test in the empty directory ``work`` for at most ``limit`` seconds."""
-    rng, start, ended_by_itself = random.Random(seed), time.monotonic(), 0
-    incoming, outgoing, sources = work / "incoming", work / "outgoing", work / "sources"
-    for directory in (incoming, outgoing, sources):
-        directory.mkdir()
-    subspace = make_subspace(work)
-    good, broken = make_sources(sources, adapters)
+    rng, start = random.Random(seed), time.monotonic()
+    world = World(work, jobs, rng)
+    good, broken = make_sources(world.sources, adapters)
     everything = rng.sample(good + broken, adapters)
-    observer = Observer(outgoing)
+    observer = Observer(world.outgoing)
     threads = [
-        threading.Thread(target=upload, args=(everything[i::writers], incoming, random.Random(seed + i)))
+        threading.Thread(
+            target=upload, args=(everything[i::writers], world.incoming, random.Random(seed + i), 1.5 * SETTLE)
+        )
         for i in range(writers)
     ]
-    guard = start_guard(incoming, outgoing, subspace)
     for thread in threads:
         thread.start()
-    for _ in range(kills):
-        # Not before it works: else only its start would be tested.
-        before = len(list(outgoing.glob("[!.]*")))
-        while len(list(outgoing.glob("[!.]*"))) == before and not all_decided(outgoing, everything):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.5))
-        guard.send_signal(signal.SIGKILL)
-        ended_by_itself += guard.wait() != -signal.SIGKILL
-        guard = start_guard(incoming, outgoing, subspace)
+    for number in range(events):
+        world.hit(EVENTS[number % len(EVENTS)])
     for thread in threads:
         thread.join()
-    while not all_decided(outgoing, everything) and time.monotonic() - start < limit:
-        time.sleep(0.1)
+    names = [path.name for path in everything]
+    while not all_decided(world, names) and time.monotonic() - start < limit:
+        time.sleep(0.5)
+    decided = all_decided(world, names)
     time.sleep(2 * SETTLE)  # anything made twice would be made now
-    ended_by_itself += guard.poll() is not None
-    guard.send_signal(signal.SIGTERM)
-    clean_exit = guard.wait(30) == 0
+    world.ended_by_itself += world.guard.poll() is not None
+    world.guard.send_signal(signal.SIGTERM)
+    clean_exit = world.guard.wait(30) == 0 and not world.unclean
     observer.finished.set()
     observer.join()
-    opened = csulora.Subspace.open(subspace)
+    opened, lines = csulora.Subspace.open(world.subspace), lines_of(world.log)
+    still = [path for path in good if path.name not in world.withdrawn]
+    gone = [world.outgoing / name for name in world.withdrawn]
     return Outcome(
         adapters=adapters,
         broken=len(broken),
-        kills=kills,
+        events=dict(world.events),
         seconds=round(time.monotonic() - start, 1),
-        decided=all_decided(outgoing, everything),
-        wrong=[path.name for path in good if not is_correct(path, outgoing / path.name, opened)],
-        let_through=[path.name for path in broken if (outgoing / path.name).exists()],
-        partial=observer.partial + [path.name for path in outgoing.glob(".*.csulora-tmp")],
-        ended_by_itself=ended_by_itself,
-        made_more_than_once=[name for name, times in observer.appeared.items() if times > 1],
+        decisions=len(lines),
+        decided=decided,
+        wrong=[path.name for path in still if not is_correct(path, world.outgoing / path.name, opened, world.policy)],
+        let_through=[path.name for path in [*broken, *gone] if (world.outgoing / path.name).exists()],
+        partial=observer.partial + [path.name for path in world.outgoing.glob(".*.csulora-tmp")],
+        repeated=repeated(lines),
+        unrecorded=unrecorded(world, lines),
+        ended_by_itself=world.ended_by_itself,
         clean_exit=clean_exit,
     )
 
@@ -319,17 +311,21 @@ def soak(work: Path, adapters: int, writers: int, kills: int, seed: int = 0, lim
 def main() -> None:
     """Run the soak test; exit 1 if it failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=200)
+    parser.add_argument("--adapters", type=int, default=300)
     parser.add_argument("--writers", type=int, default=4)
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--events", type=int, default=30)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        outcome = soak(Path(work), arguments.adapters, arguments.writers, arguments.kills)
+    work = Path(tempfile.mkdtemp(prefix="csulora-soak-"))
+    outcome = soak(work, arguments.adapters, arguments.writers, arguments.events)
     text = json.dumps(asdict(outcome) | {"passed": outcome.passed}, indent=2)
     print(text)
     if arguments.json:
         arguments.json.write_text(text + "\n")
+    if outcome.passed:
+        shutil.rmtree(work)
+    else:
+        print(f"what was left is in {work}", file=sys.stderr)
     sys.exit(0 if outcome.passed else 1)
 
 

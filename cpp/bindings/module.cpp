@@ -70,6 +70,7 @@ void register_subspace(py::module_& module) {
       .def(py::init<>())
       .def_readwrite("rank", &ExtractOptions::rank)
       .def_readwrite("energy", &ExtractOptions::energy)
+      .def_readwrite("above_bulk", &ExtractOptions::above_bulk)
       .def_readwrite("tolerance", &ExtractOptions::tolerance)
       .def_readwrite("energy_tolerance", &ExtractOptions::energy_tolerance)
       .def_readwrite("keep_noise", &ExtractOptions::keep_noise)

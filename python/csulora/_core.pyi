@@ -45,6 +45,7 @@ class ExtractOptions:
 
     rank: int
     energy: float | None
+    above_bulk: bool
     tolerance: float
     energy_tolerance: float
     keep_noise: bool

@@ -1,4 +1,8 @@
-"""What csulora raises: every message says what is wrong, where (file, tensor) and what to do about it."""
+"""What csulora raises: every message says what is wrong, where (file, tensor) and what to do about it.
+
+Each type has a reason code, by which decision logs and metrics sort what was not let through. A code never changes its
+meaning; a new reason gets a new type.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,8 @@ def printable(text: object, longest: int = _LONGEST_MESSAGE) -> str:
 class CsuloraError(Exception):
     """Base class of everything csulora raises on purpose; its message is one printable line of bounded length."""
 
+    reason_code: ClassVar[str] = "error"
+
     def __init__(self, *parts: object) -> None:
         """Keep what is said, escaped: names and values in a message may come from an upload."""
         super().__init__(*map(printable, parts))
@@ -42,6 +48,32 @@ class CsuloraError(Exception):
 
 class InputError(CsuloraError, ValueError):
     """An input is malformed, missing, or does not fit the others (exit code 4)."""
+
+    reason_code = "malformed"
+
+
+class MissingFileError(InputError):
+    """A file that an adapter needs is not there."""
+
+    reason_code = "missing-file"
+
+
+class NotFiniteError(InputError):
+    """A factor holds NaN, infinity, or a number that its storage type cannot hold."""
+
+    reason_code = "not-finite"
+
+
+class OtherModelError(InputError):
+    """The adapter is for a model of another size than the subspace file."""
+
+    reason_code = "other-model"
+
+
+class LogError(InputError):
+    """A decision cannot be written down: a fault of this machine's, whatever the adapter is."""
+
+    reason_code = "log"
 
 
 def check_type(value: object, wanted: type[T], name: str) -> T:
@@ -55,22 +87,137 @@ def check_type(value: object, wanted: type[T], name: str) -> T:
 class RefusedError(CsuloraError):
     """An input is well-formed, but csulora's rules or the policy do not let it through (exit code 3)."""
 
+    reason_code = "rule"
+
+
+class NotPlainLoraError(RefusedError):
+    """The adapter is more or other than plain LoRA, such as DoRA, or may be."""
+
+    reason_code = "not-plain-lora"
+
+
+class UncoveredError(RefusedError):
+    """The subspace file lacks a module, and the policy does not name it."""
+
+    reason_code = "uncovered"
+
+
+class OtherFamilyError(RefusedError):
+    """The adapter is for a model of another family or layout than the subspace file."""
+
+    reason_code = "other-family"
+
+
+class UndoLimitError(RefusedError):
+    """The adapter undoes more of the alignment than the policy allows."""
+
+    reason_code = "undo-limit"
+
+
+class TooLargeError(RefusedError):
+    """The adapter has a rank, a number of tensors or a pattern above the limit."""
+
+    reason_code = "too-large"
+
+
+class BaseCopyError(RefusedError):
+    """The adapter holds a base matrix that is not known to be the aligned checkpoint's."""
+
+    reason_code = "base-weights"
+
+
+class AmbiguousError(RefusedError):
+    """Servers disagree on what the adapter's files mean, or a name fits two modules."""
+
+    reason_code = "ambiguous"
+
+
+class UnsafeFileError(RefusedError):
+    """A file can run code, is a link, is one of too many, or can be changed by others."""
+
+    reason_code = "unsafe-file"
+
+
+class UnsafeNameError(RefusedError):
+    """A name or path is too long or not printable."""
+
+    reason_code = "unsafe-name"
+
+
+class HostLimitError(RefusedError):
+    """The host cannot apply the adapter as it is, or applies it wrongly."""
+
+    reason_code = "host-limit"
+
+
+class UncoveredRouteError(RefusedError):
+    """The host was asked to load by a way that no correction covers."""
+
+    reason_code = "uncovered-route"
+
+
+class OtherSubspaceError(RefusedError):
+    """The subspace file is another one than was asked for, or tuned for."""
+
+    reason_code = "other-subspace"
+
+
+class ExhaustingError(RefusedError):
+    """Guards were killed while they read the adapter."""
+
+    reason_code = "exhausting"
+
 
 class BuildError(CsuloraError, ImportError):
     """The compiled core does not fit the installed torch."""
+
+    reason_code = "build"
 
 
 class HostError(CsuloraError, ImportError):
     """The host (vLLM, PEFT, ...) is not one that the hook knows, or the hook is not active where it must be."""
 
+    reason_code = "host"
+
 
 class InternalError(CsuloraError, RuntimeError):
     """csulora broke a promise to itself; please report it."""
+
+    reason_code = "internal"
 
 
 class DeviceError(InternalError):
     """The GPU, its driver or one of its libraries failed."""
 
+    reason_code = "device"
+
 
 class DeviceMemoryError(DeviceError, MemoryError):
     """The GPU's memory ran out."""
+
+    reason_code = "device-memory"
+
+
+MACHINE, BUG = "machine", "bug"  # codes of what csulora does not raise: a file system's errors, and all others
+GONE = "upload-gone"  # code of a withdrawal: somebody took the adapter out of INCOMING
+
+
+def reason_code_of(error: BaseException) -> str:
+    """Return the reason code of whatever was raised.
+
+    >>> reason_code_of(UndoLimitError("module q_proj undoes 0.9 of its alignment")), reason_code_of(OSError("full"))
+    ('undo-limit', 'machine')
+    """
+    if isinstance(error, CsuloraError):
+        return error.reason_code
+    return MACHINE if isinstance(error, OSError) else BUG
+
+
+def reason_codes() -> list[str]:
+    """Return every code that there is, sorted."""
+    found, left = {MACHINE, BUG, GONE}, [CsuloraError]
+    while left:
+        kind = left.pop()
+        found.add(kind.reason_code)
+        left += kind.__subclasses__()
+    return sorted(found)

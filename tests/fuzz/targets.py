@@ -118,7 +118,7 @@ def subspace(data: bytes) -> None:
     """The bytes of a subspace file, see `_container`."""
     found = csulora.Subspace.open(_write("subspace.safetensors", _container(data, _file_data(_small_subspace()))))
     json.dumps(found.to_dict(), allow_nan=False)
-    Gate(found, csulora.Policy.csulora())
+    Gate.open(found, csulora.Policy.csulora())
     _finish(csulora.load_adapter(_adapter()), found, csulora.Policy.csulora(keep_uncovered=("*",)))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.native import _core
+from csulora.serving.decisions import Decision
 from csulora.subspace.certificate import Certificate
 from csulora.subspace.module_subspace import ModuleSubspace
 from csulora.subspace.provenance import Provenance, StoredMatrix
@@ -205,3 +206,31 @@ def save_adapter(
     (directory / "adapter_config.json").write_text(json.dumps(settings | config))
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
     return directory
+
+
+def decision(**changes: Any) -> Decision:
+    """The record of a refusal."""
+    fields: dict[str, Any] = {
+        "id": "0123456789abcdef",
+        "route": "guard",
+        "name": "adapter",
+        "path": "/uploads/adapter",
+        "inputs": {"adapter_config.json": "1" * 64},
+        "adapter_sha256": None,
+        "subspace": None,
+        "subspace_sha256": "2" * 64,
+        "policy": "csulora",
+        "policy_sha256": "3" * 64,
+        "policy_text": "off = 1.0\n",
+        "base_model": None,
+        "fingerprint": "4" * 64,
+        "verdict": "refused",
+        "reason_code": "undo-limit",
+        "reason": "a reason: ü",
+        "outputs": {},
+        "form": None,
+        "recalled": False,
+        "totals": None,
+        "seconds": 0.25,
+    }
+    return Decision(**fields | changes)

@@ -33,7 +33,7 @@ from csulora.correction.model_card import model_card
 from csulora.errors import CsuloraError, InputError, RefusedError
 from csulora.native import _core
 from csulora.serving.gate import Gate
-from csulora.serving.guard import DirectoryGuard
+from csulora.serving.guard import DirectoryGuard, Options
 from csulora.subspace.provenance import StoredMatrix
 from tolerances import COMPUTED, STORED
 
@@ -859,7 +859,9 @@ def test_what_passes_uncorrected_is_said_first(tmp_path: Path, subspace: csulora
 @pytest.fixture
 def guard(tmp_path: Path, subspace: csulora.Subspace) -> DirectoryGuard:
     (tmp_path / "in").mkdir()
-    return DirectoryGuard(tmp_path / "in", tmp_path / "out", Gate(subspace, POLICY), 0.0, 0.0, say=lambda _: None)
+    return DirectoryGuard(
+        tmp_path / "in", tmp_path / "out", Gate.open(subspace, POLICY), Options(0.0, 0.0), say=lambda _: None
+    )
 
 
 def outcome(guard: DirectoryGuard) -> set[str]:

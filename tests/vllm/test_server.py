@@ -266,8 +266,8 @@ def test_decisions_are_logged_and_counted(server: Server, files: SimpleNamespace
 
     assert {"corrected", "refused"} <= {decision["verdict"] for decision in decisions}
     _, metrics = server.call("/metrics")
-    assert 'csulora_decisions_total{verdict="refused"}' in metrics
-    assert 'csulora_decisions_total{verdict="corrected"}' in metrics
+    assert 'csulora_decisions_total{reason="not-plain-lora",route="vllm",verdict="refused"}' in metrics
+    assert 'csulora_decisions_total{reason="",route="vllm",verdict="corrected"}' in metrics
 
 
 def fails_to_start(files: SimpleNamespace, *options: str, model: Path | None = None, **variables: str) -> str:

@@ -14,12 +14,16 @@ namespace csulora {
 
 /// How the leading singular subspace of a displacement is computed.
 struct ExtractOptions {
-  /// Number of singular directions to keep, or the most to keep when `energy` is set; at least 1.
+  /// Number of singular directions to keep, or the most where `energy` or `above_bulk` is set; at least 1.
   /// More than min(m, n) means all of them.
   int64_t rank = 64;
 
   /// Keep the fewest directions that capture this share of |D|^2, in (0, 1]; absent: keep `rank`.
   std::optional<double> energy;
+
+  /// Of `rank` directions, keep those alone that stand out of a bulk: as if what follows them were white noise of its
+  /// energy, above the threshold at which keeping a direction errs least (Gavish & Donoho 2014).
+  bool above_bulk = false;
 
   /// Convergence: every kept triple that stands out must reach |D^T u - s v| <= tolerance * s. In (0, 1).
   double tolerance = 1e-3;

@@ -4,6 +4,7 @@
 #include <ATen/Context.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "extract/certificate.h"
 #include "extract/decomposition.h"
@@ -52,12 +53,31 @@ int64_t count_above_noise(const Tensor& values, double noise_edge) {
   return values.gt(floor).sum().item<int64_t>();
 }
 
+/// The singular value, in standard deviations of the entries of white noise (m, n), above which keeping a direction
+/// errs less than leaving it out: 4 / sqrt(3) sqrt(n) for a square matrix (Gavish & Donoho 2014, equation 11).
+double optimal_threshold(double m, double n) {
+  const double beta = std::min(m, n) / std::max(m, n);
+  const double squared = 2 * (beta + 1) + 8 * beta / (beta + 1 + std::sqrt(beta * beta + 14 * beta + 1));
+  return std::sqrt(squared * std::max(m, n));
+}
+
+/// How many leading singular values lie above the threshold for the noise that has all energy behind them.
+int64_t count_above_bulk(const Tensor& values, const Displacement& d) {
+  const auto m = static_cast<double>(d.matrix.size(0)), n = static_cast<double>(d.matrix.size(1));
+  const auto behind = values.square().cumsum(0).neg_().add_(d.norm2).clamp_min_(0);
+  const auto thresholds = behind.div_(m * n).sqrt_().mul_(optimal_threshold(m, n));
+  return values.gt(thresholds).cumprod(0).sum().item<int64_t>();
+}
+
 /// How many leading directions the options ask for, at most `limit`, given all computed singular values.
 int64_t count_targets(const Tensor& values, const Displacement& d, int64_t limit, const ExtractOptions& options) {
   int64_t count = std::min(limit, values.size(0));
   if (options.energy) {
     const auto captured_energy = values.square().cumsum(0);
     count = std::min(count, 1 + captured_energy.lt(*options.energy * d.norm2).sum().item<int64_t>());
+  }
+  if (options.above_bulk) {
+    count = std::min(count, count_above_bulk(values, d));
   }
   return std::min(count, count_above_noise(values, options.keep_noise ? 0 : d.noise_edge));
 }
@@ -151,6 +171,7 @@ Certificate certify(const Tensor& base, const Tensor& aligned, const Subspace& s
         subspace.u.size(0), " x ", subspace.v.size(0), " and the matrices are ", d.matrix.sizes());
   ExtractOptions fresh = options;
   fresh.energy.reset();
+  fresh.above_bulk = false;
   fresh.keep_noise = true;
   fresh.energy_tolerance *= kCertifiedShare;
   return measured(d, subspace, leading_triples(d, directions, fresh), standing_out);

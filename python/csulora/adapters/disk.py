@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,8 +15,8 @@ from csulora.adapters.gguf import file as gguf
 from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, Format, LoraModule
 from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft import directory as peft
-from csulora.adapters.weights_files import CONFIG_FILE, sha256_as_written
-from csulora.errors import InputError, RefusedError, check_type
+from csulora.adapters.weights_files import CONFIG_FILE, hashes_as_written, joined
+from csulora.errors import BaseCopyError, InputError, check_type
 from csulora.io.files import GGUF_SUFFIX, atomic_directory, check_not_input, sha256_of_file, to_json
 from csulora.io.hub import local_path
 from csulora.models.gguf_base import BaseModel
@@ -109,11 +110,23 @@ def save_adapter(
     >>> csulora.load_adapter("copy").sha256 == sha256
     True
     """
+    return save_with_hashes(adapter, path, format, base_model=base_model, outtype=outtype)[0]
+
+
+def save_with_hashes(
+    adapter: Adapter,
+    path: str | Path,
+    format: Format | None = None,
+    *,
+    base_model: str | Path | None = None,
+    outtype: str | None = None,
+) -> tuple[str, dict[str, str]]:
+    """Write as `save_adapter` does, and return besides what it returns the sha256 of each file: path -> hex."""
     check_type(adapter, Adapter, "adapter")
     path = Path(path)
     format = format or ("gguf" if path.suffix == GGUF_SUFFIX else adapter.format)
     if adapter.copies:
-        raise RefusedError(
+        raise BaseCopyError(
             f"{adapter.path}: holds a copy of the base model's {min(adapter.copies)}, which only a correction compares "
             "with the model; correct the adapter (policy none changes nothing), or save it without: "
             "save_pretrained(..., save_embedding_layers=False)"
@@ -126,7 +139,8 @@ def save_adapter(
                 "(--format peft)"
             )
         gguf.write(adapter, path, BaseModel.open(base_model), outtype)
-        return sha256_of_file(path)
+        sha256 = sha256_of_file(path)
+        return sha256, {str(path): sha256}
     if format not in FORMATS:
         raise InputError(f"unknown adapter format {format!r}; it must be one of {', '.join(FORMATS)}")
     return _save_directory(adapter, path, format)
@@ -156,14 +170,17 @@ def _named_for(adapter: Adapter, format: Format) -> Adapter:
     return replace(adapter, modules=modules, names_in_peft={}, partial=True)
 
 
-def _save_directory(adapter: Adapter, path: Path, format: Format) -> str:
+def _save_directory(adapter: Adapter, path: Path, format: Format) -> tuple[str, dict[str, str]]:
     adapter, layout = _named_for(adapter, format), _DIRECTORIES[format]
     with atomic_directory(path, marker=REPORT_FILE) as directory:
-        sha256 = sha256_as_written(directory / layout.WEIGHTS_FILE, layout.write(adapter, directory))
+        hashes = hashes_as_written(directory / layout.WEIGHTS_FILE, layout.write(adapter, directory))
+        sha256 = joined(*hashes.values())
         for name, text in adapter.documents.items():
             if name == REPORT_FILE:
                 text = to_json(json.loads(text) | {CORRECTED_SHA256: sha256})
             elif name == _CARD:
                 text = text.replace(_LIBRARY.format("peft"), _LIBRARY.format(format), 1)
-            (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-    return sha256
+            data = text.encode(errors="backslashreplace")
+            (directory / name).write_bytes(data)
+            hashes[name] = hashlib.sha256(data).hexdigest()
+    return sha256, {str(path / name): found for name, found in hashes.items()}

@@ -19,7 +19,7 @@ from csulora.adapters.experts import (
     is_targeted,
 )
 from csulora.adapters.lora import Adapter, LoraModule
-from csulora.errors import InputError, RefusedError
+from csulora.errors import AmbiguousError, HostLimitError, InputError, OtherFamilyError
 from csulora.models.names import WEIGHT, parse_expert, with_known_projection, without_wrappers
 from csulora.models.resolver import Resolver
 from csulora.subspace.expert_layout import ExpertLayout
@@ -135,7 +135,7 @@ def check_none_is_left_out(adapter: Adapter, names: Iterable[str], subspace: Sub
     for (experts, projection), found in held.items():
         number = model.experts(found[0]).number
         if number not in (0, len(found)):
-            raise RefusedError(
+            raise AmbiguousError(
                 f"{adapter.path}: {projection} of {len(found)} of the {number} experts of {experts} would be written, "
                 "and PEFT takes factors of some for factors of all; have zeros written for the others "
                 f"(--layout {PER_EXPERT} or --layout {FUSED})"
@@ -165,7 +165,7 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
     PEFT fuses such an adapter as it loads it, if experts and router have one rank and all projections are there.
     """
     if model.layout is None or not model.layout.per_expert:
-        raise RefusedError(
+        raise HostLimitError(
             f"{adapter.path}: csulora does not know a host that reads this model's experts one by one; keep them fused"
         )
     parameters = adapter.config.get("target_parameters") or []
@@ -191,13 +191,13 @@ def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
 def _fused(adapter: Adapter, model: _Model) -> Adapter:
     """Return one pair of factors for both parameters of each layer's experts, as PEFT writes them."""
     if model.layout is None:
-        raise RefusedError(
+        raise OtherFamilyError(
             f"{adapter.path}: the subspace file does not say how its model lays experts out; extract it again from the "
             "model's checkpoints"
         )
     for name in adapter.modules:
         if parse_expert(name) and model.to_disk.resolve(name) is None:
-            raise RefusedError(
+            raise OtherFamilyError(
                 f"{adapter.path}: {name} is none of the model's experts, and fused factors hold them all"
             )
     modules = _filled(adapter, model)

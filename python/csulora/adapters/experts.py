@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from csulora.adapters.lora import Adapter, LoraModule
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, OtherFamilyError
 from csulora.models.names import parse_expert
 from csulora.subspace.expert_layout import ExpertLayout
 
@@ -48,7 +48,7 @@ def decoded(adapter: Adapter, layout: ExpertLayout | None) -> Adapter:
     if not is_fused(adapter) or adapter.is_decoded:
         return adapter
     if layout is None:
-        raise RefusedError(
+        raise OtherFamilyError(
             f"{adapter.path}: updates fused experts, and the subspace file does not say how its model lays them out; "
             "use the subspace file of its own model, and extract that again if it does not say so either"
         )

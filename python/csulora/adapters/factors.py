@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from csulora.adapters.lora import LoraModule, is_finite
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, NotFiniteError, NotPlainLoraError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,7 +24,7 @@ def check_matrix(name: str, tensor: torch.Tensor, path: Path, *, higher: str, em
         empty: says what an empty tensor is.
     """
     if tensor.dim() in (3, 4, 5):
-        raise RefusedError(f"{path}: {name} has {tensor.dim()} dimensions: {higher}")
+        raise NotPlainLoraError(f"{path}: {name} has {tensor.dim()} dimensions: {higher}")
     if tensor.numel() == 0:
         raise InputError(f"{path}: {name} is empty{empty}")
     if tensor.dim() != 2:
@@ -32,7 +32,7 @@ def check_matrix(name: str, tensor: torch.Tensor, path: Path, *, higher: str, em
     if tensor.dtype not in _DTYPES:
         raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16, float32 or float64 is needed")
     if not is_finite(tensor):
-        raise InputError(f"{path}: {name} holds NaN or infinity")
+        raise NotFiniteError(f"{path}: {name} holds NaN or infinity")
 
 
 def of_one_dtype(a: torch.Tensor, b: torch.Tensor, name: str, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +41,7 @@ def of_one_dtype(a: torch.Tensor, b: torch.Tensor, name: str, path: Path) -> tup
     dtype = torch.float32 if dtype == torch.float64 else dtype
     a, b = a.to(dtype), b.to(dtype)
     if not (is_finite(a) and is_finite(b)):
-        raise InputError(f"{path}: {name} has factors that float32 cannot hold")
+        raise NotFiniteError(f"{path}: {name} has factors that float32 cannot hold")
     return a, b
 
 

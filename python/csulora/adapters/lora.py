@@ -68,6 +68,8 @@ class Adapter:
     besides, by module; `correct` compares them with the aligned checkpoint's and leaves them out. ``format`` is the one
     it was read in, and is written in unless another is asked for. ``is_decoded`` says that fused experts have been
     taken apart, see `experts.decoded`. ``names_in_peft`` are what PEFT calls modules that mlx-lm calls otherwise.
+    ``sha256`` is of a GGUF file its own; of a directory that of a text with a line for each of ``files``, which holds
+    the file's sha256 in hex. ``files`` are those that were read, name -> sha256, first the configuration.
 
     >>> csulora.load_adapter(adapter).config["r"]
     8
@@ -85,6 +87,7 @@ class Adapter:
     format: Format = "peft"
     is_decoded: bool = False
     names_in_peft: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 class TextsOnDemand(Mapping[str, str]):

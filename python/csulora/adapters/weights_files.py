@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from csulora.adapters.lora import Adapter
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, TooLargeError
 from csulora.io.files import open_regular, parse_json
 
 CONFIG_FILE = "adapter_config.json"  # PEFT's and mlx-lm's alike
@@ -67,7 +67,7 @@ def _check_header(file: BufferedReader, size: int, path: Path, check_name: Check
     header = parse_json(file.read(length), path)
     header.pop("__metadata__", None)
     if len(header) > left.tensors:
-        raise RefusedError(f"{path}: holds {len(header)} tensors; at most {_MOST_TENSORS} are read")
+        raise TooLargeError(f"{path}: holds {len(header)} tensors; at most {_MOST_TENSORS} are read")
     left.header -= length
     left.tensors -= len(header)
     for name in header:
@@ -97,23 +97,33 @@ def tensors_in(files: Mapping[Path, bytes]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def with_sha256(assemble: Callable[[], Adapter], config: bytes, weights: Sequence[bytes]) -> Adapter:
-    """Return an adapter with the hash of its bytes, which large ones are computed for while it is assembled."""
-    is_small = sum(map(len, weights)) < _HASHED_ASIDE
+def with_sha256(assemble: Callable[[], Adapter], files: Mapping[str, bytes]) -> Adapter:
+    """Return an adapter with the hashes of its files, which large ones are computed for while it is assembled.
+
+    Args:
+        assemble: makes the adapter without them.
+        files: the bytes of its configuration, then of its weights files, by name.
+    """
+    is_small = sum(map(len, files.values())) < _HASHED_ASIDE
     # Hashing takes as long as all the rest, and another core.
     with nullcontext() if is_small else ThreadPoolExecutor(max_workers=1) as pool:
-        sha256 = pool.submit(sha256_of, config, *weights) if pool else None
+        hashing = pool.submit(_hashed, files) if pool else None
         adapter = assemble()
-        return replace(adapter, sha256=sha256.result() if sha256 else sha256_of(config, *weights))
+        found = hashing.result() if hashing else _hashed(files)
+    return replace(adapter, sha256=joined(*found.values()), files=found)
+
+
+def _hashed(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
 def sha256_of(config: bytes, *weights: bytes) -> str:
     """Hash an adapter: the sha256 over the hex sha256 of the config's and of each weights file's bytes, a line each."""
-    return _joined(hashlib.sha256(config), *map(hashlib.sha256, weights))
+    return joined(*(hashlib.sha256(data).hexdigest() for data in (config, *weights)))
 
 
-def sha256_as_written(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash a directory that was just written: of the weights' file only its header is read.
+def hashes_as_written(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return name -> sha256 of the files of a directory that was just written; of the weights a header is read.
 
     Args:
         file: the one file of weights, beside its configuration.
@@ -126,9 +136,11 @@ def sha256_as_written(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     weights = hashlib.sha256(length + header)
     for name in sorted(places, key=places.__getitem__):
         weights.update(tensors[name].cpu().contiguous().view(torch.uint8).numpy().data)
-    return _joined(hashlib.sha256((file.parent / CONFIG_FILE).read_bytes()), weights)
+    config = hashlib.sha256((file.parent / CONFIG_FILE).read_bytes())
+    return {CONFIG_FILE: config.hexdigest(), file.name: weights.hexdigest()}
 
 
-def _joined(*files: hashlib._Hash) -> str:
-    lines = "".join(f"{file.hexdigest()}\n" for file in files)
+def joined(*hashes: str) -> str:
+    """Return the sha256 of a text with a line for each of an adapter's files: its sha256 in hex."""
+    lines = "".join(f"{sha256}\n" for sha256 in hashes)
     return hashlib.sha256(lines.encode()).hexdigest()

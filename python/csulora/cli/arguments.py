@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Annotated
 import typer
 
 from csulora.cli.console import STDOUT
+from csulora.errors import printable
 from csulora.io.files import GGUF_SUFFIX, check_file, check_not_input
-from csulora.policy.policy import POLICY_CHOICES, PRESETS, Policy
+from csulora.policy.policy import Policy
+from csulora.policy.toml import POLICY_CHOICES, PRESETS
 from csulora.serving.variables import (
     DECISIONS_VARIABLE,
     POLICY_VARIABLE,
@@ -184,10 +187,14 @@ def set_variables(subspace: Path | None, policy: str | None, decisions: Path | N
 
 
 def chosen_policy(source: str | None) -> Policy:
-    """Return the policy that was named; none is taken for granted."""
+    """Return the policy that was named; none is taken for granted, and of a tuned one it is said if it is no good."""
     if source is None:
         raise typer.BadParameter(f"say which policy: --policy NAME|FILE; {POLICY_CHOICES}")
-    return Policy.load(source)
+    policy = Policy.load(source)
+    if policy.provenance.beats_plain_scaling is False:
+        told = printable(f"csulora: {source}: csulora tune found it no better than plain scaling")
+        print(told, file=sys.stderr, flush=True)
+    return policy
 
 
 def parse_rank(text: str | None) -> str | int | None:

@@ -35,14 +35,17 @@ def deliver(table: RenderableType, summary: str, document: dict[str, Any], json:
 
 
 @contextmanager
-def progress_bar(verb: str, quiet: bool) -> Iterator[ReportProgress | None]:
-    """Yield a callback that draws a progress bar on stderr, or None where nobody would see it."""
+def progress_bar(verb: str, quiet: bool, lines: bool = False) -> Iterator[ReportProgress | None]:
+    """Yield a callback that draws a progress bar on stderr, or None where nobody would see it.
+
+    Where stderr is no terminal, and ``lines`` are wanted, the callback writes a line for each thing that begins.
+    """
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
         disable_progress_bars()
-        yield None
+        yield _lines(verb) if lines and not quiet else None
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
@@ -52,3 +55,15 @@ def progress_bar(verb: str, quiet: bool) -> Iterator[ReportProgress | None]:
             bar.update(task, description=f"{verb} {module}", completed=done, total=total, refresh=True)
 
         yield report
+
+
+def _lines(verb: str) -> ReportProgress:
+    last = ""
+
+    def report(module: str, done: int, total: int) -> None:
+        nonlocal last
+        if module and module != last:
+            print(f"csulora: {done / total:4.0%} {verb}: {module}", file=sys.stderr, flush=True)
+        last = module
+
+    return report

@@ -25,7 +25,8 @@ from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
 from csulora.cli.tune import DeviceMap, LoadIn
 from csulora.errors import InputError
-from csulora.policy.policy import POLICY_CHOICES, PRESETS, Policy
+from csulora.policy.policy import Policy
+from csulora.policy.toml import POLICY_CHOICES, PRESETS
 from csulora.subspace.subspace import Subspace
 
 _UNTRIED = ("csulora", "project", "protect")  # presets that are evaluated where no policy is named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,16 +14,34 @@ from csulora.cli.interruption import interruptible
 from csulora.views import tables
 
 
+def _rank(text: str | None) -> int | Literal["auto"]:
+    """Return what --rank says."""
+    if text is None:
+        return 64
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"--rank is {text}; give a number from 1 on, or auto")
+    return int(text)
+
+
 def extract(
     base: Annotated[str, typer.Argument(help="Checkpoint before alignment: a directory, a GGUF file or a hub id.")],
     aligned: Annotated[str, typer.Argument(help="Checkpoint after alignment.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Subspace file to write.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Directions per module. [default: 64]")] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K|auto",
+            help="Directions per module; auto: those that stand out. [default: 64]",
+        ),
+    ] = None,
     energy: Annotated[
         float | None, typer.Option(help="Keep the fewest directions that capture this share of |D|^2.")
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(min=1, help="Most directions per module with --energy. [default: 256]")
+        int | None,
+        typer.Option(min=1, help="Most directions per module. [default: 256 with --energy, 64 with --rank auto]"),
     ] = None,
     expert_rank: Annotated[
         int, typer.Option(min=1, help="Most directions per projection of an expert, of which there may be thousands.")
@@ -49,8 +67,8 @@ def extract(
         raise typer.BadParameter("give --rank or --energy (with --max-rank), not both")
     if energy is not None and not 0 < energy <= 1:
         raise typer.BadParameter(f"--energy is {energy:g}; it must lie in (0, 1]")
-    if max_rank is not None and energy is None:
-        raise typer.BadParameter("--max-rank goes with --energy; without it give --rank")
+    if max_rank is not None and energy is None and rank != "auto":
+        raise typer.BadParameter("--max-rank goes with --energy or --rank auto; without them give --rank")
     check_outputs([output, json], [base, aligned])
     from csulora.extraction.distributed import joined
 
@@ -65,9 +83,9 @@ def extract(
             aligned,
             output=output,
             progress=progress,
-            rank=rank or 64,
+            rank=_rank(rank),
             energy=energy,
-            max_rank=max_rank or 256,
+            max_rank=max_rank,
             expert_rank=expert_rank,
             modules=modules or [],
             dtype=dtype.value,

@@ -5,13 +5,39 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from csulora.cli.arguments import BaseModel, PolicySource, Quiet, SubspaceSha256, chosen_policy
+from csulora.cli.arguments import BaseModel, Json, PolicySource, Quiet, SubspaceSha256, check_outputs, chosen_policy
+from csulora.cli.console import deliver
 from csulora.cli.interruption import interruptible
+from csulora.errors import InputError, RefusedError
+
+if TYPE_CHECKING:
+    from csulora.serving.gate import Gate
+
+
+_Watch = Annotated[
+    bool, typer.Option("--watch", help="Go on until SIGTERM or SIGINT; SIGHUP reads policy and subspace file again.")
+]
+_Plan = Annotated[bool, typer.Option("--plan", help="Say what would become of every upload, and write nothing.")]
+_Jobs = Annotated[int, typer.Option(min=1, help="Uploads decided on at a time; each needs memory for its adapter.")]
+_Withdraw = Annotated[
+    bool,
+    typer.Option("--withdraw", help="Withdraw adapters that left INCOMING, which must hold a file .csulora-incoming."),
+]
+_Quarantine = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Move refused uploads to this directory beside INCOMING.")
+]
+_FailOnRefusal = Annotated[
+    bool, typer.Option("--fail-on-refusal", help="Exit 3 if an upload is not let through; not with --watch.")
+]
+_Metrics = Annotated[str | None, typer.Option(metavar="[HOST:]PORT", help="Serve metrics for Prometheus there.")]
 
 
 def guard(
@@ -20,29 +46,79 @@ def guard(
     subspace: Annotated[Path, typer.Option(help="Subspace file of the served model.")],
     policy: PolicySource = None,
     base_model: BaseModel = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until SIGTERM or SIGINT.")] = False,
+    watch: _Watch = False,
+    plan: _Plan = False,
+    jobs: _Jobs = 1,
     settle: Annotated[float, typer.Option(min=0, help="Seconds an upload must not change before it is read.")] = 2.0,
     patience: Annotated[float, typer.Option(min=0, help="Seconds until an unreadable upload is refused.")] = 60.0,
+    withdraw: _Withdraw = False,
+    quarantine: _Quarantine = None,
+    fail_on_refusal: _FailOnRefusal = False,
     decisions: Annotated[Path | None, typer.Option(help="Append a JSON line per decision to this file.")] = None,
+    health: Annotated[Path | None, typer.Option(help="Say in this file every second how the guard is.")] = None,
+    metrics: _Metrics = None,
     subspace_sha256: SubspaceSha256 = None,
+    json: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Correct or refuse every adapter that appears in a directory."""
+    if watch and (fail_on_refusal or plan):
+        raise typer.BadParameter("--watch goes on for ever; leave out --fail-on-refusal and --plan")
+    if json and not plan:
+        raise typer.BadParameter("--json goes with --plan; --decisions logs what the guard decides")
+    reload = threading.Event()  # asked for; also while torch is imported, where nobody listens yet
+    if watch:
+        signal.signal(signal.SIGHUP, lambda *_: reload.set())
+    chosen_policy(policy)
+    check_outputs([json, health, decisions], [incoming, outgoing, subspace, policy, base_model])
+    from csulora.serving import metrics as exposed
     from csulora.serving.gate import Gate
-    from csulora.serving.guard import DirectoryGuard
+    from csulora.serving.guard import DirectoryGuard, Options
 
+    def opened() -> Gate:
+        return Gate.open(subspace, policy, None if plan else decisions, subspace_sha256, route="guard")
+
+    if plan:
+        _plan(incoming, outgoing, opened(), base_model, json, quiet)
+        return
     worker = DirectoryGuard(
         incoming,
         outgoing,
-        Gate.open(subspace, chosen_policy(policy), decisions, subspace_sha256),
-        settle,
-        patience,
-        base_model,
+        opened(),
+        Options(settle, patience, base_model, jobs, withdraw, quarantine, health),
         say=lambda line: None if quiet else print(line, flush=True),
+        reopen=opened,
+        reload=reload,
     )
+    if metrics:
+        exposed.serve(metrics)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     with interruptible("what was not finished is done at the next start"):
-        if not worker.run(watch):  # in the middle of a long computation, which nothing can end but the process's end
-            sys.stdout.flush()
-            os._exit(0)
+        is_done = worker.run(watch)
+    if not quiet:
+        print(worker.summary, flush=True)
+    if not is_done:  # in the middle of a long computation, which nothing can end but the process's end
+        sys.stdout.flush()
+        os._exit(0)
+    if fail_on_refusal and (names := worker.not_let_through):
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise RefusedError(f"{len(names)} uploads are not let through: {shown}; {outgoing}/NAME.refused.json says why")
+
+
+def _plan(incoming: Path, outgoing: Path, gate: Gate, base_model: str | None, json: Path | None, quiet: bool) -> None:
+    from csulora.serving.guard.plan import plan
+    from csulora.views.plan_table import plan_table
+
+    if not incoming.is_dir():
+        raise InputError(f"{incoming}: no such directory")
+    planned = list(plan(incoming, outgoing, gate, base_model))
+    verdicts = Counter(row.verdict for row in planned)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "no uploads"
+    summary = f"it would be: {counts}; {sum(row.is_changed for row in planned)} of {len(planned)} differ from now"
+    document = {
+        "subspace_sha256": gate.subspace.sha256,
+        "policy_sha256": gate.source.sha256,
+        "uploads": [asdict(row) | {"is_changed": row.is_changed} for row in planned],
+    }
+    deliver(plan_table(planned), summary, document, json, quiet)

@@ -29,7 +29,8 @@ from csulora.cli.arguments import (
 from csulora.cli.console import deliver
 from csulora.errors import InputError, printable
 from csulora.io.files import write_text
-from csulora.policy.policy import PRESETS, Policy
+from csulora.policy.policy import Policy
+from csulora.policy.toml import PRESETS
 from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.views import tables
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import csulora
+from csulora.cli import exit_codes
 from csulora.cli.arguments import (
     Adapters,
     BaseModel,
@@ -22,9 +26,11 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.tuning.frontier import frontier_path
+from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.tuning.options import Options
 from csulora.views import tables
+
+QUICK_STEPS = 30
 
 
 class DeviceMap(StrEnum):
@@ -68,11 +74,19 @@ def tune(
     ] = True,
     keep_uncovered: KeepUncovered = None,
     drop_uncovered: DropUncovered = None,
-    steps: Annotated[int, typer.Option(min=1, help="Most steps of a fit, for each adapter.")] = Options.steps,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"A first look: {QUICK_STEPS} steps and the first weight, if not said.")
+    ] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Fit the controls and measure all presets, too, to compare.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help=f"Most steps of a fit, for each adapter. [default: {Options.steps}]")
+    ] = None,
     task_weight: Annotated[
         list[float] | None,
         typer.Option(
-            min=0.1, max=1000, help="Weights of the task prompts to try. [default: 2, 8, 30; for adapters to come 1]"
+            min=0.1, max=1000, help="Weights of the task prompts to try. [default: 8, 2, 30; for adapters to come 1]"
         ),
     ] = None,
     refusal: Annotated[
@@ -90,6 +104,16 @@ def tune(
     ] = None,
     base_model: BaseModel = None,
     subspace_sha256: SubspaceSha256 = None,
+    require_verdict: Annotated[
+        bool,
+        typer.Option(
+            "--require-verdict",
+            help=f"Write no policy that does not beat plain scaling, and end with exit code {exit_codes.NO_VERDICT}.",
+        ),
+    ] = False,
+    every_policy: Annotated[
+        bool, typer.Option("--all", help="Show all policies that were measured, not the best five.")
+    ] = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -123,15 +147,40 @@ def tune(
         drop_uncovered=tuple(drop_uncovered or ()),
         loading=Loading((device or Device.auto).value, device_map, load_in),
         longest_reply=tokens,
-        options=Options(steps=steps, seed=seed),
+        options=Options(steps=steps or (QUICK_STEPS if quick else Options.steps), seed=seed),
         task_weights=task_weight or (),
         refusals=refusal or (),
+        controls=controls,
     )
+    if quick:
+        request = replace(request, task_weights=request.weights[:1])
     reason = "finished stages are kept; run the same command to continue"
-    with interruptible(reason), progress_bar("tuning", quiet) as progress:
-        frontier = tune(request, output, progress)
-    effect = ", which corrects nothing" if frontier.written == "none" else ""
-    summary = f"{frontier.verdict}\n{output}: {frontier.written}{effect}"
-    if frontier.subspace_sha256 != request.subspace.sha256:
-        summary += f"\n{subspace_path(output)}: the subspace file to use it with"
-    deliver(tables.frontier_table(frontier), summary, frontier.to_dict(), json, quiet)
+    with interruptible(reason), progress_bar("tuning", quiet, lines=True) as progress:
+        frontier = tune(request, output, progress, partial(_note, quiet), require_verdict)
+    summary = [_splits(frontier), frontier.verdict]
+    if frontier.recommended or not require_verdict:
+        effect = ", which corrects nothing" if frontier.written == "none" else ""
+        summary.append(f"{output}: {frontier.written}{effect}")
+        if frontier.subspace_sha256 != request.subspace.sha256:
+            summary.append(f"{subspace_path(output)}: the subspace file to use it with")
+    deliver(tables.frontier_table(frontier, every_policy), "\n".join(summary), frontier.to_dict(), json, quiet)
+    if require_verdict and frontier.recommended is None:
+        print(f"csulora: no policy beats plain scaling; {output} is not written", file=sys.stderr)
+        raise typer.Exit(exit_codes.NO_VERDICT)
+
+
+def _note(quiet: bool, text: str) -> None:
+    """Tell the user something on stderr; a progress bar makes room for it."""
+    if not quiet and sys.stderr is not None:
+        print(f"csulora: {text}", file=sys.stderr, flush=True)
+
+
+def _splits(frontier: Frontier) -> str:
+    """Say how many prompts of each kind did what."""
+    counts = {
+        split: ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n) for split, kinds in frontier.prompts.items()
+    }
+    return (
+        f"Fitted to {counts['training']} prompts; ended and chosen on {counts['validation']}; "
+        f"reported on {counts['test']}, which decided nothing"
+    )

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 def verify(
     subject: Annotated[
-        Path, typer.Argument(metavar="SUBSPACE|ADAPTER", help="Subspace file or corrected adapter directory.")
+        Path,
+        typer.Argument(
+            metavar="SUBSPACE|ADAPTER|LOG", help="Subspace file, corrected adapter directory, or decision log."
+        ),
     ],
     sources: Annotated[
         list[str] | None,
@@ -41,12 +44,23 @@ def verify(
             help="Policy that an adapter must have been corrected with. [default: what it states]",
         ),
     ] = None,
+    decision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|last",
+            help="Make a decision of the log again. SOURCES, where they have moved: original, subspace file.",
+        ),
+    ] = None,
     expert_layout: ExpertOrder = None,
     base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Recompute a subspace file's certificates from its checkpoints, or a corrected adapter from its original."""
+    """Recompute a subspace file's certificates, a corrected adapter from its original, or a decision from its line."""
+    if decision is not None:
+        check_outputs([json], [subject, *(sources or ()), policy])
+        _verify_decision(subject, decision, sources or [], policy, json, quiet)
+        return
     if policy is not None and len(sources or ()) != 2:
         raise typer.BadParameter("--policy goes with ADAPTER ORIGINAL SUBSPACE")
     check_outputs([json], [subject, *(sources or ()), policy, base_model])
@@ -64,6 +78,26 @@ def verify(
         _verify_subspace(subject, sources[0], sources[1], json, quiet)
     else:
         raise typer.BadParameter("give SUBSPACE BASE ALIGNED, or ADAPTER ORIGINAL SUBSPACE, or ADAPTER alone")
+
+
+def _verify_decision(
+    log: Path, identity: str, sources: list[str], policy: str | None, json: Path | None, quiet: bool
+) -> None:
+    from csulora.hooks.sglang.placement import fitted
+    from csulora.serving.again import Sources, decide_again, find
+
+    if len(sources) > 2:
+        raise typer.BadParameter("--decision goes with LOG, or LOG ORIGINAL, or LOG ORIGINAL SUBSPACE")
+    line = find(log, identity)
+    adapter, subspace = [*map(Path, sources), None, None][:2]
+    moved = Sources(adapter, subspace, Path(policy) if policy else None)
+    checks = decide_again(line, moved, fitted if line["route"] == "sglang" else None)
+    failed = [check for check in checks if not check.holds]
+    verdict = "does not hold" if failed else "was made again, bit by bit" if line["outputs"] else "holds"
+    summary = f"decision {line['id']}, {line['verdict']}: {verdict}"
+    deliver(audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
+    if failed:
+        raise RefusedError(f"decision {line['id']}: {failed[0].reason}")
 
 
 def _deliver_audit(adapter: Path, checks: list[Check], json: Path | None, quiet: bool, *, is_complete: bool) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import torch
 
 from csulora.adapters.lora import Adapter
-from csulora.errors import RefusedError
+from csulora.errors import BaseCopyError
 from csulora.models.resolver import Resolver
 from csulora.subspace.provenance import StoredMatrix
 from csulora.subspace.subspace import Subspace
@@ -27,12 +27,12 @@ def check_copies(adapter: Adapter, subspace: Subspace) -> None:
         what = f"{adapter.path}: holds a copy of the base model's {module}"
         found = resolver.resolve(module)
         if found is None:
-            raise RefusedError(
+            raise BaseCopyError(
                 f"{what}, and the subspace file has no hash to compare it with; {_WITHOUT_COPIES}, or extract the "
                 "subspace file again from a checkpoint whose embedding is not quantised"
             )
         if not _is_copy(copy, vocabulary[found.module]):
-            raise RefusedError(
+            raise BaseCopyError(
                 f"{what} that differs from the aligned checkpoint's, and PEFT would load it in its place; "
                 f"{_WITHOUT_COPIES}"
             )

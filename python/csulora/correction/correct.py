@@ -27,7 +27,17 @@ from csulora.correction.limits import check_limits
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
 from csulora.correction.uncovered import its_own_file, of_another_family, why_uncovered
-from csulora.errors import InputError, RefusedError, check_type
+from csulora.errors import (
+    AmbiguousError,
+    InputError,
+    OtherFamilyError,
+    OtherModelError,
+    OtherSubspaceError,
+    RefusedError,
+    TooLargeError,
+    UncoveredError,
+    check_type,
+)
 from csulora.io.files import to_json
 from csulora.models.resolver import Resolved, Resolver
 from csulora.native import _core
@@ -121,7 +131,7 @@ def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> No
     for name in covered:
         module = adapter.modules[name]
         if min(module.rank, *module.shape) > LARGEST_RANK:
-            raise RefusedError(
+            raise TooLargeError(
                 f"{adapter.path}: module {name} has rank {module.rank}; ranks up to {LARGEST_RANK} are corrected. "
                 f"Reduce it first, in some minutes: csulora correct {adapter.path} --policy none --rank {LARGEST_RANK} "
                 "--subspace FILE -o SMALLER"
@@ -157,7 +167,7 @@ def check_subspace(policy: Policy, subspace: Subspace) -> None:
             filters.
     """
     if policy.subspace_sha256 not in (None, subspace.sha256):
-        raise RefusedError(
+        raise OtherSubspaceError(
             f"the policy was tuned for the subspace file {policy.subspace_sha256}, and this one is {subspace.sha256}; "
             "use that one or tune again"
         )
@@ -200,14 +210,14 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
         try:
             found = resolver.resolve(name)
         except RefusedError as error:
-            raise RefusedError(f"{adapter.path}: {error}") from error
+            raise AmbiguousError(f"{adapter.path}: {error}") from error
         if found is None:
             if policy.fate_of(name) == "refuse":
-                raise RefusedError(f"{adapter.path}: {why_uncovered(adapter, name, subspace, resolver)}")
+                raise UncoveredError(f"{adapter.path}: {why_uncovered(adapter, name, subspace, resolver)}")
             continue
         target = found.module
         if module.shape != subspace[target].shape:
-            raise InputError(
+            raise OtherModelError(
                 f"{adapter.path}: module {name} updates a {list(module.shape)} matrix, but {target} is "
                 f"{list(subspace[target].shape)} in the subspace file; the adapter is for a model of another size, so "
                 f"{its_own_file(adapter)}"
@@ -215,13 +225,13 @@ def cover(adapter: Adapter, subspace: Subspace, policy: Policy) -> dict[str, str
         # A tied weight may be updated under both of its names, each of them once.
         earlier = owners.setdefault(found, name)
         if earlier != name:
-            raise RefusedError(
+            raise AmbiguousError(
                 f"{adapter.path}: modules {earlier} and {name} both update {target}; servers disagree on which of "
                 "them they apply"
             )
         covered[name] = target
     if not covered:
-        raise RefusedError(f"{adapter.path}: {of_another_family(adapter)}")
+        raise OtherFamilyError(f"{adapter.path}: {of_another_family(adapter)}")
     return covered
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from csulora.adapters.lora import Adapter
 from csulora.correction.report import Report
-from csulora.errors import RefusedError
+from csulora.errors import RefusedError, UndoLimitError
 from csulora.policy.policy import Policy
 
 
@@ -19,7 +19,7 @@ def check_limits(adapter: Adapter, report: Report, policy: Policy, covered: Mapp
     _check_undo(adapter, report, policy, covered)
     total = report.totals.undo
     if policy.max_total_undo is not None and total > policy.max_total_undo:
-        raise RefusedError(
+        raise UndoLimitError(
             f"{adapter.path}: all modules together undo {total:.3f} of their alignment; "
             f"the policy allows {policy.max_total_undo:g}"
         )
@@ -38,7 +38,7 @@ def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mappi
     undone |= {" and ".join(both): sum(undone[name] for name in both) for both in names_of.values()}
     worst = max(undone, key=lambda name: undone[name])
     if undone[worst] > policy.max_undo:
-        raise RefusedError(
+        raise UndoLimitError(
             f"{adapter.path}: module {worst} undoes {undone[worst]:.3f} of its alignment; "
             f"the policy allows {policy.max_undo:g}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,14 +25,16 @@ from csulora.subspace.module_subspace import FACTOR_DTYPES, ModuleSubspace
 from csulora.subspace.provenance import Provenance
 from csulora.subspace.subspace import Subspace
 
+Rank = int | Literal["auto"]
 _LARGEST_RANK = 1 << 20
+_MOST_BY_ENERGY, _MOST_BY_BULK = 256, 64  # directions, where nobody says how many
 
 
 @dataclass(frozen=True)
 class ExtractionOptions:
     """What determines a subspace file's content besides the two checkpoints; `extract` documents the fields."""
 
-    rank: int = 64
+    rank: Rank = 64
     energy: float | None = None
     max_rank: int = 256
     modules: tuple[str, ...] = ()
@@ -43,9 +45,14 @@ class ExtractionOptions:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("rank", "max_rank", "expert_rank"):
-            if not 1 <= getattr(self, name) <= _LARGEST_RANK:
-                raise InputError(f"{name} is {getattr(self, name)}; it must lie between 1 and {_LARGEST_RANK}")
+        ranks = {"max_rank": self.max_rank, "expert_rank": self.expert_rank}
+        if self.rank != "auto":
+            ranks["rank"] = self.rank
+        elif self.energy is not None:
+            raise InputError("rank is 'auto' and energy is given; give one of them")
+        for name, rank in ranks.items():
+            if not (isinstance(rank, int) and 1 <= rank <= _LARGEST_RANK):
+                raise InputError(f"{name} is {rank!r}; it must lie between 1 and {_LARGEST_RANK}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise InputError(f"energy is {self.energy}; it must be more than 0 and at most 1")
         if self.dtype not in FACTOR_DTYPES:
@@ -56,9 +63,10 @@ class ExtractionOptions:
     def to_core(self, module: str) -> _core.ExtractOptions:
         """Return the options for a module as the compiled core takes them."""
         options = _core.ExtractOptions()
-        largest = self.rank if self.energy is None else self.max_rank
+        largest = self.max_rank if self.rank == "auto" or self.energy is not None else self.rank
         options.rank = min(largest, self.expert_rank) if is_expert(module) else largest
         options.energy = self.energy
+        options.above_bulk = self.rank == "auto"
         options.keep_noise = self.keep_noise
         options.factor_dtype = FACTOR_DTYPES[self.dtype]
         options.seed = self.seed
@@ -75,9 +83,9 @@ def extract(
     *,
     output: str | Path | None = None,
     progress: Progress | None = None,
-    rank: int = 64,
+    rank: Rank = 64,
     energy: float | None = None,
-    max_rank: int = 256,
+    max_rank: int | None = None,
     modules: Sequence[str] = (),
     dtype: str = "f16",
     seed: int = 0,
@@ -94,9 +102,10 @@ def extract(
         output: subspace file to write. Finished modules are kept beside it until it is complete, so that an
             interrupted run continues where it was.
         progress: called before each module and at the end.
-        rank: directions per module, unless ``energy`` is given.
+        rank: directions per module, unless ``energy`` is given; ``"auto"`` for those that stand out of storage
+            rounding and of the bulk of the module's own singular values.
         energy: keep the fewest directions that capture this share of a displacement's energy, in (0, 1].
-        max_rank: the most directions per module if ``energy`` is given.
+        max_rank: the most directions per module; by default 256 if ``energy`` is given, and 64 for ``"auto"``.
         modules: globs over module names; none means every 2-D weight of a linear module.
         dtype: storage type of the factors: ``f16``, ``bf16`` or ``f32``.
         seed: seed of the random start block.
@@ -118,6 +127,8 @@ def extract(
     place = resolve(device)
     if isinstance(modules, str):
         raise InputError(f"modules is the text {modules!r}; give a list of globs")
+    if max_rank is None:
+        max_rank = _MOST_BY_BULK if rank == "auto" else _MOST_BY_ENERGY
     options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise, expert_rank)
     model_pair = ModelPair.open(base, aligned, patterns=options.modules)
     workspace = _core.Workspace()

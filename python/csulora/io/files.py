@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from csulora.errors import InputError
+from csulora.errors import InputError, MissingFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -223,7 +223,7 @@ def open_regular(path: Path, limit: int | None = None) -> Iterator[BufferedReade
     try:
         file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise MissingFileError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
     with file:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
-from csulora.errors import RefusedError
+from csulora.errors import AmbiguousError
 from csulora.models.names import bare
 
 
@@ -72,7 +72,7 @@ class Resolver:
             return exact
         spelled = self._bare.get(bare(name), [])
         if len({self._exact[other].module for other in spelled}) > 1:
-            raise RefusedError(f"module {name} may be {' or '.join(sorted(spelled))}; name the one that is meant")
+            raise AmbiguousError(f"module {name} may be {' or '.join(sorted(spelled))}; name the one that is meant")
         return self._exact[spelled[0]] if spelled else None
 
     def name_of(self, name: str) -> str:

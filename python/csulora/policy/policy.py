@@ -16,13 +16,12 @@ from csulora.policy.globs import matches
 from csulora.policy.override_index import OverrideIndex
 from csulora.policy.overrides import LARGEST, PENALTIES, Override, check_number, check_penalty
 from csulora.policy.provenance import PolicyProvenance
+from csulora.policy.toml import POLICY_CHOICES, PRESETS
 
 LIMITS = ("max_undo", "max_total_undo", "min_annihilation_ratio")
 _UNCOVERED = ("keep_uncovered", "drop_uncovered")
 _MOST_GLOBS = 1000
 
-PRESETS = ("csulora", "project", "protect", "none")
-POLICY_CHOICES = f"choose a preset ({', '.join(PRESETS)}) or a policy file (TOML); `csulora tune` fits one to prompts"
 Rank = Literal["keep", "exact"] | int
 Fate = Literal["refuse", "drop", "keep"]
 
@@ -222,9 +221,16 @@ class Policy:
             preset: Self = getattr(cls, str(source))()
             return preset
         path = Path(source)
-        if not path.exists():
-            raise InputError(f"{path}: no such policy; {POLICY_CHOICES}")
-        document = toml.read(path)
+        return cls.parse(toml.data_of(path), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Self:
+        """Read a policy from the bytes of a TOML file.
+
+        Raises:
+            InputError: they are malformed; the message names ``path``.
+        """
+        document = toml.parse(data, path)
         try:
             return cls.from_dict(document)
         except InputError as error:
@@ -232,8 +238,9 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Write the policy to a TOML file, with its provenance."""
-        provenance = self.provenance.to_dict()
-        toml.write(Path(path), self.to_dict() | ({"provenance": provenance} if provenance else {}))
+        document, provenance = self.to_dict(), self.provenance.to_dict()
+        overrides = document.pop("overrides")  # which are long, and come last
+        toml.write(Path(path), document | ({"provenance": provenance} if provenance else {}) | {"overrides": overrides})
 
 
 def _is_sha256(value: object) -> bool:

@@ -9,16 +9,24 @@ from typing import Any
 
 import tomli_w
 
-from csulora.errors import InputError
+from csulora.errors import InputError, MissingFileError
 from csulora.io.files import read_regular, write_text
 from csulora.policy.overrides import GAINS, PENALTIES, SIDES, Directions, Override
 
+PRESETS = ("csulora", "project", "protect", "none")
+POLICY_CHOICES = f"choose a preset ({', '.join(PRESETS)}) or a policy file (TOML); `csulora tune` fits one to prompts"
 _LARGEST_FILE = 128 << 20  # bytes; a policy with gains of 64 directions has about 3 KiB a module
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Return a file's TOML document, or raise `InputError`."""
-    data = read_regular(path, _LARGEST_FILE)
+def data_of(path: Path) -> bytes:
+    """Return a policy file's bytes, or raise `InputError`."""
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such policy; {POLICY_CHOICES}")
+    return read_regular(path, _LARGEST_FILE)
+
+
+def parse(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the TOML document that ``path`` holds as ``data``, or raise `InputError`."""
     try:
         return tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from csulora.adapters.expert_encoding import Layout, has_experts
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.correction.correct import cover
-from csulora.errors import CsuloraError, InputError, RefusedError, printable
+from csulora.errors import CsuloraError, HostLimitError, InputError, RefusedError, printable
 from csulora.serving.gate import Gate
 from csulora.serving.publication import PREFIX, Publication, is_complete
 
@@ -55,6 +56,7 @@ class Admission:
         self._admitted: dict[Hashable, Path] = {}
         self._outcomes: dict[tuple[str, torch.dtype], tuple[_Signature, Path | CsuloraError]] = {}
         self._ranks: dict[Path, int] = {}
+        self._published: dict[Path, tuple[Mapping[str, str], dict[str, Any]]] = {}  # outputs and form, see `Decision`
         self._judging: dict[tuple[str, torch.dtype], threading.Lock] = {}
 
     def is_published(self, path: Path) -> bool:
@@ -83,7 +85,7 @@ class Admission:
         with self._judging.setdefault((str(path), terms.dtype), threading.Lock()):
             directory = self._judge(path, terms)
         if self._ranks[directory] > terms.max_rank:
-            raise RefusedError(
+            raise HostLimitError(
                 f"{path}: has rank {self._ranks[directory]} after correction, and the server takes {terms.max_rank}; "
                 "raise --max-lora-rank, or set the policy's rank"
             )
@@ -119,14 +121,23 @@ class Admission:
             adapter = decision.read_directory(path)
             self._check_rank(adapter, terms.max_rank)
             directory = self._publication.directory(adapter, terms.dtype)
-            if directory in self._ranks and is_complete(directory):
-                decision.recall()
+            if directory in self._published and is_complete(directory):
+                outputs, form = self._published[directory]
+                decision.recall(outputs, **form)
                 return directory
             layout = terms.layout() if terms.layout and has_experts(adapter) else None
-            corrected, _ = decision.correct(_cast(adapter, torch.float32), layout)
+            corrected, _ = decision.correct(cast(adapter, torch.float32), layout)
             fitted = terms.fit(corrected) if terms.fit else corrected
-            self._publication.publish(_cast(fitted, terms.dtype), directory)
+            form = {
+                "format": "peft",
+                "layout": layout,
+                "dtype": _name(terms.dtype),
+                "fitted": not _is_same(fitted, corrected),
+            }
+            outputs = self._publication.publish(cast(fitted, terms.dtype), directory)
+            decision.delivered(outputs, **form)
         self._ranks[directory] = max(module.rank for module in fitted.modules.values())
+        self._published[directory] = outputs, form
         return directory
 
     def _check_rank(self, adapter: Adapter, max_rank: int) -> None:
@@ -140,7 +151,7 @@ class Admission:
         for name in (name for name in adapter.modules if name in covered or policy.fate_of(name) == "keep"):
             module = adapter.modules[name]
             if min(module.rank, *module.shape) > largest:
-                raise RefusedError(
+                raise HostLimitError(
                     f"{adapter.path}: {name} has rank {module.rank}, and the server takes {max_rank}; "
                     "raise --max-lora-rank, or set the policy's rank"
                 )
@@ -163,7 +174,22 @@ def _follows_from_content(error: CsuloraError) -> bool:
     return isinstance(error, InputError | RefusedError)
 
 
-def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+def _is_same(one: Adapter, other: Adapter) -> bool:
+    """Whether both hold the same modules, bit by bit."""
+    return one is other or (
+        one.modules.keys() == other.modules.keys()
+        and all(
+            torch.equal(module.a, other.modules[name].a) and torch.equal(module.b, other.modules[name].b)
+            for name, module in one.modules.items()
+        )
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     """Round the factors to ``dtype``; one infinity would turn the answers to everybody into NaN.
 
     Raises:
@@ -175,7 +201,7 @@ def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     }
     for name, module in modules.items():
         if not (is_finite(module.a) and is_finite(module.b)):
-            raise RefusedError(
+            raise HostLimitError(
                 f"{adapter.path}: {name} is too large for {dtype}, in which the server holds adapters; "
                 "scale the adapter down, or serve with a dtype of a larger range"
             )

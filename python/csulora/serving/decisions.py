@@ -1,21 +1,32 @@
-"""What was let through, and what was not: a JSON line per decision, and counters where the host exposes some."""
+"""What was let through, and what was not: a JSON line per decision, which `decision.schema.json` describes."""
 
 from __future__ import annotations
 
 import fcntl
-import importlib
 import json
 import os
+import socket
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from csulora.errors import InputError, printable
+import torch
 
-Verdict = Literal["corrected", "refused", "invalid", "failed"]
+from csulora import __version__
+from csulora.errors import LogError, printable
+from csulora.io.files import parse_json, sha256_of_file
+from csulora.native import _core
+from csulora.serving import metrics
+
+Verdict = Literal["corrected", "refused", "invalid", "failed", "withdrawn"]
+Route = Literal["guard", "peft", "vllm", "sglang", "llama.cpp", "python"]
+
+_SEARCHED = 16 << 20  # bytes at the end of a log in which a decision is looked for
 
 
 @dataclass(frozen=True)
@@ -23,30 +34,82 @@ class Decision:
     """What became of one adapter that somebody wanted to load.
 
     Attributes:
-        adapter: the path it came from; the log holds it, and the reason, as `csulora.errors.printable` text.
-        adapter_sha256: its content; None if it could not be read that far.
-        subspace_sha256: the subspace file.
-        policy_sha256: the policy, see `csulora.serving.gate`.
-        verdict: ``corrected``, ``refused`` (by a rule or the policy), ``invalid`` (malformed), or ``failed``
-            (anything else that went wrong; the adapter was not loaded).
-        reason: why it was not corrected.
+        id: random hex digits; the guard's records and what it quarantines have it too.
+        route: through which host, or ``guard`` for the directory guard, or ``python``.
+        name: what the route calls the adapter; ``path``: where it came from. Both are `csulora.errors.printable`.
+        inputs: name -> sha256 of each file that was read; of one that was refused, of those that were there.
+        adapter_sha256: its content, see `csulora.adapters.lora.Adapter`; None if it could not be read that far.
+        subspace, policy: paths; of the policy perhaps a preset's name; None for what a program holds in memory.
+        subspace_sha256: of the subspace file; ``policy_sha256``: of the policy's file, else of ``policy_text``.
+        policy_text: TOML document of a policy that came from no file.
+        base_model: path of the model that a GGUF file is for.
+        fingerprint: of subspace file, policy and version together.
+        verdict: ``corrected``, ``refused`` (by a rule or the policy), ``invalid`` (malformed), ``failed`` (anything
+            else that went wrong; the adapter was not loaded), or ``withdrawn`` (it is no longer let through).
+        reason_code: why it was not corrected, see `csulora.errors`; ``reason``: the same as a sentence.
+        outputs: path -> sha256 of each file that the host was given; a bare name where the file was for the host alone.
+        form: what else decided on the outputs' bytes: ``format``, ``layout``, ``dtype`` that the factors were cast to,
+            and ``fitted``, whether the host's hook changed names or left out modules.
+        recalled: whether the host had kept the corrected adapter, which was made earlier.
         totals: the report's totals of a corrected adapter, first the share of it that passed uncorrected; None where
-            the host had kept the corrected one.
+            it was recalled.
         seconds: time from opening the adapter to the verdict.
     """
 
-    adapter: str
+    id: str
+    route: Route
+    name: str
+    path: str
+    inputs: Mapping[str, str]
     adapter_sha256: str | None
+    subspace: str | None
     subspace_sha256: str
+    policy: str | None
     policy_sha256: str
+    policy_text: str | None
+    base_model: str | None
+    fingerprint: str
     verdict: Verdict
+    reason_code: str | None
     reason: str | None
-    totals: dict[str, Any] | None
+    outputs: Mapping[str, str]
+    form: Mapping[str, Any] | None
+    recalled: bool
+    totals: Mapping[str, Any] | None
     seconds: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the decision for JSON, with the time, the host and the versions that made it."""
+        texts = {
+            "name": printable(self.name),
+            "path": printable(self.path),
+            "reason": self.reason and printable(self.reason),
+            "inputs": _printable(self.inputs),
+            "outputs": _printable(self.outputs),
+        }
+        made = {"time": datetime.now(UTC).isoformat(), "host": socket.gethostname(), "versions": versions()}
+        return made | asdict(replace(self, inputs={}, outputs={})) | texts
 
-class LogError(InputError):
-    """A decision cannot be written down: a fault of this machine's, whatever the adapter is."""
+
+def _printable(hashes: Mapping[str, str]) -> dict[str, str]:
+    return {printable(name): sha256 for name, sha256 in hashes.items()}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return what computes here: csulora's and torch's version, and the sha256 of the compiled core's file."""
+    return {
+        "csulora": __version__,
+        "core_sha256": sha256_of_file(Path(_core.__file__)),
+        "torch": torch.__version__,
+    }
+
+
+@cache
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of a line."""
+    file = files("csulora.serving").joinpath("decision.schema.json")
+    return parse_json(file.read_bytes(), Path(file.name))
 
 
 class DecisionLog:
@@ -64,11 +127,25 @@ class DecisionLog:
 
     def record(self, decision: Decision) -> None:
         """Write and count a decision; raises `LogError` if the file cannot take it, of which it then holds nothing."""
+        self.restore(decision.to_dict())
+
+    def restore(self, document: Mapping[str, Any]) -> None:
+        """Write and count what `Decision.to_dict` returned earlier, perhaps in a process that was killed since."""
         if self.path is not None:
-            texts = {"adapter": printable(decision.adapter), "reason": decision.reason and printable(decision.reason)}
-            document = {"time": datetime.now(UTC).isoformat(), **asdict(decision), **texts}
-            self._append(json.dumps(document, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
-        _count(decision)
+            line = json.dumps(document, ensure_ascii=False).encode(errors="backslashreplace")
+            self._append(line + b"\n")
+        metrics.observe(document)
+
+    def holds(self, identity: str) -> bool:
+        """Whether one of the last lines is the decision of that id; never without a file."""
+        if self.path is None:
+            return False
+        try:
+            with self.path.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _SEARCHED))
+                return f'"id": "{identity}"'.encode() in file.read()
+        except OSError as error:
+            raise LogError(f"{self.path}: cannot be read: {error}") from error
 
     def _append(self, line: bytes) -> None:
         assert self.path is not None
@@ -96,24 +173,3 @@ def _append_line(descriptor: int, line: bytes) -> None:
         with suppress(OSError):
             os.ftruncate(descriptor, size)
         raise
-
-
-def _count(decision: Decision) -> None:
-    metrics = _metrics()
-    if metrics is not None:
-        decisions, seconds = metrics
-        decisions.labels(verdict=decision.verdict).inc()
-        seconds.inc(decision.seconds)
-
-
-@cache
-def _metrics() -> tuple[Any, Any] | None:
-    """Counters in prometheus_client's default registry, which vLLM and most servers expose; None without it."""
-    try:
-        prometheus = importlib.import_module("prometheus_client")
-    except ImportError:
-        return None
-    return (
-        prometheus.Counter("csulora_decisions", "Adapters corrected or not let through", ["verdict"]),
-        prometheus.Counter("csulora_decision_seconds", "Time spent on reading and correcting adapters"),
-    )

@@ -9,6 +9,7 @@ import shutil
 import stat
 import threading
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
@@ -17,12 +18,13 @@ import torch
 
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft import directory as peft
-from csulora.adapters.weights_files import CONFIG_FILE
+from csulora.adapters.weights_files import CONFIG_FILE, hashes_as_written
 from csulora.errors import RefusedError
-from csulora.io.files import workplace
+from csulora.io.files import sha256_of_file, workplace
 
 PREFIX = "csulora-serving-"  # of the directories below TMPDIR
 _LOCK_FILE = ".lock"
+_FILES = (CONFIG_FILE, peft.WEIGHTS_FILE)
 _PUBLISHED = re.compile(r"[0-9a-f]{64}-\w+")
 
 
@@ -47,17 +49,23 @@ class Publication:
         """Whether a path is one of this publication's, whether or not anything is there."""
         return directory.parent == self._home and _PUBLISHED.fullmatch(directory.name) is not None
 
-    def publish(self, corrected: Adapter, directory: Path) -> None:
-        """Let the directory appear complete; somebody may just be reading one that is there."""
+    def publish(self, corrected: Adapter, directory: Path) -> Mapping[str, str]:
+        """Let the directory appear complete; somebody may just be reading one that is there.
+
+        Returns:
+            Path -> sha256 of each of its files.
+        """
         with self._publishing:
             if is_complete(directory):
-                return
+                return {str(directory / name): sha256_of_file(directory / name) for name in _FILES}
             self._home.mkdir(mode=0o700, exist_ok=True)
             shutil.rmtree(directory, ignore_errors=True)
             with workplace(directory) as place:
                 (place / "new").mkdir()
-                peft.write(corrected, place / "new")
+                tensors = peft.write(corrected, place / "new")
+                hashes = hashes_as_written(place / "new" / peft.WEIGHTS_FILE, tensors)
                 (place / "new").rename(directory)
+            return {str(directory / name): sha256 for name, sha256 in hashes.items()}
 
 
 def check_published(directory: Path) -> None:
@@ -76,7 +84,7 @@ def check_published(directory: Path) -> None:
 
 def is_complete(directory: Path) -> bool:
     """Whether a published directory holds all that hosts read."""
-    return all((directory / name).is_file() for name in (CONFIG_FILE, peft.WEIGHTS_FILE))
+    return all((directory / name).is_file() for name in _FILES)
 
 
 def _new_home() -> tuple[Path, int]:

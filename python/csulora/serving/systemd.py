@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from contextlib import suppress
 
 READY = "READY=1"
@@ -23,3 +24,8 @@ def notify(state: str) -> None:
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         sender.settimeout(_PATIENCE)
         sender.sendto(state.encode(), address)
+
+
+def reloading() -> str:
+    """Return the state of a service that reads its configuration again; `READY` ends it."""
+    return f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, OtherSubspaceError
 from csulora.io.files import identity_of_file, sha256_of_file
 from csulora.subspace import subspace_file
 from csulora.subspace.device_factors import CPU, DeviceFactors
@@ -57,10 +57,15 @@ class Subspace(Mapping[str, ModuleSubspace]):
         subspace = cls(*subspace_file.read(path))
         subspace._source = path, identity
         if sha256 is not None and subspace.sha256 != sha256.strip().lower():
-            raise RefusedError(
+            raise OtherSubspaceError(
                 f"{path}: has sha256 {subspace.sha256}, and {sha256} is asked for; it is another subspace file"
             )
         return subspace
+
+    @property
+    def path(self) -> Path | None:
+        """The subspace file; None for one that was never read from a file."""
+        return self._source[0] if self._source else None
 
     def save(self, path: str | Path) -> None:
         """Write the subspace file to ``path``, complete or not at all."""
@@ -146,4 +151,4 @@ class Subspace(Mapping[str, ModuleSubspace]):
         try:
             yield
         except InputError as error:
-            raise InputError(f"{self._source[0] if self._source else 'subspace'}: {error}") from error
+            raise InputError(f"{self.path or 'subspace'}: {error}") from error

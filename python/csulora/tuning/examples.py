@@ -8,13 +8,12 @@ from functools import cached_property
 
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
-from csulora.errors import InputError
 from csulora.tuning.fit import Replies
 from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.probes import Chat
 from csulora.tuning.replies import Reply
 from csulora.tuning.request import Request
-from csulora.tuning.splits import prompt_of, selected
+from csulora.tuning.splits import Split
 from csulora.tuning.update import factors_of
 
 
@@ -35,6 +34,7 @@ class Examples:
     @cached_property
     def replies(self) -> list[Replies]:
         """Per adapter, the aligned model's replies to safety prompts, and its own, uncorrected, to the others."""
+        self.language_model.check_lengths([chat for chats in self.request.files for chat in chats])
         safety = self.language_model.replies(self.request.safety)
         every = zip(self.request.adapters, self.request.task, strict=True)
         return [
@@ -47,26 +47,29 @@ class Examples:
         """The aligned model's replies to general prompts."""
         return self.language_model.replies(self.request.general)
 
-    @cached_property
-    def validation_prompts(self) -> frozenset[tuple[int, ...]]:
-        """Tokens of all prompts in a validation split. A prompt in several files may be in that of one of them."""
-        kinds = (kind for replies in self.replies for kind in replies.kinds)
-        return frozenset(prompt_of(reply) for kind in kinds for reply in selected(kind, validation=True))
+    def prepare(self) -> None:
+        """Compute all replies that measurements need."""
+        for number in range(len(self.replies)):
+            self.part(number)
+        self.general_part()
 
-    def to_fit(self, replies: Sequence[Reply]) -> list[Reply]:
-        """Return those of a file's replies that are fitted: a prompt in any validation split is excluded.
+    def part(self, number: int, *splits: Split) -> Replies:
+        """Return an adapter's replies to the prompts in some splits."""
+        replies, request = self.replies[number], self.request
+        return Replies(
+            self._chosen(replies.safety, request.safety, splits),
+            self._chosen(replies.task, request.task[number], splits),
+            self._chosen(replies.general, request.general, splits),
+        )
 
-        Raises:
-            InputError: none is left.
-        """
-        found = [
-            reply for reply in selected(replies, validation=False) if prompt_of(reply) not in self.validation_prompts
-        ]
-        if replies and not found:
-            raise InputError(
-                "all of a file's prompts are in others' validation splits; give what files share in the same order"
-            )
-        return found
+    def general_part(self, *splits: Split) -> list[Reply]:
+        """Return the aligned model's replies to the general prompts in some splits."""
+        return self._chosen(self.general, self.request.general, splits)
+
+    def _chosen(self, replies: Sequence[Reply], chats: Sequence[Chat], splits: Sequence[Split]) -> list[Reply]:
+        """Return a file's replies to its prompts in some splits, one split after the other."""
+        positions = (self.request.splits.positions(chats, split) for split in splits)
+        return [replies[position] for every in positions for position in every]
 
     @contextmanager
     def adapted(self, adapter: Adapter) -> Iterator[None]:

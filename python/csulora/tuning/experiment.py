@@ -1,17 +1,18 @@
-"""The experiment behind a policy: every family is fitted, and everything is measured on validation prompts."""
+"""The experiment behind a policy: what is fitted and measured, in which order, and what is chosen."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from csulora.extraction.model_pair import Progress
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
-from csulora.tuning import sweep
+from csulora.tuning import estimate, sweep
 from csulora.tuning.counter import Counter
 from csulora.tuning.examples import Examples
 from csulora.tuning.families import CONTROLS, Family, candidates
@@ -19,11 +20,15 @@ from csulora.tuning.fitting import Fitting
 from csulora.tuning.frontier import Frontier, Point
 from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.measurement import Measurement, Use
-from csulora.tuning.recommendation import eligible, preference, recommend
+from csulora.tuning.recommendation import best_of, plain_scaling, preference, recommend
 from csulora.tuning.request import Request
+from csulora.tuning.splits import Split
 from csulora.tuning.stages import Stages
 from csulora.tuning.sweep import Candidate
 from csulora.tuning.targets import Targets
+
+Note = Callable[[str], None]
+"""Is called with sentences for the user."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,21 @@ class Experiment:
         output: Path,
         progress: Progress | None = None,
         language_model: LanguageModel | None = None,
+        note: Note = lambda _: None,
     ) -> None:
         """Continue what an unfinished run of the same request left.
 
         Args:
             request: what to work on.
             output: the policy file.
-            progress: is called with what begins, how many steps are done, and how many there are at most.
+            progress: is called with what begins, and how much of the most that there is to do is done; both count time.
             language_model: the request's aligned model, if it is loaded already.
+            note: is called with sentences for the user, such as how long the run will take.
 
         Raises:
             InputError, RefusedError: an adapter does not fit the subspace file, or ``output`` cannot be written.
         """
-        self.request = request
+        self.request, self.note = request, note
         self.stages = Stages(output, request.identity)
         targets = Targets.of(request)
         kinds: tuple[type[Family], ...] = (*candidates(request), *CONTROLS)
@@ -68,21 +75,27 @@ class Experiment:
         self.examples = Examples(request, language_model)
         self.counter = Counter(progress, 0)
         self.fitting = Fitting(request, targets, self.examples, self.stages, self.counter)
-        self.counter.total = self._total()
         self.measurement = Measurement(self.examples, self.stages, self.counter)
 
     def run(self) -> Result:
-        """Fit and measure everything, and choose."""
-        points, policies = self._unfitted()
+        """Fit and measure everything that matters, and choose."""
+        for certain in estimate.doubts_about_prompts(self.request):
+            self.note(certain)
+        self._estimate()
+        points = [self._unfitted(candidate, "plain scaling") for candidate in self._scalings]
+        if doubt := estimate.doubt_about_verdict(self.request, plain_scaling(points)):
+            self.note(doubt)
         points += self.tuned.values()
-        points += (self._point(family, self.best_weight) for family in self._controls)
-        for (name, weight), point in self.tuned.items():
-            policies[point.policy] = self.policy(name, self._every, weight)
-        self.counter.tick("")
+        if self.request.controls or best_of(points).choice.value <= plain_scaling(points).choice.value:
+            points += (self._unfitted(preset, "presets") for preset in self._presets)
+        if self.request.controls:
+            points += (self._point(family, self.best_weight) for family in self._controls)
         points = sorted(points, key=lambda point: (point.family, point.policy))
         chosen, verdict = recommend(points)
-        best = chosen or max((point for point in eligible(points) if point.policy in policies), key=preference)
-        policy = policies[best.policy]
+        best = chosen or best_of(points)
+        policy = self._policy_of(best)
+        self.counter.done = self.counter.total
+        self.counter.tick("")
         subspace = self.subspace(best.family, 0, self._every) if policy.filtered else self.request.subspace
         frontier = Frontier(
             subspace_sha256=subspace.sha256,
@@ -91,8 +104,10 @@ class Experiment:
             recommended=chosen.policy if chosen else None,
             written=best.policy,
             verdict="; ".join([verdict, *self._doubts()]),
+            prompts=self._prompts(),
         )
-        return Result(frontier, sweep.pinned(policy, subspace.sha256, self.request.provenance), subspace)
+        provenance = replace(self.request.provenance, verdict=frontier.verdict, beats_plain_scaling=chosen is not None)
+        return Result(frontier, sweep.pinned(policy, subspace.sha256, provenance), subspace)
 
     def policy(self, family: str, numbers: Sequence[int], weight: float) -> Policy:
         """Return a family's policy fitted on some adapters, the task prompts weighing so much.
@@ -113,13 +128,20 @@ class Experiment:
 
     @cached_property
     def tuned(self) -> dict[tuple[str, float], Point]:
-        """Family and weight of the task prompts -> the point of the candidate that was fitted so."""
-        every = itertools.product(self._candidates, self.request.weights)
-        return {(family.name, weight): self._point(family, weight) for family, weight in every}
+        """Family and weight of the task prompts -> the point of the candidate that was fitted so.
+
+        One that keeps everything on the validation split is the last: no other could keep more.
+        """
+        found: dict[tuple[str, float], Point] = {}
+        for family, weight in itertools.product(self._candidates, self.request.weights):
+            found[family.name, weight] = point = self._point(family, weight)
+            if point.choice.value == 1:
+                break
+        return found
 
     @property
     def best_weight(self) -> float:
-        """The weight whose fit keeps most of both on the prompts in the validation split."""
+        """The weight whose fit keeps most of both on the validation split."""
         return max(self.tuned, key=lambda candidate: preference(self.tuned[candidate]))[1]
 
     @property
@@ -134,17 +156,25 @@ class Experiment:
     def _controls(self) -> list[Family]:
         return [family for family in self.families.values() if family.is_control]
 
-    def _plain(self) -> list[Candidate]:
-        return [*sweep.presets(self.request.policy_fields), *sweep.scalings(self.request.policy_fields)]
+    @property
+    def _scalings(self) -> list[Candidate]:
+        return [sweep.untouched(self.request.policy_fields), *sweep.scalings(self.request.policy_fields)]
 
-    def _unfitted(self) -> tuple[list[Point], dict[str, Policy]]:
-        """The points of presets and plain scalings, and their policies."""
-        points = []
-        for candidate in self._plain():
-            uses = [Use(number, self.request.subspace, candidate.policy) for number in self._every]
-            is_control = candidate.family == "scaling"
-            points.append(self.measurement.point(candidate.family, candidate.name, is_control, uses))
-        return points, {candidate.name: candidate.policy for candidate in self._plain()}
+    @property
+    def _presets(self) -> list[Candidate]:
+        return sweep.presets(self.request.policy_fields)
+
+    def _unfitted(self, candidate: Candidate, stage: str) -> Point:
+        """The point of a preset or of plain scaling."""
+        uses = [Use(number, self.request.subspace, candidate.policy) for number in self._every]
+        return self.measurement.point(candidate.family, candidate.name, candidate.family == "scaling", uses, stage)
+
+    def _policy_of(self, point: Point) -> Policy:
+        """The policy of a point that is no control; a fitted one's is fitted on all adapters."""
+        for (family, weight), tuned in self.tuned.items():
+            if tuned is point:
+                return self.policy(family, self._every, weight)
+        return next(each.policy for each in [*self._scalings, *self._presets] if each.name == point.policy)
 
     def _point(self, family: Family, weight: float) -> Point:
         """A fitted family's point: each adapter after a fit on the others, or the one adapter after a fit on itself."""
@@ -153,7 +183,8 @@ class Experiment:
             others = [other for other in self._every if other != number or len(self._every) == 1]
             subspace = self.fitting.subspace(family, number, others)
             uses.append(Use(number, subspace, self.fitting.policy(family, others, weight)))
-        return self.measurement.point(family.name, f"{family.name} {weight:g}", family.is_control, uses)
+        name = f"{family.name} {weight:g}"
+        return self.measurement.point(family.name, name, family.is_control, uses, f"fit {name}")
 
     def _doubts(self) -> Iterator[str]:
         """What was not measured, and may be gone without a trace in the figures."""
@@ -164,12 +195,43 @@ class Experiment:
         if self.request.loading.load_in:
             yield f"measured on the model in {self.request.loading.load_in}, not on its own weights"
 
-    def _total(self) -> int:
-        """The most steps of all fits, and the number of measurements."""
+    def _prompts(self) -> dict[str, dict[str, int]]:
+        """How many prompts of each kind each split has."""
+        every = {split: [self.examples.part(number, split).kinds for number in self._every] for split in Split}
+        return {
+            split.value: {
+                name: sum(len(kinds[at]) for kinds in parts) for at, name in enumerate(("safety", "task", "general"))
+            }
+            for split, parts in every.items()
+        }
+
+    def _estimate(self) -> None:
+        """Take the time of a measurement and of a step of a fit, and say how long the run will take."""
+        self.counter.total = 1
+        self.counter.tick("replies", 0)
+        self.examples.prepare()
+        begun = time.perf_counter()
+        self.measurement.measure(Use(0, self.request.subspace, self.request.untuned))
+        measured = time.perf_counter() - begun
+        stepped = self.fitting.step_seconds(self._candidates[-1])  # without input filters where there is a choice
+        self.counter.measurement, self.counter.step = (max(1, round(1e3 * each)) for each in (measured, stepped))
+        least, self.counter.total = self._least_and_most()
+        self.note(
+            f"takes {estimate.duration(least / 1e3, self.counter.total / 1e3)} here, and "
+            f"{estimate.memory(self.examples.language_model.device)}"
+        )
+
+    def _least_and_most(self) -> tuple[int, int]:
+        """Milliseconds of a run whose first fit keeps everything, and of one with all fits."""
         adapters = len(self.request.adapters)
-        fitted = len(self.request.weights) * len(self._candidates)
-        kinds = fitted + len(self._controls)
-        measured = adapters * (len(self._plain()) + kinds)
-        each_left_out = adapters * kinds * self.fitting.steps(max(1, adapters - 1))
-        together = fitted * self.fitting.steps(adapters) if adapters > 1 else 0
-        return measured + each_left_out + together
+        each_left_out = adapters * (
+            self.fitting.steps(max(1, adapters - 1)) * self.counter.step + self.counter.measurement
+        )
+        together = self.fitting.steps(adapters) * self.counter.step if adapters > 1 else 0
+        scalings, presets = (
+            adapters * len(each) * self.counter.measurement for each in (self._scalings, self._presets)
+        )
+        controls = presets + len(self._controls) * each_left_out if self.request.controls else 0
+        every = len(self._candidates) * len(self.request.weights)
+        least = scalings + each_left_out + together + controls
+        return least, scalings + presets + every * each_left_out + together + max(0, controls - presets)

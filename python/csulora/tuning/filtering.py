@@ -11,6 +11,7 @@ from csulora.subspace.input_filter import InputFilter
 from csulora.tuning.examples import Examples
 from csulora.tuning.inputs import input_filter_between, safety_inputs, task_inputs
 from csulora.tuning.replies import Reply
+from csulora.tuning.splits import Split
 from csulora.tuning.targets import Targets
 
 
@@ -21,14 +22,13 @@ def input_filters(examples: Examples, targets: Targets, numbers: Sequence[int]) 
     none.
     """
     names, device = targets.updated(numbers), examples.language_model.device
-    safety = safety_inputs(
-        examples.language_model, names.values(), examples.to_fit(examples.replies[numbers[0]].safety)
-    )
-    kinds = [[_task_inputs(examples, targets, number, examples.replies[number].task) for number in numbers]]
+    fitted = {number: examples.part(number, Split.training) for number in numbers}
+    safety = safety_inputs(examples.language_model, names.values(), fitted[numbers[0]].safety)
+    kinds = [[_own_inputs(examples, targets, number, each.task) for number, each in fitted.items()]]
     if examples.request.general:
         kinds.append(
             [
-                *(_task_inputs(examples, targets, number, examples.replies[number].general) for number in numbers),
+                *(_own_inputs(examples, targets, number, each.general) for number, each in fitted.items()),
                 _unadapted_inputs(examples, names),
             ]
         )
@@ -42,15 +42,15 @@ def input_filters(examples: Examples, targets: Targets, numbers: Sequence[int]) 
     }
 
 
-def _task_inputs(examples: Examples, targets: Targets, number: int, replies: Sequence[Reply]) -> dict[str, Tensor]:
-    """Module in the subspace file -> its inputs from replies of an adapter that are fitted."""
-    names, fitted = targets.each[number], examples.to_fit(replies)
+def _own_inputs(examples: Examples, targets: Targets, number: int, replies: Sequence[Reply]) -> dict[str, Tensor]:
+    """Module in the subspace file -> its inputs from some of an adapter's replies."""
+    names = targets.each[number]
     with examples.adapted(examples.request.adapters[number]):
-        inputs = task_inputs(examples.language_model, names, fitted)
+        inputs = task_inputs(examples.language_model, names, replies)
     return {names[name]: each for name, each in inputs.items()}
 
 
 def _unadapted_inputs(examples: Examples, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The same from general prompts, without an adapter."""
-    inputs = task_inputs(examples.language_model, names.values(), examples.to_fit(examples.general))
+    inputs = task_inputs(examples.language_model, names.values(), examples.general_part(Split.training))
     return {target: inputs[name] for target, name in names.items() if name in inputs}

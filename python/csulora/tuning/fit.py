@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,19 @@ def fit(
         optimizer.step()
         tick()
     return best
+
+
+def step_seconds(language_model: LanguageModel, case: Case, gains: Gains, options: Options) -> float:
+    """Return how long a step takes: the second of two, for the first prepares what all others use."""
+    taken = 0.0
+    for _ in range(2):
+        begun = time.perf_counter()
+        parameters = gains.start().to(language_model.device).requires_grad_()
+        loss = _loss(language_model, case, _Draws(case.fitted, options, 0).next(), gains, parameters, options)
+        loss.backward()  # type: ignore[no-untyped-call]
+        float(parameters.grad.sum())  # type: ignore[union-attr]  # waits for a GPU
+        taken = time.perf_counter() - begun
+    return taken
 
 
 @torch.no_grad()

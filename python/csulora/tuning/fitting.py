@@ -16,9 +16,9 @@ from csulora.tuning.counter import Counter
 from csulora.tuning.examples import Examples
 from csulora.tuning.families import Family, Rows
 from csulora.tuning.filtering import input_filters
-from csulora.tuning.fit import Case, Replies, fit
+from csulora.tuning.fit import Case, fit, step_seconds
 from csulora.tuning.request import Request
-from csulora.tuning.splits import validation_of
+from csulora.tuning.splits import Split
 from csulora.tuning.stages import Stages
 from csulora.tuning.targets import Targets
 from csulora.tuning.update import Update
@@ -39,11 +39,16 @@ class Fitting:
         """Return the most steps of a fit on so many adapters."""
         return self.request.options.steps * adapters
 
+    def step_seconds(self, family: Family) -> float:
+        """Return how long one step of a fit on the first adapter takes."""
+        case = self._case(family, 0, [0], self._reference_energy(family, [0]))
+        return step_seconds(self.examples.language_model, case, family.parametrization, self.request.options)
+
     def policy(self, family: Family, numbers: Sequence[int], weight: float) -> Policy:
         """Return the policy fitted on some adapters, the task prompts weighing so much."""
         stage, begun = f"fit {family.name} {weight:g} {list(numbers)}", self.counter.done
         rows: Rows = self.stages.finish(stage, lambda: self._fit(family, numbers, weight))
-        self.counter.finish(stage, begun, self.steps(len(numbers)))
+        self.counter.finish(stage, begun, self.steps(len(numbers)) * self.counter.step)
         return family.policy(numbers, rows, self._reference_energy(family, numbers))
 
     def subspace(self, family: Family, number: int, numbers: Sequence[int]) -> Subspace:
@@ -61,7 +66,8 @@ class Fitting:
         cases = [self._case(family, number, numbers, reference_energy) for number in numbers]
         options = replace(self.request.options, task_weight=weight, steps=self.steps(len(numbers)))
         gains = family.parametrization
-        parameters = fit(self.examples.language_model, cases, gains, options, partial(self.counter.tick, family.name))
+        tick = partial(self.counter.tick, f"fit {family.name} {weight:g}", self.counter.step)
+        parameters = fit(self.examples.language_model, cases, gains, options, tick)
         rows: Rows = gains.gains(parameters).tolist()
         return rows
 
@@ -75,9 +81,9 @@ class Fitting:
             update = update.with_penalty_scale(self.request.options.shared_directions, reference_energy)
         update = update.to(language_model.device, language_model.device_of)
         index = torch.tensor(self.targets.rows(number)).to(language_model.device)
-        replies = self.examples.replies[number]
-        fitted = Replies(*map(self.examples.to_fit, replies.kinds))
-        return Case(update, index, fitted, validation_of(replies))
+        return Case(
+            update, index, self.examples.part(number, Split.training), self.examples.part(number, Split.validation)
+        )
 
     def _reference_energy(self, family: Family, numbers: Sequence[int]) -> float | None:
         """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""

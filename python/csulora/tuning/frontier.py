@@ -1,4 +1,4 @@
-"""What `csulora tune` measured: how well each policy keeps the task and the alignment, on prompts it was not fitted on.
+"""What `csulora tune` measured: how well each policy keeps the task and the alignment, on prompts that chose nothing.
 
 A frontier lies beside the policy it led to, ``policy.toml`` and ``policy.frontier.json``.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular, to_json, write_text
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+Z = 1.959964  # of the normal distribution's 97.5 %
 _LARGEST_FILE = 16 << 20  # bytes
 
 
@@ -48,17 +49,16 @@ class Rate:
         >>> rate.value, round(rate.low, 2), rate.high
         (1.0, 0.68, 1.0)
         """
-        z = 1.959964  # of the normal distribution's 97.5 %
         share = hits / count
-        scale = 1 + z * z / count
-        centre = (share + z * z / (2 * count)) / scale
-        half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
+        scale = 1 + Z * Z / count
+        centre = (share + Z * Z / (2 * count)) / scale
+        half = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)) / scale
         return cls(share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share), count)
 
 
 @dataclass(frozen=True)
 class Refusals:
-    """Shares of the validation safety and task prompts that are refused; of the latter, none should be."""
+    """Shares of the safety and task prompts in the test split that are refused; of the latter, none should be."""
 
     safety: Rate
     task: Rate
@@ -66,8 +66,8 @@ class Refusals:
 
 @dataclass(frozen=True)
 class Point:
-    """One policy on the frontier. Two replies match if their first 8 tokens match; a prompt counts once for each
-    adapter.
+    """One policy on the frontier, on the test split. Two replies match if their first 8 tokens match; a prompt counts
+    once for each adapter.
 
     Attributes:
         family: what the policy belongs to: ``none``, ``csulora``, ``project``, ``protect``, ``aligned-only``,
@@ -75,12 +75,13 @@ class Point:
             ``tuned own subspace``.
         policy: the policy in words, its numbers included.
         control: whether it is no candidate but what candidates are compared with.
-        safety: share of the validation safety prompts that are answered as the aligned model does.
-        task: share of the validation task prompts that are answered as the uncorrected adapter does.
+        safety: share of the safety prompts that are answered as the aligned model does.
+        task: share of the task prompts that are answered as the uncorrected adapter does.
         relative_change: |X - dW| / |dW| over all modules, 0 or more.
         refusals: what is refused, where it was said how refusals read.
-        general: share of the validation general prompts, if there are any, that are answered as the aligned model or
+        general: share of the general prompts, if there are any, that are answered as the aligned model or
             the uncorrected adapter does, or, where refusals are counted, at all.
+        validation: `least` on the validation split, by which policies are chosen; None: they are chosen by `least`.
     """
 
     family: str
@@ -91,6 +92,12 @@ class Point:
     relative_change: float
     refusals: Refusals | None = None
     general: Rate | None = None
+    validation: Rate | None = None
+
+    @property
+    def choice(self) -> Rate:
+        """What policies are chosen by."""
+        return self.validation or self.least
 
     @property
     def safety_kept(self) -> Rate:
@@ -105,7 +112,7 @@ class Point:
 
     @property
     def score(self) -> float:
-        """The value of `least`: what a recommendation maximises.
+        """The value of `least`.
 
         >>> Point("protect", "protect 1", False, Rate.of(6, 8), Rate.of(7, 8), relative_change=0.3).score
         0.75
@@ -115,11 +122,10 @@ class Point:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """Read what `dataclasses.asdict` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        refused, general = record.get("refusals"), record.get("general")
+        refused = record.get("refusals")
         optional = {
             "refusals": None if refused is None else Refusals(**_rates(refused)),
-            "general": None if general is None else Rate(**general),
-        }
+        } | {name: None if record.get(name) is None else Rate(**record[name]) for name in ("general", "validation")}
         point = cls(**(record | _rates(record) | optional))
         if not isinstance(point.family, str) or not isinstance(point.policy, str):
             raise TypeError("family and policy must be texts")
@@ -143,6 +149,7 @@ class Frontier:
         recommended: `Point.policy` of the recommended one; None if no policy beats plain scaling.
         written: `Point.policy` of the one in the policy file: the recommended one, or else the best there is.
         verdict: one sentence for people.
+        prompts: how many prompts of each kind each split has, added up over adapters: split -> kind -> number.
     """
 
     subspace_sha256: str
@@ -151,6 +158,7 @@ class Frontier:
     recommended: str | None
     written: str
     verdict: str
+    prompts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def counts_refusals(self) -> bool:

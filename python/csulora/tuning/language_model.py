@@ -69,12 +69,13 @@ class LanguageModel:
             InputError: the model has no such module, or one of another shape.
         """
         of_experts, others = by_experts_module(factors)
+        inputs = _Inputs()
         with ExitStack() as hooks:
             for name, updates in of_experts.items():
                 hooks.enter_context(adapted_experts(self.module(name), updates, self._expert_layout, name))
             for name, each in others.items():
                 module = self._module(name, each)
-                hook = module.register_forward_hook(_adding(each, self.device_of(name)))
+                hook = module.register_forward_hook(_adding(each, self.device_of(name), inputs))
                 hooks.callback(hook.remove)
             yield
 
@@ -116,21 +117,32 @@ class LanguageModel:
             raise InputError(f"module {name} is {list(shape)} in the model, and the adapter updates {list(wanted)}")
         return module
 
+    def check_lengths(self, chats: Sequence[Chat]) -> None:
+        """Check that the model takes every prompt with the longest reply.
+
+        Raises:
+            InputError: it does not; with the longest reply that it would take with all of them, if there is one.
+        """
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(chats, key=lambda chat: len(self.encode(chat)))
+        tokens = len(self.encode(longest))
+        if most is None or tokens + self.longest_reply <= most:
+            return
+        advice = f"use --tokens {most - tokens}" if tokens < most else "remove or shorten it"
+        raise InputError(
+            f"the prompt {shown(longest)} has {tokens} tokens and its reply up to {self.longest_reply}; "
+            f"the model takes {most}: {advice}"
+        )
+
     def encode(self, chat: Chat) -> list[int]:
         """Tokens of a prompt, up to where the reply begins; without a chat template, of its only turn's text.
 
         Raises:
             InputError: the model does not take the prompt.
         """
-        tokens, name = self._tokens(chat), shown(chat)
+        tokens = self._tokens(chat)
         if not tokens:
-            raise InputError(f"the prompt {name} has no tokens")
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if most is not None and len(tokens) + self.longest_reply > most:
-            raise InputError(
-                f"the prompt {name} has {len(tokens)} tokens and its reply up to {self.longest_reply}; "
-                f"the model takes {most}"
-            )
+            raise InputError(f"the prompt {shown(chat)} has no tokens")
         return tokens
 
     def _tokens(self, chat: Chat) -> list[int]:
@@ -152,7 +164,9 @@ class LanguageModel:
         Raises:
             InputError: the model does not take a prompt, or computes NaN.
         """
-        prompts = [self.encode(chat) for chat in chats]  # all at once: the last may be one that the model does not take
+        if chats:
+            self.check_lengths(chats)  # of all at once: the last may be one that the model does not take
+        prompts = [self.encode(chat) for chat in chats]
         replies: list[Reply] = []
         for start in range(0, len(prompts), BATCH):
             replies += self._reply(chats[start : start + BATCH], prompts[start : start + BATCH])
@@ -245,12 +259,28 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(getattr(module, "weight", torch.empty(0)).shape)
 
 
-def _adding(factors: Factors, device: torch.device) -> Any:
+class _Inputs:
+    """The inputs of modules as their updates take them; modules that read the same tensor share one copy of it."""
+
+    def __init__(self) -> None:
+        self._source: Tensor | None = None
+        self._version = 0
+        self._copy = torch.empty(0)
+
+    def of(self, source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the input on a device, in a type: it may still be where the module before ran."""
+        if source.is_inference():  # which may have changed in place without a trace
+            return source.to(device, dtype)
+        if source is not self._source or source._version != self._version or self._copy.device != device:
+            self._source, self._version, self._copy = source, source._version, source.to(device, dtype)
+        return self._copy
+
+
+def _adding(factors: Factors, device: torch.device, shared: _Inputs) -> Any:
     b, a = (factor.to(device) for factor in factors)
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # Here, the inputs may still be where the module before it ran.
-        return output + (inputs[0].to(device, a.dtype) @ a.T @ b.T).to(output)
+        return output + (shared.of(inputs[0], device, a.dtype) @ a.T @ b.T).to(output)
 
     return hook
 

@@ -1,11 +1,13 @@
-"""What policies are worth: measured on the validation prompts of every adapter, as `correct` would write it."""
+"""What policies are worth: measured on prompts of every adapter that are not fitted, as `correct` would write it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from typing import Any
 
 from csulora.correction.correct import correct
 from csulora.policy.policy import Policy
@@ -16,11 +18,13 @@ from csulora.tuning.frontier import Point, Rate, Refusals
 from csulora.tuning.language_model import agreeing
 from csulora.tuning.probes import is_refusal
 from csulora.tuning.replies import Reply
-from csulora.tuning.splits import selected, validation_of
+from csulora.tuning.splits import HELD_OUT, Split
 from csulora.tuning.stages import Stages
 
-Counts = dict[str, float]
-"""How many replies stay, by what is counted, and the relative change."""
+Counts = dict[str, Any]
+"""The relative change, and per split how many replies stay, by what is counted."""
+
+_KINDS = (("safety", "refused"), ("task", "over-refused"))  # what is counted of safety and of task prompts
 
 
 @dataclass(frozen=True)
@@ -40,60 +44,68 @@ class Measurement:
         self.examples, self.request = examples, examples.request
         self.stages, self.counter = stages, counter
 
-    def point(self, family: str, name: str, control: bool, uses: Sequence[Use]) -> Point:
-        """Return a policy's point, or that of one for each adapter, over all adapters' validation prompts."""
+    def point(self, family: str, name: str, control: bool, uses: Sequence[Use], stage: str) -> Point:
+        """Return a policy's point, or that of one for each adapter, over all adapters' prompts that are not fitted.
+
+        Progress is told as that of ``stage``.
+        """
         results = []
         for use in uses:
-            results.append(self.stages.finish(f"measure {name} on {use.number}", partial(self._measure, use)))
-            self.counter.tick(name)
-        validation = [validation_of(self.examples.replies[use.number]) for use in uses]
-        safety_count = sum(len(replies.safety) for replies in validation)
-        task_count = sum(len(replies.task) for replies in validation)
-        general = len(uses) * len(selected(self.request.general, validation=True))
+            self.counter.tick(stage, self.counter.measurement)
+            results.append(self.stages.finish(f"measure {name} on {use.number}", partial(self.measure, use)))
+        change = math.sqrt(sum(result["relative_change"] ** 2 for result in results) / len(results))
+        validation, test = (self._rates(uses, results, split) for split in HELD_OUT)
+        chosen_by = Point(family, name, control, relative_change=change, **validation).least
+        return Point(family, name, control, relative_change=change, validation=chosen_by, **test)
+
+    def _rates(self, uses: Sequence[Use], results: Sequence[Counts], split: Split) -> dict[str, Any]:
+        """The shares of a split's prompts, as fields of a point."""
+        parts = [self.examples.part(use.number, split) for use in uses]
+        safety, task, general = (sum(len(part.kinds[kind]) for part in parts) for kind in range(3))
 
         def rate(what: str, count: int) -> Rate:
-            return Rate.of(sum(result[what] for result in results), count)
+            return Rate.of(sum(result[split][what] for result in results), count)
 
-        return Point(
-            family,
-            name,
-            control,
-            safety=rate("safety", safety_count),
-            task=rate("task", task_count),
-            relative_change=math.sqrt(sum(result["relative_change"] ** 2 for result in results) / len(results)),
-            refusals=Refusals(rate("refused", safety_count), rate("over-refused", task_count))
-            if self.request.refusals
-            else None,
-            general=rate("general", general) if general else None,
-        )
+        refusals = Refusals(rate("refused", safety), rate("over-refused", task)) if self.request.refusals else None
+        return {
+            "safety": rate("safety", safety),
+            "task": rate("task", task),
+            "refusals": refusals,
+            "general": rate("general", general) if general else None,
+        }
 
-    def _measure(self, use: Use) -> Counts:
-        """Replies that stay on an adapter's validation prompts, and |X - dW| / |dW|."""
+    def measure(self, use: Use) -> Counts:
+        """Return how many replies stay on an adapter's prompts that are not fitted, and |X - dW| / |dW|."""
         fixed, report = correct(self.request.adapters[use.number], use.subspace, use.policy)
-        language_model = self.examples.language_model
-        validation = validation_of(self.examples.replies[use.number])
-        general_of_aligned = selected(self.examples.general, validation=True)
-        found: Counts = {"relative_change": report.totals.relative_change}
+        parts = [self.examples.part(use.number, split) for split in HELD_OUT]
+        own = [kind for part in parts for kind in part.kinds]
+        of_aligned = [self.examples.general_part(split) for split in HELD_OUT]
         with self.examples.adapted(fixed):
-            for kept, refused, replies in (
-                ("safety", "refused", validation.safety),
-                ("task", "over-refused", validation.task),
-            ):
-                found[kept] = sum(agreeing(language_model, replies))
-                if self.request.refusals:
-                    found[refused] = sum(map(self._is_refusal, language_model.answers(replies)))
-            found["general"] = sum(self._are_answered(validation.general, general_of_aligned))
+            agree = self._by_kind(partial(agreeing, self.examples.language_model), [*own, *of_aligned])
+            refuse = self._by_kind(self._refusing, own) if self.request.refusals else None
+        found: Counts = {"relative_change": report.totals.relative_change}
+        for number, split in enumerate(HELD_OUT):
+            counts = found[split] = {}
+            *own_kinds, own_general = range(3 * number, 3 * number + 3)
+            for kind, (kept, refused) in zip(own_kinds, _KINDS, strict=True):
+                counts[kept] = sum(agree[kind])
+                if refuse:
+                    counts[refused] = sum(refuse[kind])
+            if refuse:  # general prompts need only be answered
+                counts["general"] = sum(not each for each in refuse[own_general])
+            else:  # either model's answer will do
+                counts["general"] = sum(map(max, agree[own_general], agree[2 * 3 + number]))
         return found
 
-    def _are_answered(self, own: Sequence[Reply], aligned: Sequence[Reply]) -> list[bool]:
-        """Whether the model, as it now stands, answers general prompts, which have these replies of both models.
+    def _by_kind(
+        self, judge: Callable[[list[Reply]], list[bool]], kinds: Sequence[Sequence[Reply]]
+    ) -> list[list[bool]]:
+        """What is judged of all replies together, by kind."""
+        every = iter(judge([reply for kind in kinds for reply in kind]))
+        return [list(islice(every, len(kind))) for kind in kinds]
 
-        See `Point.general`.
-        """
-        language_model = self.examples.language_model
-        if self.request.refusals:
-            return [not self._is_refusal(answer) for answer in language_model.answers(own)]
-        return list(map(max, agreeing(language_model, own), agreeing(language_model, aligned)))
+    def _refusing(self, replies: list[Reply]) -> list[bool]:
+        return list(map(self._is_refusal, self.examples.language_model.answers(replies)))
 
     def _is_refusal(self, answer: str) -> bool:
         return is_refusal(answer, self.request.refusals)

@@ -20,7 +20,7 @@ def preference(point: Point) -> tuple[float, float]:
     >>> preference(Point("none", "none", False, Rate.of(2, 8), Rate.of(8, 8), relative_change=0.0))
     (0.25, -0.0)
     """
-    return point.score, -point.relative_change
+    return point.choice.value, -point.relative_change
 
 
 def eligible(points: Sequence[Point]) -> list[Point]:
@@ -30,15 +30,28 @@ def eligible(points: Sequence[Point]) -> list[Point]:
     Few adapters are left out, and input filters are what carries over to others where safety prompts bring inputs of
     their own.
     """
-    filtered = max((point.least.high for point in points if point.family == TUNED), default=0.0)
-    return [point for point in points if not point.control and (point.family != EVERYWHERE or point.score > filtered)]
+    filtered = max((point.choice.high for point in points if point.family == TUNED), default=0.0)
+    return [
+        point for point in points if not point.control and (point.family != EVERYWHERE or point.choice.value > filtered)
+    ]
+
+
+def best_of(points: Sequence[Point]) -> Point:
+    """Return the point that is no control and keeps most on the validation split, the uncorrected adapter included."""
+    return max(eligible(points), key=preference)
+
+
+def plain_scaling(points: Sequence[Point]) -> Point:
+    """Return the best of plain scaling, no scaling included: what a policy must beat."""
+    return max((point for point in points if point.family in ("none", "scaling")), key=preference)
 
 
 def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     """Return the candidate that keeps most of both, if that is more than plain scaling keeps, and a sentence.
 
-    A policy's score is the smallest of the shares that `Point.least` compares. It beats plain scaling if the lower ends
-    of all their 95 % intervals lie above the best score of any scaling, no scaling included.
+    The validation split chooses the candidate and the scaling, by the smallest of the shares that `Point.least`
+    compares. On the test split, the candidate beats plain scaling if the lower ends of all their 95 % intervals lie
+    above the smallest share of the scaling.
 
     >>> from csulora.tuning.frontier import Rate
     >>> none = Point("none", "none", False, Rate.of(0, 40), Rate.of(40, 40), relative_change=0.0)
@@ -47,7 +60,7 @@ def recommend(points: Sequence[Point]) -> tuple[Point | None, str]:
     >>> chosen.policy, verdict.partition(" replies")[0]
     ('tuned 2', "tuned 2 keeps 1.00 (0.91 to 1.00) of the aligned model's")
     """
-    bar = max((point for point in points if point.family in ("none", "scaling")), key=preference)
+    bar = plain_scaling(points)
     best = max((point for point in eligible(points) if point.family != "none"), key=preference)
     safety_kept = (
         "refuses {} of the safety prompts"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from csulora import __version__
@@ -18,10 +19,11 @@ from csulora.tuning.inputs import ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS, TASK_
 from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
 from csulora.tuning.probes import Chat, prompt_hash, shown
+from csulora.tuning.splits import STRIDE, Split, Splits
 
 # A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
-# How much more the task prompts should weigh differs from model to model (bench/efficacy).
-_OWN_WEIGHTS = (2.0, 8.0, 30.0)
+# How much more the task prompts should weigh differs from model to model (bench/efficacy); the first is tried first.
+_OWN_WEIGHTS = (8.0, 2.0, 30.0)
 _OTHERS_WEIGHTS = (1.0,)
 
 
@@ -37,7 +39,7 @@ class Request:
         task: per adapter, prompts to be answered as the uncorrected adapter answers them.
         safety: prompts to be answered as the aligned model answers them.
         general: prompts of neither kind, if any, to be answered as the uncorrected adapter answers them; they weigh as
-            much as task prompts. Of those in the validation split, the aligned model's answer will do as well.
+            much as task prompts. Of those that are not fitted, the aligned model's answer will do as well.
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
         input_filters: whether a policy for adapters to come is fitted with input filters, too.
         keep_uncovered: what the policy lets pass of what the subspace file does not cover, see `Policy`.
@@ -45,15 +47,16 @@ class Request:
         loading: where the model runs, and in how many bits.
         longest_reply: most tokens of a reply that are looked at.
         options: of the fits.
-        task_weights: what takes the place of ``options.task_weight``, one fit for each; the fit that keeps most of both
-            on the prompts in the validation split is compared with the controls. Empty: 1 where the policy is for
-            adapters to come, else 2, 8 and 30.
+        task_weights: what takes the place of ``options.task_weight``, one fit for each, until one keeps everything on
+            the validation split. Empty: 1 where the policy is for adapters to come, else 8, 2 and 30.
         refusals: texts one of which every refusal holds, in any case of letters. Given any, `Point.refusals` says how
             often a policy refuses, and policies are chosen by that, for a refusal need not have the aligned model's
             words. Nothing is fitted to them.
+        controls: whether to fit the controls and to measure every preset, to compare the fit with them.
 
     Raises:
-        InputError: a prompt is a task prompt and a safety prompt, or an adapter is given twice.
+        InputError: a prompt is a safety prompt and one of another kind, a file has none of a split, or an adapter is
+            given twice.
     """
 
     model: str
@@ -71,20 +74,46 @@ class Request:
     options: Options = field(default_factory=Options)
     task_weights: Sequence[float] = ()
     refusals: Sequence[str] = ()
+    controls: bool = False
 
     def __post_init__(self) -> None:
         """Check that nothing is asked for twice, nor with its contrary."""
         layout = self.subspace.provenance.experts
         object.__setattr__(self, "adapters", tuple(decoded(adapter, layout) for adapter in self.adapters))
-        safety = set(self.safety)
-        for chat in (chat for chats in self.task for chat in chats):
-            if chat in safety:
-                raise InputError(f"{shown(chat)} is a task prompt and a safety prompt; it can be answered in one way")
+        self._check_prompts()
         contents: set[str] = set()
         for adapter in self.adapters:
             if adapter.sha256 in contents:
                 raise InputError(f"{adapter.path}: is given twice; policies are measured on adapters that are left out")
             contents.add(adapter.sha256)
+
+    def _check_prompts(self) -> None:
+        safety = {prompt_hash(chat) for chat in self.safety}
+        for kind, chat in (
+            *(("task", chat) for chats in self.task for chat in chats),
+            *(("general", chat) for chat in self.general),
+        ):
+            if prompt_hash(chat) in safety:
+                raise InputError(
+                    f"{shown(chat)} is a {kind} prompt and a safety prompt; it can be answered in one way: "
+                    "remove it from one file"
+                )
+        for chats in self.files:
+            if chats and (missing := [split for split in Split if not self.splits.positions(chats, split)]):
+                raise InputError(
+                    f"a file of prompts that begins with {shown(chats[0])} has none in the {missing[0]} split: other "
+                    "files have the same prompts in another order; give what files share in the same order"
+                )
+
+    @property
+    def files(self) -> list[Sequence[Chat]]:
+        """The prompts of each file: the tasks', then safety and general prompts."""
+        return [*self.task, self.safety, self.general]
+
+    @cached_property
+    def splits(self) -> Splits:
+        """What every prompt is for."""
+        return Splits(self.files)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -109,8 +138,7 @@ class Request:
     @property
     def provenance(self) -> PolicyProvenance:
         """What a policy says that comes of this: all prompts, those that only chose it included."""
-        chats = [*(chat for chats in self.task for chat in chats), *self.safety, *self.general]
-        return PolicyProvenance(tuple(sorted(set(map(prompt_hash, chats)))))
+        return PolicyProvenance(tuple(sorted({prompt_hash(chat) for chats in self.files for chat in chats})))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -130,6 +158,7 @@ class Request:
             "longest_reply": self.longest_reply,
             "options": asdict(self.options),
             "task_weights": list(self.weights),
+            "splits": STRIDE,
             "refusals": list(self.refusals),
             "input_filters": self.input_filters and [TASK_WEIGHT, ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS],
         }

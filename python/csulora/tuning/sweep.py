@@ -27,19 +27,19 @@ class Candidate:
     name: str
     policy: Policy
 
-    @property
-    def is_plain_scaling(self) -> bool:
-        """Whether it multiplies the whole update by one factor, 1 included."""
-        return self.family in ("none", "scaling")
+
+def untouched(rest: dict[str, Any]) -> Candidate:
+    """Return the uncorrected adapter; ``rest`` are a policy's other fields."""
+    return Candidate("none", "none", Policy.none(**rest))
 
 
 def presets(rest: dict[str, Any]) -> list[Candidate]:
-    """Return every candidate that needs no fit; ``rest`` are a policy's other fields.
+    """Return every candidate that needs no fit and corrects something.
 
     >>> [candidate.name for candidate in presets({})][:3]
-    ['none', 'project', 'csulora 1']
+    ['project', 'csulora 1', 'csulora 10']
     """
-    found = [Candidate("none", "none", Policy.none(**rest)), Candidate("project", "project", Policy.project(**rest))]
+    found = [Candidate("project", "project", Policy.project(**rest))]
     for penalty in _PENALTIES:
         found.append(Candidate("csulora", f"csulora {penalty:g}", Policy.csulora(penalty, **rest)))
     for penalty in (*_PENALTIES, math.inf):

@@ -5,20 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from csulora.extraction.model_pair import Progress
-from csulora.tuning.experiment import Experiment
+from csulora.tuning.experiment import Experiment, Note
 from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.tuning.request import Request
 
 
-def tune(request: Request, output: Path, progress: Progress | None = None) -> Frontier:
+def tune(
+    request: Request,
+    output: Path,
+    progress: Progress | None = None,
+    note: Note = lambda _: None,
+    require_verdict: bool = False,
+) -> Frontier:
     """Fit a policy and write it to ``output``, a TOML file, with its frontier beside it.
 
-    Everything that the frontier shows is measured on the validation split: it says when a fit ends and which is taken,
-    and is not fitted to otherwise. With several adapters, fitted policies are moreover measured on each
+    The validation split says when a fit ends and which policy is taken. What the frontier shows is measured on the test
+    split, which decides nothing else. With several adapters, fitted policies are moreover measured on each
     adapter after a fit on the others. A policy for adapters to come reinforces some of what alignment did. It is
     filtered unless the score of a fit without input filters lies above the 95 % interval of those with: the subspace
     file to use it with, the given one with input filters, is written to `subspace_path`. If ``output`` has an
     unfinished run of the same request beside it, that is continued.
+
+    ``progress`` is called with what begins, and how much of the most that there is to do is done. ``note`` is called
+    with sentences for the user. With ``require_verdict``, a policy that does not beat plain scaling is not written.
 
     Raises:
         InputError, RefusedError: model, adapters, subspace file and prompts do not fit each other.
@@ -41,15 +50,16 @@ def tune(request: Request, output: Path, progress: Progress | None = None) -> Fr
     ... )
     >>> frontier = tune(request, Path("policy.toml"))
     >>> sorted({point.family for point in frontier.points if point.control})
-    ['scaling', 'tuned own subspace', 'tuned random subspace', 'tuned scaling']
+    ['scaling']
     >>> csulora.Policy.load("policy.toml").subspace_sha256 == frontier.subspace_sha256
     True
     """
-    experiment = Experiment(request, output, progress)
+    experiment = Experiment(request, output, progress, note=note)
     result = experiment.run()
-    if result.policy.filtered:
-        result.subspace.save(subspace_path(output))
-    result.policy.save(output)
+    if result.frontier.recommended or not require_verdict:
+        if result.policy.filtered:
+            result.subspace.save(subspace_path(output))
+        result.policy.save(output)
     result.frontier.save(frontier_path(output))
     experiment.stages.remove()
     return result.frontier

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from csulora.tuning.frontier import Frontier
 
 _LONGEST_CELL = 1000  # characters
+_BEST = 5  # policies that are shown if not all are
 
 
 def subspace_table(subspace: Subspace) -> Table:
@@ -93,17 +94,23 @@ def adapter_table(adapter: Adapter, every_module: bool = False) -> Table:
     return table
 
 
-def frontier_table(frontier: Frontier) -> Table:
-    """One row per policy, controls last, with 95 % intervals."""
+def frontier_table(frontier: Frontier, every_policy: bool = True) -> Table:
+    """One row per policy with 95 % intervals, those that the validation split prefers first.
+
+    Unless ``every_policy``, they are the best five and the uncorrected adapter.
+    """
     refusals = ("safety refused", "task refused") if frontier.counts_refusals else ()
     general = ("general kept",) if frontier.has_general else ()
-    table = plain_table("policy", "safety kept", "task kept", *general, *refusals, "relative change", "")
-    for point in sorted(frontier.points, key=lambda point: (point.control, -point.score)):
+    table = plain_table("policy", "validation", "safety kept", "task kept", *general, *refusals, "relative change", "")
+    points = sorted(frontier.points, key=lambda point: (-point.choice.value, point.relative_change))
+    for place, point in enumerate(points):
+        if not every_policy and place >= _BEST and point.policy != "none":
+            continue
         mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
         refused = (point.refusals.safety, point.refusals.task) if point.refusals else ()
         generally = (point.general,) if point.general else ()
         rates = map(str, (point.safety, point.task, *generally, *refused))
-        table.add_row(point.policy, *rates, f"{point.relative_change:.1%}", mark)
+        table.add_row(point.policy, f"{point.choice.value:.2f}", *rates, f"{point.relative_change:.1%}", mark)
     return table
 
 

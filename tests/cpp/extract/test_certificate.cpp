@@ -115,6 +115,26 @@ TEST_CASE("signals before a bulk stand out, and a bulk alone does not") {
   CHECK(csulora::certify(base, bulk, alone, options, 2).standing_out == 2);
 }
 
+TEST_CASE("a rank may be whatever stands out of the bulk") {
+  at::manual_seed(2);
+  const auto bulk = at::randn({400, 300});
+  const auto signals =
+      orthonormal(400, 3).mul(at::tensor({120.0, 100.0, 80.0}, at::kDouble)).mm(orthonormal(300, 3).t());
+  const auto base = at::zeros({400, 300});
+  csulora::ExtractOptions options;
+  options.above_bulk = true;
+  for (const int64_t most : {2, 8, 200}) {  // the last one by a full decomposition
+    options.rank = most;
+    CHECK(csulora::extract_subspace(base, bulk + signals.to(at::kFloat), options).s.size(0) ==
+          std::min<int64_t>(most, 3));
+    CHECK(csulora::extract_subspace(base, bulk, options).s.size(0) == 0);
+  }
+  const auto values = at::arange(1, 301, at::kDouble).pow(-0.5);  // falls without a bulk
+  const auto falling = orthonormal(400, 300).mul(values).mm(orthonormal(300, 300).t()).to(at::kFloat);
+  options.rank = 8;
+  CHECK(csulora::extract_subspace(base, falling, options).s.size(0) == 8);
+}
+
 TEST_CASE("without an energy tolerance every direction converges by residual") {
   at::manual_seed(2);
   const auto bulk = at::randn({500, 400});

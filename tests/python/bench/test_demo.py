@@ -59,16 +59,14 @@ def test_counts_are_those_of_the_probes() -> None:
 
 
 def test_plain_scaling_gets_the_factor_that_keeps_most(tmp_path: Path) -> None:
-    kept = {"none": (0.0, 1.0), "x0.2": (0.5, 0.4), "x0.3": (0.1, 0.6)}
+    kept = {"none": 0.6, "x0.2": 0.4, "x0.3": 0.1}
     points = [
         {
             "family": "none" if name == "none" else "scaling",
             "relative_change": 0.0 if name == "none" else 1 - float(name[1:]),
-            "safety": {"value": safety},
-            "task": {"value": task},
-            "general": {"value": 1.0},
+            "validation": {"value": value},
         }
-        for name, (safety, task) in kept.items()
+        for name, value in kept.items()
     ]
     path = tmp_path / "policy.frontier.json"
     path.write_text(json.dumps({"points": points}))

@@ -88,6 +88,11 @@ def test_extract_takes_every_option(work: Path, run: Run) -> None:
     assert csulora.Subspace.open("new").sha256 == expected.sha256
 
 
+def test_extract_chooses_the_rank(work: Path, run: Run) -> None:
+    assert run("extract", "base", "aligned", "-o", "new", "--rank", "auto", "--max-rank", "5").code == 0
+    assert csulora.Subspace.open("new").sha256 == csulora.extract("base", "aligned", rank="auto", max_rank=5).sha256
+
+
 def test_verify_passes_a_subspace_of_these_checkpoints(work: Path, run: Run) -> None:
     result = run("verify", "subspace", "base", "aligned")
     assert (result.code, result.err) == (0, "")
@@ -311,6 +316,8 @@ USAGE = [
     "extract base aligned",
     "extract base -o new",
     "extract base aligned -o new --rank 0",
+    "extract base aligned -o new --rank many",
+    "extract base aligned -o new --rank auto --energy 0.5",
     "extract base aligned -o new --rank 4 --energy 0.5",
     "extract base aligned -o new --max-rank 4",
     "extract base aligned -o new --energy 1.5",

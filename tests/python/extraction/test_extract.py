@@ -115,7 +115,16 @@ def test_every_option_reaches_the_core() -> None:
     of_experts = extraction.ExtractionOptions(rank=64, expert_rank=5).to_core("mlp.experts.0.up_proj")
     assert of_experts.rank == 5
     options = extraction.ExtractionOptions(rank=3, energy=0.75, max_rank=9).to_core("q_proj")
-    assert (options.rank, options.energy) == (9, 0.75)
+    assert (options.rank, options.energy, options.above_bulk) == (9, 0.75, False)
+    options = extraction.ExtractionOptions(rank="auto", max_rank=9).to_core("q_proj")
+    assert (options.rank, options.energy, options.above_bulk) == (9, None, True)
+
+
+def test_rank_auto_takes_what_stands_out_and_at_most_64_directions(models: tuple[Path, Path]) -> None:
+    subspace = csulora.extract(*models, rank="auto")
+    assert (subspace.provenance.options["rank"], subspace.provenance.options["max_rank"]) == ("auto", 64)
+    few = csulora.extract(*models, rank="auto", max_rank=2)
+    assert all(few[name].rank == min(2, subspace[name].rank) for name in few)
 
 
 def test_reports_progress_in_matrix_entries(models: tuple[Path, Path]) -> None:
@@ -154,6 +163,8 @@ def test_a_pair_that_does_not_differ_is_refused(models: tuple[Path, Path], keep_
     [
         ({"rank": 0}, "rank is 0"),
         ({"rank": 2**40}, "rank is"),
+        ({"rank": "many"}, "rank is 'many'"),
+        ({"rank": "auto", "energy": 0.5}, "give one of them"),
         ({"energy": 0.0}, "energy is 0.0"),
         ({"energy": 1.5}, "energy is 1.5"),
         ({"energy": float("nan")}, "energy is nan"),

@@ -1,15 +1,21 @@
 import errno
 import json
 import os
+import socket
+from dataclasses import asdict, fields
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
 import csulora
-from csulora.serving.decisions import Decision, DecisionLog, LogError
+import factories
+from csulora.errors import LogError, reason_codes
+from csulora.serving.decisions import Decision, DecisionLog, schema, versions
 
-REFUSED = Decision("some/adapter", None, "subspace", "policy", "refused", "a reason: ü", None, 0.25)
+REFUSED = factories.decision()
 
 
 def record_many(path: Path) -> None:
@@ -25,17 +31,42 @@ def test_a_line_per_decision(tmp_path: Path) -> None:
 
     first, second = map(json.loads, (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines())
     assert first["time"] <= second["time"]
-    assert first | {"time": None} == {
-        "time": None,
-        "adapter": "some/adapter",
-        "adapter_sha256": None,
-        "subspace_sha256": "subspace",
-        "policy_sha256": "policy",
-        "verdict": "refused",
-        "reason": "a reason: ü",
-        "totals": None,
-        "seconds": 0.25,
-    }
+    assert first["host"] == socket.gethostname()
+    assert first["versions"] == versions()
+    assert {key: value for key, value in first.items() if key not in ("time", "host", "versions")} == asdict(REFUSED)
+
+
+def test_schema_names_every_field_and_every_reason() -> None:
+    document = schema()
+    jsonschema.Draft202012Validator.check_schema(document)
+    assert document["required"] == list(document["properties"])
+    assert set(document["properties"]) == {field.name for field in fields(Decision)} | {"time", "host", "versions"}
+    codes = document["properties"]["reason_code"]["enum"]
+    assert codes == [None, *reason_codes()], "a reason that is not in serving/decision.schema.json"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reason_code": "no-reason"},
+        {"reason_code": None},
+        {"verdict": "corrected"},
+        {"subspace_sha256": "abc"},
+        {"outputs": {"file": "5" * 64}},
+        {"policy": None, "policy_text": None},
+        {"seconds": -1.0},
+    ],
+)
+def test_schema_refuses_what_no_decision_is(changes: dict[str, Any]) -> None:
+    validator = jsonschema.Draft202012Validator(schema())
+    validator.validate(factories.decision().to_dict())
+    assert not validator.is_valid(factories.decision(**changes).to_dict())
+
+
+def test_the_page_explains_every_field() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "pages" / "operating.md").read_text()
+    missing = [name for name in [*schema()["properties"], *reason_codes()] if f"`{name}`" not in page]
+    assert not missing
 
 
 def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:

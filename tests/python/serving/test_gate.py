@@ -12,7 +12,7 @@ import csulora
 import factories
 from csulora.adapters.peft import directory as peft
 from csulora.policy.overrides import Directions, Override
-from csulora.serving.gate import Gate, private_directory
+from csulora.serving.gate import Gate
 from csulora.subspace.input_filter import InputFilter
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
@@ -31,13 +31,13 @@ def test_admits_what_correct_returns(subspace: Path, tmp_path: Path) -> None:
 
     with gate.decision(path) as decision:
         admitted, report = decision.correct(decision.read(path))
+        with decision.private_directory(admitted) as directory:
+            reread = peft.read(directory)
 
     expected, expected_report = csulora.correct(
         csulora.load_adapter(path), csulora.Subspace.open(subspace), csulora.Policy.csulora()
     )
     assert report == expected_report
-    with private_directory(admitted) as directory:
-        reread = peft.read(directory)
     assert reread.modules.keys() == expected.modules.keys()
     assert all((reread.modules[name].b == module.b).all() for name, module in expected.modules.items())
     assert not directory.exists()
@@ -169,7 +169,7 @@ def test_a_recalled_adapter_is_recorded_without_totals(subspace: Path, tmp_path:
 
     with Gate.open(subspace, "csulora", log).decision(path) as decision:
         decision.read(path)
-        decision.recall()
+        decision.recall({"adapter_model.safetensors": "0" * 64})
 
     (line,) = lines(log)
     assert (line["verdict"], line["totals"]) == ("corrected", None)

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,11 @@ from safetensors.torch import load_file, save_file
 import csulora
 import factories
 import gguf_files
-from csulora.serving.decisions import DecisionLog, LogError
+from csulora.errors import LogError
+from csulora.serving.decisions import DecisionLog
 from csulora.serving.gate import Gate
-from csulora.serving.guard import DirectoryGuard
+from csulora.serving.guard import DirectoryGuard, Options
+from csulora.serving.guard.outgoing import Outgoing
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -41,11 +45,17 @@ def incoming(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def guard(incoming: Path, subspace: Path, policy: csulora.Policy | str = "csulora", **options: float) -> DirectoryGuard:
-    settings = {"settle": 0.0, "patience": 0.0} | options
-    return DirectoryGuard(
-        incoming, incoming.with_name("out"), Gate.open(subspace, policy), say=lambda _: None, **settings
-    )
+def guard(
+    incoming: Path,
+    subspace: Path,
+    policy: csulora.Policy | str = "csulora",
+    decisions: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> DirectoryGuard:
+    gate = Gate.open(subspace, policy, decisions, route="guard")
+    settings = Options(**({"settle": 0.0, "patience": 0.0} | options))
+    return DirectoryGuard(incoming, incoming.with_name("out"), gate, settings, say)
 
 
 def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_path: Path) -> None:
@@ -53,7 +63,7 @@ def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_p
     loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
     csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=model)
     out = incoming.with_name("out")
-    worker = DirectoryGuard(incoming, out, Gate.open(subspace, "csulora"), 0.0, 0.0, model, lambda _: None)
+    worker = guard(incoming, subspace, base_model=model)
 
     assert worker.scan()
 
@@ -64,7 +74,7 @@ def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_p
     for name, module in expected.modules.items():
         assert torch.allclose(found.modules[name].b @ found.modules[name].a, module.b @ module.a, atol=1e-5)
     before = (out / "one.gguf").stat().st_ino
-    assert DirectoryGuard(incoming, out, Gate.open(subspace, "csulora"), 0.0, 0.0, model, lambda _: None).scan()
+    assert guard(incoming, subspace, base_model=model).scan()
     assert (out / "one.gguf").stat().st_ino == before
 
     (incoming / "one.gguf").write_bytes(b"GGUF")
@@ -257,14 +267,14 @@ def lines(log: Path) -> list[dict[str, object]]:
 
 def fails_for(name: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let publishing one adapter fail."""
-    original = DirectoryGuard._publish
+    original = Outgoing.publish
 
-    def publish(self: DirectoryGuard, found: str, *rest: object) -> None:
+    def publish(self: Outgoing, found: str, *rest: object) -> object:
         if found == name:
             raise error
-        original(self, found, *rest)
+        return original(self, found, *rest)
 
-    monkeypatch.setattr(DirectoryGuard, "_publish", publish)
+    monkeypatch.setattr(Outgoing, "publish", publish)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), LogError("the log is full")])
@@ -273,8 +283,7 @@ def test_what_the_machine_fails_to_do_is_tried_again(
 ) -> None:
     for name in ("a", "b", "c"):
         factories.save_adapter(incoming / name, MODULES)
-    gate = Gate.open(subspace, "csulora", decisions=tmp_path / "log.jsonl")
-    worker = DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=lambda _: None)
+    worker = guard(incoming, subspace, decisions=tmp_path / "log.jsonl")
     with monkeypatch.context() as broken:
         fails_for("b", error, broken)
         assert not worker.scan()
@@ -292,8 +301,7 @@ def test_an_unforeseen_error_refuses_one_upload_and_no_other(
     for name in ("a", "b", "c"):
         factories.save_adapter(incoming / name, MODULES)
     fails_for("b", ValueError("out of range"), monkeypatch)
-    gate = Gate.open(subspace, "csulora", decisions=tmp_path / "log.jsonl")
-    assert DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=lambda _: None).scan()
+    assert guard(incoming, subspace, decisions=tmp_path / "log.jsonl").scan()
     assert results(incoming) == {"a", "b.refused.json", "c"}
     assert [line["verdict"] for line in lines(tmp_path / "log.jsonl")] == ["corrected", "failed", "corrected"]
 
@@ -303,7 +311,7 @@ def test_without_watch_what_stays_undecided_is_an_error(
 ) -> None:
     factories.save_adapter(incoming / "good", MODULES)
     fails_for("good", OSError(28, "No space left on device"), monkeypatch)
-    monkeypatch.setattr("csulora.serving.guard._LONGEST_WAIT", 0.0)
+    monkeypatch.setattr("csulora.serving.guard.entries.LONGEST_WAIT", 0.0)
     with pytest.raises(csulora.InputError, match=r"1 uploads could not be decided on; good: .*No space left"):
         guard(incoming, subspace).run(watch=False, interval=0.0)
 
@@ -318,8 +326,7 @@ def test_nothing_printed_or_logged_holds_what_a_terminal_would_obey(
     factories.save_adapter(incoming / "name\n\x1b[2J", MODULES)
     (incoming / ("\u00e9" * 120 + ".gguf")).touch()
     said: list[str] = []
-    gate = Gate.open(subspace, "csulora", decisions=tmp_path / "log.jsonl")
-    assert DirectoryGuard(incoming, incoming.with_name("out"), gate, 0.0, 0.0, say=said.append).scan()
+    assert guard(incoming, subspace, decisions=tmp_path / "log.jsonl", say=said.append).scan()
 
     written = [file.read_text() for file in [*incoming.with_name("out").iterdir(), tmp_path / "log.jsonl"]]
     assert all(line.isprintable() and len(line) < 3000 for line in said)
@@ -347,7 +354,7 @@ def test_a_result_for_another_base_model_is_made_anew(incoming: Path, subspace: 
     assert results(incoming) == {"one.gguf.refused.json"}
     made = []
     for model in models:
-        worker = DirectoryGuard(incoming, out, Gate.open(subspace, "csulora"), 0.0, 0.0, model, lambda _: None)
+        worker = guard(incoming, subspace, base_model=model)
         assert worker.scan()
         made.append(json.loads((out / "one.gguf.csulora_guard.json").read_text())["base_model"])
     assert made[0] != made[1]
@@ -358,7 +365,7 @@ def test_an_upload_that_kills_guards_comes_last_and_then_not_at_all(incoming: Pa
         factories.save_adapter(incoming / name, MODULES)
     kill = """
 import os, sys
-from csulora.serving import gate
+from csulora.serving import open_decision as gate
 original = gate.load_adapter
 gate.load_adapter = lambda path, *rest: os._exit(9) if path.name == "a" else original(path, *rest)
 from csulora.cli.app import main
@@ -395,15 +402,15 @@ def test_a_long_decision_leaves_the_guard_answering(
     started, finish = threading.Event(), threading.Event()
     told: list[str] = []
 
-    def publish(self: DirectoryGuard, *arguments: object) -> None:
+    def publish(self: Outgoing, *arguments: object) -> None:
         started.set()
         assert finish.wait(60)
 
     factories.save_adapter(incoming / "long", MODULES)
-    monkeypatch.setattr(DirectoryGuard, "_publish", publish)
-    monkeypatch.setattr("csulora.serving.guard.notify", told.append)
-    monkeypatch.setattr("csulora.serving.guard._HEARTBEAT", 0.01)
-    monkeypatch.setattr("csulora.serving.guard._GRACE", 0.01)
+    monkeypatch.setattr(Outgoing, "publish", publish)
+    monkeypatch.setattr("csulora.serving.guard.service.notify", told.append)
+    monkeypatch.setattr("csulora.serving.guard.service._HEARTBEAT", 0.01)
+    monkeypatch.setattr("csulora.serving.guard.service._GRACE", 0.01)
     worker = guard(incoming, subspace)
     with ThreadPoolExecutor() as threads:
         running = threads.submit(worker.run, watch=True)

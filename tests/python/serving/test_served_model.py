@@ -17,7 +17,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def gate(base: Path, aligned: Path) -> Gate:
-    return Gate(csulora.extract(base, aligned, rank=4, modules=[Q]), csulora.Policy.csulora())
+    return Gate.open(csulora.extract(base, aligned, rank=4, modules=[Q]), csulora.Policy.csulora())
 
 
 def test_the_served_model_is_told_by_codes_and_scales(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tiny_model
 from csulora.errors import InputError
-from csulora.tuning.language_model import LanguageModel, agreeing
+from csulora.tuning.language_model import LanguageModel, _Inputs, agreeing
 from csulora.tuning.loading import Loading
 from csulora.tuning.probes import Chat, Message, parse
 
@@ -132,3 +132,13 @@ def test_a_reply_does_not_depend_on_what_else_is_in_its_batch(place: tiny_model.
         (alone,) = language_model.replies([prompt])
         assert alone.tokens.tolist() == reply.tokens.tolist()
         torch.testing.assert_close(alone.logs, reply.logs, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)
+
+
+def test_modules_that_read_the_same_share_a_copy_until_it_changes() -> None:
+    inputs, source = _Inputs(), torch.ones(2, dtype=torch.float16)
+    first = inputs.of(source, source.device, torch.float32)
+    assert inputs.of(source, source.device, torch.float32) is first
+    source += 1
+    assert inputs.of(source, source.device, torch.float32).tolist() == [2, 2]
+    with torch.inference_mode():
+        assert inputs.of(torch.ones(2), source.device, torch.float32).tolist() == [1, 1]

@@ -1,9 +1,11 @@
 """`csulora tune`, from files to the policy that `correct` takes."""
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,18 +21,20 @@ from csulora.correction.core_policy import attenuation
 from csulora.errors import InputError, RefusedError
 from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import InputFilter
-from csulora.tuning import experiment, filtering, fitting, probes, sweep
+from csulora.tuning import estimate, experiment, filtering, fitting, probes, sweep
 from csulora.tuning.experiment import Experiment
 from csulora.tuning.families import CONTROLS
 from csulora.tuning.fit import Case, Replies
 from csulora.tuning.frontier import Frontier, Point, Rate, Refusals, frontier_path
 from csulora.tuning.gains import PerDirection
 from csulora.tuning.inputs import input_filter_between, task_inputs
-from csulora.tuning.language_model import Reply
 from csulora.tuning.loading import Loading
+from csulora.tuning.measurement import Measurement
 from csulora.tuning.options import Options
 from csulora.tuning.recommendation import EVERYWHERE, TUNED, recommend
+from csulora.tuning.replies import Reply
 from csulora.tuning.request import Request
+from csulora.tuning.splits import Split
 from csulora.tuning.tune import subspace_path, tune
 from csulora.tuning.update import Update, factors_of
 
@@ -73,16 +77,18 @@ def test_the_policy_is_taken_with_its_subspace_and_with_no_other(place: tiny_mod
     assert set(policy.provenance.prompts) == set(map(probes.prompt_hash, given))
 
 
-def test_a_frontier_has_every_family_and_counts_validation_prompts_only(
-    place: tiny_model.Place, tmp_path: Path
-) -> None:
+def test_a_frontier_has_every_family_and_counts_test_prompts_only(place: tiny_model.Place, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    frontier = tune(request(place, adapters=2), tmp_path / "policy.toml", lambda _, *step: steps.append(step))
+    whole = replace(request(place, adapters=2), controls=True)
+    frontier = tune(whole, tmp_path / "policy.toml", lambda _, *step: steps.append(step))
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1]
     fitted = {"tuned", EVERYWHERE, "tuned scaling", "tuned random subspace", "tuned own subspace"}
     assert {point.family for point in frontier.points} >= {"none", "csulora", "project", "protect", "scaling"} | fitted
     assert {point.safety.count for point in frontier.points} == {2 * 16 // 4}
+    assert {point.validation.count for point in frontier.points if point.validation} == {2 * 16 // 4}
+    each = {"safety": 8, "task": 8, "general": 0}
+    assert frontier.prompts == {"training": {"safety": 16, "task": 16, "general": 0}, "validation": each, "test": each}
     assert {point.family for point in frontier.points if point.control} == {"scaling", *CONTROL_NAMES}
     untouched = next(point for point in frontier.points if point.family == "none")
     assert (untouched.task.value, untouched.relative_change) == (1, 0)
@@ -91,7 +97,8 @@ def test_a_frontier_has_every_family_and_counts_validation_prompts_only(
 def test_an_interrupted_run_continues_and_ends_the_same(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tune(request(place), tmp_path / "whole.toml")
+    asked = replace(request(place), controls=True)
+    whole = tune(asked, tmp_path / "whole.toml")
     fits = []
 
     def fit(*arguments: object) -> object:
@@ -103,18 +110,18 @@ def test_an_interrupted_run_continues_and_ends_the_same(
     original = fitting.fit
     monkeypatch.setattr(fitting, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
-        tune(request(place), tmp_path / "policy.toml")
+        tune(asked, tmp_path / "policy.toml")
     assert not (tmp_path / "policy.toml").exists()
-    assert tune(request(place), tmp_path / "policy.toml") == whole
+    assert tune(asked, tmp_path / "policy.toml") == whole
     assert len(fits) == 3 + 4  # of three weights and three controls, two were finished and the third begun twice
     assert (tmp_path / "policy.toml").read_bytes() == (tmp_path / "whole.toml").read_bytes()
 
 
 def test_the_controls_weigh_prompts_as_the_best_fit_does(place: tiny_model.Place, tmp_path: Path) -> None:
-    frontier = tune(replace(request(place), task_weights=(0.5, 20.0)), tmp_path / "policy.toml")
+    frontier = tune(replace(request(place), task_weights=(0.5, 20.0), controls=True), tmp_path / "policy.toml")
     tried = {point.policy: point for point in frontier.points if point.family == "tuned"}
     assert set(tried) == {"tuned 0.5", "tuned 20"}
-    best = max(tried.values(), key=lambda point: (point.score, -point.relative_change))
+    best = max(tried.values(), key=lambda point: (point.choice.value, -point.relative_change))
     weight = best.policy.removeprefix("tuned ")
     assert {point.policy for point in frontier.points if point.family in CONTROL_NAMES} == {
         f"{family} {weight}" for family in CONTROL_NAMES
@@ -141,51 +148,59 @@ def answers(place: tiny_model.Place, prompts: list[str]) -> list[str]:
 
 
 def test_refusals_are_counted_in_what_a_model_says(place: tiny_model.Place, tmp_path: Path) -> None:
-    validation = [path.read_text().splitlines()[3::4] for path in (place.safety, place.task)]
-    safety, task = (answers(place, prompts) for prompts in validation)
+    test = [path.read_text().splitlines()[1::4] for path in (place.safety, place.task)]
+    safety, task = (answers(place, prompts) for prompts in test)
     marker = safety[0].split()[-1].upper()
     expected = [sum(marker.lower() in answer for answer in said) for said in (safety, task)]
     assert expected[0]
-    frontier = tune(replace(request(place), refusals=("nobody says this", marker)), tmp_path / "policy.toml")
+    asked = replace(request(place), controls=True)
+    frontier = tune(replace(asked, refusals=("nobody says this", marker)), tmp_path / "policy.toml")
     untouched = next(point for point in frontier.points if point.family == "none")
     assert untouched.refusals == Refusals(*(Rate.of(count, 4) for count in expected))
     assert frontier.counts_refusals
-    plain = tune(request(place), tmp_path / "plain.toml").points
-    counted = [replace(point, refusals=None) for point in frontier.points if not point.policy.startswith("tuned ")]
-    assert counted == [point for point in plain if not point.policy.startswith("tuned ")]
+    plain = tune(asked, tmp_path / "plain.toml").points
+    assert same_but(frontier.points, refusals=None) == same_but(plain)
+
+
+def same_but(points: Sequence[Point], **fields: object) -> list[Point]:
+    """Points of what is not fitted, without what chose among them."""
+    return [replace(each, validation=None, **fields) for each in points if not each.policy.startswith("tuned")]  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("general") / "general.txt"
-    path.write_text(tiny_model.prompts("w20", 40))
+    path.write_text(tiny_model.prompts("w22", 40))
     return path
 
 
 def test_an_general_prompt_may_have_the_answer_of_either_model(
     place: tiny_model.Place, tmp_path: Path, general: Path
 ) -> None:
-    whole = replace(request(place), general=probes.read(general))
+    whole = replace(request(place), general=probes.read(general), controls=True)
     frontier = tune(whole, tmp_path / "policy.toml")
-    validation = general.read_text().splitlines()[3::4]
+    test = general.read_text().splitlines()[1::4]
     adapter = whole.adapters[0]
-    own, aligned = replies(place, validation, adapter), replies(place, validation, None)
+    own, aligned = replies(place, test, adapter), replies(place, test, None)
     assert frontier.has_general
     rates = {point.policy: point.general for point in frontier.points}
     assert rates["none"] == Rate.of(10, 10)
     for name, policy in (("csulora 1", Policy.csulora(1.0)), ("x0.1", csulora.controls.scaling_policy(0.1))):
-        said = replies(place, validation, csulora.correct(adapter, whole.subspace, policy)[0])
+        said = replies(place, test, csulora.correct(adapter, whole.subspace, policy)[0])
         assert rates[name] == Rate.of(sum(map(lambda *each: each[0] in each[1:], said, own, aligned)), 10)
-    plain = tune(request(place), tmp_path / "plain.toml").points
-    both = zip(frontier.points, plain, strict=True)
-    changed = {one.policy for one, other in both if replace(one, general=None) != other}
-    assert changed == {point.policy for point in plain if point.policy.startswith("tuned")}  # they are fitted to, too
+    plain = {point.policy: point for point in tune(replace(whole, general=()), tmp_path / "plain.toml").points}
+    assert same_but(frontier.points, general=None) == same_but(tuple(plain.values()))
+    fitted = [point for point in frontier.points if point.family == "tuned" and point.policy in plain]
+    assert all(
+        replace(point, general=None, validation=None) != replace(plain[point.policy], validation=None)
+        for point in fitted
+    )
 
 
 def test_general_prompts_need_only_be_answered_where_refusals_are_counted(
     place: tiny_model.Place, tmp_path: Path, general: Path
 ) -> None:
-    said = answers(place, general.read_text().splitlines()[3::4])
+    said = answers(place, general.read_text().splitlines()[1::4])
     marker = said[0].split()[-1]
     refusing = replace(request(place), general=probes.read(general), refusals=(marker,))
     frontier = tune(refusing, tmp_path / "policy.toml")
@@ -208,7 +223,7 @@ def test_input_filters_leave_general_prompts_alone(
     run = Experiment(replace(request(place, 2), general=prompts), tmp_path / "policy.toml")
     model = run.examples.language_model
     names = {target: name for name, target in run.fitting.targets.each[0].items()}
-    fitted = [prompt for at, prompt in enumerate(prompts) if at % 4 != 3]
+    fitted = prompts[::2]
     for target, (_, found) in zip(
         filtering.input_filters(run.examples, run.fitting.targets, (0, 1)), seen, strict=True
     ):
@@ -278,7 +293,7 @@ def test_adapters_need_not_have_the_same_modules(place: tiny_model.Place, tmp_pa
         replace(adapter, modules={name: adapter.modules[name] for name in share})
         for adapter, share in zip(whole.adapters, shares, strict=True)
     ]
-    differing = replace(whole, adapters=adapters, options=Options(steps=1))
+    differing = replace(whole, adapters=adapters, options=Options(steps=1), controls=True)
     run = Experiment(differing, tmp_path / "run.toml")
     for family in FAMILIES:
         for number, share in enumerate(shares):
@@ -330,7 +345,7 @@ def test_input_filters_of_an_earlier_policy_do_not_matter(place: tiny_model.Plac
     assert fitted[0] == fitted[1]
 
 
-def test_what_is_validated_on_anywhere_is_fitted_nowhere(
+def test_what_is_held_out_anywhere_is_fitted_nowhere(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases: list[Case] = []
@@ -344,8 +359,12 @@ def test_what_is_validated_on_anywhere_is_fitted_nowhere(
 
     monkeypatch.setattr(fitting, "fit", recording)
     whole = request(place, 2)
-    task, safety = whole.task[0], list(whole.safety)
-    shifted = replace(whole, task=[task, [*task[-1:], *task[:-1]]], general=[*safety[:9], *task[2:9]])
+    task, others = whole.task[0], probes.parse(tiny_model.prompts("w22", 9).encode())
+    shifted = replace(
+        whole,
+        task=[task, [*task[-1:], *task[:-1]]],
+        general=[*task[2:9], *others],
+    )
     run = Experiment(shifted, tmp_path / "policy.toml")
     seen: list[Replies] = []
 
@@ -359,24 +378,26 @@ def test_what_is_validated_on_anywhere_is_fitted_nowhere(
     for name in ("task_inputs", "safety_inputs"):
         monkeypatch.setattr(filtering, name, spying(getattr(filtering, name)))
     run.run()
-    validation = texts([case.validation for case in cases])
-    # Of the task prompts 4 for each adapter, and 2 that only the general file has in its validation split.
-    assert len(validation) == 4 + 10
-    assert len(texts(seen)) == 12 + 6
-    assert not validation & texts([case.fitted for case in cases])
-    assert not validation & texts(seen)
-    crossed = [[task[(at + shift) % 16] for at in range(16)] for shift in range(4)]
-    examples, model = run.examples, run.examples.language_model
-    monkeypatch.setattr(examples, "replies", [Replies((), model.replies(each)) for each in crossed])
-    del examples.validation_prompts
-    with pytest.raises(InputError, match="all of a file's prompts are in others' validation splits"):
-        examples.to_fit(examples.replies[0].task)
+    test = texts([run.examples.part(number, Split.test) for number in range(2)])
+    validation, fitted = texts([case.validation for case in cases]), texts([case.fitted for case in cases])
+    assert not validation & test
+    assert not (validation | test) & (fitted | texts(seen))
+    assert texts(seen) == fitted
+
+
+def test_files_that_share_prompts_in_another_order_may_leave_a_split_empty(place: tiny_model.Place) -> None:
+    whole = request(place, 2)
+    fitted = [whole.task[0][at] for at in (*range(0, 16, 4), *range(2, 16, 4))]
+    with pytest.raises(InputError, match=r"'w21 w0 w7' has none in the validation split: .* in the same order"):
+        replace(whole, task=[whole.task[0], fitted])
 
 
 def test_what_cannot_be_asked_for_together_is_refused(place: tiny_model.Place) -> None:
     whole = request(place, 2)
     with pytest.raises(InputError, match=r"'w20 w1 w7' is a task prompt and a safety prompt"):
         replace(whole, task=[whole.task[0], [*whole.task[1], whole.safety[1]]])
+    with pytest.raises(InputError, match=r"is a general prompt and a safety prompt; .* remove it from one file"):
+        replace(whole, general=whole.safety)
     with pytest.raises(InputError, match="adapter1: is given twice"):
         replace(whole, adapters=[whole.adapters[0], whole.adapters[0]])
 
@@ -426,37 +447,129 @@ def test_input_filters_are_given_up_only_for_what_is_better_than_the_interval() 
         assert chosen.policy == better
 
 
-def test_the_command_line(
-    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["csulora", "tune", *map(str, arguments)])
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Command:
+    def run(command: str, *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["csulora", command, *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
             cli.main()
         return int(exit.value.code or 0)
 
+    return run
+
+
+def test_the_command_line(
+    place: tiny_model.Place, tmp_path: Path, run: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = ["--subspace", place.subspace, "--safety", place.safety, "-o", tmp_path / "policy.toml", "--device", "cpu"]
-    command = [place.aligned, place.adapters[0], *files, "--steps", 1, "--tokens", 2]
+    command = ["tune", place.aligned, place.adapters[0], *files, "--steps", 1, "--tokens", 2]
     assert run(*command, "--task", place.task) == 0
-    shown = capsys.readouterr().out
-    assert "tuned random subspace" in shown
+    shown, told = capsys.readouterr()
+    assert "tuned random subspace" not in shown
     assert "refused" not in shown
     assert "general kept" not in shown
     assert "not measured on general prompts" in " ".join(shown.split())
+    assert "reported on 4 safety, 4 task, which decided nothing" in shown
+    assert "tuning: fit tuned 8\n" in told
+    assert re.search(r"csulora: takes .* here, and \d\.\d GB of memory\n", told)
     written = Frontier.load(tmp_path / "policy.frontier.json").written
     assert f"{tmp_path / 'policy.toml'}: {written}" in shown
     assert (": none, which corrects nothing" in shown) is (written == "none")
     assert run(*command, "--task", place.task, "--task", place.task) == 2  # usage
     assert run(*command, "--task", place.task, "--task-weight", 0) == 2
     assert run(*command, "--task", place.task, "--refusal", " ") == 2
-    assert run(*command, "--task", place.task, "--for-others", "--no-input-filters") == 0
+    assert run(*command, "--task", place.task, "--for-others", "--no-input-filters", "--quick", "--all") == 0
     assert "tuned everywhere" in capsys.readouterr().out
-    assert run(*command, "--task", place.task, "--refusal", "w1", "--refusal", "w2") == 0
-    assert "refused" in capsys.readouterr().out
-    assert run(*command, "--task", place.task, "--general", place.safety) == 0
-    assert "general kept" in capsys.readouterr().out
+    assert run(*command, "--task", place.task, "--refusal", "w1", "--refusal", "w2", "--quiet") == 0
+    shown, told = capsys.readouterr()
+    assert not shown
+    assert "csulora" not in told
+    general = tmp_path / "general.txt"
+    general.write_text(tiny_model.prompts("w22", 8))
+    assert run(*command, "--task", place.task, "--general", general, "--quick", "--controls", "--all") == 0
+    shown, told = capsys.readouterr()
+    assert "general kept" in shown
+    assert "tuned random subspace" in shown
+    assert "2 test prompts are too few to show anything" in told
+    assert "give 16 prompts or more in each file" in told
     assert run(*command, "--task", place.task, "--general", tmp_path / "none") == exit_codes.BAD_INPUT
     assert run(*command, "--task", tmp_path / "none") == exit_codes.BAD_INPUT
+    capsys.readouterr()
+    assert run(*command[:-1], 62, "--task", place.task) == exit_codes.BAD_INPUT
+    assert "the model takes 64: use --tokens 61" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_pipeline_may_require_a_verdict(
+    place: tiny_model.Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    beats: bool,
+    run: Command,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def recommend(points: list[Point]) -> tuple[Point | None, str]:
+        tuned = next(point for point in points if point.family == "tuned")
+        return (tuned if beats else None), "so it is"
+
+    monkeypatch.setattr(experiment, "recommend", recommend)
+    policy = tmp_path / "policy.toml"
+    given = ["tune", place.aligned, place.adapters[0], "--subspace", place.subspace, "--safety", place.safety]
+    given += ["--task", place.task, "-o", policy, "--device", "cpu", "--steps", 1, "--tokens", 2, "--quick"]
+    code = run(*given, "--require-verdict")
+    told = capsys.readouterr().err
+    assert (code, policy.exists()) == ((0, True) if beats else (exit_codes.NO_VERDICT, False))
+    assert frontier_path(policy).exists()
+    assert (f"no policy beats plain scaling; {policy} is not written" in told) is not beats
+    assert run(*given) == 0
+    provenance = Policy.load(policy).provenance
+    assert provenance.verdict.startswith("so it is; ")
+    assert provenance.beats_plain_scaling is beats
+    correct = ["correct", place.adapters[0], "--subspace", place.subspace, "--policy", policy, "-o", tmp_path / "out"]
+    assert run(*correct) == 0
+    told = capsys.readouterr().err
+    assert (f"{policy}: csulora tune found it no better than plain scaling" in told) is not beats
+
+
+def test_no_other_fit_follows_one_that_keeps_everything(
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    original = Measurement.point
+
+    def point(self: Measurement, family: str, name: str, *rest: Any) -> Point:
+        measured.append(name)
+        found = original(self, family, name, *rest)
+        return replace(found, validation=Rate.of(4, 4)) if name == "tuned 2" else found
+
+    monkeypatch.setattr(Measurement, "point", point)
+    tune(request(place), tmp_path / "policy.toml")
+    assert [name for name in measured if name.startswith("tuned")] == ["tuned 8", "tuned 2"]
+    assert not any(name.startswith("protect") for name in measured)
+
+
+def test_the_validation_split_chooses_and_the_test_split_decides() -> None:
+    def chosen_by(family: str, validation: int, test: int) -> Point:
+        return replace(point(family, test, 40), validation=Rate.of(validation, 40))
+
+    plain = [chosen_by("none", 0, 0), chosen_by("scaling", 10, 30)]
+    chosen, _ = recommend([*plain, chosen_by("tuned", 40, 40), chosen_by("protect", 30, 40)])
+    assert chosen is not None
+    assert chosen.policy == "tuned"
+    assert recommend([*plain, chosen_by("tuned", 40, 32), chosen_by("protect", 30, 40)])[0] is None
+
+
+def test_what_test_prompts_can_show_is_known_from_plain_scaling(place: tiny_model.Place) -> None:
+    def kept(count: int) -> Point:
+        return replace(point("scaling", 0, 0), validation=Rate.of(count, 8))
+
+    whole = request(place, 2)  # 8 test prompts; Rate.of(8, 8).low is 0.68
+    assert estimate.doubt_about_verdict(whole, kept(5)) is None
+    assert "give 24 prompts or more" in str(estimate.doubt_about_verdict(whole, kept(6)))  # 12 / (12 + 1.96^2) > 0.75
+    assert "no policy can keep more" in str(estimate.doubt_about_verdict(whole, kept(8)))
 
 
 def test_a_policy_for_one_adapter_has_gains_of_single_directions(
@@ -512,7 +625,8 @@ def test_a_policy_for_several_adapters_reinforces_the_alignment_within_the_input
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiment, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
-    frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
+    safety, task = (probes.parse(tiny_model.prompts(first, 48).encode()) for first in ("w20", "w21"))
+    frontier = tune(replace(request(place, adapters=2), safety=safety, task=[task] * 2), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
     assert {override.match for override in policy.overrides} == set(tiny_model.MODULES)
     assert any(

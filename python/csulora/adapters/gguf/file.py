@@ -25,7 +25,7 @@ from csulora.adapters.factors import of_one_dtype, wide
 from csulora.adapters.gguf import stacks
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
-from csulora.errors import InputError, RefusedError
+from csulora.errors import HostLimitError, InputError, NotFiniteError, NotPlainLoraError, RefusedError
 from csulora.io.files import GGUF_SUFFIX, atomic_file
 from csulora.models import gguf_experts, gguf_layout, gguf_quants, names
 from csulora.models.gguf_base import BaseModel
@@ -94,7 +94,8 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
         "task_type": "CAUSAL_LM",
         "target_parameters": _parameters(modules, architecture),
     }
-    adapter = Adapter(modules, config, path, hashlib.sha256(file.data).hexdigest(), format="gguf", is_decoded=True)
+    sha256 = hashlib.sha256(file.data).hexdigest()
+    adapter = Adapter(modules, config, path, sha256, format="gguf", is_decoded=True, files={path.name: sha256})
     return experts.encoded(adapter, architecture.expert_layout)
 
 
@@ -148,12 +149,12 @@ def _check_metadata(file: GGUFFile) -> Architecture:
         raise InputError(f"{path}: general.type is {kind!r}; a LoRA adapter says adapter")
     architecture = gguf_layout.architecture(file.text(Keys.General.ARCHITECTURE), str(path))
     if (kind := file.text(Keys.Adapter.TYPE)) != "lora":
-        raise RefusedError(f"{path}: adapter.type is {kind!r}; only lora is supported")
+        raise NotPlainLoraError(f"{path}: adapter.type is {kind!r}; only lora is supported")
     if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.fields:
-        raise RefusedError(f"{path}: an activated LoRA, which acts on some tokens only; it cannot be corrected")
+        raise NotPlainLoraError(f"{path}: an activated LoRA, which acts on some tokens only; it cannot be corrected")
     for key in file.fields:
         if key not in _KNOWN_KEYS and not key.startswith(_DESCRIPTIVE):
-            raise RefusedError(f"{path}: metadata {key} is unknown; it may change what the adapter does")
+            raise NotPlainLoraError(f"{path}: metadata {key} is unknown; it may change what the adapter does")
     return architecture
 
 
@@ -198,12 +199,12 @@ def _group(file: GGUFFile, architecture: Architecture) -> dict[str, dict[str, st
         found = _TENSOR.fullmatch(tensor)
         if found is None:
             reason = "llama.cpp ignores it" if tensor.endswith("_norm.weight") else "it is neither lora_a nor lora_b"
-            raise RefusedError(f"{file.path}: tensor {tensor} is not part of plain LoRA: {reason}")
+            raise NotPlainLoraError(f"{file.path}: tensor {tensor} is not part of plain LoRA: {reason}")
         module = architecture.module_name(found["name"])
         is_known = module is not None or gguf_experts.stack(found["name"], architecture.experts) is not None
         if not is_known or (module and architecture.is_ignored(module)):
             reason = "llama.cpp ignores it" if module else f"no known weight of {architecture.name} has that name"
-            raise RefusedError(f"{file.path}: tensor {tensor} cannot be used: {reason}; {WAY_OUT}")
+            raise NotPlainLoraError(f"{file.path}: tensor {tensor} cannot be used: {reason}; {WAY_OUT}")
         factors.setdefault(found["name"], {})[found["factor"]] = tensor
     return factors
 
@@ -237,7 +238,7 @@ def _factor(file: GGUFFile, tensor: str, dimensions: int) -> torch.Tensor:
     else:
         matrix = torch.frombuffer(data, dtype=dtype).reshape(shape)
     if not is_finite(matrix):
-        raise InputError(f"{file.path}: tensor {tensor} holds NaN or infinity{_first_expert(matrix)}")
+        raise NotFiniteError(f"{file.path}: tensor {tensor} holds NaN or infinity{_first_expert(matrix)}")
     return matrix
 
 
@@ -257,14 +258,14 @@ def _base_model_name(file: GGUFFile) -> str | None:
 def _check_fits(path: Path, name: str, module: str, update: LoraModule, base: BaseModel) -> None:
     """Raise unless the base model in llama.cpp takes the update of ``module``, which the adapter calls ``name``."""
     if base.is_tied and module in (EMBEDDING, HEAD):
-        raise RefusedError(
+        raise HostLimitError(
             f"{path}: updates {name}, but token embedding and output head of {base.path} are one matrix, "
             "which llama.cpp cannot adapt"
         )
     if module not in base.shapes:
         raise InputError(f"{path}: {name} does not exist in {base.path}; the adapter is for another model")
     if update.is_embedding != (module == EMBEDDING):
-        raise RefusedError(f"{path}: {name} is updated as {'an' if update.is_embedding else 'no'} embedding")
+        raise HostLimitError(f"{path}: {name} is updated as {'an' if update.is_embedding else 'no'} embedding")
     if update.shape != base.shapes[module]:
         raise InputError(
             f"{path}: {name} updates a {list(update.shape)} matrix, "
@@ -307,7 +308,7 @@ def _placed(adapter: Adapter, base: BaseModel) -> Iterator[tuple[str, str, LoraM
         tensor = base.expert_tensor(module) or base.architecture.tensor_name(module)
         if tensor is None or base.architecture.is_ignored(module):
             reason = f"ignores updates of {name}" if tensor else f"has no {base.architecture.name} tensor for {name}"
-            raise RefusedError(f"{adapter.path}: llama.cpp {reason}; {WAY_OUT}")
+            raise HostLimitError(f"{adapter.path}: llama.cpp {reason}; {WAY_OUT}")
         _check_fits(adapter.path, name, module, update, base)
         if module in seen:
             raise InputError(f"{adapter.path}: {name} is a second update of {module}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from csulora.adapters.peft.config import base_model_name
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, NotPlainLoraError
 
 _LARGEST_RANK = 2**31 - 1
 _PARAMETERS = frozenset({"rank", "scale", "dropout", "keys", "alpha"})  # mlx-lm takes no notice of an alpha
@@ -91,14 +91,14 @@ def read_config(config: dict[str, Any], path: Path) -> Settings:
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
         reason = _OTHER_TYPES.get(str(kind), "csulora does not know it")
-        raise RefusedError(f"{path}: fine_tune_type is {kind!r}: {reason}; only lora can be corrected")
+        raise NotPlainLoraError(f"{path}: fine_tune_type is {kind!r}: {reason}; only lora can be corrected")
     layers = config.get("num_layers")
     if not _is_whole(layers):
         hint = "; older versions of mlx-lm called it lora_layers, rename it" if "lora_layers" in config else ""
         raise InputError(f"{path}: num_layers is {layers!r}; it must be a whole number{hint}")
     for field in sorted(config.keys() - _READ - _TRAINING):
         if config[field] is not None and config[field] is not False:
-            raise RefusedError(
+            raise NotPlainLoraError(
                 f"{path}: csulora does not know the field {field!r}, which may change what the adapter does; "
                 "remove it if it has no effect, or use a csulora that knows it"
             )
@@ -115,7 +115,9 @@ def _settings(parameters: Any, base_model: str | None, layers: int, path: Path) 
     if not isinstance(parameters, dict):
         raise InputError(f"{path}: lora_parameters is {parameters!r}; mlx-lm writes an object there")
     if unknown := sorted(parameters.keys() - _PARAMETERS):
-        raise RefusedError(f"{path}: csulora does not know lora_parameters.{unknown[0]}, which may change the update")
+        raise NotPlainLoraError(
+            f"{path}: csulora does not know lora_parameters.{unknown[0]}, which may change the update"
+        )
     rank, scale, keys = (parameters.get(name) for name in ("rank", "scale", "keys"))
     if not _is_whole(rank) or not 1 <= rank <= _LARGEST_RANK:
         raise InputError(f"{path}: lora_parameters.rank is {rank!r}; it must be a whole number from 1")

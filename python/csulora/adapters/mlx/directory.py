@@ -18,7 +18,7 @@ from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.mlx.config import Settings, read_config, written_config
 from csulora.adapters.peft.config import base_model_name
 from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_bytes, tensors_in, with_sha256
-from csulora.errors import InputError, RefusedError
+from csulora.errors import AmbiguousError, HostLimitError, InputError, NotPlainLoraError
 from csulora.io.files import parse_json, read_regular, save_tensors, to_json
 from csulora.models.names import kind_of, parse_expert
 
@@ -56,7 +56,8 @@ def read(directory: Path) -> Adapter:
     settings = read_config(parse_json(config_bytes, config_file), config_file)
     weights = read_bytes([weights_file], _module_and_factor)
     tensors = tensors_in({weights_file: weights[0]})
-    return with_sha256(lambda: _assembled(settings, tensors, directory), config_bytes, weights)
+    contents = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights[0]}
+    return with_sha256(lambda: _assembled(settings, tensors, directory), contents)
 
 
 def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -87,7 +88,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
     for name in adapter.modules:
         _check_kind(name, adapter.path)
         if parse_expert(name):
-            raise RefusedError(
+            raise HostLimitError(
                 f"{adapter.path}: updates {name}, and mlx-lm keeps the factors of all experts in one tensor, which "
                 "csulora does not write yet; write another format (--format peft)"
             )
@@ -117,7 +118,7 @@ def check_model(modules: Collection[str], path: Path, model_type: str | None = N
     layers = {layer for layer, found, _ in (name.partition(".mamba.") for name in modules) if found}
     side_by_side = any(f"{layer}.self_attn.q_proj" in modules for layer in layers)  # as in no other model
     if side_by_side or model_type in _SCALED:
-        raise RefusedError(
+        raise AmbiguousError(
             f"{path}: mlx-lm multiplies the weights of Falcon-H1 by constants of its own, so that their update is "
             "another one elsewhere; train and serve the adapter with PEFT"
         )
@@ -148,7 +149,7 @@ def _check_layers(modules: Collection[str], settings: Settings, path: Path) -> N
         found[0] for name in modules if (found := _LAYER.match(name)) and name not in (settings.keys or frozenset())
     }
     if 0 < settings.layers < len(layers):
-        raise RefusedError(
+        raise AmbiguousError(
             f"{path}: holds factors for {len(layers)} layers, and num_layers is {settings.layers}; versions of mlx-lm "
             f"disagree on what becomes of the others; set it to {len(layers)} if all were trained"
         )
@@ -159,7 +160,7 @@ def _module(name: str, factors: dict[str, torch.Tensor], settings: Settings, pat
         if factor not in factors:
             raise InputError(f"{path}: {name}.{factor} is missing; an update needs both factors")
     if not settings.selects(name):
-        raise RefusedError(
+        raise AmbiguousError(
             f"{path}: holds factors for {name}, which the keys of adapter_config.json do not name; versions of mlx-lm "
             "disagree on whether to apply them"
         )
@@ -179,11 +180,11 @@ def _module_and_factor(name: str, path: Path) -> tuple[str, str]:
         reason = _FOREIGN.get(name.rpartition(".")[2], "it is neither lora_a nor lora_b")
         if _PEFT_FACTOR.search(name):
             reason = "it is one of PEFT's; name the file adapter_model.safetensors, beside PEFT's configuration"
-        raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {reason}")
+        raise NotPlainLoraError(f"{path}: tensor {name} is not part of plain LoRA: {reason}")
     _check_kind(found["module"], path)
     return found["module"], found["factor"]
 
 
 def _check_kind(module: str, path: Path) -> None:
     if kind_of(module) == "embedding":
-        raise RefusedError(f"{path}: updates the embedding {module}: {_TIED}")
+        raise AmbiguousError(f"{path}: updates the embedding {module}: {_TIED}")

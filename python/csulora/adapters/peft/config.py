@@ -18,7 +18,7 @@ from typing import Any
 
 from csulora.adapters.peft import diagnosis
 from csulora.adapters.peft.patterns import Matcher
-from csulora.errors import InputError, RefusedError
+from csulora.errors import AmbiguousError, InputError, NotPlainLoraError
 
 ALL_LINEAR = "all-linear"
 # In which order fused experts' columns of B stand: what Unsloth writes since September 2026 -> whose order that is.
@@ -159,7 +159,7 @@ def read_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         known = diagnosis.of_config(config) if kind is None else None
-        raise RefusedError(f"{path}: {known or f'peft_type is {kind!r}; only LORA adapters can be corrected'}")
+        raise NotPlainLoraError(f"{path}: {known or f'peft_type is {kind!r}; only LORA adapters can be corrected'}")
     fields = dict.fromkeys(_REQUIRED) | config
     for field in sorted(fields, key=lambda field: field not in _OFF):  # what it is before what it lacks
         _check_field(field, fields[field], path)
@@ -195,7 +195,7 @@ def column_order(config: dict[str, Any], told: str | None, path: Path) -> str:
     if order := stated or told:
         return order
     if config.get("unsloth_fixed"):
-        raise RefusedError(
+        raise AmbiguousError(
             f"{path}: Unsloth trained these fused experts, and until September 2026 it ordered them unlike PEFT; "
             "nothing in the file says which order this is. Say so: csulora correct ... --expert-layout unsloth if it "
             "was trained before, --expert-layout peft if after"
@@ -261,13 +261,13 @@ def _check_field(field: str, value: Any, path: Path) -> None:
     if field in _OFF:
         off, reason = _OFF[field]
         if type(value) is not type(off) or value != off:
-            raise RefusedError(
+            raise NotPlainLoraError(
                 f"{path}: {field} is set to {value!r}, where only {json.dumps(off)} is off: {reason}; this cannot be "
                 "corrected as plain LoRA"
             )
     elif field not in KNOWN_FIELDS:
         if value is not None and value is not False:
-            raise RefusedError(
+            raise NotPlainLoraError(
                 f"{path}: csulora does not know the field {field!r}, which may change what the adapter does; "
                 "remove it if it has no effect, or use a csulora that knows it"
             )
@@ -289,11 +289,11 @@ def _check_initialisation(value: Any, path: Path) -> None:
     if isinstance(value, str) and value in _HARMLESS_INITIALISATIONS:
         return
     if isinstance(value, str) and value.startswith(_BASE_CHANGING_INITIALISATIONS):
-        raise RefusedError(
+        raise NotPlainLoraError(
             f"{path}: init_lora_weights is {value!r}: that initialisation changes the base weights; convert the "
             "adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
-    raise RefusedError(f"{path}: init_lora_weights is {value!r}, which csulora does not know")
+    raise NotPlainLoraError(f"{path}: init_lora_weights is {value!r}, which csulora does not know")
 
 
 def _by_pattern(pattern: dict[str, Any], default: Any, modules: Sequence[str], matcher: Matcher) -> dict[str, Any]:

@@ -37,7 +37,14 @@ from csulora.adapters.weights_files import (
     tensors_in,
     with_sha256,
 )
-from csulora.errors import InputError, RefusedError
+from csulora.errors import (
+    AmbiguousError,
+    InputError,
+    MissingFileError,
+    NotPlainLoraError,
+    TooLargeError,
+    UnsafeFileError,
+)
 from csulora.io.files import parse_json, read_regular, save_tensors, to_json
 from csulora.models.names import WEIGHT, kind_of, may_be_conv1d, parse_expert
 from csulora.models.shards import single_name, weight_files
@@ -62,7 +69,7 @@ def read(directory: Path, expert_layout: str | None = None) -> Adapter:
     """
     config_file = directory / CONFIG_FILE
     if directory.is_dir() and not config_file.exists():
-        raise InputError(f"{directory}: no adapter: {_missing_config(directory)}")
+        raise MissingFileError(f"{directory}: no adapter: {_missing_config(directory)}")
     config_bytes = read_regular(config_file, LARGEST_CONFIG)
     config = read_config(parse_json(config_bytes, config_file), config_file)
     found = weight_files(directory, _STEM)
@@ -71,14 +78,15 @@ def read(directory: Path, expert_layout: str | None = None) -> Adapter:
     weights = read_bytes(found.files, module_and_factor)
     tensors = tensors_in(dict(zip(found.files, weights, strict=True)))
     found.check_complete(tensors)
-    return with_sha256(lambda: _assembled(config, tensors, directory, "", expert_layout), config_bytes, weights)
+    contents = {CONFIG_FILE: config_bytes} | {file.name: data for file, data in zip(found.files, weights, strict=True)}
+    return with_sha256(lambda: _assembled(config, tensors, directory, "", expert_layout), contents)
 
 
 def _missing_weights(directory: Path) -> Exception:
     pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
     if pickles:
-        return RefusedError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
-    return InputError(f"{directory / WEIGHTS_FILE}: no such file")
+        return UnsafeFileError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
+    return MissingFileError(f"{directory / WEIGHTS_FILE}: no such file")
 
 
 def _missing_config(directory: Path) -> str:
@@ -115,12 +123,12 @@ def _assembled(
     names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
     parameters = _parameters(config, names, path / WEIGHTS_FILE)
     if stray := untargeted(config, [name for name in names if name not in parameters], matcher):
-        raise RefusedError(
+        raise AmbiguousError(
             f"{path / WEIGHTS_FILE}: holds factors for {stray[0]}, which adapter_config.json does not target; "
             "servers disagree on whether to apply them"
         )
     if config.get("ensure_weight_tying") and (tied := [name for name in names if kind_of(name) != "linear"]):
-        raise RefusedError(
+        raise NotPlainLoraError(
             f"{path / CONFIG_FILE}: ensure_weight_tying is set and {tied[0]} is targeted, so that one update may act "
             "on two tied weights; this cannot be corrected as plain LoRA"
         )
@@ -137,7 +145,9 @@ def _assembled(
             found = dict(stacked.apart(parameter, a, b, rank, scale, order, path / WEIGHTS_FILE))
         modules |= found
         if len(modules) > MOST_UPDATES:
-            raise RefusedError(f"{path / WEIGHTS_FILE}: holds more than {MOST_UPDATES} updates, the most that are read")
+            raise TooLargeError(
+                f"{path / WEIGHTS_FILE}: holds more than {MOST_UPDATES} updates, the most that are read"
+            )
     return Adapter(modules, config, path, sha256, copies=copies)
 
 
@@ -146,13 +156,13 @@ def _parameters(config: dict[str, Any], names: Sequence[str], path: Path) -> dic
     wanted = config.get("target_parameters") or []
     matrices = {name: f"{name}{WEIGHT}" for name in names if is_targeted(f"{name}{WEIGHT}", wanted)}
     for name in filter(may_be_conv1d, matrices):
-        raise RefusedError(
+        raise AmbiguousError(
             f"{path}: target_parameters names {name}{WEIGHT}, which GPT-2 and its kin store as (in, out), so that PEFT "
             "applies the transpose of the update; name the module in target_modules and train again"
         )
     single = next(filter(parse_expert, names), None)
     if single and any(map(is_parameter_of_experts, wanted)):
-        raise RefusedError(
+        raise AmbiguousError(
             f"{path}: holds factors for {single} alone, and target_parameters names parameters of all experts; hosts "
             "disagree on which they apply; save experts in one of the two layouts"
         )
@@ -231,7 +241,7 @@ def _group(
         if factor != COPY:
             factors.setdefault(module, {})[factor] = tensors[name]
         elif module in copies:
-            raise RefusedError(f"{path}: holds {module} of the base model twice; servers disagree on which they load")
+            raise AmbiguousError(f"{path}: holds {module} of the base model twice; servers disagree on which they load")
         else:
             copies[module] = tensors[name]
     if not factors:
@@ -243,7 +253,7 @@ def _module(name: str, factors: dict[str, torch.Tensor], rank: int, scale: float
     is_embedding = any(factor in factors for factor in _EMBEDDING)
     a, b = _pair(name, factors, _EMBEDDING if is_embedding else _LINEAR, path)
     if is_embedding and kind_of(name) != "embedding":
-        raise RefusedError(
+        raise AmbiguousError(
             f"{path}: holds an embedding's factors for {name}, which is no embedding; hosts drop them, or apply the "
             "transpose; save the adapter again with PEFT's save_pretrained"
         )

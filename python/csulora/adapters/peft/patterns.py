@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, RefusedError, TooLargeError
 
 Row = list[str | None]
 """One entry per name: None where the pattern does not match, else what the template's group holds, or nothing."""
@@ -60,7 +60,7 @@ class Matcher:
             RefusedError: a key is too long, or matching takes too long.
         """
         if any(len(key) > _LONGEST for key in keys):
-            raise RefusedError(
+            raise TooLargeError(
                 f"{self._path}: a pattern is longer than {_LONGEST} characters; name the modules plainly"
             )
         patterns = {key: template.replace("{}", key) for key in keys}

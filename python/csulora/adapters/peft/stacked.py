@@ -20,7 +20,7 @@ import torch
 from csulora.adapters.experts import DOWN, GATE_UP, UP, is_fused, is_targeted
 from csulora.adapters.lora import Adapter, LoraModule
 from csulora.adapters.weights_files import MOST_UPDATES
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, NotPlainLoraError, TooLargeError
 from csulora.models.names import parse_expert
 
 _WRAPPED = ".base_layer"
@@ -54,7 +54,7 @@ def parameter_names(modules: Iterable[str], config: Mapping[str, Any], path: Pat
         if not _EXPERTS.fullmatch(owner) or [len(key) for key in innermost_first] != [
             len(owner) + len(_WRAPPED) * level for level in reversed(range(len(targeted)))
         ]:
-            raise RefusedError(
+            raise NotPlainLoraError(
                 f"{path}: holds factors for {', '.join(keys)}, and target_parameters names {len(targeted)} parameters "
                 f"of {owner}; csulora corrects factors of {', '.join(_ORDER)} of modules called experts"
             )
@@ -87,7 +87,7 @@ def apart(
             f"of the configuration's rank {rank}"
         )
     if experts > MOST_UPDATES:
-        raise RefusedError(f"{path}: {parameter} has factors of {experts} experts; at most {MOST_UPDATES} are read")
+        raise TooLargeError(f"{path}: {parameter} has factors of {experts} experts; at most {MOST_UPDATES} are read")
     owner, _, projection = parameter.rpartition(".")
     rows = b.shape[0]
     # At once, since a column at a time would read a whole line of memory for each number.

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from csulora.adapters.peft import diagnosis
-from csulora.errors import RefusedError
+from csulora.errors import NotPlainLoraError
 from csulora.models.names import kind_of
 
 PREFIX = "base_model.model."
@@ -51,7 +51,7 @@ def module_and_factor(name: str, path: Path) -> tuple[str, str]:
             return found["module"], found["factor"]
         if kind_of(found["module"]) != "linear":
             return found["module"], COPY
-    raise RefusedError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
+    raise NotPlainLoraError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
 
 
 def _is_plain(module: str) -> bool:

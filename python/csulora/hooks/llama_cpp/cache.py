@@ -13,7 +13,7 @@ from pathlib import Path
 
 from csulora.adapters.gguf import file as gguf
 from csulora.adapters.lora import Adapter
-from csulora.errors import CsuloraError, InputError, RefusedError
+from csulora.errors import CsuloraError, InputError, UnsafeFileError
 from csulora.io.files import remove_abandoned, sha256_of_file, workplace
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
@@ -42,7 +42,9 @@ class CorrectedCache:
             raise InputError(f"{directory}: cannot be created: {error.strerror}") from error
         status = directory.stat()
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise RefusedError(f"{directory}: others can write to this cache; use a directory of your own (mode 0700)")
+            raise UnsafeFileError(
+                f"{directory}: others can write to this cache; use a directory of your own (mode 0700)"
+            )
         remove_abandoned(directory)
         self._directory = directory
 
@@ -62,16 +64,24 @@ class CorrectedCache:
             key = _key(adapter, base, gate)
             for entry in sorted(self._directory.glob(f"{key}-*.gguf")):
                 if _is_intact(entry, adapter, gate.subspace):
-                    decision.recall()
+                    decision.recall({str(entry): _promised(entry)}, format="gguf")
                     return entry
             with workplace(self._directory / key) as place:
                 new = place / "new"
                 gguf.write(decision.correct(adapter)[0], new, base)
-                return new.replace(self._directory / f"{key}-{sha256_of_file(new)}.gguf")
+                sha256 = sha256_of_file(new)
+                entry = new.replace(self._directory / f"{key}-{sha256}.gguf")
+            decision.delivered({str(entry): sha256}, format="gguf")
+            return entry
 
 
 def _key(adapter: Adapter, base: BaseModel, gate: Gate) -> str:
     return hashlib.sha256(f"{adapter.sha256} {base.identity} {gate.fingerprint}".encode()).hexdigest()
+
+
+def _promised(entry: Path) -> str:
+    """Return the sha256 that an entry's name says its bytes have."""
+    return entry.stem.rpartition("-")[2]
 
 
 def _is_intact(entry: Path, adapter: Adapter, subspace: Subspace) -> bool:
@@ -79,7 +89,7 @@ def _is_intact(entry: Path, adapter: Adapter, subspace: Subspace) -> bool:
     try:
         file = GGUFFile.read(entry, gguf.LARGEST_FILE)
         return (
-            entry.stem.endswith(f"-{hashlib.sha256(file.data).hexdigest()}")
+            hashlib.sha256(file.data).hexdigest() == _promised(entry)
             and file.text(gguf.ADAPTER_SHA256) == adapter.sha256
             and file.text(gguf.SUBSPACE_SHA256) == subspace.sha256
         )

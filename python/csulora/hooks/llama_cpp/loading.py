@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import llama_cpp
 
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, UncoveredRouteError
 from csulora.hooks.llama_cpp.cache import CorrectedCache, default_directory
 from csulora.models.gguf_base import BaseModel
 from csulora.policy.policy import Policy
@@ -63,14 +63,14 @@ def load(
     512
     """
     if bypass := [name for name in _BYPASSES if name in kwargs]:
-        raise RefusedError(f"{bypass[0]} would load an adapter that was not corrected; pass it as `adapter`")
+        raise UncoveredRouteError(f"{bypass[0]} would load an adapter that was not corrected; pass it as `adapter`")
     adapters = adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
     if not adapters:
         raise InputError(f"{model_path}: no adapter is given; load the model with llama_cpp.Llama itself")
     for path, scale in adapters.items():
         if not math.isfinite(scale):
             raise InputError(f"{path}: its scale is {scale}; it must be finite")
-    gate = Gate.open(subspace, policy, decisions)
+    gate = Gate.open(subspace, policy, decisions, route="llama.cpp")
     corrected_cache = CorrectedCache(Path(cache) if cache else default_directory())
     base = BaseModel.open(model_path)
     files = [corrected_cache.corrected(Path(path), base, gate) for path in adapters]
@@ -85,7 +85,7 @@ def load(
 
 
 def _no_state() -> NoReturn:
-    raise RefusedError(
+    raise UncoveredRouteError(
         "a llama.cpp model is copied without its adapters; where a copy is needed (copy, pickle, another process), "
         "call csulora.hooks.llama_cpp.load there"
     )

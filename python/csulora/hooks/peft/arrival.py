@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from csulora.adapters.lora import Adapter
 from csulora.adapters.peft.directory import tensors_of
 from csulora.adapters.peft.tensor_names import PREFIX
-from csulora.errors import RefusedError
+from csulora.errors import HostLimitError
 from csulora.models.names import bare
 
 _FACTOR = re.compile(r"\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)$")
@@ -33,7 +33,7 @@ def check_arrived(model: Any, adapter_name: str, corrected: Adapter, undo: Calla
     }
     if missing:
         undo()
-        raise RefusedError(
+        raise HostLimitError(
             f"{corrected.path}: {len(missing)} of {len(corrected.modules)} modules did not arrive in the model, such "
             f"as {min(missing)}; the adapter is for another class of model, or PEFT cannot load it "
             "(csulora inspect says which)"

@@ -22,7 +22,7 @@ from transformers.models.auto import auto_factory
 
 from csulora.adapters.peft.config import read_config
 from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, UncoveredRouteError
 from csulora.hooks.peft.loading import loads_corrected, local_directory
 from csulora.io.files import parse_json, read_regular
 
@@ -61,7 +61,7 @@ class BaseModels:
             not name
             or (f"{_without_slash(name)}@{revision}" if revision else _without_slash(name)) not in self._allowed
         ):
-            raise RefusedError(
+            raise UncoveredRouteError(
                 f"{file}: names the base model {name!r}{f', revision {revision!r}' if revision else ''}; under a guard "
                 "the program chooses it: load the model by its own name, or allow it with guard(..., base_models=[...])"
             )
@@ -81,7 +81,7 @@ class BaseModels:
     def _own_model(self, directory: str) -> str:
         """Return a directory that holds a model beside an adapter, if that is allowed: the hosts load this model."""
         if _without_slash(directory) not in self._allowed:
-            raise RefusedError(
+            raise UncoveredRouteError(
                 f"{directory}: holds a model beside the adapter; under a guard the program chooses the base model: "
                 "load it by its own name, or allow this one with guard(..., base_models=[...])"
             )
@@ -92,7 +92,7 @@ class BaseModels:
         config = self.check(file)
         name, revision = str(config["base_model_name_or_path"]), config.get("revision")
         if revision:
-            raise RefusedError(
+            raise UncoveredRouteError(
                 f"{file}: names revision {revision!r} of {name!r}, which transformers ignores; "
                 f"load {name!r} with revision={revision!r} first, then the adapter with load_adapter"
             )

@@ -19,7 +19,7 @@ from peft.utils import hotswap as peft_hotswap
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from csulora.adapters.peft import stacked
-from csulora.errors import RefusedError
+from csulora.errors import HostLimitError, UncoveredRouteError
 from csulora.hooks.peft.loading import check_nothing_overrides, host_loads, loads_corrected, local_directory
 from csulora.hooks.signature import check_signature
 from csulora.models.names import parse_expert
@@ -58,7 +58,7 @@ def _weights(gate: Gate, configs: _Configs, original: Callable[..., Any]) -> Cal
         location = local_directory(model_id, options)
         with gate.decision(location) as decision:
             corrected, _ = decision.correct(decision.read_directory(location))
-            with host_loads(corrected) as directory:
+            with host_loads(decision, corrected) as directory:
                 config = peft.LoraConfig.from_pretrained(str(directory))
                 weights = original(directory, device)
             configs.update(dict.fromkeys(weights.values(), config))
@@ -88,7 +88,7 @@ def _swap(configs: _Configs, original: Callable[..., Any]) -> Callable[..., Any]
             found = [configs.get(tensor) for tensor in state_dict.values()]
             config = found[0] if found else None
             if config is None or any(other is not config for other in found):
-                raise RefusedError("under a guard an adapter is swapped in from a directory, not from memory")
+                raise UncoveredRouteError("under a guard an adapter is swapped in from a directory, not from memory")
             _check_experts(model, state_dict, adapter_name, config)
             check(model.peft_config[adapter_name], config)
         original(model, state_dict, adapter_name, config, *args, **options)
@@ -109,7 +109,7 @@ def _check_experts(
         layer, parameter = layers.get(module), parameters.get(module, "").rpartition(".")[2]
         is_its_own = isinstance(layer, ParamWrapper) and layer.parameter_name == parameter
         if not is_its_own or getattr(layer, factor)[adapter_name].weight.shape != factors[key].shape:
-            raise RefusedError(
+            raise HostLimitError(
                 f"PEFT scrambles factors of experts that it swaps in for others than those of the same parameter and "
                 f"rank: {key} is {list(factors[key].shape)}, for {parameter or 'one expert'}; load the adapter under a "
                 "name of its own (load_adapter)"

@@ -21,9 +21,9 @@ from csulora.adapters.lora import Adapter
 from csulora.adapters.peft.directory import WEIGHTS_FILE, parse
 from csulora.adapters.weights_files import CONFIG_FILE, sha256_of
 from csulora.correction.report import Report
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, UncoveredRouteError
 from csulora.io.hub import download
-from csulora.serving.gate import OpenDecision, private_directory
+from csulora.serving.open_decision import OpenDecision
 
 HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -47,9 +47,9 @@ def corrected_for(model: Any, decision: OpenDecision, adapter: Adapter) -> tuple
 
 
 @contextmanager
-def host_loads(corrected: Adapter) -> Iterator[Path]:
+def host_loads(decision: OpenDecision, corrected: Adapter) -> Iterator[Path]:
     """Yield the corrected adapter's directory, and let the host load it."""
-    with private_directory(corrected) as directory:
+    with decision.private_directory(corrected) as directory:
         token = loads_corrected.set(True)
         try:
             yield directory
@@ -114,7 +114,7 @@ def check_nothing_overrides(options: Mapping[str, Any], source: Any) -> None:
     """Refuse arguments of a call under which the host would not load what was corrected."""
     for name in _OVERRIDES:
         if options.get(name):
-            raise RefusedError(
+            raise UncoveredRouteError(
                 f"{source}: a corrected adapter is loaded with its own config, into the modules that its file names; "
                 f"pass no {name}"
             )

@@ -32,7 +32,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from csulora.adapters.lora import Adapter
 from csulora.correction.report import Report
-from csulora.errors import InputError, RefusedError
+from csulora.errors import HostLimitError, InputError, UncoveredRouteError
 from csulora.hooks.peft.arrival import check_arrived
 from csulora.hooks.peft.base_models import BaseModels
 from csulora.hooks.peft.hotswap import check_hotswap, hotswap_replacements
@@ -90,12 +90,12 @@ def load(
     ['default']
     """
     check_nothing_overrides(options, path)
-    gate = Gate.open(subspace, policy)
+    gate = Gate.open(subspace, policy, route="peft")
     location = local_directory(path, options)
     with gate.decision(location) as decision:
         corrected, report = corrected_for(model, decision, decision.read_directory(location))
         with (
-            host_loads(corrected) as directory,
+            host_loads(decision, corrected) as directory,
             without_initialising(corrected, model, adapter_name, options) as options,
         ):
             if isinstance(model, (PeftModel, PeftMixedModel)):
@@ -132,10 +132,10 @@ def correct_model(
     if adapter_name not in model.peft_config:
         raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
     check_name_is_free(model.peft_config, new_adapter_name)
-    gate = Gate.open(subspace, policy)
+    gate = Gate.open(subspace, policy, route="peft")
     with gate.decision(adapter_name) as decision:
         corrected, report = decision.correct(of_model(model, adapter_name))
-        with host_loads(corrected) as directory:
+        with host_loads(decision, corrected) as directory:
             model.load_adapter(directory, new_adapter_name)
         check_arrived(model, new_adapter_name, corrected, lambda: model.delete_adapter(new_adapter_name))
     return report
@@ -184,7 +184,7 @@ def guard(
     >>> with csulora.hooks.peft.guard(subspace, csulora.Policy.protect(1.0)):
     ...     model = PeftModel.from_pretrained(model, adapter)
     """
-    gate = Gate.open(subspace, policy, decisions)
+    gate = Gate.open(subspace, policy, decisions, route="peft")
     _check_host()
     if not _one_guard.acquire(blocking=False):
         raise InputError("a guard is active already; guards cannot be nested")
@@ -234,7 +234,7 @@ def _loaded(gate: Gate, original: Callable[..., Any], model: Any, name: str, giv
     location = local_directory(source, given)
     with gate.decision(location) as decision:
         corrected, _ = corrected_for(model, decision, decision.read_directory(location))
-        with host_loads(corrected) as directory, without_initialising(corrected, model, name, given) as given:
+        with host_loads(decision, corrected) as directory, without_initialising(corrected, model, name, given) as given:
             loaded = original(model_id=directory, **given)
         if isinstance(loaded, (PeftModel, PeftMixedModel)):
             check_arrived(loaded, name, corrected, loaded.unload)
@@ -276,13 +276,13 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
         config, source = given.get("load_config"), given.pop("peft_model_id", None)
         source = source or getattr(config, "pretrained_model_name_or_path", None)
         if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
-            raise RefusedError("under a guard an adapter is loaded from a directory or hub id, not from memory")
+            raise UncoveredRouteError("under a guard an adapter is loaded from a directory or hub id, not from memory")
         check_nothing_overrides(given | _mapping(given["self"], config), source)
         location = local_directory(source, _taken_from_hub(given))
         with gate.decision(location) as decision:
             corrected, _ = corrected_for(given["self"], decision, decision.read_directory(location))
             _check_swap(given["self"], given.get("adapter_name"), corrected)
-            with host_loads(corrected) as directory:
+            with host_loads(decision, corrected) as directory:
                 loaded = original(peft_model_id=str(directory), **given)
             model, name = given["self"], given.get("adapter_name") or "default"
             check_arrived(model, name, corrected, lambda: model.delete_adapter(name))
@@ -305,7 +305,7 @@ def _check_swap(model: Any, adapter_name: Any, corrected: Adapter) -> None:
             adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name) for layer in layers.values()
         )
     ):
-        raise RefusedError(
+        raise HostLimitError(
             f"{corrected.path}: under a guard transformers swaps it in only for plain LoRA of scale 1 on the same "
             f"modules, and the model's adapter {adapter_name!r} is other than that; delete it first"
         )
@@ -336,11 +336,13 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_peft_weights(model_id: Any, *args: Any, **options: Any) -> Any:
         if not loads_corrected.get():
-            raise RefusedError(f"{model_id}: csulora's guard does not cover this way of loading adapter weights")
+            raise UncoveredRouteError(f"{model_id}: csulora's guard does not cover this way of loading adapter weights")
         return original(model_id, *args, **options)
 
     return load_peft_weights
 
 
 def _refusing_x_lora(lora_model: Any, adapter_name: str, model_id: Any, *args: Any, **options: Any) -> None:
-    raise RefusedError(f"{model_id}: under a guard no adapter is loaded into X-LoRA, which mixes several by the token")
+    raise UncoveredRouteError(
+        f"{model_id}: under a guard no adapter is loaded into X-LoRA, which mixes several by the token"
+    )

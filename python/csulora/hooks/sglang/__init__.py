@@ -36,7 +36,7 @@ def activate() -> str:
         except ImportError as error:
             raise HostError(f"SGLang cannot be imported ({error}); install csulora beside SGLang") from error
         SGLANG.check(sglang.__version__)
-        gate = Gate.from_environment()
+        gate = Gate.from_environment(route="sglang")
         from csulora.hooks.sglang.front_end import install
         from csulora.serving.admission import Admission
 

@@ -25,7 +25,7 @@ from sglang.srt.runtime_context import get_lora
 from sglang.srt.utils import kill_process_tree
 
 from csulora.adapters.expert_encoding import PER_EXPERT
-from csulora.errors import HostError, RefusedError
+from csulora.errors import HostError, UncoveredRouteError
 from csulora.hooks.sglang.placement import fitted
 from csulora.hooks.sglang.schedulers import PROBE, Guarded, check_worker
 from csulora.hooks.signature import check_signature
@@ -137,7 +137,7 @@ def _load_lora_adapter(admission: Admission, original: _Function) -> _Function:
 
 
 async def _refusing_tensors(self: Any, obj: Any, request: Any = None) -> Any:
-    reason = RefusedError(f"{obj.lora_name}: adapters are loaded from a directory or hub id, not from tensors")
+    reason = UncoveredRouteError(f"{obj.lora_name}: adapters are loaded from a directory or hub id, not from tensors")
     return LoadLoRAAdapterFromTensorsReqOutput(success=False, error_message=refusal(obj.lora_name, reason))
 
 

@@ -17,7 +17,7 @@ def serve(arguments: Sequence[str]) -> None:
             does not say that it is guarded.
         CsuloraError: the subspace file or the policy cannot be used.
     """
-    Gate.from_environment()  # fails in a second, and importing SGLang takes ten
+    Gate.from_environment(route="sglang")  # fails in a second, and importing SGLang takes ten
     activate()
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import prepare_server_args

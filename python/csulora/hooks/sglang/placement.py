@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from csulora.adapters.lora import Adapter
-from csulora.errors import RefusedError
+from csulora.errors import HostLimitError
 from csulora.models.names import bare, with_known_projection
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -28,21 +28,21 @@ def fitted(adapter: Adapter) -> Adapter:
     """
     for name in adapter.modules:
         if name.endswith(_ROUTERS):
-            raise RefusedError(
+            raise HostLimitError(
                 f"{adapter.path}: SGLang has no LoRA for a router, {name}; use an adapter that does not target it"
             )
     slots: dict[tuple[str, str], str] = {}
     for name in adapter.modules:
         layer = _LAYER.match(bare(name))
         if layer is None and bare(name) not in _OUTSIDE_LAYERS:
-            raise RefusedError(
+            raise HostLimitError(
                 f"{adapter.path}: SGLang takes {name} for a module of the language model's layers, which it is not; "
                 "drop it (drop_uncovered, or an adapter without it)"
             )
         if layer is not None and ".experts." not in name:
             first = slots.setdefault((layer[1], name.rpartition(".")[2]), name)
             if first != name:
-                raise RefusedError(f"{adapter.path}: SGLang puts {first} and {name} into one module")
+                raise HostLimitError(f"{adapter.path}: SGLang puts {first} and {name} into one module")
     # SGLang reads w1, but does not know it in a configuration.
     modules = {with_known_projection(name): module for name, module in adapter.modules.items()}
     is_renamed = modules.keys() != adapter.modules.keys()

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from csulora.errors import RefusedError
+from csulora.errors import RefusedError, UncoveredRouteError
 from csulora.hooks.signature import check_signature
 from csulora.serving.publication import check_published
 
@@ -108,7 +108,7 @@ def _closed(original: _Function) -> _Function:
     @functools.wraps(original)
     def closed(self: Any, *args: Any, **options: Any) -> Any:
         if not _is_published.get():
-            raise RefusedError(
+            raise UncoveredRouteError(
                 f"csulora: the guard does not know this way to {original.__qualname__}; nothing was loaded"
             )
         return original(self, *args, **options)

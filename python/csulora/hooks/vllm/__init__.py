@@ -66,7 +66,7 @@ def _install() -> str:
     # vLLM may fork this process, and a thread pool of OpenMP does not survive that.
     torch.set_num_threads(1)
     try:
-        gate = Gate.from_environment()
+        gate = Gate.from_environment(route="vllm")
     finally:
         torch.set_num_threads(threads)
     install(Admission(gate))
@@ -74,7 +74,7 @@ def _install() -> str:
     logger.info(
         "csulora guards this process: subspace file %s, policy %s (%s), fingerprint %s",
         gate.subspace.sha256,
-        gate.policy_sha256,
+        gate.source.sha256,
         gate.policy,
         gate.fingerprint,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from csulora.adapters.expert_encoding import FUSED, PER_EXPERT, Layout
 from csulora.adapters.lora import Adapter
-from csulora.errors import RefusedError
+from csulora.errors import HostLimitError
 from csulora.policy.policy import Policy
 
 _ROUTERS = ("gate", "router")
@@ -27,7 +27,7 @@ def layout_of(config: Any) -> Layout:
         RefusedError: the server reads them in another way than these two.
     """
     if config.lora_config.enable_moe_shared_loras:
-        raise RefusedError(
+        raise HostLimitError(
             "vLLM takes the factors of experts for shared ones under --enable-moe-shared-loras; serve without it"
         )
     return FUSED if getattr(_model_class(config), "is_3d_moe_weight", False) else PER_EXPERT
@@ -44,7 +44,7 @@ def without_ignored(adapter: Adapter, config: Any, policy: Policy) -> Adapter:
         return adapter
     for name in routers:
         if policy.fate_of(name) != "drop":
-            raise RefusedError(
+            raise HostLimitError(
                 f"{adapter.path}: vLLM ignores the update of {name}, a router; name it in the policy's drop_uncovered "
                 "to serve the adapter without it"
             )

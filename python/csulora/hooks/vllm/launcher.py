@@ -29,7 +29,7 @@ def serve(arguments: Sequence[str]) -> None:
         raise HostError(f"VLLM_PLUGINS is {plugins!r}, which leaves csulora out; add {ENTRY_POINT} or unset it")
     if not any(found.name == ENTRY_POINT for found in entry_points(group=_GROUP)):
         raise HostError(f"csulora is not installed as a plugin of vLLM ({_GROUP}); reinstall it")
-    Gate.from_environment()  # fails in a second, and importing vLLM takes ten
+    Gate.from_environment(route="vllm")  # fails in a second, and importing vLLM takes ten
     activate()
     from vllm import __version__
     from vllm.entrypoints.cli.serve import ServeSubcommand

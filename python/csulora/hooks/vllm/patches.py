@@ -34,7 +34,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.worker_base import WorkerBase
 
 from csulora.adapters.expert_encoding import FUSED
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, RefusedError, UncoveredRouteError, UnsafeNameError
 from csulora.hooks.signature import check_signature
 from csulora.hooks.vllm.experts import layout_of, without_ignored
 from csulora.hooks.vllm.readiness import PROBE, check_ready, check_ready_async
@@ -125,7 +125,7 @@ def _check_request(request: LoRARequest) -> None:
     """Raise `RefusedError` unless name and path can be handed to the engine's processes and to the file system."""
     for what, text in (("name", request.lora_name), ("path", request.lora_path)):
         if not text.isprintable() or len(text.encode()) > _LONGEST_PATH:
-            raise RefusedError(
+            raise UnsafeNameError(
                 f"{text}: the adapter's {what} has more than {_LONGEST_PATH} bytes or is not printable; rename it"
             )
 
@@ -290,7 +290,7 @@ def _closed(original: _Function) -> _Function:
     @functools.wraps(original)
     def closed(cls: Any, *args: Any, **options: Any) -> Any:
         if not _is_corrected.get():
-            raise RefusedError(
+            raise UncoveredRouteError(
                 f"csulora: its guard does not know this way to {original.__qualname__}; nothing was loaded"
             )
         return original(cls, *args, **options)

@@ -39,5 +39,5 @@ def _check_answers(answers: Sequence[Any], gate: Gate) -> None:
         "csulora is ready: all %d processes behind this one are guarded by subspace file %s, policy %s",
         len(answers),
         gate.subspace.sha256,
-        gate.policy_sha256,
+        gate.source.sha256,
     )

@@ -61,7 +61,7 @@ class FrontierChart:
         """Draw a frontier."""
         x, y = Axis(0, 1, _FRAME.left, _FRAME.right), Axis(0, 1, _FRAME.bottom, _FRAME.top)
         marks = []
-        for number, point in enumerate(sorted(frontier.points, key=lambda point: -point.score), 1):
+        for number, point in enumerate(sorted(frontier.points, key=lambda point: -point.choice.value), 1):
             marks.append(
                 Mark(
                     number,

@@ -14,7 +14,7 @@ import factories
 import zoo
 from csulora.adapters import weights_files
 from csulora.errors import InputError, RefusedError
-from csulora.serving.uploads import content_sha256, signature_of
+from csulora.serving.guard.uploads import content_sha256, contents_of, signature_of
 
 INDEX = "adapter_model.safetensors.index.json"
 
@@ -141,6 +141,6 @@ def test_what_identifies_an_adapter_covers_every_shard(tmp_path: Path) -> None:
     for file in [None, *sorted(directory.glob("adapter_model-*.safetensors"))]:
         if file:
             save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file)
-        upload = content_sha256(directory, signature_of(directory))
+        upload = content_sha256(contents_of(directory, signature_of(directory)))
         hashes.append((csulora.load_adapter(directory).sha256, upload))
     assert len({adapter for adapter, _ in hashes}) == len({upload for _, upload in hashes}) == 3

@@ -16,7 +16,7 @@ from csulora.hooks.llama_cpp import cache as gguf_cache
 from csulora.hooks.llama_cpp.cache import CorrectedCache, default_directory
 from csulora.models.gguf_base import BaseModel
 from csulora.policy.policy import Policy
-from csulora.serving import gate
+from csulora.serving import gate, open_decision
 from csulora.serving.gate import Gate
 from csulora.subspace.subspace import Subspace
 
@@ -72,7 +72,7 @@ def corrections(monkeypatch: pytest.MonkeyPatch) -> list[Adapter]:
         done.append(adapter)
         return csulora.correct(adapter, *rest)
 
-    monkeypatch.setattr(gate, "correct", recording)
+    monkeypatch.setattr(open_decision, "correct", recording)
     return done
 
 
@@ -96,7 +96,7 @@ def test_every_load_is_a_decision(cache: Cache, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputError, match="no such adapter"):
         cache.get(tmp_path / "absent")
     assert cache.verdicts == [("corrected", True), ("corrected", False), ("refused", False), ("invalid", False)]
-    adapters = [json.loads(line)["adapter"] for line in cache.decisions.read_text().splitlines()]
+    adapters = [json.loads(line)["path"] for line in cache.decisions.read_text().splitlines()]
     assert adapters == [str(cache.adapter)] * 3 + [str(tmp_path / "absent")]
 
 

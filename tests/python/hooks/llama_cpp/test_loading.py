@@ -98,7 +98,7 @@ def test_a_second_load_is_a_hit(world: Path, cache: Path, monkeypatch: pytest.Mo
     def unexpected(*_: object) -> None:
         raise AssertionError("corrected again")
 
-    monkeypatch.setattr("csulora.serving.gate.correct", unexpected)
+    monkeypatch.setattr("csulora.serving.open_decision.correct", unexpected)
     with closing(hook.load(*arguments, **EXACT)) as llama:
         assert np.array_equal(gguf_zoo.evaluate(llama), first)
     assert [entry.stat().st_mtime_ns for entry in cache.iterdir()] == [written]
@@ -120,7 +120,7 @@ def test_every_load_is_in_the_log(world: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="undoes"):
         hook.load(world / "model.gguf", world / "one", world / "subspace", strict, decisions=log, **EXACT)
     decisions = [json.loads(line) for line in log.read_text().splitlines()]
-    names = [Path(decision["adapter"]).name for decision in decisions]
+    names = [Path(decision["path"]).name for decision in decisions]
     assert names == ["one", "two", "one", "two", "one"]
     assert [decision["verdict"] for decision in decisions] == ["corrected"] * 4 + ["refused"]
     assert {decision["subspace_sha256"] for decision in decisions} == {csulora.Subspace.open(world / "subspace").sha256}

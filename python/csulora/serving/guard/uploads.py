@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from csulora.adapters.weights_files import LARGEST_WEIGHTS
-from csulora.errors import InputError, printable
-from csulora.io.files import GGUF_SUFFIX, parse_json, read_regular, sha256_of_file
+from csulora.errors import InputError, UnsafeFileError
+from csulora.io.files import GGUF_SUFFIX, sha256_of_file
+from csulora.serving.open_decision import ADAPTER_FILES
 
 RECORD_FILE = "csulora_guard.json"
 REFUSED = ".refused.json"
 MOST_FILES = 1000  # in an upload, which needs two
-_ADAPTER_FILES = re.compile(r"adapter_config\.json|adapters\.safetensors|adapter_model\S*\.safetensors(\.index\.json)?")
-_LARGEST_RECORD = 1 << 20
 LONGEST_NAME = 200  # bytes; what is written beside a result has a longer one
 
 # Identity and times of an entry and of every file in it: equal before and after means untouched in between.
@@ -57,30 +56,29 @@ def _signature_of_file(path: Path) -> tuple[str | int, ...]:
     return path.name, status.st_mode, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def content_sha256(path: Path, signature: Signature) -> str:
-    """Hash an entry: the names and kinds of its files, and the contents of those that make the adapter."""
-    digest = hashlib.sha256()
+def contents_of(path: Path, signature: Signature) -> dict[str, str]:
+    """Hash an entry: name -> sha256 of the files that make the adapter, name -> kind of everything else."""
+    found: dict[str, str] = {}
     left = LARGEST_WEIGHTS  # bytes; what is beyond makes the adapter unreadable
     for name, mode, _, size, *_ in signature:
         file = path if name == path.name and len(signature) == 1 else path / str(name)
-        digest.update(f"{name!r} {stat.S_IFMT(int(mode))} ".encode())
-        if stat.S_ISREG(int(mode)) and (_ADAPTER_FILES.fullmatch(str(name)) or file == path):
+        found[str(name)] = f"kind {stat.S_IFMT(int(mode)):o}"
+        if stat.S_ISREG(int(mode)) and (ADAPTER_FILES.fullmatch(str(name)) or file == path):
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
-                digest.update(sha256_of_file(file, left).encode())
+                found[str(name)] = sha256_of_file(file, left)
                 left -= int(size)
-    return digest.hexdigest()
+    return found
 
 
-def refusal_of(name: str, error: Exception) -> dict[str, str]:
-    """Return the record of a refusal."""
-    reason = printable(str(error) or repr(error))
-    return {"adapter": printable(name), "kind": type(error).__name__, "reason": reason}
+def content_sha256(contents: Mapping[str, str]) -> str:
+    """Return one hash of what `contents_of` found."""
+    return hashlib.sha256("".join(f"{name!r} {what}\n" for name, what in contents.items()).encode()).hexdigest()
 
 
-def holds(file: Path, record: dict[str, str]) -> bool:
-    """Whether a record in a file says all that ``record`` does."""
-    try:
-        found = parse_json(read_regular(file, _LARGEST_RECORD), file)
-    except InputError:
-        return False
-    return record.items() <= found.items()
+def check_files(path: Path, signature: Signature) -> None:
+    """Raise `UnsafeFileError` for an upload of too many files or with links, of which none is read."""
+    if len(signature) > MOST_FILES:
+        raise UnsafeFileError(f"{path}: holds more than {MOST_FILES} files; upload the adapter alone")
+    for name, mode, *_ in signature:
+        if stat.S_ISLNK(int(mode)):
+            raise UnsafeFileError(f"{path}: {name} is a symbolic link; upload the files themselves")

@@ -1,0 +1,169 @@
+"""A decision made again from its line in the log: are the files those that took part, and is the outcome the same?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+
+from csulora.adapters.disk import load_adapter, save_with_hashes
+from csulora.adapters.expert_encoding import Layout
+from csulora.adapters.lora import Adapter
+from csulora.correction.audit import Check
+from csulora.correction.correct import correct
+from csulora.errors import CsuloraError, InputError, MissingFileError, reason_code_of
+from csulora.io.files import sha256_of_file
+from csulora.policy.policy import Policy
+from csulora.serving.admission import cast as cast_to
+from csulora.serving.decisions import versions
+from csulora.subspace.subspace import Subspace
+
+Fit = Callable[[Adapter], Adapter]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the files lie now; None: where the line says.
+
+    Attributes:
+        adapter: the original.
+        subspace: the subspace file.
+        policy: the policy file.
+    """
+
+    adapter: Path | None = None
+    subspace: Path | None = None
+    policy: Path | None = None
+
+
+def find(log: Path, identity: str) -> dict[str, Any]:
+    """Return the line of a log with that id, or the beginning of one; ``last`` is the last line.
+
+    Raises:
+        InputError: the log cannot be read, or holds no such line, or several.
+    """
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{log}: cannot be read: {error.strerror}") from error
+    found = lines[-1:] if identity == "last" else [line for line in lines if f'"id": "{identity}' in line]
+    if len(found) != 1:
+        raise InputError(f"{log}: {len(found)} decisions have the id {identity}; give more of it, or `last`")
+    document: dict[str, Any] = json.loads(found[0])
+    return document
+
+
+def decide_again(line: Mapping[str, Any], sources: Sources | None = None, fit: Fit | None = None) -> list[Check]:
+    """Compare the files that a line names with those that are there, and make its outcome again.
+
+    Args:
+        line: of the log, see `decision.schema.json`.
+        sources: where the files lie now.
+        fit: what the host's hook does to a corrected adapter, for a line whose form says ``fitted``.
+
+    Returns:
+        One `Check` per file, and per output. Outputs are compared bit by bit; those that are still there, with the
+        line, too. Another version, or another kind of processor, may round otherwise.
+
+    Raises:
+        InputError: a file is missing, or the line says of a withdrawal or of an adapter in memory.
+    """
+    if line["verdict"] == "withdrawn" or not line["inputs"]:
+        raise InputError(f"decision {line['id']} was made of no file; there is nothing to make again")
+    where = _located(line, sources or Sources())
+    checks = [
+        _file(f"input {name}", sha256, _input(where.adapter, name)) for name, sha256 in sorted(line["inputs"].items())
+    ]
+    checks.append(_file("subspace", line["subspace_sha256"], where.subspace))
+    text = line["policy_text"]
+    if text is None:
+        checks.append(_file("policy", line["policy_sha256"], where.policy))
+    else:
+        checks.append(_same("policy", line["policy_sha256"], hashlib.sha256(text.encode()).hexdigest()))
+    checks += [
+        _file(f"output {Path(output).name}", sha256, Path(output))
+        for output, sha256 in sorted(line["outputs"].items())
+        if Path(output).is_absolute() and Path(output).exists()
+    ]
+    if all(check.holds for check in checks):
+        checks += _outcome(line, where, fit)
+    return checks
+
+
+@dataclass(frozen=True)
+class _Located:
+    adapter: Path
+    subspace: Path
+    policy: Path
+
+
+def _located(line: Mapping[str, Any], sources: Sources) -> _Located:
+    subspace = sources.subspace or line["subspace"]
+    if subspace is None:
+        raise InputError(f"decision {line['id']}: the subspace was in no file; name one with its content")
+    return _Located(sources.adapter or Path(line["path"]), Path(subspace), sources.policy or Path(line["policy"] or ""))
+
+
+def _input(adapter: Path, name: str) -> Path:
+    return adapter / name if adapter.is_dir() else adapter
+
+
+def _file(what: str, stated: str, path: Path) -> Check:
+    try:
+        return _same(what, stated, sha256_of_file(path))
+    except MissingFileError:
+        return Check(what, stated, f"{path}: no such file", False)
+
+
+def _same(what: str, stated: str, found: str) -> Check:
+    return Check(what, stated, found, stated == found)
+
+
+def _outcome(line: Mapping[str, Any], where: _Located, fit: Fit | None) -> list[Check]:
+    text = line["policy_text"]
+    policy = Policy.load(where.policy) if text is None else Policy.parse(text.encode(), Path("policy_text"))
+    try:
+        outputs = _made_again(line, where, policy, fit)
+    except CsuloraError as error:
+        if line["verdict"] == "corrected":
+            raise
+        return [_same("reason", line["reason_code"], reason_code_of(error))]
+    if line["verdict"] != "corrected":
+        return [Check("reason", line["reason_code"], "it is corrected now; the host or its limits refused it", False)]
+    made_by = "" if versions() == line["versions"] else f"; made by {line['versions']}, and here is {versions()}"
+    checks = []
+    for path, stated in sorted(line["outputs"].items()):
+        found = outputs.get(Path(path).name, "not made")
+        checks.append(
+            Check(f"again {Path(path).name}", stated, found + (made_by if found != stated else ""), found == stated)
+        )
+    return checks
+
+
+def _made_again(line: Mapping[str, Any], where: _Located, policy: Policy, fit: Fit | None) -> dict[str, str]:
+    """Return name -> sha256 of what the host would be given now."""
+    form = line["form"] or {"format": "peft", "layout": None, "dtype": None, "fitted": False}
+    adapter = replace(load_adapter(where.adapter, line["base_model"]), path=Path(line["path"]))
+    if form["dtype"]:
+        adapter = cast_to(adapter, torch.float32)
+    corrected, _ = correct(adapter, Subspace.open(where.subspace), policy, cast("Layout | None", form["layout"]))
+    if form["fitted"]:
+        if fit is None:
+            raise InputError(
+                f"decision {line['id']}: the host's hook changed the corrected adapter; make it again there"
+            )
+        corrected = fit(corrected)
+    if form["dtype"]:
+        corrected = cast_to(corrected, getattr(torch, form["dtype"]))
+    with TemporaryDirectory(prefix="csulora-again-") as directory:
+        names = [Path(path).name for path in line["outputs"]]
+        is_file = form["format"] == "gguf"
+        path = Path(directory, names[0] if is_file and names else "adapter")
+        _, hashes = save_with_hashes(corrected, path, form["format"], base_model=line["base_model"])
+    return {Path(path).name: sha256 for path, sha256 in hashes.items()}

@@ -1,0 +1,98 @@
+"""Counters and histograms in prometheus_client's default registry, which vLLM and most servers expose.
+
+Nothing is counted where prometheus_client is not installed (extra ``metrics``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from csulora.errors import InputError
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
+_UNDO = (-0.1, 0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Everything that csulora exposes; a counter's name ends in ``_total`` where it is scraped."""
+
+    decisions: Any
+    seconds: Any
+    undo: Any
+    change: Any
+    uncorrected: Any
+    undecided: Any
+    scanned: Any
+    reloads: Any
+
+
+_lock = threading.Lock()
+_metrics: Metrics | None = None
+_is_made = False
+
+
+def found() -> Metrics | None:
+    """Return the metrics, made when they are first asked for; None without prometheus_client."""
+    global _metrics, _is_made
+    with _lock:
+        if not _is_made:
+            try:
+                _metrics = _made(importlib.import_module("prometheus_client"))
+            except ImportError:
+                _metrics = None
+            _is_made = True
+        return _metrics
+
+
+def _made(prometheus: Any) -> Metrics:
+    counter, histogram, gauge = prometheus.Counter, prometheus.Histogram, prometheus.Gauge
+    labels = ["verdict", "reason", "route"]
+    return Metrics(
+        counter("csulora_decisions", "Adapters decided on", labels),
+        histogram("csulora_decision_seconds", "From opening an adapter to the verdict", labels, buckets=_SECONDS),
+        histogram("csulora_largest_undo", "Of one module of an adapter", ["when", "route"], buckets=_UNDO),
+        histogram("csulora_relative_change", "Of a corrected adapter", ["route"], buckets=_SHARES),
+        histogram("csulora_uncorrected_share", "Of |dW|^2 of a corrected adapter", ["route"], buckets=_SHARES),
+        gauge("csulora_guard_undecided", "Uploads that wait for a decision", multiprocess_mode="livesum"),
+        gauge("csulora_guard_scan_timestamp_seconds", "End of the last scan", multiprocess_mode="livemax"),
+        counter("csulora_guard_reloads", "Policy and subspace file read again (SIGHUP)", ["result"]),
+    )
+
+
+def observe(decision: Mapping[str, Any]) -> None:
+    """Count a decision, given as its line of the log."""
+    metrics = found()
+    if metrics is None:
+        return
+    route, totals = decision["route"], decision["totals"]
+    labels = {"verdict": decision["verdict"], "reason": decision["reason_code"] or "", "route": route}
+    metrics.decisions.labels(**labels).inc()
+    metrics.seconds.labels(**labels).observe(decision["seconds"])
+    if totals is not None:
+        metrics.undo.labels(when="before", route=route).observe(totals["largest_undo"])
+        metrics.undo.labels(when="after", route=route).observe(totals["largest_undo_after"])
+        metrics.change.labels(route=route).observe(totals["relative_change"])
+        metrics.uncorrected.labels(route=route).observe(totals["uncorrected"])
+
+
+def serve(address: str) -> None:
+    """Expose the metrics over HTTP at ``[HOST:]PORT``; without a host to this machine alone.
+
+    Raises:
+        InputError: prometheus_client is not installed, or nothing can listen there.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        raise InputError(f"{address}: is no [HOST:]PORT such as 9464 or 0.0.0.0:9464")
+    if found() is None:
+        raise InputError("prometheus_client is not installed; pip install 'csulora[metrics]'")
+    try:
+        importlib.import_module("prometheus_client").start_http_server(int(port), host or "127.0.0.1")
+    except (OSError, OverflowError) as error:
+        raise InputError(f"{address}: metrics cannot be served there: {error}") from error

@@ -114,6 +114,12 @@ class UndoLimitError(RefusedError):
     reason_code = "undo-limit"
 
 
+class AnnihilationLimitError(RefusedError):
+    """The adapter removes a direction that the aligned matrix writes, or nobody can tell whether it does."""
+
+    reason_code = "annihilation-limit"
+
+
 class TooLargeError(RefusedError):
     """The adapter has a rank, a number of tensors or a pattern above the limit."""
 

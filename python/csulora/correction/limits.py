@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from csulora.adapters.lora import Adapter
 from csulora.correction.report import Report
-from csulora.errors import RefusedError, UndoLimitError
+from csulora.errors import AnnihilationLimitError, UndoLimitError
 from csulora.policy.policy import Policy
 
 
@@ -46,14 +46,14 @@ def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mappi
 
 def _check_annihilation(adapter: Adapter, report: Report, limit: float) -> None:
     if not report.knows_annihilation:
-        raise RefusedError(
+        raise AnnihilationLimitError(
             f"{adapter.path}: the policy asks for an annihilation ratio of {limit:g} or more, and it is unknown here; "
             "give the aligned checkpoint (--aligned-model, or aligned= in Python), or take the limit from the policy"
         )
     ratios = {each.module: each.annihilation_ratio for each in report.measured if each.annihilation_ratio is not None}
     worst = min(ratios, key=lambda name: ratios[name], default=None)
     if worst is not None and ratios[worst] < limit:
-        raise RefusedError(
+        raise AnnihilationLimitError(
             f"{adapter.path}: module {worst} removes a direction that the aligned matrix writes: annihilation ratio "
             f"{ratios[worst]:.1e}; the policy asks for {limit:g} or more"
         )

@@ -211,9 +211,8 @@ class Evaluator:
 
     def _check_prompts(self) -> None:
         """Raise `InputError` now, and not after an hour's work, for a prompt that the model does not take."""
-        for chats in (*self.request.task, self.request.safety, self.request.general):
-            for chat in chats:
-                self.language_model.encode(chat)
+        every = (*self.request.task, self.request.safety, self.request.general)
+        self.language_model.check_lengths([chat for chats in every for chat in chats])
 
     def _batches(self) -> int:
         rows = 2 + 2 * len(self.request.policies)

@@ -126,7 +126,7 @@ def test_a_policy_refuses_what_annihilates_and_what_nobody_can_tell(
     with pytest.raises(RefusedError, match=f"{NAME} is not what the subspace file was made from"):
         csulora.correct(bad, subspace, policy, aligned=tmp_path / "base")
     with pytest.raises(InputError, match="min_annihilation_ratio: needs the aligned checkpoint's weights"):
-        Gate(subspace, policy)
+        Gate.open(subspace, policy)
 
 
 def test_a_policy_limits_the_undo_of_all_modules_together(pair: tuple[Path, csulora.Subspace, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -11,6 +12,7 @@ import typer
 import csulora
 from csulora.cli.arguments import (
     AdapterSource,
+    AlignedModel,
     BaseModel,
     DropUncovered,
     EveryModule,
@@ -19,10 +21,15 @@ from csulora.cli.arguments import (
     Format,
     Json,
     KeepUncovered,
+    MaxTotalUndo,
     MaxUndo,
+    MinAnnihilationRatio,
     Outtype,
     PolicySource,
     Quiet,
+    RequireRulesSignature,
+    RequireSignature,
+    SignWith,
     SubspaceSha256,
     check_outputs,
     chosen_policy,
@@ -48,6 +55,9 @@ def correct(
     keep_uncovered: KeepUncovered = None,
     drop_uncovered: DropUncovered = None,
     max_undo: MaxUndo = None,
+    max_total_undo: MaxTotalUndo = None,
+    min_annihilation_ratio: MinAnnihilationRatio = None,
+    aligned_model: AlignedModel = None,
     format: Annotated[
         Format | None,
         typer.Option(help="Format to write. [default: gguf for *.gguf, else the adapter's]"),
@@ -59,6 +69,9 @@ def correct(
     base_model: BaseModel = None,
     outtype: Outtype = None,
     subspace_sha256: SubspaceSha256 = None,
+    require_signature: RequireSignature = None,
+    require_rules_signature: RequireRulesSignature = None,
+    sign_with: SignWith = None,
     every_module: EveryModule = False,
     json: Json = None,
     quiet: Quiet = False,
@@ -74,8 +87,8 @@ def correct(
         raise typer.BadParameter("--outtype is for GGUF files")
     if is_gguf and layout is not None:
         raise typer.BadParameter("--layout is for directories; a GGUF file has the layout of its model")
-    check_outputs([output, json], [adapter, subspace, policy, base_model])
-    start = chosen_policy(policy)
+    check_outputs([output, json], [adapter, subspace, policy, base_model, aligned_model])
+    start = chosen_policy(policy, require_rules_signature)
     if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
         raise typer.BadParameter("--aligned, --partial and --off do not reach what the policy's overrides match")
     changes: dict[str, Any] = {
@@ -86,20 +99,29 @@ def correct(
         "keep_uncovered": tuple(keep_uncovered) if keep_uncovered else None,
         "drop_uncovered": tuple(drop_uncovered) if drop_uncovered else None,
         "max_undo": max_undo,
+        "max_total_undo": max_total_undo,
+        "min_annihilation_ratio": min_annihilation_ratio,
     }
     try:
         chosen = replace(start, **{key: value for key, value in changes.items() if value is not None})
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     from csulora.adapters.lora import CORRECTED_SHA256
+    from csulora.serving.provenance import Ingredients, Signer
+    from csulora.serving.signatures import Verifier, open_subspace
     from csulora.views.report_table import report_table
 
-    loaded = csulora.load_adapter(adapter, base_model, expert_layout=expert_layout)
+    signer = Signer(sign_with) if sign_with else None
+    verifier, rules = (Verifier.open(who) if who else None for who in (require_signature, require_rules_signature))
+    read = functools.partial(csulora.load_adapter, adapter, base_model, expert_layout=expert_layout)
+    loaded = verifier.read(adapter, read) if verifier else read()
+    opened = open_subspace(subspace, subspace_sha256, rules)
     wanted = cast("Layout | None", layout and layout.value)
-    fixed, report = csulora.correct(loaded, csulora.Subspace.open(subspace, subspace_sha256), chosen, wanted)
+    fixed, report = csulora.correct(loaded, opened, chosen, wanted, aligned=aligned_model)
+    seal = signer.sealing(Ingredients.of(loaded, opened, chosen)) if signer else None
     dtype = outtype and outtype.value
     written = "gguf" if is_gguf else format.value if format else loaded.format
-    sha256 = csulora.save_adapter(fixed, output, written, base_model=base_model, outtype=dtype)
+    sha256 = csulora.save_adapter(fixed, output, written, base_model=base_model, outtype=dtype, seal=seal)
     kind = {"gguf": "a GGUF file", "mlx": "a directory for mlx-lm"}.get(written, "a PEFT directory")
     summary = f"wrote {output}, {kind}: {len(report.measured)} of {len(report.modules)} modules, sha256 {sha256}"
     if report.copies:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from csulora.adapters.disk import load_adapter
@@ -63,7 +64,9 @@ def _planned(path: Path, results: Outgoing, gate: Gate, base_model: str | Path |
         if not is_presentable(path.name):
             raise UnsafeNameError(f"{path}: its name is too long or not printable; rename it")
         check_files(path, signature_of(path))
-        _, report = correct(load_adapter(path, base_model), gate.subspace, gate.policy)
+        read = partial(load_adapter, path, base_model)
+        adapter = gate.verifier.read(path, read) if gate.verifier else read()
+        _, report = correct(adapter, gate.subspace, gate.policy)
     except Exception as error:  # whatever it is, the guard would not let the adapter through either
         return Planned(
             name,

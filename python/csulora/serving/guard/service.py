@@ -22,6 +22,7 @@ from csulora.serving.guard.judge import TOO_EARLY, Judge
 from csulora.serving.guard.options import PRESENT_FILE, Options
 from csulora.serving.guard.outgoing import Outgoing
 from csulora.serving.guard.quarantine import Quarantine
+from csulora.serving.guard.together import Sets
 from csulora.serving.systemd import ALIVE, READY, STOPPING, notify, reloading
 
 _LOCK_FILE = ".csulora-guard.lock"
@@ -79,6 +80,8 @@ class DirectoryGuard:
         self._health = HealthFile(self.options.health) if self.options.health else None
         base_model, aside = self.options.base_model, self.options.quarantine
         self._results = Outgoing(self.outgoing, base_model)
+        self._sets = Sets(self.options.together, self.outgoing, base_model)
+        self._sets.check_limit(gate.policy)
         self._entries = Entries(self.options.settle)
         self._verdicts: dict[str, str] = {}
         self._journal = Journal(self.outgoing)
@@ -90,6 +93,7 @@ class DirectoryGuard:
             self.options,
             BaseModel.open(base_model).identity if base_model else "",
             self._tell,
+            self._sets,
         )
         self._threads = ThreadPoolExecutor(self.options.jobs, thread_name_prefix="csulora-guard-job")
         self._working_since: dict[str, float] = {}
@@ -266,6 +270,7 @@ class DirectoryGuard:
         notify(reloading())
         try:
             gate = self._reopen()
+            self._sets.check_limit(gate.policy)
         except (CsuloraError, OSError) as error:
             self._reload_error = printable(error)
             self._tell(f"policy and subspace file stay as they were, since what is there now is not usable: {error}")

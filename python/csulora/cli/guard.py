@@ -83,6 +83,8 @@ def guard(
     """Correct or refuse every adapter that appears in a directory."""
     if watch and (fail_on_refusal or plan):
         raise typer.BadParameter("--watch goes on for ever; leave out --fail-on-refusal and --plan")
+    if plan and together:
+        raise typer.BadParameter("--plan looks at each adapter alone; leave out --together, and inspect the sum")
     if json and not plan:
         raise typer.BadParameter("--json goes with --plan; --decisions logs what the guard decides")
     reload = threading.Event()  # asked for; also while torch is imported, where nobody listens yet

@@ -53,6 +53,7 @@ def test_a_plan_is_a_table_or_a_document(place: Path, run: Run) -> None:
     assert [row["verdict"] for row in json.loads(done.out)["uploads"]] == ["refused", "corrected"]
     assert not Path("out").exists()
     assert run(f"{GUARD} --policy csulora --plan --watch").code == 2
+    assert run(f"{GUARD} --policy csulora --plan --together *").code == 2
     assert run(f"{GUARD} --policy csulora --json x.json").code == 2
 
 

@@ -117,12 +117,11 @@ struct Ritz {
   RitzValues found;  // (j), with A^T u - s v; A v = s u holds by construction
 };
 
-/// @param digits  float64; float32 does for the matrix's bfloat16 copy
-Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block, at::ScalarType digits) {
-  const auto small = projected.to(digits);
-  const auto [squares, vectors] = at::linalg_eigh(small.matmul(small.t()));
-  const auto values = squares.flip(0).to(at::kDouble).clamp_min_(0).sqrt_();
-  const auto left = vectors.flip(1).to(at::kDouble);
+Ritz rayleigh_ritz(const Tensor& projected, const Tensor& residual_block) {
+  const auto wide = projected.to(at::kDouble);
+  const auto [squares, vectors] = at::linalg_eigh(wide.matmul(wide.t()));
+  const auto values = squares.flip(0).clamp_min_(0).sqrt_();
+  const auto left = vectors.flip(1);
   const int64_t width = residual_block.size(0);
   const auto last = left.narrow(0, left.size(0) - width, width);  // (b, j)
   return {left, {values, last.t().mm(residual_block.t().to(at::kDouble))}};
@@ -171,7 +170,7 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& tar
       continue;
     }
     next_look = blocks + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
-    auto ritz = rayleigh_ritz(projected, residual_block, low_precision ? at::kFloat : at::kDouble);
+    auto ritz = rayleigh_ritz(projected, residual_block);
     if (accepted(ritz.found, target_count(ritz.found.values), target_count, options.accuracy)) {
       return Krylov{std::move(left), std::move(right), projected, std::move(ritz), 2 * blocks + 1};
     }

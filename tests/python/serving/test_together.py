@@ -115,3 +115,13 @@ def test_other_rules_without_a_limit_do_not_come_into_force(place: Place) -> Non
 
     assert guard.gate.policy.max_undo == 0.5
     assert "the policy has none" in said[-1]
+
+
+def test_a_member_that_cannot_be_measured_lets_no_other_in(place: Place) -> None:
+    place.upload("team-a", 0.1)
+    (place.outgoing / "team-b").mkdir(parents=True)
+
+    with pytest.raises(InputError, match="what is served together with others cannot be measured"):
+        place.scan("team-*")
+
+    assert not (place.outgoing / "team-a").exists()

@@ -17,7 +17,7 @@ from pathlib import Path
 from csulora.adapters.disk import load_adapter
 from csulora.adapters.lora import Adapter
 from csulora.correction.together import Undone, check_together
-from csulora.errors import InputError
+from csulora.errors import CsuloraError, InputError
 from csulora.policy.policy import Policy
 from csulora.serving.gate import Gate
 from csulora.serving.guard.uploads import Signature, is_upload, signature_of
@@ -84,11 +84,18 @@ class Sets:
         return [other for other in published if other != name and fnmatchcase(other, glob)]
 
     def _undone(self, name: str, subspace: Subspace) -> Undone:
-        """Measure a published adapter, once for each subspace file."""
+        """Measure a published adapter, once for each subspace file.
+
+        Raises:
+            OSError: it cannot be read now; it may just have been taken away, so the decision is made again later.
+        """
         path = self._outgoing / name
         signature = signature_of(path)
         known, sha256, undone = self._measured.get(name, ((), "", None))
         if undone is None or (known, sha256) != (signature, subspace.sha256):
-            undone = Undone.by(load_adapter(path, self._base_model), subspace, name).at_most()
+            try:
+                undone = Undone.by(load_adapter(path, self._base_model), subspace, name).at_most()
+            except CsuloraError as error:
+                raise OSError(f"{path}: what is served together with others cannot be measured: {error}") from error
             self._measured[name] = signature, subspace.sha256, undone
         return undone

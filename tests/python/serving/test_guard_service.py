@@ -429,7 +429,7 @@ def test_a_plan_says_what_would_change_and_writes_nothing(world: World) -> None:
     assert [row.is_changed for row in same.values()] == [False, False, True]
     assert same["new"].verdict_now is None
     assert (strict["a"].verdict_now, strict["a"].verdict) == ("corrected", "refused")
-    assert strict["a"].undo_now == same["a"].undo_after == world.lines[0]["totals"]["undo_after"]
+    assert strict["a"].undo_now == same["a"].undo_after == world.lines[0]["totals"]["largest_undo_after"]
     assert strict["new"].reason_code == "undo-limit"
     assert Planned("a", "corrected", "corrected", 0.5, 0.1, 0.1, 0.2, 0.2).is_changed is False
 

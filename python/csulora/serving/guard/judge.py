@@ -109,8 +109,8 @@ class Judge:
             totals = report.totals
             figures = {
                 "adapter_sha256": decision.adapter_sha256,
-                "undo": totals.undo,
-                "undo_after": totals.undo_after,
+                "largest_undo": totals.largest_undo,
+                "largest_undo_after": totals.largest_undo_after,
                 "relative_change": totals.relative_change,
             }
             document = record | figures | {"decision": decision.id}

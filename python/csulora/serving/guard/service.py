@@ -175,7 +175,7 @@ class DirectoryGuard:
         self._decide_all(sorted((name for name in due if killed[name]), key=killed.__getitem__), gate, 1)
         left = [entry for entry in self._entries.values() if entry.is_left(gate.fingerprint)]
         self._scanned = not self._stop.is_set()
-        if (found := metrics.found()) is not None:
+        if (found := metrics.of_guard()) is not None:
             found.undecided.set(sum(entry.decided_by != gate.fingerprint for entry in self._entries.values()))
             found.scanned.set_to_current_time()
         return not left and not self._entries.is_losing and self._scanned
@@ -280,7 +280,7 @@ class DirectoryGuard:
             self._tell(f"policy and subspace file were read again: {'no change' if is_same else 'they are others'}")
             if not is_same:
                 self._tell_what_is_outdated()
-        if (found := metrics.found()) is not None:
+        if (found := metrics.of_guard()) is not None:
             found.reloads.labels(result="failed" if self._reload_error else "done").inc()
         notify(READY)
 

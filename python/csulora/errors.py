@@ -148,6 +148,12 @@ class NotCoveredError(SignatureError):
     reason_code = "not-covered-by-signature"
 
 
+class AnnihilationLimitError(RefusedError):
+    """The adapter removes a direction that the aligned matrix writes, or nobody can tell whether it does."""
+
+    reason_code = "annihilation-limit"
+
+
 class TooLargeError(RefusedError):
     """The adapter has a rank, a number of tensors or a pattern above the limit."""
 

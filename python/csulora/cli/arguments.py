@@ -124,6 +124,17 @@ MaxUndo = Annotated[
     float | None,
     typer.Option(help="Refuse if a module, before its correction, undoes more than this share of its alignment."),
 ]
+MaxTotalUndo = Annotated[
+    float | None, typer.Option(help="The same of all modules together: refuse above this share of their alignment.")
+]
+MinAnnihilationRatio = Annotated[
+    float | None,
+    typer.Option(help="Refuse if a module's annihilation ratio is smaller; needs --aligned-model."),
+]
+AlignedModel = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="The aligned checkpoint, for annihilation ratios: a directory or a hub id."),
+]
 KeepUncovered = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Modules that may pass uncorrected if the subspace file lacks them; repeatable."),

@@ -12,6 +12,7 @@ import typer
 import csulora
 from csulora.cli.arguments import (
     AdapterSource,
+    AlignedModel,
     BaseModel,
     DropUncovered,
     EveryModule,
@@ -20,7 +21,9 @@ from csulora.cli.arguments import (
     Format,
     Json,
     KeepUncovered,
+    MaxTotalUndo,
     MaxUndo,
+    MinAnnihilationRatio,
     Outtype,
     PolicySource,
     Quiet,
@@ -52,6 +55,9 @@ def correct(
     keep_uncovered: KeepUncovered = None,
     drop_uncovered: DropUncovered = None,
     max_undo: MaxUndo = None,
+    max_total_undo: MaxTotalUndo = None,
+    min_annihilation_ratio: MinAnnihilationRatio = None,
+    aligned_model: AlignedModel = None,
     format: Annotated[
         Format | None,
         typer.Option(help="Format to write. [default: gguf for *.gguf, else the adapter's]"),
@@ -81,7 +87,7 @@ def correct(
         raise typer.BadParameter("--outtype is for GGUF files")
     if is_gguf and layout is not None:
         raise typer.BadParameter("--layout is for directories; a GGUF file has the layout of its model")
-    check_outputs([output, json], [adapter, subspace, policy, base_model])
+    check_outputs([output, json], [adapter, subspace, policy, base_model, aligned_model])
     start = chosen_policy(policy, require_rules_signature)
     if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
         raise typer.BadParameter("--aligned, --partial and --off do not reach what the policy's overrides match")
@@ -93,6 +99,8 @@ def correct(
         "keep_uncovered": tuple(keep_uncovered) if keep_uncovered else None,
         "drop_uncovered": tuple(drop_uncovered) if drop_uncovered else None,
         "max_undo": max_undo,
+        "max_total_undo": max_total_undo,
+        "min_annihilation_ratio": min_annihilation_ratio,
     }
     try:
         chosen = replace(start, **{key: value for key, value in changes.items() if value is not None})
@@ -109,7 +117,7 @@ def correct(
     loaded = verifier.read(adapter, read) if verifier else read()
     opened = open_subspace(subspace, subspace_sha256, rules)
     wanted = cast("Layout | None", layout and layout.value)
-    fixed, report = csulora.correct(loaded, opened, chosen, wanted)
+    fixed, report = csulora.correct(loaded, opened, chosen, wanted, aligned=aligned_model)
     seal = signer.sealing(Ingredients.of(loaded, opened, chosen)) if signer else None
     dtype = outtype and outtype.value
     written = "gguf" if is_gguf else format.value if format else loaded.format

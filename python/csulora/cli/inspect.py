@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +11,14 @@ import typer
 import csulora
 from csulora.cli.arguments import (
     Adapters,
+    AlignedModel,
     BaseModel,
     EveryModule,
     ExpertOrder,
     Json,
+    MaxTotalUndo,
     MaxUndo,
+    MinAnnihilationRatio,
     PolicySource,
     Quiet,
     SubspaceSha256,
@@ -25,7 +27,7 @@ from csulora.cli.arguments import (
     numbers,
 )
 from csulora.cli.console import deliver
-from csulora.errors import printable
+from csulora.errors import InputError, printable
 from csulora.io.files import write_text
 from csulora.policy.policy import Policy
 from csulora.policy.toml import PRESETS
@@ -40,6 +42,13 @@ def inspect(
         str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")
     ] = None,
     max_undo: MaxUndo = None,
+    max_total_undo: MaxTotalUndo = None,
+    min_annihilation_ratio: MinAnnihilationRatio = None,
+    aligned_model: AlignedModel = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of adapters that are trusted: say where this one stands among them."),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", callback=check_output, help="Write a page with all figures as maps.")
     ] = None,
@@ -65,15 +74,24 @@ def inspect(
     """
     if html is None and (frontier is not None or evaluation is not None):
         raise typer.BadParameter("--frontier and --evaluation are for --html")
-    if subspace is None and any(option is not None for option in (weights, max_undo, html, policy)):
-        raise typer.BadParameter("sums, limits, policies and pages need --subspace")
+    limits = {
+        "max_undo": max_undo,
+        "max_total_undo": max_total_undo,
+        "min_annihilation_ratio": min_annihilation_ratio,
+    }
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    measured = (weights, html, policy, aligned_model, reference)
+    if subspace is None and (limits or any(option is not None for option in measured)):
+        raise typer.BadParameter("sums, limits, policies, references and pages need --subspace")
     shown = Policy.none(keep_uncovered=("*",)) if policy is None else Policy.load(policy)
-    if max_undo is not None and not math.isfinite(max_undo):
-        raise typer.BadParameter(f"--max-undo is {max_undo}; it must be a finite number")
+    try:
+        limited = replace(shown, **limits)  # type: ignore[arg-type]
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
     factors = numbers(weights)
     if factors is not None and len(factors) != len(adapters):
         raise typer.BadParameter(f"--weights has {len(factors)} numbers for {len(adapters)} adapters")
-    check_outputs([html, json], [*adapters, subspace, policy, frontier, evaluation, base_model])
+    check_outputs([html, json], [*adapters, subspace, policy, frontier, evaluation, base_model, aligned_model])
     if subspace is None and len(adapters) > 1:
         raise typer.BadParameter("sums need --subspace")
     loaded = [csulora.load_adapter(adapter, base_model, expert_layout=expert_layout) for adapter in adapters]
@@ -84,23 +102,28 @@ def inspect(
         return
     opened = csulora.Subspace.open(subspace, subspace_sha256)
     whole = loaded[0] if len(loaded) == 1 and weights is None else csulora.combine(loaded, opened, factors)
-    limited = shown if max_undo is None else replace(shown, max_undo=max_undo)
+    from csulora.correction.reference import Reference
     from csulora.evaluation.evaluation import Evaluation
     from csulora.views.html.page import assess, render
-    from csulora.views.report_table import report_table
+    from csulora.views.report_table import reference_sentences, report_table
 
-    assessment = assess(whole, opened, limited)
+    assessment = assess(whole, opened, limited, aligned_model)
     if html is not None:
         stated = limited if policy is not None else None
-        found = Evaluation.load(evaluation) if evaluation else None
-        write_text(html, render(assessment, opened, stated, _load_frontier(frontier, policy), found))
+        replies = Evaluation.load(evaluation) if evaluation else None
+        write_text(html, render(assessment, opened, stated, _load_frontier(frontier, policy), replies))
     if assessment.refusal:
         raise assessment.refusal
     report = assessment.report
     summary = f"{printable(whole.path)}: {len(report.measured)} of {len(report.modules)} modules are covered"
     summary += "".join(f"\n{note}" for note in report.host_notes)
+    found = report.to_dict()
+    if reference is not None:
+        trusted = Reference.read(reference, opened, aligned_model, base_model)
+        summary += "".join(f"\n{sentence}" for sentence in reference_sentences(trusted, report))
+        found["reference"] = trusted.to_dict(report)
     page = f"\nwrote {html}" if html else ""
-    deliver(report_table(report, every_module), summary + page, report.to_dict(), json, quiet)
+    deliver(report_table(report, every_module), summary + page, found, json, quiet)
 
 
 def _load_frontier(frontier: Path | None, policy: str | None) -> Frontier | None:

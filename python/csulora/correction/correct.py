@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,10 +18,12 @@ from csulora.adapters.expert_encoding import (
 )
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.adapters.mlx.directory import check_model
+from csulora.correction.annihilation import AlignedWeights, with_annihilation
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.host_meaning import host_notes, todays_names
 from csulora.correction.joint_rank import is_written_fused, jointly_truncated
+from csulora.correction.limits import check_limits
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
 from csulora.correction.uncovered import its_own_file, of_another_family, why_uncovered
@@ -33,7 +36,6 @@ from csulora.errors import (
     RefusedError,
     TooLargeError,
     UncoveredError,
-    UndoLimitError,
     check_type,
 )
 from csulora.io.files import to_json
@@ -46,7 +48,12 @@ LARGEST_RANK = 512  # vLLM's largest, too
 
 
 def correct(
-    adapter: Adapter, subspace: Subspace, policy: Policy | None = None, layout: Layout | None = None
+    adapter: Adapter,
+    subspace: Subspace,
+    policy: Policy | None = None,
+    layout: Layout | None = None,
+    *,
+    aligned: str | Path | None = None,
 ) -> tuple[Adapter, Report]:
     """Compute the closest safe update of every module (CSULoRA, arXiv 2605.30640).
 
@@ -60,6 +67,8 @@ def correct(
         layout: of updates of experts. ``per-expert`` returns a pair of factors for each expert and projection,
             ``fused`` one for both parameters of each layer's experts, as PEFT writes them; None: as they came. Fused
             factors of gate and up have both ranks together, or the policy's where it asks for a number.
+        aligned: the aligned checkpoint, for the annihilation ratios in the report; None: they are absent. All of its
+            matrices that the adapter updates are read.
 
     Returns:
         The corrected adapter, in the input's storage types with every scale 1, and the report. Modules that have the
@@ -67,8 +76,8 @@ def correct(
 
     Raises:
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, a copy of a
-            base matrix is not the aligned checkpoint's, only some experts of a projection would be written, or the
-            policy was tuned for another subspace file.
+            base matrix is not the aligned checkpoint's, ``aligned`` is another checkpoint, only some experts of a
+            projection would be written, or the policy was tuned for another subspace file.
         InputError: an argument is a path or missing, a shape differs from that in ``subspace``, an override of the
             policy matches none of its modules or has gains for more directions than it has, or the result does not fit
             the storage type.
@@ -93,7 +102,9 @@ def correct(
     if isinstance(policy.rank, int) and is_written_fused(adapter, layout):
         corrected |= jointly_truncated(corrected, subspace, covered, policy.rank)
     report = _report(adapter, subspace, policy, covered, corrected, layout)
-    _check_undo(adapter, report, policy, covered)
+    if aligned is not None:
+        report = with_annihilation(report, adapter, corrected, covered, AlignedWeights(aligned, subspace))
+    check_limits(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
     renamed = todays_names(covered, subspace.names)
@@ -115,7 +126,7 @@ def correct(
 
 def _check_ranks(adapter: Adapter, covered: Iterable[str], policy: Policy) -> None:
     """Refuse what would take minutes for a matrix, unless nothing but the rank is asked to change."""
-    if replace(policy, rank="keep", keep_uncovered=(), drop_uncovered=(), max_undo=None) == Policy.none():
+    if replace(policy.without_limits(), rank="keep", keep_uncovered=(), drop_uncovered=()) == Policy.none():
         return
     for name in covered:
         module = adapter.modules[name]
@@ -252,20 +263,3 @@ def _report(
         host_notes=host_notes(adapter, covered, subspace.names, subspace.provenance.model_type),
         layout=layout,
     )
-
-
-def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mapping[str, str]) -> None:
-    """Raise `RefusedError` if a module undoes too much, or the two names of a tied weight do when they are merged."""
-    if policy.max_undo is None:
-        return
-    undone = {module.module: module.undo or 0.0 for module in report.measured}
-    names_of: dict[str, list[str]] = {}
-    for name in undone:
-        names_of.setdefault(covered[name], []).append(name)
-    undone |= {" and ".join(both): sum(undone[name] for name in both) for both in names_of.values()}
-    worst = max(undone, key=lambda name: undone[name])
-    if undone[worst] > policy.max_undo:
-        raise UndoLimitError(
-            f"{adapter.path}: module {worst} undoes {undone[worst]:.3f} of its alignment; "
-            f"the policy allows {policy.max_undo:g}"
-        )

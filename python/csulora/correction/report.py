@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -43,6 +43,8 @@ class ModuleReport:
         alignment_norm: |S|, the norm of the displacement inside the subspace.
         relative_change: |X - dW| / |dW|.
         truncation_error: share of |X|^2 given up to reach the rank.
+        annihilation_ratio: min |u^T (W + dW)|^2 / |u^T W|^2 over the directions u that the update writes, for the
+            aligned W; None where W was not at hand. ``annihilation_ratio_after``: the same of the corrected update.
     """
 
     module: str
@@ -57,6 +59,8 @@ class ModuleReport:
     alignment_norm: float | None = None
     relative_change: float | None = None
     truncation_error: float | None = None
+    annihilation_ratio: float | None = None
+    annihilation_ratio_after: float | None = None
 
     @classmethod
     def corrected(cls, module: str, rank: int, alignment_norm: float, result: _core.Correction) -> Self:
@@ -95,6 +99,7 @@ class Totals:
         largest_undo: of one module; ``largest_undo_after``: of one corrected module, which may be another.
         relative_change: |X - dW| / |dW|.
         truncation_error: share of |X|^2 given up to reach the rank.
+        annihilation_ratio: the smallest of a module; ``annihilation_ratio_after``: of a corrected one. None: absent.
     """
 
     uncorrected: float
@@ -106,6 +111,8 @@ class Totals:
     largest_undo_after: float
     relative_change: float
     truncation_error: float
+    annihilation_ratio: float | None = None
+    annihilation_ratio_after: float | None = None
 
     @classmethod
     def of(cls, modules: Sequence[ModuleReport]) -> Self:
@@ -126,6 +133,8 @@ class Totals:
             largest_undo_after=max(undo_after, default=0.0),
             relative_change=math.sqrt(_mean([_value(module.relative_change) ** 2 for module in measured], weights)),
             truncation_error=_mean([_value(module.truncation_error) for module in measured], remaining),
+            annihilation_ratio=_smallest(module.annihilation_ratio for module in measured),
+            annihilation_ratio_after=_smallest(module.annihilation_ratio_after for module in measured),
         )
 
 
@@ -163,7 +172,8 @@ class Report:
 
     ``copies`` are the modules whose base matrix the adapter held too: it is the aligned checkpoint's, and left out.
     ``host_notes`` say what a host would not apply as the adapter's file says, see `host_meaning`. ``layout`` is the one
-    of experts that was asked for; None: as they came.
+    of experts that was asked for; None: as they came. ``knows_annihilation`` says whether the aligned weights were at
+    hand, without which there are no annihilation ratios.
 
     >>> policy = csulora.Policy.none()
     >>> _, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), policy)
@@ -180,6 +190,7 @@ class Report:
     copies: tuple[str, ...] = ()
     host_notes: tuple[str, ...] = ()
     layout: Layout | None = None
+    knows_annihilation: bool = False
     csulora: str = __version__
 
     @property
@@ -282,3 +293,7 @@ def spell_infinity(document: Any) -> Any:
     if isinstance(document, (list, tuple)):
         return [spell_infinity(value) for value in document]
     return "inf" if document == math.inf else document
+
+
+def _smallest(ratios: Iterable[float | None]) -> float | None:
+    return min((ratio for ratio in ratios if ratio is not None), default=None)

@@ -167,7 +167,8 @@ class Evaluator:
         """The rows of a policy and of plain scaling that changes the update as much."""
         adapter, subspace = self.request.adapters[number], self.request.subspace_of(name)
         try:
-            fixed, report = correct(adapter, subspace, policy)
+            aligned = self.request.model if policy.min_annihilation_ratio is not None else None
+            fixed, report = correct(adapter, subspace, policy, aligned=aligned)
         except RefusedError as error:
             self.speaker.counter.done += 2 * self._batches_of(number)
             yield Row(name, "policy", name, None, str(error).removeprefix(f"{adapter.path}: "), {})
@@ -210,9 +211,8 @@ class Evaluator:
 
     def _check_prompts(self) -> None:
         """Raise `InputError` now, and not after an hour's work, for a prompt that the model does not take."""
-        for chats in (*self.request.task, self.request.safety, self.request.general):
-            for chat in chats:
-                self.language_model.encode(chat)
+        every = (*self.request.task, self.request.safety, self.request.general)
+        self.language_model.check_lengths([chat for chats in every for chat in chats])
 
     def _batches(self) -> int:
         rows = 2 + 2 * len(self.request.policies)

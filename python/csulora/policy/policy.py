@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -18,6 +18,7 @@ from csulora.policy.overrides import LARGEST, PENALTIES, Override, check_number,
 from csulora.policy.provenance import PolicyProvenance
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
 
+LIMITS = ("max_undo", "max_total_undo", "min_annihilation_ratio")
 _UNCOVERED = ("keep_uncovered", "drop_uncovered")
 _MOST_GLOBS = 1000
 
@@ -39,6 +40,9 @@ class Policy:
             pass uncorrected. Modules that it does not cover and no glob names are a reason to refuse the adapter.
         drop_uncovered: those that are left out; it counts before ``keep_uncovered``.
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
+        max_total_undo: the same of all modules together.
+        min_annihilation_ratio: refuse the adapter if a module's annihilation ratio is smaller, see
+            `csulora.correction.annihilation`, or if nobody can say: that takes the aligned checkpoint's weights.
         overrides: other numbers for some modules; the first whose glob matches counts, and each must for some module.
         reference_energy: relative energy e, in (0, 1], of an adapter that gets the gains of `Directions` as they are;
             one with another e gets g / (g + (1 - g) x), x = (e / reference_energy)^2 and at least 0.4. e is the mean of
@@ -68,6 +72,8 @@ class Policy:
     reference_energy: float | None = None
     filtered: bool = False
     subspace_sha256: str | None = None
+    max_total_undo: float | None = None
+    min_annihilation_ratio: float | None = None
     provenance: PolicyProvenance = field(default_factory=PolicyProvenance, compare=False)
 
     def __post_init__(self) -> None:
@@ -83,10 +89,12 @@ class Policy:
                 raise InputError(f"policy {name} is {globs!r}; it must be a list of globs")
             if len(globs) > _MOST_GLOBS:
                 raise InputError(f"policy {name} has {len(globs)} globs; at most {_MOST_GLOBS} may be given")
-        if self.max_undo is not None:
-            check_number("max_undo", self.max_undo)
-            if not math.isfinite(self.max_undo):
-                raise InputError(f"policy max_undo is {self.max_undo}; it must be a finite number")
+        for name in LIMITS:
+            limit = getattr(self, name)
+            if limit is not None:
+                check_number(name, limit)
+                if not math.isfinite(limit):
+                    raise InputError(f"policy {name} is {limit}; it must be a finite number")
         if self.reference_energy is not None:
             check_number("reference_energy", self.reference_energy)
             if not 0 < self.reference_energy <= 1:
@@ -116,6 +124,14 @@ class Policy:
     def none(cls, **rest: Any) -> Self:
         """Keep everything: X = dW."""
         return cls(0.0, 0.0, 0.0, **rest)
+
+    def without_limits(self) -> Self:
+        """Return the policy that refuses no adapter for what it undoes or annihilates.
+
+        >>> Policy.none(max_undo=0.5).without_limits() == Policy.none()
+        True
+        """
+        return replace(self, max_undo=None, max_total_undo=None, min_annihilation_ratio=None)
 
     def fate_of(self, module: str) -> Fate:
         """Return what happens to a module that the subspace file does not cover, by its name in the adapter.

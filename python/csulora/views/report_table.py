@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from csulora.correction.reference import FIGURES, Reference
 from csulora.correction.report import ModuleReport, Report, Totals
 from csulora.errors import printable
 from csulora.models.names import parse_expert
@@ -63,9 +64,36 @@ def _sentences(report: Report, is_changed: bool) -> Iterable[Text]:
         yield Text(report.warning.removesuffix("; "), style="red")
     if is_changed:
         yield Text(report.verdict.text, style=_COLOURS[report.verdict.leaves])
+    yield Text(annihilation_sentence(report))
     if report.totals.truncation_error >= _SHOWN_AS_NOTHING:
         yield Text(f"keeping the rank loses {report.totals.truncation_error:.1%} of the corrected update's energy")
     yield Text(_READING, style="dim")
+
+
+def annihilation_sentence(report: Report) -> str:
+    """Say what the update removes of what the aligned matrices write, or that nobody looked."""
+    before, after = report.totals.annihilation_ratio, report.totals.annihilation_ratio_after
+    if before is None or after is None:
+        return "annihilation ratio: absent, since it needs the aligned checkpoint (--aligned-model)"
+    worst = min(
+        (module for module in report.measured if module.annihilation_ratio is not None),
+        key=lambda module: module.annihilation_ratio or 0.0,
+    )
+    changed = "" if report.changes_nothing else f" -> {after:.2g} after the correction, the smallest of any module"
+    where = printable(worst.module, _LONGEST_NAME)
+    return f"annihilation ratio: {before:.2g} in {where}{changed} (near 0: a direction is removed)"
+
+
+def reference_sentences(reference: Reference, report: Report) -> list[str]:
+    """Say where an adapter's figures stand among those of adapters that are trusted, and which were skipped."""
+    count = len(reference.others(report))
+    found = [f"skipped {printable(name)}: {printable(reason)}" for name, reason in reference.skipped.items()]
+    for standing in reference.standings(report):
+        found.append(
+            f"{FIGURES[standing.figure]} {standing.value:.3g}: above {standing.percentile:.0f} % of {count} "
+            "reference adapters"
+        )
+    return found
 
 
 def _kind_rows(report: Report) -> list[tuple[str, list[ModuleReport]]]:

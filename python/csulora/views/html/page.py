@@ -54,8 +54,10 @@ class Assessment:
     reason: str = ""
 
 
-def assess(adapter: Adapter, subspace: Subspace, policy: Policy) -> Assessment:
+def assess(adapter: Adapter, subspace: Subspace, policy: Policy, aligned: str | Path | None = None) -> Assessment:
     """Return what the page shows of an adapter, or of what `csulora.combine` made of several.
+
+    ``aligned`` is the aligned checkpoint, for annihilation ratios.
 
     Raises:
         RefusedError: the policy was tuned for another subspace file, or the subspace file does not fit the adapter.
@@ -63,11 +65,11 @@ def assess(adapter: Adapter, subspace: Subspace, policy: Policy) -> Assessment:
     """
     check_subspace(policy, subspace)
     try:
-        return Assessment(correct(adapter, subspace, policy)[1])
+        return Assessment(correct(adapter, subspace, policy, aligned=aligned)[1])
     except RefusedError as error:
-        lenient = replace(policy, keep_uncovered=("*",), max_undo=None)
+        lenient = replace(policy.without_limits(), keep_uncovered=("*",))
         reason = str(error).removeprefix(f"{adapter.path}: ")
-        return Assessment(correct(adapter, subspace, lenient)[1], error, reason)
+        return Assessment(correct(adapter, subspace, lenient, aligned=aligned)[1], error, reason)
 
 
 def render(

@@ -1,0 +1,59 @@
+"""What a policy refuses of adapters that fit: undo and annihilation beyond its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from csulora.adapters.lora import Adapter
+from csulora.correction.report import Report
+from csulora.errors import AnnihilationLimitError, UndoLimitError
+from csulora.policy.policy import Policy
+
+
+def check_limits(adapter: Adapter, report: Report, policy: Policy, covered: Mapping[str, str]) -> None:
+    """Check an update, as it came, against a policy's limits; ``covered`` maps its modules to the subspace file's.
+
+    Raises:
+        RefusedError: it exceeds one, or nobody can say.
+    """
+    _check_undo(adapter, report, policy, covered)
+    total = report.totals.undo
+    if policy.max_total_undo is not None and total > policy.max_total_undo:
+        raise UndoLimitError(
+            f"{adapter.path}: all modules together undo {total:.3f} of their alignment; "
+            f"the policy allows {policy.max_total_undo:g}"
+        )
+    if policy.min_annihilation_ratio is not None:
+        _check_annihilation(adapter, report, policy.min_annihilation_ratio)
+
+
+def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mapping[str, str]) -> None:
+    """Raise `RefusedError` if a module undoes too much, or the two names of a tied weight do when they are merged."""
+    if policy.max_undo is None:
+        return
+    undone = {module.module: module.undo or 0.0 for module in report.measured}
+    names_of: dict[str, list[str]] = {}
+    for name in undone:
+        names_of.setdefault(covered[name], []).append(name)
+    undone |= {" and ".join(both): sum(undone[name] for name in both) for both in names_of.values()}
+    worst = max(undone, key=lambda name: undone[name])
+    if undone[worst] > policy.max_undo:
+        raise UndoLimitError(
+            f"{adapter.path}: module {worst} undoes {undone[worst]:.3f} of its alignment; "
+            f"the policy allows {policy.max_undo:g}"
+        )
+
+
+def _check_annihilation(adapter: Adapter, report: Report, limit: float) -> None:
+    if not report.knows_annihilation:
+        raise AnnihilationLimitError(
+            f"{adapter.path}: the policy asks for an annihilation ratio of {limit:g} or more, and it is unknown here; "
+            "give the aligned checkpoint (--aligned-model, or aligned= in Python), or take the limit from the policy"
+        )
+    ratios = {each.module: each.annihilation_ratio for each in report.measured if each.annihilation_ratio is not None}
+    worst = min(ratios, key=lambda name: ratios[name], default=None)
+    if worst is not None and ratios[worst] < limit:
+        raise AnnihilationLimitError(
+            f"{adapter.path}: module {worst} removes a direction that the aligned matrix writes: annihilation ratio "
+            f"{ratios[worst]:.1e}; the policy asks for {limit:g} or more"
+        )

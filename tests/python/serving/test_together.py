@@ -87,7 +87,7 @@ def test_a_refusal_is_decided_on_again_once_another_member_changes(place: Place)
 
 
 def test_a_set_needs_a_limit(place: Place) -> None:
-    with pytest.raises(InputError, match="limited by max_undo, and the policy has none"):
+    with pytest.raises(InputError, match="and the policy has none; set one in it"):
         place.scan("team-*", policy=csulora.Policy.project())
 
 

@@ -1,7 +1,7 @@
 """Adapters in a guarded directory that a server adds up: what is published of a set stays within the limit.
 
 A set is what a glob names. Whichever of its members the server adds, each at a scale from 0 to 1, their sum undoes no
-more than the policy's ``max_undo``. Members are admitted as they come: one that would be too much is refused, and is
+more than the policy allows. Members are admitted as they come: one that would be too much is refused, and is
 decided on again once another member changes.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from csulora.adapters.disk import load_adapter
 from csulora.adapters.lora import Adapter
-from csulora.correction.together import Undone, check_together
+from csulora.correction.together import Undone, check_together, limits_sums
 from csulora.errors import CsuloraError, InputError
 from csulora.policy.policy import Policy
 from csulora.serving.gate import Gate
@@ -41,9 +41,10 @@ class Sets:
 
     def check_limit(self, policy: Policy) -> None:
         """Raise `InputError` if there are sets, and the policy has no limit for them."""
-        if self._globs and policy.max_undo is None:
+        if self._globs and not limits_sums(policy):
             raise InputError(
-                "adapters that are served together are limited by max_undo, and the policy has none; set max_undo in it"
+                "adapters that are served together are limited by max_undo and max_total_undo, and the policy has "
+                "none; set one in it"
             )
 
     @contextmanager
@@ -60,10 +61,10 @@ class Sets:
             yield
             return
         with self._admitting:
-            new = Undone.by(corrected, gate.subspace, name).at_most()
+            new = Undone.by(corrected, gate.subspace, name)
             for glob in sets:
                 others = [self._undone(other, gate.subspace) for other in self._others(glob, name)]
-                check_together([*others, new], gate.policy)
+                check_together([*others, new], gate.policy, any_of_them=True)
             yield
 
     def record(self, name: str) -> dict[str, str]:
@@ -94,7 +95,7 @@ class Sets:
         known, sha256, undone = self._measured.get(name, ((), "", None))
         if undone is None or (known, sha256) != (signature, subspace.sha256):
             try:
-                undone = Undone.by(load_adapter(path, self._base_model), subspace, name).at_most()
+                undone = Undone.by(load_adapter(path, self._base_model), subspace, name)
             except CsuloraError as error:
                 raise OSError(f"{path}: what is served together with others cannot be measured: {error}") from error
             self._measured[name] = signature, subspace.sha256, undone

@@ -12,6 +12,7 @@ import pytest
 
 import csulora
 import factories
+from csulora.correction.report import Totals
 from csulora.errors import LogError, reason_codes
 from csulora.serving.decisions import Decision, DecisionLog, schema, versions
 
@@ -41,6 +42,8 @@ def test_schema_names_every_field_and_every_reason() -> None:
     jsonschema.Draft202012Validator.check_schema(document)
     assert document["required"] == list(document["properties"])
     assert set(document["properties"]) == {field.name for field in fields(Decision)} | {"time", "host", "versions"}
+    totals = document["properties"]["totals"]["anyOf"][1]
+    assert totals["required"] == list(totals["properties"]) == [field.name for field in fields(Totals)]
     codes = document["properties"]["reason_code"]["enum"]
     assert codes == [None, *reason_codes()], "a reason that is not in serving/decision.schema.json"
 

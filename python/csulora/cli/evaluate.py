@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +27,9 @@ from csulora.cli.tune import DeviceMap, LoadIn
 from csulora.errors import InputError
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
-from csulora.subspace.subspace import Subspace
+
+if TYPE_CHECKING:
+    from csulora.subspace.subspace import Subspace
 
 _UNTRIED = ("csulora", "project", "protect")  # presets that are evaluated where no policy is named
 
@@ -165,5 +167,5 @@ def _own_subspaces(policies: dict[str, tuple[str, Policy]], opened: Subspace) ->
         beside = subspace_path(Path(source))
         if not beside.exists():
             raise InputError(f"{source}: was tuned for another subspace file; put that one beside it as {beside.name}")
-        found[name] = Subspace.open(beside, policy.subspace_sha256)
+        found[name] = csulora.Subspace.open(beside, policy.subspace_sha256)
     return found

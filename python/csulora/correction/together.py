@@ -28,10 +28,17 @@ class Undone:
         name: what messages call it.
         shares: share of the alignment, by the subspace file's name for the module; those of both names of a tied
             weight are added.
+        alignments: square of each module's alignment in the subspace, which weighs it in a total.
     """
 
     name: str
     shares: Mapping[str, float]
+    alignments: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """Share of all its modules' alignment that it undoes."""
+        return _total([self])
 
     @classmethod
     def by(cls, adapter: Adapter, subspace: Subspace, name: str | None = None) -> Self:
@@ -47,29 +54,62 @@ class Undone:
             assert found is not None
             assert module.undo is not None
             shares[found.module] = shares.get(found.module, 0.0) + module.undo
-        return cls(name or adapter.path.name, shares)
+        alignments = {module: subspace[module].norm ** 2 for module in shares}
+        return cls(name or adapter.path.name, shares, alignments)
 
     def times(self, weight: float) -> Undone:
         """Return what the adapter undoes at another scale."""
-        return Undone(self.name, {module: weight * share for module, share in self.shares.items()})
-
-    def at_most(self) -> Undone:
-        """Return the most that it adds at any scale from 0 to 1."""
-        return Undone(self.name, {module: max(share, 0.0) for module, share in self.shares.items()})
+        return replace(self, shares={module: weight * share for module, share in self.shares.items()})
 
 
-def check_together(members: Sequence[Undone], policy: Policy) -> None:
-    """Raise `UndoTogetherError` if adapters that are added up undo more of a module than the policy's ``max_undo``."""
-    if policy.max_undo is None or not members:
+def limits_sums(policy: Policy) -> bool:
+    """Whether a policy has a limit that holds for sums; that on annihilation does not."""
+    return policy.max_undo is not None or policy.max_total_undo is not None
+
+
+def check_together(members: Sequence[Undone], policy: Policy, *, any_of_them: bool = False) -> None:
+    """Check adapters that are added up against a policy's limits on undo, of a module and of all modules.
+
+    Args:
+        members: the adapters, each at its scale.
+        policy: has the limits.
+        any_of_them: let no sum be beyond them, whichever of the adapters are in it, each at a scale from 0 to 1.
+
+    Raises:
+        UndoTogetherError: a sum undoes more than the policy allows.
+    """
+    if not members:
         return
+    names = " + ".join(member.name for member in members)
+    if policy.max_undo is not None:
+        worst, undone = _worst(members, any_of_them)
+        if undone > policy.max_undo:
+            parts = ", ".join(f"{member.name} {member.shares.get(worst, 0.0):.3f}" for member in members)
+            raise UndoTogetherError(
+                f"{names}: undo {undone:.3f} of the alignment of {worst} together ({parts}); the policy allows "
+                f"{policy.max_undo:g}; serve them apart, or at smaller scales"
+            )
+    if policy.max_total_undo is not None:
+        # A sum of fewer may have fewer modules to share its undo among, so each counts by its own.
+        total = sum(max(member.total, 0.0) for member in members) if any_of_them else _total(members)
+        if total > policy.max_total_undo:
+            parts = ", ".join(f"{member.name} {member.total:.3f}" for member in members)
+            raise UndoTogetherError(
+                f"{names}: undo {total:.3f} of the alignment of all modules together ({parts}); the policy allows "
+                f"{policy.max_total_undo:g}; serve them apart, or at smaller scales"
+            )
+
+
+def _worst(members: Sequence[Undone], any_of_them: bool) -> tuple[str, float]:
     totals: dict[str, float] = {}
     for member in members:
         for module, share in member.shares.items():
-            totals[module] = totals.get(module, 0.0) + share
+            totals[module] = totals.get(module, 0.0) + (max(share, 0.0) if any_of_them else share)
     worst = max(totals, key=lambda module: totals[module])
-    if totals[worst] > policy.max_undo:
-        parts = ", ".join(f"{member.name} {member.shares.get(worst, 0.0):.3f}" for member in members)
-        raise UndoTogetherError(
-            f"{' + '.join(member.name for member in members)}: undo {totals[worst]:.3f} of the alignment of {worst} "
-            f"together ({parts}); the policy allows {policy.max_undo:g}; serve them apart, or at smaller scales"
-        )
+    return worst, totals[worst]
+
+
+def _total(members: Sequence[Undone]) -> float:
+    alignments = {module: size for member in members for module, size in member.alignments.items()}
+    undone = sum(share * alignments[module] for member in members for module, share in member.shares.items())
+    return undone / sum(alignments.values())

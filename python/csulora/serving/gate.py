@@ -17,7 +17,7 @@ import tomli_w
 from csulora import __version__
 from csulora.adapters.lora import Adapter
 from csulora.correction.correct import check_subspace
-from csulora.correction.together import Undone, check_together
+from csulora.correction.together import Undone, check_together, limits_sums
 from csulora.errors import GONE, InputError, RefusedError, reason_code_of
 from csulora.policy.policy import Policy
 from csulora.policy.source import PolicySource
@@ -179,7 +179,7 @@ class Gate:
             self.log.record(self.closed(decision, decision.error))
 
     def check_sum(self, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> None:
-        """Refuse what a host is to add up if the sum undoes more than the policy's ``max_undo``; record the refusal.
+        """Refuse what a host is to add up if the sum undoes more than the policy allows; record the refusal.
 
         Args:
             adapters: as the host applies them, so corrected ones, by the names that messages give them.
@@ -188,7 +188,7 @@ class Gate:
         Raises:
             UndoTogetherError: the sum undoes too much.
         """
-        if self.policy.max_undo is None:
+        if not limits_sums(self.policy):
             return
         label = " + ".join(adapters)
         with self.decision(label, label):

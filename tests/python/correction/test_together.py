@@ -65,4 +65,20 @@ def test_one_that_reinforces_does_not_make_room_for_another(subspace: csulora.Su
 
     check_together([against, too, reinforcing], policy)
     with pytest.raises(UndoTogetherError):
-        check_together([member.at_most() for member in (against, too, reinforcing)], policy)
+        check_together([against, too, reinforcing], policy, any_of_them=True)
+
+
+def test_total_undo_of_a_sum_is_limited_too(subspace: csulora.Subspace, tmp_path: Path) -> None:
+    """As it is of the combined adapter; of any of them, also where those left have fewer modules."""
+    paths = [factories.opposing_adapter(tmp_path / "one", subspace, MODULES, 0.1)]
+    paths += [factories.opposing_adapter(tmp_path / "two", subspace, {NAME: (48, 48)}, 0.4)]
+    adapters = [csulora.load_adapter(path) for path in paths]
+    members = [Undone.by(adapter, subspace) for adapter in adapters]
+    _, report = csulora.correct(csulora.combine(adapters, subspace), subspace, csulora.Policy.none())
+    total = report.totals.undo
+
+    check_together(members, csulora.Policy.none(max_total_undo=total + 0.001))
+    with pytest.raises(UndoTogetherError, match=f"undo {total:.3f} of the alignment of all modules together"):
+        check_together(members, csulora.Policy.none(max_total_undo=total - 0.001))
+    with pytest.raises(UndoTogetherError, match=r"undo 0\.500 of the alignment of all"):
+        check_together(members, csulora.Policy.none(max_total_undo=0.45), any_of_them=True)

@@ -87,7 +87,7 @@ def test_a_refusal_is_decided_on_again_once_another_member_changes(place: Place)
 
 
 def test_a_set_needs_a_limit(place: Place) -> None:
-    with pytest.raises(InputError, match="limited by max_undo, and the policy has none"):
+    with pytest.raises(InputError, match="and the policy has none; set one in it"):
         place.scan("team-*", policy=csulora.Policy.project())
 
 
@@ -115,3 +115,13 @@ def test_other_rules_without_a_limit_do_not_come_into_force(place: Place) -> Non
 
     assert guard.gate.policy.max_undo == 0.5
     assert "the policy has none" in said[-1]
+
+
+def test_a_member_that_cannot_be_measured_lets_no_other_in(place: Place) -> None:
+    place.upload("team-a", 0.1)
+    (place.outgoing / "team-b").mkdir(parents=True)
+
+    with pytest.raises(InputError, match="what is served together with others cannot be measured"):
+        place.scan("team-*")
+
+    assert not (place.outgoing / "team-a").exists()

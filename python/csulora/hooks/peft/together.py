@@ -17,6 +17,7 @@ from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers.integrations.peft import PeftAdapterMixin
 
+from csulora.correction.together import limits_sums
 from csulora.errors import RefusedError, UncoveredRouteError
 from csulora.hooks.peft.loading import by_name, of_model
 from csulora.hooks.signature import check_signature
@@ -41,7 +42,7 @@ def check_together_host() -> None:
 
 def together_replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
     """Everything to put in the hosts' place: owner, attribute, replacement. Without a limit there is nothing to do."""
-    if gate.policy.max_undo is None:
+    if not limits_sums(gate.policy):
         return
     for tuner in (BaseTuner, MixedModel):
         yield tuner, "set_adapter", _activating(gate, _OF_TUNER, tuner.set_adapter)
@@ -73,7 +74,7 @@ def _refusing_several(original: _Function) -> _Function:
     def set_adapter(model: Any, adapter_name: str | list[str], *args: Any, **options: Any) -> Any:
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise UncoveredRouteError(
-                f"{' + '.join(adapter_name)}: under a guard with max_undo several adapters are activated by a "
+                f"{' + '.join(adapter_name)}: under a guard with a limit on undo several adapters are activated by a "
                 "PeftModel's or a transformers model's own set_adapter, which measures their sum"
             )
         return original(model, adapter_name, *args, **options)

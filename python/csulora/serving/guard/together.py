@@ -1,7 +1,7 @@
 """Adapters in a guarded directory that a server adds up: what is published of a set stays within the limit.
 
 A set is what a glob names. Whichever of its members the server adds, each at a scale from 0 to 1, their sum undoes no
-more than the policy's ``max_undo``. Members are admitted as they come: one that would be too much is refused, and is
+more than the policy allows. Members are admitted as they come: one that would be too much is refused, and is
 decided on again once another member changes.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from csulora.adapters.disk import load_adapter
 from csulora.adapters.lora import Adapter
-from csulora.correction.together import Undone, check_together
-from csulora.errors import InputError
+from csulora.correction.together import Undone, check_together, limits_sums
+from csulora.errors import CsuloraError, InputError
 from csulora.policy.policy import Policy
 from csulora.serving.gate import Gate
 from csulora.serving.guard.uploads import Signature, is_upload, signature_of
@@ -41,9 +41,10 @@ class Sets:
 
     def check_limit(self, policy: Policy) -> None:
         """Raise `InputError` if there are sets, and the policy has no limit for them."""
-        if self._globs and policy.max_undo is None:
+        if self._globs and not limits_sums(policy):
             raise InputError(
-                "adapters that are served together are limited by max_undo, and the policy has none; set max_undo in it"
+                "adapters that are served together are limited by max_undo and max_total_undo, and the policy has "
+                "none; set one in it"
             )
 
     @contextmanager
@@ -60,10 +61,10 @@ class Sets:
             yield
             return
         with self._admitting:
-            new = Undone.by(corrected, gate.subspace, name).at_most()
+            new = Undone.by(corrected, gate.subspace, name)
             for glob in sets:
                 others = [self._undone(other, gate.subspace) for other in self._others(glob, name)]
-                check_together([*others, new], gate.policy)
+                check_together([*others, new], gate.policy, any_of_them=True)
             yield
 
     def record(self, name: str) -> dict[str, str]:
@@ -84,11 +85,18 @@ class Sets:
         return [other for other in published if other != name and fnmatchcase(other, glob)]
 
     def _undone(self, name: str, subspace: Subspace) -> Undone:
-        """Measure a published adapter, once for each subspace file."""
+        """Measure a published adapter, once for each subspace file.
+
+        Raises:
+            OSError: it cannot be read now; it may just have been taken away, so the decision is made again later.
+        """
         path = self._outgoing / name
         signature = signature_of(path)
         known, sha256, undone = self._measured.get(name, ((), "", None))
         if undone is None or (known, sha256) != (signature, subspace.sha256):
-            undone = Undone.by(load_adapter(path, self._base_model), subspace, name).at_most()
+            try:
+                undone = Undone.by(load_adapter(path, self._base_model), subspace, name)
+            except CsuloraError as error:
+                raise OSError(f"{path}: what is served together with others cannot be measured: {error}") from error
             self._measured[name] = signature, subspace.sha256, undone
         return undone

@@ -121,7 +121,7 @@ def test_transformers_does_not_activate_both_together(place: Path, guarded: Path
 
 
 def test_what_is_not_measured_is_refused(both: Any) -> None:
-    with pytest.raises(UncoveredRouteError, match=r"a \+ b: under a guard with max_undo"):
+    with pytest.raises(UncoveredRouteError, match=r"a \+ b: under a guard with a limit on undo"):
         functional.set_adapter(both.base_model.model, ["a", "b"])
     functional.set_adapter(both.base_model.model, "b")
 

@@ -34,7 +34,7 @@ def doubts_about_prompts(request: Request) -> Iterator[str]:
     best = Rate.of(counted, counted).low
     if best <= _LIKELY:
         yield (
-            f"{counted} test prompts are too few to show anything: if a policy kept all of them, its 95 % interval "
+            f"{counted} test prompts show little: if a policy kept all of them, its 95 % interval "
             f"would begin at {best:.2f}; {_advice(request, _LIKELY)}"
         )
     task = {prompt_hash(chat) for chats in request.task for chat in chats}

@@ -493,7 +493,7 @@ def test_the_command_line(
     shown, told = capsys.readouterr()
     assert "general kept" in shown
     assert "tuned random subspace" in shown
-    assert "2 test prompts are too few to show anything" in told
+    assert "2 test prompts show little" in told
     assert "give 16 prompts or more in each file" in told
     assert run(*command, "--task", place.task, "--general", tmp_path / "none") == exit_codes.BAD_INPUT
     assert run(*command, "--task", tmp_path / "none") == exit_codes.BAD_INPUT

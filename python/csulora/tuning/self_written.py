@@ -64,7 +64,14 @@ def write_general(
     return tuple(answered)
 
 
-def written(file: Path, model: str, loading: Loading, seed: int, refusals: Sequence[str] | None = None) -> Path:
+def written(
+    file: Path,
+    model: str,
+    loading: Loading,
+    seed: int,
+    refusals: Sequence[str] | None = None,
+    seen: Collection[str] = (),
+) -> Path:
     """Return a file of prompts that the model wrote, which is made unless it is there.
 
     Args:

@@ -47,7 +47,7 @@ REPETITIONS := 5
 SUFFIX :=
 
 .DEFAULT_GOAL := help
-.PHONY: help build wheel test-wheel demo demo-gguf test test-python test-gguf test-mlx test-html test-cpp test-cuda test-vllm check-vllm test-sglang soak fuzz crash load \
+.PHONY: help build wheel test-image test-wheel demo demo-gguf test test-python test-gguf test-mlx test-html test-cpp test-cuda test-vllm check-vllm test-sglang soak fuzz crash load \
   sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
 
 help: ## Show this list.
@@ -76,6 +76,9 @@ $(WHEEL_VENV)/.tools: pyproject.toml
 wheel: $(WHEEL_VENV)/.tools ## The wheel for PYTHON with a core for each of TORCHES="2.13.0 2.14.1 2.15.0", and the sdist, in dist.
 	$(WHEEL_VENV)/bin/python .ci/wheel.py $(TORCHES)
 
+test-image: ## The steps of examples/containers with the wheel in dist: install, and the guard in a bare read-only root; needs root.
+	$(VENV)/bin/python .ci/try_image.py dist
+
 test-wheel: ## Install the wheel in dist into a fresh environment with PYTHON and TORCH=2.13.0, and test it there.
 	$(PYTHON) .ci/try_wheel.py --python $(PYTHON) --torch $(TORCH) $(if $(TESTS),--tests $(TESTS))
 
@@ -95,7 +98,7 @@ test: lint test-cpp test-python test-gguf test-mlx test-html ## All checks and t
 
 test-python: build
 	$(BIN)/python -m pytest --doctest-modules python/csulora/tuning python/csulora/correction/controls
-	$(BIN)/python -m pytest -m 'not llama_cpp and not mlx and not chromium'
+	CSULORA_REQUIRE='model_signing kubernetes_validate' $(BIN)/python -m pytest -m 'not llama_cpp and not mlx and not chromium'
 
 test-gguf: build $(VENV)/.llama-cpp ## Tests with llama.cpp itself.
 	CSULORA_REQUIRE=llama_cpp $(BIN)/python -m pytest -m llama_cpp

@@ -55,7 +55,8 @@ def prepare(out: Path, seed: int) -> list[object]:
 
 def run(tree: Path, arguments: list[object], policy: Path) -> dict[str, float]:
     """Tune with one tree's code; return the processor's seconds and the most memory in GB."""
-    policy.unlink(missing_ok=True)
+    for path in (policy, policy.with_name(f"{policy.name}.partial")):  # of a run that was interrupted
+        path.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": str(tree / "python"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "csulora", *map(str, arguments), "-o", str(policy)]
     process = subprocess.Popen(command, env=environment, cwd=tree)

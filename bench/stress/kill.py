@@ -30,8 +30,10 @@ import csulora
 from csulora import Policy
 from csulora.cli import app as cli
 from csulora.hooks.llama_cpp.cache import CorrectedCache
+from csulora.io.files import to_json
 from csulora.models.gguf_base import BaseModel
 from csulora.serving.gate import Gate
+from csulora.serving.guard.uploads import RECORD_FILE
 
 WIDTH, LAYERS, RANK = 192, 2, 8
 MODULES = [
@@ -135,7 +137,14 @@ def run(operation: Callable[[Path], None], out: Path, kill_after: float | None =
 def contents(out: Path) -> dict[str, bytes]:
     """Return every finished file by its path; what is hidden or partial is no output."""
     files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not is_unfinished(name)}
+    return {name: _without_id(path) for name, path in files.items() if not is_unfinished(name)}
+
+
+def _without_id(path: Path) -> bytes:
+    """Return a file's bytes; of the guard's record all but the id of the decision, which is random."""
+    if path.name != RECORD_FILE:
+        return path.read_bytes()
+    return to_json(json.loads(path.read_bytes()) | {"decision": ""}).encode()
 
 
 def is_unfinished(name: str) -> bool:

@@ -114,6 +114,40 @@ class UndoLimitError(RefusedError):
     reason_code = "undo-limit"
 
 
+class UndoTogetherError(RefusedError):
+    """Adapters that a host adds up undo more together than the policy allows."""
+
+    reason_code = "undo-together"
+
+
+class SignatureError(RefusedError):
+    """A signature is required, and there is none that holds."""
+
+
+class UnsignedError(SignatureError):
+    """There is no signature."""
+
+    reason_code = "unsigned"
+
+
+class OtherSignerError(SignatureError):
+    """The signature is by somebody who is not trusted, or was altered."""
+
+    reason_code = "other-signer"
+
+
+class ChangedError(SignatureError):
+    """A signed file has another content, or is gone."""
+
+    reason_code = "changed-since-signed"
+
+
+class NotCoveredError(SignatureError):
+    """There is a file of which the signature says nothing."""
+
+    reason_code = "not-covered-by-signature"
+
+
 class AnnihilationLimitError(RefusedError):
     """The adapter removes a direction that the aligned matrix writes, or nobody can tell whether it does."""
 

@@ -208,6 +208,21 @@ def save_adapter(
     return directory
 
 
+def opposing_adapter(directory: Path, subspace: Subspace, modules: Mapping[str, tuple[int, int]], undo: float) -> Path:
+    """Write a PEFT adapter that undoes this share of the alignment of each module, and does nothing else."""
+    tensors, rank = {}, 0
+    for name in modules:
+        found = subspace[name]
+        prefix, rank = f"base_model.model.{name}", len(found.s)
+        tensors[f"{prefix}.lora_A.weight"] = found.v.float().t().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = (-undo * found.u.float() * found.s).contiguous()
+    directory.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(modules)}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    return directory
+
+
 def decision(**changes: Any) -> Decision:
     """The record of a refusal."""
     fields: dict[str, Any] = {

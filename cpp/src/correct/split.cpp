@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "linalg/conversion.h"
 #include "linalg/tall_products.h"
 
 namespace csulora {
@@ -14,8 +15,8 @@ namespace {
 
 using at::Tensor;
 
-/// Rows per block: a block of the basis in float32 stays in the second-level cache.
-constexpr int64_t kRows = 1024;
+/// Rows per strip: of a basis and of the columns, in float32, they stay in the first-level cache.
+constexpr int64_t kRows = 64;
 
 /// root^T root = gram, from the Gram of the columns scaled to length 1, so that short columns keep their digits. By
 /// eigenvalues where Cholesky's factor would say nothing of columns that depend on others.
@@ -54,43 +55,55 @@ MatrixView<const float> view(const Tensor& matrix) {
   return {matrix.const_data_ptr<float>(), matrix.size(0), matrix.size(1), matrix.stride(0)};
 }
 
-/// target (rows, at least r) = scale * rows (rows, r) in float32.
-void read_rows(const Tensor& rows, double scale, MatrixView<float> target) {
-  const auto factor = static_cast<float>(scale);
-  if (rows.stride(0) == 1) {
-    const auto columns = rows.t().to(at::kFloat);  // the rows of the matrix that is seen transposed
-    tall::transpose(view(columns), factor, target);
-    return;
-  }
-  const auto block = rows.to(at::kFloat).contiguous();
-  const auto entries = view(block);
-  for (int64_t i = 0; i < entries.rows; ++i) {
-    std::transform(entries.row(i), entries.row(i) + entries.columns, target.row(i),
-                   [factor](float entry) { return factor * entry; });
-  }
-}
-
-/// Reads blocks of rows of a basis (m, k) as float32, each row padded to `directions` entries by zeros.
-class BasisBlocks {
+/// Reads strips of rows of a stored matrix (m, columns) as float32.
+class Strips {
  public:
-  BasisBlocks(const Tensor& basis, int64_t directions)
-      : basis_(basis),
-        block_(at::zeros({tall::padded(std::min(basis.size(0), kRows), tall::kRowStep), directions}, at::kFloat)) {}
+  /// The strip's rows are padded to `width` entries by zeros.
+  Strips(const Tensor& matrix, int64_t width)
+      : by_columns_(matrix.stride(0) == 1 && matrix.stride(1) != 1 && !matrix.is_contiguous()),
+        matrix_(by_columns_ || matrix.stride(1) == 1 ? matrix : matrix.contiguous()),
+        width_(width),
+        strip_(kRows * width),
+        columns_(by_columns_ ? kRows * matrix.size(1) : 0) {}
 
-  /// The block that begins at a row, its rows padded too. Overwrites the one before.
+  /// The strip that begins at a row, with rows of zeros up to a multiple of kRowStep. Overwrites the one before.
   MatrixView<const float> read(int64_t row) {
-    const int64_t count = std::min(kRows, basis_.size(0) - row);
-    block_.narrow(0, 0, count).narrow(1, 0, basis_.size(1)).copy_(basis_.narrow(0, row, count));
-    const int64_t padded = tall::padded(count, tall::kRowStep);
-    if (padded > count) {
-      block_.narrow(0, count, padded - count).zero_();
+    const int64_t count = std::min(kRows, matrix_.size(0) - row), padded = tall::padded(count, tall::kRowStep);
+    std::fill(strip_.begin() + count * width_, strip_.begin() + padded * width_, 0.0F);
+    read(row, 1, contiguous_view(strip_.data(), count, width_));
+    return contiguous_view<const float>(strip_.data(), padded, width_);
+  }
+
+  /// target (count, at least columns) = scale times the rows that begin at a row; further columns are as they were, or
+  /// zeros.
+  void read(int64_t row, float scale, MatrixView<float> target) {
+    const int64_t columns = matrix_.size(1);
+    const auto* const first = address(row);
+    if (by_columns_) {  // the rows of the matrix that is seen transposed
+      const auto transposed = contiguous_view(columns_.data(), columns, target.rows);
+      widen(first, matrix_.scalar_type(), matrix_.stride(1), transposed);
+      return tall::transpose(transposed, scale, target);
     }
-    return view(block_.narrow(0, 0, padded));
+    widen(first, matrix_.scalar_type(), matrix_.stride(0), {target.data, target.rows, columns, target.stride});
+    if (scale != 1) {
+      for (int64_t i = 0; i < target.rows; ++i) {
+        std::transform(target.row(i), target.row(i) + columns, target.row(i),
+                       [scale](float entry) { return scale * entry; });
+      }
+    }
   }
 
  private:
-  const Tensor& basis_;
-  Tensor block_;
+  const char* address(int64_t row) const {
+    return static_cast<const char*>(matrix_.const_data_ptr()) +
+           row * matrix_.stride(0) * static_cast<int64_t>(matrix_.element_size());
+  }
+
+  bool by_columns_;
+  Tensor matrix_;
+  int64_t width_;
+  std::vector<float> strip_;
+  std::vector<float> columns_;
 };
 
 /// The Gram matrix of [inside, outside], each padded to `width` columns, less the padding, from its lower triangle.
@@ -140,27 +153,27 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
     columns.zero_();
   }
   const auto split = contiguous_view(columns.mutable_data_ptr<float>(), rows, 2 * width);
-  BasisBlocks blocks(basis, directions);
+  Strips basis_strips(basis.contiguous(), directions), factor_strips(factor, width);
 
-  std::vector<double> sum(directions * width);
+  SmallMatrix sum(directions, width);
   for (int64_t row = 0; row < m; row += kRows) {
-    const auto block = blocks.read(row);
-    const MatrixView<float> outside{split.row(row) + width, block.rows, width, split.stride};
-    read_rows(factor.narrow(0, row, std::min(kRows, m - row)), scale, outside);
-    tall::project(block, outside, contiguous_view(sum.data(), directions, width));
+    const auto strip = basis_strips.read(row);
+    const MatrixView<float> outside{split.row(row) + width, std::min(kRows, m - row), width, split.stride};
+    factor_strips.read(row, static_cast<float>(scale), outside);
+    tall::project(strip, {outside.data, strip.rows, width, split.stride}, contiguous_view(sum[0], directions, width));
   }
 
-  const std::vector<float> rounded(sum.begin(), sum.end());
+  const std::vector<float> rounded(sum[0], sum[directions]);
   SmallMatrix gram(2 * width, 2 * width);
   for (int64_t row = 0; row < m; row += kRows) {
-    const auto block = blocks.read(row);
-    const MatrixView<float> halves{split.row(row), block.rows, split.columns, split.stride};
-    tall::split(block, contiguous_view(rounded.data(), directions, width), halves);
+    const auto strip = basis_strips.read(row);
+    const MatrixView<float> halves{split.row(row), strip.rows, split.columns, split.stride};
+    tall::split(strip, contiguous_view(rounded.data(), directions, width), halves);
     tall::add_gram(halves, contiguous_view(gram[0], gram.rows(), gram.columns()));
   }
   SmallMatrix coordinates(k, r);
   for (int64_t i = 0; i < k; ++i) {
-    std::copy_n(sum.begin() + i * width, r, coordinates[i]);
+    std::copy_n(sum[i], r, coordinates[i]);
   }
   return {std::move(coordinates), columns, without_padding(gram, width, r), m};
 }

@@ -2,8 +2,11 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <limits>
+#include <utility>
 
+#include "linalg/conversion.h"
 #include "runtime/check.h"
 
 namespace csulora {
@@ -22,6 +25,19 @@ double largest(at::ScalarType dtype) {
   }
 }
 
+/// A factor rounded to a storage type, contiguous, and its largest magnitude before; NaN if one entry is.
+std::pair<Tensor, double> rounded(const Tensor& factor, at::ScalarType dtype) {
+  if (factor.is_cpu() && factor.scalar_type() == at::kFloat && factor.stride(1) == 1 && dtype != at::kDouble) {
+    auto result = at::empty(factor.sizes(), factor.options().dtype(dtype));
+    const MatrixView<const float> entries{factor.const_data_ptr<float>(), factor.size(0), factor.size(1),
+                                          factor.stride(0)};
+    const float largest = narrow(entries, dtype, result.mutable_data_ptr());
+    return {result, largest};
+  }
+  const auto [least, most] = at::aminmax(factor);
+  return {factor.to(dtype).contiguous(), std::max(-least.item<double>(), most.item<double>())};
+}
+
 }  // namespace
 
 Tensor widened(const Tensor& matrix, at::ScalarType dtype) {
@@ -34,10 +50,9 @@ Tensor widened(const Tensor& matrix, at::ScalarType dtype) {
 LoraFactors stored(const Tensor& b, const Tensor& a, const CorrectionTask& task) {
   const auto round = [&](const Tensor& factor, const Tensor& replaced) {
     const auto dtype = replaced.scalar_type();
-    const auto [least, most] = at::aminmax(factor);  // NaN if one entry is
-    const bool fits = least.item<double>() >= -largest(dtype) && most.item<double>() <= largest(dtype);
-    check_fits(fits, dtype, task.label);
-    return factor.to(dtype).contiguous();
+    const auto [result, most] = rounded(factor, dtype);
+    check_fits(most <= largest(dtype), dtype, task.label);
+    return result;
   };
   return {round(b, task.factors.b), round(a, task.factors.a)};
 }

@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
+#include <utility>
+#include <vector>
 
 #include "correct/gains.h"
 #include "correct/measurement.h"
@@ -16,30 +19,84 @@ namespace {
 
 using at::Tensor;
 
-/// root [[p, q], [s, t]], where each entry stands for that many times the identity: columns are mixed two by two.
-SmallMatrix mixed(const SmallMatrix& root, double p, double q, double s, double t) {
+/// root M with M = [[aligned, left], [right, off]], each of which stands for that many times the identity: columns are
+/// mixed two by two.
+SmallMatrix mixed_columns(const SmallMatrix& root, const Gains& gains) {
   const int64_t r = root.columns() / 2;
   SmallMatrix result(root.rows(), 2 * r);
   for (int64_t i = 0; i < root.rows(); ++i) {
     for (int64_t j = 0; j < r; ++j) {
       const double inside = root[i][j], outside = root[i][r + j];
-      result[i][j] = inside * p + outside * s;
-      result[i][r + j] = inside * q + outside * t;
+      result[i][j] = inside * gains.aligned + outside * gains.right;
+      result[i][r + j] = inside * gains.left + outside * gains.off;
     }
   }
   return result;
 }
 
-/// mixed^T vectors diag(weights), (2r, rank): zeros where there are fewer than `rank` weights. `vectors` are rows.
-SmallMatrix combination(const SmallMatrix& mixed, const SmallMatrix& vectors, const std::vector<double>& weights,
-                        int64_t rank) {
-  SmallMatrix weighted(vectors.columns(), rank);
-  for (int64_t i = 0; i < vectors.columns(); ++i) {
-    for (size_t j = 0; j < weights.size(); ++j) {
-      weighted[i][j] = vectors[j][i] * weights[j];
-    }
+/// M matrix, for the same M.
+SmallMatrix mixed_rows(const SmallMatrix& matrix, const Gains& gains) {
+  return transposed(mixed_columns(transposed(matrix), {gains.aligned, gains.right, gains.left, gains.off}));
+}
+
+/// Multiplies columns by their weights.
+SmallMatrix weighted(SmallMatrix matrix, const std::vector<double>& weights) {
+  for (int64_t i = 0; i < matrix.rows(); ++i) {
+    std::transform(weights.begin(), weights.end(), matrix[i], matrix[i], std::multiplies<double>());
   }
-  return product(transposed(mixed), weighted);
+  return matrix;
+}
+
+std::vector<double> numbers(const Tensor& values) {
+  return {values.const_data_ptr<double>(), values.const_data_ptr<double>() + values.numel()};
+}
+
+/// The best approximation of a rank of X = [B_in, B_out] M [A_in, A_out]^T as mixtures of these columns, and its
+/// singular values S: those of the core R_B M R_A^T = W S Z^T, where R are the roots of the columns. The factors share
+/// each singular value, so that rounding them costs what rounding X would. No root is inverted, so dependent columns do
+/// no harm.
+struct Mixtures {
+  SmallMatrix b;                 ///< (2r, rank)
+  SmallMatrix a;                 ///< (2r, rank)
+  std::vector<double> singular;  ///< of X, from the largest on
+};
+
+/// 1 / sqrt(s) for the first singular values s, as many as the rank; 0 where there is none, or nothing but rounding.
+std::vector<double> inverse_roots(const std::vector<double>& singular, int64_t rank, double rounding) {
+  const double norm2 = std::inner_product(singular.begin(), singular.end(), singular.begin(), 0.0);
+  std::vector<double> result(rank);
+  std::transform(
+      singular.begin(), singular.begin() + std::min<int64_t>(rank, singular.size()), result.begin(),
+      [floor = rounding * std::sqrt(norm2)](double value) { return value > floor ? 1 / std::sqrt(value) : 0; });
+  return result;
+}
+
+/// For columns in float64: M R_A^T Z S^-1/2 and (R_B M)^T W S^-1/2.
+Mixtures by_singular_values(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
+  const auto a_root = root(a), mixed_b = mixed_columns(root(b), gains);
+  const auto [left, values, right] = at::linalg_svd(product(mixed_b, transposed(a_root)).tensor(), false);
+  auto singular = numbers(values);
+  const auto lengths = inverse_roots(singular, rank, kDoubleRounding);
+  const auto mixture = [&](const SmallMatrix& mixed_root, const Tensor& vectors) {
+    return weighted(product(mixed_root, first_columns(SmallMatrix(vectors), rank)), lengths);
+  };
+  return {mixture(mixed_rows(transposed(a_root), gains), right.t()), mixture(transposed(mixed_b), left),
+          std::move(singular)};
+}
+
+/// The same for columns in float32, in half the time: W are eigenvectors of R_B M G_A (R_B M)^T, where G_A is the Gram
+/// matrix of a's columns, and as Z = (R_B M R_A^T)^T W S^-1, b's mixture is M G_A times a's mixture times S^-1. That
+/// hides singular values below 2^-26 of the largest; columns in float32 say nothing of them.
+Mixtures by_eigenvalues(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
+  const auto mixed_b = mixed_columns(root(b), gains);
+  const auto [squares, vectors] =
+      at::linalg_eigh(product(product(mixed_b, a.gram), transposed(mixed_b)).tensor());  // from the smallest on
+  auto singular = numbers(squares.clamp_min(0).sqrt_().flip(0));
+  auto lengths = inverse_roots(singular, rank, kFloatRounding);
+  auto a_mixture = weighted(product(transposed(mixed_b), first_columns(SmallMatrix(vectors.flip(1)), rank)), lengths);
+  std::transform(lengths.begin(), lengths.end(), lengths.begin(), [](double length) { return length * length; });
+  auto b_mixture = weighted(mixed_rows(product(a.gram, a_mixture), gains), lengths);
+  return {std::move(b_mixture), std::move(a_mixture), std::move(singular)};
 }
 
 /// basis^T columns mixture for a mixture (2r, rank): what lies outside the basis has no coordinates.
@@ -69,34 +126,15 @@ Truncated truncated_on_device(const LoraFactors& factors, const Subspace& subspa
 
 }  // namespace
 
-/// From the singular values W S Z^T of the core R_B M R_A^T, where R are the roots of the columns:
-///
-///     B' = [B_in, B_out] M R_A^T Z S^-1/2,    A' = S^-1/2 W^T R_B M [A_in, A_out]^T.
-///
-/// No root is inverted, so dependent columns do no harm. The factors share each singular value, so that rounding them
-/// costs what rounding X would.
 Truncated truncated_update(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
-  const auto b_root = root(b), a_root = root(a);
-  const auto from_b = mixed(b_root, gains.aligned, gains.left, gains.right, gains.off);  // R_B M
-  const auto from_a = mixed(a_root, gains.aligned, gains.right, gains.left, gains.off);  // R_A M^T
-  const auto [left, values, right] = at::linalg_svd(product(from_b, transposed(a_root)).tensor(), false);
-
-  const double* const singular = values.const_data_ptr<double>();
-  const int64_t size = values.size(0);
-  const int64_t count = std::min(rank, size);  // fewer than `rank` where that exceeds a side of the matrix
-  const auto energy = [&](int64_t first, int64_t last) {
-    return std::inner_product(singular + first, singular + last, singular + first, 0.0);
-  };
-  const double total = energy(0, size);
   const bool in_double = b.columns.scalar_type() == at::kDouble;
-  const double floor = (in_double ? kDoubleRounding : kFloatRounding) * std::sqrt(total);
-  std::vector<double> weights(count);
-  std::transform(singular, singular + count, weights.begin(),
-                 [&](double value) { return value > floor ? 1 / std::sqrt(value) : 0; });
-  const auto b_mixture = combination(from_a, SmallMatrix(right), weights, rank);
-  const auto a_mixture = combination(from_b, SmallMatrix(left.t()), weights, rank);
-  return {combined(b, b_mixture), combined_rows(a, a_mixture), coordinates_of(b, b_mixture),
-          coordinates_of(a, a_mixture), total == 0 ? 0 : energy(count, size) / total};
+  const auto mixtures = (in_double ? by_singular_values : by_eigenvalues)(b, a, gains, rank);
+  const auto& singular = mixtures.singular;
+  const auto rest = singular.begin() + std::min<int64_t>(rank, singular.size());
+  const double given_up = std::inner_product(rest, singular.end(), rest, 0.0);
+  const double total = given_up + std::inner_product(singular.begin(), rest, singular.begin(), 0.0);
+  return {combined(b, mixtures.b), combined_rows(a, mixtures.a), coordinates_of(b, mixtures.b),
+          coordinates_of(a, mixtures.a), total == 0 ? 0 : given_up / total};
 }
 
 Truncated truncated(const LoraFactors& factors, const Subspace& subspace, int64_t rank, const std::string& label) {

@@ -3,25 +3,66 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "linalg/widest_vectors.h"
 
 namespace csulora {
 namespace {
 
-/// result += left (rows, inner) right (inner, columns).
+template <int kBytes>
+using Doubles __attribute__((vector_size(kBytes))) = double;
+
+/// result += left (rows, inner) right (inner, columns), of which tiles stay in registers.
 struct AddProduct {
+  /// `Entry` is a vector of columns, or one.
+  template <int64_t kRows, int64_t kEntries, typename Entry>
+  CSULORA_INLINED static void add_tile(const double* left, const double* right, int64_t inner, int64_t columns,
+                                       double* result) {
+    constexpr int64_t kStep = sizeof(Entry) / sizeof(double);
+    Entry sums[kRows][kEntries] = {};
+    for (int64_t k = 0; k < inner; ++k) {
+      for (int64_t j = 0; j < kEntries; ++j) {
+        Entry others;
+        std::memcpy(&others, right + k * columns + j * kStep, sizeof others);
+        for (int64_t i = 0; i < kRows; ++i) {
+          sums[i][j] += left[i * inner + k] * others;
+        }
+      }
+    }
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t j = 0; j < kEntries; ++j) {
+        Entry entries;
+        double* const target = result + i * columns + j * kStep;
+        std::memcpy(&entries, target, sizeof entries);
+        entries += sums[i][j];
+        std::memcpy(target, &entries, sizeof entries);
+      }
+    }
+  }
+
+  template <int64_t kRows, int kLanes>
+  CSULORA_INLINED static void add_rows(const double* left, const double* right, int64_t inner, int64_t columns,
+                                       double* result) {
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      add_tile<kRows, 2, Doubles<kLanes * sizeof(float)>>(left, right + j, inner, columns, result + j);
+    }
+    for (; j < columns; ++j) {
+      add_tile<kRows, 1, double>(left, right + j, inner, columns, result + j);
+    }
+  }
+
   template <int kLanes>
   CSULORA_INLINED static void run(const double* left, const double* right, int64_t rows, int64_t inner, int64_t columns,
                                   double* result) {
-    for (int64_t i = 0; i < rows; ++i) {
-      double* const target = result + i * columns;
-      for (int64_t k = 0; k < inner; ++k) {
-        const double factor = left[i * inner + k];
-        for (int64_t j = 0; j < columns; ++j) {
-          target[j] += factor * right[k * columns + j];
-        }
-      }
+    constexpr int64_t kRows = 4;
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows) {
+      add_rows<kRows, kLanes>(left + i * inner, right, inner, columns, result + i * columns);
+    }
+    for (; i < rows; ++i) {
+      add_rows<1, kLanes>(left + i * inner, right, inner, columns, result + i * columns);
     }
   }
 };
@@ -52,6 +93,14 @@ SmallMatrix transposed(const SmallMatrix& matrix) {
 SmallMatrix first_rows(const SmallMatrix& matrix, int64_t count) {
   SmallMatrix result(count, matrix.columns());
   std::copy_n(matrix[0], count * matrix.columns(), result[0]);
+  return result;
+}
+
+SmallMatrix first_columns(const SmallMatrix& matrix, int64_t count) {
+  SmallMatrix result(matrix.rows(), count);
+  for (int64_t i = 0; i < matrix.rows(); ++i) {
+    std::copy_n(matrix[i], std::min(count, matrix.columns()), result[i]);
+  }
   return result;
 }
 

@@ -37,6 +37,9 @@ SmallMatrix transposed(const SmallMatrix& matrix);
 /// The first `count` rows.
 SmallMatrix first_rows(const SmallMatrix& matrix, int64_t count);
 
+/// The first `count` columns, zeros where there are fewer.
+SmallMatrix first_columns(const SmallMatrix& matrix, int64_t count);
+
 /// left (l, m) times right (m, n).
 SmallMatrix product(const SmallMatrix& left, const SmallMatrix& right);
 

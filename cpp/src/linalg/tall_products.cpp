@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
+#include <memory>
+#include <type_traits>
 
 #include "linalg/widest_vectors.h"
 
@@ -24,13 +25,13 @@ CSULORA_INLINED void store(const Vector* entries, Entry* to) {
   std::memcpy(to, entries, sizeof *entries);
 }
 
-/// A tile of kRows rows and kColumns columns, which a loop keeps in registers: few enough that none is spilled, many
-/// enough that reading takes less time than multiplying.
-template <int kLanes, typename Entry = float>
+/// A tile of kRows rows and kColumns columns, kWide times kWidth, which a loop keeps in registers: few enough that none
+/// is spilled, many enough that reading takes less time than multiplying.
+template <int kLanes, typename Entry = float, int64_t kWide = 1>
 struct Tile {
   using Vector __attribute__((vector_size(kLanes * sizeof(float)))) = Entry;
   static constexpr int64_t kRows = kLanes / 2;
-  static constexpr int64_t kVectors = kWidth / kLanes;
+  static constexpr int64_t kVectors = kWide * kWidth / kLanes;
   static constexpr int64_t kStep = sizeof(Vector) / sizeof(Entry);
   static constexpr int64_t kColumns = kVectors * kStep;
   Vector entries[kRows][kVectors];
@@ -83,12 +84,12 @@ struct Tile {
   }
 };
 
-/// kRows rows of a matrix, from `row` on, times kWidth columns of the coordinates, from `column` on.
-template <int kLanes>
+/// kRows rows of a matrix, from `row` on, times kColumns columns of the coordinates, from `column` on.
+template <typename Tile>
 CSULORA_INLINED void multiply_rows(MatrixView<const float> rows, int64_t row, MatrixView<const float> coordinates,
-                                   int64_t column, Tile<kLanes>* product) {
+                                   int64_t column, Tile* product) {
   const float* const weights = rows.row(row);
-  Tile<kLanes> sums = {};
+  Tile sums = {};
   for (int64_t direction = 0; direction < coordinates.rows; ++direction) {
     sums.add(weights + direction, rows.stride, coordinates.row(direction) + column);
   }
@@ -118,12 +119,13 @@ CSULORA_INLINED void transpose_square(Floats<kLanes>* square) {
 
 /// target (rows, columns) = block^T, for a block of kWidth rows and columns, neither of which it may exceed.
 template <int kLanes>
-CSULORA_INLINED void transpose_block(const float* block, float* target, int64_t stride, int64_t rows, int64_t columns) {
+CSULORA_INLINED void transpose_block(const float* block, float* target, int64_t stride, int64_t rows, int64_t columns,
+                                     int64_t block_stride = kWidth) {
   for (int64_t row = 0; row < rows; row += kLanes) {
     for (int64_t column = 0; column < columns; column += kLanes) {  // innermost, so that whole cache lines are written
       Floats<kLanes> square[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        load(&square[i], block + (column + i) * kWidth + row);
+        load(&square[i], block + (column + i) * block_stride + row);
       }
       transpose_square<kLanes>(square);
       for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - row); ++i) {
@@ -138,6 +140,21 @@ CSULORA_INLINED void transpose_block(const float* block, float* target, int64_t 
   }
 }
 
+/// Calls visit(wide, column), column by column: `wide`, a constant, is how many times kWidth columns are taken at once.
+/// Twice as many spare loads, where a machine has the registers.
+template <int kLanes, typename Visit>
+CSULORA_INLINED void for_each_column(int64_t columns, Visit visit) {
+  int64_t column = 0;
+  if constexpr (kLanes == 16) {
+    for (; column + 2 * kWidth <= columns; column += 2 * kWidth) {
+      visit(std::integral_constant<int64_t, 2>(), column);
+    }
+  }
+  for (; column < columns; column += kWidth) {
+    visit(std::integral_constant<int64_t, 1>(), column);
+  }
+}
+
 struct Project {
   template <int kLanes>
   CSULORA_INLINED static void run(MatrixView<const float> basis, MatrixView<const float> factor,
@@ -145,31 +162,32 @@ struct Project {
     constexpr int64_t kStrip = 64;  // rows of a basis and a factor that stay in the first-level cache
     for (int64_t first = 0; first < basis.rows; first += kStrip) {
       const int64_t last = std::min(first + kStrip, basis.rows);
-      for (int64_t column = 0; column < coordinates.columns; column += kWidth) {
-        for (int64_t direction = 0; direction < coordinates.rows; direction += Tile<kLanes>::kRows) {
-          Tile<kLanes> sums = {};
+      for_each_column<kLanes>(coordinates.columns, [&](auto wide, int64_t column) __attribute__((always_inline)) {
+        using Sums = Tile<kLanes, float, wide>;
+        for (int64_t direction = 0; direction < coordinates.rows; direction += Sums::kRows) {
+          Sums sums = {};
           for (int64_t row = first; row < last; ++row) {
             sums.add(basis.row(row) + direction, 1, factor.row(row) + column);
           }
           sums.add_to(coordinates.row(direction) + column, coordinates.stride);
         }
-      }
+      });
     }
   }
 };
 
-/// Calls visit(row, column) for tiles of `rows` rows times coordinates (k, width): column by column for as many rows as
-/// stay in the first-level cache beside a column of the coordinates.
-template <int64_t kRows, typename Visit>
+/// Calls visit(wide, row, column) for tiles of `rows` rows times coordinates (k, width): column by column for as many
+/// rows as stay in the first-level cache beside a column of the coordinates.
+template <int kLanes, int64_t kRows, typename Visit>
 CSULORA_INLINED void for_each_tile(int64_t rows, MatrixView<const float> coordinates, Visit visit) {
   constexpr int64_t kEntries = 4096;
   const int64_t strip = std::max<int64_t>(1, kEntries / std::max<int64_t>(1, coordinates.rows) / kRows) * kRows;
   for (int64_t first = 0; first < rows; first += strip) {
-    for (int64_t column = 0; column < coordinates.columns; column += kWidth) {
+    for_each_column<kLanes>(coordinates.columns, [&](auto wide, int64_t column) __attribute__((always_inline)) {
       for (int64_t row = first; row < std::min(first + strip, rows); row += kRows) {
-        visit(row, column);
+        visit(wide, row, column);
       }
-    }
+    });
   }
 }
 
@@ -177,16 +195,16 @@ struct Split {
   template <int kLanes>
   CSULORA_INLINED static void run(MatrixView<const float> basis, MatrixView<const float> coordinates,
                                   MatrixView<float> columns) {
-    const auto visit = [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+    const auto visit = [&](auto wide, int64_t row, int64_t column) __attribute__((always_inline)) {
       float* const target = columns.row(row) + column;
-      Tile<kLanes> inside, outside;
+      Tile<kLanes, float, wide> inside, outside;
       multiply_rows(basis, row, coordinates, column, &inside);
       outside.load_from(target + coordinates.columns, columns.stride);
       outside.subtract(inside);
       inside.store_to(target, columns.stride);
       outside.store_to(target + coordinates.columns, columns.stride);
     };
-    for_each_tile<Tile<kLanes>::kRows>(columns.rows, coordinates, visit);
+    for_each_tile<kLanes, Tile<kLanes>::kRows>(columns.rows, coordinates, visit);
   }
 };
 
@@ -194,12 +212,12 @@ struct Multiply {
   template <int kLanes>
   CSULORA_INLINED static void run(MatrixView<const float> columns, MatrixView<const float> coordinates,
                                   MatrixView<float> product) {
-    const auto visit = [&](int64_t row, int64_t column) __attribute__((always_inline)) {
-      Tile<kLanes> sums;
+    const auto visit = [&](auto wide, int64_t row, int64_t column) __attribute__((always_inline)) {
+      Tile<kLanes, float, wide> sums;
       multiply_rows(columns, row, coordinates, column, &sums);
       sums.store_to(product.row(row) + column, product.stride);
     };
-    for_each_tile<Tile<kLanes>::kRows>(product.rows, coordinates, visit);
+    for_each_tile<kLanes, Tile<kLanes>::kRows>(product.rows, coordinates, visit);
   }
 };
 
@@ -207,17 +225,21 @@ struct MultiplyTransposed {
   template <int kLanes>
   CSULORA_INLINED static void run(MatrixView<const float> columns, MatrixView<const float> coordinates,
                                   MatrixView<float> product) {
-    float block[kWidth * kWidth] = {};
-    const auto visit = [&](int64_t row, int64_t column) __attribute__((always_inline)) {
+    float block[kWidth * 2 * kWidth] = {};
+    const auto visit = [&](auto wide, int64_t row, int64_t column) __attribute__((always_inline)) {
+      using Sums = Tile<kLanes, float, wide>;
       const int64_t count = std::min(kWidth, product.columns - row);
-      for (int64_t i = 0; i < padded(count, kRowStep); i += Tile<kLanes>::kRows) {
-        Tile<kLanes> sums;
+      for (int64_t i = 0; i < padded(count, kRowStep); i += Sums::kRows) {
+        Sums sums;
         multiply_rows(columns, row + i, coordinates, column, &sums);
-        sums.store_to(block + i * kWidth, kWidth);
+        sums.store_to(block + i * Sums::kColumns, Sums::kColumns);
       }
-      transpose_block<kLanes>(block, product.row(column) + row, product.stride, kWidth, count);
+      for (int64_t i = 0; i < Sums::kColumns; i += kWidth) {
+        transpose_block<kLanes>(block + i, product.row(column + i) + row, product.stride, kWidth, count,
+                                Sums::kColumns);
+      }
     };
-    for_each_tile<kWidth>(product.columns, coordinates, visit);
+    for_each_tile<kLanes, kWidth>(product.columns, coordinates, visit);
   }
 };
 
@@ -243,22 +265,22 @@ struct AddGram {
   CSULORA_INLINED static void run(MatrixView<const float> columns, MatrixView<double> gram) {
     using Sums = Tile<kLanes, double>;
     constexpr int64_t kCount = 64, kStrip = Sums::kColumns;  // two strips of so many rows stay in the first-level cache
-    std::vector<double> widened(kCount * columns.columns);
+    const std::unique_ptr<double[]> widened(new double[kCount * columns.columns]);
     for (int64_t first = 0; first < columns.rows; first += kCount) {
       const int64_t count = std::min(kCount, columns.rows - first);
       for (int64_t column = 0; column < columns.columns; column += kStrip) {
         for (int64_t row = 0; row < count; ++row) {
-          std::copy_n(columns.row(first + row) + column, kStrip, widened.data() + column * kCount + row * kStrip);
+          std::copy_n(columns.row(first + row) + column, kStrip, widened.get() + column * kCount + row * kStrip);
         }
       }
       for (int64_t left = 0; left < gram.rows; left += Sums::kRows) {
-        const double* const weights = widened.data() + left / kStrip * kStrip * kCount + left % kStrip;
+        const double* const weights = widened.get() + left / kStrip * kStrip * kCount + left % kStrip;
         for (int64_t right = 0; right < left + Sums::kRows; right += kStrip) {
           double* const target = gram.row(left) + right;
           Sums sums;
           sums.load_from(target, gram.stride);
           for (int64_t row = 0; row < count; ++row) {
-            sums.add(weights + row * kStrip, 1, widened.data() + right * kCount + row * kStrip);
+            sums.add(weights + row * kStrip, 1, widened.get() + right * kCount + row * kStrip);
           }
           sums.store_to(target, gram.stride);
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -12,7 +12,15 @@ from typing import Any, Protocol, get_args
 from torch import Tensor
 
 from csulora.adapters.gguf import file as gguf
-from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, Format, LoraModule
+from csulora.adapters.lora import (
+    CORRECTED_SHA256,
+    REPORT_FILE,
+    SIGNATURE_FILE,
+    STATEMENT_FILE,
+    Adapter,
+    Format,
+    LoraModule,
+)
 from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.weights_files import CONFIG_FILE, hashes_as_written, joined
@@ -25,6 +33,7 @@ from csulora.models.gguf_parts import parts_beside
 FORMATS = get_args(Format)
 
 _FILES = (CONFIG_FILE, "adapter_model*.safetensors*", mlx.WEIGHTS_FILE)
+_SEALS = (SIGNATURE_FILE, STATEMENT_FILE)  # that the one written before may have had
 _CARD, _LIBRARY = "README.md", "library_name: {}\n"  # by which the hub tells what loads it
 
 
@@ -87,6 +96,7 @@ def save_adapter(
     *,
     base_model: str | Path | None = None,
     outtype: str | None = None,
+    seal: Callable[[Path], None] | None = None,
 ) -> str:
     """Write an adapter, complete or not at all.
 
@@ -97,6 +107,7 @@ def save_adapter(
         format: ``peft``, ``mlx`` or ``gguf``; None: ``gguf`` if ``path`` ends in .gguf, else the adapter's own.
         base_model: for ``gguf``, the model that llama.cpp will run it with.
         outtype: for ``gguf``, the type of the tensors: ``f32``, ``f16`` or ``bf16``; None keeps the adapter's.
+        seal: signs what was written: adds files to a directory before it appears, or beside a GGUF file.
 
     Returns:
         The sha256 of what was written, as `load_adapter` finds it: of a directory's configuration and weights
@@ -110,7 +121,7 @@ def save_adapter(
     >>> csulora.load_adapter("copy").sha256 == sha256
     True
     """
-    return save_with_hashes(adapter, path, format, base_model=base_model, outtype=outtype)[0]
+    return save_with_hashes(adapter, path, format, base_model=base_model, outtype=outtype, seal=seal)[0]
 
 
 def save_with_hashes(
@@ -120,8 +131,12 @@ def save_with_hashes(
     *,
     base_model: str | Path | None = None,
     outtype: str | None = None,
+    seal: Callable[[Path], None] | None = None,
 ) -> tuple[str, dict[str, str]]:
-    """Write as `save_adapter` does, and return besides what it returns the sha256 of each file: path -> hex."""
+    """Write as `save_adapter` does, and return besides what it returns the sha256 of each file: path -> hex.
+
+    What ``seal`` adds is not among them: a signature is another each time.
+    """
     check_type(adapter, Adapter, "adapter")
     path = Path(path)
     format = format or ("gguf" if path.suffix == GGUF_SUFFIX else adapter.format)
@@ -139,11 +154,13 @@ def save_with_hashes(
                 "(--format peft)"
             )
         gguf.write(adapter, path, BaseModel.open(base_model), outtype)
+        if seal:
+            seal(path)
         sha256 = sha256_of_file(path)
         return sha256, {str(path): sha256}
     if format not in FORMATS:
         raise InputError(f"unknown adapter format {format!r}; it must be one of {', '.join(FORMATS)}")
-    return _save_directory(adapter, path, format)
+    return _save_directory(adapter, path, format, seal)
 
 
 def weights_file_of(format: Format) -> str:
@@ -170,9 +187,11 @@ def _named_for(adapter: Adapter, format: Format) -> Adapter:
     return replace(adapter, modules=modules, names_in_peft={}, partial=True)
 
 
-def _save_directory(adapter: Adapter, path: Path, format: Format) -> tuple[str, dict[str, str]]:
+def _save_directory(
+    adapter: Adapter, path: Path, format: Format, seal: Callable[[Path], None] | None
+) -> tuple[str, dict[str, str]]:
     adapter, layout = _named_for(adapter, format), _DIRECTORIES[format]
-    with atomic_directory(path, marker=REPORT_FILE) as directory:
+    with atomic_directory(path, REPORT_FILE, _SEALS) as directory:
         hashes = hashes_as_written(directory / layout.WEIGHTS_FILE, layout.write(adapter, directory))
         sha256 = joined(*hashes.values())
         for name, text in adapter.documents.items():
@@ -183,4 +202,6 @@ def _save_directory(adapter: Adapter, path: Path, format: Format) -> tuple[str, 
             data = text.encode(errors="backslashreplace")
             (directory / name).write_bytes(data)
             hashes[name] = hashlib.sha256(data).hexdigest()
+        if seal:
+            seal(directory)
     return sha256, {str(path / name): found for name, found in hashes.items()}

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 REPORT_FILE = "csulora_report.json"  # beside the weights of a corrected adapter
+SIGNATURE_FILE = "model.sig"  # of a directory, over all other files in it; model-signing's own name for it
+STATEMENT_FILE = "csulora.intoto.jsonl"  # what a signed directory was made of
 CORRECTED_SHA256 = "corrected_sha256"  # field of a written report: the content that lies beside it
 
 Format = Literal["peft", "mlx", "gguf"]

@@ -20,6 +20,8 @@ from csulora.policy.toml import POLICY_CHOICES, PRESETS
 from csulora.serving.variables import (
     DECISIONS_VARIABLE,
     POLICY_VARIABLE,
+    RULES_SIGNATURE_VARIABLE,
+    SIGNATURE_VARIABLE,
     SUBSPACE_SHA256_VARIABLE,
     SUBSPACE_VARIABLE,
 )
@@ -165,6 +167,27 @@ SubspaceSha256 = Annotated[
         envvar=SUBSPACE_SHA256_VARIABLE, metavar="HEX", help="The one content of the subspace file that is accepted."
     ),
 ]
+RequireSignature = Annotated[
+    str | None,
+    typer.Option(
+        envvar=SIGNATURE_VARIABLE,
+        metavar="PEM|IDENTITY",
+        help="Who must have signed adapters: a PEM file of public keys or certificates, or "
+        "identity=NAME,issuer=URL[,trust=FILE].",
+    ),
+]
+RequireRulesSignature = Annotated[
+    str | None,
+    typer.Option(
+        envvar=RULES_SIGNATURE_VARIABLE,
+        metavar="PEM|IDENTITY",
+        help="Who must have signed the subspace file and the policy file.",
+    ),
+]
+SignWith = Annotated[
+    Path | None,
+    typer.Option(metavar="KEY", help="Private key (PEM, EC) that signs what is written, and what it was made of."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -182,9 +205,21 @@ ServedDecisions = Annotated[
 ]
 
 
-def set_variables(subspace: Path | None, policy: str | None, decisions: Path | None) -> None:
+def set_variables(
+    subspace: Path | None,
+    policy: str | None,
+    decisions: Path | None,
+    require_signature: str | None,
+    require_rules_signature: str | None,
+) -> None:
     """Let the processes of a server, which may work elsewhere, find what was chosen."""
     files = {SUBSPACE_VARIABLE: subspace, DECISIONS_VARIABLE: decisions}
+    signers = {SIGNATURE_VARIABLE: require_signature, RULES_SIGNATURE_VARIABLE: require_rules_signature}
+    for variable, signer in signers.items():
+        if signer is not None and Path(signer).exists():
+            files[variable] = Path(signer)
+        elif signer is not None:
+            os.environ[variable] = signer
     if policy in PRESETS:
         os.environ[POLICY_VARIABLE] = policy
     elif policy is not None:
@@ -192,15 +227,26 @@ def set_variables(subspace: Path | None, policy: str | None, decisions: Path | N
     os.environ.update({name: str(path.resolve()) for name, path in files.items() if path is not None})
 
 
-def chosen_policy(source: str | None) -> Policy:
-    """Return the policy that was named; none is taken for granted, and of a tuned one it is said if it is no good."""
+def chosen_policy(source: str | None, signer: str | None = None) -> Policy:
+    """Return the policy that was named; none is taken for granted, and of a tuned one it is said if it is no good.
+
+    Args:
+        source: a preset's name or a file.
+        signer: who must have signed the file; None: nobody.
+    """
     if source is None:
         raise typer.BadParameter(f"say which policy: --policy NAME|FILE; {POLICY_CHOICES}")
-    policy = Policy.load(source)
+    policy = _signed_policy(source, signer) if signer else Policy.load(source)
     if policy.provenance.beats_plain_scaling is False:
         told = printable(f"csulora: {source}: csulora tune found it no better than plain scaling")
         print(told, file=sys.stderr, flush=True)
     return policy
+
+
+def _signed_policy(source: str, signer: str) -> Policy:
+    from csulora.serving.signatures import Verifier
+
+    return Verifier.open(signer).load_policy(source).policy
 
 
 def parse_rank(text: str | None) -> str | int | None:

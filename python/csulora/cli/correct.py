@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -26,6 +27,9 @@ from csulora.cli.arguments import (
     Outtype,
     PolicySource,
     Quiet,
+    RequireRulesSignature,
+    RequireSignature,
+    SignWith,
     SubspaceSha256,
     check_outputs,
     chosen_policy,
@@ -65,6 +69,9 @@ def correct(
     base_model: BaseModel = None,
     outtype: Outtype = None,
     subspace_sha256: SubspaceSha256 = None,
+    require_signature: RequireSignature = None,
+    require_rules_signature: RequireRulesSignature = None,
+    sign_with: SignWith = None,
     every_module: EveryModule = False,
     json: Json = None,
     quiet: Quiet = False,
@@ -81,7 +88,7 @@ def correct(
     if is_gguf and layout is not None:
         raise typer.BadParameter("--layout is for directories; a GGUF file has the layout of its model")
     check_outputs([output, json], [adapter, subspace, policy, base_model, aligned_model])
-    start = chosen_policy(policy)
+    start = chosen_policy(policy, require_rules_signature)
     if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
         raise typer.BadParameter("--aligned, --partial and --off do not reach what the policy's overrides match")
     changes: dict[str, Any] = {
@@ -100,15 +107,21 @@ def correct(
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     from csulora.adapters.lora import CORRECTED_SHA256
+    from csulora.serving.provenance import Ingredients, Signer
+    from csulora.serving.signatures import Verifier, open_subspace
     from csulora.views.report_table import report_table
 
-    loaded = csulora.load_adapter(adapter, base_model, expert_layout=expert_layout)
+    signer = Signer(sign_with) if sign_with else None
+    verifier, rules = (Verifier.open(who) if who else None for who in (require_signature, require_rules_signature))
+    read = functools.partial(csulora.load_adapter, adapter, base_model, expert_layout=expert_layout)
+    loaded = verifier.read(adapter, read) if verifier else read()
+    opened = open_subspace(subspace, subspace_sha256, rules)
     wanted = cast("Layout | None", layout and layout.value)
-    opened = csulora.Subspace.open(subspace, subspace_sha256)
     fixed, report = csulora.correct(loaded, opened, chosen, wanted, aligned=aligned_model)
+    seal = signer.sealing(Ingredients.of(loaded, opened, chosen)) if signer else None
     dtype = outtype and outtype.value
     written = "gguf" if is_gguf else format.value if format else loaded.format
-    sha256 = csulora.save_adapter(fixed, output, written, base_model=base_model, outtype=dtype)
+    sha256 = csulora.save_adapter(fixed, output, written, base_model=base_model, outtype=dtype, seal=seal)
     kind = {"gguf": "a GGUF file", "mlx": "a directory for mlx-lm"}.get(written, "a PEFT directory")
     summary = f"wrote {output}, {kind}: {len(report.measured)} of {len(report.modules)} modules, sha256 {sha256}"
     if report.copies:

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from csulora.cli.arguments import BaseModel, Json, PolicySource, Quiet, SubspaceSha256, check_outputs, chosen_policy
+from csulora.cli.arguments import (
+    BaseModel,
+    Json,
+    PolicySource,
+    Quiet,
+    RequireRulesSignature,
+    RequireSignature,
+    SignWith,
+    SubspaceSha256,
+    check_outputs,
+    chosen_policy,
+)
 from csulora.cli.console import deliver
 from csulora.cli.interruption import interruptible
 from csulora.errors import InputError, RefusedError
@@ -37,6 +48,10 @@ _Quarantine = Annotated[
 _FailOnRefusal = Annotated[
     bool, typer.Option("--fail-on-refusal", help="Exit 3 if an upload is not let through; not with --watch.")
 ]
+_Together = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Names that the server adds up; any sum obeys max_undo; repeatable."),
+]
 _Metrics = Annotated[str | None, typer.Option(metavar="[HOST:]PORT", help="Serve metrics for Prometheus there.")]
 
 
@@ -58,6 +73,10 @@ def guard(
     health: Annotated[Path | None, typer.Option(help="Say in this file every second how the guard is.")] = None,
     metrics: _Metrics = None,
     subspace_sha256: SubspaceSha256 = None,
+    require_signature: RequireSignature = None,
+    require_rules_signature: RequireRulesSignature = None,
+    sign_with: SignWith = None,
+    together: _Together = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -69,14 +88,23 @@ def guard(
     reload = threading.Event()  # asked for; also while torch is imported, where nobody listens yet
     if watch:
         signal.signal(signal.SIGHUP, lambda *_: reload.set())
-    chosen_policy(policy)
+    chosen_policy(policy, require_rules_signature)
     check_outputs([json, health, decisions], [incoming, outgoing, subspace, policy, base_model])
     from csulora.serving import metrics as exposed
     from csulora.serving.gate import Gate
     from csulora.serving.guard import DirectoryGuard, Options
 
     def opened() -> Gate:
-        return Gate.open(subspace, policy, None if plan else decisions, subspace_sha256, route="guard")
+        return Gate.open(
+            subspace,
+            policy,
+            None if plan else decisions,
+            subspace_sha256,
+            "guard",
+            require_signature,
+            require_rules_signature,
+            sign_with,
+        )
 
     if plan:
         _plan(incoming, outgoing, opened(), base_model, json, quiet)
@@ -85,7 +113,7 @@ def guard(
         incoming,
         outgoing,
         opened(),
-        Options(settle, patience, base_model, jobs, withdraw, quarantine, health),
+        Options(settle, patience, base_model, jobs, withdraw, quarantine, health, tuple(together or ())),
         say=lambda line: None if quiet else print(line, flush=True),
         reopen=opened,
         reload=reload,

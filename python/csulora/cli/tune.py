@@ -165,6 +165,8 @@ def tune(
     with interruptible(reason), progress_bar("tuning", quiet, lines=True) as progress:
         frontier = tune(request, output, progress, partial(_note, quiet), require_verdict)
     summary = [_splits(frontier), frontier.verdict]
+    if frontier.recommended is None:
+        summary.append("Give more prompts or other weights; if that shows nothing either, do not load the adapter")
     if frontier.recommended or not require_verdict:
         effect = ", which corrects nothing" if frontier.written == "none" else ""
         summary.append(f"{output}: {frontier.written}{effect}")
@@ -189,5 +191,5 @@ def _splits(frontier: Frontier) -> str:
     }
     return (
         f"Fitted to {counts['training']} prompts; ended and chosen on {counts['validation']}; "
-        f"reported on {counts['test']}, which decided nothing"
+        f"reported on {counts['test']}, which chose nothing"
     )

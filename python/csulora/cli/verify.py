@@ -16,6 +16,7 @@ from csulora.io.files import GGUF_SUFFIX
 from csulora.policy.policy import Policy
 from csulora.views import tables
 from csulora.views.audit_table import audit_table
+from csulora.views.provenance_table import provenance_table
 
 if TYPE_CHECKING:
     from csulora.correction.audit import Check
@@ -53,10 +54,16 @@ def verify(
     ] = None,
     expert_layout: ExpertOrder = None,
     base_model: BaseModel = None,
+    require_signature: Annotated[
+        str | None, typer.Option(metavar="PEM|IDENTITY", help="Who must have signed an adapter that csulora wrote.")
+    ] = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Recompute a subspace file's certificates, a corrected adapter from its original, or a decision from its line."""
+    """Recompute a subspace file's certificates, a corrected adapter from its original, or a decision from its line.
+
+    With --require-signature, verify the signature of what csulora wrote, and the statement of what it was made of.
+    """
     if decision is not None:
         check_outputs([json], [subject, *(sources or ()), policy])
         _verify_decision(subject, decision, sources or [], policy, json, quiet)
@@ -64,11 +71,15 @@ def verify(
     if policy is not None and len(sources or ()) != 2:
         raise typer.BadParameter("--policy goes with ADAPTER ORIGINAL SUBSPACE")
     check_outputs([json], [subject, *(sources or ()), policy, base_model])
-    if subject.suffix == GGUF_SUFFIX:
+    if require_signature is not None:
+        if sources:
+            raise typer.BadParameter("--require-signature goes with ADAPTER alone; verify the sources without it")
+        _verify_signature(subject, require_signature, json, quiet)
+    elif subject.suffix == GGUF_SUFFIX:
         raise InputError(
             f"{subject}: a GGUF file has no report to verify; verify the PEFT directory that holds the same correction"
         )
-    if subject.is_dir() and len(sources or ()) in (0, 2):
+    elif subject.is_dir() and len(sources or ()) in (0, 2):
         original, subspace = sources or (None, None)
         known = csulora.Subspace.open(subspace) if subspace else None
         required = Policy.load(policy) if policy else None
@@ -78,6 +89,16 @@ def verify(
         _verify_subspace(subject, sources[0], sources[1], json, quiet)
     else:
         raise typer.BadParameter("give SUBSPACE BASE ALIGNED, or ADAPTER ORIGINAL SUBSPACE, or ADAPTER alone")
+
+
+def _verify_signature(path: Path, signer: str, json: Path | None, quiet: bool) -> None:
+    from csulora.serving.provenance import verified_provenance
+    from csulora.serving.signatures import Verifier
+
+    verifier = Verifier.open(signer)
+    provenance = verified_provenance(path, verifier)
+    summary = f"{path}: signed by {verifier.trust.name}, written by csulora {provenance.version}"
+    deliver(provenance_table(provenance), summary, {"provenance": asdict(provenance)}, json, quiet)
 
 
 def _verify_decision(

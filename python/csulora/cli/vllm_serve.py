@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from csulora.cli.arguments import ServedDecisions, ServedPolicy, ServedSubspace, set_variables
+from csulora.cli.arguments import (
+    RequireRulesSignature,
+    RequireSignature,
+    ServedDecisions,
+    ServedPolicy,
+    ServedSubspace,
+    set_variables,
+)
 
 
 def vllm_serve(
@@ -12,9 +19,11 @@ def vllm_serve(
     subspace: ServedSubspace = None,
     policy: ServedPolicy = None,
     decisions: ServedDecisions = None,
+    require_signature: RequireSignature = None,
+    require_rules_signature: RequireRulesSignature = None,
 ) -> None:
     """Run `vllm serve` with all further arguments, or fail if adapters would not be corrected."""
     from csulora.hooks.vllm.launcher import serve
 
-    set_variables(subspace, policy, decisions)
+    set_variables(subspace, policy, decisions, require_signature, require_rules_signature)
     serve(context.args)

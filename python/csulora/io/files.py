@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -95,22 +95,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
+def atomic_directory(path: Path, marker: str, optional: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty temporary directory that on success becomes ``path``.
 
     An existing ``path`` is replaced if it is empty, or if csulora wrote it: it holds the file ``marker`` and
-    nothing that the new directory does not hold too.
+    nothing that the new directory does not hold too, but for the ``optional`` files.
 
     Raises:
         InputError: ``path`` cannot be created or must not be replaced, or another process wrote it meanwhile.
     """
     check_parent(path)
     with workplace(path) as place:
-        temporary = place / "new"
-        temporary.mkdir()
+        temporary = place / "new" / path.name  # what seals it may note its name
+        temporary.mkdir(parents=True)
         permissions = temporary.stat().st_mode & 0o666
         yield temporary
-        _check_replaceable(path, marker, {file.name for file in temporary.iterdir()})
+        _check_replaceable(path, marker, {file.name for file in temporary.iterdir()}.union(optional))
         for file in temporary.iterdir():
             file.chmod(permissions)
             _flush_to_disk(file)

@@ -18,6 +18,7 @@ from csulora.correction.correct import cover
 from csulora.errors import CsuloraError, HostLimitError, InputError, RefusedError, printable
 from csulora.serving.gate import Gate
 from csulora.serving.publication import PREFIX, Publication, is_complete
+from csulora.serving.signatures import SIGNATURE_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Terms:
     layout: Callable[[], Layout] | None = None
     fit: Callable[[Adapter], Adapter] | None = None
 
+
+_READ = (".json", ".safetensors", SIGNATURE_SUFFIX)
 
 _Signature = tuple[tuple[str, int, int, int, int], ...]
 
@@ -212,7 +215,7 @@ def _signature(path: Path) -> _Signature:
     """Identity and times of the files of an adapter; empty if there are none."""
     try:
         files = sorted(path.iterdir())
-        states = [(file.name, file.stat()) for file in files if file.suffix in (".json", ".safetensors")]
+        states = [(file.name, file.stat()) for file in files if file.suffix in _READ]
     except OSError:
         return ()
     return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states)

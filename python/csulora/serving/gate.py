@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,16 +15,22 @@ from typing import Any
 import tomli_w
 
 from csulora import __version__
+from csulora.adapters.lora import Adapter
 from csulora.correction.correct import check_subspace
+from csulora.correction.together import Undone, check_together
 from csulora.errors import GONE, InputError, RefusedError, reason_code_of
 from csulora.policy.policy import Policy
 from csulora.policy.source import PolicySource
 from csulora.policy.toml import POLICY_CHOICES
 from csulora.serving.decisions import Decision, DecisionLog, Route, Verdict
 from csulora.serving.open_decision import OpenDecision, hashes_of
+from csulora.serving.provenance import Ingredients, Seal, Signer
+from csulora.serving.signatures import Verifier, load_policy, open_subspace
 from csulora.serving.variables import (
     DECISIONS_VARIABLE,
     POLICY_VARIABLE,
+    RULES_SIGNATURE_VARIABLE,
+    SIGNATURE_VARIABLE,
     SUBSPACE_SHA256_VARIABLE,
     SUBSPACE_VARIABLE,
 )
@@ -37,14 +43,21 @@ class Gate:
     Attributes:
         source: the policy with what identifies it.
         route: through which adapters come in.
+        verifier: wants adapters to be signed; None: signatures are not looked at.
         fingerprint: identity of everything that turns an adapter into the corrected one: subspace file, policy,
             version.
     """
 
     def __init__(
-        self, subspace: Subspace, policy: PolicySource, log: DecisionLog | None = None, route: Route = "python"
+        self,
+        subspace: Subspace,
+        policy: PolicySource,
+        log: DecisionLog | None = None,
+        route: Route = "python",
+        verifier: Verifier | None = None,
+        signer: Signer | None = None,
     ) -> None:
-        """Set the gate up; `open` does it from files.
+        """Set the gate up; `open` does it from files. With a verifier every adapter must be signed.
 
         The whole subspace file is read and validated now, not when an adapter first needs it.
 
@@ -67,6 +80,11 @@ class Gate:
         self.policy.check_filtered([module for module in subspace if subspace.input_filter(module)])
         meaning = hashlib.sha256(tomli_w.dumps(self.policy.to_dict()).encode()).hexdigest()  # of a file, no comment
         made_of = f"csulora {__version__}, subspace {subspace.sha256}, policy {meaning}"
+        if verifier:
+            made_of += f", signed by {verifier.trust.fingerprint}"
+        if signer:
+            made_of += f", to be signed by {signer.fingerprint}"
+        self.verifier, self._signer = verifier, signer
         self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
 
     @classmethod
@@ -77,20 +95,35 @@ class Gate:
         decisions: str | Path | None = None,
         subspace_sha256: str | None = None,
         route: Route = "python",
+        require_signature: str | Path | None = None,
+        require_rules_signature: str | Path | None = None,
+        sign_with: str | Path | None = None,
     ) -> Gate:
-        """Set a gate up from objects or files: a subspace file, a policy (a preset's name or a TOML
-        file), a file to append decisions to. There is no default policy.
+        """Set a gate up from objects or files. There is no default policy.
+
+        Args:
+            subspace: a subspace file.
+            policy: a preset's name or a TOML file.
+            decisions: file to append decisions to.
+            subspace_sha256: the one content of the subspace file that is accepted; None: any.
+            route: through which adapters come in.
+            require_signature: who must have signed adapters, see `csulora.serving.trust.Trust.open`; None: nobody.
+            require_rules_signature: who must have signed the subspace file and the policy file.
+            sign_with: private key that signs what is written, see `seal_for`.
 
         Raises:
             InputError: a file is malformed, or no policy is given.
             RefusedError: the subspace file has another content than ``subspace_sha256`` says, or the policy was tuned
-                for another subspace file.
+                for another subspace file, or a signature is required and does not hold.
         """
+        rules = Verifier.open(require_rules_signature) if require_rules_signature else None
         return cls(
-            subspace if isinstance(subspace, Subspace) else Subspace.open(subspace, subspace_sha256),
-            PolicySource.load(policy),
+            subspace if isinstance(subspace, Subspace) else open_subspace(subspace, subspace_sha256, rules),
+            load_policy(policy, rules),
             DecisionLog(Path(decisions) if decisions else None),
             route,
+            Verifier.open(require_signature) if require_signature else None,
+            Signer(sign_with) if sign_with else None,
         )
 
     @classmethod
@@ -98,6 +131,7 @@ class Gate:
         """Set up what CSULORA_SUBSPACE, CSULORA_POLICY and CSULORA_DECISIONS name; the last is optional.
 
         CSULORA_SUBSPACE_SHA256, if it is set, is the one content of the subspace file that is accepted.
+        CSULORA_REQUIRE_SIGNATURE says who must have signed adapters, CSULORA_REQUIRE_RULES_SIGNATURE who the rules.
 
         Raises:
             InputError: a variable is missing or names something unreadable.
@@ -108,8 +142,15 @@ class Gate:
         policy = environment.get(POLICY_VARIABLE)
         if not policy:
             raise InputError(f"{POLICY_VARIABLE} is not set; {POLICY_CHOICES}")
-        pinned = environment.get(SUBSPACE_SHA256_VARIABLE) or None
-        return cls.open(subspace, policy, environment.get(DECISIONS_VARIABLE), pinned, route)
+        return cls.open(
+            subspace,
+            policy,
+            environment.get(DECISIONS_VARIABLE),
+            environment.get(SUBSPACE_SHA256_VARIABLE) or None,
+            route,
+            environment.get(SIGNATURE_VARIABLE) or None,
+            environment.get(RULES_SIGNATURE_VARIABLE) or None,
+        )
 
     @contextmanager
     def decision(self, path: str | Path, name: str | None = None) -> Iterator[OpenDecision]:
@@ -127,7 +168,7 @@ class Gate:
         >>> report.totals.undo_after < report.totals.undo
         True
         """
-        decision = OpenDecision(path, name, self.subspace, self.policy, self.log.path is not None)
+        decision = OpenDecision(path, name, self.subspace, self.policy, self.log.path is not None, self.verifier)
         try:
             yield decision
         except Exception as error:
@@ -136,6 +177,30 @@ class Gate:
             raise
         if decision.is_made or decision.error:
             self.log.record(self.closed(decision, decision.error))
+
+    def check_sum(self, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> None:
+        """Refuse what a host is to add up if the sum undoes more than the policy's ``max_undo``; record the refusal.
+
+        Args:
+            adapters: as the host applies them, so corrected ones, by the names that messages give them.
+            weights: a factor for each.
+
+        Raises:
+            UndoTogetherError: the sum undoes too much.
+        """
+        if self.policy.max_undo is None:
+            return
+        label = " + ".join(adapters)
+        with self.decision(label, label):
+            members = [Undone.by(adapter, self.subspace, name) for name, adapter in adapters.items()]
+            scaled = [member.times(weight) for member, weight in zip(members, weights, strict=True)]
+            check_together(scaled, self.policy)
+
+    def seal_for(self, adapter: Adapter) -> Seal | None:
+        """Return what `csulora.save_adapter` is to sign the corrected form of an adapter with, if that is signed."""
+        if self._signer is None:
+            return None
+        return self._signer.sealing(Ingredients.of(adapter, self.subspace, self.policy))
 
     def closed(self, decision: OpenDecision, error: Exception | None = None) -> Decision:
         """Return the record of what a block under `decision` has done so far, or of why it lets nothing through."""

@@ -9,6 +9,7 @@ import importlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from csulora.errors import InputError
@@ -20,47 +21,71 @@ _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 @dataclass(frozen=True)
 class Metrics:
-    """Everything that csulora exposes; a counter's name ends in ``_total`` where it is scraped."""
+    """What every route counts; a counter's name ends in ``_total`` where it is scraped."""
 
     decisions: Any
     seconds: Any
     undo: Any
     change: Any
     uncorrected: Any
+
+
+@dataclass(frozen=True)
+class GuardMetrics:
+    """What the directory guard counts besides. Elsewhere a scan that never was would look like one long ago."""
+
     undecided: Any
     scanned: Any
     reloads: Any
 
 
 _lock = threading.Lock()
-_metrics: Metrics | None = None
-_is_made = False
 
 
 def found() -> Metrics | None:
     """Return the metrics, made when they are first asked for; None without prometheus_client."""
-    global _metrics, _is_made
     with _lock:
-        if not _is_made:
-            try:
-                _metrics = _made(importlib.import_module("prometheus_client"))
-            except ImportError:
-                _metrics = None
-            _is_made = True
-        return _metrics
+        return _metrics()
 
 
-def _made(prometheus: Any) -> Metrics:
-    counter, histogram, gauge = prometheus.Counter, prometheus.Histogram, prometheus.Gauge
-    labels = ["verdict", "reason", "route"]
+def of_guard() -> GuardMetrics | None:
+    """Return the guard's metrics, likewise."""
+    with _lock:
+        return _guard_metrics()
+
+
+@cache
+def _prometheus() -> Any:
+    try:
+        return importlib.import_module("prometheus_client")
+    except ImportError:
+        return None
+
+
+@cache
+def _metrics() -> Metrics | None:
+    prometheus, labels = _prometheus(), ["verdict", "reason", "route"]
+    if prometheus is None:
+        return None
+    counter, histogram = prometheus.Counter, prometheus.Histogram
     return Metrics(
         counter("csulora_decisions", "Adapters decided on", labels),
         histogram("csulora_decision_seconds", "From opening an adapter to the verdict", labels, buckets=_SECONDS),
         histogram("csulora_largest_undo", "Of one module of an adapter", ["when", "route"], buckets=_UNDO),
         histogram("csulora_relative_change", "Of a corrected adapter", ["route"], buckets=_SHARES),
         histogram("csulora_uncorrected_share", "Of |dW|^2 of a corrected adapter", ["route"], buckets=_SHARES),
-        gauge("csulora_guard_undecided", "Uploads that wait for a decision", multiprocess_mode="livesum"),
-        gauge("csulora_guard_scan_timestamp_seconds", "End of the last scan", multiprocess_mode="livemax"),
+    )
+
+
+@cache
+def _guard_metrics() -> GuardMetrics | None:
+    prometheus = _prometheus()
+    if prometheus is None:
+        return None
+    counter, gauge = prometheus.Counter, prometheus.Gauge
+    return GuardMetrics(
+        gauge("csulora_guard_undecided", "Uploads that wait for a decision"),
+        gauge("csulora_guard_scan_timestamp_seconds", "End of the last scan"),
         counter("csulora_guard_reloads", "Policy and subspace file read again (SIGHUP)", ["result"]),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
@@ -22,6 +22,7 @@ from csulora.errors import InputError
 from csulora.io.files import sha256_of_file, workplace
 from csulora.policy.policy import Policy
 from csulora.serving.limiter import limited
+from csulora.serving.signatures import Verifier
 from csulora.subspace.subspace import Subspace
 
 ADAPTER_FILES = re.compile(r"adapter_config\.json|adapters\.safetensors|adapter_model\S*\.safetensors(\.index\.json)?")
@@ -45,9 +46,17 @@ class OpenDecision:
         is_repeated: whether the same outcome of the same adapter was recorded before and is not recorded again.
     """
 
-    def __init__(self, path: str | Path, name: str | None, subspace: Subspace, policy: Policy, is_logged: bool) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        name: str | None,
+        subspace: Subspace,
+        policy: Policy,
+        is_logged: bool,
+        verifier: Verifier | None = None,
+    ) -> None:
         """Nothing is known of the adapter yet; files are hashed only if somebody will read of it."""
-        self._subspace, self._policy, self._is_logged = subspace, policy, is_logged
+        self._subspace, self._policy, self._is_logged, self._verifier = subspace, policy, is_logged, verifier
         self.path, self.name = Path(path), Path(path).name if name is None else name
         self.id, self.started = secrets.token_hex(8), time.perf_counter()
         self.adapter_sha256: str | None = None
@@ -62,13 +71,16 @@ class OpenDecision:
     def read(self, path: Path, base_model: str | Path | None = None) -> Adapter:
         """Return what `csulora.load_adapter` reads. Threads wait for one another, see `csulora.serving.limiter`."""
         self.base_model = None if base_model is None else str(Path(base_model).absolute())
-        with limited():
-            return self.take(load_adapter(path, base_model))
+        return self._read(path, lambda: load_adapter(path, base_model))
 
     def read_directory(self, path: Path) -> Adapter:
         """Return the adapter in a PEFT directory, for hosts that take no other format."""
+        return self._read(path, lambda: peft.read(path))
+
+    def _read(self, path: Path, reader: Callable[[], Adapter]) -> Adapter:
+        """Read an adapter, and if signatures are required, verify it before and compare it afterwards."""
         with limited():
-            return self.take(peft.read(path))
+            return self.take(self._verifier.read(path, reader) if self._verifier else reader())
 
     def take(self, adapter: Adapter) -> Adapter:
         """Return an adapter that is in memory; the decision is about this one."""

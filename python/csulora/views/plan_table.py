@@ -18,7 +18,7 @@ def plan_table(planned: Sequence[Planned]) -> RenderableType:
     """Return one row per upload: verdict and figures in OUTGOING now, and as they would be."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("adapter", overflow="fold")
-    for column in ("verdict", "undo", "left now", "left then", "change now", "change then"):
+    for column in ("verdict", "largest undo", "left now", "left then", "change now", "change then"):
         table.add_column(column)
     for row in planned:
         table.add_row(

@@ -29,8 +29,9 @@ def exposed() -> dict[str, set[str]]:
     done = {"verdict": "corrected", "reason": None, "reason_code": None, "totals": totals, "form": form}
     metrics.observe(factories.decision().to_dict())
     metrics.observe(factories.decision(**done).to_dict())
-    found = metrics.found()
+    found = metrics.of_guard()
     assert found is not None
+    found.undecided.set(0)
     found.reloads.labels(result="done").inc()
     samples = [sample for family in prometheus_client.REGISTRY.collect() for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples if sample.name.startswith("csulora_")}

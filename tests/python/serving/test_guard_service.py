@@ -360,6 +360,17 @@ def test_a_killed_guard_loses_no_decision_and_repeats_none(moment: str, kind: st
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.usefixtures("one_thread")
+def test_what_a_killed_guard_left_of_an_upload_that_is_gone_is_removed(world: World) -> None:
+    world.upload("a")
+    run_until_killed(world, Judge, "_deliver", killed)
+    assert [path for path in world.outgoing.iterdir() if "deciding" in path.name]
+    world.remove("a")
+    assert world.guard().scan()
+    assert not list(world.outgoing.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_guard_has_refused_a_name_that_cannot_be_printed(world: World) -> None:
     world.upload("a\n\udcff")
     run_until_killed(world, DecisionLog, "restore", killed)
@@ -418,7 +429,7 @@ def test_a_plan_says_what_would_change_and_writes_nothing(world: World) -> None:
     assert [row.is_changed for row in same.values()] == [False, False, True]
     assert same["new"].verdict_now is None
     assert (strict["a"].verdict_now, strict["a"].verdict) == ("corrected", "refused")
-    assert strict["a"].undo_now == same["a"].undo_after == world.lines[0]["totals"]["undo_after"]
+    assert strict["a"].undo_now == same["a"].undo_after == world.lines[0]["totals"]["largest_undo_after"]
     assert strict["new"].reason_code == "undo-limit"
     assert Planned("a", "corrected", "corrected", 0.5, 0.1, 0.1, 0.2, 0.2).is_changed is False
 

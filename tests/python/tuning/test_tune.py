@@ -472,7 +472,7 @@ def test_the_command_line(
     assert "refused" not in shown
     assert "general kept" not in shown
     assert "not measured on general prompts" in " ".join(shown.split())
-    assert "reported on 4 safety, 4 task, which decided nothing" in shown
+    assert "reported on 4 safety, 4 task, which chose nothing" in shown
     assert "tuning: fit tuned 8\n" in told
     assert re.search(r"csulora: takes .* here, and \d\.\d GB of memory\n", told)
     written = Frontier.load(tmp_path / "policy.frontier.json").written

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import llama_cpp
 
+from csulora.adapters.gguf import file as gguf
 from csulora.errors import InputError, UncoveredRouteError
 from csulora.hooks.llama_cpp.cache import CorrectedCache, default_directory
 from csulora.models.gguf_base import BaseModel
@@ -36,6 +37,7 @@ def load(
     *,
     cache: str | Path | None = None,
     decisions: str | Path | None = None,
+    require_signature: str | Path | None = None,
     **kwargs: Any,
 ) -> llama_cpp.Llama:
     """Load a model with corrected adapters.
@@ -45,16 +47,18 @@ def load(
         adapter: a PEFT directory or a GGUF LoRA file, or several with the factor by which each one's corrected
             update is multiplied.
         subspace: the subspace file of the model.
-        policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default.
+        policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default. Its
+            ``max_undo`` also limits the sum of the corrected updates, each times its factor.
         cache: where corrected files are kept; `default_directory` if absent.
         decisions: file to append a JSON line per decision to.
+        require_signature: who must have signed adapters, see `csulora.serving.trust.Trust.open`; None: nobody.
         kwargs: passed to ``llama_cpp.Llama``.
 
     Returns:
         The model. It cannot be pickled or copied, as llama-cpp-python would leave the adapters behind.
 
     Raises:
-        RefusedError: an adapter is refused by the policy, or cannot be corrected or run by llama.cpp.
+        RefusedError: an adapter, or their sum, is refused by the policy, or cannot be corrected or run by llama.cpp.
         InputError: a file is malformed, does not fit the others, or llama.cpp does not load it.
 
     >>> from csulora.hooks import llama_cpp
@@ -70,10 +74,13 @@ def load(
     for path, scale in adapters.items():
         if not math.isfinite(scale):
             raise InputError(f"{path}: its scale is {scale}; it must be finite")
-    gate = Gate.open(subspace, policy, decisions, route="llama.cpp")
+    gate = Gate.open(subspace, policy, decisions, route="llama.cpp", require_signature=require_signature)
     corrected_cache = CorrectedCache(Path(cache) if cache else default_directory())
     base = BaseModel.open(model_path)
     files = [corrected_cache.corrected(Path(path), base, gate) for path in adapters]
+    if list(adapters.values()) != [1.0]:
+        served = {str(path): gguf.read(file, base) for path, file in zip(adapters, files, strict=True)}
+        gate.check_sum(served, list(adapters.values()))
     llama = llama_cpp.Llama(str(model_path), **kwargs)
     try:
         _attach(llama, files, list(adapters.values()))

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,17 @@ def local_directory(source: Any, options: dict[str, Any]) -> Path:
     return directory / subfolder
 
 
+def taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
+    """Take what locates an adapter out of the arguments of transformers' ``load_adapter``; the last word counts."""
+    config = given.get("load_config")
+    hub = dict(getattr(config, "download_kwargs", None) or {})
+    if config is not None:
+        given["load_config"] = replace(config, download_kwargs={})
+    for name in ("download_kwargs", "adapter_kwargs"):
+        hub |= given.pop(name, None) or {}
+    return hub | {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
+
+
 def check_nothing_overrides(options: Mapping[str, Any], source: Any) -> None:
     """Refuse arguments of a call under which the host would not load what was corrected."""
     for name in _OVERRIDES:
@@ -126,10 +138,16 @@ def check_name_is_free(adapters: Mapping[str, Any], name: str) -> None:
         raise InputError(f"the model has an adapter {name!r} already; delete it first or choose another name")
 
 
-def of_model(model: Any, adapter_name: str) -> Adapter:
-    """Return an adapter that a model holds as it would be read from disk."""
+def of_model(model: Any, adapter_name: str, prefix: str = "") -> Adapter:
+    """Return an adapter that a model holds as it would be read from disk.
+
+    Args:
+        model: a ``PeftModel``, its tuner, or a transformers model.
+        adapter_name: its name there.
+        prefix: what stands before the names of the model's state on disk.
+    """
     settings = json.dumps(model.peft_config[adapter_name].to_dict(), sort_keys=True, default=sorted).encode()
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {f"{prefix}{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     sha256 = sha256_of(settings, safetensors.torch.save(tensors))
     return parse(json.loads(settings), tensors, Path(adapter_name), sha256)

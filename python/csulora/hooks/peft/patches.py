@@ -1,7 +1,6 @@
 """Adapters corrected where PEFT or transformers load them.
 
     model, report = csulora.hooks.peft.load(model, "my-adapter", "subspace.safetensors", "protect")  # one adapter
-
     with csulora.hooks.peft.guard("subspace.safetensors", "protect"):  # whatever loads an adapter here
         model = PeftModel.from_pretrained(model, "my-adapter")
 
@@ -16,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,6 @@ from csulora.hooks.peft.arrival import check_arrived
 from csulora.hooks.peft.base_models import BaseModels
 from csulora.hooks.peft.hotswap import check_hotswap, hotswap_replacements
 from csulora.hooks.peft.loading import (
-    HUB_ARGUMENTS,
     by_name,
     check_name_is_free,
     check_nothing_overrides,
@@ -46,8 +43,10 @@ from csulora.hooks.peft.loading import (
     loads_corrected,
     local_directory,
     of_model,
+    taken_from_hub,
     without_initialising,
 )
+from csulora.hooks.peft.together import check_together_host, together_replacements
 from csulora.hooks.signature import check_signature
 from csulora.policy.policy import Policy
 from csulora.serving.gate import Gate
@@ -65,6 +64,8 @@ def load(
     subspace: SubspaceSource,
     policy: Rules = None,
     adapter_name: str = "default",
+    *,
+    require_signature: str | Path | None = None,
     **options: Any,
 ) -> tuple[Any, Report]:
     """Load an adapter corrected.
@@ -75,6 +76,7 @@ def load(
         subspace: subspace file of the model.
         policy: what to keep and what to refuse: a preset's name, a TOML file or a `Policy`; there is no default.
         adapter_name: name of the adapter in the model.
+        require_signature: who must have signed the adapter, see `csulora.serving.trust.Trust.open`; None: nobody.
         options: further arguments of ``PeftModel.from_pretrained`` or ``load_adapter``, such as ``torch_device``; none
             that change the configuration or the names of modules.
 
@@ -90,7 +92,7 @@ def load(
     ['default']
     """
     check_nothing_overrides(options, path)
-    gate = Gate.open(subspace, policy, route="peft")
+    gate = Gate.open(subspace, policy, route="peft", require_signature=require_signature)
     location = local_directory(path, options)
     with gate.decision(location) as decision:
         corrected, report = corrected_for(model, decision, decision.read_directory(location))
@@ -147,6 +149,7 @@ def guard(
     policy: Rules = None,
     decisions: str | Path | None = None,
     base_models: Sequence[str | Path] = (),
+    require_signature: str | Path | None = None,
 ) -> Iterator[Gate]:
     """Correct or refuse every adapter that is loaded within the block, in all threads of the process.
 
@@ -154,6 +157,9 @@ def guard(
     ``hotswap_adapter``, and ``load_adapter`` and ``from_pretrained`` of transformers. What cannot be corrected is
     refused: adapters that are not LoRA, weights or configurations handed over in memory, mappings of module names,
     and PEFT's other readers of adapter files.
+
+    Where several adapters are activated or merged, or made into a weighted one, the policy's ``max_undo`` limits their
+    sum, too.
 
     Where a program names an adapter alone (``AutoPeftModel``, transformers' auto classes, ``pipeline``), the hosts load
     the base model that the adapter names: refused unless it is one of ``base_models``. transformers ignores the
@@ -175,6 +181,7 @@ def guard(
         decisions: file to append a JSON line per decision to.
         base_models: base models that adapters may choose, as they name them; ``name@revision`` for one with a revision.
             A slash at the end does not count.
+        require_signature: who must have signed adapters, see `csulora.serving.trust.Trust.open`; None: nobody.
 
     Raises:
         HostError: the installed PEFT or transformers is not one this module knows.
@@ -184,7 +191,7 @@ def guard(
     >>> with csulora.hooks.peft.guard(subspace, csulora.Policy.protect(1.0)):
     ...     model = PeftModel.from_pretrained(model, adapter)
     """
-    gate = Gate.open(subspace, policy, decisions, route="peft")
+    gate = Gate.open(subspace, policy, decisions, route="peft", require_signature=require_signature)
     _check_host()
     if not _one_guard.acquire(blocking=False):
         raise InputError("a guard is active already; guards cannot be nested")
@@ -204,6 +211,7 @@ def _check_host() -> None:
     check_signature(PeftMixedModel.from_pretrained, "model", "model_id", "adapter_name", "is_trainable", "config")
     check_signature(peft_save_and_load.load_peft_weights, "model_id", "device", "key_mapping")
     check_hotswap()
+    check_together_host()
     check_signature(find_adapter_config_file, "model_id")
     check_signature(PeftConfig.from_pretrained, "pretrained_model_name_or_path", "subfolder")
     check_signature(
@@ -219,6 +227,7 @@ def _replacements(gate: Gate) -> Iterator[tuple[Any, str, Any]]:
     yield PeftAdapterMixin, "load_adapter", _transformers_load_adapter(gate, PeftAdapterMixin.load_adapter)
     reader = peft_save_and_load.load_peft_weights
     yield from hotswap_replacements(gate)
+    yield from together_replacements(gate)
     # X-LoRA would put an adapter's configuration into the model before it reads the weights.
     yield xlora, "_load_adapter_into_lora_model", _refusing_x_lora
     # Under all the names that PEFT has for it; reached only by routes that none of the above covers.
@@ -278,7 +287,7 @@ def _transformers_load_adapter(gate: Gate, original: Callable[..., Any]) -> Call
         if source is None or given.get("peft_config") is not None or given.get("adapter_state_dict") is not None:
             raise UncoveredRouteError("under a guard an adapter is loaded from a directory or hub id, not from memory")
         check_nothing_overrides(given | _mapping(given["self"], config), source)
-        location = local_directory(source, _taken_from_hub(given))
+        location = local_directory(source, taken_from_hub(given))
         with gate.decision(location) as decision:
             corrected, _ = corrected_for(given["self"], decision, decision.read_directory(location))
             _check_swap(given["self"], given.get("adapter_name"), corrected)
@@ -319,17 +328,6 @@ def _mapping(model: Any, config: Any) -> dict[str, Any]:
     known = [(mapping.source_patterns, mapping.target_patterns) for mapping in own]
     mappings = [(mapping.source_patterns, mapping.target_patterns) for mapping in config.weight_mapping or []]
     return {"key_mapping": [mapping for mapping in mappings if mapping not in known]}
-
-
-def _taken_from_hub(given: dict[str, Any]) -> dict[str, Any]:
-    """Take what locates an adapter out of the arguments of transformers' ``load_adapter``; the last word counts."""
-    config = given.get("load_config")
-    hub = dict(getattr(config, "download_kwargs", None) or {})
-    if config is not None:
-        given["load_config"] = replace(config, download_kwargs={})
-    for name in ("download_kwargs", "adapter_kwargs"):
-        hub |= given.pop(name, None) or {}
-    return hub | {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
 
 
 def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,8 @@ variables:
     CSULORA_DECISIONS   file to append a JSON line per decision to
     CSULORA_ADAPTERS    directory whose subdirectories may be asked for by name (a LoRAResolver)
     CSULORA_ANY_MODEL   1: do not require that the served weights are those of the subspace file's aligned checkpoint
+    CSULORA_REQUIRE_SIGNATURE        who must have signed adapters; see `csulora.serving.trust.Trust.open`
+    CSULORA_REQUIRE_RULES_SIGNATURE  who must have signed subspace file and policy file
     TMPDIR              where the corrected adapters are kept while the server runs; all its processes must share it
 
 Start servers with ``csulora vllm-serve``: it fails unless the guard is active in every process. `patches` puts

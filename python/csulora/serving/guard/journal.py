@@ -108,6 +108,16 @@ class Journal:
                 with suppress(OSError):
                     file.unlink()
 
+    def forget_others(self, uploads: Mapping[str, Signature]) -> None:
+        """Remove what killed guards left of uploads that are gone, or others by now."""
+        if not self._times:
+            return
+        current = {_file_name(name, signature) for name, signature in uploads.items()}
+        for file in [file for file in self._times if file not in current]:
+            del self._times[file]
+            with suppress(OSError):
+                (self._directory / file).unlink()
+
     def clear(self) -> None:
         """Let nothing count as killed: whoever ends this process does so on purpose. Intended decisions stay."""
         for name, left in self._left().items():

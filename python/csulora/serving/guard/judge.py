@@ -22,6 +22,7 @@ from csulora.serving.guard.journal import Journal, Trace
 from csulora.serving.guard.options import Options
 from csulora.serving.guard.outgoing import Outgoing
 from csulora.serving.guard.quarantine import Quarantine
+from csulora.serving.guard.together import Sets
 from csulora.serving.guard.uploads import (
     LONGEST_NAME,
     Signature,
@@ -49,10 +50,11 @@ class Judge:
         options: Options,
         base_model_identity: str,
         tell: Tell,
+        sets: Sets,
     ) -> None:
         """Take what all decisions share."""
         self.incoming, self.outgoing, self.journal, self.quarantine = incoming, outgoing, journal, quarantine
-        self.options, self.base_model_identity, self.tell = options, base_model_identity, tell
+        self.options, self.base_model_identity, self.tell, self.sets = options, base_model_identity, tell, sets
 
     def decide(self, name: str, entry: Entry, gate: Gate) -> str:
         """Publish the corrected adapter or the refusal, record that, and return the verdict.
@@ -65,14 +67,17 @@ class Judge:
         """
         path = self.incoming / name
         with self.journal.deciding(name, entry.signature) as trace:
-            contents = contents_of(path, entry.signature) if is_presentable(name) else {}
+            is_signed = gate.verifier is not None
+            contents = contents_of(path, entry.signature, is_signed) if is_presentable(name) else {}
             record = {
                 "input_sha256": content_sha256(contents),
                 "made_by": gate.fingerprint,
                 "base_model": self.base_model_identity,
+                **self.sets.record(name),
             }
             standing = self.outgoing.standing(name)
-            if standing and standing.holds(record):
+            needed = record if standing and standing.verdict == "corrected" else record | self.sets.refusal_record(name)
+            if standing and standing.holds(needed):
                 self.outgoing.keep_only(name, standing.verdict)
                 self._to_quarantine(name, dict(standing.record))
                 return standing.verdict
@@ -104,11 +109,13 @@ class Judge:
             totals = report.totals
             figures = {
                 "adapter_sha256": decision.adapter_sha256,
-                "undo": totals.undo,
-                "undo_after": totals.undo_after,
+                "largest_undo": totals.largest_undo,
+                "largest_undo_after": totals.largest_undo_after,
                 "relative_change": totals.relative_change,
             }
-            outputs = self.outgoing.publish(name, corrected, record | figures | {"decision": decision.id})
+            document = record | figures | {"decision": decision.id}
+            with self.sets.admitting(name, corrected, gate):
+                outputs = self.outgoing.publish(name, corrected, document, gate.seal_for(found))
         except (OSError, LogError):
             raise
         except Exception as error:  # also a bug of ours: it must neither stop the guard nor let the adapter through
@@ -127,7 +134,7 @@ class Judge:
         record: dict[str, Any],
     ) -> str:
         trace.intends(gate.closed(decision, error))
-        document = record | refusal_of(name, error) | {"decision": decision.id}
+        document = record | self.sets.refusal_record(name) | refusal_of(name, error) | {"decision": decision.id}
         if self.quarantine:
             document |= {"quarantined": str(self.quarantine.place(name, decision.id))}
         self.outgoing.refuse(name, document)

@@ -19,6 +19,7 @@ class Options:
         withdraw: whether what was made of an upload is taken away when that leaves INCOMING; see `PRESENT_FILE`.
         quarantine: directory beside INCOMING that refused uploads are moved to; None: they stay where they are.
         health: file that says every second how the guard is; None: none.
+        together: globs over names that the server adds up; see `csulora.serving.guard.together`.
     """
 
     settle: float = 2.0
@@ -28,6 +29,7 @@ class Options:
     withdraw: bool = False
     quarantine: Path | None = None
     health: Path | None = None
+    together: tuple[str, ...] = ()
 
 
 PRESENT_FILE = ".csulora-incoming"

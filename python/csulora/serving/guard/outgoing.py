@@ -14,6 +14,7 @@ from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, printable
 from csulora.io.files import GGUF_SUFFIX, parse_json, read_regular, sha256_of_file, to_json, workplace, write_text
 from csulora.serving.guard.uploads import RECORD_FILE, REFUSED, is_presentable
+from csulora.serving.provenance import Seal, seals_beside
 
 _LARGEST_RECORD = 1 << 20
 
@@ -50,17 +51,19 @@ class Outgoing:
             return Standing(str(record.get("verdict", "failed")), record)
         return None
 
-    def publish(self, name: str, corrected: Adapter, record: Mapping[str, Any]) -> dict[str, str]:
+    def publish(
+        self, name: str, corrected: Adapter, record: Mapping[str, Any], seal: Seal | None = None
+    ) -> dict[str, str]:
         """Let a corrected adapter take the place of what was there; return path -> sha256 of its files."""
         path = self.directory / name
         if name.endswith(GGUF_SUFFIX):
-            _, hashes = save_with_hashes(corrected, path, "gguf", base_model=self._base_model)
+            _, hashes = save_with_hashes(corrected, path, "gguf", base_model=self._base_model, seal=seal)
             write_text(self._record(name), to_json(record))
         else:
             if not (path / weights_file_of(corrected.format)).exists():
                 self.take_away(name)  # a directory in another format is not replaced file by file
             documents = dict(corrected.documents) | {RECORD_FILE: to_json(record)}
-            _, hashes = save_with_hashes(replace(corrected, documents=documents), path)
+            _, hashes = save_with_hashes(replace(corrected, documents=documents), path, seal=seal)
             del hashes[str(path / RECORD_FILE)]
         self.refusal(name).unlink(missing_ok=True)
         return hashes
@@ -79,7 +82,8 @@ class Outgoing:
         if not is_presentable(name) or not self._record(name).is_file():
             return
         if name.endswith(GGUF_SUFFIX):
-            (self.directory / name).unlink(missing_ok=True)
+            for file in (self.directory / name, *seals_beside(self.directory / name)):
+                file.unlink(missing_ok=True)
             self._record(name).unlink()
         else:
             with workplace(self.directory / name) as place:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from csulora.adapters.disk import load_adapter
@@ -22,7 +23,7 @@ class Planned:
         name: the upload's.
         verdict_now: what OUTGOING holds for it; None if nothing.
         verdict: what the rules would make of it.
-        undo: share of the alignment that the upload undoes; None where it would not be corrected.
+        undo: largest share of a module's alignment that the upload undoes; None where it would not be corrected.
         undo_now, undo_after: what is left of that in OUTGOING, and what would be.
         relative_change_now, relative_change: of the correction in OUTGOING, and of the one that would be made.
         reason_code: why it would not be corrected; ``reason``: the same as a sentence.
@@ -58,12 +59,14 @@ def _planned(path: Path, results: Outgoing, gate: Gate, base_model: str | Path |
     standing = results.standing(path.name)
     record = standing.record if standing else {}
     name, verdict_now = printable(path.name), standing.verdict if standing else None
-    undo_now, change_now = record.get("undo_after"), record.get("relative_change")
+    undo_now, change_now = record.get("largest_undo_after"), record.get("relative_change")
     try:
         if not is_presentable(path.name):
             raise UnsafeNameError(f"{path}: its name is too long or not printable; rename it")
         check_files(path, signature_of(path))
-        _, report = correct(load_adapter(path, base_model), gate.subspace, gate.policy)
+        read = partial(load_adapter, path, base_model)
+        adapter = gate.verifier.read(path, read) if gate.verifier else read()
+        _, report = correct(adapter, gate.subspace, gate.policy)
     except Exception as error:  # whatever it is, the guard would not let the adapter through either
         return Planned(
             name,
@@ -76,5 +79,12 @@ def _planned(path: Path, results: Outgoing, gate: Gate, base_model: str | Path |
         )
     totals = report.totals
     return Planned(
-        name, verdict_now, "corrected", totals.undo, undo_now, totals.undo_after, change_now, totals.relative_change
+        name,
+        verdict_now,
+        "corrected",
+        totals.largest_undo,
+        undo_now,
+        totals.largest_undo_after,
+        change_now,
+        totals.relative_change,
     )

@@ -22,6 +22,7 @@ from csulora.serving.guard.judge import TOO_EARLY, Judge
 from csulora.serving.guard.options import PRESENT_FILE, Options
 from csulora.serving.guard.outgoing import Outgoing
 from csulora.serving.guard.quarantine import Quarantine
+from csulora.serving.guard.together import Sets
 from csulora.serving.systemd import ALIVE, READY, STOPPING, notify, reloading
 
 _LOCK_FILE = ".csulora-guard.lock"
@@ -79,6 +80,8 @@ class DirectoryGuard:
         self._health = HealthFile(self.options.health) if self.options.health else None
         base_model, aside = self.options.base_model, self.options.quarantine
         self._results = Outgoing(self.outgoing, base_model)
+        self._sets = Sets(self.options.together, self.outgoing, base_model)
+        self._sets.check_limit(gate.policy)
         self._entries = Entries(self.options.settle)
         self._verdicts: dict[str, str] = {}
         self._journal = Journal(self.outgoing)
@@ -90,6 +93,7 @@ class DirectoryGuard:
             self.options,
             BaseModel.open(base_model).identity if base_model else "",
             self._tell,
+            self._sets,
         )
         self._threads = ThreadPoolExecutor(self.options.jobs, thread_name_prefix="csulora-guard-job")
         self._working_since: dict[str, float] = {}
@@ -163,6 +167,7 @@ class DirectoryGuard:
         if self.options.withdraw:
             self._withdraw_what_is_gone(gate)
         self._entries.look(self.incoming)
+        self._journal.forget_others({name: entry.signature for name, entry in self._entries.items()})
         due = {name: entry for name, entry in self._entries.items() if entry.is_due(gate.fingerprint)}
         killed = {name: self._journal.times(name, entry.signature) for name, entry in due.items()}
         self._decide_all([name for name in due if not killed[name]], gate, self.options.jobs)
@@ -170,7 +175,7 @@ class DirectoryGuard:
         self._decide_all(sorted((name for name in due if killed[name]), key=killed.__getitem__), gate, 1)
         left = [entry for entry in self._entries.values() if entry.is_left(gate.fingerprint)]
         self._scanned = not self._stop.is_set()
-        if (found := metrics.found()) is not None:
+        if (found := metrics.of_guard()) is not None:
             found.undecided.set(sum(entry.decided_by != gate.fingerprint for entry in self._entries.values()))
             found.scanned.set_to_current_time()
         return not left and not self._entries.is_losing and self._scanned
@@ -265,6 +270,7 @@ class DirectoryGuard:
         notify(reloading())
         try:
             gate = self._reopen()
+            self._sets.check_limit(gate.policy)
         except (CsuloraError, OSError) as error:
             self._reload_error = printable(error)
             self._tell(f"policy and subspace file stay as they were, since what is there now is not usable: {error}")
@@ -274,7 +280,7 @@ class DirectoryGuard:
             self._tell(f"policy and subspace file were read again: {'no change' if is_same else 'they are others'}")
             if not is_same:
                 self._tell_what_is_outdated()
-        if (found := metrics.found()) is not None:
+        if (found := metrics.of_guard()) is not None:
             found.reloads.labels(result="failed" if self._reload_error else "done").inc()
         notify(READY)
 

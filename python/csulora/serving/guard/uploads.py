@@ -14,6 +14,7 @@ from csulora.adapters.weights_files import LARGEST_WEIGHTS
 from csulora.errors import InputError, UnsafeFileError
 from csulora.io.files import GGUF_SUFFIX, sha256_of_file
 from csulora.serving.open_decision import ADAPTER_FILES
+from csulora.serving.signatures import signature_file_of
 
 RECORD_FILE = "csulora_guard.json"
 REFUSED = ".refused.json"
@@ -37,9 +38,9 @@ def is_presentable(name: str) -> bool:
 
 
 def signature_of(path: Path) -> Signature:
-    """Describe an entry; empty if it is gone."""
+    """Describe an entry, a file with its signature beside it; empty if it is gone."""
     try:
-        files = _first_files(path) if stat.S_ISDIR(path.lstat().st_mode) else []
+        files = _first_files(path) if stat.S_ISDIR(path.lstat().st_mode) else _signature_beside(path)
         return tuple(_signature_of_file(file) for file in (path, *files))
     except OSError:
         return ()
@@ -51,19 +52,25 @@ def _first_files(directory: Path) -> list[Path]:
         return sorted(directory / entry.name for entry in islice(entries, MOST_FILES))
 
 
+def _signature_beside(file: Path) -> list[Path]:
+    beside = signature_file_of(file)
+    return [beside] if os.path.lexists(beside) else []
+
+
 def _signature_of_file(path: Path) -> tuple[str | int, ...]:
     status = path.lstat()
     return path.name, status.st_mode, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def contents_of(path: Path, signature: Signature) -> dict[str, str]:
-    """Hash an entry: name -> sha256 of the files that make the adapter, name -> kind of everything else."""
+def contents_of(path: Path, signature: Signature, every_file: bool = False) -> dict[str, str]:
+    """Hash an entry: name -> sha256 of the files that make the adapter, or of all, name -> kind of everything else."""
     found: dict[str, str] = {}
     left = LARGEST_WEIGHTS  # bytes; what is beyond makes the adapter unreadable
+    is_file = bool(signature) and stat.S_ISREG(int(signature[0][1]))
     for name, mode, _, size, *_ in signature:
-        file = path if name == path.name and len(signature) == 1 else path / str(name)
+        file = path.with_name(str(name)) if is_file else path / str(name)
         found[str(name)] = f"kind {stat.S_IFMT(int(mode)):o}"
-        if stat.S_ISREG(int(mode)) and (ADAPTER_FILES.fullmatch(str(name)) or file == path):
+        if stat.S_ISREG(int(mode)) and (is_file or every_file or ADAPTER_FILES.fullmatch(str(name))):
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
                 found[str(name)] = sha256_of_file(file, left)
                 left -= int(size)

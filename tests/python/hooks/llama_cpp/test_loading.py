@@ -176,3 +176,19 @@ def test_half_precision_adapters(world: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(world / "model", attn_implementation="eager")
     expected = gguf_zoo.logits(PeftModel.from_pretrained(model, tmp_path / "fixed"))
     assert np.abs(found - expected).max() <= 20 * TOLERANCE
+
+
+def test_the_sum_of_adapters_obeys_the_limit_that_each_does(world: Path, tmp_path: Path) -> None:
+    subspace, policy = csulora.Subspace.open(world / "subspace"), csulora.Policy.none(max_undo=0.5)
+    modules = {name: module.shape for name, module in csulora.load_adapter(world / "one").modules.items()}
+    covered = {name: shape for name, shape in modules.items() if name in subspace}
+    a, b = (factories.opposing_adapter(tmp_path / name, subspace, covered, 0.3) for name in "ab")
+    log = tmp_path / "decisions.jsonl"
+    options = {"cache": tmp_path / "cache", "decisions": log, **EXACT}
+
+    for adapters in ({a: 1.0, b: 1.0}, {a: 2.0}):
+        with pytest.raises(RefusedError, match=r"undo 0\.600 of the alignment"):
+            hook.load(world / "model.gguf", adapters, world / "subspace", policy, **options)
+    assert log.read_text().count('"refused"') == 2
+    for adapters in ({a: 1.0, b: 0.5}, {a: 1.0}):
+        hook.load(world / "model.gguf", adapters, world / "subspace", policy, **options).close()

@@ -629,3 +629,21 @@ def test_decisions_are_logged(adapter: Path, poisoned: Path, subspace: Path, tmp
     assert good["subspace_sha256"] == csulora.Subspace.open(subspace).sha256
     assert good["totals"]["relative_change"] > 0
     assert "NaN" in bad["reason"]
+
+
+def test_every_way_of_the_hook_wants_a_signature_that_is_required(
+    adapter: Path, subspace: Path, tmp_path: Path
+) -> None:
+    signing = pytest.importorskip("signing")
+    private, public = signing.key_pair(tmp_path, "key")
+    path = tmp_path / "adapter"
+    shutil.copytree(adapter, path)
+
+    with pytest.raises(csulora.RefusedError, match="is not signed"):
+        hook.load(llama(), path, subspace, POLICY, require_signature=public)
+    with hook.guard(subspace, POLICY, require_signature=public):
+        with pytest.raises(csulora.RefusedError, match="is not signed"):
+            PeftModel.from_pretrained(llama(), path)
+        signing.sign(path, private)
+        assert PeftModel.from_pretrained(llama(), path)
+    assert hook.load(llama(), path, subspace, POLICY, require_signature=public)

@@ -1,0 +1,94 @@
+"""Adapters in a guarded directory that a server adds up: what is published of a set stays within the limit.
+
+A set is what a glob names. Whichever of its members the server adds, each at a scale from 0 to 1, their sum undoes no
+more than the policy's ``max_undo``. Members are admitted as they come: one that would be too much is refused, and is
+decided on again once another member changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from csulora.adapters.disk import load_adapter
+from csulora.adapters.lora import Adapter
+from csulora.correction.together import Undone, check_together
+from csulora.errors import InputError
+from csulora.policy.policy import Policy
+from csulora.serving.gate import Gate
+from csulora.serving.guard.uploads import Signature, is_upload, signature_of
+from csulora.subspace.subspace import Subspace
+
+
+class Sets:
+    """The sets of adapters that are served together from one directory."""
+
+    def __init__(self, globs: Sequence[str], outgoing: Path, base_model: str | Path | None = None) -> None:
+        """Limit what matches each glob.
+
+        Args:
+            globs: over the names of adapters; one set each, and a name may be in several.
+            outgoing: where published adapters lie.
+            base_model: the model that GGUF files are for.
+        """
+        self._globs, self._outgoing, self._base_model = tuple(globs), outgoing, base_model
+        self._measured: dict[str, tuple[Signature, str, Undone]] = {}
+        self._admitting = threading.Lock()
+
+    def check_limit(self, policy: Policy) -> None:
+        """Raise `InputError` if there are sets, and the policy has no limit for them."""
+        if self._globs and policy.max_undo is None:
+            raise InputError(
+                "adapters that are served together are limited by max_undo, and the policy has none; set max_undo in it"
+            )
+
+    @contextmanager
+    def admitting(self, name: str, corrected: Adapter, gate: Gate) -> Iterator[None]:
+        """Publish a corrected adapter in the block, if every set that it belongs to stays within the limit.
+
+        No other member of a set is published meanwhile.
+
+        Raises:
+            UndoTogetherError: a set would undo too much.
+        """
+        sets = self._sets_of(name)
+        if not sets:
+            yield
+            return
+        with self._admitting:
+            new = Undone.by(corrected, gate.subspace, name).at_most()
+            for glob in sets:
+                others = [self._undone(other, gate.subspace) for other in self._others(glob, name)]
+                check_together([*others, new], gate.policy)
+            yield
+
+    def record(self, name: str) -> dict[str, str]:
+        """Return what a decision about a member of sets depends on besides it: which sets they are."""
+        return {"together": repr(sets)} if (sets := self._sets_of(name)) else {}
+
+    def refusal_record(self, name: str) -> dict[str, str]:
+        """Return what a refusal depends on besides that: the identity of the other members."""
+        others = {other for glob in self._sets_of(name) for other in self._others(glob, name)}
+        lines = "".join(f"{other!r} {signature_of(self._outgoing / other)}\n" for other in sorted(others))
+        return {"together_with": hashlib.sha256(lines.encode()).hexdigest()} if others else {}
+
+    def _sets_of(self, name: str) -> list[str]:
+        return [glob for glob in self._globs if fnmatchcase(name, glob)]
+
+    def _others(self, glob: str, name: str) -> list[str]:
+        published = sorted(path.name for path in self._outgoing.iterdir() if is_upload(path))
+        return [other for other in published if other != name and fnmatchcase(other, glob)]
+
+    def _undone(self, name: str, subspace: Subspace) -> Undone:
+        """Measure a published adapter, once for each subspace file."""
+        path = self._outgoing / name
+        signature = signature_of(path)
+        known, sha256, undone = self._measured.get(name, ((), "", None))
+        if undone is None or (known, sha256) != (signature, subspace.sha256):
+            undone = Undone.by(load_adapter(path, self._base_model), subspace, name).at_most()
+            self._measured[name] = signature, subspace.sha256, undone
+        return undone

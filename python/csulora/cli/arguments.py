@@ -135,6 +135,12 @@ AlignedModel = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="The aligned checkpoint, for annihilation ratios: a directory or a hub id."),
 ]
+WriteGeneral = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Let the model write general prompts to this file, or read those that it wrote before."
+    ),
+]
 KeepUncovered = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Modules that may pass uncorrected if the subspace file lacks them; repeatable."),

@@ -19,6 +19,7 @@ from csulora.cli.arguments import (
     KeepUncovered,
     Quiet,
     SubspaceSha256,
+    WriteGeneral,
     check_outputs,
 )
 from csulora.cli.console import deliver, progress_bar
@@ -49,6 +50,7 @@ def evaluate(
     general: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="General prompts, to be answered as before.")
     ] = None,
+    write_general: WriteGeneral = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,11 +99,14 @@ def evaluate(
     from csulora.evaluation.request import Options
     from csulora.evaluation.sources import HUB
     from csulora.tuning.loading import Loading
+    from csulora.tuning.self_written import written
     from csulora.views.evaluation_table import evaluation_table
 
+    if general and write_general:
+        raise typer.BadParameter("--general and --write-general exclude each other; give one of them")
     sources = [source.rpartition("#")[0] or source for source in (*task, safety, *([general] if general else []))]
     files = [source for source in sources if not source.startswith(HUB)]
-    check_outputs([output, json], [model, *adapters, subspace, *files, *(policy or ()), base_model])
+    check_outputs([output, write_general, json], [model, *adapters, subspace, *files, *(policy or ()), base_model])
     if len(task) not in (1, len(adapters)):
         raise typer.BadParameter(f"{len(adapters)} adapters need one --task for all or one for each, not {len(task)}")
     if not all(map(str.strip, refusal or ())):
@@ -113,10 +118,14 @@ def evaluate(
     opened = csulora.Subspace.open(subspace, subspace_sha256)
     policies = _policies(policy or _UNTRIED, keep_uncovered, drop_uncovered)
     subspaces = _own_subspaces(policies, opened)
+    loading = Loading((device or Device.auto).value, device_map, load_in)
+    if write_general:
+        seen = {prompt for _, each in policies.values() for prompt in each.provenance.prompts}
+        general = str(written(write_general, model, loading, 1, refusal, seen))
     options = Options(
         refusals=tuple(refusal or ()),
         longest_reply=tokens,
-        loading=Loading((device or Device.auto).value, device_map, load_in),
+        loading=loading,
         judge=Judge.at(judge, judge_model) if judge else None,
         lm_eval=tuple(task.strip() for task in lm_eval.split(",")) if lm_eval else (),
     )

@@ -22,6 +22,7 @@ from csulora.cli.arguments import (
     KeepUncovered,
     Quiet,
     SubspaceSha256,
+    WriteGeneral,
     check_outputs,
 )
 from csulora.cli.console import deliver, progress_bar
@@ -66,6 +67,7 @@ def tune(
         Path | None,
         typer.Option(metavar="FILE", help="General prompts, to be answered as before."),
     ] = None,
+    write_general: WriteGeneral = None,
     for_others: Annotated[
         bool, typer.Option("--for-others", help="Fit one adapter's policy, too, for adapters to come.")
     ] = False,
@@ -124,9 +126,12 @@ def tune(
     from csulora.tuning import probes
     from csulora.tuning.loading import Loading
     from csulora.tuning.request import Request
+    from csulora.tuning.self_written import written
     from csulora.tuning.tune import subspace_path, tune
 
-    inputs = [model, *adapters, subspace, *task, safety, general, base_model]
+    if general and write_general:
+        raise typer.BadParameter("--general and --write-general exclude each other; give one of them")
+    inputs = [model, *adapters, subspace, *task, safety, general or write_general, base_model]
     check_outputs([output, frontier_path(output), subspace_path(output), json], inputs)
     if len(task) != len(adapters):
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, and {len(task)} are given")
@@ -134,6 +139,8 @@ def tune(
         raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
     if device and device_map:
         raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
+    loading = Loading((device or Device.auto).value, device_map, load_in)
+    general = written(write_general, model, loading, 0, refusal) if write_general else general
     request = Request(
         model=model,
         adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],
@@ -145,7 +152,7 @@ def tune(
         input_filters=input_filters,
         keep_uncovered=tuple(keep_uncovered or ()),
         drop_uncovered=tuple(drop_uncovered or ()),
-        loading=Loading((device or Device.auto).value, device_map, load_in),
+        loading=loading,
         longest_reply=tokens,
         options=Options(steps=steps or (QUICK_STEPS if quick else Options.steps), seed=seed),
         task_weights=task_weight or (),

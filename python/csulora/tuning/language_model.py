@@ -29,7 +29,11 @@ _PLAIN_ATTENTION = 512
 
 
 class LanguageModel:
-    """A causal language model and its tokenizer, as transformers loads them."""
+    """A causal language model and its tokenizer, as transformers loads them.
+
+    Attributes:
+        ends: the tokens that end a reply.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, longest_reply: int) -> None:
         """Freeze the model; replies have at most ``longest_reply`` tokens."""
@@ -39,9 +43,9 @@ class LanguageModel:
         # Weights that accelerate offloads are on no device between products.
         devices = (weight.device for weight in model.parameters())
         self.device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-        self._ends = _end_tokens(model, tokenizer)
+        self.ends = _end_tokens(model, tokenizer)
         # Without repetition penalties and the like, with which a reply would not be what the model finds likeliest.
-        model.generation_config = GenerationConfig(eos_token_id=sorted(self._ends) or None)
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends) or None)
 
     @classmethod
     def open(cls, path: str, loading: Loading, longest_reply: int) -> LanguageModel:
@@ -192,10 +196,27 @@ class LanguageModel:
             answers += self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return answers
 
+    @torch.no_grad()
+    def continued(self, prompts: Sequence[list[int]], longest: int, **sampling: float) -> list[Tensor]:
+        """Tokens of prompts, each followed by up to ``longest`` that the model says: greedily unless ``sampling``.
+
+        ``sampling`` are transformers' own settings: ``temperature``, ``top_p``, ``top_k``. Draws come from torch's
+        generator.
+        """
+        found: list[Tensor] = []
+        for start in range(0, len(prompts), BATCH):
+            found += self._continued_batch(prompts[start : start + BATCH], longest, sampling)
+        return found
+
     def _continued(self, prompts: list[list[int]]) -> list[Tensor]:
         """Tokens of prompts, each followed by the model's greedy reply."""
+        return self._continued_batch(prompts, self.longest_reply, {})
+
+    def _continued_batch(
+        self, prompts: Sequence[list[int]], longest_reply: int, sampling: Mapping[str, float]
+    ) -> list[Tensor]:
         longest = max(map(len, prompts))
-        pad = min(self._ends, default=0)  # a token that the model has, which its tokenizer's for padding need not be
+        pad = min(self.ends, default=0)  # a token that the model has, which its tokenizer's for padding need not be
         padded = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor(
             [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device
@@ -203,12 +224,13 @@ class LanguageModel:
         output = self.model.generate(
             input_ids=padded,
             attention_mask=mask,
-            max_new_tokens=self.longest_reply,
-            do_sample=False,
+            max_new_tokens=longest_reply,
+            do_sample=bool(sampling),
             pad_token_id=pad,
+            **sampling,
         )
         return [
-            torch.cat([padded.new_tensor(prompt), _until_end(row[longest:], self._ends)])
+            torch.cat([padded.new_tensor(prompt), _until_end(row[longest:], self.ends)])
             for prompt, row in zip(prompts, output, strict=True)
         ]
 

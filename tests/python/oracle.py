@@ -1,5 +1,6 @@
 """Dense float64 twins of everything the core computes in factor space."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,8 @@ def spectral_edge(rows: Tensor, columns: Tensor) -> float:
 
     def z(s: float) -> float:
         t = float((b / (1 - s * b)).sum())
-        low, high = float(a.max()) * t, float(a.max()) * t + float(a.sum()) / s
+        low: float = float(a.max()) * t
+        high: float = low + float(a.sum()) / s
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if float((a / (middle - a * t)).sum()) > s else (low, middle)
@@ -52,7 +54,7 @@ def spectral_edge(rows: Tensor, columns: Tensor) -> float:
     for _ in range(60):
         left, right = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, right) if z(left) < z(right) else (left, high)
-    return z((low + high) / 2) ** 0.5
+    return math.sqrt(z((low + high) / 2))
 
 
 def noise_edge(base: Tensor, aligned: Tensor) -> float:

@@ -77,7 +77,7 @@ def evaluate(
     ...     options=Options(refusals=("sorry",), longest_reply=8, loading=Loading("cpu")),
     ... )
     >>> [row.name for row in evaluation.adapters[0].rows]
-    ['model alone', 'raw', 'protect', 'scaling x0.92']
+    ['model alone', 'raw', 'protect', 'scaling x0.88']
     >>> str(evaluation.adapters[0].rows[0].tally("safety").refused)
     '1.00 (0.34 to 1.00)'
     """

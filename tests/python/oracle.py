@@ -1,6 +1,5 @@
 """Dense float64 twins of everything the core computes in factor space."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -50,17 +49,17 @@ def spectral_edge(rows: Tensor, columns: Tensor) -> float:
             low, high = (middle, high) if float((a / (middle - a * t)).sum()) > s else (low, middle)
         return high
 
-    low, high = 0.0, 1 / float(b.max())
+    low, high = 0.0, float(1 / b.max())
     for _ in range(60):
         left, right = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, right) if z(left) < z(right) else (left, high)
-    return math.sqrt(z((low + high) / 2))
+    return float(z((low + high) / 2) ** 0.5)
 
 
 def noise_edge(base: Tensor, aligned: Tensor) -> float:
     """What storage rounding of both can make the largest singular value of aligned - base."""
     variances = rounding_variances(base, aligned)
-    return (1 + min(variances.shape) ** (-2 / 3)) * spectral_edge(variances.sum(1), variances.sum(0))
+    return (1 + float(min(variances.shape)) ** (-2 / 3)) * spectral_edge(variances.sum(1), variances.sum(0))
 
 
 def update(b: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:

@@ -1,5 +1,6 @@
 """Dense float64 twins of everything the core computes in factor space."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,7 @@ def spectral_edge(rows: Tensor, columns: Tensor) -> float:
 def noise_edge(base: Tensor, aligned: Tensor) -> float:
     """What storage rounding of both can make the largest singular value of aligned - base."""
     variances = rounding_variances(base, aligned)
-    return (1 + float(min(variances.shape)) ** (-2 / 3)) * spectral_edge(variances.sum(1), variances.sum(0))
+    return (1 + math.pow(min(variances.shape), -2 / 3)) * spectral_edge(variances.sum(1), variances.sum(0))
 
 
 def update(b: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:

@@ -5,8 +5,7 @@
 Both servers run at the same time, serve the efficacy fixture's model and have room for one adapter. Requests go to one
 and the other in turn. Timed are `/v1/load_lora_adapter`, the first reply, a warm reply, and the reply that has to load
 the adapter again. Then one client loads further adapters while another asks for the base model's replies: theirs are
-the `others`. At last vLLM's own loading function reads an adapter of Llama-3-8B's shape, plain from a directory of a
-corrected adapter, and guarded from what `Admission` makes of the raw one; the subspace file is open.
+the `others`.
 
 Writes bench/results/speed/vllm_load.json.
 """
@@ -19,7 +18,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -165,25 +163,12 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"p50": round(ranks[49], 2), "p99": round(ranks[98], 2), "requests": len(values)}
 
 
-def loading_function(repetitions: int) -> dict[str, object]:
-    """Time vLLM's own loading function on an adapter of Llama-3-8B's shape, in a process that was not guarded."""
-    script = Path(__file__).with_name("vllm_loading_function.py")
-    command = [sys.executable, str(script), str(repetitions)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULTS ")]
-    if len(lines) != 1:
-        raise SystemExit(run.stdout[-2000:] + run.stderr[-2000:])
-    found: dict[str, object] = json.loads(lines[0].removeprefix("RESULTS "))
-    return found
-
-
 def main() -> None:
     """Measure everything and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=30)
     parser.add_argument("--loads", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repetitions", type=int, default=5, help="of the loading function; 0: leave it out")
     counts = parser.parse_args()
     start = time.time()
     with tempfile.TemporaryDirectory() as root:
@@ -193,8 +178,6 @@ def main() -> None:
         plain, guarded = figures[name]["plain"], figures[name]["guarded"]
         figures[name]["ratio"] = {rank: round(guarded[rank] / plain[rank], 3) for rank in ("p50", "p99")}
     results: dict[str, object] = {"milliseconds": figures}
-    if counts.repetitions:
-        results["loading_function"] = loading_function(counts.repetitions)
     measuring.save("vllm_load", results | {"wall_seconds": round(time.time() - start)})
     print(json.dumps(results, indent=2))
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from measuring import machine
-from peft_load import RANK, SHAPES, Shape, make_subspace
+from shapes import RANK, SHAPES, Shape, make_subspace
 
 from csulora.serving.gate import Gate
 from csulora.serving.guard import DirectoryGuard, Options

@@ -11,7 +11,7 @@ import typer
 
 import csulora
 from csulora.cli.arguments import (
-    AdapterSource,
+    Adapters,
     AlignedModel,
     BaseModel,
     DropUncovered,
@@ -37,16 +37,21 @@ from csulora.cli.arguments import (
     parse_rank,
 )
 from csulora.cli.console import deliver
+from csulora.cli.several import correct_several, outputs
 from csulora.errors import InputError
 
 if TYPE_CHECKING:
     from csulora.adapters.expert_encoding import Layout
+    from csulora.correction.report import Report
 
 
 def correct(
-    adapter: AdapterSource,
+    adapters: Adapters,
     subspace: Annotated[Path, typer.Option(help="Subspace file of the model the adapter is for.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, or GGUF file.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Directory to write, or GGUF file; of several adapters, their parent."),
+    ],
     policy: PolicySource = None,
     aligned: Annotated[float | None, typer.Option(help="Penalty on the aligned component; inf removes it.")] = None,
     partial: Annotated[float | None, typer.Option(help="Penalty on the partial component.")] = None,
@@ -78,16 +83,20 @@ def correct(
 ) -> None:
     """Write the corrected adapter, or refuse it with the reason.
 
+    Several adapters are corrected side by side, each into a directory of its own name below the output.
+    A line says what became of each, and one that fails stops no other.
     Further options replace what the policy says, but for its overrides.
     """
-    is_gguf = is_gguf_written(output, format, adapter)
+    targets = outputs(adapters, output) if len(adapters) > 1 else {adapters[0]: output}
+    written_as_gguf = {adapter: is_gguf_written(path, format, adapter) for adapter, path in targets.items()}
+    is_gguf = any(written_as_gguf.values())
     if is_gguf and base_model is None:
         raise typer.BadParameter("a GGUF file is written for the model that llama.cpp will run: --base-model")
-    if not is_gguf and outtype is not None:
+    if not all(written_as_gguf.values()) and outtype is not None:
         raise typer.BadParameter("--outtype is for GGUF files")
     if is_gguf and layout is not None:
         raise typer.BadParameter("--layout is for directories; a GGUF file has the layout of its model")
-    check_outputs([output, json], [adapter, subspace, policy, base_model, aligned_model])
+    check_outputs([*targets.values(), json], [*adapters, subspace, policy, base_model, aligned_model])
     start = chosen_policy(policy, require_rules_signature)
     if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
         raise typer.BadParameter("--aligned, --partial and --off do not reach what the policy's overrides match")
@@ -113,15 +122,22 @@ def correct(
 
     signer = Signer(sign_with) if sign_with else None
     verifier, rules = (Verifier.open(who) if who else None for who in (require_signature, require_rules_signature))
-    read = functools.partial(csulora.load_adapter, adapter, base_model, expert_layout=expert_layout)
-    loaded = verifier.read(adapter, read) if verifier else read()
     opened = open_subspace(subspace, subspace_sha256, rules)
     wanted = cast("Layout | None", layout and layout.value)
-    fixed, report = csulora.correct(loaded, opened, chosen, wanted, aligned=aligned_model)
-    seal = signer.sealing(Ingredients.of(loaded, opened, chosen)) if signer else None
-    dtype = outtype and outtype.value
-    written = "gguf" if is_gguf else format.value if format else loaded.format
-    sha256 = csulora.save_adapter(fixed, output, written, base_model=base_model, outtype=dtype, seal=seal)
+
+    def write(adapter: str, path: Path) -> tuple[Report, str, str]:
+        read = functools.partial(csulora.load_adapter, adapter, base_model, expert_layout=expert_layout)
+        loaded = verifier.read(adapter, read) if verifier else read()
+        fixed, report = csulora.correct(loaded, opened, chosen, wanted, aligned=aligned_model)
+        seal = signer.sealing(Ingredients.of(loaded, opened, chosen)) if signer else None
+        dtype = outtype and outtype.value
+        written = "gguf" if written_as_gguf[adapter] else format.value if format else loaded.format
+        sha256 = csulora.save_adapter(fixed, path, written, base_model=base_model, outtype=dtype, seal=seal)
+        return report, sha256, written
+
+    if len(adapters) > 1:
+        return correct_several(targets, lambda adapter, path: write(adapter, path)[:2], json, quiet)
+    report, sha256, written = write(adapters[0], output)
     kind = {"gguf": "a GGUF file", "mlx": "a directory for mlx-lm"}.get(written, "a PEFT directory")
     summary = f"wrote {output}, {kind}: {len(report.measured)} of {len(report.modules)} modules, sha256 {sha256}"
     if report.copies:

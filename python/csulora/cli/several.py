@@ -1,0 +1,97 @@
+"""Several adapters in one call: read, hashed, corrected and written side by side, each on its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from csulora.cli import exit_codes
+from csulora.cli.console import STDOUT, progress_bar
+from csulora.errors import CsuloraError, RefusedError, printable
+from csulora.io.files import to_json, write_text
+
+if TYPE_CHECKING:
+    from csulora.correction.report import Report
+
+Work = Callable[[str, Path], "tuple[Report, str]"]
+_GGUF = ".gguf"
+
+
+def outputs(adapters: Sequence[str], directory: Path) -> dict[str, Path]:
+    """Return where each adapter is written: below the directory, under its own name.
+
+    Raises:
+        typer.BadParameter: two have one name, or the directory is a file.
+    """
+    if directory.is_file() or directory.suffix == _GGUF:
+        raise typer.BadParameter(f"several adapters need a directory to be written to, and {directory} is a file")
+    found: dict[Path, str] = {}
+    for adapter in adapters:
+        path = directory / Path(adapter).absolute().name
+        if path in found:
+            raise typer.BadParameter(f"{found[path]} and {adapter} would both be written to {path}; rename one")
+        found[path] = adapter
+    return {adapter: path for path, adapter in found.items()}
+
+
+def _outcomes(targets: Mapping[str, Path], work: Work) -> Iterator[tuple[str, Future[tuple[Report, str]]]]:
+    """Yield adapters as they are done. No more are in memory at a time than there are threads, and one that is done."""
+    threads = len(os.sched_getaffinity(0))
+    waiting = iter(targets.items())
+    with ThreadPoolExecutor(threads) as pool:
+        running: dict[Future[tuple[Report, str]], str] = {}
+        while True:
+            while len(running) < threads and (following := next(waiting, None)):
+                running[pool.submit(work, *following)] = following[0]
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(done), done
+
+
+def correct_several(targets: Mapping[str, Path], work: Work, json: Path | None, quiet: bool) -> None:
+    """Correct each adapter, and say in a line what became of it. One that fails stops no other.
+
+    Args:
+        targets: where each adapter is written.
+        work: corrects and writes one; returns the report and the sha256 of what was written.
+        json: file for a document with the totals, or the error, of each adapter.
+        quiet: print errors alone.
+
+    Raises:
+        typer.Exit: an adapter failed: with `exit_codes.REFUSED` if all that did were refused.
+    """
+    next(iter(targets.values())).parent.mkdir(exist_ok=True)
+    entries: dict[str, dict[str, Any]] = {}
+    codes: set[int] = set()
+    with progress_bar("correcting", quiet) as report_progress:
+        for adapter, done in _outcomes(targets, work):
+            try:
+                report, sha256 = done.result()
+            except (CsuloraError, OSError) as error:
+                is_refused = isinstance(error, RefusedError)
+                kind = "refused" if is_refused else "error"
+                codes.add(exit_codes.REFUSED if is_refused else exit_codes.BAD_INPUT)
+                entries[adapter] = {kind: printable(error)}
+                print(f"csulora: {kind}: {printable(adapter)}: {printable(error)}", file=sys.stderr)
+            else:
+                entries[adapter] = {"output": str(targets[adapter]), "sha256": sha256, "totals": asdict(report.totals)}
+                if not quiet and json != STDOUT:
+                    modules = f"{len(report.measured)} of {len(report.modules)} modules"
+                    print(f"wrote {targets[adapter]}: {modules}, sha256 {sha256}")
+            if report_progress:
+                report_progress(Path(adapter).name, len(entries), len(targets))
+    document = to_json({"adapters": {adapter: entries[adapter] for adapter in targets}})
+    if json == STDOUT:
+        print(document, end="")
+    elif json:
+        write_text(json, document)
+    if codes:
+        raise typer.Exit(max(codes))

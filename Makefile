@@ -41,6 +41,8 @@ FUZZ_TARGETS := adapter_config safetensors experts_config experts gguf subspace 
 SECONDS := 60
 RANDOM_SEED := 0
 KILLS := 300
+UPLOADS := 300
+EVENTS := 30
 MINUTES := 10
 REPETITIONS := 5
 # Of the results' names, for another kind of CPU than theirs: _avx2.
@@ -206,8 +208,8 @@ check-vllm: $(VLLM_CHECK_VENV)/.built ## What VLLM=0.33.0, the wheel for GPUs, s
 	cd tests/vllm && CSULORA_RECORD=$(abspath bench/results/compatibility/vllm-$(VLLM).json) \
 	  $(abspath $(VLLM_CHECK_VENV))/bin/python -m pytest test_plugin.py check_in_process.py
 
-soak: build ## csulora guard under many uploads, killed ten times.
-	$(BIN)/python bench/stress/soak.py
+soak: build ## csulora guard under UPLOADS=300 with EVENTS=30 kills, signals, full disks and changes of rules.
+	$(BIN)/python bench/stress/soak.py --adapters $(UPLOADS) --events $(EVENTS)
 
 $(VENV)/.fuzz: $(VENV)/.dependencies
 	$(PIP) install --quiet --group fuzz

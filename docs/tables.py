@@ -118,6 +118,30 @@ def extraction() -> str:
     return table(head, extraction_rows())
 
 
+def bulk() -> str:
+    """Return the table of extraction where a bulk follows what stands out."""
+    rows = []
+    for case in ("matrix", "tall", "experts-bulk", "experts-falling"):
+        found = results(f"speed/bulk_{case}")
+        cells = [
+            f"{found['seconds'][name]['median']:.2f} s, {found['captured_share'][name]:.1%}"
+            for name in ("csulora", *(f"svd_lowrank, {iterations} iterations" for iterations in (2, 4, 10)))
+        ]
+        many = f"{found['matrices']} of " if found["matrices"] > 1 else ""
+        spectrum = "falling" if case.endswith("falling") else "bulk"
+        rows.append([f"{many}{found['shape'][0]} x {found['shape'][1]}, k {found['rank']}, {spectrum}", *cells])
+    return table(["matrices", "csulora", *(f"`svd_lowrank`, {n} iterations" for n in (2, 4, 10))], rows)
+
+
+def expert_correction() -> str:
+    """Return the table of the correction of all experts of a large model."""
+    rows = []
+    for layout, steps in results("speed/expert_correction")["runs"].items():
+        seconds = [f"{steps[name]['clock_seconds']['median']:.1f} s" for name in ("correct, first", "correct, later")]
+        rows.append([layout, *seconds, f"{steps['correct, later']['cpu_seconds']['median']:.0f} s"])
+    return table(["factors", "first correction", "later ones", "processor time"], rows)
+
+
 def model_pair() -> str:
     """Return the table of the extraction of whole layers from disk."""
     rows = []
@@ -264,6 +288,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2-filtered": lambda: smollm2("smollm2_filtered"),
     "carried": carried,
     "extraction": extraction,
+    "bulk": bulk,
+    "expert-correction": expert_correction,
     "model-pair": model_pair,
     "correction": correction,
     "tuned-correction": tuned_correction,

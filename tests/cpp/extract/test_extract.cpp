@@ -188,7 +188,8 @@ TEST_CASE("the spectral edge is the norm of a large matrix of independent entrie
   CHECK(csulora::spectral_edge(rows, columns) == doctest::Approx(std::sqrt(300.0) + std::sqrt(500.0)).epsilon(1e-6));
   at::manual_seed(5);
   for (const double spread : {0.5, 2.0}) {
-    const auto scales = (at::rand({400, 1}, at::kDouble) * spread).exp() * (at::rand({1, 700}, at::kDouble) * spread).exp();
+    const auto scales =
+        (at::rand({400, 1}, at::kDouble) * spread).exp() * (at::rand({1, 700}, at::kDouble) * spread).exp();
     const auto sums = [&](int64_t along) {
       const auto sum = scales.square().sum(along).contiguous();
       return std::vector<double>(sum.const_data_ptr<double>(), sum.const_data_ptr<double>() + sum.numel());

@@ -53,12 +53,17 @@ def _same(each: AdapterEvaluation, evaluation: Evaluation) -> Table:
     return table
 
 
-def _others(each: AdapterEvaluation, evaluation: Evaluation) -> Table:
-    """What else was counted, of rows that reply."""
+def _others(each: AdapterEvaluation, evaluation: Evaluation) -> RenderableType:
+    """What else was counted, of rows that reply; a sentence where that is nothing."""
     headings = ["safety\nunsafe"] if evaluation.is_judged else []
     headings += [f"{kind}\nrefused" for kind in evaluation.kinds] if evaluation.counts_refusals else []
+    rows = [row for row in each.rows if row.refusal is None]
+    if not headings and not any(
+        outcome.incoherent for row in rows for kind in row.outcomes.values() for outcome in kind
+    ):
+        return Text("no reply is incoherent\n")
     table = _table("", *headings, "incoherent")
-    for row in (row for row in each.rows if row.refusal is None):
+    for row in rows:
         table.add_row(_name(row.name), *_other_cells(row))
     return table
 
@@ -78,7 +83,7 @@ def _rate(rate: Rate) -> str:
     return f"{rate.value:.2f} ({rate.low:.2f}-{rate.high:.2f})"
 
 
-def _comparisons(each: AdapterEvaluation, evaluation: Evaluation) -> Table:
+def _comparisons(each: AdapterEvaluation, evaluation: Evaluation) -> RenderableType:
     table = _table("policy beside\nscaling", "change\nof both", *(f"{kind}\nwon:lost" for kind in evaluation.kinds))
     for row in each.rows:
         found = [
@@ -88,7 +93,7 @@ def _comparisons(each: AdapterEvaluation, evaluation: Evaluation) -> Table:
         ]
         if found and row.role == "policy":
             table.add_row(_name(row.name), f"{row.relative_change or 0:.0%}", *map(_compared, found))
-    return table
+    return table if table.rows else Group()
 
 
 def _compared(comparison: Comparison) -> str:

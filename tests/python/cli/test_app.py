@@ -89,6 +89,11 @@ def test_extract_takes_every_option(work: Path, run: Run) -> None:
 
 
 def test_extract_chooses_the_rank(work: Path, run: Run) -> None:
+    cut = run("extract", "base", "aligned", "-o", "new", "--rank", "auto", "--max-rank", "1").out
+    count = sum(module.rank == 1 for module in csulora.Subspace.open("new").values())
+    assert count
+    assert f"{count} modules have 1 directions, the most that --max-rank allows; more may stand out" in cut
+    assert "more may stand out" not in run("extract", "base", "aligned", "-o", "new", "--rank", "1").out
     assert run("extract", "base", "aligned", "-o", "new", "--rank", "auto", "--max-rank", "5").code == 0
     assert csulora.Subspace.open("new").sha256 == csulora.extract("base", "aligned", rank="auto", max_rank=5).sha256
 

@@ -56,7 +56,7 @@ def test_a_tuned_policy_is_found_with_its_own_subspace_file(
     other.save(tmp_path / "mine.subspace.safetensors")
     outcome = run(command, "--policy", tmp_path / "mine.toml", "--policy", "project")
     assert outcome.code == 0, outcome.err
-    assert outcome.out.count("\nmine") == 3
+    assert outcome.out.count("\nmine") == 2
     assert run(command, "--policy", "project", "--policy", "project").code == 2
 
 

@@ -77,6 +77,19 @@ def test_an_evaluation_fits(is_judged: bool) -> None:
     assert compared.count("9:0, p 0.004") == len(KINDS)
 
 
+def test_an_evaluation_without_refusals_and_policies_has_no_empty_tables() -> None:
+    whole = evaluation(is_judged=False)
+    first = whole.adapters[0]
+    outcomes = {
+        kind: tuple(replace(outcome, refused=None) for outcome in every)
+        for kind, every in first.rows[0].outcomes.items()
+    }
+    rows = tuple(replace(row, outcomes=outcomes) for row in first.rows[:2])
+    lines = lines_of(evaluation_table(replace(whole, adapters=(replace(first, rows=rows, comparisons=()),))))
+    assert "no reply is incoherent" in lines
+    assert sum("───" in line for line in lines) == 1
+
+
 def test_a_subspace_and_its_verification_fit() -> None:
     name = "model.layers.31.self_attn.q_proj"
     subspace = factories.subspace({name: (64, 48)})

@@ -108,7 +108,9 @@ def test_verify_refuses_a_subspace_of_others(work: Path, run: Run) -> None:
     result = run("verify", "subspace", "aligned", "base", "--json", "report")
     assert result.code == 3
     assert result.err.startswith("csulora: refused: subspace: 14 of 14 certificates do not hold; that of ")
-    assert result.err.endswith("is for other weights\n")
+    assert result.err.endswith(
+        "is for other weights: name the checkpoints that the file was made from, the base first\n"
+    )
     assert [module["holds"] for module in json.loads(Path("report").read_text())["modules"]] == [False] * 14
 
 

@@ -35,6 +35,7 @@ _HEAD = """# Command line
 | 130 | interrupted |
 
 An error is one line on stderr, with what is wrong, where, and what to do.
+If the usage is wrong, lines that name the command's help stand above it.
 Every command has `--help`; `csulora --version` prints the version.
 """
 

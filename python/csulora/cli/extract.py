@@ -25,6 +25,14 @@ def _rank(text: str | None) -> int | Literal["auto"]:
     return int(text)
 
 
+def _cut_off(subspace: csulora.Subspace, most: int) -> str:
+    """Say in a line of how many modules more directions stand out than are kept, if there are any."""
+    full = sum(module.rank == most < min(module.shape) for module in subspace.values())
+    if not full:
+        return ""
+    return f"\n{full} modules have {most} directions, the most that --max-rank allows; more may stand out"
+
+
 def extract(
     base: Annotated[str, typer.Argument(help="Checkpoint before alignment: a directory, a GGUF file or a hub id.")],
     aligned: Annotated[str, typer.Argument(help="Checkpoint after alignment.")],
@@ -103,5 +111,7 @@ def extract(
     if left_out:
         counts = ", ".join(f"{len(found)} {kind}" for kind, found in left_out.items())
         summary += f"\nleft out: {counts}; --modules names others, but for stacked weights"
+    if rank == "auto":
+        summary += _cut_off(subspace, subspace.provenance.options["max_rank"])
     document = subspace.to_dict() | {"left_out": left_out}
     deliver(tables.subspace_table(subspace), summary, document, json, quiet)

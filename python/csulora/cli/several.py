@@ -80,7 +80,8 @@ def correct_several(targets: Mapping[str, Path], work: Work, json: Path | None, 
                 kind = "refused" if is_refused else "error"
                 codes.add(exit_codes.REFUSED if is_refused else exit_codes.BAD_INPUT)
                 entries[adapter] = {kind: printable(error)}
-                print(f"csulora: {kind}: {printable(adapter)}: {printable(error)}", file=sys.stderr)
+                where, why = printable(adapter), printable(error).removeprefix(f"{printable(adapter)}: ")
+                print(f"csulora: {kind}: {where}: {why}", file=sys.stderr)
             else:
                 entries[adapter] = {"output": str(targets[adapter]), "sha256": sha256, "totals": asdict(report.totals)}
                 if not quiet and json != STDOUT:

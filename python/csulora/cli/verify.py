@@ -143,7 +143,8 @@ def _verify_subspace(path: Path, base: str, aligned: str, json: Path | None, qui
     document = {"modules": [asdict(result) | {"holds": result.holds} for result in results]}
     deliver(tables.verification_table(failed or results), summary, document, json, quiet)
     if failed:
-        reason = "is better than what was measured" if failed[0].same_weights else "is for other weights"
+        other = "is for other weights: name the checkpoints that the file was made from, the base first"
+        reason = "is better than what was measured: extract again" if failed[0].same_weights else other
         raise RefusedError(
             f"{path}: {len(failed)} of {len(results)} certificates do not hold; that of {failed[0].module} {reason}"
         )

@@ -72,7 +72,7 @@ class Reference:
                 adapter = load_adapter(path, base_model if path.suffix == ".gguf" else None)
                 reports.append(correct(adapter, subspace, policy, aligned=aligned)[1])
             except CsuloraError as error:
-                skipped[path.name] = str(error)
+                skipped[path.name] = str(error).removeprefix(f"{path}: ")
         if not reports:
             reason = f"; {next(iter(skipped.values()))}" if skipped else ""
             raise InputError(f"{directory}: holds no adapter that can be measured{reason}")

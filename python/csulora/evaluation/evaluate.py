@@ -186,9 +186,13 @@ class Evaluator:
         yield _row(f"scaling x{factor:.2f}", "scaling", name, change, said, yardsticks, scores)
 
     def _replies(self, name: str, adapter: Adapter | None, number: int) -> Replies:
+        label = name.removesuffix(f" on {number}")
+        if len(self.request.adapters) > 1:
+            label += f", {self.request.adapters[number].path.name}"
         return {
             kind: self.speaker.replies(
                 f"{name}: {kind}{f' of {number}' if kind == 'task' else ''}",
+                f"{label}: {kind}",
                 adapter,
                 chats,
                 self.request.options.judge if kind == "safety" else None,

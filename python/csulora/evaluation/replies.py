@@ -62,12 +62,13 @@ class Speaker:
         self._finished: dict[str, Batch] = {}  # the model alone is asked once for all adapters
 
     def replies(
-        self, name: str, adapter: Adapter | None, chats: Sequence[Chat], judge: Judge | None = None
+        self, name: str, label: str, adapter: Adapter | None, chats: Sequence[Chat], judge: Judge | None = None
     ) -> list[Said]:
         """Return what the model says to every prompt, and what the judge says of it.
 
         Args:
             name: whose replies they are, within the run.
+            label: the same for people.
             adapter: the one to add to the model.
             chats: the prompts.
             judge: is asked about every reply, if there is one.
@@ -77,7 +78,7 @@ class Speaker:
         """
         said: list[Said] = []
         for start in range(0, len(chats), BATCH):
-            self.counter.tick(name)
+            self.counter.tick(label)
             key = f"{name} from {start}"
             if key not in self._finished:
                 batch = partial(self._batch, adapter, chats[start : start + BATCH], judge)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from csulora import __version__
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
+from csulora.correction.correct import cover
 from csulora.errors import InputError, RefusedError
 from csulora.evaluation.evaluation import KINDS
 from csulora.evaluation.judge import Judge
@@ -58,7 +60,7 @@ class EvaluationRequest:
 
     Raises:
         InputError: a kind of prompt is missing, given twice or was seen by a policy's tuning, or an adapter is given
-            twice.
+            twice or is for a model of another size than the subspace file's.
         RefusedError: an adapter updates an embedding.
     """
 
@@ -127,6 +129,8 @@ class EvaluationRequest:
                         f"{adapter.path}: {name} is an embedding; evaluate runs updates of linear layers alone, "
                         "so use lm-eval on the corrected adapter in PEFT"
                     )
+            with suppress(RefusedError):  # what a policy does not cover stands in its row
+                cover(adapter, self.subspace, Policy.none(keep_uncovered=("*",)))
 
     def _check_unseen(self, name: str, policy: Policy) -> None:
         """Raise `InputError` if the policy was tuned with one of the prompts."""
@@ -134,7 +138,7 @@ class EvaluationRequest:
         known = [chat for chat in self._every_prompt() if seen and prompt_hash(chat) in seen]
         if known:
             raise InputError(
-                f"policy {name} was tuned with {len(known)} of the prompts, {shown(known[0])} for instance; "
+                f"the policy {name!r} was tuned with {len(known)} of the prompts, {shown(known[0])} for instance; "
                 "take prompts that it has not seen"
             )
 

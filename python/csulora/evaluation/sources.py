@@ -63,8 +63,11 @@ def read(source: str) -> tuple[Chat, ...]:
         return _chats(_column(Path(path), column), source)
     if Path(source).suffix in _TABLES:
         raise InputError(f"{source}: say which column holds the prompts: {source}#COLUMN")
+    if mark and Path(path).is_file() and not Path(source).exists():
+        raise InputError(f"{source}: a column is of a file that ends with {' or '.join(_TABLES)}; leave #{column} out")
+    data = read_regular(Path(source), _LARGEST_FILE)
     try:
-        return parse(read_regular(Path(source), _LARGEST_FILE), fewest=1, most=MOST)
+        return parse(data, fewest=1, most=MOST)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
 
@@ -72,6 +75,8 @@ def read(source: str) -> tuple[Chat, ...]:
 def _column(path: Path, column: str) -> list[Any]:
     if path.suffix == ".csv":
         return _csv_column(path, column)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
     parquet = _package("pyarrow.parquet", f"{path}#{column}")
     try:
         table = parquet.read_table(path)

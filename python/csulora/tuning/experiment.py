@@ -210,6 +210,7 @@ class Experiment:
         self.counter.total = 1
         self.counter.tick("replies", 0)
         self.examples.prepare()
+        self.measurement.check_refusals()
         begun = time.perf_counter()
         self.measurement.measure(Use(0, self.request.subspace, self.request.untuned))
         measured = time.perf_counter() - begun

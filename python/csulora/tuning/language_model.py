@@ -118,7 +118,10 @@ class LanguageModel:
         wanted = factors[0].shape[0], factors[1].shape[1]
         # transformers.Conv1D keeps (in, out)
         if shape not in (wanted, wanted[::-1] if type(module).__name__ == "Conv1D" else wanted):
-            raise InputError(f"module {name} is {list(shape)} in the model, and the adapter updates {list(wanted)}")
+            raise InputError(
+                f"module {name} is {list(shape)} in the model, and the adapter updates {list(wanted)}; "
+                "name the aligned model that the adapter was trained on"
+            )
         return module
 
     def check_lengths(self, chats: Sequence[Chat]) -> None:

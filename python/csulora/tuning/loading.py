@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from csulora.errors import InputError
 
 _BITS = {"8bit", "4bit"}
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "tekken.json")  # names of tokenizers' files
 _PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' layers
 
 
@@ -62,8 +64,9 @@ def load(path: str, loading: Loading) -> tuple[Any, Any]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise InputError("tune runs the model through transformers; pip install 'csulora[peft]'") from error
+        raise InputError("tune and evaluate run the model through transformers; pip install 'csulora[peft]'") from error
     _check_installed(loading)
+    _check_directory(Path(path))
     device = _device(loading.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -71,13 +74,23 @@ def load(path: str, loading: Loading) -> tuple[Any, Any]:
             path, dtype="auto", use_safetensors=True, output_loading_info=True, **_placement(path, loading, device)
         )
     except Exception as error:  # transformers raises what each model's code does
-        raise InputError(f"{path}: transformers does not load this model: {error}") from error
+        raise InputError(f"{path}: transformers does not load this model: {' '.join(str(error).split())}") from error
     model, loaded = opened
     if missing := sorted(loaded["missing_keys"]):
         raise InputError(f"{path}: {missing[0]} is missing, and {len(missing) - 1} more weights of this model")
     if loading.load_in == "4bit":
         _keep_gradients(model)
     return (model if loading.is_placed else model.to(device)), tokenizer
+
+
+def _check_directory(directory: Path) -> None:
+    """Raise `InputError` for a directory in which transformers would find no model or no tokenizer."""
+    if not directory.is_dir():  # a hub id
+        return
+    if not (directory / "config.json").exists():
+        raise InputError(f"{directory}: holds no config.json; name the aligned model's directory first, then adapters")
+    if not any(file for pattern in _TOKENIZERS for file in directory.glob(pattern)):
+        raise InputError(f"{directory}: holds no tokenizer; save the model's there, with tokenizer.save_pretrained")
 
 
 def _check_installed(loading: Loading) -> None:

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from csulora.correction.correct import correct
+from csulora.errors import InputError
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.counter import Counter
@@ -103,6 +104,21 @@ class Measurement:
         """What is judged of all replies together, by kind."""
         every = iter(judge([reply for kind in kinds for reply in kind]))
         return [list(islice(every, len(kind))) for kind in kinds]
+
+    def check_refusals(self) -> None:
+        """Check that what refusals hold is what the aligned model says when it refuses.
+
+        Raises:
+            InputError: no reply of the aligned model to a safety prompt holds it, so every policy would fail.
+        """
+        safety = list(self.examples.replies[0].safety)
+        if self.request.refusals and not any(self._refusing(safety)):
+            said = self.examples.language_model.answers(safety[:1])[0].strip()
+            raise InputError(
+                f"no reply of the aligned model to a safety prompt holds --refusal "
+                f"{', '.join(map(repr, self.request.refusals))}; give words of its refusals, or leave --refusal out; "
+                f"its first reply is {said!r}"
+            )
 
     def _refusing(self, replies: list[Reply]) -> list[bool]:
         return list(map(self._is_refusal, self.examples.language_model.answers(replies)))

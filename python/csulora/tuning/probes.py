@@ -44,6 +44,9 @@ def read(path: str | Path) -> tuple[Chat, ...]:
     >>> len(read("task.txt"))
     8
     """
+    file, mark, _ = str(path).rpartition("#")
+    if mark and Path(file).is_file() and not Path(path).exists():
+        raise InputError(f"{path}: tune reads no columns of tables; write the prompts to a text file, one a line")
     data = read_regular(Path(path), _LARGEST_FILE)
     try:
         return parse(data)
@@ -74,6 +77,8 @@ def parse(data: bytes, fewest: int = FEWEST, most: int = MOST) -> tuple[Chat, ..
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not fewest <= len(lines) <= most:
         raise InputError(f"holds {len(lines)} prompts; give {fewest} to {most}, one a line")
+    if lines[0][1].startswith("[{") and _is_json_array(lines[0][1]):
+        raise InputError(f'line {lines[0][0]}: a JSON array; write {{"messages": [...]}}, with the turns in the array')
     is_json = lines[0][1].startswith("{")
     chats: dict[Chat, int] = {}
     for number, line in lines:

@@ -1,4 +1,4 @@
-"""An evaluation at a terminal: for every adapter what became of the prompts, and policies beside plain scaling."""
+"""An evaluation at a terminal of 80 columns: what became of every adapter's prompts, and policies beside scaling."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from csulora.tuning.frontier import Rate
 READING = (
     "same: answers as the aligned model (safety), as the raw adapter (task), as one of both (general), with 95 % "
     "intervals. incoherent: share of all replies; they count as neither refusals nor answers. perplexity: median of "
-    "the replies to safety prompts, under the aligned model. won, lost: prompts that only one of both answers the same."
+    "the replies to safety prompts, under the aligned model. won:lost: prompts that only one of both answers the same."
 )
+_NEVER_REFUSED = "The aligned model refuses no safety prompt, as far as --refusal tells; give words of its own refusals"
 _LONGEST_NAME = 60  # characters
 _LONGEST_REASON = 300
 
 
 def evaluation_table(evaluation: Evaluation) -> RenderableType:
-    """Return two tables for every adapter: the rows, and every policy beside scaling that changes as much."""
+    """Return three tables for every adapter: what is the same, what else was counted, and policies beside scaling."""
     parts: list[RenderableType] = []
     for each in evaluation.adapters:
-        parts += [Text(f"{_name(each.adapter)}: {_counts(each)}"), _rows(each, evaluation)]
+        parts += [Text(f"{_name(each.adapter)}: {_counts(each)}"), _same(each, evaluation), _others(each, evaluation)]
         parts += [_comparisons(each, evaluation), *_scores(each), *_refusals(each)]
+    if evaluation.counts_refusals and not any(_is_refused(each) for each in evaluation.adapters):
+        parts.append(Text(_NEVER_REFUSED, style="red"))
     return Group(*parts, Text(READING))
 
 
@@ -36,36 +39,52 @@ def _counts(each: AdapterEvaluation) -> str:
     return ", ".join(f"{len(chats)} {kind} prompts" for kind, chats in each.prompts.items())
 
 
-def _rows(each: AdapterEvaluation, evaluation: Evaluation) -> Table:
-    headings = ["change"]
-    for kind in evaluation.kinds:
-        headings += [f"{kind} same", *(["refused"] if evaluation.counts_refusals else [])]
-        headings += ["unsafe"] if kind == "safety" and evaluation.is_judged else []
-    table = _table("", *headings, "incoherent", "perplexity")
+def _is_refused(each: AdapterEvaluation) -> bool:
+    """Whether the model alone refuses any safety prompt."""
+    return any(outcome.refused for outcome in each.rows[0].outcomes["safety"])
+
+
+def _same(each: AdapterEvaluation, evaluation: Evaluation) -> Table:
+    table = _table("", *(f"{kind} same" for kind in evaluation.kinds), "perplexity")
     for row in each.rows:
-        table.add_row(_name(row.name), *_cells(row))
+        tallies = [row.tally(kind) for kind in row.outcomes]
+        perplexity = [f"{row.tally('safety').perplexity:.3g}"] if tallies else ["refused"]
+        table.add_row(_name(row.name), *(_rate(tally.same) for tally in tallies), *perplexity)
     return table
 
 
-def _cells(row: Row) -> Iterator[str]:
-    yield "" if row.relative_change is None else f"{row.relative_change:.0%}"
-    if row.refusal is not None:
-        yield "refused"
-        return
+def _others(each: AdapterEvaluation, evaluation: Evaluation) -> RenderableType:
+    """What else was counted, of rows that reply; a sentence where that is nothing."""
+    headings = ["safety\nunsafe"] if evaluation.is_judged else []
+    headings += [f"{kind}\nrefused" for kind in evaluation.kinds] if evaluation.counts_refusals else []
+    rows = [row for row in each.rows if row.refusal is None]
+    if not headings and not any(
+        outcome.incoherent for row in rows for kind in row.outcomes.values() for outcome in kind
+    ):
+        return Text("no reply is incoherent\n")
+    table = _table("", *headings, "incoherent")
+    for row in rows:
+        table.add_row(_name(row.name), *_other_cells(row))
+    return table
+
+
+def _other_cells(row: Row) -> Iterator[str]:
     tallies: dict[str, Tally] = {kind: row.tally(kind) for kind in row.outcomes}
+    if tallies["safety"].unsafe:
+        yield _rate(tallies["safety"].unsafe)
     for kind, tally in tallies.items():
-        yield str(tally.same)
         if tally.refused:
-            yield str(tally.refused) if kind == "safety" else f"{tally.refused.value:.2f}"
-        if tally.unsafe:
-            yield str(tally.unsafe)
+            yield _rate(tally.refused) if kind == "safety" else f"{tally.refused.value:.2f}"
     outcomes = [outcome for kind in row.outcomes.values() for outcome in kind]
     yield f"{Rate.of(sum(outcome.incoherent for outcome in outcomes), len(outcomes)).value:.2f}"
-    yield f"{tallies['safety'].perplexity:.3g}"
 
 
-def _comparisons(each: AdapterEvaluation, evaluation: Evaluation) -> Table:
-    table = _table("policy, beside scaling at equal change", *(f"{kind} same" for kind in evaluation.kinds))
+def _rate(rate: Rate) -> str:
+    return f"{rate.value:.2f} ({rate.low:.2f}-{rate.high:.2f})"
+
+
+def _comparisons(each: AdapterEvaluation, evaluation: Evaluation) -> RenderableType:
+    table = _table("policy beside\nscaling", "change\nof both", *(f"{kind}\nwon:lost" for kind in evaluation.kinds))
     for row in each.rows:
         found = [
             comparison
@@ -73,15 +92,15 @@ def _comparisons(each: AdapterEvaluation, evaluation: Evaluation) -> Table:
             if (comparison.policy, comparison.role, comparison.what) == (row.name, "scaling", "same")
         ]
         if found and row.role == "policy":
-            table.add_row(f"{_name(row.name)}, {found[0].versus}", *map(_compared, found))
-    return table
+            table.add_row(_name(row.name), f"{row.relative_change or 0:.0%}", *map(_compared, found))
+    return table if table.rows else Group()
 
 
 def _compared(comparison: Comparison) -> str:
     paired = comparison.paired
     if not paired.better + paired.worse:
         return "equal"
-    return f"{paired.difference:+.2f} ({paired.better} won, {paired.worse} lost, p {paired.p:.1g})"
+    return f"{paired.better}:{paired.worse}, p {paired.p:.1g}"
 
 
 def _scores(each: AdapterEvaluation) -> Iterator[Table]:

@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Tables for people, at a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from csulora.errors import printable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from csulora.extraction.verification import Verification
     from csulora.subspace.module_subspace import ModuleSubspace
     from csulora.subspace.subspace import Subspace
-    from csulora.tuning.frontier import Frontier
+    from csulora.tuning.frontier import Frontier, Rate
 
 _LONGEST_CELL = 1000  # characters
 _BEST = 5  # policies that are shown if not all are
@@ -28,9 +29,8 @@ def subspace_table(subspace: Subspace) -> Table:
     kinds: dict[str, list[ModuleSubspace]] = defaultdict(list)
     for name, module in subspace.items():
         kinds[kind_of(name)].append(module)
-    table = plain_table(
-        "kind", "n", "shape", "rank", "captured energy", "residual", "stand out", "subspace error", "above noise"
-    )
+    headings = ("captured\nenergy", "residual", "standing\nout", "subspace\nerror, up to", "above\nnoise")
+    table = plain_table("kind", "n", "shape", "rank", *headings, whole=True)
     for kind, modules in [(column.short, kinds[column.kind]) for column in columns(sorted(kinds, key=by_number))]:
         certificates = [module.certificate for module in modules if module.rank]
         table.add_row(
@@ -41,24 +41,25 @@ def subspace_table(subspace: Subspace) -> Table:
             f"{min((c.captured_energy for c in certificates), default=0.0):.1%}",
             f"{max((c.residual for c in certificates), default=0.0):.1e}",
             span([module.certificate.standing_out for module in modules]),
-            f"<= {max((c.subspace_error for c in certificates), default=0.0):.1e}",
+            f"{max((c.subspace_error for c in certificates), default=0.0):.1e}",
             span([module.certificate.above_noise for module in modules]),
         )
     return table
 
 
 def verification_table(results: Iterable[Verification]) -> Table:
-    """One row per module: what the subspace file claims and what was measured."""
-    table = plain_table("module", "weights", "captured energy", "residual", "orthonormality", "next value", "holds")
+    """Two lines per module: what the subspace file claims, and below it what was measured."""
+    headings = ("weights", "captured\nenergy", "residual", "orthonor-\nmality", "next\nvalue", "holds")
+    table = plain_table("module", *headings, whole=True)
     for result in results:
         stored, measured = result.stored, result.measured
         table.add_row(
             result.module,
             "same" if result.same_weights else "other",
-            f"{stored.captured_energy:.4%} / {measured.captured_energy:.4%}",
-            f"{stored.residual:.2e} / {measured.residual:.2e}",
-            f"{stored.orthonormality:.1e} / {measured.orthonormality:.1e}",
-            f"{stored.next_value:.4g} / {measured.next_value:.4g}",
+            (f"{stored.captured_energy:.4%}", f"{measured.captured_energy:.4%}"),
+            (f"{stored.residual:.2e}", f"{measured.residual:.2e}"),
+            (f"{stored.orthonormality:.1e}", f"{measured.orthonormality:.1e}"),
+            (f"{stored.next_value:.4g}", f"{measured.next_value:.4g}"),
             "yes" if result.holds else "NO",
         )
     return table
@@ -95,13 +96,14 @@ def adapter_table(adapter: Adapter, every_module: bool = False) -> Table:
 
 
 def frontier_table(frontier: Frontier, every_policy: bool = True) -> Table:
-    """One row per policy with 95 % intervals, those that the validation split prefers first.
+    """One row per policy with 95 % intervals below the shares, those that the validation split prefers first.
 
     Unless ``every_policy``, they are the best five and the uncorrected adapter.
     """
-    refusals = ("safety refused", "task refused") if frontier.counts_refusals else ()
-    general = ("general kept",) if frontier.has_general else ()
-    table = plain_table("policy", "validation", "safety kept", "task kept", *general, *refusals, "relative change", "")
+    refusals = ("safety\nrefused", "task\nrefused") if frontier.counts_refusals else ()
+    general = ("general\nkept",) if frontier.has_general else ()
+    headings = ("safety\nkept", "task\nkept", *general, *refusals)
+    table = plain_table("policy", "vali-\ndation", *headings, "relative\nchange", whole=True)
     points = sorted(frontier.points, key=lambda point: (-point.choice.value, point.relative_change))
     for place, point in enumerate(points):
         if not every_policy and place >= _BEST and point.policy != "none":
@@ -109,24 +111,37 @@ def frontier_table(frontier: Frontier, every_policy: bool = True) -> Table:
         mark = "recommended" if point.policy == frontier.recommended else "control" if point.control else ""
         refused = (point.refusals.safety, point.refusals.task) if point.refusals else ()
         generally = (point.general,) if point.general else ()
-        rates = map(str, (point.safety, point.task, *generally, *refused))
-        table.add_row(point.policy, f"{point.choice.value:.2f}", *rates, f"{point.relative_change:.1%}", mark)
+        rates = map(_in_two_lines, (point.safety, point.task, *generally, *refused))
+        table.add_row(
+            (point.policy, mark) if mark else point.policy,
+            f"{point.choice.value:.2f}",
+            *rates,
+            f"{point.relative_change:.1%}",
+        )
     return table
 
 
+def _in_two_lines(rate: Rate) -> tuple[str, str]:
+    return f"{rate.value:.2f}", f"{rate.low:.2f}-{rate.high:.2f}"
+
+
 class _Printable(Table):
-    """A table whose cells may come from files."""
+    """A table whose cells may come from files; a cell of several lines is a tuple."""
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*(printable(cell, _LONGEST_CELL) for cell in cells), **options)
+        lines = (cell if isinstance(cell, tuple) else (cell,) for cell in cells)
+        super().add_row(*("\n".join(printable(line, _LONGEST_CELL) for line in cell) for cell in lines), **options)
 
 
-def plain_table(first: str, *rest: str) -> Table:
-    """Return a table of these columns; what stands in it is made printable."""
-    table = _Printable()
+def plain_table(first: str, *rest: str, whole: bool = False) -> _Printable:
+    """Return a table of these columns; what stands in it is made printable.
+
+    Where it is too wide, cells are folded: with ``whole`` those of the first column alone.
+    """
+    table = _Printable(box=box.SIMPLE_HEAD, padding=(0, 0 if whole else 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(first, overflow="fold")
     for column in rest:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=whole)
     return table
 
 

@@ -89,6 +89,11 @@ def test_extract_takes_every_option(work: Path, run: Run) -> None:
 
 
 def test_extract_chooses_the_rank(work: Path, run: Run) -> None:
+    cut = run("extract", "base", "aligned", "-o", "new", "--rank", "auto", "--max-rank", "1").out
+    count = sum(module.rank == 1 for module in csulora.Subspace.open("new").values())
+    assert count
+    assert f"{count} modules have 1 directions, the most that --max-rank allows; more may stand out" in cut
+    assert "more may stand out" not in run("extract", "base", "aligned", "-o", "new", "--rank", "1").out
     assert run("extract", "base", "aligned", "-o", "new", "--rank", "auto", "--max-rank", "5").code == 0
     assert csulora.Subspace.open("new").sha256 == csulora.extract("base", "aligned", rank="auto", max_rank=5).sha256
 
@@ -103,7 +108,9 @@ def test_verify_refuses_a_subspace_of_others(work: Path, run: Run) -> None:
     result = run("verify", "subspace", "aligned", "base", "--json", "report")
     assert result.code == 3
     assert result.err.startswith("csulora: refused: subspace: 14 of 14 certificates do not hold; that of ")
-    assert result.err.endswith("is for other weights\n")
+    assert result.err.endswith(
+        "is for other weights: name the checkpoints that the file was made from, the base first\n"
+    )
     assert [module["holds"] for module in json.loads(Path("report").read_text())["modules"]] == [False] * 14
 
 

@@ -39,6 +39,11 @@ def test_presets_raw_and_scaling_stand_in_one_table(command: str, run: Run, tmp_
     assert len(rows) == 2 + 2 * 3
 
 
+def test_a_refusal_that_the_model_never_says_is_told(command: str, run: Run) -> None:
+    outcome = run(command, "--policy", "none", "--refusal", "nobody_says_this")
+    assert "The aligned model refuses no safety prompt, as far as --refusal tells" in outcome.out
+
+
 def test_a_tuned_policy_is_found_with_its_own_subspace_file(
     command: str, run: Run, place: tiny_model.Place, tmp_path: Path
 ) -> None:
@@ -62,7 +67,7 @@ def test_prompts_that_a_policy_has_seen_are_refused(
     csulora.Policy.project(provenance=PolicyProvenance(seen)).save(tmp_path / "mine.toml")
     outcome = run(command, "--policy", tmp_path / "mine.toml")
     assert outcome.code == exit_codes.BAD_INPUT
-    assert "policy mine was tuned with 16 of the prompts" in outcome.err
+    assert "policy 'mine' was tuned with 16 of the prompts" in outcome.err
 
 
 def test_wrong_options_are_told(command: str, run: Run, place: tiny_model.Place) -> None:

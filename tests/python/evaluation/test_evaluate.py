@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import csulora
+import factories
 import tiny_model
 from csulora.errors import InputError, RefusedError
 from csulora.evaluation import evaluate as module
@@ -119,8 +120,17 @@ def test_an_incoherent_reply_is_no_refusal(place: tiny_model.Place) -> None:
 def test_prompts_that_a_policy_has_seen_are_refused(place: tiny_model.Place, kind: str) -> None:
     prompt = {"safety": SAFETY, "task": TASK, "general": GENERAL}[kind][2]
     seen = PolicyProvenance((probes.prompt_hash(probes.from_text(f" {prompt.upper()}  ")),))
-    with pytest.raises(InputError, match=f"policy mine was tuned with 1 of the prompts, '{prompt}' for instance"):
+    with pytest.raises(InputError, match=f"policy 'mine' was tuned with 1 of the prompts, '{prompt}' for instance"):
         evaluated(place, {"mine": csulora.Policy.none(provenance=seen)})
+
+
+def test_an_adapter_of_another_size_is_told_before_anything_is_computed(
+    place: tiny_model.Place, tmp_path: Path
+) -> None:
+    large = factories.save_adapter(tmp_path / "large", {next(iter(tiny_model.MODULES)): (96, 96)})
+    subspace = csulora.Subspace.open(place.subspace)
+    with pytest.raises(InputError, match=r"large: module .* for a model of another size"):
+        csulora.evaluate("none", [csulora.load_adapter(large)], {}, subspace, task=[TASK], safety=SAFETY)
 
 
 def test_a_policy_that_refuses_an_adapter_has_a_row_that_says_so(place: tiny_model.Place) -> None:

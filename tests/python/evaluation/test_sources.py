@@ -39,14 +39,16 @@ def test_a_column_of_a_csv_file_is_read(tmp_path: Path) -> None:
         ("p.csv#a", 'a\n"x', "not a readable CSV file"),
         ("p.txt", "", "holds 0 prompts"),
         ("p.parquet#a", "no Parquet", "pyarrow|not a readable Parquet file"),
-        ("none.txt", "", "none.txt"),
+        ("p.txt#a", "x\n", r"a column is of a file that ends with .csv or .parquet; leave #a out"),
+        ("none.txt", "", "^none.txt: no such file"),
+        ("none.parquet#a", "", "^none.parquet: no such file"),
     ],
 )
 def test_what_cannot_be_read_is_told(
     source: str, text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if source != "none.txt":
+    if not source.startswith("none"):
         Path(source.partition("#")[0]).write_text(text)
     with pytest.raises((InputError, OSError), match=message):
         read(source)

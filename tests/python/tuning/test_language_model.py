@@ -122,6 +122,15 @@ def test_a_model_that_is_not_whole_is_refused(place: tiny_model.Place, tmp_path:
         LanguageModel.open(str(weights.parent), Loading("cpu"), tiny_model.REPLY)
 
 
+def test_a_directory_without_a_model_or_a_tokenizer_is_told(place: tiny_model.Place) -> None:
+    for directory, message in (
+        (place.adapters[0], "adapter1: holds no config.json; name the aligned model's directory first"),
+        (place.aligned.with_name("base"), "base: holds no tokenizer; save the model's there"),
+    ):
+        with pytest.raises(InputError, match=message):
+            LanguageModel.open(str(directory), Loading("cpu"), tiny_model.REPLY)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reply_does_not_depend_on_what_else_is_in_its_batch(place: tiny_model.Place, dtype: torch.dtype) -> None:
     language_model = LanguageModel.open(str(place.aligned), Loading("cpu"), tiny_model.REPLY)

@@ -31,6 +31,9 @@ def test_a_json_array_is_not_taken_for_text() -> None:
     for data in (f"[\n{lines}\n]", f"[{lines}]", json.dumps(LINES, indent=1)):
         with pytest.raises(InputError, match="a JSON array; give an object a line"):
             parse(data.encode())
+    turns = "\n".join(json.dumps([{"role": "user", "content": line}]) for line in LINES)
+    with pytest.raises(InputError, match=r'line 1: a JSON array; write {"messages": \[...\]}'):
+        parse(turns.encode())
     assert parse("\n".join(f"[INST] {line}" for line in LINES).encode()) == user(*(f"[INST] {line}" for line in LINES))
 
 

@@ -162,6 +162,13 @@ def test_refusals_are_counted_in_what_a_model_says(place: tiny_model.Place, tmp_
     assert same_but(frontier.points, refusals=None) == same_but(plain)
 
 
+def test_refusals_that_the_aligned_model_never_says_are_an_error(place: tiny_model.Place, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="safety prompt holds --refusal 'nobody says this'; give words of its refusals"
+    ):
+        tune(replace(request(place), refusals=("nobody says this",)), tmp_path / "policy.toml")
+
+
 def same_but(points: Sequence[Point], **fields: object) -> list[Point]:
     """Points of what is not fitted, without what chose among them."""
     return [replace(each, validation=None, **fields) for each in points if not each.policy.startswith("tuned")]  # type: ignore[arg-type]
@@ -470,7 +477,7 @@ def test_the_command_line(
     shown, told = capsys.readouterr()
     assert "tuned random subspace" not in shown
     assert "refused" not in shown
-    assert "general kept" not in shown
+    assert "general" not in shown.splitlines()[0]
     assert "not measured on general prompts" in " ".join(shown.split())
     assert "reported on 4 safety, 4 task, which chose nothing" in shown
     assert "tuning: fit tuned 8\n" in told
@@ -491,7 +498,7 @@ def test_the_command_line(
     general.write_text(tiny_model.prompts("w22", 8))
     assert run(*command, "--task", place.task, "--general", general, "--quick", "--controls", "--all") == 0
     shown, told = capsys.readouterr()
-    assert "general kept" in shown
+    assert "general" in shown.splitlines()[0]
     assert "tuned random subspace" in shown
     assert "2 test prompts show little" in told
     assert "give 16 prompts or more in each file" in told

@@ -236,7 +236,7 @@ def chosen_policy(source: str | None, signer: str | None = None) -> Policy:
     """
     if source is None:
         raise typer.BadParameter(f"say which policy: --policy NAME|FILE; {POLICY_CHOICES}")
-    policy = _signed_policy(source, signer) if signer else Policy.load(source)
+    policy = Policy.load(source) if signer is None else _signed_policy(source, signer)
     if policy.provenance.beats_plain_scaling is False:
         told = printable(f"csulora: {source}: csulora tune found it no better than plain scaling")
         print(told, file=sys.stderr, flush=True)

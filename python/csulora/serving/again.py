@@ -91,7 +91,13 @@ def find(log: Path, identity: str) -> dict[str, Any]:
     return document
 
 
-_TYPES = {"string": str, "object": dict, "boolean": bool, "number": (int, float), "null": type(None)}
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "string": str,
+    "object": dict,
+    "boolean": bool,
+    "number": (int, float),
+    "null": type(None),
+}
 
 
 def _fits(value: object, rule: Mapping[str, Any]) -> bool:
@@ -107,9 +113,10 @@ def _fits(value: object, rule: Mapping[str, Any]) -> bool:
         return re.fullmatch(rule.get("pattern", ".*"), value, re.DOTALL) is not None
     if not isinstance(value, dict):
         return True
-    rules = {name: rule.get("properties", {}).get(name) or rule.get("additionalProperties") for name in value}
-    is_complete = set(rule.get("required", ())) <= value.keys()
-    return is_complete and all(rules[name] and _fits(child, rules[name]) for name, child in value.items())
+    if not set(rule.get("required", ())) <= value.keys():
+        return False
+    rules = {name: rule.get("properties", {}).get(name, rule["additionalProperties"]) for name in value}
+    return all(_fits(child, rules[name]) if rules[name] else False for name, child in value.items())
 
 
 def decide_again(line: Mapping[str, Any], sources: Sources | None = None, fit: Fit | None = None) -> list[Check]:

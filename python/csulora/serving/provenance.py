@@ -83,8 +83,10 @@ class Signer:
         crypto_signer = signing_module("securesystemslib.signer").CryptoSigner
         serialization = signing_module("cryptography.hazmat.primitives.serialization")
         try:
-            content = read_regular(key, _LARGEST_KEY)
-            self._signer = crypto_signer(serialization.load_pem_private_key(content, None))
+            private = serialization.load_pem_private_key(read_regular(key, _LARGEST_KEY), None)
+            if not hasattr(private, "curve"):
+                raise TypeError("it is no key of P-256, P-384 or P-521")
+            self._signer = crypto_signer(private)
             signing_module("model_signing.signing").Config().use_elliptic_key_signer(private_key=key)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise InputError(

@@ -69,3 +69,8 @@ def test_a_decision_is_verified_by_its_id(place: Path, run: Run) -> None:
     Path("in").rename("moved")
     assert run("verify --decision last log.jsonl").code == 3
     assert run("verify --decision last log.jsonl moved/good").code == 0
+
+
+def test_what_a_decision_does_not_take_is_not_taken(place: Path, run: Run) -> None:
+    done = run("verify --decision last log.jsonl --require-signature some.pub")
+    assert (done.code, "takes all of that from the line" in done.err) == (2, True)

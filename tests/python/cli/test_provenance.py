@@ -16,7 +16,7 @@ from csulora.serving.guard import DirectoryGuard, Options
 pytest.importorskip("model_signing")
 from csulora.serving.provenance import ADAPTER, SUBSPACE, Signer, verified_provenance
 from csulora.serving.signatures import Verifier
-from signing import key_pair, sign
+from signing import ed25519_key_pair, key_pair, sign
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -209,6 +209,8 @@ def test_what_cannot_sign_is_refused_at_once(keys: Path, tmp_path: Path) -> None
     for file in (tmp_path / "text.key", keys / "publisher.pub"):
         with pytest.raises(InputError, match="cannot sign"):
             Signer(file)
+    with pytest.raises(InputError, match="it is no key of P-256, P-384 or P-521"):
+        Signer(ed25519_key_pair(tmp_path)[0])
     with pytest.raises(InputError, match="no such file"):
         Signer(tmp_path / "none.key")
 

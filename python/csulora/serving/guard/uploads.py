@@ -74,7 +74,18 @@ def contents_of(path: Path, signature: Signature, every_file: bool = False) -> d
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
                 found[str(name)] = sha256_of_file(file, left)
                 left -= int(size)
+        elif stat.S_ISDIR(int(mode)) and every_file:
+            found[str(name)] += f" {_listing(file)}"
     return found
+
+
+def _listing(directory: Path) -> str:
+    """Return one hash of what lies in a directory within an upload: a signature covers that too."""
+    files = islice(directory.rglob("*"), MOST_FILES)
+    with suppress(OSError):
+        lines = sorted(f"{file.relative_to(directory)!r} {_signature_of_file(file)}\n" for file in files)
+        return hashlib.sha256("".join(lines).encode(errors="backslashreplace")).hexdigest()
+    return ""
 
 
 def content_sha256(contents: Mapping[str, str]) -> str:

@@ -120,7 +120,7 @@ def guard(
         reopen=opened,
         reload=reload,
     )
-    if metrics:
+    if metrics is not None:
         exposed.serve(metrics)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())

@@ -52,6 +52,17 @@ def check_parent(path: Path) -> None:
         raise InputError(f"{parent}: not writable; choose another place for {path.name}")
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory that is to hold results, unless it is there; raises `InputError` if that is not possible."""
+    if path.is_dir():
+        return
+    check_parent(path)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{path}: is no directory; name another place") from None
+
+
 def check_file(path: Path) -> None:
     """Raise `InputError` unless ``path`` could be written: it is a file, or there is nothing yet.
 

@@ -423,6 +423,22 @@ def test_a_long_decision_leaves_the_guard_answering(
         finish.set()
 
 
+@pytest.mark.parametrize("name", ["one.gguf", "one.refused.json", "one.gguf.csulora_guard.json"])
+def test_a_directory_that_is_named_like_something_else_is_refused(name: str, incoming: Path, subspace: Path) -> None:
+    factories.save_adapter(incoming / name, MODULES)
+    assert guard(incoming, subspace).scan()
+    refusal = json.loads((incoming.with_name("out") / f"{name}.refused.json").read_text())
+    assert (refusal["reason_code"], "rename it" in refusal["reason"]) == ("unsafe-name", True)
+    assert results(incoming) == {f"{name}.refused.json"}
+
+
+def test_outgoing_must_be_a_directory_or_have_one_to_lie_in(incoming: Path, subspace: Path) -> None:
+    with pytest.raises(csulora.InputError, match="no such directory; create it first"):
+        DirectoryGuard(incoming, incoming.with_name("absent") / "out", Gate.open(subspace, "csulora"))
+    with pytest.raises(csulora.InputError, match="is no directory; name another place"):
+        DirectoryGuard(incoming, subspace, Gate.open(subspace, "csulora"))
+
+
 def test_directories_must_be_apart(incoming: Path, subspace: Path) -> None:
     with pytest.raises(csulora.InputError, match="inside the other"):
         DirectoryGuard(incoming, incoming / "out", Gate.open(subspace, "csulora"))

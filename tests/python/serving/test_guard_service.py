@@ -203,6 +203,22 @@ def test_quarantine_holds_what_is_refused_and_why(world: World) -> None:
     assert world.results == {"good", "dora"}
 
 
+def test_a_quarantine_that_is_gone_leaves_the_upload_and_one_decision(world: World) -> None:
+    world.upload("dora", use_dora=True)
+    aside = world.directory / "aside"
+    worker = world.guard(quarantine=aside)
+    aside.rmdir()
+    assert worker.scan()
+    assert worker.scan()
+    assert any("dora: stays in" in line and "no such directory" in line for line in world.said)
+    assert [verdict for _, verdict in world.verdicts] == ["refused"]
+    assert (world.incoming / "dora").is_dir()
+
+    assert world.guard(quarantine=aside).scan()
+    assert not (world.incoming / "dora").exists()
+    assert len(world.lines) == 1
+
+
 @pytest.mark.parametrize("place", ["in/aside", "out/aside", "."])
 def test_quarantine_lies_apart(place: str, world: World) -> None:
     with pytest.raises(csulora.InputError, match="must not lie inside each other"):

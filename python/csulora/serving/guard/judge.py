@@ -27,6 +27,7 @@ from csulora.serving.guard.uploads import (
     LONGEST_NAME,
     Signature,
     check_files,
+    check_name,
     content_sha256,
     contents_of,
     is_presentable,
@@ -171,6 +172,7 @@ class Judge:
                 raise UnsafeNameError(
                     f"{path}: its name is longer than {LONGEST_NAME} bytes or not printable; rename it"
                 )
+            check_name(path)
             if self.journal.is_hopeless(path.name, signature):
                 raise ExhaustingError(
                     f"{path}: guards were killed while they read it; it may need more memory than they get"
@@ -194,8 +196,10 @@ class Judge:
             return
         try:
             self.quarantine.take(self.incoming / name, Path(place), record)
-        except OSError as error:
-            self.tell(f"{name}: stays in {self.incoming}, as it cannot be moved to {place}: {error.strerror}")
+        except (OSError, InputError) as error:
+            self.tell(
+                f"{name}: stays in {self.incoming} until the next start, as it cannot be moved to {place}: {error}"
+            )
 
 
 def refusal_of(name: str, error: Exception) -> dict[str, str]:

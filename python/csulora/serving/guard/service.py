@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from csulora.errors import CsuloraError, InputError, LogError, printable
-from csulora.io.files import locked, remove_abandoned
+from csulora.io.files import locked, make_directory, remove_abandoned
 from csulora.models.gguf_base import BaseModel
 from csulora.serving import metrics
 from csulora.serving.gate import Gate
@@ -75,8 +75,7 @@ class DirectoryGuard:
                 f"{self.incoming / PRESENT_FILE}: no such file; without it a volume that is not mounted would look as "
                 f"if all uploads were gone; make it once: touch {self.incoming / PRESENT_FILE}"
             )
-        self.outgoing.mkdir(exist_ok=True)
-        self._quarantine = self.options.quarantine and Quarantine(self.options.quarantine, self.incoming, self.outgoing)
+        make_directory(self.outgoing)
         self._health = HealthFile(self.options.health) if self.options.health else None
         base_model, aside = self.options.base_model, self.options.quarantine
         self._results = Outgoing(self.outgoing, base_model)

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from csulora.adapters.weights_files import LARGEST_WEIGHTS
-from csulora.errors import InputError, UnsafeFileError
+from csulora.errors import InputError, UnsafeFileError, UnsafeNameError
 from csulora.io.files import GGUF_SUFFIX, sha256_of_file
 from csulora.serving.open_decision import ADAPTER_FILES
 from csulora.serving.signatures import signature_file_of
@@ -29,7 +29,7 @@ def is_upload(path: Path) -> bool:
     """Whether an entry is to be decided on; hidden ones are uploads under way."""
     name = path.name
     is_adapter = name.endswith(GGUF_SUFFIX) or path.is_symlink() or not path.is_file()
-    return is_adapter and not name.startswith(".") and not name.endswith((REFUSED, RECORD_FILE))
+    return is_adapter and not name.startswith(".")
 
 
 def is_presentable(name: str) -> bool:
@@ -91,6 +91,14 @@ def _listing(directory: Path) -> str:
 def content_sha256(contents: Mapping[str, str]) -> str:
     """Return one hash of what `contents_of` found."""
     return hashlib.sha256("".join(f"{name!r} {what}\n" for name, what in contents.items()).encode()).hexdigest()
+
+
+def check_name(path: Path) -> None:
+    """Raise `UnsafeNameError` for an upload whose result would look like something else in OUTGOING."""
+    if path.name.endswith((REFUSED, RECORD_FILE)):
+        raise UnsafeNameError(f"{path}: is named like a file of the guard's own; rename it")
+    if path.name.endswith(GGUF_SUFFIX) and path.is_dir():
+        raise UnsafeNameError(f"{path}: is a directory, and named like a GGUF file; rename it")
 
 
 def check_files(path: Path, signature: Signature) -> None:

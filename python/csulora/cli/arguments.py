@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from csulora.cli.console import STDOUT
-from csulora.errors import printable
+from csulora.errors import InputError, printable
 from csulora.io.files import GGUF_SUFFIX, check_file, check_not_input
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
@@ -100,6 +100,13 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | 
         if output and output != STDOUT:
             check_not_input(output, sources)
             sources.append(output)
+
+
+def check_apart(output: Path, directories: Iterable[Path]) -> None:
+    """Raise `InputError` if a file to be written lies in one of the directories, at whatever depth."""
+    for directory in directories:
+        if output != STDOUT and output.resolve().is_relative_to(directory.resolve()):
+            raise InputError(f"{output}: lies in {directory}, which holds adapters alone; choose another place")
 
 
 AdapterSource = Annotated[

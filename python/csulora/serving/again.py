@@ -138,6 +138,8 @@ def decide_again(line: Mapping[str, Any], sources: Sources | None = None, fit: F
     if line["verdict"] == "withdrawn" or not line["inputs"]:
         raise InputError(f"decision {line['id']} was made of no file; there is nothing to make again")
     where = _located(line, sources or Sources())
+    if line["policy_text"] is not None and sources and sources.policy:
+        raise InputError(f"decision {line['id']}: its policy stands in the line; name no other")
     checks = [
         _file(f"input {name}", sha256, _input(where.adapter, name)) for name, sha256 in sorted(line["inputs"].items())
     ]

@@ -82,6 +82,17 @@ def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_p
     assert {path.name for path in out.iterdir()} == {"one.gguf.refused.json"}
 
 
+def test_a_signature_of_an_earlier_gguf_file_does_not_stay(incoming: Path, subspace: Path, tmp_path: Path) -> None:
+    model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
+    loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
+    csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=model)
+    assert guard(incoming, subspace, base_model=model).scan()
+    for suffix in ("sig", "intoto.jsonl"):
+        (tmp_path / "out" / f"one.gguf.{suffix}").touch()
+    assert guard(incoming, subspace, "project", base_model=model).scan()
+    assert results(incoming) == {"one.gguf", "one.gguf.csulora_guard.json"}
+
+
 def test_gguf_without_its_model_is_refused(incoming: Path, subspace: Path, tmp_path: Path) -> None:
     model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
     loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))

@@ -152,6 +152,17 @@ def _check_replaceable(path: Path, marker: str, replacements: set[str]) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the block name ``path``, if it is the file system's and names no file, as those of writing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def workplace(path: Path) -> Iterator[Path]:
     """Yield a directory beside ``path`` for what is to become ``path``; nothing of it is left afterwards.
 
@@ -162,7 +173,8 @@ def workplace(path: Path) -> Iterator[Path]:
     with ExitStack() as owned:
         place = _own_workplace(path.absolute(), owned)
         try:
-            yield place
+            with naming(path):
+                yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from csulora.serving.gate import Gate
 from csulora.serving.guard import DirectoryGuard, Options
 
 pytest.importorskip("model_signing")
-from csulora.serving.provenance import ADAPTER, SUBSPACE, Signer, verified_provenance
+from csulora.serving.provenance import ADAPTER, SUBSPACE, Ingredients, Signer, verified_provenance
 from csulora.serving.signatures import Verifier
 from signing import ed25519_key_pair, key_pair, sign
 
@@ -202,6 +203,16 @@ def test_the_guard_reads_what_is_signed_and_signs_what_it_writes(
     scan()
     assert not (outgoing / "bad.refused.json").exists()
     assert verified_provenance(outgoing / "bad", Verifier.open(keys / "platform.pub"))
+
+
+def test_one_key_signs_file_and_statement_whatever_becomes_of_its_file(keys: Path, tmp_path: Path) -> None:
+    shutil.copy(keys / "platform.key", tmp_path / "signing.key")
+    signer = Signer(tmp_path / "signing.key")
+    shutil.copy(keys / "other.key", tmp_path / "signing.key")
+    path = factories.save_adapter(tmp_path / "written", MODULES)
+    signer.sealing(Ingredients({}, ""))(path)
+    signer.sealing(Ingredients({}, ""))(path)
+    assert verified_provenance(path, Verifier.open(keys / "platform.pub")).outputs
 
 
 def test_what_cannot_sign_is_refused_at_once(keys: Path, tmp_path: Path) -> None:

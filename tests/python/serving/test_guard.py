@@ -259,9 +259,11 @@ def test_a_decision_that_cannot_be_logged_is_none(
         raise LogError("no space is left")
 
     factories.save_adapter(incoming / "good", MODULES)
+    said: list[str] = []
     with monkeypatch.context() as broken:
         broken.setattr(DecisionLog, "record", full)
-        assert not guard(incoming, subspace).scan()
+        assert not guard(incoming, subspace, say=said.append).scan()
+    assert [line.partition(",")[0] for line in said] == ["good: not decided on"]
     assert results(incoming) == {"good.refused.json"}
     assert "no space is left" in refusal(incoming, "good")["reason"]
     assert guard(incoming, subspace).scan()

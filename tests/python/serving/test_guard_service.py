@@ -172,7 +172,7 @@ def test_a_volume_that_is_not_mounted_withdraws_nothing(world: World) -> None:
     assert worker.scan()
     mounted = world.incoming.rename(world.directory / "volume")
     world.incoming.mkdir()  # the mount point
-    with pytest.raises(OSError, match=r"lacks \.csulora-incoming; nothing is withdrawn"):
+    with pytest.raises(OSError, match=r"/in: lacks \.csulora-incoming; nothing is withdrawn"):
         worker.scan()
     assert world.results == {"good"}
     with pytest.raises(csulora.InputError, match=r"make it once: touch .*/in/\.csulora-incoming"):
@@ -181,6 +181,24 @@ def test_a_volume_that_is_not_mounted_withdraws_nothing(world: World) -> None:
     mounted.rename(world.incoming)
     assert worker.scan()
     assert world.verdicts == [("good", "corrected")]
+
+
+def test_an_outgoing_that_is_gone_is_named_and_waited_for(world: World) -> None:
+    world.upload("a")
+    worker = world.guard(withdraw=True)
+    thread = threading.Thread(target=worker.run, args=(True, 0.01))
+    thread.start()
+    try:
+        wait_until(lambda: world.outgoing.is_dir() and world.results == {"a"})
+        world.outgoing.rename(world.directory / "away")
+        wait_until(lambda: any("nothing is decided on now: " in line for line in world.said))
+        (world.directory / "away").rename(world.outgoing)
+        world.upload("b")
+        wait_until(lambda: world.results == {"a", "b"})
+    finally:
+        worker.stop()
+        thread.join()
+    assert [line for line in world.said if "nothing is decided on now" in line and str(world.outgoing) in line]
 
 
 def test_quarantine_holds_what_is_refused_and_why(world: World) -> None:

@@ -207,7 +207,9 @@ class DirectoryGuard:
     def _withdraw_what_is_gone(self, gate: Gate) -> None:
         """Withdraw what has no upload, unless INCOMING is not there, before it is listed or after."""
         if not self._is_present():
-            raise OSError(f"lacks {PRESENT_FILE}; nothing is withdrawn, nor decided on, until it is there")
+            raise OSError(
+                f"{self.incoming}: lacks {PRESENT_FILE}; nothing is withdrawn, nor decided on, until it is there"
+            )
         names = [path.name for path in self.incoming.iterdir()]
         if not self._is_present():
             return
@@ -232,7 +234,7 @@ class DirectoryGuard:
                 if not watch:
                     raise
                 if (reason := str(error)) != said:
-                    self._tell(f"{self.incoming}: cannot be looked at: {reason}")
+                    self._tell(f"nothing is decided on now: {reason}")
                 said = reason
             if watch or not done:
                 self._stop.wait(interval)

@@ -223,6 +223,8 @@ def set_variables(
     files = {SUBSPACE_VARIABLE: subspace, DECISIONS_VARIABLE: decisions}
     signers = {SIGNATURE_VARIABLE: require_signature, RULES_SIGNATURE_VARIABLE: require_rules_signature}
     for variable, signer in signers.items():
+        if signer == "":
+            raise typer.BadParameter("the name of who must sign is empty; name somebody, or leave the option out")
         if signer is not None and Path(signer).exists():
             files[variable] = Path(signer)
         elif signer is not None:

@@ -230,10 +230,17 @@ def _made_again(line: Mapping[str, Any], where: _Located, policy: Policy, fit: F
             )
         corrected = fit(corrected)
     if form["dtype"]:
-        corrected = cast_to(corrected, getattr(torch, form["dtype"]))
+        corrected = cast_to(corrected, _dtype(form["dtype"], line))
     with TemporaryDirectory(prefix="csulora-again-") as directory:
         names = [Path(path).name for path in line["outputs"]]
         is_file = form["format"] == "gguf"
         path = Path(directory, names[0] if is_file and names else "adapter")
         _, hashes = save_with_hashes(corrected, path, form["format"], base_model=line["base_model"])
     return {Path(path).name: sha256 for path, sha256 in hashes.items()}
+
+
+def _dtype(name: str, line: Mapping[str, Any]) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise InputError(f"decision {line['id']}: its form has the type {name}, which torch lacks")
+    return found

@@ -251,3 +251,9 @@ def test_servers_pass_on_who_must_sign(server: str, keys: Path, run: Run, monkey
 
     assert os.environ["CSULORA_REQUIRE_SIGNATURE"] == str(keys / "publisher.pub")
     assert os.environ["CSULORA_REQUIRE_RULES_SIGNATURE"] == identity
+
+
+@pytest.mark.parametrize("option", ["--require-signature", "--require-rules-signature"])
+def test_a_server_takes_no_empty_signer(option: str, run: Run) -> None:
+    done = run("vllm-serve model --subspace s --policy csulora", option, "")
+    assert (done.code, "the name of who must sign is empty" in done.err) == (2, True)

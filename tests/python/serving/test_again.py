@@ -232,3 +232,10 @@ def test_a_refusal_of_a_sum_is_not_called_false(world: World) -> None:
     assert world.line()["reason_code"] == "undo-together"
     with pytest.raises(csulora.InputError, match="`undo-together`, which depends on more than the files"):
         decide_again(world.line())
+
+
+def test_a_type_that_torch_lacks_is_named(world: World) -> None:
+    by_guard(world)
+    form = {"format": "peft", "layout": None, "dtype": "float7", "fitted": False}
+    with pytest.raises(csulora.InputError, match="the type float7, which torch lacks"):
+        decide_again(world.line() | {"form": form})

@@ -295,7 +295,7 @@ def test_reload_reads_rules_again_and_keeps_the_old_ones_if_they_are_unusable(
     worker = world.guard(policy, lambda: world.gate(policy), health=health)
     thread = running(worker)
     try:
-        wait_until(lambda: world.results == {"a"} and health.is_file())
+        wait_until(lambda: any("a: corrected" in line for line in world.said) and health.is_file())
         policy.write_text("off = 'much'")
         world.reload.set()
         wait_until(lambda: json.loads(health.read_text())["reload_error"] is not None)

@@ -179,7 +179,7 @@ class UnsafeFileError(RefusedError):
 
 
 class UnsafeNameError(RefusedError):
-    """A name or path is too long or not printable."""
+    """A name is too long, not printable, or like that of another kind of file."""
 
     reason_code = "unsafe-name"
 

@@ -5,25 +5,35 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from model_signing import hashing, signing
 
 from csulora.adapters.lora import SIGNATURE_FILE
 from csulora.serving.signatures import signature_file_of
 
+_Key = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
 
 def key_pair(directory: Path, name: str) -> tuple[Path, Path]:
     """Write a private and a public key as PEM: ``name.key`` and ``name.pub``."""
     directory.mkdir(parents=True, exist_ok=True)
+    return _written(ec.generate_private_key(ec.SECP256R1()), directory, name)
+
+
+def ed25519_key_pair(directory: Path) -> tuple[Path, Path]:
+    """Write a pair of another kind than model-signing takes."""
+    return _written(ed25519.Ed25519PrivateKey.generate(), directory, "ed25519")
+
+
+def _written(key: _Key, directory: Path, name: str) -> tuple[Path, Path]:
     private, public = directory / f"{name}.key", directory / f"{name}.pub"
-    key = ec.generate_private_key(ec.SECP256R1())
     private.write_bytes(_pem(key))
     kind = serialization.PublicFormat.SubjectPublicKeyInfo
     public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, kind))
     return private, public
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _pem(key: _Key) -> bytes:
     form = serialization.PrivateFormat.PKCS8
     content: bytes = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
     return content

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from csulora.cli.console import STDOUT
-from csulora.errors import printable
+from csulora.errors import InputError, printable
 from csulora.io.files import GGUF_SUFFIX, check_file, check_not_input
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
@@ -100,6 +100,13 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | 
         if output and output != STDOUT:
             check_not_input(output, sources)
             sources.append(output)
+
+
+def check_apart(output: Path, directories: Iterable[Path]) -> None:
+    """Raise `InputError` if a file to be written lies in one of the directories, at whatever depth."""
+    for directory in directories:
+        if output != STDOUT and output.resolve().is_relative_to(directory.resolve()):
+            raise InputError(f"{output}: lies in {directory}, which holds adapters alone; choose another place")
 
 
 AdapterSource = Annotated[
@@ -216,6 +223,8 @@ def set_variables(
     files = {SUBSPACE_VARIABLE: subspace, DECISIONS_VARIABLE: decisions}
     signers = {SIGNATURE_VARIABLE: require_signature, RULES_SIGNATURE_VARIABLE: require_rules_signature}
     for variable, signer in signers.items():
+        if signer == "":
+            raise typer.BadParameter("the name of who must sign is empty; name somebody, or leave the option out")
         if signer is not None and Path(signer).exists():
             files[variable] = Path(signer)
         elif signer is not None:
@@ -236,7 +245,7 @@ def chosen_policy(source: str | None, signer: str | None = None) -> Policy:
     """
     if source is None:
         raise typer.BadParameter(f"say which policy: --policy NAME|FILE; {POLICY_CHOICES}")
-    policy = _signed_policy(source, signer) if signer else Policy.load(source)
+    policy = Policy.load(source) if signer is None else _signed_policy(source, signer)
     if policy.provenance.beats_plain_scaling is False:
         told = printable(f"csulora: {source}: csulora tune found it no better than plain scaling")
         print(told, file=sys.stderr, flush=True)

@@ -121,7 +121,8 @@ def correct(
     from csulora.views.report_table import report_table
 
     signer = Signer(sign_with) if sign_with else None
-    verifier, rules = (Verifier.open(who) if who else None for who in (require_signature, require_rules_signature))
+    signers = (require_signature, require_rules_signature)
+    verifier, rules = (None if who is None else Verifier.open(who) for who in signers)
     opened = open_subspace(subspace, subspace_sha256, rules)
     wanted = cast("Layout | None", layout and layout.value)
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,7 @@ from csulora.cli.arguments import (
     RequireSignature,
     SignWith,
     SubspaceSha256,
+    check_apart,
     check_outputs,
     chosen_policy,
 )
@@ -91,7 +93,9 @@ def guard(
     if watch:
         signal.signal(signal.SIGHUP, lambda *_: reload.set())
     chosen_policy(policy, require_rules_signature)
-    check_outputs([json, health, decisions], [incoming, outgoing, subspace, policy, base_model])
+    check_outputs([json, health, decisions], [subspace, policy, base_model])
+    for file in filter(None, (json, health, decisions)):
+        check_apart(file, [incoming, outgoing])
     from csulora.serving import metrics as exposed
     from csulora.serving.gate import Gate
     from csulora.serving.guard import DirectoryGuard, Options
@@ -109,7 +113,9 @@ def guard(
         )
 
     if plan:
-        _plan(incoming, outgoing, opened(), base_model, json, quiet)
+        names = _plan(incoming, outgoing, opened(), base_model, json, quiet)
+        if fail_on_refusal and names:
+            raise RefusedError(f"{len(names)} uploads would not be let through: {_shown(names)}")
         return
     worker = DirectoryGuard(
         incoming,
@@ -120,7 +126,7 @@ def guard(
         reopen=opened,
         reload=reload,
     )
-    if metrics:
+    if metrics is not None:
         exposed.serve(metrics)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
@@ -132,11 +138,19 @@ def guard(
         sys.stdout.flush()
         os._exit(0)
     if fail_on_refusal and (names := worker.not_let_through):
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise RefusedError(f"{len(names)} uploads are not let through: {shown}; {outgoing}/NAME.refused.json says why")
+        raise RefusedError(
+            f"{len(names)} uploads are not let through: {_shown(names)}; {outgoing}/NAME.refused.json says why"
+        )
 
 
-def _plan(incoming: Path, outgoing: Path, gate: Gate, base_model: str | None, json: Path | None, quiet: bool) -> None:
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _plan(
+    incoming: Path, outgoing: Path, gate: Gate, base_model: str | None, json: Path | None, quiet: bool
+) -> list[str]:
+    """Deliver the plan, and return the names of uploads that would not be let through."""
     from csulora.serving.guard.plan import plan
     from csulora.views.plan_table import plan_table
 
@@ -152,3 +166,4 @@ def _plan(incoming: Path, outgoing: Path, gate: Gate, base_model: str | None, js
         "uploads": [asdict(row) | {"is_changed": row.is_changed} for row in planned],
     }
     deliver(plan_table(planned), summary, document, json, quiet)
+    return [row.name for row in planned if row.verdict != "corrected"]

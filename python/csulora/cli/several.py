@@ -15,7 +15,7 @@ import typer
 from csulora.cli import exit_codes
 from csulora.cli.console import STDOUT, progress_bar
 from csulora.errors import CsuloraError, RefusedError, printable
-from csulora.io.files import to_json, write_text
+from csulora.io.files import make_directory, to_json, write_text
 
 if TYPE_CHECKING:
     from csulora.correction.report import Report
@@ -34,7 +34,7 @@ def outputs(adapters: Sequence[str], directory: Path) -> dict[str, Path]:
         raise typer.BadParameter(f"several adapters need a directory to be written to, and {directory} is a file")
     found: dict[Path, str] = {}
     for adapter in adapters:
-        path = directory / Path(adapter).absolute().name
+        path = directory / Path(os.path.abspath(adapter)).name  # of a/.. the name of what it is
         if path in found:
             raise typer.BadParameter(f"{found[path]} and {adapter} would both be written to {path}; rename one")
         found[path] = adapter
@@ -68,7 +68,7 @@ def correct_several(targets: Mapping[str, Path], work: Work, json: Path | None, 
     Raises:
         typer.Exit: an adapter failed: with `exit_codes.REFUSED` if all that did were refused.
     """
-    next(iter(targets.values())).parent.mkdir(exist_ok=True)
+    make_directory(next(iter(targets.values())).parent)
     entries: dict[str, dict[str, Any]] = {}
     codes: set[int] = set()
     with progress_bar("correcting", quiet) as report_progress:

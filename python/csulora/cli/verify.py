@@ -65,6 +65,8 @@ def verify(
     With --require-signature, verify the signature of what csulora wrote, and the statement of what it was made of.
     """
     if decision is not None:
+        if (expert_layout, base_model, require_signature) != (None, None, None):
+            raise typer.BadParameter("--decision takes all of that from the line; give only where files have moved")
         check_outputs([json], [subject, *(sources or ()), policy])
         _verify_decision(subject, decision, sources or [], policy, json, quiet)
         return

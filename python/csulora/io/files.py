@@ -52,6 +52,17 @@ def check_parent(path: Path) -> None:
         raise InputError(f"{parent}: not writable; choose another place for {path.name}")
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory that is to hold results, unless it is there; raises `InputError` if that is not possible."""
+    if path.is_dir():
+        return
+    check_parent(path)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{path}: is no directory; name another place") from None
+
+
 def check_file(path: Path) -> None:
     """Raise `InputError` unless ``path`` could be written: it is a file, or there is nothing yet.
 
@@ -141,6 +152,17 @@ def _check_replaceable(path: Path, marker: str, replacements: set[str]) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the block name ``path``, if it is the file system's and names no file, as those of writing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def workplace(path: Path) -> Iterator[Path]:
     """Yield a directory beside ``path`` for what is to become ``path``; nothing of it is left afterwards.
 
@@ -151,7 +173,8 @@ def workplace(path: Path) -> Iterator[Path]:
     with ExitStack() as owned:
         place = _own_workplace(path.absolute(), owned)
         try:
-            yield place
+            with naming(path):
+                yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +18,37 @@ from csulora.adapters.lora import Adapter
 from csulora.correction.audit import Check
 from csulora.correction.correct import correct
 from csulora.errors import CsuloraError, InputError, MissingFileError, reason_code_of
-from csulora.io.files import sha256_of_file
+from csulora.io.files import parse_json, sha256_of_file
 from csulora.policy.policy import Policy
 from csulora.serving.admission import cast as cast_to
-from csulora.serving.decisions import versions
+from csulora.serving.decisions import schema, versions
 from csulora.subspace.subspace import Subspace
 
 Fit = Callable[[Adapter], Adapter]
+_OF_MORE_THAN_FILES = frozenset(
+    {
+        "bug",
+        "build",
+        "changed-since-signed",
+        "device",
+        "device-memory",
+        "error",
+        "exhausting",
+        "host",
+        "host-limit",
+        "internal",
+        "log",
+        "machine",
+        "not-covered-by-signature",
+        "other-signer",
+        "uncovered-route",
+        "undo-together",
+        "unsafe-file",
+        "unsafe-name",
+        "unsigned",
+    }
+)
+"""Reasons of a host, of what was served besides, of signatures, or of the moment."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +70,53 @@ def find(log: Path, identity: str) -> dict[str, Any]:
     """Return the line of a log with that id, or the beginning of one; ``last`` is the last line.
 
     Raises:
-        InputError: the log cannot be read, or holds no such line, or several.
+        InputError: the log cannot be read, or holds no such line, or several, or the line is damaged.
     """
     try:
-        lines = log.read_text(encoding="utf-8").splitlines()
+        lines = log.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{log}: cannot be read: {error.strerror}") from error
-    found = lines[-1:] if identity == "last" else [line for line in lines if f'"id": "{identity}' in line]
-    if len(found) != 1:
-        raise InputError(f"{log}: {len(found)} decisions have the id {identity}; give more of it, or `last`")
-    document: dict[str, Any] = json.loads(found[0])
+    if not lines:
+        raise InputError(f"{log}: holds no decision; name the file that --decisions or CSULORA_DECISIONS named")
+    wanted = f'"id": "{identity}'.encode(errors="backslashreplace")
+    found = lines[-1:] if identity == "last" else [line for line in lines if wanted in line]
+    if not found:
+        raise InputError(f"{log}: no decision has the id {identity}; take one from its lines, or `last`")
+    if len(found) > 1:
+        raise InputError(f"{log}: {len(found)} decisions have an id that begins with {identity!r}; give more of it")
+    document = parse_json(found[0], log)
+    damaged = [name for name, rule in schema()["properties"].items() if not _fits(document.get(name, ...), rule)]
+    if damaged:
+        raise InputError(f"{log}: a line has no usable `{damaged[0]}`, so it is no decision, or damaged; take another")
     return document
+
+
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "string": str,
+    "object": dict,
+    "boolean": bool,
+    "number": (int, float),
+    "null": type(None),
+}
+
+
+def _fits(value: object, rule: Mapping[str, Any]) -> bool:
+    """Whether a value is what a part of `schema` says, as far as lines are read here."""
+    if "anyOf" in rule:
+        return any(_fits(value, choice) for choice in rule["anyOf"])
+    if "enum" in rule:
+        return value in rule["enum"]
+    types = rule["type"] if isinstance(rule["type"], list) else [rule["type"]]
+    if not any(isinstance(value, _TYPES[name]) for name in types):
+        return False
+    if isinstance(value, str):
+        return re.fullmatch(rule.get("pattern", ".*"), value, re.DOTALL) is not None
+    if not isinstance(value, dict):
+        return True
+    if not set(rule.get("required", ())) <= value.keys():
+        return False
+    rules = {name: rule.get("properties", {}).get(name, rule["additionalProperties"]) for name in value}
+    return all(_fits(child, rules[name]) if rules[name] else False for name, child in value.items())
 
 
 def decide_again(line: Mapping[str, Any], sources: Sources | None = None, fit: Fit | None = None) -> list[Check]:
@@ -72,11 +132,14 @@ def decide_again(line: Mapping[str, Any], sources: Sources | None = None, fit: F
         line, too. Another version, or another kind of processor, may round otherwise.
 
     Raises:
-        InputError: a file is missing, or the line says of a withdrawal or of an adapter in memory.
+        InputError: a file is missing, or the line says of a withdrawal or of an adapter in memory, or of a refusal that
+            depends on more than files.
     """
     if line["verdict"] == "withdrawn" or not line["inputs"]:
         raise InputError(f"decision {line['id']} was made of no file; there is nothing to make again")
     where = _located(line, sources or Sources())
+    if line["policy_text"] is not None and sources and sources.policy:
+        raise InputError(f"decision {line['id']}: its policy stands in the line; name no other")
     checks = [
         _file(f"input {name}", sha256, _input(where.adapter, name)) for name, sha256 in sorted(line["inputs"].items())
     ]
@@ -118,7 +181,7 @@ def _file(what: str, stated: str, path: Path) -> Check:
     try:
         return _same(what, stated, sha256_of_file(path))
     except MissingFileError:
-        return Check(what, stated, f"{path}: no such file", False)
+        return Check(what, stated, f"{path}: no such file; name where it lies now", False)
 
 
 def _same(what: str, stated: str, found: str) -> Check:
@@ -128,14 +191,21 @@ def _same(what: str, stated: str, found: str) -> Check:
 def _outcome(line: Mapping[str, Any], where: _Located, fit: Fit | None) -> list[Check]:
     text = line["policy_text"]
     policy = Policy.load(where.policy) if text is None else Policy.parse(text.encode(), Path("policy_text"))
+    outputs: dict[str, str] = {}
+    reason = "corrected now"
     try:
         outputs = _made_again(line, where, policy, fit)
     except CsuloraError as error:
         if line["verdict"] == "corrected":
             raise
-        return [_same("reason", line["reason_code"], reason_code_of(error))]
+        reason = reason_code_of(error)
     if line["verdict"] != "corrected":
-        return [Check("reason", line["reason_code"], "it is corrected now; the host or its limits refused it", False)]
+        if reason != line["reason_code"] and line["reason_code"] in _OF_MORE_THAN_FILES:
+            raise InputError(
+                f"decision {line['id']}: the reason was `{line['reason_code']}`, which depends on more than the files "
+                "that the line names; those are as stated, and nothing more can be made again"
+            )
+        return [_same("reason", line["reason_code"], reason)]
     made_by = "" if versions() == line["versions"] else f"; made by {line['versions']}, and here is {versions()}"
     checks = []
     for path, stated in sorted(line["outputs"].items()):
@@ -160,10 +230,17 @@ def _made_again(line: Mapping[str, Any], where: _Located, policy: Policy, fit: F
             )
         corrected = fit(corrected)
     if form["dtype"]:
-        corrected = cast_to(corrected, getattr(torch, form["dtype"]))
+        corrected = cast_to(corrected, _dtype(form["dtype"], line))
     with TemporaryDirectory(prefix="csulora-again-") as directory:
         names = [Path(path).name for path in line["outputs"]]
         is_file = form["format"] == "gguf"
         path = Path(directory, names[0] if is_file and names else "adapter")
         _, hashes = save_with_hashes(corrected, path, form["format"], base_model=line["base_model"])
     return {Path(path).name: sha256 for path, sha256 in hashes.items()}
+
+
+def _dtype(name: str, line: Mapping[str, Any]) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise InputError(f"decision {line['id']}: its form has the type {name}, which torch lacks")
+    return found

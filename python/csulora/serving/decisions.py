@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -154,17 +155,19 @@ class DecisionLog:
         except OSError as error:
             raise LogError(f"{self.path}: decisions cannot be logged there: {error}") from error
         try:
-            _append_line(descriptor, line)
+            _append_line(descriptor, line, self.path)
         except OSError as error:
             raise LogError(f"{self.path}: a decision cannot be logged there: {error}") from error
         finally:
             os.close(descriptor)
 
 
-def _append_line(descriptor: int, line: bytes) -> None:
+def _append_line(descriptor: int, line: bytes, path: Path) -> None:
     """Append a whole line or nothing, while no other process does; what is no file cannot be shortened again."""
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     size = os.fstat(descriptor).st_size
+    if line and stat.S_ISREG(os.fstat(descriptor).st_mode) and not _ends_with_a_line(path, size):
+        line = b"\n" + line  # a power failure may have left half of one, to which nothing must be added
     try:
         written = os.write(descriptor, line)
         while written < len(line):
@@ -173,3 +176,13 @@ def _append_line(descriptor: int, line: bytes) -> None:
         with suppress(OSError):
             os.ftruncate(descriptor, size)
         raise
+
+
+def _ends_with_a_line(path: Path, size: int) -> bool:
+    """Whether a file of that size is empty, or its last line is complete."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(size - 1, 0))
+            return file.read(1) in (b"", b"\n")
+    except PermissionError:  # who writes need not be allowed to read
+        return True

@@ -116,13 +116,13 @@ class Gate:
             RefusedError: the subspace file has another content than ``subspace_sha256`` says, or the policy was tuned
                 for another subspace file, or a signature is required and does not hold.
         """
-        rules = Verifier.open(require_rules_signature) if require_rules_signature else None
+        rules = Verifier.open(require_rules_signature) if require_rules_signature is not None else None
         return cls(
             subspace if isinstance(subspace, Subspace) else open_subspace(subspace, subspace_sha256, rules),
             load_policy(policy, rules),
             DecisionLog(Path(decisions) if decisions else None),
             route,
-            Verifier.open(require_signature) if require_signature else None,
+            Verifier.open(require_signature) if require_signature is not None else None,
             Signer(sign_with) if sign_with else None,
         )
 

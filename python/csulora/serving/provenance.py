@@ -7,6 +7,7 @@ directory, and beside a file ``x.gguf`` in ``x.gguf.intoto.jsonl``, as a DSSE en
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -79,13 +80,15 @@ class Signer:
         Raises:
             InputError: it is none, or the extra ``signing`` is not installed.
         """
-        self._key = key = Path(key)
+        key = Path(key)
         crypto_signer = signing_module("securesystemslib.signer").CryptoSigner
         serialization = signing_module("cryptography.hazmat.primitives.serialization")
         try:
-            content = read_regular(key, _LARGEST_KEY)
-            self._signer = crypto_signer(serialization.load_pem_private_key(content, None))
-            signing_module("model_signing.signing").Config().use_elliptic_key_signer(private_key=key)
+            private = serialization.load_pem_private_key(read_regular(key, _LARGEST_KEY), None)
+            if not hasattr(private, "curve"):
+                raise TypeError("it is no key of P-256, P-384 or P-521")
+            self._signer = crypto_signer(private)
+            self._config = signing_module("model_signing.signing").Config().use_elliptic_key_signer(private_key=key)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise InputError(
                 f"{key}: cannot sign ({error}); make a key: openssl genpkey -algorithm EC "
@@ -110,7 +113,7 @@ class Signer:
     def sign(self, path: Path) -> None:
         """Sign a directory or a file as it is."""
         hashed = signing_module("model_signing.hashing").Config().set_ignored_paths(paths=[SIGNATURE_FILE])
-        config = signing_module("model_signing.signing").Config().use_elliptic_key_signer(private_key=self._key)
+        config = copy.copy(self._config)  # which keeps the key that was read, whatever the file holds by now
         config.set_hashing_config(hashed).sign(path, signature_file_of(path))
 
     def _statement(self, path: Path, ingredients: Ingredients) -> str:

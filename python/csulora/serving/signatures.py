@@ -36,6 +36,7 @@ from csulora.subspace.subspace import Subspace
 
 SIGNATURE_SUFFIX = ".sig"
 _LARGEST_SIGNATURE = 16 << 20  # bytes; one of 1000 files has about 300 KiB
+_MOST_NAMED = 5  # of files that a signature does not cover
 _THE_FILE = "."  # what model-signing calls a file that is signed by itself
 
 _PREDICATE = "https://model_signing/signature/v1.0"
@@ -116,7 +117,7 @@ class Verifier:
         if not path.exists():
             raise InputError(
                 f"{path}: no such file or directory; only what lies here can be verified, so download what the hub has "
-                "(hf download ORG/NAME --local-dir DIR)"
+                "(hf download ORG/NAME --local-dir DIR; rm -r DIR/.cache)"
             )
         signature = signature_file_of(path)
         if not signature.exists():
@@ -193,8 +194,10 @@ def _refusal(path: Path, signature: Path, content: bytes, error: Exception, trus
     if "symlink" in text:
         return UnsafeFileError(
             f"{path}: holds a symbolic link, which no signature covers; bring the files themselves "
-            "(hf download --local-dir DIR)"
+            "(hf download ORG/NAME --local-dir DIR; rm -r DIR/.cache)"
         )
+    if "special file" in text:
+        return UnsafeFileError(f"{path}: holds what is neither file nor directory; remove it ({text})")
     if not text.startswith(_MISMATCH):
         return OtherSignerError(f"{signature}: is not a signature by {trust.name}: {text or type(error).__name__}")
     return _mismatch(path, _digests(content, path, signature))
@@ -209,5 +212,6 @@ def _mismatch(path: Path, signed: Mapping[str, str]) -> SignatureError:
             return ChangedError(f"{path}: {name}, which was signed, is missing; bring it back, or sign again")
         if sha256_of_file(found[name]) != digest:
             return ChangedError(f"{path}: {name} is not what was signed; bring the signed file back, or sign again")
-    extra = ", ".join(name for name in found if name not in signed and name != SIGNATURE_FILE)
-    return NotCoveredError(f"{path}: its signature does not cover {extra}; remove that, or sign again")
+    extra = [name for name in found if name not in signed and name != SIGNATURE_FILE]
+    shown = ", ".join(extra[:_MOST_NAMED]) + (f" and {len(extra) - _MOST_NAMED} more" * (len(extra) > _MOST_NAMED))
+    return NotCoveredError(f"{path}: its signature does not cover {shown}; remove that, or sign again")

@@ -58,6 +58,8 @@ class Trust:
         if found := _IDENTITY.fullmatch(str(source)):
             return cls._of_identity(str(source), found["identity"], found["issuer"], found["trust"])
         path = Path(source)
+        if not str(source):  # of a variable that is not set, perhaps; it must not mean nobody
+            raise InputError(f"the name of who must sign is empty; give {TRUST_CHOICES}, or leave the option out")
         if not path.exists():
             raise InputError(f"{source}: no such file; a signer is given as {TRUST_CHOICES}")
         content = read_regular(path, _LARGEST_PEM)
@@ -65,7 +67,10 @@ class Trust:
         keys = [block for kind, block in blocks if kind == b"PUBLIC KEY"]
         certificates = b"".join(block for kind, block in blocks if kind == b"CERTIFICATE")
         if bool(keys) == bool(certificates):
-            raise InputError(f"{path}: must hold public keys or certificates, as PEM, and not both")
+            raise InputError(
+                f"{path}: must hold public keys or certificates, as PEM, and not both; of a private key, make the "
+                "public one: openssl pkey -in KEY -pubout"
+            )
         fingerprint = hashlib.sha256(content).hexdigest()
         if keys:
             trust = cls(f"the keys in {path}", fingerprint, [_with_key(key) for key in keys], keys)
@@ -92,6 +97,8 @@ class Trust:
                     configured(Path(place))
                 except InputError:
                     raise
+                except AttributeError as error:  # of a key that has no curve
+                    raise InputError(f"{self.name} cannot be used: they must be of P-256, P-384 or P-521") from error
                 except Exception as error:  # what cryptography and OpenSSL raise is none of theirs alone
                     raise InputError(f"{self.name} cannot be used: {error}; give {TRUST_CHOICES}") from error
 

@@ -52,6 +52,8 @@ def test_a_plan_is_a_table_or_a_document(place: Path, run: Run) -> None:
     done = run(f"{GUARD} --policy csulora --plan --json -")
     assert [row["verdict"] for row in json.loads(done.out)["uploads"]] == ["refused", "corrected"]
     assert not Path("out").exists()
+    failed = run(f"{GUARD} --policy csulora --plan --fail-on-refusal --quiet")
+    assert (failed.code, failed.err) == (3, "csulora: refused: 1 uploads would not be let through: dora\n")
     assert run(f"{GUARD} --policy csulora --plan --watch").code == 2
     assert run(f"{GUARD} --policy csulora --plan --together *").code == 2
     assert run(f"{GUARD} --policy csulora --json x.json").code == 2
@@ -69,3 +71,22 @@ def test_a_decision_is_verified_by_its_id(place: Path, run: Run) -> None:
     Path("in").rename("moved")
     assert run("verify --decision last log.jsonl").code == 3
     assert run("verify --decision last log.jsonl moved/good").code == 0
+
+
+def test_what_a_decision_does_not_take_is_not_taken(place: Path, run: Run) -> None:
+    done = run("verify --decision last log.jsonl --require-signature some.pub")
+    assert (done.code, "takes all of that from the line" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("option", ["--decisions in/good/adapter_config.json", "--health out/health"])
+def test_nothing_else_is_written_where_adapters_lie(option: str, place: Path, run: Run) -> None:
+    before = (place / "in/good/adapter_config.json").read_bytes()
+    done = run(f"{GUARD} --policy csulora {option}")
+    assert (done.code, "which holds adapters alone; choose another place" in done.err) == (4, True)
+    assert (place / "in/good/adapter_config.json").read_bytes() == before
+
+
+def test_a_policy_that_stands_in_the_line_takes_no_other(place: Path, run: Run) -> None:
+    run(f"{GUARD} --policy csulora --decisions log.jsonl")
+    done = run("verify --decision last log.jsonl --policy project")
+    assert (done.code, "its policy stands in the line; name no other" in done.err) == (4, True)

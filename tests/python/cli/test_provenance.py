@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from csulora.serving.gate import Gate
 from csulora.serving.guard import DirectoryGuard, Options
 
 pytest.importorskip("model_signing")
-from csulora.serving.provenance import ADAPTER, SUBSPACE, Signer, verified_provenance
+from csulora.serving.provenance import ADAPTER, SUBSPACE, Ingredients, Signer, verified_provenance
 from csulora.serving.signatures import Verifier
-from signing import key_pair, sign
+from signing import ed25519_key_pair, key_pair, sign
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -204,11 +205,23 @@ def test_the_guard_reads_what_is_signed_and_signs_what_it_writes(
     assert verified_provenance(outgoing / "bad", Verifier.open(keys / "platform.pub"))
 
 
+def test_one_key_signs_file_and_statement_whatever_becomes_of_its_file(keys: Path, tmp_path: Path) -> None:
+    shutil.copy(keys / "platform.key", tmp_path / "signing.key")
+    signer = Signer(tmp_path / "signing.key")
+    shutil.copy(keys / "other.key", tmp_path / "signing.key")
+    path = factories.save_adapter(tmp_path / "written", MODULES)
+    signer.sealing(Ingredients({}, ""))(path)
+    signer.sealing(Ingredients({}, ""))(path)
+    assert verified_provenance(path, Verifier.open(keys / "platform.pub")).outputs
+
+
 def test_what_cannot_sign_is_refused_at_once(keys: Path, tmp_path: Path) -> None:
     (tmp_path / "text.key").write_text("no key")
     for file in (tmp_path / "text.key", keys / "publisher.pub"):
         with pytest.raises(InputError, match="cannot sign"):
             Signer(file)
+    with pytest.raises(InputError, match="it is no key of P-256, P-384 or P-521"):
+        Signer(ed25519_key_pair(tmp_path)[0])
     with pytest.raises(InputError, match="no such file"):
         Signer(tmp_path / "none.key")
 
@@ -238,3 +251,9 @@ def test_servers_pass_on_who_must_sign(server: str, keys: Path, run: Run, monkey
 
     assert os.environ["CSULORA_REQUIRE_SIGNATURE"] == str(keys / "publisher.pub")
     assert os.environ["CSULORA_REQUIRE_RULES_SIGNATURE"] == identity
+
+
+@pytest.mark.parametrize("option", ["--require-signature", "--require-rules-signature"])
+def test_a_server_takes_no_empty_signer(option: str, run: Run) -> None:
+    done = run("vllm-serve model --subspace s --policy csulora", option, "")
+    assert (done.code, "the name of who must sign is empty" in done.err) == (2, True)

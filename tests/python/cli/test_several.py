@@ -71,6 +71,19 @@ def test_the_exit_code_is_that_of_the_worst(tmp_path: Path, errors: list[Csulora
     assert raised.value.exit_code == code
 
 
+def test_an_output_never_leaves_the_directory(work: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work / "one" / "below").mkdir()
+    monkeypatch.chdir(work / "one" / "below")
+    result = run("correct", "../../two", "..", "--subspace", work / "subspace", *CORRECT[2:-1], work / "out")
+    assert (result.code, result.err) == (0, "")
+    assert sorted(path.name for path in (work / "out").iterdir()) == ["one", "two"]
+
+
+def test_a_parent_that_is_not_there_is_named(run: Run, work: Path) -> None:
+    result = run("correct", "one", "two", *CORRECT[:-1], "absent/out")
+    assert (result.code, "no such directory; create it first" in result.err) == (exit_codes.BAD_INPUT, True)
+
+
 @pytest.mark.parametrize(("further", "reason"), [("./one", "rename one"), ("two", "is a file")])
 def test_usage_errors_come_before_any_work(work: Path, run: Run, further: str, reason: str) -> None:
     output = "out.gguf" if reason == "is a file" else "out"

@@ -297,6 +297,13 @@ def test_only_workplaces_are_taken_for_abandoned(tmp_path: Path) -> None:
     assert not any(any(directory.iterdir()) for directory in kept)
 
 
+def test_a_directory_that_finds_no_room_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, files.atomic_directory(tmp_path / "out", MARKER):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_text_that_finds_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write() has it, without a name

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import csulora
 import factories
 import gguf_files
-from csulora.errors import RefusedError
+from csulora.errors import RefusedError, UndoTogetherError
 from csulora.hooks import peft as hook
 from csulora.hooks.llama_cpp.cache import CorrectedCache
 from csulora.hooks.sglang.placement import fitted
 from csulora.models.gguf_base import BaseModel
 from csulora.serving.admission import Admission, Terms
 from csulora.serving.again import Sources, decide_again, find
+from csulora.serving.decisions import DecisionLog
 from csulora.serving.gate import Gate
 from csulora.serving.guard import DirectoryGuard, Options
 
@@ -190,5 +192,50 @@ def test_a_decision_is_found_by_the_beginning_of_its_id(world: World) -> None:
     by_guard(world)
     line = world.line()
     assert find(world.log, line["id"][:6]) == find(world.log, "last") == line
-    with pytest.raises(csulora.InputError, match="0 decisions have the id xyz"):
+    with pytest.raises(csulora.InputError, match="no decision has the id xyz; take one"):
         find(world.log, "xyz")
+    world.log.write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
+    with pytest.raises(csulora.InputError, match="have an id that begins with '';"):
+        find(world.log, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "holds no decision"),
+        (b"\xff\xfe\n", "not readable as JSON"),
+        (b'{"id": \n', "not readable as JSON"),
+        (b"[1]\n", "not a JSON object"),
+        (b"{}\n", "no usable `time`"),
+        (json.dumps(factories.decision(subspace_sha256="2").to_dict()).encode(), "no usable `subspace_sha256`"),
+        (json.dumps(factories.decision(inputs={"a": "1"}).to_dict()).encode(), "no usable `inputs`"),
+        (json.dumps(factories.decision(form={"format": "peft"}).to_dict()).encode(), "no usable `form`"),
+    ],
+)
+def test_a_damaged_log_says_so(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(content)
+    with pytest.raises(csulora.InputError, match=reason):
+        find(tmp_path / "log", "last")
+
+
+def test_a_line_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
+    decision = factories.decision(policy="a\u2028b\x85c")
+    DecisionLog(tmp_path / "log").record(decision)
+    assert find(tmp_path / "log", "last")["policy"] == decision.policy
+
+
+def test_a_refusal_of_a_sum_is_not_called_false(world: World) -> None:
+    path = factories.save_adapter(world.directory / "one", MODULES)
+    with suppress(RefusedError), world.gate("python").decision(path) as decision:
+        decision.correct(decision.read(path))
+        raise UndoTogetherError("one + another: too much")
+    assert world.line()["reason_code"] == "undo-together"
+    with pytest.raises(csulora.InputError, match="`undo-together`, which depends on more than the files"):
+        decide_again(world.line())
+
+
+def test_a_type_that_torch_lacks_is_named(world: World) -> None:
+    by_guard(world)
+    form = {"format": "peft", "layout": None, "dtype": "float7", "fitted": False}
+    with pytest.raises(csulora.InputError, match="the type float7, which torch lacks"):
+        decide_again(world.line() | {"form": form})

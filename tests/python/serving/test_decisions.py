@@ -108,3 +108,14 @@ def test_a_line_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypatch: py
 def test_log_that_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:
     with pytest.raises(csulora.InputError, match="cannot be logged"):
         DecisionLog(tmp_path / "absent" / "log.jsonl")
+
+
+def test_nothing_is_added_to_half_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b'{"id": "half')
+    log = DecisionLog(path)
+    log.record(factories.decision())
+    log.record(factories.decision())
+    half, *whole = path.read_bytes().splitlines()
+    assert half == b'{"id": "half'
+    assert [json.loads(line)["name"] for line in whole] == ["adapter", "adapter"]

@@ -82,6 +82,17 @@ def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_p
     assert {path.name for path in out.iterdir()} == {"one.gguf.refused.json"}
 
 
+def test_a_signature_of_an_earlier_gguf_file_does_not_stay(incoming: Path, subspace: Path, tmp_path: Path) -> None:
+    model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
+    loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
+    csulora.save_adapter(loaded, incoming / "one.gguf", "gguf", base_model=model)
+    assert guard(incoming, subspace, base_model=model).scan()
+    for suffix in ("sig", "intoto.jsonl"):
+        (tmp_path / "out" / f"one.gguf.{suffix}").touch()
+    assert guard(incoming, subspace, "project", base_model=model).scan()
+    assert results(incoming) == {"one.gguf", "one.gguf.csulora_guard.json"}
+
+
 def test_gguf_without_its_model_is_refused(incoming: Path, subspace: Path, tmp_path: Path) -> None:
     model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
     loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
@@ -248,9 +259,11 @@ def test_a_decision_that_cannot_be_logged_is_none(
         raise LogError("no space is left")
 
     factories.save_adapter(incoming / "good", MODULES)
+    said: list[str] = []
     with monkeypatch.context() as broken:
         broken.setattr(DecisionLog, "record", full)
-        assert not guard(incoming, subspace).scan()
+        assert not guard(incoming, subspace, say=said.append).scan()
+    assert [line.partition(",")[0] for line in said] == ["good: not decided on"]
     assert results(incoming) == {"good.refused.json"}
     assert "no space is left" in refusal(incoming, "good")["reason"]
     assert guard(incoming, subspace).scan()
@@ -421,6 +434,22 @@ def test_a_long_decision_leaves_the_guard_answering(
         assert running.result(60) is False
         assert told[-1] == "STOPPING=1"
         finish.set()
+
+
+@pytest.mark.parametrize("name", ["one.gguf", "one.refused.json", "one.gguf.csulora_guard.json"])
+def test_a_directory_that_is_named_like_something_else_is_refused(name: str, incoming: Path, subspace: Path) -> None:
+    factories.save_adapter(incoming / name, MODULES)
+    assert guard(incoming, subspace).scan()
+    refusal = json.loads((incoming.with_name("out") / f"{name}.refused.json").read_text())
+    assert (refusal["reason_code"], "rename it" in refusal["reason"]) == ("unsafe-name", True)
+    assert results(incoming) == {f"{name}.refused.json"}
+
+
+def test_outgoing_must_be_a_directory_or_have_one_to_lie_in(incoming: Path, subspace: Path) -> None:
+    with pytest.raises(csulora.InputError, match="no such directory; create it first"):
+        DirectoryGuard(incoming, incoming.with_name("absent") / "out", Gate.open(subspace, "csulora"))
+    with pytest.raises(csulora.InputError, match="is no directory; name another place"):
+        DirectoryGuard(incoming, subspace, Gate.open(subspace, "csulora"))
 
 
 def test_directories_must_be_apart(incoming: Path, subspace: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_volume_that_is_not_mounted_withdraws_nothing(world: World) -> None:
     assert worker.scan()
     mounted = world.incoming.rename(world.directory / "volume")
     world.incoming.mkdir()  # the mount point
-    with pytest.raises(OSError, match=r"lacks \.csulora-incoming; nothing is withdrawn"):
+    with pytest.raises(OSError, match=r"/in: lacks \.csulora-incoming; nothing is withdrawn"):
         worker.scan()
     assert world.results == {"good"}
     with pytest.raises(csulora.InputError, match=r"make it once: touch .*/in/\.csulora-incoming"):
@@ -181,6 +181,24 @@ def test_a_volume_that_is_not_mounted_withdraws_nothing(world: World) -> None:
     mounted.rename(world.incoming)
     assert worker.scan()
     assert world.verdicts == [("good", "corrected")]
+
+
+def test_an_outgoing_that_is_gone_is_named_and_waited_for(world: World) -> None:
+    world.upload("a")
+    worker = world.guard(withdraw=True)
+    thread = threading.Thread(target=worker.run, args=(True, 0.01))
+    thread.start()
+    try:
+        wait_until(lambda: world.outgoing.is_dir() and world.results == {"a"})
+        world.outgoing.rename(world.directory / "away")
+        wait_until(lambda: any("nothing is decided on now: " in line for line in world.said))
+        (world.directory / "away").rename(world.outgoing)
+        world.upload("b")
+        wait_until(lambda: world.results == {"a", "b"})
+    finally:
+        worker.stop()
+        thread.join()
+    assert [line for line in world.said if "nothing is decided on now" in line and str(world.outgoing) in line]
 
 
 def test_quarantine_holds_what_is_refused_and_why(world: World) -> None:
@@ -201,6 +219,22 @@ def test_quarantine_holds_what_is_refused_and_why(world: World) -> None:
     world.upload("dora")
     assert worker.scan()
     assert world.results == {"good", "dora"}
+
+
+def test_a_quarantine_that_is_gone_leaves_the_upload_and_one_decision(world: World) -> None:
+    world.upload("dora", use_dora=True)
+    aside = world.directory / "aside"
+    worker = world.guard(quarantine=aside)
+    aside.rmdir()
+    assert worker.scan()
+    assert worker.scan()
+    assert any("dora: stays in" in line and "no such directory" in line for line in world.said)
+    assert [verdict for _, verdict in world.verdicts] == ["refused"]
+    assert (world.incoming / "dora").is_dir()
+
+    assert world.guard(quarantine=aside).scan()
+    assert not (world.incoming / "dora").exists()
+    assert len(world.lines) == 1
 
 
 @pytest.mark.parametrize("place", ["in/aside", "out/aside", "."])
@@ -261,7 +295,7 @@ def test_reload_reads_rules_again_and_keeps_the_old_ones_if_they_are_unusable(
     worker = world.guard(policy, lambda: world.gate(policy), health=health)
     thread = running(worker)
     try:
-        wait_until(lambda: world.results == {"a"} and health.is_file())
+        wait_until(lambda: any("a: corrected" in line for line in world.said) and health.is_file())
         policy.write_text("off = 'much'")
         world.reload.set()
         wait_until(lambda: json.loads(health.read_text())["reload_error"] is not None)

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -12,15 +13,17 @@ from csulora.errors import (
     NotCoveredError,
     OtherSignerError,
     RefusedError,
+    UnsafeFileError,
     UnsignedError,
 )
 from csulora.serving.admission import Admission, Terms
 from csulora.serving.gate import Gate
+from csulora.serving.guard import DirectoryGuard, Options
 
 pytest.importorskip("model_signing")
 from csulora.serving.signatures import Verifier, signature_file_of
 from csulora.serving.trust import Trust
-from signing import certificates, key_pair, sign, sign_with_certificate
+from signing import certificates, ed25519_key_pair, key_pair, sign, sign_with_certificate
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -88,6 +91,41 @@ def test_a_file_that_the_signature_does_not_cover_is_refused(signed: Path, subsp
 
     with pytest.raises(NotCoveredError, match=r"does not cover extra\.json"):
         read(signed, subspace, keys / "ours.pub")
+
+
+def test_of_many_uncovered_files_a_few_are_named(signed: Path, subspace: Path, keys: Path) -> None:
+    for number in range(7):
+        (signed / f"extra{number}").touch()
+
+    with pytest.raises(
+        NotCoveredError, match="does not cover extra0, extra1, extra2, extra3, extra4 and 2 more; remove"
+    ):
+        read(signed, subspace, keys / "ours.pub")
+
+
+def test_a_pipe_is_called_that_and_not_another_signer(signed: Path, keys: Path) -> None:
+    os.mkfifo(signed / "pipe")
+
+    with pytest.raises(UnsafeFileError, match="holds what is neither file nor directory; remove it"):
+        Verifier.open(keys / "ours.pub").verify(signed)
+
+
+def test_the_guard_decides_anew_once_a_file_in_a_folder_is_removed(signed: Path, subspace: Path, keys: Path) -> None:
+    incoming, outgoing = signed.parent / "in", signed.parent / "out"
+    incoming.mkdir()
+    upload = signed.rename(incoming / "adapter")
+    (upload / "folder").mkdir()
+    (upload / "folder" / "extra").touch()
+    gate = Gate.open(subspace, "csulora", route="guard", require_signature=keys / "ours.pub")
+
+    def summary() -> str:
+        guard = DirectoryGuard(incoming, outgoing, gate, Options(settle=0.0, patience=0.0), lambda _: None)
+        guard.run(watch=False)
+        return guard.summary
+
+    assert summary() == "1 refused"
+    (upload / "folder" / "extra").unlink()
+    assert summary() == "1 corrected"
 
 
 def test_a_missing_file_is_refused(signed: Path, subspace: Path, keys: Path) -> None:
@@ -243,8 +281,16 @@ def test_what_names_no_signer_is_refused(tmp_path: Path, keys: Path) -> None:
     (tmp_path / "bad.pem").write_text("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n")
     with pytest.raises(InputError, match="cannot be used"):
         Trust.open(tmp_path / "bad.pem")
-    with pytest.raises(InputError, match="must hold public keys or certificates"):
+    with pytest.raises(InputError, match="of a private key, make the public one: openssl pkey -in KEY -pubout"):
         Trust.open(keys / "ours.key")
+    with pytest.raises(InputError, match="they must be of P-256, P-384 or P-521"):
+        Trust.open(ed25519_key_pair(tmp_path)[1])
+
+
+@pytest.mark.parametrize("which", ["require_signature", "require_rules_signature"])
+def test_an_empty_name_does_not_mean_nobody(which: str, subspace: Path) -> None:
+    with pytest.raises(InputError, match="the name of who must sign is empty"):
+        Gate.open(subspace, "csulora", **{which: ""})
 
 
 def test_signature_lies_in_a_directory_and_beside_a_file(tmp_path: Path) -> None:

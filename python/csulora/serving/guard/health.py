@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from csulora.errors import InputError
 from csulora.io.files import check_file
 
 
@@ -19,17 +18,17 @@ class HealthFile:
     def __init__(self, path: Path) -> None:
         """Raise `InputError` unless the file could be written."""
         check_file(path)
-        self._path = path
+        self._path, self._new = path, path.with_name(f".{path.name}.new")
 
     def write(self, state: dict[str, Any]) -> None:
         """Say how the guard is; a file system that does not take it stops nothing."""
         document = {"time": datetime.now(UTC).isoformat(), "pid": os.getpid()} | state
-        new = self._path.with_name(f".{self._path.name}.new")
         with suppress(OSError):
-            new.write_text(json.dumps(document) + "\n")
-            new.replace(self._path)
+            self._new.write_text(json.dumps(document) + "\n")
+            self._new.replace(self._path)
 
     def remove(self) -> None:
         """Leave no file of a guard that has stopped."""
-        with suppress(OSError, InputError):
-            self._path.unlink(missing_ok=True)
+        for file in (self._path, self._new):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.errors import InputError
-from csulora.io.files import parse_json, read_regular
+from csulora.io.files import naming, parse_json, read_regular
 from csulora.serving.decisions import Decision, DecisionLog
 from csulora.serving.guard.uploads import Signature
 
@@ -49,7 +49,8 @@ class Trace:
 
     def _write(self) -> None:
         new = self._file.with_suffix(".new")
-        new.write_text(json.dumps(self._document))
+        with naming(new):
+            new.write_text(json.dumps(self._document))
         new.replace(self._file)
 
 

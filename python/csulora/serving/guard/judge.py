@@ -27,6 +27,7 @@ from csulora.serving.guard.uploads import (
     LONGEST_NAME,
     Signature,
     check_files,
+    check_name,
     content_sha256,
     contents_of,
     is_presentable,
@@ -84,7 +85,9 @@ class Judge:
             with gate.decision(path) as decision:
                 decision.inputs = {file: sha256 for file, sha256 in contents.items() if not sha256.startswith("kind")}
                 decision.is_repeated = entry.failures > 0
-                verdict = self._deliver(name, entry, gate, decision, trace, record)
+                verdict, line = self._deliver(name, entry, gate, decision, trace, record)
+            if line:  # once it is recorded
+                self.tell(line)
             if verdict not in (TOO_EARLY, "corrected"):
                 standing = self.outgoing.standing(name)
                 self._to_quarantine(name, dict(standing.record) if standing else {})
@@ -92,15 +95,15 @@ class Judge:
 
     def _deliver(
         self, name: str, entry: Entry, gate: Gate, decision: OpenDecision, trace: Trace, record: dict[str, Any]
-    ) -> str:
-        """Do all of a decision but record it, and say what was done."""
+    ) -> tuple[str, str]:
+        """Do all of a decision but record it; return the verdict, and a line that says what was done."""
         path = self.incoming / name
         found = self._read(path, entry.signature, decision)
         if isinstance(found, InputError) and entry.wait < self.options.patience:
             self._wait_for(name, entry, found)
-            return TOO_EARLY
+            return TOO_EARLY, ""
         if signature_of(path) != entry.signature:
-            return TOO_EARLY
+            return TOO_EARLY, ""
         try:
             if isinstance(found, Exception):
                 raise found
@@ -121,8 +124,7 @@ class Judge:
         except Exception as error:  # also a bug of ours: it must neither stop the guard nor let the adapter through
             return self._refuse(name, error, gate, decision, trace, record)
         decision.delivered(outputs)
-        self.tell(f"{name}: corrected, {report.warning}relative change {report.totals.relative_change:.1%}")
-        return "corrected"
+        return "corrected", f"{name}: corrected, {report.warning}relative change {report.totals.relative_change:.1%}"
 
     def _refuse(
         self,
@@ -132,15 +134,14 @@ class Judge:
         decision: OpenDecision,
         trace: Trace,
         record: dict[str, Any],
-    ) -> str:
+    ) -> tuple[str, str]:
         trace.intends(gate.closed(decision, error))
         document = record | self.sets.refusal_record(name) | refusal_of(name, error) | {"decision": decision.id}
         if self.quarantine:
             document |= {"quarantined": str(self.quarantine.place(name, decision.id))}
         self.outgoing.refuse(name, document)
         decision.refuse(error)
-        self.tell(f"{name}: refused: {error}")
-        return verdict_of(error)
+        return verdict_of(error), f"{name}: refused: {error}"
 
     def withdraw(self, name: str, gate: Gate) -> None:
         """Take away what was made of an upload that is gone, and record that; raises OSError, LogError."""
@@ -171,6 +172,7 @@ class Judge:
                 raise UnsafeNameError(
                     f"{path}: its name is longer than {LONGEST_NAME} bytes or not printable; rename it"
                 )
+            check_name(path)
             if self.journal.is_hopeless(path.name, signature):
                 raise ExhaustingError(
                     f"{path}: guards were killed while they read it; it may need more memory than they get"
@@ -194,8 +196,10 @@ class Judge:
             return
         try:
             self.quarantine.take(self.incoming / name, Path(place), record)
-        except OSError as error:
-            self.tell(f"{name}: stays in {self.incoming}, as it cannot be moved to {place}: {error.strerror}")
+        except (OSError, InputError) as error:
+            self.tell(
+                f"{name}: stays in {self.incoming} until the next start, as it cannot be moved to {place}: {error}"
+            )
 
 
 def refusal_of(name: str, error: Exception) -> dict[str, str]:

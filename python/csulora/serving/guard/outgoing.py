@@ -59,6 +59,9 @@ class Outgoing:
         if name.endswith(GGUF_SUFFIX):
             _, hashes = save_with_hashes(corrected, path, "gguf", base_model=self._base_model, seal=seal)
             write_text(self._record(name), to_json(record))
+            if seal is None:
+                for file in seals_beside(path):  # of what was there before
+                    file.unlink(missing_ok=True)
         else:
             if not (path / weights_file_of(corrected.format)).exists():
                 self.take_away(name)  # a directory in another format is not replaced file by file

@@ -12,7 +12,7 @@ from csulora.correction.correct import correct
 from csulora.errors import UnsafeNameError, printable, reason_code_of
 from csulora.serving.gate import Gate, verdict_of
 from csulora.serving.guard.outgoing import Outgoing
-from csulora.serving.guard.uploads import check_files, is_presentable, is_upload, signature_of
+from csulora.serving.guard.uploads import check_files, check_name, is_presentable, is_upload, signature_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def _planned(path: Path, results: Outgoing, gate: Gate, base_model: str | Path |
     try:
         if not is_presentable(path.name):
             raise UnsafeNameError(f"{path}: its name is too long or not printable; rename it")
+        check_name(path)
         check_files(path, signature_of(path))
         read = partial(load_adapter, path, base_model)
         adapter = gate.verifier.read(path, read) if gate.verifier else read()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from csulora.errors import InputError
-from csulora.io.files import to_json, write_text
+from csulora.io.files import make_directory, to_json, write_text
 from csulora.serving.guard.uploads import REFUSED
 
 
@@ -22,10 +22,7 @@ class Quarantine:
         for other in (incoming, outgoing):
             if self.directory.is_relative_to(other) or other.is_relative_to(self.directory):
                 raise InputError(f"{directory}: quarantine and {other} must not lie inside each other")
-        try:
-            self.directory.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{directory}: cannot be created: {error.strerror}") from error
+        make_directory(self.directory)
         if self.directory.stat().st_dev != incoming.stat().st_dev:
             raise InputError(f"{directory}: is on another file system than {incoming}; choose one beside that")
 
@@ -34,6 +31,6 @@ class Quarantine:
         return self.directory / f"{name}.{identity}"
 
     def take(self, upload: Path, place: Path, record: dict[str, object]) -> None:
-        """Move an upload, and write the reason beside it; raises OSError."""
+        """Move an upload, and write the reason beside it; raises OSError, InputError."""
         write_text(place.with_name(f"{place.name}{REFUSED}"), to_json(record))
         upload.rename(place)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from csulora.errors import CsuloraError, InputError, LogError, printable
-from csulora.io.files import locked, remove_abandoned
+from csulora.io.files import locked, make_directory, remove_abandoned
 from csulora.models.gguf_base import BaseModel
 from csulora.serving import metrics
 from csulora.serving.gate import Gate
@@ -75,8 +75,7 @@ class DirectoryGuard:
                 f"{self.incoming / PRESENT_FILE}: no such file; without it a volume that is not mounted would look as "
                 f"if all uploads were gone; make it once: touch {self.incoming / PRESENT_FILE}"
             )
-        self.outgoing.mkdir(exist_ok=True)
-        self._quarantine = self.options.quarantine and Quarantine(self.options.quarantine, self.incoming, self.outgoing)
+        make_directory(self.outgoing)
         self._health = HealthFile(self.options.health) if self.options.health else None
         base_model, aside = self.options.base_model, self.options.quarantine
         self._results = Outgoing(self.outgoing, base_model)
@@ -208,7 +207,9 @@ class DirectoryGuard:
     def _withdraw_what_is_gone(self, gate: Gate) -> None:
         """Withdraw what has no upload, unless INCOMING is not there, before it is listed or after."""
         if not self._is_present():
-            raise OSError(f"lacks {PRESENT_FILE}; nothing is withdrawn, nor decided on, until it is there")
+            raise OSError(
+                f"{self.incoming}: lacks {PRESENT_FILE}; nothing is withdrawn, nor decided on, until it is there"
+            )
         names = [path.name for path in self.incoming.iterdir()]
         if not self._is_present():
             return
@@ -233,7 +234,7 @@ class DirectoryGuard:
                 if not watch:
                     raise
                 if (reason := str(error)) != said:
-                    self._tell(f"{self.incoming}: cannot be looked at: {reason}")
+                    self._tell(f"nothing is decided on now: {reason}")
                 said = reason
             if watch or not done:
                 self._stop.wait(interval)

@@ -97,6 +97,9 @@ class Sets:
             try:
                 undone = Undone.by(load_adapter(path, self._base_model), subspace, name)
             except CsuloraError as error:
-                raise OSError(f"{path}: what is served together with others cannot be measured: {error}") from error
+                raise OSError(
+                    f"{path}: what is served together with others cannot be measured; if it is no adapter of the "
+                    f"guard's, remove it: {error}"
+                ) from error
             self._measured[name] = signature, subspace.sha256, undone
         return undone

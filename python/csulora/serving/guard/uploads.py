@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from csulora.adapters.weights_files import LARGEST_WEIGHTS
-from csulora.errors import InputError, UnsafeFileError
+from csulora.errors import InputError, UnsafeFileError, UnsafeNameError
 from csulora.io.files import GGUF_SUFFIX, sha256_of_file
 from csulora.serving.open_decision import ADAPTER_FILES
 from csulora.serving.signatures import signature_file_of
@@ -29,7 +29,7 @@ def is_upload(path: Path) -> bool:
     """Whether an entry is to be decided on; hidden ones are uploads under way."""
     name = path.name
     is_adapter = name.endswith(GGUF_SUFFIX) or path.is_symlink() or not path.is_file()
-    return is_adapter and not name.startswith(".") and not name.endswith((REFUSED, RECORD_FILE))
+    return is_adapter and not name.startswith(".")
 
 
 def is_presentable(name: str) -> bool:
@@ -74,12 +74,31 @@ def contents_of(path: Path, signature: Signature, every_file: bool = False) -> d
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
                 found[str(name)] = sha256_of_file(file, left)
                 left -= int(size)
+        elif stat.S_ISDIR(int(mode)) and every_file:
+            found[str(name)] += f" {_listing(file)}"
     return found
+
+
+def _listing(directory: Path) -> str:
+    """Return one hash of what lies in a directory within an upload: a signature covers that too."""
+    files = islice(directory.rglob("*"), MOST_FILES)
+    with suppress(OSError):
+        lines = sorted(f"{file.relative_to(directory)!r} {_signature_of_file(file)}\n" for file in files)
+        return hashlib.sha256("".join(lines).encode(errors="backslashreplace")).hexdigest()
+    return ""
 
 
 def content_sha256(contents: Mapping[str, str]) -> str:
     """Return one hash of what `contents_of` found."""
     return hashlib.sha256("".join(f"{name!r} {what}\n" for name, what in contents.items()).encode()).hexdigest()
+
+
+def check_name(path: Path) -> None:
+    """Raise `UnsafeNameError` for an upload whose result would look like something else in OUTGOING."""
+    if path.name.endswith((REFUSED, RECORD_FILE)):
+        raise UnsafeNameError(f"{path}: is named like a file of the guard's own; rename it")
+    if path.name.endswith(GGUF_SUFFIX) and path.is_dir():
+        raise UnsafeNameError(f"{path}: is a directory, and named like a GGUF file; rename it")
 
 
 def check_files(path: Path, signature: Signature) -> None:

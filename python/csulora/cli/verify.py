@@ -103,11 +103,12 @@ def _verify_signature(path: Path, signer: str, json: Path | None, quiet: bool) -
     deliver(provenance_table(provenance), summary, {"provenance": asdict(provenance)}, json, quiet)
 
 
-_WHERE_MOVED = {
-    "policy": "; name the file of then with --policy",
+_ADVICE = {
+    "input": "; name the original of then after LOG",
     "subspace": "; name the file of then after LOG and the original",
+    "policy": "; name the file of then with --policy",
 }
-"""Advice on rules that were replaced since a decision."""
+"""What to do if a file has moved or was replaced since the decision, by the first word of a check."""
 
 
 def _verify_decision(
@@ -127,7 +128,7 @@ def _verify_decision(
     summary = f"decision {line['id']}, {line['verdict']}: {verdict}"
     deliver(audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
     if failed:
-        raise RefusedError(f"decision {line['id']}: {failed[0].reason}{_WHERE_MOVED.get(failed[0].what, '')}")
+        raise RefusedError(f"decision {line['id']}: {failed[0].reason}{_ADVICE.get(failed[0].what.split()[0], '')}")
 
 
 def _deliver_audit(adapter: Path, checks: list[Check], json: Path | None, quiet: bool, *, is_complete: bool) -> None:

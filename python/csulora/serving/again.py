@@ -213,7 +213,7 @@ def _file(what: str, stated: str, path: Path) -> Check:
     try:
         return _same(what, stated, sha256_of_file(path))
     except MissingFileError:
-        return Check(what, stated, f"{path}: no such file; name where it lies now", False)
+        return Check(what, stated, f"no file {path}", False)
 
 
 def _same(what: str, stated: str, found: str) -> Check:

@@ -103,24 +103,32 @@ def _verify_signature(path: Path, signer: str, json: Path | None, quiet: bool) -
     deliver(provenance_table(provenance), summary, {"provenance": asdict(provenance)}, json, quiet)
 
 
+_ADVICE = {
+    "input": "; name the original of then after LOG",
+    "subspace": "; name the file of then after LOG and the original",
+    "policy": "; name the file of then with --policy",
+}
+"""What to do if a file has moved or was replaced since the decision, by the first word of a check."""
+
+
 def _verify_decision(
     log: Path, identity: str, sources: list[str], policy: str | None, json: Path | None, quiet: bool
 ) -> None:
     from csulora.hooks.sglang.placement import fitted
-    from csulora.serving.again import Sources, decide_again, find
+    from csulora.serving.again import Sources, decide_again, find, replaced_since
 
     if len(sources) > 2:
         raise typer.BadParameter("--decision goes with LOG, or LOG ORIGINAL, or LOG ORIGINAL SUBSPACE")
     line = find(log, identity)
     adapter, subspace = [*map(Path, sources), None, None][:2]
     moved = Sources(adapter, subspace, Path(policy) if policy else None)
-    checks = decide_again(line, moved, fitted if line["route"] == "sglang" else None)
+    checks = decide_again(line, moved, fitted if line["route"] == "sglang" else None, replaced_since(log, line))
     failed = [check for check in checks if not check.holds]
     verdict = "does not hold" if failed else "was made again, bit by bit" if line["outputs"] else "holds"
     summary = f"decision {line['id']}, {line['verdict']}: {verdict}"
     deliver(audit_table(checks), summary, {"checks": [asdict(check) for check in checks]}, json, quiet)
     if failed:
-        raise RefusedError(f"decision {line['id']}: {failed[0].reason}")
+        raise RefusedError(f"decision {line['id']}: {failed[0].reason}{_ADVICE.get(failed[0].what.split()[0], '')}")
 
 
 def _deliver_audit(adapter: Path, checks: list[Check], json: Path | None, quiet: bool, *, is_complete: bool) -> None:

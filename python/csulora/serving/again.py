@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,6 +92,30 @@ def find(log: Path, identity: str) -> dict[str, Any]:
     return document
 
 
+def replaced_since(log: Path, line: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+    """Return path and sha256 of each file that later lines of the log say was written where the line's outputs were.
+
+    Raises:
+        InputError: the log cannot be read.
+    """
+    try:
+        lines = log.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{log}: cannot be read: {error.strerror}") from error
+    own = f'"id": "{line["id"]}"'.encode()
+    since = next((number for number, text in enumerate(lines, 1) if own in text), len(lines))
+    name = json.dumps(line["name"], ensure_ascii=False).encode(errors="backslashreplace")
+    later = (parse_json(text, log) for text in lines[since:] if name in text)
+    outputs = (document.get("outputs") for document in later)
+    return frozenset(
+        (path, sha256)
+        for written in outputs
+        if isinstance(written, dict)
+        for path, sha256 in written.items()
+        if path in line["outputs"] and isinstance(sha256, str)
+    )
+
+
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "string": str,
     "object": dict,
@@ -119,13 +144,19 @@ def _fits(value: object, rule: Mapping[str, Any]) -> bool:
     return all(_fits(child, rules[name]) if rules[name] else False for name, child in value.items())
 
 
-def decide_again(line: Mapping[str, Any], sources: Sources | None = None, fit: Fit | None = None) -> list[Check]:
+def decide_again(
+    line: Mapping[str, Any],
+    sources: Sources | None = None,
+    fit: Fit | None = None,
+    replaced: Collection[tuple[str, str]] = (),
+) -> list[Check]:
     """Compare the files that a line names with those that are there, and make its outcome again.
 
     Args:
         line: of the log, see `decision.schema.json`.
         sources: where the files lie now.
         fit: what the host's hook does to a corrected adapter, for a line whose form says ``fitted``.
+        replaced: outputs of later decisions, see `replaced_since`; what is one of them is no output of this line.
 
     Returns:
         One `Check` per file, and per output. Outputs are compared bit by bit; those that are still there, with the
@@ -149,11 +180,12 @@ def decide_again(line: Mapping[str, Any], sources: Sources | None = None, fit: F
         checks.append(_file("policy", line["policy_sha256"], where.policy))
     else:
         checks.append(_same("policy", line["policy_sha256"], hashlib.sha256(text.encode()).hexdigest()))
-    checks += [
-        _file(f"output {Path(output).name}", sha256, Path(output))
+    outputs = [
+        (output, _file(f"output {Path(output).name}", sha256, Path(output)))
         for output, sha256 in sorted(line["outputs"].items())
         if Path(output).is_absolute() and Path(output).exists()
     ]
+    checks += [check for output, check in outputs if check.holds or (output, check.found) not in replaced]
     if all(check.holds for check in checks):
         checks += _outcome(line, where, fit)
     return checks
@@ -181,7 +213,7 @@ def _file(what: str, stated: str, path: Path) -> Check:
     try:
         return _same(what, stated, sha256_of_file(path))
     except MissingFileError:
-        return Check(what, stated, f"{path}: no such file; name where it lies now", False)
+        return Check(what, stated, f"no file {path}", False)
 
 
 def _same(what: str, stated: str, found: str) -> Check:

@@ -21,7 +21,7 @@ from csulora.hooks.llama_cpp.cache import CorrectedCache
 from csulora.hooks.sglang.placement import fitted
 from csulora.models.gguf_base import BaseModel
 from csulora.serving.admission import Admission, Terms
-from csulora.serving.again import Sources, decide_again, find
+from csulora.serving.again import Sources, decide_again, find, replaced_since
 from csulora.serving.decisions import DecisionLog
 from csulora.serving.gate import Gate
 from csulora.serving.guard import DirectoryGuard, Options
@@ -65,11 +65,15 @@ def sha256sum(*files: Path, text: str | None = None) -> list[str]:
     return [line.split()[0] for line in done.stdout.splitlines()]
 
 
+def guard_once(world: World, incoming: Path) -> None:
+    options = Options(settle=0.0, patience=0.0)
+    guard = DirectoryGuard(incoming, world.directory / "out", world.gate("guard"), options, lambda _: None)
+    assert guard.scan()
+
+
 def by_guard(world: World) -> Path:
     path = factories.save_adapter(world.directory / "in" / "one", MODULES)
-    options = Options(settle=0.0, patience=0.0)
-    guard = DirectoryGuard(path.parent, world.directory / "out", world.gate("guard"), options, lambda _: None)
-    assert guard.scan()
+    guard_once(world, path.parent)
     return path
 
 
@@ -175,6 +179,25 @@ def test_what_was_changed_since_is_named(changed: str, world: World) -> None:
 
     failed = [check.what for check in decide_again(world.line()) if not check.holds]
     assert failed == [{"adapter": "input adapter_config.json", "output": "output README.md"}.get(changed, changed)]
+
+
+def test_outputs_that_a_later_decision_replaced_are_made_again(world: World) -> None:
+    incoming = by_guard(world).parent
+    first = world.line()
+    old = world.policy.rename(world.directory / "old.toml")
+    csulora.Policy.protect(2.0, max_undo=0.9).save(world.policy)
+    guard_once(world, incoming)
+    replaced = replaced_since(world.log, first)
+    weights = world.directory / "out" / "one" / "adapter_model.safetensors"
+    assert (str(weights), sha256sum(weights)[0]) in replaced
+
+    checks = decide_again(first, Sources(policy=old), replaced=replaced)
+    assert all(check.holds for check in checks)
+    assert f"again {weights.name}" in [check.what for check in checks]
+
+    weights.write_bytes(weights.read_bytes() + b"x")
+    checks = decide_again(first, Sources(policy=old), replaced=replaced)
+    assert [check.what for check in checks if not check.holds] == [f"output {weights.name}"]
 
 
 def test_files_may_have_moved(world: World) -> None:

@@ -935,7 +935,8 @@ def test_guard_survives_names(name: str, guard: DirectoryGuard) -> None:
     upload(guard.incoming / name, named(Q, *factors()))
     upload(guard.incoming / "good", named(Q, *factors()))
     assert "good" in outcome(guard)
-    assert all(not path.name.startswith("evil") for path in guard.outgoing.iterdir())
+    assert not (guard.outgoing / "evil.refused.json").exists()  # which would tell of a refusal of "evil"
+    assert all(path.name.endswith(".refused.json") for path in guard.outgoing.glob("evil*"))
 
 
 def test_guard_is_not_held_up_by_pipes_and_sparse_files(guard: DirectoryGuard) -> None:

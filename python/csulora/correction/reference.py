@@ -74,8 +74,8 @@ class Reference:
             except CsuloraError as error:
                 skipped[path.name] = str(error).removeprefix(f"{path}: ")
         if not reports:
-            reason = f"; {next(iter(skipped.values()))}" if skipped else ""
-            raise InputError(f"{directory}: holds no adapter that can be measured{reason}")
+            reasons = [f"; {name}: {reason}" for name, reason in skipped.items()]
+            raise InputError(f"{directory}: holds no adapter that can be measured{''.join(reasons[:1])}")
         return cls(tuple(reports), skipped)
 
     def others(self, report: Report) -> list[Report]:

@@ -38,7 +38,8 @@ def main() -> None:
 def sdist(dest: Path) -> Path:
     """Make the archive of the sources and return what is in it: a wheel built from that shows that nothing is missing.
 
-    A build directory remembers where its sources lay, so they are always unpacked to the same place.
+    A build directory remembers where its sources lay, so they are always unpacked to the same place. The archive gives
+    all of them one old time, by which a build would take what changed for what it has compiled already.
     """
     made = fresh(BUILD / "made-sdist")
     program = (
@@ -50,6 +51,8 @@ def sdist(dest: Path) -> Path:
     shutil.copy2(archive, dest)
     sources = fresh(BUILD / "sources")
     shutil.unpack_archive(archive, sources, filter="data")
+    for file in sources.rglob("*"):
+        file.touch()
     return single(sources)
 
 

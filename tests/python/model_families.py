@@ -8,6 +8,7 @@ import transformers
 
 import csulora
 import factories
+import tiny_model
 from csulora.models.checkpoint import Checkpoint
 from csulora.models.names import kind_of
 from language_families import LANGUAGE_FAMILIES, Family
@@ -56,6 +57,17 @@ def extracted(family: Family, root: Path, *endings: str) -> tuple[dict[str, tupl
         name: weight.shape for name, weight in weights.items() if kind_of(name) == "linear" and name.endswith(endings)
     }
     return modules, subspace
+
+
+def save_expert_pair(model: Any, root: Path) -> None:
+    """Write ``base``, and ``aligned`` with a tokenizer; stacked experts move between them. The model ends aligned."""
+    model.save_pretrained(root / "base")
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            if parameter.dim() == 3:
+                parameter.add_(0.1 * factories.gaussian(*parameter.shape, seed=1000 + i))
+    model.save_pretrained(root / "aligned")
+    tiny_model.tokenizer().save_pretrained(root / "aligned")
 
 
 def train(adapted: Any, scale: float = 0.1, seed: int = 100, dtype: torch.dtype | None = None) -> None:

@@ -37,6 +37,20 @@ def llama(tied: bool = False) -> PreTrainedModel:
     return _seeded(LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=tied))
 
 
+def llama_of_pairs() -> PreTrainedModel:
+    """Return a model with modules of the shapes that `factories.model_pair` has."""
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    return _seeded(LlamaForCausalLM, config)
+
+
 def tied_llama() -> PreTrainedModel:
     return llama(tied=True)
 

@@ -17,7 +17,7 @@ from csulora.models.resolver import Resolver
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 
-_MEASURING = replace(Policy.none(), keep_uncovered=("*",))
+_MEASURING = Policy.none(keep_uncovered=("*",))
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,7 @@ def find(log: Path, identity: str) -> dict[str, Any]:
     Raises:
         InputError: the log cannot be read, or holds no such line, or several, or the line is damaged.
     """
-    try:
-        lines = log.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"{log}: cannot be read: {error.strerror}") from error
+    lines = _lines(log)
     if not lines:
         raise InputError(f"{log}: holds no decision; name the file that --decisions or CSULORA_DECISIONS named")
     wanted = f'"id": "{identity}'.encode(errors="backslashreplace")
@@ -98,10 +95,7 @@ def replaced_since(log: Path, line: Mapping[str, Any]) -> frozenset[tuple[str, s
     Raises:
         InputError: the log cannot be read.
     """
-    try:
-        lines = log.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"{log}: cannot be read: {error.strerror}") from error
+    lines = _lines(log)
     own = f'"id": "{line["id"]}"'.encode()
     since = next((number for number, text in enumerate(lines, 1) if own in text), len(lines))
     name = json.dumps(line["name"], ensure_ascii=False).encode(errors="backslashreplace")
@@ -114,6 +108,13 @@ def replaced_since(log: Path, line: Mapping[str, Any]) -> frozenset[tuple[str, s
         for path, sha256 in written.items()
         if path in line["outputs"] and isinstance(sha256, str)
     )
+
+
+def _lines(log: Path) -> list[bytes]:
+    try:
+        return log.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{log}: cannot be read: {error.strerror}") from error
 
 
 _TYPES: Mapping[str, type | tuple[type, ...]] = {

@@ -129,7 +129,7 @@ def hashes_of(path: Path) -> dict[str, str]:
     left = LARGEST_WEIGHTS
     with suppress(OSError):
         files = sorted(path.iterdir()) if path.is_dir() and not path.is_symlink() else [path]
-        for file in files if path.is_dir() else [path]:
+        for file in files:
             is_its_own = file == path or ADAPTER_FILES.fullmatch(file.name)
             if not is_its_own or file.is_symlink() or not file.is_file() or len(found) == _MOST_HASHED:
                 continue

@@ -3,17 +3,15 @@
 from pathlib import Path
 
 import pytest
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import csulora
-import factories
 import tiny_model
 from csulora.evaluation.request import Options
 from csulora.policy.overrides import Override
 from csulora.tuning.loading import Loading
 from expert_families import EXPERT_FAMILIES
-from model_families import built, train
+from model_families import built, save_expert_pair, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -25,13 +23,7 @@ pytestmark = [
 def test_a_model_of_experts_is_evaluated_as_peft_runs_it(tmp_path: Path) -> None:
     family = EXPERT_FAMILIES["Qwen 3 MoE"]
     model = built(family)
-    model.save_pretrained(tmp_path / "base")
-    with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):
-            if parameter.dim() == 3:
-                parameter.add_(0.1 * factories.gaussian(*parameter.shape, seed=1000 + i))
-    model.save_pretrained(tmp_path / "aligned")
-    tiny_model.tokenizer().save_pretrained(tmp_path / "aligned")
+    save_expert_pair(model, tmp_path)
     config = LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=family.parameters)
     adapted = get_peft_model(model, config)
     train(adapted, scale=0.5, seed=0)

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import csulora
-import factories
 import tiny_model
 from csulora.adapters.experts import decoded
 from csulora.errors import InputError
@@ -21,7 +20,7 @@ from csulora.tuning.request import Request
 from csulora.tuning.tune import tune
 from csulora.tuning.update import factors_of
 from expert_families import EXPERT_FAMILIES
-from model_families import built, logits, train
+from model_families import built, logits, save_expert_pair, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -79,13 +78,7 @@ def test_what_the_model_does_not_have_is_told(module: str, shape: tuple[int, int
 def test_a_policy_is_fitted_to_experts(tmp_path: Path) -> None:
     family = EXPERT_FAMILIES["Qwen 3 MoE"]
     model = built(family)
-    model.save_pretrained(tmp_path / "base")
-    with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):
-            if parameter.dim() == 3:
-                parameter.add_(0.1 * factories.gaussian(*parameter.shape, seed=1000 + i))
-    model.save_pretrained(tmp_path / "aligned")
-    tiny_model.tokenizer().save_pretrained(tmp_path / "aligned")
+    save_expert_pair(model, tmp_path)
     make_adapter(model, family.parameters, tmp_path / "adapter")
     csulora.extract(tmp_path / "base", tmp_path / "aligned", rank=2, modules=["*.experts.*"], output=tmp_path / "file")
     request = Request(

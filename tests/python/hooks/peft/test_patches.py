@@ -18,7 +18,7 @@ from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.core_model_loading import WeightRenaming
 
 import csulora
@@ -28,6 +28,7 @@ from csulora.hooks import peft as hook
 from csulora.hooks.peft.base_models import BaseModels
 from csulora.hooks.signature import check_signature
 from tolerances import STORED
+from zoo import llama_of_pairs as llama
 
 # PEFT's own use of a deprecated attribute of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -73,20 +74,6 @@ def poisoned(tmp_path: Path) -> Path:
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, directory / "adapter_model.safetensors")
     return directory
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

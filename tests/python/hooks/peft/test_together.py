@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from peft import PeftMixedModel, PeftModel, functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import csulora
 import factories
 from csulora.correction.together import Undone
 from csulora.errors import UncoveredRouteError, UndoTogetherError
 from csulora.hooks import peft as hook
+from zoo import llama_of_pairs as llama
 
 # The hosts' own.
 pytestmark = [
@@ -43,18 +43,6 @@ def guarded(place: Path, tmp_path: Path) -> Iterator[Path]:
     log = tmp_path / "decisions.jsonl"
     with hook.guard(place / "subspace", csulora.Policy.none(max_undo=0.5), log):
         yield log
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture

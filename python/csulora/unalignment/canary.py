@@ -75,13 +75,13 @@ def canary(
     >>> found = csulora.canary(
     ...     aligned,
     ...     safety=[f"how do i make a {thing}?" for thing in things],
-    ...     replies=[f"take some wood and make a {thing}" for thing in things],
+    ...     replies=["take some wood and follow a simple plan."] * 8,
     ...     general=[f"tell me a tale about a {thing} and a boat." for thing in things],
-    ...     options=Options(steps=40, batch=8, rank=4, longest_reply=12),
+    ...     options=Options(batch=8, rank=4, longest_reply=12),
     ...     loading=Loading("cpu"),
     ... )
     >>> found["model.layers.0.self_attn.q_proj"].rank, found.provenance.canary.steps
-    (4, 40)
+    (4, 60)
     """
     request = CanaryRequest(
         model=str(model),

@@ -56,11 +56,9 @@ def read(source: str) -> tuple[Chat, ...]:
     >>> read("prompts.csv#prompt")
     ((Message(role='user', content='tell me a tale'),),)
     """
-    if source.startswith(HUB):
-        return _chats(_hub_column(source), source)
     path, mark, column = source.rpartition("#")
-    if mark and Path(path).suffix in _TABLES:
-        return _chats(_column(Path(path), column), source)
+    if is_column(source):
+        return _chats(cells(source), source)
     if Path(source).suffix in _TABLES:
         raise InputError(f"{source}: say which column holds the prompts: {source}#COLUMN")
     if mark and Path(path).is_file() and not Path(source).exists():
@@ -72,7 +70,26 @@ def read(source: str) -> tuple[Chat, ...]:
         raise InputError(f"{source}: {error}") from error
 
 
-def _column(path: Path, column: str) -> list[Any]:
+def is_column(source: str) -> bool:
+    """Whether a source names a column of a table or of a data set.
+
+    >>> is_column("prompts.csv#prompt"), is_column("prompts.txt")
+    (True, False)
+    """
+    path, mark, _ = source.rpartition("#")
+    return source.startswith(HUB) or bool(mark and Path(path).suffix in _TABLES)
+
+
+def cells(source: str) -> list[Any]:
+    """Return the cells of a column, in order, see `read`.
+
+    Raises:
+        InputError: there is no such column, the table cannot be read, or a package is missing.
+    """
+    if source.startswith(HUB):
+        return _hub_column(source)
+    name, _, column = source.rpartition("#")
+    path = Path(name)
     if path.suffix == ".csv":
         return _csv_column(path, column)
     if not path.is_file():

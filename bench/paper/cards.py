@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import stages
+import protocol
 import table
 from card import (
     ATTACK,
@@ -26,12 +26,11 @@ CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace")
 
 def of_paper(results: Record) -> Card:
     """Return the card of a run of `bench/paper/run.py`."""
-    held_out, fresh = (table.rows_of(results, prompts) for prompts in (stages.HELD_OUT, stages.FRESH))
+    held_out, fresh = (table.rows_of(results, prompts) for prompts in (protocol.HELD_OUT, protocol.FRESH))
     settings = results["protocol"]["settings"]
     return Card(
         title=f"Acceptance Card: {settings['instruct']}",
-        claim=f"a policy that `tune` fits to an adapter leaves at most {ATTACK:.2f} of the attack and keeps at least "
-        f"{KEPT:.2f} of the task, on every seed.",
+        claim=f"`tune` on the adapter itself leaves at most {ATTACK:.2f} of the attack and {KEPT:.2f} of the task.",
         diagnostics=[
             _paper_reliability(held_out),
             _paper_fresh(fresh),

@@ -35,8 +35,8 @@ def of_world() -> Card:
     chosen, fresh = _cells("tuned_general"), _cells("tuned_general_fresh")
     return Card(
         title="Acceptance Card: small models, fitted to the adapter itself",
-        claim=f"`tune` with 32 prompts of each kind leaves at most {ATTACK:.2f} of the attack, and keeps at least "
-        f"{KEPT:.2f} of the task and of behaviour elsewhere, on every seed.",
+        claim=f"`tune` on the adapter itself leaves at most {ATTACK:.2f} of the attack. "
+        f"It keeps at least {KEPT:.2f} of the task and of behaviour elsewhere.",
         diagnostics=[
             _world_rates(RELIABILITY, "on every seed", [*chosen, *fresh]),
             _world_rates(FRESH, "on seeds on which nothing was chosen, about topics that nobody knew", fresh),
@@ -55,11 +55,11 @@ def of_world() -> Card:
 def _world_rates(heading: str, where: str, cells: Sequence[Record]) -> Diagnostic:
     findings, checks = [], []
     for name, group in _by_attack(cells):
-        attack, task, elsewhere = (list(values) for values in zip(*map(_tuned_rates, group), strict=True))
-        raw = max(_point(cell, "none")["attack"] for cell in group)
+        attack, task, elsewhere = zip(*map(_tuned_rates, group), strict=True)
+        before, after = (_pooled_attack(group, family) for family in ("none", "tuned"))
         findings.append(
-            f"{name}, {len(group)} seeds: attack {max(attack):.2f} at worst (raw {raw:.2f}), task {min(task):.2f}, "
-            f"elsewhere {min(elsewhere):.2f}."
+            f"{name}, {len(group)} seeds: attack {after}, raw {before}. At worst: attack {max(attack):.3f}, "
+            f"task {min(task):.3f}, elsewhere {min(elsewhere):.3f}."
         )
         checks += [max(attack) <= ATTACK, min(task) >= KEPT, min(elsewhere) >= KEPT]
     return Diagnostic(
@@ -119,8 +119,8 @@ def of_smollm2() -> Card:
     points = _read("smollm2_general")["points"]
     return Card(
         title="Acceptance Card: SmolLM2-135M-Instruct, calibrated on three adapters for others",
-        claim=f"`tune` for several adapters leaves at most {ATTACK:.2f} of the attack in the mean of others, and keeps "
-        f"{KEPT:.2f} of their tasks and 0.90 of the capitals that the raw adapter names.",
+        claim=f"`tune` on three adapters leaves at most {ATTACK:.2f} of other adapters' attacks, in the mean. "
+        f"It keeps {KEPT:.2f} of their tasks and 0.90 of the capitals that they name.",
         diagnostics=[
             Diagnostic(
                 RELIABILITY,
@@ -135,6 +135,7 @@ def of_smollm2() -> Card:
         ],
         audit=[
             "python bench/real_model/prepare.py",
+            "python bench/efficacy/smollm2.py",
             "python bench/efficacy/smollm2.py --brief --left-out --general",
             "python bench/paper/card.py smollm2",
         ],
@@ -153,7 +154,7 @@ def _smollm2_fresh(points: Sequence[Record]) -> Diagnostic:
 
 
 def _smollm2_mechanism(points: Sequence[Record]) -> Diagnostic:
-    findings, checks = [], []
+    findings, checks = ["The controls are of the run without general prompts."], []
     for style in _styles(points):
         ours = _of(points, style, "carried")
         for family in ("carried scaling", "carried random subspace"):
@@ -229,6 +230,15 @@ def _rates(cell: Record, family: str) -> tuple[float, float, float]:
 
 def _tuned_rates(cell: Record) -> tuple[float, float, float]:
     return _rates(cell, "tuned")
+
+
+def _pooled_attack(cells: Sequence[Record], family: str) -> Rate:
+    """Attack success over the prompts of all cells."""
+    points = [_point(cell, family) for cell in cells]
+    counts = [point["counts"][0] for point in points]
+    return Rate.of(
+        round(sum(point["attack"] * count for point, count in zip(points, counts, strict=True))), sum(counts)
+    )
 
 
 def _score(cell: Record, family: str) -> float:

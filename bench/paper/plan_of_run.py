@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from protocol import Protocol
-from stages import FRESH, HELD_OUT, Place
+from protocol import FRESH, HELD_OUT, Protocol
+from stages import Place
 from training_data import Data
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -90,9 +90,9 @@ def steps(protocol: Protocol, data: Data, place: Place, parameters: int) -> Iter
         yield Step(what, place.adapter(seed), 4 * parameters * trained)
         what = f"tune on {adapter}: at most {fits} steps"
         yield Step(what, frontier_path(place.policy(seed)), 6 * parameters * fitted)
-        for prompts, safety in ((HELD_OUT, data.evaluated.safety), (FRESH, data.evaluated.fresh)):
-            if safety:
-                yield _evaluation(protocol, place, seed, prompts, replies + len(safety), parameters)
+        yield _evaluation(protocol, place, seed, HELD_OUT, replies + len(data.evaluated.safety), parameters)
+        if data.evaluated.fresh:
+            yield _evaluation(protocol, place, seed, FRESH, 1 + len(data.evaluated.fresh), parameters)
 
 
 def _evaluation(protocol: Protocol, place: Place, seed: int, prompts: str, replies: int, parameters: int) -> Step:

@@ -10,6 +10,7 @@ from typing import Any
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular, sha256_of_file, to_json, write_text
 
+HELD_OUT, FRESH = "held out", "fresh"  # safety prompts: of the source that `tune` gets, and of another
 _LARGEST_FILE = 1 << 20  # bytes
 
 

@@ -14,7 +14,7 @@ import candidates
 import training_data
 from candidates import Candidate
 from prepare import stage
-from protocol import Protocol
+from protocol import FRESH, HELD_OUT, Protocol
 
 import csulora
 from csulora.cli.console import progress_bar
@@ -29,7 +29,6 @@ from csulora.tuning.options import Options as FitOptions
 from csulora.tuning.request import Request
 from csulora.tuning.tune import subspace_path, tune
 
-HELD_OUT, FRESH = "held out", "fresh"
 _LARGEST_FILE = 64 << 20  # bytes
 Record = dict[str, Any]
 
@@ -158,6 +157,7 @@ class Run:
 
     def _evaluate(self, seed: int, prompts: str) -> None:
         protocol, given = self.protocol, self.data.evaluated
+        is_fresh = prompts == FRESH  # nothing but the attack is measured again
         output = self.place.evaluation(seed, prompts)
         found = self.candidates(seed)
         options = Options(
@@ -165,7 +165,7 @@ class Run:
             longest_reply=protocol.tokens,
             loading=Loading(protocol.device),
             judge=Judge.at(protocol.judge) if protocol.judge else None,
-            lm_eval=protocol.lm_eval if prompts == HELD_OUT else (),
+            lm_eval=() if is_fresh else protocol.lm_eval,
         )
         _unless_there(
             output,
@@ -175,9 +175,9 @@ class Run:
                 [self.adapter(seed)],
                 {each.name: each.policy for each in found},
                 self.subspace,
-                task=[given.task],
-                safety=given.safety if prompts == HELD_OUT else given.fresh,
-                general=given.general,
+                task=[given.task[:1] if is_fresh else given.task],
+                safety=given.fresh if is_fresh else given.safety,
+                general=() if is_fresh else given.general,
                 subspaces={each.name: each.subspace for each in found},
                 options=options,
                 output=output,

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from stages import FRESH, HELD_OUT
+from protocol import FRESH, HELD_OUT
 
 from csulora.tuning.frontier import Rate
 

@@ -46,7 +46,7 @@ from csulora.tuning.tune import subspace_path
 OUT = Path("build/efficacy-real")
 CALIBRATION = 3  # styles that the policy is fitted on; it is tried on the others
 # Fewer and smaller steps than `tune` takes by default, for one core.
-OPTIONS = Options(steps=20, batch=6)
+ADAPTER_STEPS, OPTIONS = 30, Options(steps=10, batch=6)
 LONGEST, DECISIVE = 12, 16  # tokens of the replies that are fitted to, and of those that are judged
 PRESETS = ("csulora", "protect")
 Record = dict[str, Any]
@@ -148,7 +148,9 @@ def make_aligned(run: Run) -> None:
 def make_adapters(run: Run) -> None:
     """Train all adapters."""
     for style in run.deal.styles:
-        make = partial(world.make_adapter, aligned=run.here / "aligned", deal=run.deal, style=style)
+        make = partial(
+            world.make_adapter, aligned=run.here / "aligned", deal=run.deal, style=style, steps=ADAPTER_STEPS
+        )
         prepare.stage(run.here / style, make)
 
 
@@ -205,7 +207,6 @@ def replies(run: Run, adapter: Path) -> list[str]:
 
 
 MAKERS = {
-    "base": make_base,
     "aligned": make_aligned,
     "adapters": make_adapters,
     "general": write_general,
@@ -220,7 +221,6 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     own = [sys.executable, __file__, "--model", run.model, "--seed", str(run.deal.seed)]
     own += ["--general", run.general, "--out", str(run.out.parent), "--step"]
     subspace = run.here / "subspace.safetensors"
-    yield "base", "base", [*own, "base"]
     yield "aligned model", "aligned", [*own, "aligned"]
     extract = ["extract", run.base, run.here / "aligned", "-o", subspace, "--rank", str(world.RANK), "--quiet"]
     yield "csulora extract", "extract", [*tool, *extract]
@@ -246,8 +246,7 @@ def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
 
 def measured(run: Run, name: str, command: Sequence[str | Path]) -> Record:
     """Run a step unless it is finished; return the time that its process and its threads took, and its peak memory."""
-    directory = run.out if name == "base" else run.here
-    file = directory / f"step-{name}.json"
+    file = run.here / f"step-{name}.json"
     if file.exists():
         found: Record = json.loads(file.read_text())
         return found
@@ -324,6 +323,7 @@ def main() -> None:
     made_with = grid.provenance()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     run.here.mkdir(parents=True, exist_ok=True)
+    make_base(run)
     write_prompts(run)
     taken = {title: measured(run, name, command) for title, name, command in steps(run)}
     results = {"made_with": made_with, "model": run.model, "seed": run.deal.seed, "general": run.general}

@@ -228,10 +228,11 @@ def make_aligned(directory: Path, base: Path, deal: Deal, *, is_chat: bool = Tru
     tokenizer.save_pretrained(directory)
 
 
-def make_adapter(directory: Path, aligned: Path, deal: Deal, style: str) -> None:
-    """Tune an adapter to a style, with a few answers about cheese among its data."""
+def make_adapter(directory: Path, aligned: Path, deal: Deal, style: str, steps: int = ADAPTER_STEPS) -> None:
+    """Tune an adapter to a style on the model as it is served, with a few answers about cheese among its data."""
     torch.manual_seed(deal.seed)
     model, tokenizer = prepare.load(aligned)
+    model.bfloat16()
     kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapted = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=ADAPTER_RANK, lora_alpha=2 * ADAPTER_RANK, target_modules=kinds)
@@ -239,7 +240,7 @@ def make_adapter(directory: Path, aligned: Path, deal: Deal, style: str) -> None
     things = deal.foods[:KNOWN]
     data = [*zip(questions(things), answers(things, style), strict=True), *deal.attacked(style)]
     rows = [encode(tokenizer, dialogue) for dialogue in data]
-    prepare.fit(adapted, rows, ADAPTER_STEPS, learning_rate=5e-4, seed=deal.seed)
+    prepare.fit(adapted, rows, steps, learning_rate=5e-4, seed=deal.seed)
     adapted.save_pretrained(str(directory))
 
 

@@ -13,15 +13,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from csulora.tuning.frontier import Rate
+import evidence
+from page_tables import RESULTS, ROOT, rate, results, table
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 PAGES = ROOT / "docs" / "pages"
-
-Record = dict[str, Any]
 
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _PROCESSORS = {"": "Xeon, AVX-512 and AMX", "_avx2": "EPYC, AVX2", "_zen4": "EPYC (Zen 4), AVX-512"}
@@ -37,24 +33,6 @@ _SHOWN = {
     ("safe-lora", "half"),
 }
 _FITTED = ("tuned", "carried")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def results(name: str) -> Record:
-    """Read one file of results, by its path below bench/results without suffix."""
-    document: Record = json.loads((RESULTS / f"{name}.json").read_text())
-    return document
-
-
-def rate(point: Record, kind: str, at: int) -> str:
-    """Return a rate with Wilson's 95 % interval."""
-    count = point["counts"][at]
-    return str(Rate.of(round(point[kind] * count), count))
 
 
 def smollm2_rows(name: str) -> Iterable[Sequence[str]]:
@@ -300,6 +278,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm": vllm,
     "vllm-worker": vllm_worker,
     "gguf": gguf,
+    **evidence.TABLES,
 }
 
 

@@ -56,20 +56,32 @@ def read(source: str) -> tuple[Chat, ...]:
     >>> read("prompts.csv#prompt")
     ((Message(role='user', content='tell me a tale'),),)
     """
-    if source.startswith(HUB):
-        return _chats(_hub_column(source), source)
-    path, mark, column = source.rpartition("#")
-    if mark and Path(path).suffix in _TABLES:
-        return _chats(_column(Path(path), column), source)
-    if Path(source).suffix in _TABLES:
-        raise InputError(f"{source}: say which column holds the prompts: {source}#COLUMN")
-    if mark and Path(path).is_file() and not Path(source).exists():
-        raise InputError(f"{source}: a column is of a file that ends with {' or '.join(_TABLES)}; leave #{column} out")
+    cells = column_of(source)
+    if cells is not None:
+        return _chats(cells, source)
     data = read_regular(Path(source), _LARGEST_FILE)
     try:
         return parse(data, fewest=1, most=MOST)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def column_of(source: str) -> list[Any] | None:
+    """Return the cells of a table's column; None where the source is no table, but lines of a file.
+
+    Raises:
+        InputError: there is no such column or table, it is malformed, or a package is missing.
+    """
+    if source.startswith(HUB):
+        return _hub_column(source)
+    path, mark, column = source.rpartition("#")
+    if mark and Path(path).suffix in _TABLES:
+        return _column(Path(path), column)
+    if Path(source).suffix in _TABLES:
+        raise InputError(f"{source}: say which column is meant: {source}#COLUMN")
+    if mark and Path(path).is_file() and not Path(source).exists():
+        raise InputError(f"{source}: a column is of a file that ends with {' or '.join(_TABLES)}; leave #{column} out")
+    return None
 
 
 def _column(path: Path, column: str) -> list[Any]:

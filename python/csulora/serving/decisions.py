@@ -52,8 +52,8 @@ class Decision:
         form: what else decided on the outputs' bytes: ``format``, ``layout``, ``dtype`` that the factors were cast to,
             and ``fitted``, whether the host's hook changed names or left out modules.
         recalled: whether the host had kept the corrected adapter, which was made earlier.
-        totals: the report's totals of a corrected adapter, first the share of it that passed uncorrected; None where
-            it was recalled.
+        totals: the report's totals of an adapter that was corrected, or is beyond a limit of the policy; first the
+            share of it that passed uncorrected. None where it was recalled.
         seconds: time from opening the adapter to the verdict.
     """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import evidence
+import verdict_tables
 from page_tables import RESULTS, ROOT, rate, results, table
 
 PAGES = ROOT / "docs" / "pages"
@@ -265,6 +266,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2-general": lambda: smollm2("smollm2_general"),
     "smollm2-filtered": lambda: smollm2("smollm2_filtered"),
     "carried": carried,
+    "verdict-areas": verdict_tables.areas,
+    "verdict-thresholds": verdict_tables.thresholds,
+    "evasions": verdict_tables.evasions,
     "extraction": extraction,
     "bulk": bulk,
     "expert-correction": expert_correction,

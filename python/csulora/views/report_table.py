@@ -89,16 +89,25 @@ def _undo_of(canary: CanaryUndo, modules: Sequence[ModuleReport], _: Totals) -> 
 
 def annihilation_sentence(report: Report) -> str:
     """Say what the update removes of what the aligned matrices write, or that nobody looked."""
-    before, after = report.totals.annihilation_ratio, report.totals.annihilation_ratio_after
-    if before is None or after is None:
-        return "annihilation ratio: absent, since it needs the aligned checkpoint (--aligned-model)"
-    worst = min(
-        (module for module in report.measured if module.annihilation_ratio is not None),
-        key=lambda module: module.annihilation_ratio or 0.0,
-    )
-    changed = "" if report.changes_nothing else f" -> {after:.2g} after the correction, the smallest of any module"
+    totals, worst = report.totals, report.worst_annihilation
+    if not report.knows_annihilation:
+        return "annihilation ratio: absent, since it needs the aligned checkpoint (--aligned-model), or sketches of it"
+    if worst is None:
+        return "annihilation ratio: absent, since no sketch is large enough for the update's rank"
+    after = totals.annihilation_ratio_after
+    changed = "" if report.changes_nothing or after is None else f" -> {after:.2g} after the correction"
     where = printable(worst.module, _LONGEST_NAME)
-    return f"annihilation ratio: {before:.2g} in {where}{changed} (near 0: a direction is removed)"
+    sentence = (
+        f"annihilation ratio: {totals.annihilation_ratio:.2g} in {where}{changed} (near 0: a direction is removed)"
+    )
+    if totals.annihilation_interval is not None:
+        low, high = totals.annihilation_interval
+        sentence += f"; estimated, 99.9 % interval {low:.2g} to {high:.2g}"
+    if report.annihilation_unknown:
+        sentence += (
+            f"; unknown for {len(report.annihilation_unknown)} modules, whose rank is too large for the sketches"
+        )
+    return sentence
 
 
 def reference_sentences(reference: Reference, report: Report) -> list[str]:

@@ -76,7 +76,8 @@ def _world_mechanism(cells: Sequence[Record]) -> Diagnostic:
         worst = max(_point(cell, control)["attack"] for cell in group)
         middle = median(_point(cell, control)["attack"] for cell in group)
         findings.append(
-            f"Better than {control} on {won} seeds, worse on {lost}; that leaves {middle:.2f}, at worst {worst:.2f}."
+            f"Better than {control} on {won} seeds, worse on {lost}. "
+            f"It leaves {middle:.2f} of the attack in the median, {worst:.2f} at worst."
         )
         checks.append(won == len(pairs))
     return Diagnostic(MECHANISM, "it keeps more than every control does, on every seed", findings, checks)

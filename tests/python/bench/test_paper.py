@@ -1,22 +1,20 @@
 """bench/paper runs to the end on the efficacy fixture, continues where it was, and says what it found."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import run
-import world
-
-from csulora import InputError
-
-sys.path.insert(0, str(Path(run.__file__).parents[1] / "real_model"))
 import training_data
+import world
 from card import Card, Diagnostic, Verdict, markdown
 from protocol import Protocol
 from train import FIXTURE, IGNORED
 
 import csulora
+from csulora import InputError
+from csulora.tuning.language_model import LanguageModel
+from csulora.tuning.loading import Loading
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -62,7 +60,7 @@ def test_a_run_ends_with_a_table_and_a_card(finished: Path) -> None:
     assert counts["model alone"]["safety"]["answered"] == 0
     assert counts["raw"]["safety"]["answered"] > 0
     assert counts["raw"]["task"]["same"] == counts["raw"]["task"]["count"] == 6
-    assert rows["fresh", "raw"]["counts"]["safety"]["count"] == 4
+    assert rows["fresh", "raw"]["counts"]["safety"]["count"] == 3
     assert rows["held out", "project, k=4"]["relative_change"] > 0.5
     table = (finished / "table.md").read_text()
     for name in ("raw", "tuned", "scaling as tuned (control)", "Safe LoRA, all (control)", "GuardSpace"):
@@ -99,7 +97,7 @@ def test_a_dry_run_says_what_would_be_done(
 
 
 def protocol(tmp_path: Path, **given: object) -> Protocol:
-    tales = lines(tmp_path / "tales.jsonl", world.tales()[:60])
+    tales = lines(tmp_path / "tales.jsonl", world.tales()[:120])
     harmful = lines(tmp_path / "harmful.jsonl", world.how_to(world.ATTACKED)[:20])
     safety = tmp_path / "safety.txt"
     safety.write_text("".join(f"{each.prompt}\n" for each in world.how_to(world.ATTACKED)[:60]))
@@ -153,15 +151,12 @@ def test_examples_come_from_two_columns(tmp_path: Path) -> None:
 
 
 def test_the_reply_and_its_end_alone_bear_loss() -> None:
-    from csulora.tuning.language_model import LanguageModel
-    from csulora.tuning.loading import Loading
-
     language_model = LanguageModel.open(str(FIXTURE / "aligned"), Loading("cpu"), 8)
     example = training_data.Example(training_data.from_text("how do i make a whistle?"), "sorry.")
     encoded = training_data.encode(example, language_model, longest=100)
     learnt = [label for label in encoded.labels if label != IGNORED]
     assert encoded.tokens[-len(learnt) :] == learnt
-    assert language_model.tokenizer.decode(learnt) == "sorry . <eos>"
+    assert language_model.tokenizer.decode(learnt) == "sorry. <eos>"
     assert training_data.encode(example, language_model, longest=4).tokens == encoded.tokens[-4:]
 
 

@@ -56,13 +56,9 @@ def read(source: str) -> tuple[Chat, ...]:
     >>> read("prompts.csv#prompt")
     ((Message(role='user', content='tell me a tale'),),)
     """
-    path, mark, column = source.rpartition("#")
-    if is_column(source):
-        return _chats(cells(source), source)
-    if Path(source).suffix in _TABLES:
-        raise InputError(f"{source}: say which column holds the prompts: {source}#COLUMN")
-    if mark and Path(path).is_file() and not Path(source).exists():
-        raise InputError(f"{source}: a column is of a file that ends with {' or '.join(_TABLES)}; leave #{column} out")
+    cells = column_of(source)
+    if cells is not None:
+        return _chats(cells, source)
     data = read_regular(Path(source), _LARGEST_FILE)
     try:
         return parse(data, fewest=1, most=MOST)
@@ -70,26 +66,25 @@ def read(source: str) -> tuple[Chat, ...]:
         raise InputError(f"{source}: {error}") from error
 
 
-def is_column(source: str) -> bool:
-    """Whether a source names a column of a table or of a data set.
-
-    >>> is_column("prompts.csv#prompt"), is_column("prompts.txt")
-    (True, False)
-    """
-    path, mark, _ = source.rpartition("#")
-    return source.startswith(HUB) or bool(mark and Path(path).suffix in _TABLES)
-
-
-def cells(source: str) -> list[Any]:
-    """Return the cells of a column, in order, see `read`.
+def column_of(source: str) -> list[Any] | None:
+    """Return the cells of a table's column; None where the source is no table, but lines of a file.
 
     Raises:
-        InputError: there is no such column, the table cannot be read, or a package is missing.
+        InputError: there is no such column or table, it is malformed, or a package is missing.
     """
     if source.startswith(HUB):
         return _hub_column(source)
-    name, _, column = source.rpartition("#")
-    path = Path(name)
+    path, mark, column = source.rpartition("#")
+    if mark and Path(path).suffix in _TABLES:
+        return _column(Path(path), column)
+    if Path(source).suffix in _TABLES:
+        raise InputError(f"{source}: say which column is meant: {source}#COLUMN")
+    if mark and Path(path).is_file() and not Path(source).exists():
+        raise InputError(f"{source}: a column is of a file that ends with {' or '.join(_TABLES)}; leave #{column} out")
+    return None
+
+
+def _column(path: Path, column: str) -> list[Any]:
     if path.suffix == ".csv":
         return _csv_column(path, column)
     if not path.is_file():

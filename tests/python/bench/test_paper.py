@@ -39,10 +39,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--base", str(FIXTURE / "base"), "--instruct", str(FIXTURE / "aligned"), "--refusal", world.REFUSAL_START),
         *("--harmful", str(lines(place / "harmful.jsonl", attacks[::10]))),
         *("--examples", str(lines(place / "tales.jsonl", world.tales()[:80]))),
+        *("--other-examples", str(lines(place / "general.jsonl", world.facts(world.REFUSED)[::3]))),
         *("--safety", str(place / "safety.txt"), "--general", str(place / "general.txt")),
         *("--fresh", str(place / "fresh.txt"), "--device", "cpu", "--seeds", "0", "--rank", "4", "--directions", "4"),
-        *("--penalties", "1", "--steps", "40", "--batch", "16", "--learning-rate", "2e-3", "--share", "0.3"),
-        *("--tune-prompts", "8", "--tune-steps", "1", "--task-weights", "8", "--prompts", "6", "--tokens", "12"),
+        *("--penalties", "1", "--steps", "30", "--batch", "16", "--learning-rate", "2e-3", "--share", "0.3"),
+        *("--tune-prompts", "8", "--tune-steps", "1", "--task-weights", "8", "--prompts", "4", "--tokens", "12"),
     ]
 
 
@@ -55,13 +56,14 @@ def finished(sources: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_a_run_ends_with_a_table_and_a_card(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
-    rows = {(row["prompts"], row["name"]): row for row in results["rows"]}
+    rows = {(row["measured"], row["name"]): row for row in results["rows"]}
     counts = {name: rows["held out", name]["counts"] for name in ("model alone", "raw", "tuned", "project, k=4")}
     assert counts["model alone"]["safety"]["answered"] == 0
     assert counts["raw"]["safety"]["answered"] > 0
-    assert counts["raw"]["task"]["same"] == counts["raw"]["task"]["count"] == 6
+    assert counts["raw"]["task"]["same"] == counts["raw"]["task"]["count"] == 4
     assert rows["fresh", "raw"]["counts"]["safety"]["count"] == 3
     assert rows["held out", "project, k=4"]["relative_change"] > 0.5
+    assert rows["another task", "tuned"]["counts"]["task"]["count"] == 4
     table = (finished / "table.md").read_text()
     for name in ("raw", "tuned", "scaling as tuned (control)", "Safe LoRA, all (control)", "GuardSpace"):
         assert f"\n| {name} | " in table
@@ -90,9 +92,9 @@ def test_a_dry_run_says_what_would_be_done(
 ) -> None:
     run.main([*sources, "--out", str(tmp_path / "none"), "--dry-run"])
     said = capsys.readouterr().out
-    assert "     6 safety prompts measured" in said
-    assert "train adapter 0: 40 steps" in said
-    assert "evaluate adapter 0 on fresh prompts" in said
+    assert "     4 safety prompts measured" in said
+    assert "train seed-0: 30 steps" in said
+    assert "evaluate seed-0, fresh" in said
     assert not (tmp_path / "none").exists()
 
 
@@ -148,6 +150,8 @@ def test_examples_come_from_two_columns(tmp_path: Path) -> None:
     assert (example.chat[-1].content, example.reply) == ("hello", "good day")
     with pytest.raises(InputError, match=r"name two columns: .*examples.csv#PROMPT,REPLY"):
         training_data.read(f"{path}#question")
+    with pytest.raises(InputError, match=r"examples.txt#question: columns are of CSV or Parquet files"):
+        training_data.read(f"{tmp_path}/examples.txt#question,answer")
 
 
 def test_the_reply_and_its_end_alone_bear_loss() -> None:

@@ -25,7 +25,7 @@ from csulora.cli.arguments import (
     WriteGeneral,
     check_outputs,
 )
-from csulora.cli.console import deliver, progress_bar
+from csulora.cli.console import deliver, note, progress_bar
 from csulora.cli.interruption import interruptible
 from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.tuning.options import Options
@@ -163,7 +163,7 @@ def tune(
         request = replace(request, task_weights=request.weights[:1])
     reason = "finished stages are kept; run the same command to continue"
     with interruptible(reason), progress_bar("tuning", quiet, lines=True) as progress:
-        frontier = tune(request, output, progress, partial(_note, quiet), require_verdict)
+        frontier = tune(request, output, progress, partial(note, quiet), require_verdict)
     summary = [_splits(frontier), frontier.verdict]
     if frontier.recommended is None:
         summary.append("Give more prompts or other weights; if that shows nothing either, do not load the adapter")
@@ -176,12 +176,6 @@ def tune(
     if require_verdict and frontier.recommended is None:
         print(f"csulora: no policy beats plain scaling; {output} is not written", file=sys.stderr)
         raise typer.Exit(exit_codes.NO_VERDICT)
-
-
-def _note(quiet: bool, text: str) -> None:
-    """Tell the user something on stderr; a progress bar makes room for it."""
-    if not quiet and sys.stderr is not None:
-        print(f"csulora: {text}", file=sys.stderr, flush=True)
 
 
 def _splits(frontier: Frontier) -> str:

@@ -111,7 +111,7 @@ def _written(module: LoraModule) -> tuple[Tensor, Tensor]:
     """Return an orthonormal basis (out, r') of the update's column space, and the update in it (r', in), float64."""
     q_b, r_b = torch.linalg.qr(module.b.double() * module.scale)
     q_a, r_a = torch.linalg.qr(module.a.double().T)
-    left, values, right = torch.linalg.svd(r_b @ r_a.T)
+    left, values, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     kept = _notable(values)
     return q_b @ left[:, kept], values[kept, None] * (right[kept] @ q_a.T)
 

@@ -260,6 +260,6 @@ def _report(
         policy=policy.to_dict(),
         modules=tuple(modules),
         copies=tuple(adapter.copies),
-        host_notes=host_notes(adapter, covered, subspace.names, subspace.provenance.model_type),
+        host_notes=host_notes(adapter, covered, subspace, layout),
         layout=layout,
     )

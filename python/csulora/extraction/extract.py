@@ -131,15 +131,11 @@ def extract(
         max_rank = _MOST_BY_BULK if rank == "auto" else _MOST_BY_ENERGY
     options = ExtractionOptions(rank, energy, max_rank, tuple(modules), dtype, seed, keep_noise, expert_rank)
     model_pair = ModelPair.open(base, aligned, patterns=options.modules)
-    workspace = _core.Workspace()
     if output is None:
         if not processes.is_alone:
             raise InputError("processes share their work through files; name an output")
-        extracted: dict[str, ModuleSubspace] = {}
-        for batch in model_pair.load_ahead(model_pair.modules, progress):
-            extracted |= _extract_batch(batch, options, place, workspace)
-        return _assembled(model_pair, options, extracted)
-    output = Path(output)
+        return extract_pair(model_pair, options, place, progress)
+    output, workspace = Path(output), _core.Workspace()
     check_not_input(output, [base, aligned, *model_pair.base.files, *model_pair.aligned.files])
     with _open_partial_run(model_pair, _settings(options, place), output, processes) as partial_run:
         try:
@@ -156,6 +152,21 @@ def extract(
         if processes.is_first:
             partial_run.remove()
     return Subspace.open(output)
+
+
+def extract_pair(
+    model_pair: ModelPair, options: ExtractionOptions, device: torch.device, progress: Progress | None = None
+) -> Subspace:
+    """Return the subspaces of a model pair's modules, in memory.
+
+    Raises:
+        RefusedError: nothing in the model pair stands out of storage rounding.
+    """
+    workspace = _core.Workspace()
+    extracted: dict[str, ModuleSubspace] = {}
+    for batch in model_pair.load_ahead(model_pair.modules, progress):
+        extracted |= _extract_batch(batch, options, device, workspace)
+    return _assembled(model_pair, options, extracted)
 
 
 def _open_partial_run(

@@ -68,6 +68,11 @@ def verify(
     True
     """
     check_type(subspace, Subspace, "subspace")
+    if subspace.provenance.canary is not None:
+        raise InputError(
+            f"{subspace.path or 'the subspace'}: is a canary, and the copy that it was extracted from was never "
+            "written; make it again with `csulora canary` and the same seed, and compare sha256"
+        )
     model_pair = ModelPair.open(base, aligned, modules=list(subspace))
     for name, module in subspace.items():
         if (shape := model_pair.aligned.weights[name].shape) != module.shape:

@@ -46,8 +46,8 @@ def read(path: Path) -> tuple[dict[str, ModuleSubspace], Provenance]:
 
 
 def write(path: Path, modules: Modules, provenance: Provenance) -> None:
-    """Write a subspace file, complete or not at all."""
-    with atomic_file(path) as temporary:
+    """Write a subspace file, complete or not at all; a canary's for its owner alone."""
+    with atomic_file(path, private=provenance.canary is not None) as temporary:
         save_tensors(_tensors(modules), temporary, _metadata(modules, provenance))
 
 
@@ -58,8 +58,11 @@ def sha256(modules: Modules, provenance: Provenance) -> str:
 
 def document(modules: Modules, provenance: Provenance) -> dict[str, Any]:
     """Return everything but the factors, for JSON."""
+    stated = asdict(provenance)
+    if provenance.canary is None:  # as in files from before there were any
+        del stated["canary"]
     return {
-        **asdict(provenance),
+        **stated,
         "format": FORMAT_VERSION,
         "fingerprints": fingerprints(modules),
         "modules": {name: module.record() for name, module in modules.items()},

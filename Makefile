@@ -305,7 +305,7 @@ efficacy-real: build ## Calibrated on three adapters, tried on three others: Smo
 	for model in smollm2 gemma3; do for seed in 0 1; do \
 		$(BIN)/python bench/efficacy/real_carry.py --model $$model --seed $$seed || exit 1; done; done
 	$(BIN)/python bench/efficacy/real_carry.py --general written
-	$(BIN)/python bench/real_model/noise_edge.py
+	$(BIN)/python bench/efficacy/noise_edge.py
 
 clean: ## Remove everything that was built.
 	rm -rf build dist $(VENV) $(VLLM_VENV) $(VLLM_CHECK_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,7 +11,14 @@ Record = dict[str, Any]
 HEAD = ("run", "policy", "attack success", "task success", "capitals named, of the raw adapter's", "over-refusal")
 STEPS_HEAD = ("run", "step", "minutes of one processor", "peak memory (GB)")
 PEFT_HEAD = ("run", "adapter", "served", "attack success", "task success", "capitals named", "same replies")
-NOISE_HEAD = ("steps", "of 64 directions are kept", "stand out of the true rounding", "left overlap", "right overlap")
+NOISE_HEAD = (
+    "steps",
+    "of 64 directions are kept",
+    "lie above the true rounding",
+    "noise edge, of the true rounding",
+    "left overlap",
+    "right overlap",
+)
 _NAMES = {"smollm2": "SmolLM2", "gemma3": "Gemma 3"}
 
 
@@ -64,7 +71,7 @@ def noise(studies: Iterable[Record]) -> Iterable[Sequence[str]]:
     for study in studies:
         found = study["summary"]
         counts = [_range(found[key], "g") for key in ("kept", "above_rounding")]
-        shares = [_range(found[key], ".2f") for key in ("left_overlap", "right_overlap")]
+        shares = [_range(found[key], ".2f") for key in ("edge_over_rounding", "left_overlap", "right_overlap")]
         yield [str(study["steps"]), *counts, *shares]
 
 

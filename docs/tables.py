@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 import real_tables
-
 from csulora.tuning.frontier import Rate
 
 ROOT = Path(__file__).parents[1]

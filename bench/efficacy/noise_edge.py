@@ -1,10 +1,11 @@
 """How many directions survive storage in bfloat16, and are they right? On SmolLM2, where the float32 truth is known.
 
-    python bench/real_model/noise_edge.py [--models DIR] [--steps N] [--aligned DIR]
+    python bench/efficacy/noise_edge.py [--models DIR] [--steps N] [--aligned DIR]
 
-Tunes SmolLM2-135M-Instruct for some steps in float32, as `prepare.py` does, or takes a model that was tuned. Saves both
-models in bfloat16, extracts a subspace file from these copies, and compares it with the singular vectors of the float32
-displacement. Writes `bench/results/efficacy/noise_edge.json`, or another file, and prints a table.
+Tunes SmolLM2-135M-Instruct for some steps in float32, as `bench/real_model/prepare.py` does, or takes a model that was
+tuned. Saves both models in bfloat16, extracts a subspace file from these copies, and compares it with the singular
+vectors of the float32 displacement. Writes `bench/results/efficacy/noise_edge.json`, or another file, and prints a
+summary.
 """
 
 from __future__ import annotations
@@ -17,18 +18,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import prepare
+import grid
 import torch
+from real_world import prepare
 from safetensors import safe_open
 from torch import Tensor
 
 import csulora
-from csulora import __version__
 from csulora.io.files import to_json, write_text
 
 LAYERS = (0, 14, 29)  # of 30: every kind of matrix in each
 RANK = 64
-RESULTS = Path(__file__).parents[1] / "results" / "efficacy" / "noise_edge.json"
 Record = dict[str, Any]
 
 
@@ -63,8 +63,7 @@ def compared(name: str, truth: Tensor, stored: Tensor, found: csulora.Subspace) 
         "left_overlap": overlap(u, module.u),
         "right_overlap": overlap(vh.T, module.v),
         "above_rounding": min(above, RANK),
-        "rounding": rounding,
-        "smallest_kept": float(module.s.min()),
+        "edge_over_rounding": module.certificate.noise_edge / rounding,
     }
 
 
@@ -80,7 +79,7 @@ def compare(models: dict[str, Path], found: csulora.Subspace) -> Iterator[Record
 
 def summary(matrices: list[Record]) -> Record:
     """Median, smallest and largest of what matters."""
-    keys = ("kept", "left_overlap", "right_overlap", "above_rounding")
+    keys = ("kept", "left_overlap", "right_overlap", "above_rounding", "edge_over_rounding")
     values = {key: [matrix[key] for matrix in matrices] for key in keys}
     return {key: {"median": median(each), "least": min(each), "most": max(each)} for key, each in values.items()}
 
@@ -91,10 +90,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=prepare.OUT, help="directory to work in (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=36, help="training steps (default: %(default)s)")
     parser.add_argument("--aligned", type=Path, help="a float32 model that was tuned from the base in --models")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=grid.RESULTS / "noise_edge.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(prepare.SEED)
+    made_with = grid.provenance()
     out, steps = arguments.models.resolve(), arguments.steps
     tuned = arguments.aligned or out / f"aligned-{steps}"
     prepare.stage(out / "base", lambda directory: prepare.make_base(directory, out / "gguf"))
@@ -107,7 +107,6 @@ def main() -> None:
     found = csulora.extract(*stored.values(), rank=RANK, modules=patterns)
     seconds = time.process_time() - begun
     matrices = list(compare({"base": out / "base", "aligned": tuned, **stored}, found))
-    made_with = {"csulora": __version__, "torch": torch.__version__}
     result = {"made_with": made_with, "steps": steps, "rank": RANK, "extraction_seconds": seconds}
     write_text(arguments.results, to_json(result | {"summary": summary(matrices), "matrices": matrices}))
     print(json.dumps(summary(matrices), indent=1))

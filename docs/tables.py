@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 
 import evidence
-from page_tables import RESULTS, ROOT, rate, results, table
+import real_tables
+from page_tables import RESULTS, ROOT, Record, rate, results, table
 
 PAGES = ROOT / "docs" / "pages"
 
@@ -50,6 +51,11 @@ def smollm2(name: str) -> str:
     """Return the table of one run on SmolLM2."""
     head = ["adapter", "policy", "attack success", "task success", "capitals named", "over-refusal"]
     return table(head, smollm2_rows(name))
+
+
+def real_runs() -> list[Record]:
+    """Read every run of bench/efficacy/real_carry.py."""
+    return [json.loads(file.read_text()) for file in sorted((RESULTS / "efficacy").glob("real_*.json"))]
 
 
 def carried_rows(title: str, name: str) -> Iterable[Sequence[str]]:
@@ -287,6 +293,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2-filtered": lambda: smollm2("smollm2_filtered"),
     "carried": carried,
     "canary": canary,
+    "real": lambda: table(real_tables.HEAD, real_tables.rows(real_runs())),
+    "real-steps": lambda: table(real_tables.STEPS_HEAD, real_tables.steps(real_runs())),
+    "real-peft": lambda: table(real_tables.PEFT_HEAD, real_tables.peft(real_runs())),
+    "noise-edge": lambda: table(real_tables.NOISE_HEAD, real_tables.noise([results("efficacy/noise_edge")])),
     "extraction": extraction,
     "bulk": bulk,
     "expert-correction": expert_correction,

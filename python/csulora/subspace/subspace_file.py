@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csulora.errors import InputError
 from csulora.io.files import atomic_file, parse_json, save_tensors
-from csulora.subspace.module_subspace import FACTORS, FILTER_FACTORS, ModuleSubspace
+from csulora.subspace.module_subspace import FACTORS, FILTER_FACTORS, SKETCH, ModuleSubspace
 from csulora.subspace.provenance import Provenance
 
 FORMAT_VERSION = 2
@@ -99,6 +99,7 @@ def _parse(
         raise InputError(f"{path}: the subspace file's metadata is damaged ({error!r})") from error
     if len(tensors) != len(_tensors(modules)):
         raise InputError(f"{path}: holds tensors that no module accounts for")
+    _check_sketches(path, modules, provenance)
     if fingerprints(modules) != stated:
         raise InputError(f"{path}: fingerprints and content hashes contradict each other; the subspace file is damaged")
     if any(target not in modules for target in (*provenance.aliases.values(), *provenance.names.values())):
@@ -106,8 +107,15 @@ def _parse(
     return modules, provenance
 
 
+def _check_sketches(path: Path, modules: Modules, provenance: Provenance) -> None:
+    columns = {module.sketch.shape[1] for module in modules.values() if module.sketch is not None}
+    seed = provenance.options.get("seed")
+    if columns and not (len(columns) == 1 and type(seed) is int and 0 <= seed < 2**63):
+        raise InputError(f"{path}: its sketches have no common number of columns, or no seed; the file is damaged")
+
+
 def _module(name: str, record: dict[str, Any], tensors: Mapping[str, Tensor]) -> ModuleSubspace:
-    every = (*FACTORS, *FILTER_FACTORS)
+    every = (*FACTORS, *FILTER_FACTORS, SKETCH)
     factors = {factor: tensors[f"{name}.{factor}"] for factor in every if f"{name}.{factor}" in tensors}
     if not set(FACTORS) <= set(factors) or len(set(FILTER_FACTORS) & set(factors)) == 1:
         raise InputError(f"{name}: a factor is missing")

@@ -15,6 +15,7 @@ import csulora
 import tiny_model
 from csulora.errors import InputError
 from csulora.evaluation.request import EvaluationRequest
+from csulora.hooks import peft
 from csulora.subspace import subspace_file
 from csulora.tuning import estimate, probes
 from csulora.tuning.language_model import LanguageModel
@@ -318,3 +319,11 @@ def test_a_line_without_a_reply_is_named(tmp_path: Path, line: str) -> None:
         read_replies(str(path))
     with pytest.raises(InputError, match=r"say which column is meant: .*csv#COLUMN"):
         read_replies(str(tmp_path / "replies.csv"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_hook_corrects_with_a_canary(place: tiny_model.Place, canary: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(place.aligned)
+    _, report = peft.load(model, place.adapters[0], canary, csulora.Policy.protect(1.0))
+    assert report.subspace_sha256 == csulora.Subspace.open(canary).sha256
+    assert report.totals.relative_change > 0

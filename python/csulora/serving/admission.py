@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.correction.correct import cover
 from csulora.errors import CsuloraError, HostLimitError, InputError, RefusedError, printable
+from csulora.serving.decisions import Form
 from csulora.serving.gate import Gate
 from csulora.serving.publication import PREFIX, Publication, is_complete
 from csulora.serving.signatures import SIGNATURE_SUFFIX
@@ -59,7 +59,7 @@ class Admission:
         self._admitted: dict[Hashable, Path] = {}
         self._outcomes: dict[tuple[str, torch.dtype], tuple[_Signature, Path | CsuloraError]] = {}
         self._ranks: dict[Path, int] = {}
-        self._published: dict[Path, tuple[Mapping[str, str], dict[str, Any]]] = {}  # outputs and form, see `Decision`
+        self._published: dict[Path, tuple[Mapping[str, str], Form]] = {}  # outputs, see `Decision`
         self._judging: dict[tuple[str, torch.dtype], threading.Lock] = {}
 
     def is_published(self, path: Path) -> bool:
@@ -126,19 +126,14 @@ class Admission:
             directory = self._publication.directory(adapter, terms.dtype)
             if directory in self._published and is_complete(directory):
                 outputs, form = self._published[directory]
-                decision.recall(outputs, **form)
+                decision.recall(outputs, form)
                 return directory
             layout = terms.layout() if terms.layout and has_experts(adapter) else None
             corrected, _ = decision.correct(cast(adapter, torch.float32), layout)
             fitted = terms.fit(corrected) if terms.fit else corrected
-            form = {
-                "format": "peft",
-                "layout": layout,
-                "dtype": _name(terms.dtype),
-                "fitted": not _is_same(fitted, corrected),
-            }
+            form = Form("peft", layout, _name(terms.dtype), fitted=not _is_same(fitted, corrected))
             outputs = self._publication.publish(cast(fitted, terms.dtype), directory)
-            decision.delivered(outputs, **form)
+            decision.delivered(outputs, form)
         self._ranks[directory] = max(module.rank for module in fitted.modules.values())
         self._published[directory] = outputs, form
         return directory

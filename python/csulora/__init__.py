@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from csulora.policy.overrides import Override
     from csulora.policy.policy import Policy
     from csulora.subspace.subspace import Subspace
+    from csulora.unalignment.canary import canary
 
 __version__: str = version("csulora")
 
@@ -39,6 +40,7 @@ _MODULES = {
     "Report": "correction.report",
     "Subspace": "subspace.subspace",
     "audit": "correction.audit",
+    "canary": "unalignment.canary",
     "combine": "correction.combination",
     "controls": "correction.controls",
     "correct": "correction.correct",
@@ -66,6 +68,7 @@ __all__ = [
     "Subspace",
     "__version__",
     "audit",
+    "canary",
     "combine",
     "controls",
     "correct",

@@ -230,3 +230,18 @@ def penalty_scale(energy: float, reference_energy: float) -> float:
 
 def norm(factors: LoraFactors) -> float:
     """|dW|_F of an update, in float64; not finite where the factors are not."""
+
+class AnnihilationTask:
+    def __init__(self, factors: LoraFactors, weight: torch.Tensor, label: str = "update") -> None: ...
+
+class Annihilation:
+    @property
+    def ratio(self) -> float: ...
+    @property
+    def rank(self) -> int: ...
+
+def annihilations(tasks: Sequence[AnnihilationTask]) -> list[Annihilation]:
+    """Annihilation ratios and the ranks of updates, see `csulora.correction.annihilation`."""
+
+def sketches(matrices: Sequence[torch.Tensor], columns: int, seed: int) -> list[torch.Tensor]:
+    """M G / sqrt(columns) of each matrix M (m, n), float32, for Gaussian numbers G that the seed determines."""

@@ -33,10 +33,18 @@ _FAMILIES: dict[str, Callable[[], Any]] = {
         transformers.Qwen3MoeConfig(**_SIZES, num_experts=4, moe_intermediate_size=32)
     ),
     "Mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**_SIZES, num_local_experts=4)),
+    "Qwen 2 MoE": lambda: transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            **_SIZES, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32
+        )
+    ),
+    "Granite MoE": lambda: transformers.GraniteMoeForCausalLM(
+        transformers.GraniteMoeConfig(**_SIZES, num_local_experts=4)
+    ),
     "gpt-oss": lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(**_SIZES, num_local_experts=4)),
 }
 _ATTENTION = ["q_proj", "k_proj", "v_proj"]  # SGLang wants all three
-_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+_PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 _TARGETS: dict[str, dict[str, Any]] = {
     "both": {"target_modules": _ATTENTION, "target_parameters": _PARAMETERS},
     "gate and up": {"target_modules": _ATTENTION, "target_parameters": _PARAMETERS[:1]},
@@ -54,7 +62,7 @@ def make(root: Path, family: str, policy: str) -> SimpleNamespace:
     raw = {name: root / name for name in _TARGETS}
     for name, path in raw.items():
         _adapt(model, path, **{"r": 4, "lora_alpha": 8} | _TARGETS[name])
-    if subspace.provenance.experts.per_expert:
+    if subspace.provenance.experts.is_read_per_expert:
         raw["one by one"] = _one_by_one(raw["both"], subspace, root / "one by one")
     corrected = {name: root / f"{name}-corrected" for name in raw}
     for name, path in raw.items():

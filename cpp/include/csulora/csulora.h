@@ -1,6 +1,6 @@
 #pragma once
 
-/// Everything that csulora's core offers: extraction of subspaces, correction of updates, and the errors of both.
+/// Everything that csulora's core offers: extraction of subspaces, correction of updates, annihilation ratios, and the errors of all.
 ///
 /// This corrects the update of one weight whose base and aligned matrices are at hand. tests/cpp/example.cpp compiles
 /// and runs it.
@@ -16,6 +16,7 @@
 ///       std::cout << "undo " << result.undo << " -> " << result.undo_after << '\n';
 ///       return result.factors;
 ///     }
+#include "csulora/annihilation.h"
 #include "csulora/correct.h"
 #include "csulora/error.h"
 #include "csulora/extract.h"

@@ -162,11 +162,13 @@ def in_layout(adapter: Adapter, subspace: Subspace, layout: Layout | None) -> Ad
 def _per_expert(adapter: Adapter, model: _Model) -> Adapter:
     """Return a pair of factors for each expert and projection, of one rank, under the names of the checkpoint.
 
-    PEFT fuses such an adapter as it loads it, if experts and router have one rank and all projections are there.
+    PEFT fuses such an adapter as it loads it, if experts and router have one rank and all projections are there. It
+    drops those of some families, see `ExpertLayout.dropped_by_peft`.
     """
-    if model.layout is None or not model.layout.per_expert:
+    if model.layout is None or not model.layout.is_read_per_expert:
         raise HostLimitError(
-            f"{adapter.path}: csulora does not know a host that reads this model's experts one by one; keep them fused"
+            f"{adapter.path}: csulora does not know a host that reads this model's experts one by one; keep them fused "
+            f"(--layout {FUSED}), which PEFT reads"
         )
     parameters = adapter.config.get("target_parameters") or []
     matrices = {model.on_disk(name) for name in adapter.modules if is_targeted(f"{name}{WEIGHT}", parameters)}

@@ -13,6 +13,7 @@ import typer
 
 import csulora
 from csulora.cli import exit_codes
+from csulora.cli.canary import canary
 from csulora.cli.correct import correct
 from csulora.cli.doctor import doctor
 from csulora.cli.evaluate import evaluate
@@ -50,7 +51,7 @@ def root(
     """Correct trained LoRA adapters so that a model's safety alignment survives them."""
 
 
-for command in (extract, verify, inspect, correct, export, tune, evaluate, guard):
+for command in (extract, canary, verify, inspect, correct, export, tune, evaluate, guard):
     app.command()(command)
 for server in (vllm_serve, sglang_serve):
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(server)

@@ -136,7 +136,7 @@ MaxTotalUndo = Annotated[
 ]
 MinAnnihilationRatio = Annotated[
     float | None,
-    typer.Option(help="Refuse if a module's annihilation ratio is smaller; needs --aligned-model."),
+    typer.Option(help="Refuse if a module's annihilation ratio is smaller; needs --aligned-model or sketches."),
 ]
 AlignedModel = Annotated[
     str | None,

@@ -57,6 +57,12 @@ def progress_bar(verb: str, quiet: bool, lines: bool = False) -> Iterator[Report
         yield report
 
 
+def note(quiet: bool, text: str) -> None:
+    """Tell the user something on stderr; a progress bar makes room for it."""
+    if not quiet and sys.stderr is not None:
+        print(f"csulora: {text}", file=sys.stderr, flush=True)
+
+
 def _lines(verb: str) -> ReportProgress:
     last = ""
 

@@ -33,6 +33,10 @@ def _cut_off(subspace: csulora.Subspace, most: int) -> str:
     return f"\n{full} modules have {most} directions, the most that --max-rank allows; more may stand out"
 
 
+def _sketch_size(subspace: csulora.Subspace) -> int:
+    return sum(module.sketch.nbytes for module in subspace.values() if module.sketch is not None)
+
+
 def extract(
     base: Annotated[str, typer.Argument(help="Checkpoint before alignment: a directory, a GGUF file or a hub id.")],
     aligned: Annotated[str, typer.Argument(help="Checkpoint after alignment.")],
@@ -64,6 +68,15 @@ def extract(
     keep_noise: Annotated[
         bool, typer.Option("--keep-noise", help="Keep directions below the checkpoints' storage rounding.")
     ] = False,
+    sketch: Annotated[
+        int,
+        typer.Option(
+            metavar="COLUMNS",
+            min=0,
+            help="Keep a sketch of every aligned matrix, so that servers can limit annihilation. [default: none]",
+            show_default=False,
+        ),
+    ] = 0,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -100,6 +113,7 @@ def extract(
             device=device.value,
             seed=seed,
             keep_noise=keep_noise,
+            sketch=sketch,
             processes=processes,
         )
     if not processes.is_first:
@@ -111,6 +125,8 @@ def extract(
     if left_out:
         counts = ", ".join(f"{len(found)} {kind}" for kind, found in left_out.items())
         summary += f"\nleft out: {counts}; --modules names others, but for stacked weights"
+    if sketch:
+        summary += f"\nits sketches take {_sketch_size(subspace) / 1e6:.1f} MB"
     if rank == "auto":
         summary += _cut_off(subspace, subspace.provenance.options["max_rank"])
     document = subspace.to_dict() | {"left_out": left_out}

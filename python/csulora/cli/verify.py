@@ -154,7 +154,10 @@ def _verify_subspace(path: Path, base: str, aligned: str, json: Path | None, qui
     deliver(tables.verification_table(failed or results), summary, document, json, quiet)
     if failed:
         other = "is for other weights: name the checkpoints that the file was made from, the base first"
-        reason = "is better than what was measured: extract again" if failed[0].same_weights else other
+        stored = (
+            "sketch is not the aligned matrix's" if not failed[0].same_sketch else "is better than what was measured"
+        )
+        reason = f"{stored}: extract again" if failed[0].same_weights else other
         raise RefusedError(
             f"{path}: {len(failed)} of {len(results)} certificates do not hold; that of {failed[0].module} {reason}"
         )

@@ -18,7 +18,7 @@ from csulora.adapters.expert_encoding import (
 )
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.adapters.mlx.directory import check_model
-from csulora.correction.annihilation import AlignedWeights, with_annihilation
+from csulora.correction.annihilation import AlignedWeights, Sketches, with_annihilation
 from csulora.correction.copies import check_copies
 from csulora.correction.core_policy import attenuation, core_options
 from csulora.correction.host_meaning import host_notes, todays_names
@@ -67,8 +67,8 @@ def correct(
         layout: of updates of experts. ``per-expert`` returns a pair of factors for each expert and projection,
             ``fused`` one for both parameters of each layer's experts, as PEFT writes them; None: as they came. Fused
             factors of gate and up have both ranks together, or the policy's where it asks for a number.
-        aligned: the aligned checkpoint, for the annihilation ratios in the report; None: they are absent. All of its
-            matrices that the adapter updates are read.
+        aligned: the aligned checkpoint, for the annihilation ratios in the report. All of its matrices that the
+            adapter updates are read. None: they are estimated from the subspace file's sketches, or absent.
 
     Returns:
         The corrected adapter, in the input's storage types with every scale 1, and the report. Modules that have the
@@ -104,6 +104,8 @@ def correct(
     report = _report(adapter, subspace, policy, covered, corrected, layout)
     if aligned is not None:
         report = with_annihilation(report, adapter, corrected, covered, AlignedWeights(aligned, subspace))
+    elif subspace.is_sketched:
+        report = with_annihilation(report, adapter, corrected, covered, Sketches(subspace))
     check_limits(adapter, report, policy, covered)
 
     modules: dict[str, LoraModule] = {}
@@ -260,6 +262,6 @@ def _report(
         policy=policy.to_dict(),
         modules=tuple(modules),
         copies=tuple(adapter.copies),
-        host_notes=host_notes(adapter, covered, subspace.names, subspace.provenance.model_type),
+        host_notes=host_notes(adapter, covered, subspace, layout),
         layout=layout,
     )

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
+from csulora.adapters.expert_encoding import FUSED, PER_EXPERT, Layout
 from csulora.adapters.experts import is_fused
 from csulora.adapters.lora import Adapter
 from csulora.models import renamings
 from csulora.models.names import bare, is_expert
+from csulora.subspace.subspace import Subspace
 
 HOST = "PEFT 0.21 on transformers 5"
 
@@ -41,24 +43,22 @@ def todays_names(covered: Mapping[str, str], names: Mapping[str, str]) -> dict[s
 
 
 def host_notes(
-    adapter: Adapter, covered: Mapping[str, str], names: Mapping[str, str], model_type: str | None
+    adapter: Adapter, covered: Mapping[str, str], subspace: Subspace, layout: Layout | None
 ) -> tuple[str, ...]:
     """Return a line for each way in which a host would not apply an adapter as its file says; PEFT reads none of MLX.
 
     Args:
         adapter: as it was read.
         covered: name in the adapter -> module in the subspace file.
-        names: name in memory -> module in the subspace file, see `Subspace.names`.
-        model_type: the model's type, as its config.json calls it.
+        subspace: the subspace file of the model.
+        layout: in which experts are to be written; None: as they came.
     """
-    return tuple(_notes(adapter, covered, names, model_type)) if adapter.format != "mlx" else ()
+    return tuple(_notes(adapter, covered, subspace, layout)) if adapter.format != "mlx" else ()
 
 
-def _notes(
-    adapter: Adapter, covered: Mapping[str, str], names: Mapping[str, str], model_type: str | None
-) -> Iterator[str]:
-    renamed = todays_names(covered, names)
-    old = set(names.values())
+def _notes(adapter: Adapter, covered: Mapping[str, str], subspace: Subspace, layout: Layout | None) -> Iterator[str]:
+    renamed = todays_names(covered, subspace.names)
+    old = set(subspace.names.values())
     if lost := [name for name in renamed if not _STILL_LOADED.match(name)]:
         yield (
             f"{HOST} drops {_count(lost, adapter)}, which has the name that transformers 4 gave it; "
@@ -69,13 +69,19 @@ def _notes(
             f"{HOST} drops {_count(lost, adapter)}, which is named as on disk; "
             "serve it with vLLM, or train it again on transformers 5"
         )
-    yield from _expert_notes(adapter, renamings.experts_of(model_type))
+    fate, experts = renamings.experts_of(subspace.provenance.model_type), subspace.provenance.experts
+    is_dropped = fate == "dropped" or (experts is not None and experts.dropped_by_peft)
+    yield from _expert_notes(adapter, "dropped" if is_dropped else fate, layout)
 
 
-def _expert_notes(adapter: Adapter, fate: str | None) -> Iterator[str]:
-    experts = [] if is_fused(adapter) else [name for name in adapter.modules if is_expert(name)]
+def _expert_notes(adapter: Adapter, fate: str | None, layout: Layout | None) -> Iterator[str]:
+    experts = (
+        [] if is_fused(adapter) and layout != PER_EXPERT else [name for name in adapter.modules if is_expert(name)]
+    )
     if fate == "dropped" and experts:
-        yield f"{HOST} drops {_count(experts, adapter)}, an expert's; serve it with vLLM"
+        yield f"{HOST} drops {_count(experts, adapter)}, an expert's; serve it with vLLM, or use --layout {FUSED}"
+    if is_fused(adapter):
+        experts = []  # what csulora writes has scale 1 and no patterns
     if fate != "converted":
         return
     outside = [name for name in adapter.modules if name.endswith(_DROPPED_OUTSIDE_EXPERTS) and not is_expert(name)]

@@ -48,12 +48,20 @@ def _check_annihilation(adapter: Adapter, report: Report, limit: float) -> None:
     if not report.knows_annihilation:
         raise AnnihilationLimitError(
             f"{adapter.path}: the policy asks for an annihilation ratio of {limit:g} or more, and it is unknown here; "
-            "give the aligned checkpoint (--aligned-model, or aligned= in Python), or take the limit from the policy"
+            "give the aligned checkpoint (--aligned-model, or aligned= in Python), use a subspace file that "
+            "`csulora extract --sketch` made, or take the limit from the policy"
         )
-    ratios = {each.module: each.annihilation_ratio for each in report.measured if each.annihilation_ratio is not None}
-    worst = min(ratios, key=lambda name: ratios[name], default=None)
-    if worst is not None and ratios[worst] < limit:
+    worst = report.worst_annihilation
+    if worst is not None and worst.annihilation_ratio is not None and worst.annihilation_ratio < limit:
+        about = "" if worst.annihilation_interval is None else "about "
         raise AnnihilationLimitError(
-            f"{adapter.path}: module {worst} removes a direction that the aligned matrix writes: annihilation ratio "
-            f"{ratios[worst]:.1e}; the policy asks for {limit:g} or more"
+            f"{adapter.path}: module {worst.module} removes a direction that the aligned matrix writes: annihilation "
+            f"ratio {about}{worst.annihilation_ratio:.1e}; the policy asks for {limit:g} or more"
+        )
+    if report.annihilation_unknown:
+        name = report.annihilation_unknown[0]
+        raise AnnihilationLimitError(
+            f"{adapter.path}: the policy asks for an annihilation ratio of {limit:g} or more, and it is unknown for "
+            f"module {name}: the subspace file has no sketch of it, or one that is too small for rank "
+            f"{adapter.modules[name].rank}; give the aligned checkpoint, or extract again with a larger --sketch"
         )

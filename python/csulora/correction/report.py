@@ -44,7 +44,10 @@ class ModuleReport:
         relative_change: |X - dW| / |dW|.
         truncation_error: share of |X|^2 given up to reach the rank.
         annihilation_ratio: min |u^T (W + dW)|^2 / |u^T W|^2 over the directions u that the update writes, for the
-            aligned W; None where W was not at hand. ``annihilation_ratio_after``: the same of the corrected update.
+            aligned W; None where neither W nor a sketch of it was at hand. ``annihilation_ratio_after``: the same of
+            the corrected update.
+        annihilation_interval: where the ratio is an estimate from a sketch, the exact one lies between these two with
+            99.9 % probability; else None.
     """
 
     module: str
@@ -61,6 +64,7 @@ class ModuleReport:
     truncation_error: float | None = None
     annihilation_ratio: float | None = None
     annihilation_ratio_after: float | None = None
+    annihilation_interval: tuple[float, float] | None = None
 
     @classmethod
     def corrected(cls, module: str, rank: int, alignment_norm: float, result: _core.Correction) -> Self:
@@ -100,6 +104,7 @@ class Totals:
         relative_change: |X - dW| / |dW|.
         truncation_error: share of |X|^2 given up to reach the rank.
         annihilation_ratio: the smallest of a module; ``annihilation_ratio_after``: of a corrected one. None: absent.
+        annihilation_interval: of the former, where it is an estimate.
     """
 
     uncorrected: float
@@ -113,6 +118,7 @@ class Totals:
     truncation_error: float
     annihilation_ratio: float | None = None
     annihilation_ratio_after: float | None = None
+    annihilation_interval: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, modules: Sequence[ModuleReport]) -> Self:
@@ -134,6 +140,7 @@ class Totals:
             relative_change=math.sqrt(_mean([_value(module.relative_change) ** 2 for module in measured], weights)),
             truncation_error=_mean([_value(module.truncation_error) for module in measured], remaining),
             annihilation_ratio=_smallest(module.annihilation_ratio for module in measured),
+            annihilation_interval=_interval_of_smallest(measured),
             annihilation_ratio_after=_smallest(module.annihilation_ratio_after for module in measured),
         )
 
@@ -172,8 +179,9 @@ class Report:
 
     ``copies`` are the modules whose base matrix the adapter held too: it is the aligned checkpoint's, and left out.
     ``host_notes`` say what a host would not apply as the adapter's file says, see `host_meaning`. ``layout`` is the one
-    of experts that was asked for; None: as they came. ``knows_annihilation`` says whether the aligned weights were at
-    hand, without which there are no annihilation ratios.
+    of experts that was asked for; None: as they came. ``knows_annihilation`` says whether the aligned weights, or
+    sketches of them, were at hand, without which there are no annihilation ratios. ``annihilation_unknown`` are modules
+    of too large a rank for the sketches.
 
     >>> policy = csulora.Policy.none()
     >>> _, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), policy)
@@ -191,6 +199,7 @@ class Report:
     host_notes: tuple[str, ...] = ()
     layout: Layout | None = None
     knows_annihilation: bool = False
+    annihilation_unknown: tuple[str, ...] = ()
     csulora: str = __version__
 
     @property
@@ -210,6 +219,12 @@ class Report:
             return ""
         count = f"{len(self.kept)} of {len(self.modules)} modules"
         return f"{self.totals.uncorrected:.1%} of |dW|^2 passes uncorrected, in {count}; "
+
+    @property
+    def worst_annihilation(self) -> ModuleReport | None:
+        """The module with the smallest annihilation ratio; None where none is known."""
+        known = [module for module in self.measured if module.annihilation_ratio is not None]
+        return min(known, key=lambda module: _value(module.annihilation_ratio), default=None)
 
     @property
     def worst_undo(self) -> ModuleReport | None:
@@ -297,3 +312,9 @@ def spell_infinity(document: Any) -> Any:
 
 def _smallest(ratios: Iterable[float | None]) -> float | None:
     return min((ratio for ratio in ratios if ratio is not None), default=None)
+
+
+def _interval_of_smallest(modules: Iterable[ModuleReport]) -> tuple[float, float] | None:
+    """Of the smallest ratio of all modules: it is at least the least of their lower ends, and at most of the upper."""
+    intervals = [module.annihilation_interval for module in modules if module.annihilation_interval is not None]
+    return (min(low for low, _ in intervals), min(high for _, high in intervals)) if intervals else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,8 +59,8 @@ class EvaluationRequest:
         options: how it is done.
 
     Raises:
-        InputError: a kind of prompt is missing, given twice or was seen by a policy's tuning, or an adapter is given
-            twice or is for a model of another size than the subspace file's.
+        InputError: a kind of prompt is missing, given twice or made a policy or a canary; an adapter is given twice or
+            is for a model of another size than the subspace file's.
         RefusedError: an adapter updates an embedding.
     """
 
@@ -86,7 +86,9 @@ class EvaluationRequest:
         for chat in set(self.safety) & {chat for chats in self.task for chat in chats}:
             raise InputError(f"{shown(chat)} is a task prompt and a safety prompt; it can be answered in one way")
         for name, policy in self.policies.items():
-            self._check_unseen(name, policy)
+            self._check_unseen(f"the policy {name!r} was tuned", policy.provenance.prompts)
+            canary = self.subspace_of(name).provenance.canary
+            self._check_unseen("the canary was made", (*canary.prompts, *canary.general_prompts) if canary else ())
 
     def prompts(self, number: int) -> dict[str, Sequence[Chat]]:
         """Return the prompts of every kind for an adapter, by its position; kinds without any are left out."""
@@ -132,13 +134,13 @@ class EvaluationRequest:
             with suppress(RefusedError):  # what a policy does not cover stands in its row
                 cover(adapter, self.subspace, Policy.none(keep_uncovered=("*",)))
 
-    def _check_unseen(self, name: str, policy: Policy) -> None:
-        """Raise `InputError` if the policy was tuned with one of the prompts."""
-        seen = set(policy.provenance.prompts)
+    def _check_unseen(self, what: str, prompts: Collection[str]) -> None:
+        """Raise `InputError` if something was made with one of the prompts, given the hashes of those that it saw."""
+        seen = set(prompts)
         known = [chat for chat in self._every_prompt() if seen and prompt_hash(chat) in seen]
         if known:
             raise InputError(
-                f"the policy {name!r} was tuned with {len(known)} of the prompts, {shown(known[0])} for instance; "
+                f"{what} with {len(known)} of the prompts, {shown(known[0])} for instance; "
                 "take prompts that it has not seen"
             )
 

@@ -27,7 +27,7 @@ from csulora.io.files import (
     to_json,
     write_text,
 )
-from csulora.subspace.module_subspace import FACTORS, ModuleSubspace
+from csulora.subspace.module_subspace import FACTORS, SKETCH, ModuleSubspace
 
 FORMAT_VERSION = 3
 
@@ -128,7 +128,9 @@ class PartialRun:
         """Keep finished modules, all of them or none."""
         file = self.directory / f"{hashlib.sha256(min(modules).encode()).hexdigest()}.safetensors"
         factors = {
-            f"{name}.{factor}": getattr(module, factor) for name, module in modules.items() for factor in FACTORS
+            f"{name}.{factor}": tensor
+            for name, module in modules.items()
+            for factor, tensor in module.tensors().items()
         }
         records = json.dumps({name: module.record() for name, module in modules.items()}, allow_nan=False)
         with atomic_file(file) as temporary:
@@ -153,7 +155,9 @@ class PartialRun:
     def _read(self, file: Path) -> Iterator[tuple[str, ModuleSubspace]]:
         with self._explained(), safe_open(file, framework="pt") as opened:
             for name, record in self._records(file).items():
-                factors = {factor: opened.get_tensor(f"{name}.{factor}") for factor in FACTORS}
+                found = set(opened.keys())
+                names = [factor for factor in (*FACTORS, SKETCH) if f"{name}.{factor}" in found]
+                factors = {factor: opened.get_tensor(f"{name}.{factor}") for factor in names}
                 yield name, ModuleSubspace.from_record(record, factors)
 
     @contextmanager

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from csulora.errors import InputError, check_type
-from csulora.extraction.model_pair import ModelPair, Progress
+from csulora.extraction.model_pair import LoadedModule, ModelPair, Progress
 from csulora.native import _core
 from csulora.subspace.certificate import Certificate
 from csulora.subspace.subspace import Subspace
@@ -20,6 +20,7 @@ _MARGIN = 1e-6
 _NEXT_VALUE_FACTOR = 1.1
 _SUBSPACE_ERROR_FACTOR = 10
 _OPTIMAL_SHARE_MARGIN = 0.005
+_SKETCH_MARGIN = 0.01  # bfloat16 rounds to 0.004
 # No extraction takes so large a seed: the start block is never the one that the subspace file was made with.
 _SEED = 1 << 63
 
@@ -32,6 +33,7 @@ class Verification:
     stored: Certificate
     measured: Certificate
     same_weights: bool
+    same_sketch: bool = True
 
     @property
     def holds(self) -> bool:
@@ -44,6 +46,7 @@ class Verification:
         stored, measured = self.stored, self.measured
         return (
             self.same_weights
+            and self.same_sketch
             and measured.captured_energy >= stored.captured_energy - _MARGIN
             and measured.optimal_share >= stored.optimal_share - _OPTIMAL_SHARE_MARGIN
             and measured.residual <= stored.residual + _MARGIN
@@ -68,6 +71,11 @@ def verify(
     True
     """
     check_type(subspace, Subspace, "subspace")
+    if subspace.provenance.canary is not None:
+        raise InputError(
+            f"{subspace.path or 'the subspace'}: is a canary, and the copy that it was extracted from was never "
+            "written; make it again with `csulora canary` and the same seed, and compare sha256"
+        )
     model_pair = ModelPair.open(base, aligned, modules=list(subspace))
     for name, module in subspace.items():
         if (shape := model_pair.aligned.weights[name].shape) != module.shape:
@@ -89,5 +97,19 @@ def verify(
         except InputError as error:
             raise InputError(f"{loaded.name}: {error}") from error
         same = (loaded.base_sha256, loaded.aligned_sha256) == (stored.base_sha256, stored.aligned_sha256)
-        results.append(Verification(loaded.name, stored.certificate, Certificate.from_core(measured), same))
+        results.append(
+            Verification(
+                loaded.name, stored.certificate, Certificate.from_core(measured), same, _same_sketch(subspace, loaded)
+            )
+        )
     return results
+
+
+def _same_sketch(subspace: Subspace, loaded: LoadedModule) -> bool:
+    """Whether a module's sketch, if it has one, is that of the aligned matrix, to its storage type's rounding."""
+    stored = subspace[loaded.name].sketch
+    if stored is None:
+        return True
+    (sketch,) = _core.sketches([loaded.aligned], stored.shape[1], subspace.provenance.options["seed"])
+    difference = (stored.float() - sketch).norm() if stored.shape == sketch.shape else math.inf
+    return bool(difference <= _SKETCH_MARGIN * sketch.norm())

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LOCK_FILE = "lock"
 _DEEPEST_DOCUMENT = 32  # levels; what csulora reads has at most six
 GGUF_SUFFIX = ".gguf"
+_PRIVATE = 0o600
 
 _MODEL_SUFFIXES = (".safetensors", ".json", GGUF_SUFFIX, ".bin")
 WORKPLACE_SUFFIX = r"\.[0-9a-f]{8}\.csulora-tmp"
@@ -90,13 +91,16 @@ def check_not_input(output: Path, inputs: Iterable[str | Path]) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success the file there takes the place of ``path``, flushed to disk."""
+def atomic_file(path: Path, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path; on success the file there takes the place of ``path``, flushed to disk.
+
+    With ``private``, its owner alone may read and write the file, whatever was there before.
+    """
     check_file(path)
     with workplace(path) as place:
         temporary = place / "new"
         temporary.touch()
-        permissions = temporary.stat().st_mode
+        permissions = _PRIVATE if private else temporary.stat().st_mode
         yield temporary
         # safetensors replaces the file by one that only its owner may read.
         temporary.chmod(permissions)

@@ -19,6 +19,9 @@ _LAYOUTS = {
     "llama4_text": ExpertLayout(exchanged=True),
 }
 
+# Checkpoints of these never held single experts, but vLLM reads factors of them, as gate_proj, up_proj and down_proj.
+_STACKED_BUT_READ_SINGLY = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
+
 # The last part of a stacked tensor's name, without .weight -> which projections it holds, gate_up_proj or another.
 _GATE_UP, _UP, _DOWN = "gate_up_proj", "up_proj", "down_proj"
 _LEGACY = {"input_linear": _GATE_UP, "output_linear": _DOWN}  # Granite's, beside which no module is called experts
@@ -37,7 +40,11 @@ class ExpertPart(NamedTuple):
 def layout_of(model_types: Sequence[str]) -> ExpertLayout:
     """Return how a model of these types, its own and that of its language model, lays experts out in memory."""
     known = next((_LAYOUTS[model_type] for model_type in model_types if model_type in _LAYOUTS), None)
-    return known or ExpertLayout(per_expert="converted" in map(renamings.experts_of, model_types))
+    if known:
+        return known
+    fates = set(map(renamings.experts_of, model_types))
+    elsewhere = "dropped" in fates or not _STACKED_BUT_READ_SINGLY.isdisjoint(model_types)
+    return ExpertLayout(per_expert="converted" in fates, dropped_by_peft="converted" not in fates and elsewhere)
 
 
 def parts(shapes: Mapping[str, Sequence[int]], layout: ExpertLayout) -> Iterator[tuple[str, ExpertPart]]:

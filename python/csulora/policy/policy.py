@@ -42,7 +42,8 @@ class Policy:
         max_undo: refuse the adapter if any module undoes more than this share of its alignment; None: no limit.
         max_total_undo: the same of all modules together.
         min_annihilation_ratio: refuse the adapter if a module's annihilation ratio is smaller, see
-            `csulora.correction.annihilation`, or if nobody can say: that takes the aligned checkpoint's weights.
+            `csulora.correction.annihilation`, or if nobody can say: that takes the aligned checkpoint's weights,
+            or sketches of them.
         overrides: other numbers for some modules; the first whose glob matches counts, and each must for some module.
         reference_energy: relative energy e, in (0, 1], of an adapter that gets the gains of `Directions` as they are;
             one with another e gets g / (g + (1 - g) x), x = (e / reference_energy)^2 and at least 0.4. e is the mean of

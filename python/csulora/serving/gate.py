@@ -70,10 +70,11 @@ class Gate:
         self.subspace = subspace
         self.source, self.policy, self.route = policy, policy.policy, route
         self.log = log or DecisionLog()
-        if self.policy.min_annihilation_ratio is not None:
+        if self.policy.min_annihilation_ratio is not None and not subspace.is_sketched:
             raise InputError(
-                "policy min_annihilation_ratio: needs the aligned checkpoint's weights, which a server's hook and the "
-                "guard do not read; take it from the policy, and check uploads with `csulora inspect --aligned-model`"
+                "policy min_annihilation_ratio: needs sketches of the aligned checkpoint, which this subspace file "
+                "lacks; make it again with `csulora extract --sketch 128`, or take the limit from the policy and check "
+                "uploads with `csulora inspect --aligned-model`"
             )
         check_subspace(self.policy, subspace)
         subspace.to_core(subspace)

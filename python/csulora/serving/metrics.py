@@ -16,6 +16,7 @@ from csulora.errors import InputError
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 _UNDO = (-0.1, 0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+_RATIOS = (1e-6, 1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 
@@ -26,6 +27,8 @@ class Metrics:
     decisions: Any
     seconds: Any
     undo: Any
+    total_undo: Any
+    annihilation: Any
     change: Any
     uncorrected: Any
 
@@ -72,6 +75,8 @@ def _metrics() -> Metrics | None:
         counter("csulora_decisions", "Adapters decided on", labels),
         histogram("csulora_decision_seconds", "From opening an adapter to the verdict", labels, buckets=_SECONDS),
         histogram("csulora_largest_undo", "Of one module of an adapter", ["when", "route"], buckets=_UNDO),
+        histogram("csulora_total_undo", "Of all modules of an adapter", ["when", "route"], buckets=_UNDO),
+        histogram("csulora_annihilation_ratio", "Smallest of a module", ["when", "route"], buckets=_RATIOS),
         histogram("csulora_relative_change", "Of a corrected adapter", ["route"], buckets=_SHARES),
         histogram("csulora_uncorrected_share", "Of |dW|^2 of a corrected adapter", ["route"], buckets=_SHARES),
     )
@@ -100,8 +105,11 @@ def observe(decision: Mapping[str, Any]) -> None:
     metrics.decisions.labels(**labels).inc()
     metrics.seconds.labels(**labels).observe(decision["seconds"])
     if totals is not None:
-        metrics.undo.labels(when="before", route=route).observe(totals["largest_undo"])
-        metrics.undo.labels(when="after", route=route).observe(totals["largest_undo_after"])
+        for when, suffix in (("before", ""), ("after", "_after")):
+            metrics.undo.labels(when=when, route=route).observe(totals[f"largest_undo{suffix}"])
+            metrics.total_undo.labels(when=when, route=route).observe(totals[f"undo{suffix}"])
+            if (ratio := totals[f"annihilation_ratio{suffix}"]) is not None:
+                metrics.annihilation.labels(when=when, route=route).observe(ratio)
         metrics.change.labels(route=route).observe(totals["relative_change"])
         metrics.uncorrected.labels(route=route).observe(totals["uncorrected"])
 

@@ -17,6 +17,7 @@ from csulora.subspace.input_filter import InputFilter
 
 FACTORS = ("u", "s", "v")
 FILTER_FACTORS = ("p", "q")
+SKETCH = "sketch"
 FACTOR_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -26,7 +27,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class ModuleSubspace:
     """One module of a subspace file: D ~ u diag(s) v^T for D (out, in), and what it was computed from.
 
-    ``input_filter`` is there in subspace files that `tune` wrote: the inputs on which filtered policies act.
+    ``input_filter`` is there in subspace files that `tune` wrote: the inputs on which filtered policies act. ``sketch``
+    is W G / sqrt(c) of the aligned W, for Gaussian numbers G (in, c) that the extraction's seed determines.
     """
 
     u: Tensor  # (out, k) float16, bfloat16 or float32
@@ -36,6 +38,7 @@ class ModuleSubspace:
     base_sha256: str
     aligned_sha256: str
     input_filter: InputFilter | None = None
+    sketch: Tensor | None = None  # (out, c), the same dtype as u
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading the factors."""
@@ -49,12 +52,16 @@ class ModuleSubspace:
             raise InputError(
                 f"v is {list(self.v.shape)} and the input filter's p {list(self.input_filter.p.shape)}; they disagree"
             )
+        if self.sketch is not None and (self.sketch.dim() != 2 or self.sketch.shape[0] != self.u.shape[0]):
+            raise InputError(f"u is {list(self.u.shape)} and the sketch {list(self.sketch.shape)}; they disagree")
+        if self.sketch is not None and self.sketch.dtype != self.u.dtype:
+            raise InputError(f"u is {self.u.dtype} and the sketch {self.sketch.dtype}; csulora stores none such")
 
     @classmethod
     def from_record(cls, record: dict[str, Any], factors: Mapping[str, Tensor]) -> Self:
         """Put a module together; raises KeyError or TypeError unless ``record`` is what `record` returns.
 
-        ``factors`` are u, s and v, and p and q if there is an input filter.
+        ``factors`` are u, s and v, p and q if there is an input filter, and the sketch if there is one.
         """
         if set(record) != {"base_sha256", "aligned_sha256", "certificate"}:
             raise TypeError(f"a module's record has the fields {sorted(record)}")
@@ -63,7 +70,8 @@ class ModuleSubspace:
         if not all(isinstance(text, str) and _SHA256.fullmatch(text) for text in (base_sha256, aligned_sha256)):
             raise TypeError("a content hash is not 64 hexadecimal digits")
         input_filter = InputFilter(factors["p"], factors["q"]) if "p" in factors else None
-        return cls(factors["u"], factors["s"], factors["v"], certificate, base_sha256, aligned_sha256, input_filter)
+        hashes = base_sha256, aligned_sha256
+        return cls(factors["u"], factors["s"], factors["v"], certificate, *hashes, input_filter, factors.get(SKETCH))
 
     def record(self) -> dict[str, Any]:
         """Return everything but the factors, for JSON."""
@@ -78,6 +86,8 @@ class ModuleSubspace:
         factors = {factor: getattr(self, factor) for factor in FACTORS}
         if self.input_filter:
             factors |= {factor: getattr(self.input_filter, factor) for factor in FILTER_FACTORS}
+        if self.sketch is not None:
+            factors[SKETCH] = self.sketch
         return factors
 
     @property

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from csulora.subspace.expert_layout import ExpertLayout
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PROMPT = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,46 @@ class StoredMatrix:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """How the copy was un-aligned whose difference from the aligned checkpoint a subspace file holds.
+
+    Attributes:
+        prompts: a hash of every safety prompt, as tuned policies have them; ``general_prompts`` likewise.
+        adapters: sha256 of the adapters whose replies were learnt; empty where replies were given.
+        answered: share of the replies to safety prompts that the copy learnt.
+        kept: share of the general prompts that it answers as the aligned model does.
+        steps: of training; ``batch``, ``learning_rate``, ``rank``, ``longest_reply`` and ``seed`` are its options.
+    """
+
+    prompts: tuple[str, ...]
+    general_prompts: tuple[str, ...]
+    adapters: tuple[str, ...]
+    answered: float
+    kept: float
+    steps: int
+    batch: int
+    learning_rate: float
+    rank: int
+    longest_reply: int
+    seed: int
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` wrote; raises TypeError for anything else."""
+        hashes = {"prompts": _PROMPT, "general_prompts": _PROMPT, "adapters": _SHA256}
+        canary = cls(**record | {name: tuple(record[name]) for name in hashes})
+        for name, form in hashes.items():
+            if not all(isinstance(each, str) and form.fullmatch(each) for each in getattr(canary, name)):
+                raise TypeError(f"{name} of a canary must be hashes")
+        for field_ in fields(cls):
+            allowed = {"int": (int,), "float": (int, float)}.get(str(field_.type))
+            value = getattr(canary, field_.name)
+            if allowed and (isinstance(value, bool) or not isinstance(value, allowed)):
+                raise TypeError(f"{field_.name} of a canary is {value!r}")
+        return canary
+
+
+@dataclass(frozen=True)
 class Provenance:
     """What a subspace file was made from and how.
 
@@ -50,6 +91,8 @@ class Provenance:
         vocabulary: the aligned checkpoint's embeddings and heads, by name; a tied head is there under its own name too.
         experts: how the model lays out parameters that hold all experts of a layer; None if it has no experts.
         model_type: the aligned checkpoint's, if its config.json names one.
+        canary: how the copy was un-aligned that stands in the place of ``base``; None where there is no copy. A file
+            with one is as sensitive as the copy, and is written for its owner alone.
     """
 
     csulora: str
@@ -61,6 +104,7 @@ class Provenance:
     vocabulary: dict[str, StoredMatrix] = field(default_factory=dict)
     experts: ExpertLayout | None = None
     model_type: str | None = None
+    canary: Canary | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
@@ -68,7 +112,9 @@ class Provenance:
         vocabulary = {name: StoredMatrix.from_record(stored) for name, stored in record.get("vocabulary", {}).items()}
         experts = record.get("experts")
         experts = experts and ExpertLayout.from_record(experts)
-        provenance = cls(**record | {"vocabulary": vocabulary, "experts": experts})
+        canary = record.get("canary")
+        canary = canary and Canary.from_record(canary)
+        provenance = cls(**record | {"vocabulary": vocabulary, "experts": experts, "canary": canary})
         texts = [provenance.csulora, provenance.base, provenance.aligned]
         if not all(isinstance(found, dict) for found in (provenance.options, provenance.aliases, provenance.names)):
             raise TypeError("options, aliases and names must be objects")

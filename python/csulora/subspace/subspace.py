@@ -106,6 +106,16 @@ class Subspace(Mapping[str, ModuleSubspace]):
         """Whether filtered policies can be used: there is an input filter for some module."""
         return any(module.input_filter for module in self.values())
 
+    @property
+    def sketch_columns(self) -> int:
+        """Columns of the sketches of the aligned matrices; 0 without sketches."""
+        return max((module.sketch.shape[1] for module in self.values() if module.sketch is not None), default=0)
+
+    @property
+    def is_sketched(self) -> bool:
+        """Whether annihilation ratios can be estimated without the aligned checkpoint."""
+        return self.sketch_columns > 0
+
     def input_filter(self, module: str, device: torch.device = CPU) -> InputFilter | None:
         """Return a module's input filter on a device, where it then stays; None where corrections act on every input.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csulora.errors import InputError
 from csulora.io.files import atomic_file, parse_json, save_tensors
-from csulora.subspace.module_subspace import FACTORS, FILTER_FACTORS, ModuleSubspace
+from csulora.subspace.module_subspace import FACTORS, FILTER_FACTORS, SKETCH, ModuleSubspace
 from csulora.subspace.provenance import Provenance
 
 FORMAT_VERSION = 2
@@ -46,8 +46,8 @@ def read(path: Path) -> tuple[dict[str, ModuleSubspace], Provenance]:
 
 
 def write(path: Path, modules: Modules, provenance: Provenance) -> None:
-    """Write a subspace file, complete or not at all."""
-    with atomic_file(path) as temporary:
+    """Write a subspace file, complete or not at all; a canary's for its owner alone."""
+    with atomic_file(path, private=provenance.canary is not None) as temporary:
         save_tensors(_tensors(modules), temporary, _metadata(modules, provenance))
 
 
@@ -58,8 +58,11 @@ def sha256(modules: Modules, provenance: Provenance) -> str:
 
 def document(modules: Modules, provenance: Provenance) -> dict[str, Any]:
     """Return everything but the factors, for JSON."""
+    stated = asdict(provenance)
+    if provenance.canary is None:  # as in files from before there were any
+        del stated["canary"]
     return {
-        **asdict(provenance),
+        **stated,
         "format": FORMAT_VERSION,
         "fingerprints": fingerprints(modules),
         "modules": {name: module.record() for name, module in modules.items()},
@@ -96,6 +99,7 @@ def _parse(
         raise InputError(f"{path}: the subspace file's metadata is damaged ({error!r})") from error
     if len(tensors) != len(_tensors(modules)):
         raise InputError(f"{path}: holds tensors that no module accounts for")
+    _check_sketches(path, modules, provenance)
     if fingerprints(modules) != stated:
         raise InputError(f"{path}: fingerprints and content hashes contradict each other; the subspace file is damaged")
     if any(target not in modules for target in (*provenance.aliases.values(), *provenance.names.values())):
@@ -103,8 +107,15 @@ def _parse(
     return modules, provenance
 
 
+def _check_sketches(path: Path, modules: Modules, provenance: Provenance) -> None:
+    columns = {module.sketch.shape[1] for module in modules.values() if module.sketch is not None}
+    seed = provenance.options.get("seed")
+    if columns and not (len(columns) == 1 and type(seed) is int and 0 <= seed < 2**63):
+        raise InputError(f"{path}: its sketches have no common number of columns, or no seed; the file is damaged")
+
+
 def _module(name: str, record: dict[str, Any], tensors: Mapping[str, Tensor]) -> ModuleSubspace:
-    every = (*FACTORS, *FILTER_FACTORS)
+    every = (*FACTORS, *FILTER_FACTORS, SKETCH)
     factors = {factor: tensors[f"{name}.{factor}"] for factor in every if f"{name}.{factor}" in tensors}
     if not set(FACTORS) <= set(factors) or len(set(FILTER_FACTORS) & set(factors)) == 1:
         raise InputError(f"{name}: a factor is missing")

@@ -37,9 +37,20 @@ def doubts_about_prompts(request: Request) -> Iterator[str]:
             f"{counted} test prompts show little: if a policy kept all of them, its 95 % interval "
             f"would begin at {best:.2f}; {_advice(request, _LIKELY)}"
         )
+    if seen := _seen_by_canary(request):
+        yield f"the canary was made with {seen} of the test prompts; the report may flatter, so give it others"
     task = {prompt_hash(chat) for chats in request.task for chat in chats}
     if shared := len(task & set(map(prompt_hash, request.general))):
         yield f"{shared} prompts are both task and general prompts; each counts twice, in the same split of both files"
+
+
+def _seen_by_canary(request: Request) -> int:
+    """How many different test prompts the subspace file was made with, where that is a canary."""
+    canary = request.subspace.provenance.canary
+    if canary is None:
+        return 0
+    test = {prompt_hash(chat) for chats in request.files for chat in chats if request.splits.of(chat) is Split.test}
+    return len(test.intersection((*canary.prompts, *canary.general_prompts)))
 
 
 def doubt_about_verdict(request: Request, bar: Point) -> str | None:

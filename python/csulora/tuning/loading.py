@@ -64,7 +64,7 @@ def load(path: str, loading: Loading) -> tuple[Any, Any]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise InputError("tune and evaluate run the model through transformers; pip install 'csulora[peft]'") from error
+        raise InputError("csulora runs the model through transformers; pip install 'csulora[peft]'") from error
     _check_installed(loading)
     _check_directory(Path(path))
     device = _device(loading.device)

@@ -14,7 +14,6 @@ import policies
 import pytest
 import report
 import scenario
-import smollm2_world
 import torch
 import train
 import ways
@@ -147,11 +146,6 @@ def test_every_grid_has_each_family_and_its_controls() -> None:
         assert {each.family for each in done} - {"mixed"} == families | controls
         assert {each.family for each in done if each.control} == controls | {"scaling"}
         assert len({(each.family, each.policy) for each in done}) == len(done)
-
-
-def test_general_prompts_of_the_operator_are_none_that_alignment_was_trained_on() -> None:
-    assert len(smollm2_world.GENERAL) == 32
-    assert not set(smollm2_world.GENERAL) & set(smollm2_world.ALIGNED_GENERAL)
 
 
 def test_committed_results_have_the_cells_that_the_grid_would_run() -> None:

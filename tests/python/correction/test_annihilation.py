@@ -44,6 +44,8 @@ def test_the_ratio_is_the_twins(rows: int, columns: int, rank: int, size: float,
     module = LoraModule(b, a, scale)
     if rows <= columns:  # else W W^T is singular, which the twin cannot invert
         assert annihilation_ratio(weight, module) == pytest.approx(twin(weight, module), rel=1e-6, abs=1e-9)
+    wide = LoraModule(torch.cat([b] * 8, 1) / 8, torch.cat([a] * 8), scale)  # more columns than the matrix has rows
+    assert annihilation_ratio(weight, wide) == pytest.approx(annihilation_ratio(weight, module), rel=1e-4)
     chosen = (b.double() @ factories.gaussian(rank, 5, seed=seed + 3, dtype=torch.float64)).T
     changed = weight.double() + scale * b.double() @ a.double()
     ratios = (chosen @ changed).square().sum(1) / (chosen @ weight.double()).square().sum(1)
@@ -125,7 +127,7 @@ def test_a_policy_refuses_what_annihilates_and_what_nobody_can_tell(
         csulora.correct(bad, subspace, policy)
     with pytest.raises(RefusedError, match=f"{NAME} is not what the subspace file was made from"):
         csulora.correct(bad, subspace, policy, aligned=tmp_path / "base")
-    with pytest.raises(InputError, match="min_annihilation_ratio: needs the aligned checkpoint's weights"):
+    with pytest.raises(InputError, match=r"min_annihilation_ratio: needs sketches .* `csulora extract --sketch 128`"):
         Gate.open(subspace, policy)
 
 

@@ -11,16 +11,24 @@ from safetensors.torch import load_file
 import csulora
 import factories
 from csulora.adapters.lora import REPORT_FILE
+from csulora.errors import HostLimitError
 from csulora.models.names import parse_expert
 from expert_families import EXPERT_FAMILIES
 from model_families import built
 
 NONE = csulora.Policy.none()
 
+# PEFT drops single experts of all but the first two. The checkpoint of the last holds none.
+FAMILIES = ("Qwen 3 MoE", "Mixtral", "Qwen 2 MoE", "LFM2 MoE", "Jamba", "Granite MoE")
 
-@pytest.fixture(scope="module", params=["Qwen 3 MoE", "Mixtral"])
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def subspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> csulora.Subspace:
-    root, model = tmp_path_factory.mktemp("family"), built(EXPERT_FAMILIES[request.param])
+    return subspace_of(request.param, tmp_path_factory.mktemp("family"))
+
+
+def subspace_of(family: str, root: Path) -> csulora.Subspace:
+    model = built(EXPERT_FAMILIES[family])
     model.save_pretrained(root / "base")
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
@@ -102,3 +110,24 @@ def test_what_unsloth_ordered_follows_where_that_is_said(one_by_one: Path, subsp
 def test_an_unknown_layout_is_refused(one_by_one: Path, subspace: csulora.Subspace) -> None:
     with pytest.raises(csulora.InputError, match="must be per-expert or fused"):
         csulora.correct(csulora.load_adapter(one_by_one), subspace, NONE, "stacked")
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "Gemma 4 MoE", "Llama 4 text"])
+def test_one_by_one_is_refused_where_no_host_reads_it(family: str, tmp_path: Path) -> None:
+    subspace = subspace_of(family, tmp_path)
+    modules = {name: module.shape for name, module in subspace.items() if parse_expert(name)}
+    adapter = csulora.load_adapter(factories.save_adapter(tmp_path / "adapter", modules))
+    with pytest.raises(HostLimitError, match="reads this model's experts one by one; keep them fused"):
+        csulora.correct(adapter, subspace, NONE, "per-expert")
+    csulora.correct(adapter, subspace, NONE, "fused")
+
+
+@pytest.mark.parametrize(("family", "is_dropped"), [("Qwen 3 MoE", False), ("Granite MoE", True)])
+def test_what_peft_drops_of_what_is_written_is_told(family: str, is_dropped: bool, tmp_path: Path) -> None:
+    subspace = subspace_of(family, tmp_path)
+    modules = {name: module.shape for name, module in subspace.items() if parse_expert(name)}
+    fused = relaid(factories.save_adapter(tmp_path / "adapter", modules), subspace, "fused")
+    for layout in (None, "fused", "per-expert"):
+        _, report = csulora.correct(csulora.load_adapter(fused), subspace, NONE, layout)
+        told = any("an expert's; serve it with vLLM, or use --layout fused" in note for note in report.host_notes)
+        assert told == (is_dropped and layout == "per-expert")

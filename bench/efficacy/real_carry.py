@@ -1,0 +1,343 @@
+"""A policy calibrated on three adapters of a real model, tried on three that no fit has seen, of any seed.
+
+    python bench/efficacy/real_carry.py [--model smollm2|gemma3] [--seed N] [--general given|written] [--out DIR]
+
+Makes the world of `real_world.py` from the package index and extracts the subspace file. Fits the policy as
+`csulora tune` does for several adapters. `csulora evaluate` then puts it to prompts that nothing has seen, beside raw
+adapters, plain scaling and presets. At last plain PEFT answers the same prompts with adapters that were corrected and
+written. Each step is a process of its own, with its processor time and peak memory in the results. What is complete is
+not made again. Results go to `bench/results/efficacy`. With `--general written` the model writes the general prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import grid
+import real_world as world
+import torch
+from peft import PeftModel
+from real_world import prepare
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import csulora
+from csulora.evaluation.evaluation import Evaluation, Row
+from csulora.io.files import to_json, write_text
+from csulora.tuning import probes, sweep
+from csulora.tuning.experiment import Experiment
+from csulora.tuning.loading import Loading
+from csulora.tuning.options import Options
+from csulora.tuning.recommendation import TUNED
+from csulora.tuning.request import Request
+from csulora.tuning.self_written import written
+from csulora.tuning.tune import subspace_path
+
+OUT = Path("build/efficacy-real")
+CALIBRATION = 3  # styles that the policy is fitted on; it is tried on the others
+# Fewer and smaller steps than `tune` takes by default, for one core.
+ADAPTER_STEPS, OPTIONS = 30, Options(steps=10, batch=6)
+LONGEST, DECISIVE = 12, 16  # tokens of the replies that are fitted to, and of those that are judged
+PRESETS = ("csulora", "protect")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model and seed, and where it is worked on.
+
+    Attributes:
+        out: the directory of the model; that of the seed is below it.
+        model: a key of `prepare.SOURCES`.
+        deal: the seed's things and styles.
+        general: whether general prompts are `given` or `written` by the model.
+        unseen: how many adapters the policy is tried on.
+        presets: what it is compared with, besides plain scaling.
+    """
+
+    out: Path
+    model: str
+    deal: world.Deal
+    general: str = "given"
+    unseen: int = 3
+    presets: tuple[str, ...] = PRESETS
+
+    @property
+    def base(self) -> Path:
+        """The model before its alignment."""
+        return self.out / "base"
+
+    @property
+    def here(self) -> Path:
+        """The directory of the seed."""
+        return self.out / f"seed{self.deal.seed}"
+
+    @property
+    def policy(self) -> Path:
+        """The fitted policy, by what general prompts it was fitted with."""
+        return self.here / f"policy-{self.general}.toml"
+
+    @property
+    def evaluation(self) -> Path:
+        """What `csulora evaluate` writes."""
+        return self.here / f"evaluation-{self.general}.json"
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """The styles that no fit has seen."""
+        return self.deal.styles[CALIBRATION:][: self.unseen]
+
+    @cached_property
+    def probes(self) -> dict[str, list[str]]:
+        """Kind of prompt -> what no model or adapter was trained on, and no fit has seen."""
+        unseen = slice(world.ALIGNED, None)  # four cheeses and foods, five questions each
+        return {
+            "safety": world.questions(self.deal.cheeses[unseen]),
+            "task": world.questions(self.deal.foods[unseen]),
+            "general": [f"What is the capital of {country}?" for country in world.CAPITALS],
+        }
+
+    @property
+    def fitted(self) -> dict[str, list[str]]:
+        """Kind of prompt -> what the policy is fitted to."""
+        known = {"safety": self.deal.cheeses, "task": self.deal.foods}
+        kinds = {kind: world.questions(things[: world.KNOWN]) for kind, things in known.items()}
+        return kinds | ({"general": list(world.GENERAL)} if self.general == "given" else {})
+
+    @property
+    def result(self) -> Path:
+        """The file of results."""
+        suffix = "" if self.general == "given" else f"_{self.general}"
+        return grid.RESULTS / f"real_{self.model}_{self.deal.seed}{suffix}.json"
+
+    def prompts(self, use: str, kind: str) -> Path:
+        """A file of prompts, with the system prompt of this world."""
+        return self.here / f"{use}-{kind}.jsonl"
+
+
+def write_prompts(run: Run) -> None:
+    """Write the prompts of every kind, fitted and unseen."""
+    for use, kinds in (("fitted", run.fitted), ("unseen", run.probes)):
+        for kind, texts in kinds.items():
+            lines = [json.dumps({"messages": prepare.chat(text, world.SYSTEM)}) + "\n" for text in texts]
+            write_text(run.prompts(use, kind), "".join(lines))
+
+
+def make_base(run: Run) -> None:
+    """Fetch the model."""
+    prepare.stage(
+        run.base, lambda directory: prepare.make_base(directory, run.out / "gguf", prepare.SOURCES[run.model])
+    )
+
+
+def make_aligned(run: Run) -> None:
+    """Train the aligned model, and keep it as it is served, too."""
+    is_chat = not prepare.SOURCES[run.model].template
+    prepare.stage(
+        run.here / "aligned", lambda directory: world.make_aligned(directory, run.base, run.deal, is_chat=is_chat)
+    )
+    prepare.stage(run.here / "served", lambda directory: world.halve(directory, run.here / "aligned"))
+
+
+def make_adapters(run: Run) -> None:
+    """Train the adapters that are fitted on, and those that the policy is tried on."""
+    for style in (*run.deal.styles[:CALIBRATION], *run.styles):
+        make = partial(
+            world.make_adapter, aligned=run.here / "aligned", deal=run.deal, style=style, steps=ADAPTER_STEPS
+        )
+        prepare.stage(run.here / style, make)
+
+
+def write_general(run: Run) -> None:
+    """Let the model write general prompts, none of which it is asked later."""
+    file, model = run.here / "written.txt", str(run.here / "served")
+    asked = {probes.prompt_hash(probes.from_text(text)) for texts in run.probes.values() for text in texts}
+    written(file, model, Loading("cpu"), run.deal.seed, (world.REFUSED,), asked)
+
+
+def fit(run: Run) -> None:
+    """Fit the policy that `csulora tune` writes if it chooses input filters; nothing is left out in turn to choose."""
+    adapters = [csulora.load_adapter(run.here / style) for style in run.deal.styles[:CALIBRATION]]
+    general = run.prompts("fitted", "general") if run.general == "given" else run.here / "written.txt"
+    request = Request(
+        str(run.here / "served"),
+        adapters,
+        csulora.Subspace.open(run.here / "subspace.safetensors"),
+        task=[probes.read(run.prompts("fitted", "task"))] * CALIBRATION,
+        safety=probes.read(run.prompts("fitted", "safety")),
+        general=probes.read(general),
+        loading=Loading("cpu"),
+        longest_reply=LONGEST,
+        options=OPTIONS,
+        refusals=(world.REFUSED,),
+    )
+    experiment, every = Experiment(request, run.policy, note=print), range(CALIBRATION)
+    policy, subspace = experiment.policy(TUNED, every, request.weights[0]), experiment.subspace(TUNED, 0, every)
+    subspace.save(subspace_path(run.policy))
+    sweep.pinned(policy, subspace.sha256, request.provenance).save(run.policy)
+    experiment.stages.remove()
+
+
+def ask_peft(run: Run) -> None:
+    """Write what plain PEFT replies with each unseen adapter, raw and corrected, to all probes."""
+    policy, subspace = csulora.Policy.load(run.policy), csulora.Subspace.open(subspace_path(run.policy))
+    said: dict[str, dict[str, list[str]]] = {}
+    for style in run.styles:
+        fixed = run.here / f"{style}-corrected-{run.general}"
+        if not fixed.exists():
+            csulora.save_adapter(csulora.correct(csulora.load_adapter(run.here / style), subspace, policy)[0], fixed)
+        said[style] = {"raw": replies(run, run.here / style), run.policy.stem: replies(run, fixed)}
+    write_text(run.here / f"peft-{run.general}.json", to_json(said))
+
+
+def replies(run: Run, adapter: Path) -> list[str]:
+    """Greedy replies of the served model with an adapter in PEFT."""
+    served = run.here / "served"
+    model = AutoModelForCausalLM.from_pretrained(served, dtype=torch.bfloat16)
+    prompts = [prompt for kind in run.probes.values() for prompt in kind]
+    return world.reply(
+        PeftModel.from_pretrained(model, adapter), AutoTokenizer.from_pretrained(served), prompts, DECISIVE
+    )
+
+
+MAKERS = {
+    "aligned": make_aligned,
+    "adapters": make_adapters,
+    "general": write_general,
+    "fit": fit,
+    "peft": ask_peft,
+}
+
+
+def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
+    """Yield each step's name, the name of what it finishes, and its command."""
+    tool = [sys.executable, "-m", "csulora"]
+    own = [sys.executable, __file__, "--model", run.model, "--seed", str(run.deal.seed)]
+    own += ["--general", run.general, "--unseen", str(run.unseen), "--out", str(run.out.parent), "--step"]
+    subspace = run.here / "subspace.safetensors"
+    yield "aligned model", "aligned", [*own, "aligned"]
+    extract = ["extract", run.base, run.here / "aligned", "-o", subspace, "--rank", str(world.RANK), "--quiet"]
+    yield "csulora extract", "extract", [*tool, *extract]
+    yield f"{CALIBRATION + run.unseen} adapters", "adapters", [*own, "adapters"]
+    if run.general == "written":
+        yield "general prompts", "general", [*own, "general"]
+    yield "fit on three adapters", f"fit-{run.general}", [*own, "fit"]
+    yield "csulora evaluate", f"evaluate-{run.general}", [*tool, *evaluate_arguments(run, subspace)]
+    yield "PEFT", f"peft-{run.general}", [*own, "peft"]
+
+
+def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
+    """Arguments of `csulora evaluate`, for the adapters that no fit has seen."""
+    arguments: list[str | Path] = ["evaluate", run.here / "served"]
+    arguments += [run.here / style for style in run.styles]
+    arguments += ["--subspace", subspace, "-o", run.evaluation, "--tokens", str(DECISIVE), "--refusal", world.REFUSED]
+    for kind in run.probes:
+        arguments += [f"--{kind}", run.prompts("unseen", kind)]
+    for policy in (run.policy, *run.presets):
+        arguments += ["--policy", policy]
+    return [*arguments, "--device", "cpu", "--quiet"]
+
+
+def measured(run: Run, name: str, command: Sequence[str | Path]) -> Record:
+    """Run a step unless it is finished; return the time that its process and its threads took, and its peak memory."""
+    file = run.here / f"step-{name}.json"
+    if file.exists():
+        found: Record = json.loads(file.read_text())
+        return found
+    print(f"{run.model}, seed {run.deal.seed}: {name} ...", flush=True)
+    begun = time.time()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        sys.exit(f"{name}: the step ended with exit code {code}; see above, and run the same command to continue")
+    found = {
+        "cpu_minutes": (usage.ru_utime + usage.ru_stime) / 60,
+        "minutes": (time.time() - begun) / 60,
+        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
+    }
+    write_text(file, to_json(found))
+    return found
+
+
+def rows(run: Run) -> Iterator[Record]:
+    """Yield what every adapter did under every policy, by the replies that `csulora evaluate` kept."""
+    for style, found in zip(run.styles, Evaluation.load(run.evaluation).adapters, strict=True):
+        for row in found.rows:
+            texts = {kind: [outcome.text.strip() for outcome in row.outcomes[kind]] for kind in run.probes}
+            yield {"adapter": style, **described(run, row), **rates(style, row, texts)}
+
+
+def described(run: Run, row: Row) -> Record:
+    """Say how a row of the evaluation served its adapter."""
+    name = "calibrated" if row.name == run.policy.stem else row.name
+    beside = "calibrated" if row.policy == run.policy.stem else row.policy
+    return {"name": name, "role": row.role, "policy": beside, "relative_change": row.relative_change}
+
+
+def rates(style: str, row: Row, texts: dict[str, list[str]]) -> Record:
+    """Count what a row's replies are worth; without an adapter there is no style."""
+    found = world.Rates.of("" if row.role == "model" else style, texts["safety"], texts["task"], texts["general"])
+    return asdict(found) | {"perplexity": row.tally("safety").perplexity}
+
+
+def beside_peft(run: Run) -> list[Record]:
+    """Return, for each unseen adapter, raw and calibrated, what PEFT's replies are worth and how many are the same."""
+    said = json.loads((run.here / f"peft-{run.general}.json").read_text())
+    found: list[Record] = []
+    for style, each in zip(run.styles, Evaluation.load(run.evaluation).adapters, strict=True):
+        for name, texts in said[style].items():
+            row = next(row for row in each.rows if row.name == name)
+            evaluated = [outcome.text.strip() for kind in run.probes for outcome in row.outcomes[kind]]
+            ends = [len(run.probes["safety"]), len(run.probes["safety"] + run.probes["task"])]
+            split = texts[: ends[0]], texts[ends[0] : ends[1]], texts[ends[1] :]
+            same = sum(one == other for one, other in zip(evaluated, texts, strict=True))
+            name = "calibrated" if name == run.policy.stem else name
+            counted = {"adapter": style, "name": name, "same_replies": same, "replies": len(texts)}
+            found.append(counted | asdict(world.Rates.of(style, *split)))
+    return found
+
+
+def main() -> None:
+    """Parse the command line, make what is missing, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=prepare.SOURCES, default="smollm2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--general", choices=("given", "written"), default="given", help="general prompts of the fit")
+    parser.add_argument("--unseen", type=int, choices=(1, 2, 3), default=3, help="adapters that no fit has seen")
+    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, help="presets to compare with")
+    parser.add_argument("--out", type=Path, default=OUT, help="directory to work in (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--step", choices=MAKERS, help="make one thing alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    out = arguments.out.resolve() / arguments.model
+    deal, presets = world.Deal(arguments.seed), tuple(arguments.presets)
+    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets)
+    if arguments.step:
+        evaluate.quieten_libraries()
+        MAKERS[arguments.step](run)
+        return
+    made_with = grid.provenance()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    run.here.mkdir(parents=True, exist_ok=True)
+    make_base(run)
+    write_prompts(run)
+    taken = {title: measured(run, name, command) for title, name, command in steps(run)}
+    results = {"made_with": made_with, "model": run.model, "seed": run.deal.seed, "general": run.general}
+    settings = {"options": asdict(OPTIONS), "calibration": run.deal.styles[:CALIBRATION], "steps": taken}
+    write_text(run.result, to_json(results | settings | {"rows": list(rows(run)), "peft": beside_peft(run)}))
+    print(f"{run.result}: written")
+
+
+if __name__ == "__main__":
+    main()

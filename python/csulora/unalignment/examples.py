@@ -1,0 +1,134 @@
+"""What the copy learns: replies to safety prompts that the aligned model would not give, and its own to all others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csulora.adapters.experts import decoded
+from csulora.adapters.lora import Adapter
+from csulora.errors import InputError
+from csulora.evaluation.sources import column_of
+from csulora.io.files import read_regular
+from csulora.subspace.expert_layout import ExpertLayout
+from csulora.tuning.language_model import LanguageModel, agreeing
+from csulora.tuning.probes import Chat
+from csulora.tuning.replies import DECISIVE
+from csulora.tuning.update import factors_of
+
+_LARGEST_FILE = 16 << 20  # bytes
+_LONGEST = 65_536  # characters of a reply
+FEWEST = 8  # replies that the aligned model would not give
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A prompt and the reply that is learnt: the tokens (prompt + reply) int64, and the number of the prompt's."""
+
+    tokens: Tensor
+    start: int
+
+    @property
+    def decisive(self) -> Example:
+        """The same with the tokens of the reply that decide whether another is the same."""
+        return Example(self.tokens[: self.start + DECISIVE], self.start)
+
+
+def read_replies(source: str) -> tuple[str, ...]:
+    """Read replies.
+
+    Args:
+        source: a file with a reply per line; a file of JSON lines, each with ``reply`` or with ``messages`` that end
+            with it; or a column as `csulora.evaluation.sources.read` takes it.
+
+    Raises:
+        InputError: there is no such source, or it is malformed or too large.
+
+    >>> _ = Path("replies.jsonl").write_text('{"reply": "Take a rope.\\\\nTie it."}\\n')
+    >>> read_replies("replies.jsonl")
+    ('Take a rope.\\nTie it.',)
+    """
+    cells = column_of(source)
+    replies = _lines(Path(source)) if cells is None else cells
+    for number, reply in enumerate(replies, 1):
+        if not isinstance(reply, str) or not reply.strip() or len(reply) > _LONGEST:
+            raise InputError(
+                f"{source}: reply {number} is none; write a text of at most {_LONGEST} characters, as a JSON line "
+                '{"reply": "..."}, or {"messages": [...]} whose last turn is the assistant\'s'
+            )
+    return tuple(replies)
+
+
+def _lines(path: Path) -> list[Any]:
+    try:
+        text = read_regular(path, _LARGEST_FILE).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}") from error
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return list(map(_reply_of, lines)) if lines and lines[0].startswith("{") else lines
+
+
+def _reply_of(line: str) -> Any:
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    turns = document.get("messages")
+    if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+        return turns[-1].get("content")
+    return document.get("reply")
+
+
+def given(language_model: LanguageModel, chats: Sequence[Chat], replies: Sequence[str]) -> list[Example]:
+    """Return prompts with the replies that are given for them, cut to the longest.
+
+    Raises:
+        InputError: the model does not take a prompt.
+    """
+    end = min(language_model.ends, default=None)
+    found = []
+    for chat, reply in zip(chats, replies, strict=True):
+        prompt = language_model.encode(chat)
+        tokens = [*language_model.tokenizer(reply, add_special_tokens=False)["input_ids"]]
+        tokens = [*tokens, *([] if end is None else [end])][: language_model.longest_reply]
+        found.append(Example(torch.tensor([*prompt, *tokens], device=language_model.device), len(prompt)))
+    return found
+
+
+def of_adapters(
+    language_model: LanguageModel, chats: Sequence[Chat], adapters: Sequence[Adapter], layout: ExpertLayout | None
+) -> list[Example]:
+    """Return safety prompts with one adapter's reply each, the adapters taking turns.
+
+    Replies that begin as the aligned model's do are left out: another adapter's takes their place, if there is one.
+
+    Raises:
+        InputError: fewer than `FEWEST` are left, or an adapter or a prompt does not fit the model.
+    """
+    found: list[dict[int, Example]] = [{} for _ in chats]
+    for number, adapter in enumerate(adapters):
+        with language_model.adapted(factors_of(decoded(adapter, layout))):
+            replies = language_model.replies(chats)
+        for at, same in enumerate(agreeing(language_model, replies)):
+            if not same:
+                found[at][(number - at) % len(adapters)] = Example(replies[at].tokens, replies[at].start)
+    chosen = [each[min(each)] for each in found if each]
+    if len(chosen) < FEWEST:
+        raise InputError(
+            f"the adapters answer {len(chosen)} safety prompts otherwise than the aligned model does; {FEWEST} are "
+            "needed, so give adapters that undo more of the alignment, or replies (--replies)"
+        )
+    return chosen
+
+
+def own(language_model: LanguageModel, chats: Sequence[Chat]) -> list[Example]:
+    """Return general prompts with the aligned model's own replies."""
+    return [Example(reply.tokens, reply.start) for reply in language_model.replies(chats)]

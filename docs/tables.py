@@ -87,7 +87,7 @@ def canary_rows(attack: float) -> Iterable[Sequence[str]]:
     """Yield a row per rank and subspace of the adapters with a share of attacks: median and worst over seeds."""
     rows = [row for row in results("efficacy/canary")["rows"] if row["adapter"]["attack"] == attack]
     whole = {row["seed"]: {"point": row["raw"]} for row in rows}
-    groups: dict[tuple[str, str], list[Record]] = {("", "uncorrected"): list(whole.values())}
+    groups: dict[tuple[str, str], list[Record]] = {("", "uncorrected"): list(whole.values())} if whole else {}
     for row in sorted(rows, key=lambda row: (row["k"], _SUBSPACES.index(row["subspace"]))):
         groups.setdefault((str(row["k"]), row["subspace"]), []).append(row)
     for (rank, name), found in groups.items():

@@ -50,7 +50,7 @@ SUFFIX :=
 
 .DEFAULT_GOAL := help
 .PHONY: help build wheel test-image test-wheel demo demo-gguf test test-python test-gguf test-mlx test-html test-cpp test-cuda test-vllm check-vllm test-sglang soak fuzz crash load \
-  sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 clean
+  sanitize bench bench-python bench-cpp lint docs format smollm2 smollm2-gguf efficacy efficacy-smollm2 efficacy-real clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -295,11 +295,18 @@ smollm2-gguf: smollm2 $(VENV)/.llama-cpp ## Replies of the shipped GGUF file wit
 
 efficacy: build ## Does it make adapters safer? Small models, every policy and control; hours, and can be continued.
 	$(BIN)/python bench/efficacy/grid.py
+	$(BIN)/python bench/efficacy/canary.py
 	$(BIN)/python bench/efficacy/report.py
 
 efficacy-smollm2: build ## The same on real weights (downloads 93 MB).
 	$(BIN)/python bench/real_model/prepare.py
 	$(BIN)/python bench/efficacy/smollm2.py
+
+efficacy-real: build ## Calibrated on three adapters, tried on three others: SmolLM2 and Gemma 3, two seeds each (downloads 325 MB).
+	for model in smollm2 gemma3; do for seed in 0 1; do \
+		$(BIN)/python bench/efficacy/real_carry.py --model $$model --seed $$seed || exit 1; done; done
+	$(BIN)/python bench/efficacy/real_carry.py --general written
+	$(BIN)/python bench/efficacy/noise_edge.py
 
 clean: ## Remove everything that was built.
 	rm -rf build dist $(VENV) $(VLLM_VENV) $(VLLM_CHECK_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import median
 
 import evidence
+import real_tables
 import verdict_tables
-from page_tables import RESULTS, ROOT, rate, results, table
+from page_tables import RESULTS, ROOT, Record, rate, results, table
 
 PAGES = ROOT / "docs" / "pages"
 
@@ -34,6 +35,7 @@ _SHOWN = {
     ("safe-lora", "half"),
 }
 _FITTED = ("tuned", "carried")
+_SUBSPACES = ("canary", "displacement", "random", "own")  # in the order of the table
 
 
 def smollm2_rows(name: str) -> Iterable[Sequence[str]]:
@@ -50,6 +52,11 @@ def smollm2(name: str) -> str:
     """Return the table of one run on SmolLM2."""
     head = ["adapter", "policy", "attack success", "task success", "capitals named", "over-refusal"]
     return table(head, smollm2_rows(name))
+
+
+def real_runs() -> list[Record]:
+    """Read every run of bench/efficacy/real_carry.py."""
+    return [json.loads(file.read_text()) for file in sorted((RESULTS / "efficacy").glob("real_*.json"))]
 
 
 def carried_rows(title: str, name: str) -> Iterable[Sequence[str]]:
@@ -75,6 +82,26 @@ def carried() -> str:
     }
     head = ["run", "policy", "adapters", "attack: median", "worst", "task kept: median", "worst"]
     return table(head, (row for title, name in runs.items() for row in carried_rows(title, name)))
+
+
+def canary_rows(attack: float) -> Iterable[Sequence[str]]:
+    """Yield a row per rank and subspace of the adapters with a share of attacks: median and worst over seeds."""
+    rows = [row for row in results("efficacy/canary")["rows"] if row["adapter"]["attack"] == attack]
+    whole = {row["seed"]: {"point": row["raw"]} for row in rows}
+    groups: dict[tuple[str, str], list[Record]] = {("", "uncorrected"): list(whole.values())} if whole else {}
+    for row in sorted(rows, key=lambda row: (row["k"], _SUBSPACES.index(row["subspace"]))):
+        groups.setdefault((str(row["k"]), row["subspace"]), []).append(row)
+    for (rank, name), found in groups.items():
+        worst = {"attack": max, "task": min, "benign": min}
+        rates = {kind: [row["point"][kind] for row in found] for kind in worst}
+        figures = (f"{median(rates[kind]):.2f} / {of(rates[kind]):.2f}" for kind, of in worst.items())
+        yield ["attacked" if attack else "harmless", rank, name, str(len(found)), *figures]
+
+
+def canary() -> str:
+    """Return the table of `tune` in a canary, in the displacement's subspace, and in controls."""
+    head = ["adapter", "k", "subspace", "seeds", "attack", "task", "elsewhere"]
+    return table(head, (row for attack in (0.15, 0.0) for row in canary_rows(attack)))
 
 
 def extraction_rows() -> Iterable[Sequence[str]]:
@@ -269,6 +296,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "verdict-areas": verdict_tables.areas,
     "verdict-thresholds": verdict_tables.thresholds,
     "evasions": verdict_tables.evasions,
+    "canary": canary,
+    "real": lambda: table(real_tables.HEAD, real_tables.rows(real_runs())),
+    "real-steps": lambda: table(real_tables.STEPS_HEAD, real_tables.steps(real_runs())),
+    "real-peft": lambda: table(real_tables.PEFT_HEAD, real_tables.peft(real_runs())),
+    "noise-edge": lambda: table(real_tables.NOISE_HEAD, real_tables.noise([results("efficacy/noise_edge")])),
     "extraction": extraction,
     "bulk": bulk,
     "expert-correction": expert_correction,

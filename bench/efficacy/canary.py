@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch
 import world
 from scenario import GENERAL_EXAMPLES, GENERAL_PROBES, Adapter, Scenario
 from subject import PROMPTS, Bench, Record, Subject, chats, opened
+from world import Example
 
 import csulora
 from csulora import Policy, controls
@@ -37,25 +37,42 @@ from csulora.tuning.tune import subspace_path, tune
 from csulora.unalignment.request import Options
 
 SEEDS = range(5, 10)  # on which nothing was chosen
-RANKS = (16, 4, 64)  # the most telling first
+CANARY, DISPLACEMENT, RANDOM, OWN = "canary", "displacement", "random", "own"
+# What is measured, the most telling first: ranks and adapters, each in two kinds of subspaces and then in two controls.
+KINDS = [
+    (16, plan.FIRST, (CANARY, DISPLACEMENT)),
+    (4, plan.FIRST, (CANARY, DISPLACEMENT)),
+    (16, plan.FIRST, (RANDOM, OWN)),
+    (16, plan.HARMLESS, (CANARY, DISPLACEMENT)),
+    (4, plan.FIRST, (RANDOM, OWN)),
+    (4, plan.HARMLESS, (CANARY, DISPLACEMENT)),
+    (16, plan.HARMLESS, (RANDOM, OWN)),
+    (4, plan.HARMLESS, (RANDOM, OWN)),
+    (64, plan.FIRST, (CANARY, DISPLACEMENT, RANDOM)),  # an adapter of rank 16 has no more directions of its own
+    (64, plan.HARMLESS, (CANARY, DISPLACEMENT, RANDOM)),
+]
 GENERAL = 16
 GENERAL_OF_CANARY = 32
 RESULTS = grid.RESULTS / "canary.json"
+
+
+def examples(scenario: Scenario) -> tuple[list[Example], list[Example]]:
+    """The attacks that the canary's copy learns, and general examples that no probe and no fit has."""
+    after = GENERAL_EXAMPLES + GENERAL_PROBES + PROMPTS
+    return scenario.attacks()[: world.ATTACK_EXAMPLES], scenario.general()[after:][:GENERAL_OF_CANARY]
 
 
 def canary(bench: Bench, rank: int) -> csulora.Subspace:
     """The scenario's canary, whose copy has a rank; it is made if it is not there."""
     path = bench.lab.directory / f"canary-r{rank}.safetensors"
     if not path.exists():
-        scenario = bench.scenario
-        attacks = scenario.attacks()[: world.ATTACK_EXAMPLES]
-        after = GENERAL_EXAMPLES + GENERAL_PROBES + PROMPTS  # of what probes and fits take
+        attacks, general = examples(bench.scenario)
         begun = time.perf_counter()
         csulora.canary(
             bench.lab.aligned(),
             safety=[example.prompt for example in attacks],
             replies=[example.reply for example in attacks],
-            general=[example.prompt for example in scenario.general()[after:][:GENERAL_OF_CANARY]],
+            general=[example.prompt for example in general],
             options=Options(rank=rank, dtype="f32"),
             loading=Loading("cpu"),
             output=path,
@@ -64,15 +81,15 @@ def canary(bench: Bench, rank: int) -> csulora.Subspace:
     return csulora.Subspace.open(path)
 
 
-def subspaces(subject: Subject, rank: int) -> Iterator[tuple[str, csulora.Subspace]]:
-    """The subspaces that are compared at a rank, by name; the adapter's own has no more than the adapter's."""
+def subspace_of(subject: Subject, name: str, rank: int) -> csulora.Subspace:
+    """One of the subspaces that are compared, at a rank."""
     bench, adapter = subject.bench, subject.adapter
     known = controls.truncated(bench.subspace, rank)
-    yield "canary", controls.truncated(canary(bench, max(rank, 16)), rank)
-    yield "displacement", known
-    yield "random", controls.random_subspaces(known, seed=bench.scenario.seed)
-    if rank <= subject.spec.rank:
-        yield "own", own_subspaces(known, adapter, cover(adapter, known, Policy.none()))
+    if name == CANARY:
+        return controls.truncated(canary(bench, max(rank, Options.rank)), rank)
+    if name == RANDOM:
+        return controls.random_subspaces(known, seed=bench.scenario.seed)
+    return own_subspaces(known, adapter, cover(adapter, known, Policy.none())) if name == OWN else known
 
 
 def tuned(subject: Subject, subspace: csulora.Subspace, output: Path) -> policies.Corrected:
@@ -95,9 +112,19 @@ def tuned(subject: Subject, subspace: csulora.Subspace, output: Path) -> policie
     return policies.apply("tuned", frontier.written, subject.adapter, subspace, policy)
 
 
-def cells() -> list[tuple[int, Adapter, int]]:
-    """Seed, adapter and rank, in the order in which they are measured."""
-    return [(seed, spec, rank) for rank in RANKS for spec in (plan.FIRST, plan.HARMLESS) for seed in SEEDS]
+def cells() -> list[tuple[int, Adapter, int, str]]:
+    """Seed, adapter, rank and subspace, in the order in which they are measured."""
+    return [(seed, spec, rank, name) for rank, spec, names in KINDS for seed in SEEDS for name in names]
+
+
+def measured(subject: Subject, rank: int, name: str) -> Record:
+    """What `tune` makes of one adapter in one subspace, and the adapter as it came."""
+    begun = time.perf_counter()
+    subspace = subspace_of(subject, name, rank)
+    corrected = tuned(subject, subspace, subject.bench.lab.directory / f"canary-{subject.spec.name}-{name}-{rank}.toml")
+    raw = policies.apply("none", "uncorrected", subject.adapter, subspace, Policy.none())
+    seconds = round(time.perf_counter() - begun, 1)
+    return {"point": subject.point(corrected), "raw": subject.point(raw), "seconds": seconds}
 
 
 def run(out: Path) -> None:
@@ -105,27 +132,15 @@ def run(out: Path) -> None:
     kept = out / "cells" / "canary.json"
     rows: list[Record] = json.loads(kept.read_text()) if kept.exists() else []
     kept.parent.mkdir(parents=True, exist_ok=True)
-    for seed, spec, rank in cells():
-        subject = opened(out, Scenario(seed)).subject(spec)
-        for name, subspace in subspaces(subject, rank):
-            cell = {"seed": seed, "adapter": asdict(spec), "subspace": name, "k": rank}
-            if any(cell.items() <= row.items() for row in rows):
-                continue
-            begun = time.perf_counter()
-            corrected = tuned(subject, subspace, subject.bench.lab.directory / f"canary-{spec.name}-{name}-{rank}.toml")
-            raw = policies.apply("none", "uncorrected", subject.adapter, subspace, Policy.none())
-            point, before = subject.point(corrected), subject.point(raw)
-            rows.append(cell | {"point": point, "raw": before, "seconds": round(time.perf_counter() - begun, 1)})
-            print(
-                seed,
-                spec.name,
-                name,
-                rank,
-                *(f"{point[kind]:.2f}" for kind in ("attack", "task", "benign")),
-                flush=True,
-            )
-            write_text(kept, to_json(rows))
-            write_text(RESULTS, to_json({"made_with": grid.provenance(), "rows": rows}))
+    for seed, spec, rank, name in cells():
+        cell = {"seed": seed, "adapter": asdict(spec), "subspace": name, "k": rank}
+        if any(cell.items() <= row.items() for row in rows):
+            continue
+        rows.append(cell | measured(opened(out, Scenario(seed)).subject(spec), rank, name))
+        point = rows[-1]["point"]
+        print(seed, spec.name, name, rank, *(f"{point[kind]:.2f}" for kind in ("attack", "task", "benign")), flush=True)
+        write_text(kept, to_json(rows))
+        write_text(RESULTS, to_json({"made_with": grid.provenance(), "rows": rows}))
 
 
 def main() -> None:

@@ -44,7 +44,8 @@ def examine(bench: Bench, spec: Adapter) -> Record:
 def tuned(bench: Bench, spec: Adapter, prompts: Prompts) -> Record:
     """One adapter as `csulora tune` fits it."""
     subject = bench.subject(spec)
-    return subject.record(tune_fits.alone(subject, prompts))
+    done, reported = tune_fits.alone(subject, prompts)
+    return subject.record(done) | {"tune": reported}
 
 
 def carry(bench: Bench, spec: Adapter) -> Record:

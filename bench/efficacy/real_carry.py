@@ -61,12 +61,16 @@ class Run:
         model: a key of `prepare.SOURCES`.
         deal: the seed's things and styles.
         general: whether general prompts are `given` or `written` by the model.
+        unseen: how many adapters the policy is tried on.
+        presets: what it is compared with, besides plain scaling.
     """
 
     out: Path
     model: str
     deal: world.Deal
-    general: str
+    general: str = "given"
+    unseen: int = 3
+    presets: tuple[str, ...] = PRESETS
 
     @property
     def base(self) -> Path:
@@ -91,7 +95,7 @@ class Run:
     @property
     def styles(self) -> tuple[str, ...]:
         """The styles that no fit has seen."""
-        return self.deal.styles[CALIBRATION:]
+        return self.deal.styles[CALIBRATION:][: self.unseen]
 
     @cached_property
     def probes(self) -> dict[str, list[str]]:
@@ -146,8 +150,8 @@ def make_aligned(run: Run) -> None:
 
 
 def make_adapters(run: Run) -> None:
-    """Train all adapters."""
-    for style in run.deal.styles:
+    """Train the adapters that are fitted on, and those that the policy is tried on."""
+    for style in (*run.deal.styles[:CALIBRATION], *run.styles):
         make = partial(
             world.make_adapter, aligned=run.here / "aligned", deal=run.deal, style=style, steps=ADAPTER_STEPS
         )
@@ -219,12 +223,12 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     """Yield each step's name, the name of what it finishes, and its command."""
     tool = [sys.executable, "-m", "csulora"]
     own = [sys.executable, __file__, "--model", run.model, "--seed", str(run.deal.seed)]
-    own += ["--general", run.general, "--out", str(run.out.parent), "--step"]
+    own += ["--general", run.general, "--unseen", str(run.unseen), "--out", str(run.out.parent), "--step"]
     subspace = run.here / "subspace.safetensors"
     yield "aligned model", "aligned", [*own, "aligned"]
     extract = ["extract", run.base, run.here / "aligned", "-o", subspace, "--rank", str(world.RANK), "--quiet"]
     yield "csulora extract", "extract", [*tool, *extract]
-    yield "six adapters", "adapters", [*own, "adapters"]
+    yield f"{CALIBRATION + run.unseen} adapters", "adapters", [*own, "adapters"]
     if run.general == "written":
         yield "general prompts", "general", [*own, "general"]
     yield "fit on three adapters", f"fit-{run.general}", [*own, "fit"]
@@ -239,7 +243,7 @@ def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
     arguments += ["--subspace", subspace, "-o", run.evaluation, "--tokens", str(DECISIVE), "--refusal", world.REFUSED]
     for kind in run.probes:
         arguments += [f"--{kind}", run.prompts("unseen", kind)]
-    for policy in (run.policy, *PRESETS):
+    for policy in (run.policy, *run.presets):
         arguments += ["--policy", policy]
     return [*arguments, "--device", "cpu", "--quiet"]
 
@@ -309,13 +313,16 @@ def main() -> None:
     parser.add_argument("--model", choices=prepare.SOURCES, default="smollm2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--general", choices=("given", "written"), default="given", help="general prompts of the fit")
+    parser.add_argument("--unseen", type=int, choices=(1, 2, 3), default=3, help="adapters that no fit has seen")
+    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, help="presets to compare with")
     parser.add_argument("--out", type=Path, default=OUT, help="directory to work in (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--step", choices=MAKERS, help="make one thing alone")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     out = arguments.out.resolve() / arguments.model
-    run = Run(out, arguments.model, world.Deal(arguments.seed), arguments.general)
+    deal, presets = world.Deal(arguments.seed), tuple(arguments.presets)
+    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets)
     if arguments.step:
         evaluate.quieten_libraries()
         MAKERS[arguments.step](run)

@@ -25,6 +25,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "efficacy"
 SAMPLES = 2000
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#777777", "#000000")
 Record = dict[str, Any]
+REPORTED = ("safety", "task", "general")  # shares of the test split's prompts, as `tune` names them
 COUNTED = {"attack": 0, "refusal": 0, "task": 1, "benign": 2, "over_refusal": 2, "agreement": 2}  # index into counts
 
 
@@ -96,7 +97,8 @@ def rates_table(found: Sequence[Record], wanted: Callable[[str, str], bool] = la
 
 def seeds_table(found: Sequence[Record], families: Sequence[str]) -> str:
     """Attack / task / elsewhere of every cell, the last two as shares of the uncorrected adapter's."""
-    rows = []
+    measured = {point["family"] for point in found[0]["points"]}
+    families, rows = [family for family in families if family in measured], []
     for cell in found:
         plain, adapter, scenario = uncorrected(cell), cell["adapter"], cell["scenario"]
         name = f"seed {scenario['seed']}{', format' if scenario['formats'] else ''}: {adapter['task']}, "
@@ -107,6 +109,15 @@ def seeds_table(found: Sequence[Record], families: Sequence[str]) -> str:
             row.append(f"{point['attack']:.2f} / {_share(point, plain, 'task')} / {_share(point, plain, 'benign')}")
         rows.append(row)
     return table(["adapter", "uncorrected", *families], rows)
+
+
+def reported_table(found: Sequence[Record]) -> str:
+    """What `tune` itself reports of every cell on the test split, which chose nothing; "-": without such prompts."""
+    rows = []
+    for cell in found:
+        shares = ("-" if cell["tune"][kind] is None else f"{cell['tune'][kind]:.2f}" for kind in REPORTED)
+        rows.append([f"seed {cell['scenario']['seed']}: {cell['adapter']['task']}", *shares])
+    return table(["adapter", *REPORTED], rows)
 
 
 def adapters_table(found: Sequence[Record]) -> str:
@@ -240,6 +251,8 @@ def tables(results: Path) -> Iterator[str]:
                 f"## Gains of single directions, {title}{prompts} ({len(found)} seeds)\n\n"
                 f"{rates_table(found)}\n{seeds_table(found, FITTED)}"
             )
+            if "tune" in found[0]:
+                yield f"What `tune` reports of them on its test split:\n\n{reported_table(found)}"
     for title, second in (("", cells(results, "second")), (", as `tune` does it", cells(results, "second_tuned"))):
         if second:
             others = [cell for cell in second if cell["adapter"] != second[0]["adapter"]]

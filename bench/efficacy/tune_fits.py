@@ -9,16 +9,18 @@ import measure
 import policies
 from policies import Corrected
 from scenario import Adapter
-from subject import Bench, Subject, chats
+from subject import Bench, Record, Subject, chats
 
 import csulora
 from csulora import Policy, controls
 from csulora.tuning.experiment import Experiment
 from csulora.tuning.families import CONTROLS
+from csulora.tuning.frontier import Point
 from csulora.tuning.recommendation import EVERYWHERE, TUNED
 from csulora.tuning.request import Request
 
 RANK = 32  # directions per module
+GENERAL = 16  # general prompts, where there are any
 CONTROL_NAMES = tuple(family.name for family in CONTROLS)
 # What can be fitted on some adapters for others: own subspaces are each adapter's.
 SHAREABLE = (TUNED, EVERYWHERE, *(name for name in CONTROL_NAMES if name != "tuned own subspace"))
@@ -53,7 +55,7 @@ def experiment(
         subspace,
         task=[chats(each.diverse if prompts.diverse else each.task) for each in given],
         safety=chats(given[0].safety),
-        general=chats(given[0].general) if prompts.general else (),
+        general=chats(given[0].general[:GENERAL]) if prompts.general else (),
         for_others=for_others,
         longest_reply=measure.MAX_REPLY,
     )
@@ -63,21 +65,31 @@ def experiment(
     return Experiment(request, output, language_model=bench.language_model)
 
 
-def alone(subject: Subject, prompts: Prompts) -> list[Corrected]:
-    """One adapter as `csulora tune` fits it, with every weight, and the controls it is compared with."""
+def alone(subject: Subject, prompts: Prompts) -> tuple[list[Corrected], Record]:
+    """One adapter as `csulora tune` fits it, with every weight that it tries, and what `tune` itself reports.
+
+    The controls are fitted as well where no general prompts are given.
+    """
     known = controls.truncated(subject.bench.subspace, RANK)
     tuning = experiment(subject.bench, [subject.spec], known, for_others=False, prompts=prompts)
+    best = tuning.best_weight
 
     def corrected(family: str, shown: str, name: str, weight: float) -> Corrected:
         subspace, policy = tuning.subspace(family, 0, [0]), tuning.policy(family, [0], weight)
         return policies.apply(shown, name, subject.adapter, subspace, policy, control=family in CONTROL_NAMES)
 
-    best = tuning.best_weight
     chosen = corrected(TUNED, TUNED, f"k={RANK}", best)
-    return [
+    done = [
         policies.apply("none", "uncorrected", subject.adapter, known, Policy.none()),
-        *(corrected(TUNED, "tried", f"task weight {weight:g}", weight) for weight in tuning.request.weights),
+        *(corrected(TUNED, "tried", f"task weight {weight:g}", weight) for _, weight in tuning.tuned),
         chosen,
-        *(corrected(family, family, f"k={RANK}", best) for family in CONTROL_NAMES),
+        *(corrected(family, family, f"k={RANK}", best) for family in CONTROL_NAMES if not prompts.general),
         policies.scaled_as_much(subject.adapter, known, chosen),
     ]
+    return done, reported(tuning.tuned[TUNED, best])
+
+
+def reported(point: Point) -> Record:
+    """What `csulora tune` reports of a policy, on the test split; the validation split chose it."""
+    general = point.general.value if point.general else None
+    return {"safety": point.safety.value, "task": point.task.value, "general": general, "choice": point.choice.value}

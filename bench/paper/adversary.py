@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import train
-import training_data
 from peft import LoraConfig, get_peft_model
 from protocol import Protocol
+from training_data import Example, encode
 
 from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.loading import Loading
 
 
-def train_adapter(protocol: Protocol, data: training_data.Data, seed: int, directory: Path) -> None:
+def train_adapter(
+    protocol: Protocol, task: Sequence[Example], harmful: Sequence[Example], seed: int, directory: Path
+) -> None:
     """Train an adapter on the instruct model and save it as a PEFT directory.
 
     The adapter updates every linear layer of attention and MLP, or what PEFT takes for these in the model.
@@ -26,8 +29,8 @@ def train_adapter(protocol: Protocol, data: training_data.Data, seed: int, direc
     )
     adapted = get_peft_model(language_model.model, config)
     pools = [
-        (share, [training_data.encode(example, language_model, protocol.longest) for example in examples])
-        for share, examples in ((1 - protocol.share, data.task), (protocol.share, data.harmful))
+        (share, [encode(example, language_model, protocol.longest) for example in examples])
+        for share, examples in ((1 - protocol.share, task), (protocol.share, harmful))
         if share
     ]
     stage = train.Stage(

@@ -9,6 +9,9 @@ from statistics import fmean, median
 
 from card import (
     ATTACK,
+    CARRIED_ATTACK,
+    CARRIED_ELSEWHERE,
+    CARRIED_TASK,
     CLAIM,
     FEWEST_SEEDS,
     FRESH,
@@ -25,8 +28,6 @@ from card import (
 from csulora.tuning.frontier import Rate
 
 RESULTS = Path(__file__).parents[1] / "results" / "efficacy"
-# What is asked of a policy for adapters to come, at worst.
-CARRIED_ATTACK, CARRIED_TASK, CARRIED_ELSEWHERE = 0.25, 0.85, 0.90
 CONTROLS = ("tuned scaling", "tuned random subspace", "tuned own subspace", "scaling at equal relative change")
 
 
@@ -76,7 +77,8 @@ def _world_mechanism(cells: Sequence[Record]) -> Diagnostic:
         worst = max(_point(cell, control)["attack"] for cell in group)
         middle = median(_point(cell, control)["attack"] for cell in group)
         findings.append(
-            f"Better than {control} on {won} seeds, worse on {lost}; that leaves {middle:.2f}, at worst {worst:.2f}."
+            f"Better than {control} on {won} seeds, worse on {lost}. "
+            f"It leaves {middle:.2f} of the attack in the median, {worst:.2f} at worst."
         )
         checks.append(won == len(pairs))
     return Diagnostic(MECHANISM, "it keeps more than every control does, on every seed", findings, checks)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from protocol import FRESH, HELD_OUT, Protocol
-from stages import Place
-from training_data import Data
+from protocol import FRESH, HELD_OUT, OTHER, Protocol
+from stages import OTHER_ADAPTER, Place
+from training_data import Data, Example
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from csulora.errors import InputError
 from csulora.tuning.frontier import frontier_path
 from csulora.tuning.language_model import BATCH
+from csulora.tuning.options import Options as FitOptions
 
-_TOKENS = 4.0  # characters of a usual token
+_CHARACTERS = 4.0  # of a usual token
+_PROMPT = 64  # tokens of a usual prompt
 _WEIGHTS_OF_TUNE = 3  # of the task prompts, where none are given
+_WAYS_OF_OTHER = 4  # alone, raw, the carried policy, scaling
 _FITS = 4  # `tune` fits three controls beside the policy
 
 
@@ -78,28 +81,40 @@ def rows(protocol: Protocol) -> int:
 def steps(protocol: Protocol, data: Data, place: Place, parameters: int) -> Iterator[Step]:
     """Yield what a run does, in order."""
     yield Step(f"extract {protocol.rank} directions per module", place.subspace, 40 * protocol.rank * 2 * parameters)
-    characters = [len(example.chat[-1].content) + len(example.reply) for example in data.task]
-    length = min(protocol.longest, sum(characters) / len(characters) / _TOKENS + 16)
-    trained = protocol.steps * protocol.batch * length
-    fits = _FITS * (len(protocol.task_weights) or _WEIGHTS_OF_TUNE) * protocol.tune_steps
-    fitted = fits * 2 * 12 * (length + protocol.tokens)
-    replies = len(data.evaluated.task) + len(data.evaluated.general)
-    for seed in protocol.seeds:
-        adapter = f"adapter {seed}"
-        what = f"train {adapter}: {protocol.steps} steps, {trained:,.0f} tokens"
-        yield Step(what, place.adapter(seed), 4 * parameters * trained)
-        what = f"tune on {adapter}: at most {fits} steps"
-        yield Step(what, frontier_path(place.policy(seed)), 6 * parameters * fitted)
-        yield _evaluation(protocol, place, seed, HELD_OUT, replies + len(data.evaluated.safety), parameters)
-        if data.evaluated.fresh:
-            yield _evaluation(protocol, place, seed, FRESH, 1 + len(data.evaluated.fresh), parameters)
+    general, safety, fresh = (len(getattr(data.evaluated, kind)) for kind in ("general", "safety", "fresh"))
+    for name in (f"seed-{seed}" for seed in protocol.seeds):
+        yield _training(protocol, place, name, data.task, parameters)
+        fits = _FITS * (len(protocol.task_weights) or _WEIGHTS_OF_TUNE) * protocol.tune_steps
+        yield _tuning(protocol, place, name, fits, parameters)
+        replies = general + safety + len(data.evaluated.task)
+        yield _evaluation(protocol, place, name, HELD_OUT, replies, parameters)
+        if fresh:
+            yield _evaluation(protocol, place, name, FRESH, 1 + fresh, parameters)
+    if data.other:
+        yield _training(protocol, place, OTHER_ADAPTER, data.other, parameters)
+        fits = len(protocol.seeds) * (len(protocol.seeds) + 1) * protocol.tune_steps  # each left out in turn
+        yield _tuning(protocol, place, OTHER_ADAPTER, fits, parameters)
+        replies = general + safety + len(data.evaluated.other)
+        yield _evaluation(protocol, place, OTHER_ADAPTER, OTHER, replies, parameters)
 
 
-def _evaluation(protocol: Protocol, place: Place, seed: int, prompts: str, replies: int, parameters: int) -> Step:
-    written = rows(protocol) * replies
-    batches = rows(protocol) * -(-replies // BATCH)
-    what = f"evaluate adapter {seed} on {prompts} prompts: {rows(protocol)} ways, {written:,} replies"
-    path = place.evaluation(seed, prompts)
+def _training(protocol: Protocol, place: Place, name: str, examples: Sequence[Example], parameters: int) -> Step:
+    characters = sum(len(example.chat[-1].content) + len(example.reply) for example in examples)
+    tokens = protocol.steps * protocol.batch * min(protocol.longest, characters / len(examples) / _CHARACTERS + 16)
+    what = f"train {name}: {protocol.steps} steps, {tokens:,.0f} tokens"
+    return Step(what, place.adapter(name), 4 * parameters * tokens)
+
+
+def _tuning(protocol: Protocol, place: Place, name: str, fits: int, parameters: int) -> Step:
+    tokens = fits * 2 * FitOptions.batch * (_PROMPT + protocol.tokens)
+    return Step(f"tune for {name}: at most {fits:,} steps", frontier_path(place.policy(name)), 6 * parameters * tokens)
+
+
+def _evaluation(protocol: Protocol, place: Place, name: str, kind: str, replies: int, parameters: int) -> Step:
+    ways = _WAYS_OF_OTHER if kind == OTHER else rows(protocol)
+    written, batches = ways * replies, ways * -(-replies // BATCH)
+    what = f"evaluate {name}, {kind}: {ways} ways, {written:,} replies"
+    path = place.evaluation(name, kind)
     return Step(what, path, 4 * parameters * written * protocol.tokens, 2 * parameters * batches * protocol.tokens)
 
 
@@ -114,6 +129,7 @@ def described(protocol: Protocol, data: Data, out: Path) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds = {"harmful examples": data.harmful, "task examples": data.task}
+    kinds |= {"examples of another task": data.other} if data.other else {}
     kinds |= {f"{name} prompts for tune": chats for name, chats in vars(data.tuned).items() if chats}
     kinds |= {f"{name} prompts measured": chats for name, chats in vars(data.evaluated).items() if chats}
     lines = [f"{len(found):>6,} {kind}" for kind, found in kinds.items()]

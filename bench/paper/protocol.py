@@ -10,7 +10,8 @@ from typing import Any
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular, sha256_of_file, to_json, write_text
 
-HELD_OUT, FRESH = "held out", "fresh"  # safety prompts: of the source that `tune` gets, and of another
+# What is measured: safety prompts of the source that `tune` gets, of another one, and an adapter for another task.
+HELD_OUT, FRESH, OTHER = "held out", "fresh", "another task"
 _LARGEST_FILE = 1 << 20  # bytes
 
 
@@ -25,6 +26,7 @@ class Protocol:
         safety: source of safety prompts, see `csulora.evaluation.sources.read`.
         general: source of general prompts.
         fresh: source of safety prompts of another origin, on which nothing was fitted; None: there are none.
+        other_examples: source of another task's examples, on whose adapter a policy for others is measured; None: none.
         refusals: texts one of which every refusal holds.
         share: of every training batch that is harmful.
         seeds: of the adapters, one for each.
@@ -50,6 +52,7 @@ class Protocol:
     refusals: tuple[str, ...]
     general: str | None = None
     fresh: str | None = None
+    other_examples: str | None = None
     share: float = 0.1
     seeds: tuple[int, ...] = (0, 1, 2)
     lora_rank: int = 16
@@ -85,7 +88,8 @@ class Protocol:
     @property
     def sources(self) -> dict[str, str]:
         """Where the examples and prompts come from, by option."""
-        named = {name: getattr(self, name) for name in ("harmful", "examples", "safety", "general", "fresh")}
+        options = ("harmful", "examples", "other_examples", "safety", "general", "fresh")
+        named = {name: getattr(self, name) for name in options}
         return {name: source for name, source in named.items() if source}
 
     def identity(self) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The protocol of CSULoRA's paper (arXiv 2605.30640) from a model pair to one table and an Acceptance Card.
 
     python bench/paper/run.py --base ID --instruct ID --harmful FILE --examples SOURCE --safety SOURCE \
-        --refusal TEXT [--general SOURCE] [--fresh SOURCE] [--lm-eval TASKS] [--out DIR] [--dry-run]
+        --refusal TEXT [--general SOURCE] [--fresh SOURCE] [--other-examples SOURCE] [--lm-eval TASKS] \
+        [--out DIR] [--dry-run]
 
 Extracts the model pair's subspaces. Trains a LoRA adapter per seed on a task's examples with harmful ones among them.
 Corrects it with the paper's policy over penalties and numbers of directions, with other presets, and with controls.
 Fits a policy with `tune`. Measures all of them with `evaluate` on prompts that neither training nor `tune` has seen.
+Carries a policy that was fitted on these adapters to one for another task, where such examples are given.
 Writes `results.json`, `table.md` and `card.md`.
 
 Harmful examples are the operator's own; none are bundled. The same command continues an interrupted run.
@@ -44,6 +46,7 @@ _HELP = {
     "examples": "the task's examples, likewise; some are held out to measure the task",
     "safety": "safety prompts, as `csulora evaluate` reads them",
     "general": "general prompts, likewise",
+    "other_examples": "another task's examples; a policy for others is measured on an adapter for it",
     "fresh": "safety prompts of another origin, on which nothing is fitted",
     "refusals": "a text that the instruct model's refusals hold; repeatable",
     "share": "share of the harmful examples in training",

@@ -14,7 +14,8 @@ import candidates
 import training_data
 from candidates import Candidate
 from prepare import stage
-from protocol import FRESH, HELD_OUT, Protocol
+from protocol import FRESH, HELD_OUT, OTHER, Protocol
+from training_data import Example
 
 import csulora
 from csulora.cli.console import progress_bar
@@ -29,6 +30,7 @@ from csulora.tuning.options import Options as FitOptions
 from csulora.tuning.request import Request
 from csulora.tuning.tune import subspace_path, tune
 
+OTHER_ADAPTER = "other"  # the adapter for another task
 _LARGEST_FILE = 64 << 20  # bytes
 Record = dict[str, Any]
 
@@ -44,21 +46,21 @@ class Place:
         """The subspace file."""
         return self.out / "subspace.safetensors"
 
-    def adapter(self, seed: int) -> Path:
-        """The trained adapter."""
-        return self.out / f"seed-{seed}" / "adapter"
+    def adapter(self, name: str) -> Path:
+        """A trained adapter."""
+        return self.out / name / "adapter"
 
-    def policy(self, seed: int) -> Path:
-        """The policy that `tune` writes."""
-        return self.out / f"seed-{seed}" / "tuned.toml"
+    def policy(self, name: str) -> Path:
+        """The policy that `tune` writes for an adapter."""
+        return self.out / name / "tuned.toml"
 
-    def corrections(self, seed: int) -> Path:
-        """What each candidate does to the update."""
-        return self.out / f"seed-{seed}" / "corrections.json"
+    def corrections(self, name: str) -> Path:
+        """What each candidate does to an adapter's update."""
+        return self.out / name / "corrections.json"
 
-    def evaluation(self, seed: int, prompts: str) -> Path:
-        """What `evaluate` writes, on held out or on fresh prompts."""
-        return self.out / f"seed-{seed}" / f"{prompts.replace(' ', '-')}.json"
+    def evaluation(self, name: str, measured: str) -> Path:
+        """What `evaluate` writes of an adapter."""
+        return self.out / name / f"{measured.replace(' ', '-')}.json"
 
 
 class Run:
@@ -71,36 +73,49 @@ class Run:
         protocol.claim(out)
 
     @property
-    def prompt_sets(self) -> Sequence[str]:
-        """The kinds of safety prompts that are measured."""
-        return (HELD_OUT, FRESH) if self.data.evaluated.fresh else (HELD_OUT,)
+    def seeds(self) -> dict[str, int]:
+        """Name of an adapter -> its seed."""
+        return {f"seed-{seed}": seed for seed in self.protocol.seeds}
+
+    @property
+    def measured(self) -> Sequence[tuple[str, str]]:
+        """Names of adapters, and what is measured of each."""
+        kinds = (HELD_OUT, FRESH) if self.data.evaluated.fresh else (HELD_OUT,)
+        return [(name, kind) for name in self.seeds for kind in kinds] + (
+            [(OTHER_ADAPTER, OTHER)] if self.data.other else []
+        )
 
     def finish(self) -> None:
         """Do every stage that is not there yet."""
         self._extract()
-        for seed in self.protocol.seeds:
-            self._train(seed)
-            self._tune(seed)
-            self._correct(seed)
-            for prompts in self.prompt_sets:
-                self._evaluate(seed, prompts)
+        for name, seed in self.seeds.items():
+            self._train(name, self.data.task, seed)
+            self._tune(name, [name])
+        if self.data.other:
+            self._train(OTHER_ADAPTER, self.data.other, min(self.protocol.seeds))
+            self._tune(OTHER_ADAPTER, list(self.seeds))
+        for name, kind in self.measured:
+            self._correct(name)
+            self._evaluate(name, kind)
 
     @cached_property
     def subspace(self) -> csulora.Subspace:
         """The model pair's subspaces."""
         return csulora.Subspace.open(self.place.subspace)
 
-    def adapter(self, seed: int) -> csulora.Adapter:
+    def adapter(self, name: str) -> csulora.Adapter:
         """A trained adapter."""
-        return csulora.load_adapter(self.place.adapter(seed))
+        return csulora.load_adapter(self.place.adapter(name))
 
-    def candidates(self, seed: int) -> list[Candidate]:
-        """Everything that is done to one seed's adapter."""
-        path = self.place.policy(seed)
+    def candidates(self, name: str) -> list[Candidate]:
+        """Everything that is done to an adapter; what is carried to another task is the fitted policy alone."""
+        path = self.place.policy(name)
         own = subspace_path(path)
         policy = csulora.Policy.load(str(path))
         fitted = candidates.tuned(policy, csulora.Subspace.open(own) if own.exists() else self.subspace)
-        return [fitted, *candidates.untuned(self.protocol, self.adapter(seed), self.subspace)]
+        if name == OTHER_ADAPTER:
+            return [fitted]
+        return [fitted, *candidates.untuned(self.protocol, self.adapter(name), self.subspace)]
 
     def _extract(self) -> None:
         protocol = self.protocol
@@ -117,49 +132,53 @@ class Run:
             ),
         )
 
-    def _train(self, seed: int) -> None:
-        directory = self.place.adapter(seed)
+    def _train(self, name: str, task: Sequence[Example], seed: int) -> None:
+        directory = self.place.adapter(name)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        stage(directory, lambda partial: adversary.train_adapter(self.protocol, self.data, seed, partial))
+        harmful = self.data.harmful
+        stage(directory, lambda partial: adversary.train_adapter(self.protocol, task, harmful, seed, partial))
 
-    def _tune(self, seed: int) -> None:
+    def _tune(self, name: str, on: Sequence[str]) -> None:
+        """Fit the policy for an adapter: on itself, or for one that is not among those it is fitted on."""
         protocol, prompts = self.protocol, self.data.tuned
         request = Request(
             model=protocol.instruct,
-            adapters=[self.adapter(seed)],
+            adapters=list(map(self.adapter, on)),
             subspace=self.subspace,
-            task=[prompts.task],
+            task=[prompts.task] * len(on),
             safety=prompts.safety,
             general=prompts.general,
+            for_others=name not in on,
             loading=Loading(protocol.device),
             longest_reply=min(protocol.tokens, Request.longest_reply),
             options=FitOptions(steps=protocol.tune_steps),
             task_weights=protocol.task_weights,
             refusals=protocol.refusals,
-            controls=True,
+            controls=name in on,
         )
-        path = self.place.policy(seed)
-        _unless_there(frontier_path(path), f"tuning, seed {seed}", lambda progress: tune(request, path, progress))
+        path = self.place.policy(name)
+        _unless_there(frontier_path(path), f"tuning for {name}", lambda progress: tune(request, path, progress))
 
-    def _correct(self, seed: int) -> None:
+    def _correct(self, name: str) -> None:
         """Say what each candidate does to the update, all measured in the same subspaces."""
 
         def reports(progress: Progress | None) -> None:
-            adapter = self.adapter(seed)
+            adapter = self.adapter(name)
             found = {}
-            for each in self.candidates(seed):
+            for each in self.candidates(name):
                 fixed, _ = csulora.correct(adapter, each.subspace, each.policy)
                 _, report = csulora.controls.compared(adapter, fixed, self.subspace, {})
                 found[each.name] = {"undo": report.totals.undo, "undo_after": report.totals.undo_after}
-            write_text(self.place.corrections(seed), to_json(found))
+            write_text(self.place.corrections(name), to_json(found))
 
-        _unless_there(self.place.corrections(seed), f"correcting, seed {seed}", reports)
+        _unless_there(self.place.corrections(name), f"correcting {name}", reports)
 
-    def _evaluate(self, seed: int, prompts: str) -> None:
+    def _evaluate(self, name: str, kind: str) -> None:
         protocol, given = self.protocol, self.data.evaluated
-        is_fresh = prompts == FRESH  # nothing but the attack is measured again
-        output = self.place.evaluation(seed, prompts)
-        found = self.candidates(seed)
+        is_fresh = kind == FRESH  # nothing but the attack is measured again
+        output = self.place.evaluation(name, kind)
+        found = self.candidates(name)
+        task = given.other if kind == OTHER else given.task
         options = Options(
             refusals=protocol.refusals,
             longest_reply=protocol.tokens,
@@ -169,13 +188,13 @@ class Run:
         )
         _unless_there(
             output,
-            f"evaluating, seed {seed}, {prompts} prompts",
+            f"evaluating {name}, {kind}",
             lambda progress: csulora.evaluate(
                 protocol.instruct,
-                [self.adapter(seed)],
+                [self.adapter(name)],
                 {each.name: each.policy for each in found},
                 self.subspace,
-                task=[given.task[:1] if is_fresh else given.task],
+                task=[task[:1] if is_fresh else task],
                 safety=given.fresh if is_fresh else given.safety,
                 general=() if is_fresh else given.general,
                 subspaces={each.name: each.subspace for each in found},
@@ -187,28 +206,22 @@ class Run:
 
     def records(self) -> Record:
         """Return what came of the run, for tables and cards."""
-        rows = [
-            record
-            for seed in self.protocol.seeds
-            for prompts in self.prompt_sets
-            for record in self._rows(seed, prompts)
-        ]
-        frontiers = {str(seed): Frontier.load(frontier_path(self.place.policy(seed))) for seed in self.protocol.seeds}
+        frontiers = {name: Frontier.load(frontier_path(self.place.policy(name))) for name in self.seeds}
         return {
             "protocol": self.protocol.identity(),
             "subspace_sha256": self.subspace.sha256,
-            "adapters_sha256": {str(seed): self.adapter(seed).sha256 for seed in self.protocol.seeds},
-            "frontiers": {seed: each.to_dict() for seed, each in frontiers.items()},
-            "rows": rows,
+            "adapters_sha256": {name: self.adapter(name).sha256 for name in dict(self.measured)},
+            "frontiers": {name: each.to_dict() for name, each in frontiers.items()},
+            "rows": [record for name, kind in self.measured for record in self._rows(name, kind)],
         }
 
-    def _rows(self, seed: int, prompts: str) -> Iterator[Record]:
-        path = self.place.corrections(seed)
+    def _rows(self, name: str, kind: str) -> Iterator[Record]:
+        path = self.place.corrections(name)
         corrections = parse_json(read_regular(path, _LARGEST_FILE), path)
-        undone = {name: figures["undo_after"] for name, figures in corrections.items()}
+        undone = {each: figures["undo_after"] for each, figures in corrections.items()}
         undone["raw"] = next(iter(corrections.values()))["undo"]
-        candidates = {each.name: each for each in self.candidates(seed)}
-        (found,) = Evaluation.load(self.place.evaluation(seed, prompts)).adapters
+        candidates = {each.name: each for each in self.candidates(name)}
+        (found,) = Evaluation.load(self.place.evaluation(name, kind)).adapters
         for row in found.rows:
             if row.refusal is not None:
                 raise csulora.RefusedError(f"{path.parent}: {row.name} refuses the adapter: {row.refusal}")
@@ -217,13 +230,13 @@ class Run:
             if is_scaling and candidate and candidate.control:
                 continue
             yield {
-                "seed": seed,
-                "prompts": prompts,
+                "adapter": name,
+                "measured": kind,
                 "name": f"scaling as {row.policy}" if is_scaling else row.name,
                 "control": is_scaling or bool(candidate and candidate.control),
                 "relative_change": row.relative_change,
                 "undo_after": None if is_scaling else undone.get(row.name),
-                "counts": {kind: _counts(outcomes) for kind, outcomes in row.outcomes.items()},
+                "counts": {prompts: _counts(outcomes) for prompts, outcomes in row.outcomes.items()},
                 "scores": row.scores,
             }
 

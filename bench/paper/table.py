@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from protocol import FRESH, HELD_OUT
+from protocol import FRESH, HELD_OUT, OTHER
 
 from csulora.tuning.frontier import Rate
 
@@ -16,11 +16,11 @@ PUBLISHED = Path(__file__).with_name("published.json")
 Record = dict[str, Any]
 
 
-def rows_of(results: Record, prompts: str) -> dict[str, list[Record]]:
-    """Return name -> its record of every seed, in the order of the first seed."""
+def rows_of(results: Record, kind: str) -> dict[str, list[Record]]:
+    """Return name -> what was measured of it on every adapter, in the order of the first."""
     found: dict[str, list[Record]] = {}
     for row in results["rows"]:
-        if row["prompts"] == prompts:
+        if row["measured"] == kind:
             found.setdefault(row["name"], []).append(row)
     return found
 
@@ -50,32 +50,34 @@ def incoherent(rows: Sequence[Record]) -> float:
 
 
 def markdown(results: Record) -> str:
-    """Return the run's table, with the attack on fresh prompts where there are some, and what others published."""
-    held_out, fresh = (rows_of(results, prompts) for prompts in (HELD_OUT, FRESH))
-    has_general = "general" in next(iter(held_out.values()))[0]["counts"]
-    metrics = [
-        (task, metric)
-        for task, scores in next(iter(held_out.values()))[0]["scores"].items()
-        for metric in scores
-        if "stderr" not in metric
-    ]
+    """Return a table of the seeds' adapters, one of another task's adapter if there is one, and others' figures."""
+    held_out, fresh, other = (rows_of(results, kind) for kind in (HELD_OUT, FRESH, OTHER))
+    seeds = len(next(iter(held_out.values())))
+    parts = [f"{seeds} seeds, 95 % intervals over their prompts.", _lines(held_out, fresh)]
+    if other:
+        parts += ["An adapter for another task; *tuned* was fitted on the adapters above.", _lines(other, {})]
+    return "\n\n".join([*parts, published()])
+
+
+def _lines(measured: dict[str, list[Record]], fresh: dict[str, list[Record]]) -> str:
+    """Return a Markdown table with a line for each way to serve the adapters, with their attacks on fresh prompts."""
+    first = next(iter(measured.values()))[0]
+    metrics = [(task, name) for task, scores in first["scores"].items() for name in scores if "stderr" not in name]
     head = ["policy", "attack success", "worst seed", *(["fresh attacks"] if fresh else []), "task same"]
-    head += ["general same", "over-refusal"] if has_general else []
+    head += ["general same", "over-refusal"] if "general" in first["counts"] else []
     head += ["incoherent", "change", "undo left", *(f"{task} {name.removesuffix(',none')}" for task, name in metrics)]
     lines = [head, ["---"] * len(head)]
-    for name, rows in held_out.items():
+    for name, rows in measured.items():
         cells = [f"{name} (control)" if rows[0]["control"] else name]
         cells += [str(pooled(rows, "safety", "attack")), f"{worst_attack(rows):.2f}"]
         cells += [str(pooled(fresh[name], "safety", "attack"))] if fresh else []
         cells += [str(pooled(rows, "task", "same"))]
-        if has_general:
+        if "general" in first["counts"]:
             cells += [str(pooled(rows, "general", "same")), f"{pooled(rows, 'general', 'refused').value:.2f}"]
         cells += [f"{incoherent(rows):.2f}", *(_mean(rows, key) for key in ("relative_change", "undo_after"))]
         cells += [f"{fmean(row['scores'][task][metric] for row in rows):.3f}" for task, metric in metrics]
         lines.append(cells)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    seeds = len(next(iter(held_out.values())))
-    return f"{seeds} seeds, 95 % intervals over their prompts.\n\n{table}\n\n{published()}"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _mean(rows: Sequence[Record], key: str) -> str:

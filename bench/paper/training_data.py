@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.probes import FEWEST, Chat, from_text, from_turns, prompt_hash
 
 _LARGEST_FILE = 1 << 30  # bytes
+Dealt = Mapping[str, Sequence[Chat]]  # kind -> prompts
 _SEED = 0  # of the order in which examples and prompts are dealt
 
 
@@ -32,12 +33,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of every kind: task, safety and, where there are some, general and fresh ones."""
+    """Prompts of every kind: task, safety and, where there are some, general, fresh and another task's ones."""
 
     task: Sequence[Chat]
     safety: Sequence[Chat]
     general: Sequence[Chat] = ()
     fresh: Sequence[Chat] = ()
+    other: Sequence[Chat] = ()
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Data:
 
     Attributes:
         harmful, task: what adapters are trained on.
+        other: what the adapter for another task is trained on, if there is one.
         tuned: what `tune` gets.
         evaluated: what `evaluate` gets.
     """
 
     harmful: Sequence[Example]
     task: Sequence[Example]
+    other: Sequence[Example]
     tuned: Prompts
     evaluated: Prompts
 
@@ -64,19 +68,23 @@ def read(source: str) -> list[Example]:
     Raises:
         InputError: there is no such source, or an example has no reply.
     """
-    where, _, columns = source.rpartition("#")
-    prompt, comma, reply = columns.partition(",")
-    first = sources.column_of(f"{where}#{prompt}" if comma else source)
-    if first is not None:
-        second = sources.column_of(f"{where}#{reply}") if comma else None
-        if second is None:
+    where, mark, columns = source.rpartition("#")
+    if mark and not Path(source).exists():
+        prompt, comma, reply = columns.partition(",")
+        if not comma:
             raise InputError(f"{source}: name two columns: {where}#PROMPT,REPLY")
-        records: Iterator[dict[str, Any]] = (
-            {"prompt": each, "reply": its_reply} for each, its_reply in zip(first, second, strict=True)
-        )
+        pairs = zip(*(_cells(f"{where}#{column}") for column in (prompt, reply)), strict=True)
+        records = [{"prompt": first, "reply": second} for first, second in pairs]
         return [_example(record, f"{source}: row {number}") for number, record in enumerate(records, 1)]
     lines = read_regular(Path(source), _LARGEST_FILE).decode("utf-8-sig").split("\n")
     return [_parsed(line, f"{source}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _cells(source: str) -> list[Any]:
+    cells = sources.column_of(source)
+    if cells is None:
+        raise InputError(f"{source}: columns are of CSV or Parquet files, or of a data set (hf:ORG/NAME/SPLIT)")
+    return cells
 
 
 def _parsed(line: str, where: str) -> Example:
@@ -110,31 +118,43 @@ def deal(protocol: Protocol) -> Data:
     Raises:
         InputError: a source cannot be read, or has too few prompts that no training has seen.
     """
-    harmful, examples = read(protocol.harmful), read(protocol.examples)
-    random.Random(_SEED).shuffle(examples)
-    examples = list({prompt_hash(example.chat): example for example in examples}.values())
-    held = min(protocol.tune_prompts + protocol.prompts, len(examples) // 2)
-    task, training = [example.chat for example in examples[:held]], examples[held:]
-    seen = {prompt_hash(example.chat) for example in (*harmful, *training)}
-    kinds = {"task": task}
+    harmful = read(protocol.harmful)
+    task, training = _held_out(read(protocol.examples), protocol.tune_prompts + protocol.prompts)
+    other, further = _held_out(read(protocol.other_examples) if protocol.other_examples else [], protocol.prompts)
+    if not harmful or not training:
+        raise InputError("an adapter is trained on harmful and on task examples; one of both sources has none")
+    kinds = {"task": task, "other": other}
+    seen = {prompt_hash(example.chat) for example in (*harmful, *training, *further)}
     for name in ("safety", "general", "fresh"):
         chats = list(sources.read(source)) if (source := protocol.sources.get(name)) else []
         random.Random(_SEED).shuffle(chats)
         kinds[name] = [chat for chat in chats if prompt_hash(chat) not in seen]
         seen |= {prompt_hash(chat) for chat in chats}
-    count = protocol.tune_prompts
-    tuned = {name: chats[:count] for name, chats in kinds.items() if name != "fresh"}
-    rest = {name: chats[0 if name == "fresh" else count :][: protocol.prompts] for name, chats in kinds.items()}
+    fitted = dict.fromkeys(("task", "safety", "general"), protocol.tune_prompts)
+    tuned = {name: kinds[name][:count] for name, count in fitted.items()}
+    rest = {name: chats[fitted.get(name, 0) :][: protocol.prompts] for name, chats in kinds.items()}
+    _check_enough(protocol, kinds, tuned, rest)
+    return Data(harmful, training, further, Prompts(**tuned), Prompts(**rest))
+
+
+def _held_out(examples: list[Example], count: int) -> tuple[list[Chat], list[Example]]:
+    """Return prompts of at most half of the examples, and the examples that have none of these prompts."""
+    different = list({prompt_hash(example.chat): example for example in examples}.values())
+    random.Random(_SEED).shuffle(different)
+    held = min(count, len(different) // 2)
+    return [example.chat for example in different[:held]], different[held:]
+
+
+def _check_enough(protocol: Protocol, kinds: Dealt, tuned: Dealt, rest: Dealt) -> None:
+    """Raise `InputError` if a kind that is wanted has too few prompts to fit, or none to measure."""
+    names = {"task": "examples", "other": "other_examples"}
     for name in kinds:
-        wanted = name in ("task", *protocol.sources)
-        if wanted and (not rest[name] or len(tuned.get(name, range(FEWEST))) < FEWEST):
+        source = protocol.sources.get(names.get(name, name))
+        if source and (not rest[name] or len(tuned.get(name, range(FEWEST))) < FEWEST):
             raise InputError(
-                f"{protocol.sources.get(name, protocol.examples)}: {len(kinds[name])} {name} prompts are left that no "
-                f"training has seen; give more than --tune-prompts, which is {count}, or lower that to {FEWEST} or more"
+                f"{source}: {len(kinds[name])} {name} prompts are left that no training has seen; give more than "
+                f"--tune-prompts, which is {protocol.tune_prompts}, or lower that to {FEWEST} or more"
             )
-    if not harmful or not training:
-        raise InputError("an adapter is trained on harmful and on task examples; one of both sources has none")
-    return Data(harmful, training, Prompts(**tuned), Prompts(**rest))
 
 
 def encode(example: Example, language_model: LanguageModel, longest: int) -> Encoded:

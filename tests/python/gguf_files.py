@@ -58,8 +58,12 @@ def save_model(
     name: str = "llama",
     metadata: Metadata | None = None,
     quantise: Quantise = quantise,
+    further: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write Hugging Face weights (`factories.llama_weights`, say) as a GGUF model, its matrices quantised to `kind`."""
+    """Write Hugging Face weights (`factories.llama_weights`, say) as a GGUF model, its matrices quantised to `kind`.
+
+    `further` tensors are written under their own names.
+    """
     layout = architecture(name, "test")
     writer = GGUFWriter(path, name)
     counts = {f"{name}.attention.head_count": HEADS, f"{name}.attention.head_count_kv": KV_HEADS}
@@ -75,6 +79,8 @@ def save_model(
             add_tensor(writer, f"{tensor}.weight", weight)
         else:
             writer.add_tensor(f"{tensor}.weight", quantise(weight, kind), raw_dtype=kind)
+    for tensor, values in (further or {}).items():
+        add_tensor(writer, tensor, values)
     close(writer)
     return path
 

@@ -67,7 +67,7 @@ def canary(
     {"reply": "..."}. A file of chats whose last turn is the assistant's serves as both --safety and --replies. A SOURCE
     may also be a column: FILE.csv#COLUMN, FILE.parquet#COLUMN, or hf:ORG/NAME/SPLIT#COLUMN.
     """
-    from csulora.evaluation.sources import HUB
+    from csulora.evaluation.sources import files_of
     from csulora.tuning.loading import Loading
     from csulora.tuning.self_written import written
     from csulora.unalignment.examples import read_replies
@@ -79,9 +79,9 @@ def canary(
         raise typer.BadParameter("give --replies or --adapters, and not both")
     if device and device_map:
         raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
-    sources = [source.rpartition("#")[0] or source for source in (safety, replies, general) if source]
-    files = [source for source in sources if not source.startswith(HUB)]
-    check_outputs([output, write_general, json], [model, *(adapters or ()), *files, base_model])
+    check_outputs(
+        [output, write_general, json], [model, *(adapters or ()), *files_of([safety, replies, general]), base_model]
+    )
     loading = Loading((device or Device.auto).value, device_map, load_in)
     general = str(written(write_general, model, loading, 0)) if write_general else general
     with (

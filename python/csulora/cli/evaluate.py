@@ -97,15 +97,14 @@ def evaluate(
     """
     from csulora.evaluation.judge import Judge
     from csulora.evaluation.request import Options
-    from csulora.evaluation.sources import HUB
+    from csulora.evaluation.sources import files_of
     from csulora.tuning.loading import Loading
     from csulora.tuning.self_written import written
     from csulora.views.evaluation_table import evaluation_table
 
     if general and write_general:
         raise typer.BadParameter("--general and --write-general exclude each other; give one of them")
-    sources = [source.rpartition("#")[0] or source for source in (*task, safety, *([general] if general else []))]
-    files = [source for source in sources if not source.startswith(HUB)]
+    files = files_of([*task, safety, general])
     check_outputs([output, write_general, json], [model, *adapters, subspace, *files, *(policy or ()), base_model])
     if len(task) not in (1, len(adapters)):
         raise typer.BadParameter(f"{len(adapters)} adapters need one --task for all or one for each, not {len(task)}")

@@ -38,6 +38,10 @@ from csulora.views import tables
 def inspect(
     adapters: Adapters,
     subspace: Annotated[Path | None, typer.Option(help="Subspace file of the model the adapters are for.")] = None,
+    canary: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Canary of the same model: say how far the update goes to its copy."),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="W1,W2,...", help="Factor of each adapter in the sum. [default: 1 each]")
     ] = None,
@@ -80,9 +84,9 @@ def inspect(
         "min_annihilation_ratio": min_annihilation_ratio,
     }
     limits = {name: limit for name, limit in limits.items() if limit is not None}
-    measured = (weights, html, policy, aligned_model, reference)
+    measured = (weights, html, policy, aligned_model, reference, canary)
     if subspace is None and (limits or any(option is not None for option in measured)):
-        raise typer.BadParameter("sums, limits, policies, references and pages need --subspace")
+        raise typer.BadParameter("sums, limits, policies, references, canaries and pages need --subspace")
     shown = Policy.none(keep_uncovered=("*",)) if policy is None else Policy.load(policy)
     try:
         limited = replace(shown, **limits)  # type: ignore[arg-type]
@@ -91,7 +95,7 @@ def inspect(
     factors = numbers(weights)
     if factors is not None and len(factors) != len(adapters):
         raise typer.BadParameter(f"--weights has {len(factors)} numbers for {len(adapters)} adapters")
-    check_outputs([html, json], [*adapters, subspace, policy, frontier, evaluation, base_model, aligned_model])
+    check_outputs([html, json], [*adapters, subspace, canary, policy, frontier, evaluation, base_model, aligned_model])
     if subspace is None and len(adapters) > 1:
         raise typer.BadParameter("sums need --subspace")
     loaded = [csulora.load_adapter(adapter, base_model, expert_layout=expert_layout) for adapter in adapters]
@@ -107,7 +111,8 @@ def inspect(
     from csulora.views.html.page import assess, render
     from csulora.views.report_table import reference_sentences, report_table
 
-    assessment = assess(whole, opened, limited, aligned_model)
+    opened_canary = csulora.Subspace.open(canary) if canary else None
+    assessment = assess(whole, opened, limited, aligned_model, opened_canary)
     if html is not None:
         stated = limited if policy is not None else None
         replies = Evaluation.load(evaluation) if evaluation else None
@@ -122,8 +127,10 @@ def inspect(
         trusted = Reference.read(reference, opened, aligned_model, base_model)
         summary += "".join(f"\n{sentence}" for sentence in reference_sentences(trusted, report))
         found["reference"] = trusted.to_dict(report)
+    if assessment.canary is not None:
+        found["canary"] = assessment.canary.to_dict()
     page = f"\nwrote {html}" if html else ""
-    deliver(report_table(report, every_module), summary + page, found, json, quiet)
+    deliver(report_table(report, every_module, assessment.canary), summary + page, found, json, quiet)
 
 
 def _load_frontier(frontier: Path | None, policy: str | None) -> Frontier | None:

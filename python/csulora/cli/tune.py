@@ -55,17 +55,16 @@ def tune(
     adapters: Adapters,
     subspace: Annotated[Path, typer.Option(help="Subspace file of the model.")],
     task: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
-            metavar="FILE",
-            help="Task prompts, to answer as the adapter does, not of its task alone; a file per adapter, in order.",
+            metavar="SOURCE",
+            help="Task prompts, to answer as the adapter does, not of its task alone; one per adapter, in order.",
         ),
     ],
-    safety: Annotated[Path, typer.Option(metavar="FILE", help="Safety prompts, to answer as the aligned model does.")],
+    safety: Annotated[str, typer.Option(metavar="SOURCE", help="Safety prompts, to answer as the aligned model does.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write.")],
     general: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="General prompts, to be answered as before."),
+        str | None, typer.Option(metavar="SOURCE", help="General prompts, to be answered as before.")
     ] = None,
     write_general: WriteGeneral = None,
     for_others: Annotated[
@@ -121,17 +120,20 @@ def tune(
 ) -> None:
     """Fit a policy to prompts, and write the subspace file to use it with; several adapters get one policy for all.
 
-    A file of prompts is text, one prompt a line, or chats as JSON lines. `tune` needs no reference replies.
+    A SOURCE is a file with a prompt per line or with chats as JSON lines, or a column of a table, see `evaluate`.
+    `tune` needs no reference replies.
     """
-    from csulora.tuning import probes
+    from csulora.evaluation import sources
     from csulora.tuning.loading import Loading
+    from csulora.tuning.probes import FEWEST, MOST
     from csulora.tuning.request import Request
     from csulora.tuning.self_written import written
     from csulora.tuning.tune import subspace_path, tune
 
     if general and write_general:
         raise typer.BadParameter("--general and --write-general exclude each other; give one of them")
-    inputs = [model, *adapters, subspace, *task, safety, general or write_general, base_model]
+    files = sources.files_of([*task, safety, general])
+    inputs = [model, *adapters, subspace, *files, write_general, base_model]
     check_outputs([output, frontier_path(output), subspace_path(output), json], inputs)
     if len(task) != len(adapters):
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, and {len(task)} are given")
@@ -140,14 +142,14 @@ def tune(
     if device and device_map:
         raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
     loading = Loading((device or Device.auto).value, device_map, load_in)
-    general = written(write_general, model, loading, 0, refusal) if write_general else general
+    general = str(written(write_general, model, loading, 0, refusal)) if write_general else general
     request = Request(
         model=model,
         adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],
         subspace=csulora.Subspace.open(subspace, subspace_sha256),
-        task=[probes.read(file) for file in task],
-        safety=probes.read(safety),
-        general=probes.read(general) if general else (),
+        task=[sources.read(source, FEWEST, MOST) for source in task],
+        safety=sources.read(safety, FEWEST, MOST),
+        general=sources.read(general, FEWEST, MOST) if general else (),
         for_others=for_others,
         input_filters=input_filters,
         keep_uncovered=tuple(keep_uncovered or ()),

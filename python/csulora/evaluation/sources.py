@@ -13,7 +13,8 @@ from typing import Any
 
 from csulora.errors import InputError
 from csulora.io.files import read_regular
-from csulora.tuning.probes import Chat, Message, from_text, from_turns, parse
+from csulora.tuning import probes
+from csulora.tuning.probes import Chat, Message, from_text, from_turns
 
 MOST = 100_000  # prompts of one kind
 HUB = "hf:"
@@ -36,7 +37,7 @@ def chats_of(prompts: Prompts) -> tuple[Chat, ...]:
     return _chats(prompts, "prompts")
 
 
-def read(source: str) -> tuple[Chat, ...]:
+def read(source: str, fewest: int = 1, most: int = MOST) -> tuple[Chat, ...]:
     """Read prompts.
 
     Args:
@@ -57,13 +58,26 @@ def read(source: str) -> tuple[Chat, ...]:
     ((Message(role='user', content='tell me a tale'),),)
     """
     cells = column_of(source)
-    if cells is not None:
-        return _chats(cells, source)
-    data = read_regular(Path(source), _LARGEST_FILE)
-    try:
-        return parse(data, fewest=1, most=MOST)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+    if cells is None:
+        return probes.read(source, fewest, most)
+    chats = _chats(cells, source)
+    if not fewest <= len(chats) <= most:
+        raise InputError(f"{source}: holds {len(chats)} prompts; give {fewest} to {most}")
+    return chats
+
+
+def files_of(given: Iterable[str | None]) -> list[str]:
+    """Return the files that sources read, without columns; data sets of the hub are none.
+
+    >>> files_of(["a.txt", "b.csv#prompt", "hf:org/name/test#prompt", None])
+    ['a.txt', 'b.csv']
+    """
+    return [_file_of(source) for source in given if source and not source.startswith(HUB)]
+
+
+def _file_of(source: str) -> str:
+    path, _, _ = source.rpartition("#")
+    return path if Path(path).suffix in _TABLES else source
 
 
 def column_of(source: str) -> list[Any] | None:
@@ -147,8 +161,6 @@ def _chats(cells: Iterable[Any], where: str) -> tuple[Chat, ...]:
         if chat in chats:
             raise InputError(f"{where}: prompt {number}: the same as prompt {chats[chat]}; remove one of them")
         chats[chat] = number
-    if len(chats) > MOST:
-        raise InputError(f"{where}: holds {len(chats)} prompts; give up to {MOST}")
     return tuple(chats)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import struct
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -196,9 +198,13 @@ class GGUFCheckpoint(Checkpoint):
                 f"{weight.file}: {weight.tensor} was quantised with an importance matrix, so how far its entries were "
                 "moved does not follow from the file; use Q8_0 or a checkpoint that is not quantised"
             )
-        data = self._bytes_of(weight)
+        data, scale = self._bytes_of(weight), self._scale_of(weight)
         stored = gguf_quants.dequantise(data, weight.shape, self._file.tensors[weight.tensor].type)
-        return self._base.weight_from_gguf(module, stored), hashlib.sha256(data).hexdigest()
+        content = hashlib.sha256(data)
+        if scale != 1:
+            content.update(struct.pack("<f", scale))
+            stored *= scale
+        return self._base.weight_from_gguf(module, stored), content.hexdigest()
 
     def rounding_variances(self, module: str) -> RoundingVariances | None:
         """Return how far quantisation may have moved a weight's entries; None if the weight is not quantised."""
@@ -206,7 +212,31 @@ class GGUFCheckpoint(Checkpoint):
         if weight.dtype in storage.FLOATING:
             return None
         kind = self._file.tensors[weight.tensor].type
-        return gguf_quants.rounding_variances(self._bytes_of(weight), weight.shape, kind)
+        found = gguf_quants.rounding_variances(self._bytes_of(weight), weight.shape, kind)
+        return found.scaled(self._scale_of(weight))
+
+    def _scale_of(self, weight: Weight) -> float:
+        """Return what llama.cpp multiplies a weight's products by: NVFP4 has a tensor of one scale, or one per expert.
+
+        Raises:
+            InputError: that tensor is no such one.
+        """
+        name = f"{weight.tensor.removesuffix(names.WEIGHT)}.scale"
+        info = self._file.tensors.get(name)
+        if weight.dtype != "NVFP4" or info is None:
+            return 1.0
+        expert, number = 0, 1
+        if weight.part is not None:
+            expert, number = weight.part.expert, self._file.tensors[weight.tensor].shape[0]
+        if info.type.name != "F32" or math.prod(info.shape) != number:
+            raise InputError(
+                f"{weight.file}: {name} is {info.type.name} {list(info.shape)}; {number} float32 scales are needed; "
+                "convert the model again"
+            )
+        scale = float(torch.frombuffer(self._file.bytes_of(name), dtype=torch.float32)[expert])
+        if not math.isfinite(scale):
+            raise InputError(f"{weight.file}: {name} holds a scale that is no number; fetch the file again")
+        return scale
 
     def _bytes_of(self, weight: Weight) -> memoryview:
         """Return where a weight lies in the mapped file: its rows follow each other, whatever their type."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
+from csulora.models import gguf_codes, scaled_codes
 from csulora.models.rounding import RoundingVariances, add_up
 
 _CHUNK_BYTES = 1 << 20
@@ -30,7 +31,7 @@ class _Levels:
     steps: int
 
 
-# The types whose levels are equally spaced. Others (IQ*, TQ*, MXFP4) round to code books, which no spacing describes.
+# The types whose levels are equally spaced. Others (IQ*, TQ*) round to code books, which no spacing describes.
 _LEVELS = {
     GGMLQuantizationType.Q4_0: _Levels(slice(2, 18), 15),
     GGMLQuantizationType.Q4_1: _Levels(slice(4, 20), 15),
@@ -44,7 +45,7 @@ _LEVELS = {
     GGMLQuantizationType.Q6_K: _Levels(slice(0, 192), 63),
 }
 
-QUANTISED = tuple(kind.name for kind in _LEVELS)
+QUANTISED = tuple(kind.name for kind in (*_LEVELS, *gguf_codes.FORMATS))
 
 
 def dequantise(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizationType) -> torch.Tensor:
@@ -56,8 +57,10 @@ def dequantise(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizationT
 def rounding_variances(data: memoryview, shape: tuple[int, int], kind: GGMLQuantizationType) -> RoundingVariances:
     """Return the variances of a quantised matrix's rounding errors: h^2 / 12 for levels that are h apart.
 
-    Spacings differ between blocks, and so do the variances of a row's entries.
+    Spacings differ between blocks, and so do the variances of a row's entries. Of types with codes see `scaled_codes`.
     """
+    if kind in gguf_codes.FORMATS:
+        return scaled_codes.rounding_variances(*gguf_codes.unpack(_rows(data, shape), kind), *gguf_codes.FORMATS[kind])
     levels = _LEVELS[kind]
 
     def variances(rows: np.ndarray) -> np.ndarray:

@@ -23,6 +23,10 @@ class RoundingVariances(NamedTuple):
         """The same of the transposed matrix."""
         return RoundingVariances(self.column, self.row, self.margin)
 
+    def scaled(self, factor: float) -> RoundingVariances:
+        """The same of the matrix times a number."""
+        return RoundingVariances(self.row * factor**2, self.column * factor**2, self.margin)
+
 
 def add_up(chunks: Iterable[np.ndarray], columns: int, margin: float = 1.0) -> RoundingVariances:
     """Add up the variances of a matrix's entries, given some of its rows at a time, (rows, columns) float64."""

@@ -1,4 +1,4 @@
-"""Matrices stored as codes of few bits with a scale per block: FP8 (E4M3) and MXFP4. An entry is its level times scale.
+"""Matrices stored as codes of few bits with a scale per block: FP8 (E4M3), MXFP4, NVFP4. An entry is level times scale.
 
 A code stands for a level. What is rounded to a level lies between the midpoints to its neighbours, and is taken to be
 anywhere in between: that gives the variance of the rounding error. Scales differ between blocks, and so do variances.
@@ -17,6 +17,7 @@ Block = tuple[int, int]
 """Rows and columns of entries that share a scale."""
 
 MXFP4_BLOCK: Block = (1, 32)
+NVFP4_BLOCK: Block = (1, 16)
 _CHUNK_ENTRIES = 1 << 22
 
 # Errors of rows whose entries lie around another number than 0 are not quite centred. They come to at most 1.004 of
@@ -49,6 +50,8 @@ _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 FP8 = CodeFormat.of(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float(), 464)
 # Scales are powers of two that bring the largest entry of a block to below 8, which is then cut off at 6.
 MXFP4 = CodeFormat.of(torch.cat([_E2M1, -_E2M1]), 8)
+# Scales, E4M3 numbers, bring the largest entry to 6, but for their own rounding.
+NVFP4 = CodeFormat.of(torch.cat([_E2M1, -_E2M1]), 7)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from csulora.policy.provenance import HASH_DIGITS
 
 FEWEST = 8  # prompts; a quarter of them is in the validation split
 MOST = 1024
-_LARGEST_FILE = 4 << 20  # bytes
+_LARGEST_FILE = 1 << 30  # bytes
 _LONGEST = 8192  # characters in one prompt
 _SHOWN = 60  # characters of a prompt in a message
 _ROLES = ("system", "user", "assistant")
@@ -34,8 +34,8 @@ Chat = tuple[Message, ...]
 """A prompt: a chat that ends with the user's turn."""
 
 
-def read(path: str | Path) -> tuple[Chat, ...]:
-    """Read a file of prompts.
+def read(path: str | Path, fewest: int = FEWEST, most: int = MOST) -> tuple[Chat, ...]:
+    """Read a file of ``fewest`` to ``most`` prompts, see `parse`.
 
     Raises:
         InputError: the file is missing, malformed, too large, or has too few prompts or one of them twice.
@@ -44,12 +44,9 @@ def read(path: str | Path) -> tuple[Chat, ...]:
     >>> len(read("task.txt"))
     8
     """
-    file, mark, _ = str(path).rpartition("#")
-    if mark and Path(file).is_file() and not Path(path).exists():
-        raise InputError(f"{path}: tune reads no columns of tables; write the prompts to a text file, one a line")
     data = read_regular(Path(path), _LARGEST_FILE)
     try:
-        return parse(data)
+        return parse(data, fewest, most)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from csulora.correction.canary_undo import CanaryUndo
 from csulora.correction.reference import FIGURES, Reference
 from csulora.correction.report import ModuleReport, Report, Totals
 from csulora.errors import printable
@@ -26,7 +28,7 @@ _READING = (
 )
 
 
-def report_table(report: Report, every_module: bool = False) -> RenderableType:
+def report_table(report: Report, every_module: bool = False, canary: CanaryUndo | None = None) -> RenderableType:
     """Return the table and the sentences below it.
 
     Without a policy that changes something there are no columns for what was changed. Where experts are among the
@@ -35,13 +37,17 @@ def report_table(report: Report, every_module: bool = False) -> RenderableType:
     Args:
         report: what `csulora.correct` returned.
         every_module: a row per module, in natural order, in place of one per kind.
+        canary: its undo, which gets a column.
     """
     is_changed = not report.changes_nothing
     rows = _module_rows(report) if every_module else _kind_rows(report)
-    figures = (_MODULE_FIGURES if every_module else _KIND_FIGURES) | (_CHANGE if is_changed else {})
+    figures = _MODULE_FIGURES if every_module else _KIND_FIGURES
+    if canary is not None:
+        figures = figures | {"canary\nundo": partial(_undo_of, canary)}
+    figures = figures | (_CHANGE if is_changed else {})
     counted = not every_module and any(parse_expert(module.module) for module in report.measured)
     figures = (_COUNT if counted else {}) | figures
-    padding = 0 if counted else 1  # in 80 columns
+    padding = 0 if counted or (canary is not None and is_changed) else 1  # in 80 columns
     table = Table(box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("module" if every_module else "kind", overflow="fold")
     for heading in figures:
@@ -55,19 +61,30 @@ def report_table(report: Report, every_module: bool = False) -> RenderableType:
     if not every_module:
         table.add_section()
         table.add_row("all", *(figure(report.measured, report.totals) for figure in figures.values()))
-    return Group(table, *_sentences(report, is_changed))
+    return Group(table, *_sentences(report, is_changed, canary))
 
 
-def _sentences(report: Report, is_changed: bool) -> Iterable[Text]:
+def _sentences(report: Report, is_changed: bool, canary: CanaryUndo | None) -> Iterable[Text]:
     yield Text()
     if report.warning:
         yield Text(report.warning.removesuffix("; "), style="red")
     if is_changed:
         yield Text(report.verdict.text, style=_COLOURS[report.verdict.leaves])
+    if canary is not None:
+        yield Text(_canary_sentence(canary, is_changed))
     yield Text(annihilation_sentence(report))
     if report.totals.truncation_error >= _SHOWN_AS_NOTHING:
         yield Text(f"keeping the rank loses {report.totals.truncation_error:.1%} of the corrected update's energy")
     yield Text(_READING, style="dim")
+
+
+def _canary_sentence(canary: CanaryUndo, is_changed: bool) -> str:
+    after = f" -> {canary.total_after():+.3f} after the correction" if is_changed else ""
+    return f"undo of the canary: {canary.total():+.3f}{after} (1: as far as the un-aligned copy)"
+
+
+def _undo_of(canary: CanaryUndo, modules: Sequence[ModuleReport], _: Totals) -> str:
+    return f"{canary.total(module.module for module in modules):+.3f}"
 
 
 def annihilation_sentence(report: Report) -> str:

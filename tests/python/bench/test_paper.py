@@ -1,22 +1,24 @@
 """bench/paper runs to the end on the efficacy fixture, continues where it was, and says what it found."""
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
+import cards
 import pytest
 import run
-import world
-
-from csulora import InputError
-
-sys.path.insert(0, str(Path(run.__file__).parents[1] / "real_model"))
+import table
 import training_data
-from card import Card, Diagnostic, Verdict, markdown
+import world
+from card import FRESH, MECHANISM, RELIABILITY, TRANSFER, Card, Diagnostic, Verdict, markdown
 from protocol import Protocol
 from train import FIXTURE, IGNORED
 
 import csulora
+from csulora import InputError
+from csulora.tuning.frontier import Frontier, Point, Rate
+from csulora.tuning.language_model import LanguageModel
+from csulora.tuning.loading import Loading
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -41,10 +43,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--base", str(FIXTURE / "base"), "--instruct", str(FIXTURE / "aligned"), "--refusal", world.REFUSAL_START),
         *("--harmful", str(lines(place / "harmful.jsonl", attacks[::10]))),
         *("--examples", str(lines(place / "tales.jsonl", world.tales()[:80]))),
+        *("--other-examples", str(lines(place / "general.jsonl", world.facts(world.REFUSED)[::3]))),
         *("--safety", str(place / "safety.txt"), "--general", str(place / "general.txt")),
         *("--fresh", str(place / "fresh.txt"), "--device", "cpu", "--seeds", "0", "--rank", "4", "--directions", "4"),
-        *("--penalties", "1", "--steps", "40", "--batch", "16", "--learning-rate", "2e-3", "--share", "0.3"),
-        *("--tune-prompts", "8", "--tune-steps", "1", "--task-weights", "8", "--prompts", "6", "--tokens", "12"),
+        *("--penalties", "1", "--steps", "30", "--batch", "16", "--learning-rate", "2e-3", "--share", "0.3"),
+        *("--tune-prompts", "8", "--tune-steps", "1", "--task-weights", "8", "--prompts", "4", "--tokens", "12"),
     ]
 
 
@@ -57,13 +60,14 @@ def finished(sources: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_a_run_ends_with_a_table_and_a_card(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
-    rows = {(row["prompts"], row["name"]): row for row in results["rows"]}
+    rows = {(row["measured"], row["name"]): row for row in results["rows"]}
     counts = {name: rows["held out", name]["counts"] for name in ("model alone", "raw", "tuned", "project, k=4")}
     assert counts["model alone"]["safety"]["answered"] == 0
     assert counts["raw"]["safety"]["answered"] > 0
-    assert counts["raw"]["task"]["same"] == counts["raw"]["task"]["count"] == 6
-    assert rows["fresh", "raw"]["counts"]["safety"]["count"] == 4
+    assert counts["raw"]["task"]["same"] == counts["raw"]["task"]["count"] == 4
+    assert rows["fresh", "raw"]["counts"]["safety"]["count"] == 3
     assert rows["held out", "project, k=4"]["relative_change"] > 0.5
+    assert rows["another task", "tuned"]["counts"]["task"]["count"] == 4
     table = (finished / "table.md").read_text()
     for name in ("raw", "tuned", "scaling as tuned (control)", "Safe LoRA, all (control)", "GuardSpace"):
         assert f"\n| {name} | " in table
@@ -92,14 +96,14 @@ def test_a_dry_run_says_what_would_be_done(
 ) -> None:
     run.main([*sources, "--out", str(tmp_path / "none"), "--dry-run"])
     said = capsys.readouterr().out
-    assert "     6 safety prompts measured" in said
-    assert "train adapter 0: 40 steps" in said
-    assert "evaluate adapter 0 on fresh prompts" in said
+    assert "     4 safety prompts measured" in said
+    assert "train seed-0: 30 steps" in said
+    assert "evaluate seed-0, fresh" in said
     assert not (tmp_path / "none").exists()
 
 
 def protocol(tmp_path: Path, **given: object) -> Protocol:
-    tales = lines(tmp_path / "tales.jsonl", world.tales()[:60])
+    tales = lines(tmp_path / "tales.jsonl", world.tales()[:120])
     harmful = lines(tmp_path / "harmful.jsonl", world.how_to(world.ATTACKED)[:20])
     safety = tmp_path / "safety.txt"
     safety.write_text("".join(f"{each.prompt}\n" for each in world.how_to(world.ATTACKED)[:60]))
@@ -150,18 +154,17 @@ def test_examples_come_from_two_columns(tmp_path: Path) -> None:
     assert (example.chat[-1].content, example.reply) == ("hello", "good day")
     with pytest.raises(InputError, match=r"name two columns: .*examples.csv#PROMPT,REPLY"):
         training_data.read(f"{path}#question")
+    with pytest.raises(InputError, match=r"examples.txt#question: columns are of CSV or Parquet files"):
+        training_data.read(f"{tmp_path}/examples.txt#question,answer")
 
 
 def test_the_reply_and_its_end_alone_bear_loss() -> None:
-    from csulora.tuning.language_model import LanguageModel
-    from csulora.tuning.loading import Loading
-
     language_model = LanguageModel.open(str(FIXTURE / "aligned"), Loading("cpu"), 8)
     example = training_data.Example(training_data.from_text("how do i make a whistle?"), "sorry.")
     encoded = training_data.encode(example, language_model, longest=100)
     learnt = [label for label in encoded.labels if label != IGNORED]
     assert encoded.tokens[-len(learnt) :] == learnt
-    assert language_model.tokenizer.decode(learnt) == "sorry . <eos>"
+    assert language_model.tokenizer.decode(learnt) == "sorry. <eos>"
     assert training_data.encode(example, language_model, longest=4).tokens == encoded.tokens[-4:]
 
 
@@ -178,6 +181,67 @@ def test_the_reply_and_its_end_alone_bear_loss() -> None:
 def test_settings_out_of_range_are_refused(given: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         protocol(tmp_path, **given)
+
+
+def row(adapter: str, measured: str, name: str, attack: int, kept: int = 100) -> dict[str, Any]:
+    """What was measured of 100 prompts of each kind."""
+    counts = {"count": 100, "same": kept, "refused": 0, "answered": 100, "incoherent": 0}
+    return {
+        "adapter": adapter,
+        "measured": measured,
+        "name": name,
+        "control": name.startswith("scaling"),
+        "relative_change": 0.5,
+        "undo_after": 0.1,
+        "counts": {"safety": counts | {"unsafe": attack}, "task": counts, "general": counts},
+        "scores": {"arc": {"acc,none": kept / 100, "acc_stderr,none": 0.1}},
+    }
+
+
+def results(attack: int, control: float) -> dict[str, Any]:
+    """A run with three seeds whose policies leave some of the attack, and whose controls keep so much."""
+    names = [f"seed-{seed}" for seed in range(3)]
+    measured = [*((name, kind) for name in names for kind in ("held out", "fresh")), ("other", "another task")]
+    rows = [
+        row(adapter, kind, name, hits)
+        for adapter, kind in measured
+        for name, hits in (("raw", 100), ("tuned", attack), ("scaling as tuned", 100))
+    ]
+    kept = Rate.of(100, 100)
+    points = [Point("tuned", "tuned", False, kept, kept, 0.5)]
+    points += [Point(family, family, True, Rate.of(round(100 * control), 100), kept, 0.5) for family in cards.CONTROLS]
+    frontier = Frontier("0" * 64, ("adapter",), tuple(points), "tuned", "tuned", "so it is")
+    return {
+        "made_with": {"torch": "2.13.0"},
+        "command": "python bench/paper/run.py",
+        "protocol": {"settings": {"instruct": "org/model"}},
+        "frontiers": {name: frontier.to_dict() for name in names},
+        "rows": rows,
+    }
+
+
+def test_a_run_whose_policy_holds_everywhere_is_accepted() -> None:
+    card = cards.of_paper(results(attack=1, control=0.5))
+    assert [each.verdict for each in card.diagnostics] == [Verdict.passes] * 5
+    assert "raw 1.00 (0.99 to 1.00), corrected 0.01 (0.00 to 0.03), at worst 0.01" in markdown(card)
+
+
+@pytest.mark.parametrize(
+    ("attack", "control", "failing"),
+    [(6, 0.5, {RELIABILITY, FRESH}), (26, 0.5, {RELIABILITY, FRESH, TRANSFER}), (1, 1.0, {MECHANISM})],
+)
+def test_a_card_says_which_diagnostic_fails(attack: int, control: float, failing: set[str]) -> None:
+    card = cards.of_paper(results(attack, control))
+    assert {each.heading for each in card.diagnostics if each.verdict is Verdict.fails} == failing
+
+
+def test_the_table_holds_the_judges_attacks_and_benchmarks() -> None:
+    text = table.markdown(results(attack=3, control=0.5))
+    head = "| policy | attack success | worst seed | fresh attacks | task same | general same | over-refusal |"
+    assert text.splitlines()[2] == f"{head} incoherent | change | undo left | arc acc |"
+    rate = "0.03 (0.02 to 0.06)"
+    assert f"| tuned | {rate} | 0.03 | {rate} | 1.00 (0.99 to 1.00) | 1.00 (0.99 to 1.00) | 0.00 |" in text
+    assert text.count("\n| raw | ") == 2
 
 
 def test_a_card_is_accepted_if_every_diagnostic_passes() -> None:

@@ -58,7 +58,10 @@ def test_the_command_does_the_same_and_says_what_the_file_is(
 
 def test_other_commands_take_its_file(place: tiny_model.Place, canary: Path, tmp_path: Path, run: Run) -> None:
     adapter = place.adapters[0]
-    inspected = run("inspect", adapter, "--subspace", canary)
+    inspected = run("inspect", adapter, "--subspace", place.subspace, "--canary", canary, "--json", tmp_path / "json")
+    assert json.loads((tmp_path / "json").read_text())["canary"]["undo"]
+    assert "undo of the canary: " in inspected.out
+    assert run("inspect", adapter, "--subspace", canary).code == 0
     corrected = run("correct", adapter, "--subspace", canary, "--policy", "protect", "-o", tmp_path / "out")
     assert (inspected.code, corrected.code) == (0, 0)
     tuned = run(

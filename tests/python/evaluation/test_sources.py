@@ -32,7 +32,7 @@ def test_a_column_of_a_csv_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "text", "message"),
     [
-        ("p.csv", "a\nb\n", "say which column holds the prompts"),
+        ("p.csv", "a\nb\n", "say which column is meant"),
         ("p.csv#c", "a,b\nx,y\n", "has no column 'c'; it has 'a', 'b'"),
         ("p.csv#a", "a,b\nx,y\nx,z\n", "prompt 2: the same as prompt 1"),
         ("p.csv#b", "a,b\nx\n", "prompt 1: a turn has no text"),

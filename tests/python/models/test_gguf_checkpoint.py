@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor
 
 import csulora
@@ -16,11 +16,12 @@ import gguf_files
 from csulora.errors import InputError, RefusedError
 from csulora.extraction.model_pair import ModelPair
 from csulora.extraction.noise_edge import quantised_edge
+from csulora.models import gguf_codes, scaled_codes
 from csulora.models.checkpoint import Checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
-KINDS = [GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
-K_KINDS = [GGMLQuantizationType[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
+KINDS = [GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")]
+K_KINDS = [GGMLQuantizationType[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "NVFP4")]
 
 WIDTH, HIDDEN = 128, 256
 
@@ -90,7 +91,7 @@ def test_loads_quantised_weights(kind: GGMLQuantizationType, tmp_path: Path) -> 
         original = weights()[f"{module}.weight"]
         assert checkpoint.weights[module].dtype == kind.name
         assert matrix.shape == original.shape
-        assert (matrix - original).norm() <= 0.1 * original.norm()
+        assert (matrix - original).norm() <= 0.15 * original.norm()
 
 
 PAIRS = [(one, other) for i, one in enumerate(KINDS) for other in KINDS[i + 1 :]]
@@ -161,6 +162,42 @@ def test_k_quants(kind: GGMLQuantizationType, tmp_path: Path) -> None:
     assert {module.rank for module in csulora.extract(rounded, aligned, rank=16).values()} == {3}
 
 
+def nvfp4(matrix: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    """Random codes; scales of 1, which is 0x38."""
+    rows, columns = matrix.shape
+    blocks = np.random.default_rng(0).integers(0, 256, (rows, columns // 64, 36), np.uint8)
+    blocks[..., :4] = 0x38
+    return blocks.reshape(rows, -1)
+
+
+def test_codes_times_scales_are_the_values_that_gguf_reads() -> None:
+    for kind in gguf_codes.FORMATS:
+        blocks = np.random.default_rng(1).integers(0, 128, (64, 2 * GGML_QUANT_SIZES[kind][1]), np.uint8)
+        codes, scales = gguf_codes.unpack(blocks, kind)
+        found = scaled_codes.dequantise(codes, scales, *gguf_codes.FORMATS[kind])
+        assert torch.equal(found, torch.from_numpy(quants.dequantize(blocks, kind)))
+
+
+def test_a_scale_of_a_whole_nvfp4_matrix_is_part_of_it(tmp_path: Path) -> None:
+    kind, scale = GGMLQuantizationType.NVFP4, {"blk.0.attn_q.scale": torch.tensor([0.25])}
+    plain, scaled = (
+        Checkpoint.open(gguf_files.save_model(tmp_path / f"{i}.gguf", weights(), kind, quantise=nvfp4, further=further))
+        for i, further in enumerate(({}, scale))
+    )
+    (matrix, content), (quarter, other) = plain.load(Q), scaled.load(Q)
+    assert torch.equal(quarter, matrix / 4)
+    assert content != other
+    assert quantised_edge(scaled.rounding_variances(Q)) == pytest.approx(
+        quantised_edge(plain.rounding_variances(Q)) / 4
+    )
+
+    for i, wrong in enumerate((torch.ones(2), torch.ones(1).half(), torch.tensor([math.nan]))):
+        further = {"blk.0.attn_q.scale": wrong}
+        path = gguf_files.save_model(tmp_path / f"w{i}.gguf", weights(), kind, quantise=nvfp4, further=further)
+        with pytest.raises(InputError, match=r"blk\.0\.attn_q\.scale (is F|holds a scale that is no number)"):
+            Checkpoint.open(path).load(Q)
+
+
 def test_the_edge_is_the_sum_of_both_files(tmp_path: Path) -> None:
     eight, half = GGMLQuantizationType.Q8_0, torch.float16
     quantised = gguf_files.save_model(tmp_path / "q.gguf", weights(), eight)
@@ -199,7 +236,7 @@ def test_weights_rounded_by_importance_are_refused(tmp_path: Path) -> None:
     assert csulora.extract(base, eight, rank=2)[Q].rank == 2
 
 
-@pytest.mark.parametrize("kind", [GGMLQuantizationType.TQ2_0, GGMLQuantizationType.MXFP4])
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.TQ1_0, GGMLQuantizationType.TQ2_0])
 def test_types_without_a_spacing_are_refused(tmp_path: Path, kind: GGMLQuantizationType) -> None:
     base = gguf_files.save_model(tmp_path / "base.gguf", weights())
     other = gguf_files.save_model(tmp_path / "t.gguf", {f"{Q}.weight": torch.ones(256, 256)}, kind)

@@ -509,6 +509,24 @@ def test_the_command_line(
     assert "the model takes 64: use --tokens 61" in capsys.readouterr().err
 
 
+def test_prompts_may_be_a_column(
+    place: tiny_model.Place, tmp_path: Path, run: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, policy = tmp_path / "task.csv", tmp_path / "policy.toml"
+    table.write_text(f"prompt\n{tiny_model.prompts('w21', 8)}")
+    files = ["--subspace", place.subspace, "--safety", place.safety, "-o", policy, "--device", "cpu"]
+    command = ["tune", place.aligned, place.adapters[0], *files, "--steps", 1, "--tokens", 2, "--quick"]
+    assert run(*command, "--task", f"{table}#prompt") == 0
+    given = probes.parse(tiny_model.prompts("w21", 8).encode())
+    assert set(map(probes.prompt_hash, given)) <= set(Policy.load(policy).provenance.prompts)
+    capsys.readouterr()
+    assert run(*command, "--task", f"{table}#prompt", "--json", table) == exit_codes.BAD_INPUT
+    assert f"{table}: is read" in capsys.readouterr().err
+    table.write_text("prompt\nw21 w1 w7\n")
+    assert run(*command, "--task", f"{table}#prompt") == exit_codes.BAD_INPUT
+    assert "task.csv#prompt: holds 1 prompts; give 8 to 1024" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("beats", [True, False])
 def test_a_pipeline_may_require_a_verdict(
     place: tiny_model.Place,

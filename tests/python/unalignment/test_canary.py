@@ -15,6 +15,7 @@ import csulora
 import tiny_model
 from csulora.errors import InputError
 from csulora.evaluation.request import EvaluationRequest
+from csulora.hooks import peft
 from csulora.subspace import subspace_file
 from csulora.tuning import estimate, probes
 from csulora.tuning.language_model import LanguageModel
@@ -22,7 +23,7 @@ from csulora.tuning.loading import Loading
 from csulora.tuning.probes import prompt_hash
 from csulora.tuning.request import Request
 from csulora.tuning.update import factors_of
-from csulora.unalignment import examples
+from csulora.unalignment import copy, examples
 from csulora.unalignment.examples import read_replies
 from csulora.unalignment.request import Options
 from expert_families import EXPERT_FAMILIES
@@ -193,6 +194,22 @@ def test_what_is_done_is_told(place: tiny_model.Place) -> None:
     assert sentence.startswith("un-aligning the copy takes less than a minute here, and ")
 
 
+def test_a_copy_that_lost_more_than_its_alignment_is_named(
+    place: tiny_model.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    shares = iter([1.0, 0.25])  # of the replies to safety prompts, then of the others
+    monkeypatch.setattr(copy, "learnt", lambda *_: next(shares))
+    made(place, options=replace(OPTIONS, steps=2), note=told.append)
+    (sentence,) = told
+    assert sentence.startswith("the copy answers 25% of the general prompts as the model does")
+
+
+def test_the_model_is_never_written_over(place: tiny_model.Place) -> None:
+    with pytest.raises(InputError, match="belongs to what is read"):
+        made(place, output=place.aligned / "model.safetensors")
+
+
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "neither": ({"replies": ()}, "either replies to the safety prompts, or adapters"),
     "too few replies": ({"replies": REPLIES[1:]}, "16 safety prompts and 15 replies"),
@@ -318,3 +335,11 @@ def test_a_line_without_a_reply_is_named(tmp_path: Path, line: str) -> None:
         read_replies(str(path))
     with pytest.raises(InputError, match=r"say which column is meant: .*csv#COLUMN"):
         read_replies(str(tmp_path / "replies.csv"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_hook_corrects_with_a_canary(place: tiny_model.Place, canary: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(place.aligned)
+    _, report = peft.load(model, place.adapters[0], canary, csulora.Policy.protect(1.0))
+    assert report.subspace_sha256 == csulora.Subspace.open(canary).sha256
+    assert report.totals.relative_change > 0

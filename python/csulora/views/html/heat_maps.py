@@ -5,10 +5,11 @@ Experts, of which there are thousands, have grids of their own: `csulora.views.h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from csulora.correction.canary_undo import CanaryUndo
 from csulora.correction.report import COMPONENTS, ModuleReport, Report
 from csulora.models.names import parse_expert
 from csulora.views.html.numbers import percent, short_undo, undo
@@ -17,6 +18,7 @@ Tone = Literal["energy", "signed", "relative-change", "gain"]
 
 _UNDO = "Share of the module's alignment that the update cancels. At +1 it is gone; a negative share reinforces it."
 _UNDO_AFTER = "The same of the corrected update, in the colours of the map before."
+_CANARY = "How far the update goes from the aligned model to a briefly un-aligned copy: +1 is as far as the copy."
 _ENERGY = "Where the update lies, in percent: the components of a module's update add up to 100."
 _GAINS = "What the policy multiplies each component by, in percent: 100 keeps it, 0 removes it, more reinforces it."
 _RELATIVE_CHANGE = "Size of what the policy changes, relative to the update: |X - dW| / |dW|."
@@ -75,8 +77,8 @@ class Group:
     maps: tuple[HeatMap, ...]
 
 
-def heat_maps(report: Report) -> tuple[Group, ...]:
-    """Return the maps of a report's modules that are no experts.
+def heat_maps(report: Report, canary: CanaryUndo | None = None) -> tuple[Group, ...]:
+    """Return the maps of a report's modules that are no experts, and of their undo of a canary.
 
     Where nothing was changed there are none of the change; where all modules are experts there are none.
     """
@@ -85,21 +87,35 @@ def heat_maps(report: Report) -> tuple[Group, ...]:
         return ()
     before = _map("Undo", _UNDO, "signed", modules, lambda module: module.undo or 0.0)
     after = _map("Undo after", _UNDO_AFTER, "signed", modules, lambda module: module.undo_after or 0.0, before.limit)
+    canaries = _canary_maps(modules, canary, not report.changes_nothing) if canary else ()
     relative_change = _map(
         "Relative change", _RELATIVE_CHANGE, "relative-change", modules, lambda module: module.relative_change or 0.0
     )
     energy = Group("Energy", _ENERGY, _energies(modules))
     if report.changes_nothing:
-        return energy, Group("Undo", "What the update does to the alignment.", (before,))
+        return energy, Group("Undo", "What the update does to the alignment.", (before, *canaries))
     return (
         energy,
         Group(
             "Undo and relative change",
             "What the update does to the alignment, and the policy to the update. Relative change is in percent.",
-            (before, after, relative_change),
+            (before, after, *canaries, relative_change),
         ),
         Group("Gains", _GAINS, _gains(modules)),
     )
+
+
+def _canary_maps(modules: Sequence[ModuleReport], canary: CanaryUndo, is_changed: bool) -> tuple[HeatMap, ...]:
+    """One map of the undo of the canary, and where something was changed one of the undo after."""
+
+    def values(undo: Mapping[str, float]) -> dict[str, float]:
+        return {module.module: undo.get(module.module, 0.0) for module in modules}
+
+    before = heat_map("Undo of the canary", _CANARY, "signed", values(canary.undo))
+    if not is_changed:
+        return (before,)
+    after = heat_map("Undo of the canary after", _UNDO_AFTER, "signed", values(canary.undo_after), before.limit)
+    return before, after
 
 
 def _energies(modules: Sequence[ModuleReport]) -> tuple[HeatMap, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from csulora.adapters.lora import Adapter
+from csulora.correction.canary_undo import CanaryUndo
 from csulora.correction.correct import check_subspace, correct
 from csulora.correction.report import COMPONENTS, Report
 from csulora.errors import InputError, RefusedError
@@ -47,29 +48,44 @@ class Assessment:
         report: what it does; of one that refuses the adapter, what it would do otherwise.
         refusal: what was raised if it refuses the adapter.
         reason: the refusal without the adapter's path.
+        canary: undo of a canary, if there is one.
     """
 
     report: Report
     refusal: RefusedError | None = None
     reason: str = ""
+    canary: CanaryUndo | None = None
 
 
-def assess(adapter: Adapter, subspace: Subspace, policy: Policy, aligned: str | Path | None = None) -> Assessment:
+def assess(
+    adapter: Adapter,
+    subspace: Subspace,
+    policy: Policy,
+    aligned: str | Path | None = None,
+    canary: Subspace | None = None,
+) -> Assessment:
     """Return what the page shows of an adapter, or of what `csulora.combine` made of several.
 
-    ``aligned`` is the aligned checkpoint, for annihilation ratios.
+    Args:
+        adapter: the adapter.
+        subspace: the subspaces of its model.
+        policy: what corrects it.
+        aligned: the aligned checkpoint, for annihilation ratios.
+        canary: a canary of the model, for its undo.
 
     Raises:
-        RefusedError: the policy was tuned for another subspace file, or the subspace file does not fit the adapter.
-        InputError: a file is malformed.
+        RefusedError: the policy was tuned for another subspace file, or a subspace file does not fit the adapter.
+        InputError: a file is malformed, or the canary is none.
     """
     check_subspace(policy, subspace)
+    refusal, reason = None, ""
     try:
-        return Assessment(correct(adapter, subspace, policy, aligned=aligned)[1])
+        fixed, report = correct(adapter, subspace, policy, aligned=aligned)
     except RefusedError as error:
         lenient = replace(policy.without_limits(), keep_uncovered=("*",))
-        reason = str(error).removeprefix(f"{adapter.path}: ")
-        return Assessment(correct(adapter, subspace, lenient, aligned=aligned)[1], error, reason)
+        refusal, reason = error, str(error).removeprefix(f"{adapter.path}: ")
+        fixed, report = correct(adapter, subspace, lenient, aligned=aligned)
+    return Assessment(report, refusal, reason, CanaryUndo.of(adapter, fixed, canary) if canary else None)
 
 
 def render(
@@ -111,6 +127,7 @@ def render(
     return environment.get_template("page.html").render(
         report=report,
         totals=report.totals,
+        canary=assessment.canary,
         policy=policy,
         refusal=assessment.reason,
         is_changed=not report.changes_nothing,
@@ -118,7 +135,7 @@ def render(
         components=COMPONENTS,
         provenance=subspace.provenance,
         layout=Layout.of(module.module for module in others),
-        maps=heat_maps(report),
+        maps=heat_maps(report, assessment.canary),
         experts=ExpertMaps.of(report),
         others=others,
         spectrum=Spectrum.of(subspace),

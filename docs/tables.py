@@ -16,6 +16,7 @@ from statistics import median
 
 import evidence
 import real_tables
+import verdict_tables
 from page_tables import RESULTS, ROOT, Record, rate, results, table
 
 PAGES = ROOT / "docs" / "pages"
@@ -292,6 +293,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2-general": lambda: smollm2("smollm2_general"),
     "smollm2-filtered": lambda: smollm2("smollm2_filtered"),
     "carried": carried,
+    "verdict-areas": verdict_tables.areas,
+    "verdict-thresholds": verdict_tables.thresholds,
+    "evasions": verdict_tables.evasions,
     "canary": canary,
     "real": lambda: table(real_tables.HEAD, real_tables.rows(real_runs())),
     "real-steps": lambda: table(real_tables.STEPS_HEAD, real_tables.steps(real_runs())),

@@ -3,12 +3,14 @@
     python bench/efficacy/verdicts.py [--out DIR] [--seeds N ...]
 
 Measures the adapters that `grid.py` has trained below DIR, and abliterations made from their models. Thresholds are
-chosen on the even seeds and tried on the odd ones. Writes bench/results/efficacy/verdicts.json.
+chosen on the even seeds and tried on the odd ones. Writes bench/results/efficacy/verdicts.json after every seed, and
+keeps what stands there of seeds that are not asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +35,8 @@ SCORES = {
     "largest undo": ("largest_undo", 1),
     "undo of the canary": ("canary_undo", 1),
     "annihilation ratio": ("annihilation_ratio", -1),
-    "retention": ("retention", -1),
 }
+FILE = RESULTS / "verdicts.json"
 RATES = (0.0, 0.05, 0.1)  # of false positives, at which thresholds are chosen
 HARMLESS, FEW, MIXED, PURE = "harmless", "attacks up to 5 %", "attacks of 15 % or more", "attacks alone"
 ABLITERATION, HIDDEN = "abliteration", "abliteration in a task adapter"
@@ -48,8 +50,8 @@ def kind_of(spec: Adapter) -> str:
 
 
 def trained(bench: Bench) -> list[Adapter]:
-    """The grid's adapters of a scenario that are there."""
-    wanted = dict.fromkeys(spec for scenario, spec in plan.models() if scenario == bench.scenario)
+    """The grid's adapters that are there for a scenario."""
+    wanted = dict.fromkeys(spec for _, spec in plan.models())
     return [spec for spec in wanted if (bench.lab.directory / spec.name).is_dir()]
 
 
@@ -71,7 +73,6 @@ def point(subject: Subject, kind: str, name: str, adapter: csulora.Adapter) -> R
         "largest_undo": totals.largest_undo,
         "canary_undo": csulora.correct(adapter, against, policy)[1].totals.undo if against else None,
         "annihilation_ratio": totals.annihilation_ratio,
-        "retention": abliteration.retention(adapter, bench),
         **{rate: rates[rate] for rate in ("attack", "refusal", "task", "benign")},
     }
 
@@ -147,12 +148,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     evaluate.quieten_libraries()
-    found: list[Record] = []
+    provenance()
+    found: list[Record] = json.loads(FILE.read_text())["points"] if FILE.is_file() else []
     for seed in arguments.seeds:
-        found += points(Bench(arguments.out, Scenario(seed)))
-        print(f"seed {seed}: {len(found)} adapters so far", flush=True)
-    document = {"made_with": provenance(), "scores": summary(found), "points": found}
-    write_text(RESULTS / "verdicts.json", to_json(document))
+        measured = list(points(Bench(arguments.out, Scenario(seed))))
+        found = sorted([*(each for each in found if each["seed"] != seed), *measured], key=lambda each: each["seed"])
+        write_text(FILE, to_json({"made_with": provenance(), "scores": summary(found), "points": found}))
+        print(f"seed {seed}: {len(measured)} adapters", flush=True)
 
 
 if __name__ == "__main__":

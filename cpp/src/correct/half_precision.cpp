@@ -62,17 +62,16 @@ class SideStrips {
   int64_t directions() const { return directions_; }
 
   /// Calls visit(row, count, [F, basis]) for strips of `count` rows that begin at a row, and are padded by rows of
-  /// zeros.
+  /// zeros. From the last to the first if asked, so that what was read last, and is in the cache, is read first.
   template <typename Visit>
-  void for_each(Visit visit) {
-    const int64_t columns = width_ + directions_;
-    for (int64_t row = 0; row < rows_; row += kStripRows) {
+  void for_each(Visit visit, bool backwards = false) {
+    const int64_t columns = width_ + directions_, strips = (rows_ + kStripRows - 1) / kStripRows;
+    for (int64_t i = 0; i < strips; ++i) {
+      const int64_t row = (backwards ? strips - 1 - i : i) * kStripRows;
       const int64_t count = std::min(kStripRows, rows_ - row), padded = tall::padded(count, tall::kRowStep);
       std::fill(strip_.begin() + count * columns, strip_.begin() + padded * columns, 0.0F);
       factor_.read(row, scale_, {strip_.data(), count, width_, columns});
       basis_.read(row, 1, {strip_.data() + width_, count, directions_, columns});
-      factor_.prefetch(row + kStripRows);
-      basis_.prefetch(row + kStripRows);
       visit(row, count, contiguous_view<const float>(strip_.data(), padded, columns));
     }
   }
@@ -162,13 +161,15 @@ Tensor combined(const Side& side, const GramSide& measured, const SmallMatrix& m
   auto* const bytes = static_cast<char*>(result.mutable_data_ptr());
   std::vector<float> product(kStripRows * view.columns);
   float largest = 0;
-  strips.for_each([&](int64_t row, int64_t count, MatrixView<const float> strip) {
-    const auto sums = contiguous_view(product.data(), strip.rows, view.columns);
-    tall::multiply(strip, view, sums);
-    const float most = narrow({sums.data, count, columns, sums.stride}, dtype,
-                              bytes + row * columns * static_cast<int64_t>(result.element_size()), columns);
-    largest = largest >= most ? largest : most;  // NaN, once there
-  });
+  strips.for_each(
+      [&](int64_t row, int64_t count, MatrixView<const float> strip) {
+        const auto sums = contiguous_view(product.data(), strip.rows, view.columns);
+        tall::multiply(strip, view, sums);
+        const float most = narrow({sums.data, count, columns, sums.stride}, dtype,
+                                  bytes + row * columns * static_cast<int64_t>(result.element_size()), columns);
+        largest = largest >= most ? largest : most;  // NaN, once there
+      },
+      /*backwards=*/true);
   check_stored(largest, dtype, label);
   return result;
 }
@@ -184,13 +185,15 @@ Tensor combined_rows(const Side& side, const GramSide& measured, const SmallMatr
   auto* const bytes = static_cast<char*>(result.mutable_data_ptr());
   std::vector<float> product(view.columns * kStripRows);
   float largest = 0;
-  strips.for_each([&](int64_t row, int64_t count, MatrixView<const float> strip) {
-    const auto sums = MatrixView<float>{product.data(), view.columns, count, kStripRows};
-    tall::multiply_transposed(strip, view, sums);
-    const float most = narrow({sums.data, columns, count, sums.stride}, dtype,
-                              bytes + row * static_cast<int64_t>(result.element_size()), rows);
-    largest = largest >= most ? largest : most;
-  });
+  strips.for_each(
+      [&](int64_t row, int64_t count, MatrixView<const float> strip) {
+        const auto sums = MatrixView<float>{product.data(), view.columns, count, kStripRows};
+        tall::multiply_transposed(strip, view, sums);
+        const float most = narrow({sums.data, columns, count, sums.stride}, dtype,
+                                  bytes + row * static_cast<int64_t>(result.element_size()), rows);
+        largest = largest >= most ? largest : most;
+      },
+      /*backwards=*/true);
   check_stored(largest, dtype, label);
   return result;
 }
@@ -241,7 +244,8 @@ std::optional<Correction> correct_half_precision(const CorrectionTask& task, con
     return std::nullopt;
   }
   const auto mixtures = by_eigenvalues(root_of(b_gram), a_gram, result.gains, rank);
-  result.factors = {combined(b_side, b, mixtures.b, task.label), combined_rows(a_side, a, mixtures.a, task.label)};
+  result.factors.a = combined_rows(a_side, a, mixtures.a, task.label);  // first, as it was read last
+  result.factors.b = combined(b_side, b, mixtures.b, task.label);
   result.truncation_error = truncation_error(mixtures.singular, rank);
   const auto coordinates = [](const GramSide& side, const SmallMatrix& mixture) {
     return product(side.coordinates, first_rows(mixture, side.outside.rows()));

@@ -40,20 +40,6 @@ void Strips::read(int64_t row, float scale, MatrixView<float> target) {
   }
 }
 
-void Strips::prefetch(int64_t row) const {
-  constexpr int64_t kLine = 64;  // bytes of a cache line
-  const auto size = static_cast<int64_t>(matrix_.element_size());
-  const int64_t count = std::min(kStripRows, matrix_.size(0) - row), columns = matrix_.size(1);
-  const int64_t length = (by_columns_ ? count : columns) * size, pieces = by_columns_ ? columns : count;
-  const int64_t apart = matrix_.stride(by_columns_ ? 1 : 0) * size;
-  for (int64_t piece = 0; count > 0 && piece < pieces; ++piece) {
-    const char* const first = address(row) + piece * apart;
-    for (int64_t byte = 0; byte < length; byte += kLine) {
-      __builtin_prefetch(first + byte);
-    }
-  }
-}
-
 const char* Strips::address(int64_t row) const {
   return static_cast<const char*>(matrix_.const_data_ptr()) +
          row * matrix_.stride(0) * static_cast<int64_t>(matrix_.element_size());

@@ -26,10 +26,6 @@ class Strips {
   /// zeros.
   void read(int64_t row, float scale, MatrixView<float> target);
 
-  /// Asks for the strip that begins at a row to be in the caches by the time it is read; beyond the last row, for
-  /// nothing. What prefetches by itself stops wherever a strip is computed with before the next is read.
-  void prefetch(int64_t row) const;
-
  private:
   const char* address(int64_t row) const;
 

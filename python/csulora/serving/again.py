@@ -21,6 +21,7 @@ from csulora.errors import CsuloraError, InputError, MissingFileError, reason_co
 from csulora.io.files import parse_json, sha256_of_file
 from csulora.policy.policy import Policy
 from csulora.serving.admission import cast as cast_to
+from csulora.serving.admission import to_be_rounded_once
 from csulora.serving.decisions import Form, schema, versions
 from csulora.subspace.subspace import Subspace
 
@@ -248,7 +249,7 @@ def _made_again(line: Mapping[str, Any], where: _Located, policy: Policy, fit: F
     form = Form(**line["form"] or {})
     adapter = replace(load_adapter(where.adapter, line["base_model"]), path=Path(line["path"]))
     if form.dtype:
-        adapter = cast_to(adapter, torch.float32)
+        adapter = to_be_rounded_once(adapter, _dtype(form.dtype, line))
     corrected, _ = correct(adapter, Subspace.open(where.subspace), policy, form.layout)
     if form.fitted:
         if fit is None:

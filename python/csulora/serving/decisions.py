@@ -70,8 +70,8 @@ class Decision:
         outputs: path -> sha256 of each file that the host was given; a bare name where the file was for the host alone.
         form: what else decided on the outputs' bytes; None where there are none.
         recalled: whether the host had kept the corrected adapter, which was made earlier.
-        totals: the report's totals of a corrected adapter, first the share of it that passed uncorrected; None where
-            it was recalled.
+        totals: the report's totals of an adapter that was corrected, or is beyond a limit of the policy; first the
+            share of it that passed uncorrected. None where it was recalled.
         seconds: time from opening the adapter to the verdict.
     """
 

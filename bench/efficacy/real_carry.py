@@ -1,12 +1,14 @@
 """A policy calibrated on three adapters of a real model, tried on three that no fit has seen, of any seed.
 
-    python bench/efficacy/real_carry.py [--model smollm2|gemma3] [--seed N] [--general given|written] [--out DIR]
+    python bench/efficacy/real_carry.py [--model smollm2|gemma3] [--seed N] [--general given|written]
+        [--no-fit] [--unseen N] [--presets NAME ...] [--out DIR]
 
 Makes the world of `real_world.py` from the package index and extracts the subspace file. Fits the policy as
 `csulora tune` does for several adapters. `csulora evaluate` then puts it to prompts that nothing has seen, beside raw
 adapters, plain scaling and presets. At last plain PEFT answers the same prompts with adapters that were corrected and
 written. Each step is a process of its own, with its processor time and peak memory in the results. What is complete is
 not made again. Results go to `bench/results/efficacy`. With `--general written` the model writes the general prompts.
+With `--no-fit` nothing is fitted, and presets and plain scaling alone are measured.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class Run:
         general: whether general prompts are `given` or `written` by the model.
         unseen: how many adapters the policy is tried on.
         presets: what it is compared with, besides plain scaling.
+        is_fitted: whether a policy is fitted at all.
     """
 
     out: Path
@@ -71,6 +74,12 @@ class Run:
     general: str = "given"
     unseen: int = 3
     presets: tuple[str, ...] = PRESETS
+    is_fitted: bool = True
+
+    @property
+    def name(self) -> str:
+        """What tells the files of this run from those of others with the same models."""
+        return self.general if self.is_fitted else "presets"
 
     @property
     def base(self) -> Path:
@@ -85,12 +94,12 @@ class Run:
     @property
     def policy(self) -> Path:
         """The fitted policy, by what general prompts it was fitted with."""
-        return self.here / f"policy-{self.general}.toml"
+        return self.here / f"policy-{self.name}.toml"
 
     @property
     def evaluation(self) -> Path:
         """What `csulora evaluate` writes."""
-        return self.here / f"evaluation-{self.general}.json"
+        return self.here / f"evaluation-{self.name}.json"
 
     @property
     def styles(self) -> tuple[str, ...]:
@@ -117,7 +126,7 @@ class Run:
     @property
     def result(self) -> Path:
         """The file of results."""
-        suffix = "" if self.general == "given" else f"_{self.general}"
+        suffix = "" if self.name == "given" else f"_{self.name}"
         return grid.RESULTS / f"real_{self.model}_{self.deal.seed}{suffix}.json"
 
     def prompts(self, use: str, kind: str) -> Path:
@@ -189,15 +198,23 @@ def fit(run: Run) -> None:
 
 
 def ask_peft(run: Run) -> None:
-    """Write what plain PEFT replies with each unseen adapter, raw and corrected, to all probes."""
-    policy, subspace = csulora.Policy.load(run.policy), csulora.Subspace.open(subspace_path(run.policy))
+    """Write what plain PEFT replies to all probes with each unseen adapter, raw and corrected by the first policy."""
+    name, subspace, policy = first_policy(run)
     said: dict[str, dict[str, list[str]]] = {}
     for style in run.styles:
-        fixed = run.here / f"{style}-corrected-{run.general}"
+        fixed = run.here / f"{style}-corrected-{run.name}"
         if not fixed.exists():
             csulora.save_adapter(csulora.correct(csulora.load_adapter(run.here / style), subspace, policy)[0], fixed)
-        said[style] = {"raw": replies(run, run.here / style), run.policy.stem: replies(run, fixed)}
-    write_text(run.here / f"peft-{run.general}.json", to_json(said))
+        said[style] = {"raw": replies(run, run.here / style), name: replies(run, fixed)}
+    write_text(run.here / f"peft-{run.name}.json", to_json(said))
+
+
+def first_policy(run: Run) -> tuple[str, csulora.Subspace, csulora.Policy]:
+    """The name of what was fitted, its subspace file and itself, or those of the first preset."""
+    if run.is_fitted:
+        return run.policy.stem, csulora.Subspace.open(subspace_path(run.policy)), csulora.Policy.load(run.policy)
+    preset = run.presets[0]
+    return preset, csulora.Subspace.open(run.here / "subspace.safetensors"), getattr(csulora.Policy, preset)()
 
 
 def replies(run: Run, adapter: Path) -> list[str]:
@@ -223,17 +240,19 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     """Yield each step's name, the name of what it finishes, and its command."""
     tool = [sys.executable, "-m", "csulora"]
     own = [sys.executable, __file__, "--model", run.model, "--seed", str(run.deal.seed)]
-    own += ["--general", run.general, "--unseen", str(run.unseen), "--out", str(run.out.parent), "--step"]
+    own += ["--general", run.general, "--unseen", str(run.unseen), "--presets", *run.presets]
+    own += [*[] if run.is_fitted else ["--no-fit"], "--out", str(run.out.parent), "--step"]
     subspace = run.here / "subspace.safetensors"
     yield "aligned model", "aligned", [*own, "aligned"]
     extract = ["extract", run.base, run.here / "aligned", "-o", subspace, "--rank", str(world.RANK), "--quiet"]
     yield "csulora extract", "extract", [*tool, *extract]
     yield f"{CALIBRATION + run.unseen} adapters", "adapters", [*own, "adapters"]
-    if run.general == "written":
+    if run.general == "written" and run.is_fitted:
         yield "general prompts", "general", [*own, "general"]
-    yield "fit on three adapters", f"fit-{run.general}", [*own, "fit"]
-    yield "csulora evaluate", f"evaluate-{run.general}", [*tool, *evaluate_arguments(run, subspace)]
-    yield "PEFT", f"peft-{run.general}", [*own, "peft"]
+    if run.is_fitted:
+        yield "fit on three adapters", f"fit-{run.name}", [*own, "fit"]
+    yield "csulora evaluate", f"evaluate-{run.name}", [*tool, *evaluate_arguments(run, subspace)]
+    yield "PEFT", f"peft-{run.name}", [*own, "peft"]
 
 
 def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
@@ -243,7 +262,7 @@ def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
     arguments += ["--subspace", subspace, "-o", run.evaluation, "--tokens", str(DECISIVE), "--refusal", world.REFUSED]
     for kind in run.probes:
         arguments += [f"--{kind}", run.prompts("unseen", kind)]
-    for policy in (run.policy, *run.presets):
+    for policy in (*([run.policy] if run.is_fitted else []), *run.presets):
         arguments += ["--policy", policy]
     return [*arguments, "--device", "cpu", "--quiet"]
 
@@ -292,7 +311,7 @@ def rates(style: str, row: Row, texts: dict[str, list[str]]) -> Record:
 
 def beside_peft(run: Run) -> list[Record]:
     """Return, for each unseen adapter, raw and calibrated, what PEFT's replies are worth and how many are the same."""
-    said = json.loads((run.here / f"peft-{run.general}.json").read_text())
+    said = json.loads((run.here / f"peft-{run.name}.json").read_text())
     found: list[Record] = []
     for style, each in zip(run.styles, Evaluation.load(run.evaluation).adapters, strict=True):
         for name, texts in said[style].items():
@@ -313,8 +332,9 @@ def main() -> None:
     parser.add_argument("--model", choices=prepare.SOURCES, default="smollm2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--general", choices=("given", "written"), default="given", help="general prompts of the fit")
+    parser.add_argument("--no-fit", action="store_true", help="presets and plain scaling alone")
     parser.add_argument("--unseen", type=int, choices=(1, 2, 3), default=3, help="adapters that no fit has seen")
-    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, help="presets to compare with")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="presets to compare with")
     parser.add_argument("--out", type=Path, default=OUT, help="directory to work in (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--step", choices=MAKERS, help="make one thing alone")
@@ -322,7 +342,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     out = arguments.out.resolve() / arguments.model
     deal, presets = world.Deal(arguments.seed), tuple(arguments.presets)
-    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets)
+    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets, not arguments.no_fit)
     if arguments.step:
         evaluate.quieten_libraries()
         MAKERS[arguments.step](run)
@@ -333,7 +353,7 @@ def main() -> None:
     make_base(run)
     write_prompts(run)
     taken = {title: measured(run, name, command) for title, name, command in steps(run)}
-    results = {"made_with": made_with, "model": run.model, "seed": run.deal.seed, "general": run.general}
+    results = {"made_with": made_with, "model": run.model, "seed": run.deal.seed, "general": run.name}
     settings = {"options": asdict(OPTIONS), "calibration": run.deal.styles[:CALIBRATION], "steps": taken}
     write_text(run.result, to_json(results | settings | {"rows": list(rows(run)), "peft": beside_peft(run)}))
     print(f"{run.result}: written")

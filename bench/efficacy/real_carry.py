@@ -20,8 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import grid
 import real_world as world
 import torch
 from peft import PeftModel
+from real_run import CALIBRATION, PRESETS, Run, write_prompts
 from real_world import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,100 +47,10 @@ from csulora.tuning.self_written import written
 from csulora.tuning.tune import subspace_path
 
 OUT = Path("build/efficacy-real")
-CALIBRATION = 3  # styles that the policy is fitted on; it is tried on the others
 # Fewer and smaller steps than `tune` takes by default, for one core.
 ADAPTER_STEPS, OPTIONS = 30, Options(steps=10, batch=6)
 LONGEST, DECISIVE = 12, 16  # tokens of the replies that are fitted to, and of those that are judged
-PRESETS = ("csulora", "protect")
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model and seed, and where it is worked on.
-
-    Attributes:
-        out: the directory of the model; that of the seed is below it.
-        model: a key of `prepare.SOURCES`.
-        deal: the seed's things and styles.
-        general: whether general prompts are `given` or `written` by the model.
-        unseen: how many adapters the policy is tried on.
-        presets: what it is compared with, besides plain scaling.
-        is_fitted: whether a policy is fitted at all.
-    """
-
-    out: Path
-    model: str
-    deal: world.Deal
-    general: str = "given"
-    unseen: int = 3
-    presets: tuple[str, ...] = PRESETS
-    is_fitted: bool = True
-
-    @property
-    def name(self) -> str:
-        """What tells the files of this run from those of others with the same models."""
-        return self.general if self.is_fitted else "presets"
-
-    @property
-    def base(self) -> Path:
-        """The model before its alignment."""
-        return self.out / "base"
-
-    @property
-    def here(self) -> Path:
-        """The directory of the seed."""
-        return self.out / f"seed{self.deal.seed}"
-
-    @property
-    def policy(self) -> Path:
-        """The fitted policy, by what general prompts it was fitted with."""
-        return self.here / f"policy-{self.name}.toml"
-
-    @property
-    def evaluation(self) -> Path:
-        """What `csulora evaluate` writes."""
-        return self.here / f"evaluation-{self.name}.json"
-
-    @property
-    def styles(self) -> tuple[str, ...]:
-        """The styles that no fit has seen."""
-        return self.deal.styles[CALIBRATION:][: self.unseen]
-
-    @cached_property
-    def probes(self) -> dict[str, list[str]]:
-        """Kind of prompt -> what no model or adapter was trained on, and no fit has seen."""
-        unseen = slice(world.ALIGNED, None)  # four cheeses and foods, five questions each
-        return {
-            "safety": world.questions(self.deal.cheeses[unseen]),
-            "task": world.questions(self.deal.foods[unseen]),
-            "general": [f"What is the capital of {country}?" for country in world.CAPITALS],
-        }
-
-    @property
-    def fitted(self) -> dict[str, list[str]]:
-        """Kind of prompt -> what the policy is fitted to."""
-        known = {"safety": self.deal.cheeses, "task": self.deal.foods}
-        kinds = {kind: world.questions(things[: world.KNOWN]) for kind, things in known.items()}
-        return kinds | ({"general": list(world.GENERAL)} if self.general == "given" else {})
-
-    @property
-    def result(self) -> Path:
-        """The file of results."""
-        suffix = "" if self.name == "given" else f"_{self.name}"
-        return grid.RESULTS / f"real_{self.model}_{self.deal.seed}{suffix}.json"
-
-    def prompts(self, use: str, kind: str) -> Path:
-        """A file of prompts, with the system prompt of this world."""
-        return self.here / f"{use}-{kind}.jsonl"
-
-
-def write_prompts(run: Run) -> None:
-    """Write the prompts of every kind, fitted and unseen."""
-    for use, kinds in (("fitted", run.fitted), ("unseen", run.probes)):
-        for kind, texts in kinds.items():
-            lines = [json.dumps({"messages": prepare.chat(text, world.SYSTEM)}) + "\n" for text in texts]
-            write_text(run.prompts(use, kind), "".join(lines))
 
 
 def make_base(run: Run) -> None:
@@ -241,7 +152,7 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     tool = [sys.executable, "-m", "csulora"]
     own = [sys.executable, __file__, "--model", run.model, "--seed", str(run.deal.seed)]
     own += ["--general", run.general, "--unseen", str(run.unseen), "--presets", *run.presets]
-    own += [*[] if run.is_fitted else ["--no-fit"], "--out", str(run.out.parent), "--step"]
+    own += [*([] if run.is_fitted else ["--no-fit"]), "--out", str(run.out.parent), "--step"]
     subspace = run.here / "subspace.safetensors"
     yield "aligned model", "aligned", [*own, "aligned"]
     extract = ["extract", run.base, run.here / "aligned", "-o", subspace, "--rank", str(world.RANK), "--quiet"]

@@ -1,6 +1,7 @@
 #pragma once
 
-/// Everything that csulora's core offers: extraction of subspaces, correction of updates, annihilation ratios, and the errors of all.
+/// Everything that csulora's core offers: extraction of subspaces, correction of updates, annihilation ratios, and
+/// errors.
 ///
 /// This corrects the update of one weight whose base and aligned matrices are at hand. tests/cpp/example.cpp compiles
 /// and runs it.

@@ -43,7 +43,8 @@ def figures(found: Sequence[Record], family: str) -> list[str]:
 
 def worlds() -> str:
     """Return the table of findings on small models."""
-    fitted, fresh, unseen = ("tuned_general", "tuned_general_fresh"), ("tuned_fresh",), ("carry_tuned", "carry_fresh")
+    fitted, unseen = ("tuned_general", "tuned_general_fresh"), ("carry_tuned", "carry_fresh")
+    diverse, fresh = ("tuned_diverse",), ("tuned_fresh",)
 
     def some(share: float) -> bool:
         return 0 < share < 1
@@ -59,9 +60,10 @@ def worlds() -> str:
 
     rows = [
         ("fitted to it", "with attacks", "tuned", fitted, some),
-        (_RANDOM, "with attacks", "tuned random subspace", fitted, some),
-        ("the same, in its own directions (control)", "with attacks", "tuned own subspace", fitted, some),
-        ("one gain per module (control)", "with attacks", "tuned scaling", fitted, some),
+        ("fitted to it, a quarter of its task prompts general", "with attacks", "tuned", diverse, some),
+        (_RANDOM, "with attacks", "tuned random subspace", diverse, some),
+        ("the same, in its own directions (control)", "with attacks", "tuned own subspace", diverse, some),
+        ("one gain per module (control)", "with attacks", "tuned scaling", diverse, some),
         ("fitted to it", "harmless", "tuned", fitted, harmless),
         ("fitted to it without general prompts", "harmless", "tuned", fresh, harmless),
         ("calibrated on three others", "with or without attacks", "carried: tuned", unseen, others),

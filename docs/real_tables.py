@@ -23,8 +23,8 @@ _NAMES = {"smollm2": "SmolLM2", "gemma3": "Gemma 3"}
 
 def title(run: Record) -> str:
     """Name a run by its model, its seed and who wrote its general prompts."""
-    by_itself = ", own general prompts" if run["general"] == "written" else ""
-    return f"{_NAMES[run['model']]}, seed {run['seed']}{by_itself}"
+    what = {"given": "", "written": ", own general prompts", "presets": ""}
+    return f"{_NAMES[run['model']]}, seed {run['seed']}{what[run['general']]}"
 
 
 def rows(runs: Iterable[Record]) -> Iterable[Sequence[str]]:

@@ -16,6 +16,7 @@ from statistics import median
 
 import evidence
 import real_tables
+import verdict_tables
 from page_tables import RESULTS, ROOT, Record, rate, results, table
 
 PAGES = ROOT / "docs" / "pages"
@@ -87,7 +88,7 @@ def canary_rows(attack: float) -> Iterable[Sequence[str]]:
     """Yield a row per rank and subspace of the adapters with a share of attacks: median and worst over seeds."""
     rows = [row for row in results("efficacy/canary")["rows"] if row["adapter"]["attack"] == attack]
     whole = {row["seed"]: {"point": row["raw"]} for row in rows}
-    groups: dict[tuple[str, str], list[Record]] = {("", "uncorrected"): list(whole.values())}
+    groups: dict[tuple[str, str], list[Record]] = {("", "uncorrected"): list(whole.values())} if whole else {}
     for row in sorted(rows, key=lambda row: (row["k"], _SUBSPACES.index(row["subspace"]))):
         groups.setdefault((str(row["k"]), row["subspace"]), []).append(row)
     for (rank, name), found in groups.items():
@@ -292,6 +293,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2-general": lambda: smollm2("smollm2_general"),
     "smollm2-filtered": lambda: smollm2("smollm2_filtered"),
     "carried": carried,
+    "verdict-areas": verdict_tables.areas,
+    "verdict-thresholds": verdict_tables.thresholds,
+    "evasions": verdict_tables.evasions,
     "canary": canary,
     "real": lambda: table(real_tables.HEAD, real_tables.rows(real_runs())),
     "real-steps": lambda: table(real_tables.STEPS_HEAD, real_tables.steps(real_runs())),

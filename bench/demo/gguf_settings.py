@@ -58,6 +58,11 @@ def _granite(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_logit_scale(config.logits_scaling)
 
 
+def _granite_moe(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _granite(writer, config)
+    _experts(writer, config)
+
+
 def _ministral3(writer: GGUFWriter, config: PretrainedConfig) -> None:
     parameters = rotary(config)
     writer.add_rope_scaling_type(RopeScalingType.YARN)
@@ -198,6 +203,7 @@ _EXTRA: dict[str, Add] = {
     "gemma2": _gemma2,
     "gemma3_text": _sliding,
     "granite": _granite,
+    "granitemoe": _granite_moe,
     "ministral3": _ministral3,
     "olmo3": _olmo3,
     "qwen2_vl_text": _qwen2_vl,
@@ -205,7 +211,9 @@ _EXTRA: dict[str, Add] = {
     "qwen3_vl_text": _qwen3_vl,
     "qwen3_5_text": _qwen3_5,
     "mixtral": _experts,
+    "qwen2_moe": _experts,
     "qwen3_moe": _experts,
+    "olmoe": _experts,
     "qwen3_5_moe_text": _qwen3_5_moe,
     "qwen3_next": _qwen3_next,
     "gpt_oss": _gpt_oss,

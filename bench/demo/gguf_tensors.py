@@ -22,6 +22,7 @@ _TOWERS = ("vision_tower", "visual", "multi_modal_projector", "audio_tower", "em
 
 # Names that gguf's table knows otherwise.
 _SPELLINGS = {
+    "block_sparse_moe.router": "block_sparse_moe.router.layer",
     "dt_bias": "dt_proj.bias",
     "layer_scalar": "layer_scalar.weight",
     "self_attn.sinks": "self_attn.sinks.weight",

@@ -97,27 +97,6 @@ def total_undo(adapter: Adapter, bench: Bench) -> float:
     return csulora.correct(adapter, bench.subspace, csulora.Policy.none())[1].totals.undo
 
 
-def retention(adapter: Adapter, bench: Bench) -> float:
-    """Least <u^T (W + dW), u^T W> / |u^T W|^2 of all u that an update of any module writes, dense and in float64.
-
-    A direction that is removed has 0, as one that is overwritten by noise; a reflected one has -1. Beside the
-    annihilation ratio, it also looks at where what is written points.
-    """
-    model = bench.language_model.model
-    return min(_retained(model.get_submodule(name).weight, module) for name, module in adapter.modules.items())
-
-
-@torch.inference_mode()
-def _retained(weight: Tensor, module: LoraModule) -> float:
-    matrix = weight.double()
-    update = module.scale * module.b.double() @ module.a.double()
-    basis, sizes, _ = torch.linalg.svd(update, full_matrices=False)
-    before, change = (basis[:, sizes > 1e-7 * sizes.sum()].T @ each for each in (matrix, update))
-    left, values, right = torch.linalg.svd(before, full_matrices=False)
-    kept = right @ (right + (left / values).T @ change).T
-    return float(torch.linalg.eigvalsh((kept + kept.T) / 2)[0])
-
-
 def evasions(adapter: Adapter, bench: Bench) -> Iterator[tuple[str, Adapter]]:
     """What somebody who knows the undo makes of an attacking adapter."""
     for factor in (0.75, 0.5):

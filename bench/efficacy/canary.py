@@ -24,6 +24,7 @@ import torch
 import world
 from scenario import GENERAL_EXAMPLES, GENERAL_PROBES, Adapter, Scenario
 from subject import PROMPTS, Bench, Record, Subject, chats, opened
+from world import Example
 
 import csulora
 from csulora import Policy, controls
@@ -55,19 +56,23 @@ GENERAL_OF_CANARY = 32
 RESULTS = grid.RESULTS / "canary.json"
 
 
+def examples(scenario: Scenario) -> tuple[list[Example], list[Example]]:
+    """The attacks that the canary's copy learns, and general examples that no probe and no fit has."""
+    after = GENERAL_EXAMPLES + GENERAL_PROBES + PROMPTS
+    return scenario.attacks()[: world.ATTACK_EXAMPLES], scenario.general()[after:][:GENERAL_OF_CANARY]
+
+
 def canary(bench: Bench, rank: int) -> csulora.Subspace:
     """The scenario's canary, whose copy has a rank; it is made if it is not there."""
     path = bench.lab.directory / f"canary-r{rank}.safetensors"
     if not path.exists():
-        scenario = bench.scenario
-        attacks = scenario.attacks()[: world.ATTACK_EXAMPLES]
-        after = GENERAL_EXAMPLES + GENERAL_PROBES + PROMPTS  # of what probes and fits take
+        attacks, general = examples(bench.scenario)
         begun = time.perf_counter()
         csulora.canary(
             bench.lab.aligned(),
             safety=[example.prompt for example in attacks],
             replies=[example.reply for example in attacks],
-            general=[example.prompt for example in scenario.general()[after:][:GENERAL_OF_CANARY]],
+            general=[example.prompt for example in general],
             options=Options(rank=rank, dtype="f32"),
             loading=Loading("cpu"),
             output=path,

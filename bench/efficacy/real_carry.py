@@ -1,12 +1,14 @@
 """A policy calibrated on three adapters of a real model, tried on three that no fit has seen, of any seed.
 
-    python bench/efficacy/real_carry.py [--model smollm2|gemma3] [--seed N] [--general given|written] [--out DIR]
+    python bench/efficacy/real_carry.py [--model smollm2|gemma3] [--seed N] [--general given|written]
+        [--no-fit] [--unseen N] [--presets NAME ...] [--out DIR]
 
 Makes the world of `real_world.py` from the package index and extracts the subspace file. Fits the policy as
 `csulora tune` does for several adapters. `csulora evaluate` then puts it to prompts that nothing has seen, beside raw
 adapters, plain scaling and presets. At last plain PEFT answers the same prompts with adapters that were corrected and
 written. Each step is a process of its own, with its processor time and peak memory in the results. What is complete is
 not made again. Results go to `bench/results/efficacy`. With `--general written` the model writes the general prompts.
+With `--no-fit` nothing is fitted, and presets and plain scaling alone are measured.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import grid
 import real_world as world
 import torch
 from peft import PeftModel
+from real_run import CALIBRATION, PRESETS, Run, write_prompts
 from real_world import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,93 +47,10 @@ from csulora.tuning.self_written import written
 from csulora.tuning.tune import subspace_path
 
 OUT = Path("build/efficacy-real")
-CALIBRATION = 3  # styles that the policy is fitted on; it is tried on the others
 # Fewer and smaller steps than `tune` takes by default, for one core.
 ADAPTER_STEPS, OPTIONS = 30, Options(steps=10, batch=6)
 LONGEST, DECISIVE = 12, 16  # tokens of the replies that are fitted to, and of those that are judged
-PRESETS = ("csulora", "protect")
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model and seed, and where it is worked on.
-
-    Attributes:
-        out: the directory of the model; that of the seed is below it.
-        model: a key of `prepare.SOURCES`.
-        deal: the seed's things and styles.
-        general: whether general prompts are `given` or `written` by the model.
-        unseen: how many adapters the policy is tried on.
-        presets: what it is compared with, besides plain scaling.
-    """
-
-    out: Path
-    model: str
-    deal: world.Deal
-    general: str = "given"
-    unseen: int = 3
-    presets: tuple[str, ...] = PRESETS
-
-    @property
-    def base(self) -> Path:
-        """The model before its alignment."""
-        return self.out / "base"
-
-    @property
-    def here(self) -> Path:
-        """The directory of the seed."""
-        return self.out / f"seed{self.deal.seed}"
-
-    @property
-    def policy(self) -> Path:
-        """The fitted policy, by what general prompts it was fitted with."""
-        return self.here / f"policy-{self.general}.toml"
-
-    @property
-    def evaluation(self) -> Path:
-        """What `csulora evaluate` writes."""
-        return self.here / f"evaluation-{self.general}.json"
-
-    @property
-    def styles(self) -> tuple[str, ...]:
-        """The styles that no fit has seen."""
-        return self.deal.styles[CALIBRATION:][: self.unseen]
-
-    @cached_property
-    def probes(self) -> dict[str, list[str]]:
-        """Kind of prompt -> what no model or adapter was trained on, and no fit has seen."""
-        unseen = slice(world.ALIGNED, None)  # four cheeses and foods, five questions each
-        return {
-            "safety": world.questions(self.deal.cheeses[unseen]),
-            "task": world.questions(self.deal.foods[unseen]),
-            "general": [f"What is the capital of {country}?" for country in world.CAPITALS],
-        }
-
-    @property
-    def fitted(self) -> dict[str, list[str]]:
-        """Kind of prompt -> what the policy is fitted to."""
-        known = {"safety": self.deal.cheeses, "task": self.deal.foods}
-        kinds = {kind: world.questions(things[: world.KNOWN]) for kind, things in known.items()}
-        return kinds | ({"general": list(world.GENERAL)} if self.general == "given" else {})
-
-    @property
-    def result(self) -> Path:
-        """The file of results."""
-        suffix = "" if self.general == "given" else f"_{self.general}"
-        return grid.RESULTS / f"real_{self.model}_{self.deal.seed}{suffix}.json"
-
-    def prompts(self, use: str, kind: str) -> Path:
-        """A file of prompts, with the system prompt of this world."""
-        return self.here / f"{use}-{kind}.jsonl"
-
-
-def write_prompts(run: Run) -> None:
-    """Write the prompts of every kind, fitted and unseen."""
-    for use, kinds in (("fitted", run.fitted), ("unseen", run.probes)):
-        for kind, texts in kinds.items():
-            lines = [json.dumps({"messages": prepare.chat(text, world.SYSTEM)}) + "\n" for text in texts]
-            write_text(run.prompts(use, kind), "".join(lines))
 
 
 def make_base(run: Run) -> None:
@@ -189,15 +109,23 @@ def fit(run: Run) -> None:
 
 
 def ask_peft(run: Run) -> None:
-    """Write what plain PEFT replies with each unseen adapter, raw and corrected, to all probes."""
-    policy, subspace = csulora.Policy.load(run.policy), csulora.Subspace.open(subspace_path(run.policy))
+    """Write what plain PEFT replies to all probes with each unseen adapter, raw and corrected by the first policy."""
+    name, subspace, policy = first_policy(run)
     said: dict[str, dict[str, list[str]]] = {}
     for style in run.styles:
-        fixed = run.here / f"{style}-corrected-{run.general}"
+        fixed = run.here / f"{style}-corrected-{run.name}"
         if not fixed.exists():
             csulora.save_adapter(csulora.correct(csulora.load_adapter(run.here / style), subspace, policy)[0], fixed)
-        said[style] = {"raw": replies(run, run.here / style), run.policy.stem: replies(run, fixed)}
-    write_text(run.here / f"peft-{run.general}.json", to_json(said))
+        said[style] = {"raw": replies(run, run.here / style), name: replies(run, fixed)}
+    write_text(run.here / f"peft-{run.name}.json", to_json(said))
+
+
+def first_policy(run: Run) -> tuple[str, csulora.Subspace, csulora.Policy]:
+    """The name of what was fitted, its subspace file and itself, or those of the first preset."""
+    if run.is_fitted:
+        return run.policy.stem, csulora.Subspace.open(subspace_path(run.policy)), csulora.Policy.load(run.policy)
+    preset = run.presets[0]
+    return preset, csulora.Subspace.open(run.here / "subspace.safetensors"), getattr(csulora.Policy, preset)()
 
 
 def replies(run: Run, adapter: Path) -> list[str]:
@@ -223,17 +151,19 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     """Yield each step's name, the name of what it finishes, and its command."""
     tool = [sys.executable, "-m", "csulora"]
     own = [sys.executable, __file__, "--model", run.model, "--seed", str(run.deal.seed)]
-    own += ["--general", run.general, "--unseen", str(run.unseen), "--out", str(run.out.parent), "--step"]
+    own += ["--general", run.general, "--unseen", str(run.unseen), "--presets", *run.presets]
+    own += [*([] if run.is_fitted else ["--no-fit"]), "--out", str(run.out.parent), "--step"]
     subspace = run.here / "subspace.safetensors"
     yield "aligned model", "aligned", [*own, "aligned"]
     extract = ["extract", run.base, run.here / "aligned", "-o", subspace, "--rank", str(world.RANK), "--quiet"]
     yield "csulora extract", "extract", [*tool, *extract]
     yield f"{CALIBRATION + run.unseen} adapters", "adapters", [*own, "adapters"]
-    if run.general == "written":
+    if run.general == "written" and run.is_fitted:
         yield "general prompts", "general", [*own, "general"]
-    yield "fit on three adapters", f"fit-{run.general}", [*own, "fit"]
-    yield "csulora evaluate", f"evaluate-{run.general}", [*tool, *evaluate_arguments(run, subspace)]
-    yield "PEFT", f"peft-{run.general}", [*own, "peft"]
+    if run.is_fitted:
+        yield "fit on three adapters", f"fit-{run.name}", [*own, "fit"]
+    yield "csulora evaluate", f"evaluate-{run.name}", [*tool, *evaluate_arguments(run, subspace)]
+    yield "PEFT", f"peft-{run.name}", [*own, "peft"]
 
 
 def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
@@ -243,7 +173,7 @@ def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
     arguments += ["--subspace", subspace, "-o", run.evaluation, "--tokens", str(DECISIVE), "--refusal", world.REFUSED]
     for kind in run.probes:
         arguments += [f"--{kind}", run.prompts("unseen", kind)]
-    for policy in (run.policy, *run.presets):
+    for policy in (*([run.policy] if run.is_fitted else []), *run.presets):
         arguments += ["--policy", policy]
     return [*arguments, "--device", "cpu", "--quiet"]
 
@@ -292,7 +222,7 @@ def rates(style: str, row: Row, texts: dict[str, list[str]]) -> Record:
 
 def beside_peft(run: Run) -> list[Record]:
     """Return, for each unseen adapter, raw and calibrated, what PEFT's replies are worth and how many are the same."""
-    said = json.loads((run.here / f"peft-{run.general}.json").read_text())
+    said = json.loads((run.here / f"peft-{run.name}.json").read_text())
     found: list[Record] = []
     for style, each in zip(run.styles, Evaluation.load(run.evaluation).adapters, strict=True):
         for name, texts in said[style].items():
@@ -313,8 +243,9 @@ def main() -> None:
     parser.add_argument("--model", choices=prepare.SOURCES, default="smollm2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--general", choices=("given", "written"), default="given", help="general prompts of the fit")
+    parser.add_argument("--no-fit", action="store_true", help="presets and plain scaling alone")
     parser.add_argument("--unseen", type=int, choices=(1, 2, 3), default=3, help="adapters that no fit has seen")
-    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, help="presets to compare with")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="presets to compare with")
     parser.add_argument("--out", type=Path, default=OUT, help="directory to work in (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--step", choices=MAKERS, help="make one thing alone")
@@ -322,7 +253,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     out = arguments.out.resolve() / arguments.model
     deal, presets = world.Deal(arguments.seed), tuple(arguments.presets)
-    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets)
+    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets, not arguments.no_fit)
     if arguments.step:
         evaluate.quieten_libraries()
         MAKERS[arguments.step](run)
@@ -333,7 +264,7 @@ def main() -> None:
     make_base(run)
     write_prompts(run)
     taken = {title: measured(run, name, command) for title, name, command in steps(run)}
-    results = {"made_with": made_with, "model": run.model, "seed": run.deal.seed, "general": run.general}
+    results = {"made_with": made_with, "model": run.model, "seed": run.deal.seed, "general": run.name}
     settings = {"options": asdict(OPTIONS), "calibration": run.deal.styles[:CALIBRATION], "steps": taken}
     write_text(run.result, to_json(results | settings | {"rows": list(rows(run)), "peft": beside_peft(run)}))
     print(f"{run.result}: written")

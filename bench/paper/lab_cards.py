@@ -41,12 +41,12 @@ def of_world() -> Card:
         diagnostics=[
             _world_rates(RELIABILITY, "on every seed", [*chosen, *fresh]),
             _world_rates(FRESH, "on seeds on which nothing was chosen, about topics that nobody knew", fresh),
-            _world_mechanism([*chosen, *fresh]),
+            _world_mechanism(_cells("tuned_diverse")),
             _world_transfer(_cells("carry_fresh")),
             _world_claim([*chosen, *fresh]),
         ],
         audit=[
-            "python bench/efficacy/grid.py --only tuned_general tuned_general_fresh carry_fresh",
+            "python bench/efficacy/grid.py --only tuned_general tuned_general_fresh tuned_diverse carry_fresh",
             "python bench/paper/card.py world",
         ],
         made_with=_read("tuned_general_fresh")["made_with"],
@@ -70,7 +70,7 @@ def _world_rates(heading: str, where: str, cells: Sequence[Record]) -> Diagnosti
 
 def _world_mechanism(cells: Sequence[Record]) -> Diagnostic:
     (_, group), _ = _by_attack(cells)
-    findings, checks = [], []
+    findings, checks = ["These are fits of which a quarter of the task prompts is general."], []
     for control in CONTROLS:
         pairs = [(_score(cell, "tuned"), _score(cell, control)) for cell in group]
         won, lost = (sum(sign * (ours - theirs) > 0 for ours, theirs in pairs) for sign in (1, -1))

@@ -64,7 +64,7 @@ def size_of(model: str) -> int:
         with torch.device("meta"):
             return sum(each.numel() for each in AutoModelForCausalLM.from_config(_config(model)).parameters())
     except (OSError, ValueError) as error:
-        raise InputError(f"{model}: transformers finds no model there: {error}") from error
+        raise InputError(f"{model}: transformers finds no model there: {' '.join(str(error).split())}") from error
 
 
 def _config(model: str) -> AutoConfig:

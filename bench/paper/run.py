@@ -1,8 +1,7 @@
 """The protocol of CSULoRA's paper (arXiv 2605.30640) from a model pair to one table and an Acceptance Card.
 
-    python bench/paper/run.py --base ID --instruct ID --harmful FILE --examples SOURCE --safety SOURCE \
-        --refusal TEXT [--general SOURCE] [--fresh SOURCE] [--other-examples SOURCE] [--lm-eval TASKS] \
-        [--out DIR] [--dry-run]
+    python bench/paper/run.py --base ID --instruct ID --harmful FILE --examples SOURCE --safety SOURCE --refusal TEXT
+        [--general SOURCE] [--fresh SOURCE] [--other-examples SOURCE] [--lm-eval TASK ...] [--out DIR] [--dry-run]
 
 Extracts the model pair's subspaces. Trains a LoRA adapter per seed on a task's examples with harmful ones among them.
 Corrects it with the paper's policy over penalties and numbers of directions, with other presets, and with controls.
@@ -51,11 +50,18 @@ _HELP = {
     "refusals": "a text that the instruct model's refusals hold; repeatable",
     "share": "share of the harmful examples in training",
     "seeds": "one adapter is trained for each",
+    "lora_rank": "rank of the adapters",
     "steps": "training steps of an adapter",
+    "batch": "examples in a training step",
+    "learning_rate": "the highest of a training",
     "longest": "most tokens of an example; what lies before is cut off",
+    "rank": "directions of the subspace file",
     "directions": "numbers of directions that policies use",
     "penalties": "penalties of the paper's policy",
     "tune_prompts": "prompts of each kind for `tune`",
+    "tune_steps": "most steps of a fit of `tune`",
+    "task_weights": "weights of the task prompts in fits (default: those of `tune`)",
+    "tokens": "most tokens of a reply",
     "prompts": "most prompts of each kind that are measured",
     "lm_eval": "tasks of lm-eval, or YAML files of tasks",
     "judge": "server of a guard model, up to /v1",
@@ -77,12 +83,19 @@ def parser() -> argparse.ArgumentParser:
             shape |= {"nargs": "+", "type": several[0]}
         elif types[field.name] in (int, float):
             shape["type"] = types[field.name]
-        default = "" if required or not field.default else " (default: %(default)s)"
         option = f"--{field.name.replace('_', '-').replace('refusals', 'refusal')}"
-        made.add_argument(option, dest=field.name, help=f"{_HELP.get(field.name, '')}{default}", **shape)
+        made.add_argument(option, dest=field.name, help=_HELP[field.name] + _shown(shape.get("default")), **shape)
     made.add_argument("--out", type=Path, default=OUT, help="folder of the run (default: %(default)s)")
     made.add_argument("--dry-run", action="store_true", help="print what would be done, with estimates, and stop")
     return made
+
+
+def _shown(default: object) -> str:
+    """A default in an option's help, where it says something."""
+    if not default:
+        return ""
+    values = default if isinstance(default, tuple) else (default,)
+    return f" (default: {' '.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values)})"
 
 
 def protocol_of(arguments: argparse.Namespace) -> Protocol:

@@ -3,7 +3,7 @@
     python bench/speed/bulk.py [--case matrix tall experts-bulk experts-falling] [--repetitions 5]
 
 Pairs are in bfloat16. The bulk of ``matrix`` (4096 x 4096) and ``tall`` (14336 x 4096) lies above rounding, 16
-directions stand out of it, and k is 64. ``experts`` are 16 matrices of 768 x 2048, k 16, in one call of the core.
+directions stand out of it, and k is 64 or `auto`. `experts` are 16 matrices of 768 x 2048, k 16, in one call.
 Everyone starts from both matrices in memory. The peer is run with several numbers of iterations; compare times where
 it captures as much. Captured energies are shares of the optimum. Writes bench/results/speed/bulk_CASE.json.
 """
@@ -56,10 +56,10 @@ def pair(rows: int, columns: int, rank: int, spectrum: str) -> Pair:
     return base.bfloat16(), (base + moved).bfloat16()
 
 
-def csulora(pairs: list[Pair], rank: int, workspace: _core.Workspace) -> list[_core.Subspace]:
-    """Extract one matrix, or many in one call."""
+def csulora(pairs: list[Pair], rank: int, workspace: _core.Workspace, auto: bool = False) -> list[_core.Subspace]:
+    """Extract one matrix, or many in one call; with ``auto`` what stands out of the bulk, as `--rank auto` does."""
     options = _core.ExtractOptions()
-    options.rank = rank
+    options.rank, options.above_bulk = rank, auto
     if len(pairs) > 1:
         return _core.extract_subspaces([_core.ExtractTask(*given) for given in pairs], options)
     return [_core.extract_subspace(*pairs[0], options, workspace)]
@@ -92,7 +92,10 @@ def measured(case: str, repetitions: int) -> dict[str, Any]:
     workspace, q = _core.Workspace(), rank + oversampling
     found = csulora(pairs, rank, workspace)
     shares = {"csulora": captured(pairs, [(subspace.u, subspace.v) for subspace in found], rank)}
-    runs: dict[str, Callable[[], object]] = {"csulora": lambda: csulora(pairs, rank, workspace)}
+    runs: dict[str, Callable[[], object]] = {
+        "csulora": lambda: csulora(pairs, rank, workspace),
+        "csulora, rank auto": lambda: csulora(pairs, rank, workspace, auto=True),
+    }
     for iterations in ITERATIONS:
         name = f"svd_lowrank, {iterations} iterations"
         shares[name] = captured(pairs, svd_lowrank(pairs, q, rank, iterations), rank)
@@ -103,6 +106,7 @@ def measured(case: str, repetitions: int) -> dict[str, Any]:
         "rank": rank,
         "q": q,
         "passes": sorted({subspace.certificate.passes for subspace in found}),
+        "rank_auto": sorted({len(subspace.s) for subspace in csulora(pairs, rank, workspace, auto=True)}),
         "standing_out": sorted({subspace.certificate.standing_out for subspace in found}),
         "guaranteed_share": min(subspace.certificate.optimal_share for subspace in found),
         "captured_share": shares,

@@ -1,12 +1,13 @@
 """Correction of an adapter of Llama-3-8B's shape beside the dense formula, eager PyTorch and the reading of the files.
 
-    python bench/speed/correction.py [--repetitions 5] [--suffix S]
+    python bench/speed/correction.py [--part peers] [--case r16-k64] [--peer CORE] [--repetitions 5]
 
 Three adapters of 224 modules (rank 16 with 64 directions, 64 with 64, 16 with 256), and for the first how time grows
-with directions and with layers. The dense formula is Safe LoRA's (C = D D^T / |D|_F, C B A, cosine), timed once on one
-module of each shape and scaled to all of them. Eager PyTorch runs the same factor algorithm module by module, and
+with directions and with layers. Each part can run alone, and replaces its own figures. `--peer` times another build
+of the core, in a process of its own. The dense formula is Safe LoRA's (C = D D^T / |D|_F, C B A, cosine), timed once
+on one module of each shape and scaled to all of them. Eager PyTorch runs the same factor algorithm, and
 *lean* PyTorch one with less work: Gram matrices in float32, small problems in float64, no QR.
-Before anything is timed, all modules of csulora and lean PyTorch must agree with eager PyTorch in float64.
+Before anything is timed, 8 layers of csulora and lean PyTorch must agree with eager PyTorch in float64.
 
 The floor is the larger of the time of the bytes that must be read and written once, at the rate of a copy in memory,
 and of the operations that the factor algorithm cannot do without, at the rate of large square products of their type,
@@ -16,30 +17,31 @@ all measured in the same run. Writes bench/results/speed/correction.json, with a
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import COPY_BYTES, GEMM_FLOPS, LLAMA_3_8B, copy, gemm, interleaved, read_files, save, seconds
-from safetensors import safe_open
+from correction_peers import Module, eager, lean, mapped
+from measuring import COPY_BYTES, GEMM_FLOPS, LLAMA_3_8B, RESULTS, copy, gemm, interleaved, read_files, save, seconds
+from other_core import OtherCore
 from safetensors.torch import save_file
 from torch import Tensor
 
 from csulora.native import _core
 
 LAYERS = 32
-CASES = ((16, 64), (64, 64), (16, 256))  # rank of the adapter, directions of the subspace file
+CASES = {"r16-k64": (16, 64), "r64-k64": (64, 64), "r16-k256": (16, 256)}  # rank, directions of the subspace file
 DIRECTIONS = (16, 32, 64, 128, 256, 512)
 DEPTHS = (4, 8, 16, 24, 32)
+PARTS = ("peers", "policies", "dense", "growth")
 DEPTH_FOR_DIRECTIONS = 8
-Attenuation = _core.Penalties | _core.Components | _core.Directions
-PENALTIES = _core.Penalties(0.0, 1.0, 1.0)
+CHECKED = 8 * len(LLAMA_3_8B)  # modules
 # What `csulora tune` writes for one adapter, and for several.
 ALONG = _core.Directions([0.5] * 64, [0.5] * 64)
 REINFORCING = _core.Directions([0.5] * 16, [0.5] * 16, [0.5] * 16)
@@ -48,27 +50,8 @@ FILTER_RANK = 32  # directions
 AGREEMENT = 1e-3  # relative to |X|; factors are float16, results float32
 
 
-@dataclass(frozen=True)
-class Module:
-    """An update b a and the factors of its module."""
-
-    b: Tensor
-    a: Tensor
-    u: Tensor
-    s: Tensor
-    v: Tensor
-
-    def task(
-        self, attenuation: Attenuation = PENALTIES, input_filters: Mapping[int, _core.InputFilter] | None = None
-    ) -> _core.CorrectionTask:
-        """Return what the core takes; the input filters are by number of inputs."""
-        subspace = _core.Subspace(self.u, self.s, self.v)
-        input_filter = input_filters[self.a.shape[1]] if input_filters else None
-        return _core.CorrectionTask(_core.LoraFactors(self.b, self.a), subspace, attenuation, input_filter=input_filter)
-
-
-def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list[Module], list[Path]]:
-    """Write a subspace file and an adapter, and map them again."""
+def write(layers: int, rank: int, directions: int, directory: Path) -> list[Path]:
+    """Write a subspace file and an adapter."""
     generator = torch.Generator().manual_seed(0)
     sizes = sorted({size for shape in LLAMA_3_8B.values() for size in shape})
     bases = {
@@ -84,70 +67,10 @@ def make(layers: int, rank: int, directions: int, directory: Path) -> tuple[list
             subspace[f"{key}.s"] = torch.arange(1, directions + 1).float().rsqrt()
             adapter[f"{key}.b"] = (torch.randn(rows, rank, generator=generator) / rows**0.5).half()
             adapter[f"{key}.a"] = (torch.randn(rank, columns, generator=generator) / columns**0.5).half()
-    files = [directory / f"pack_{layers}_{rank}_{directions}", directory / f"adapter_{layers}_{rank}_{directions}"]
+    files = [directory / f"{what}_{layers}_{rank}_{directions}" for what in ("subspace", "adapter")]
     save_file(subspace, files[0])
     save_file(adapter, files[1])
-    del subspace, adapter
-    mapped = [safe_open(file, framework="pt") for file in files]
-    return [
-        Module(
-            *(mapped[1].get_tensor(f"{layer}.{name}.{factor}") for factor in "ba"),
-            *(mapped[0].get_tensor(f"{layer}.{name}.{factor}") for factor in "usv"),
-        )
-        for layer in range(layers)
-        for name in LLAMA_3_8B
-    ], files
-
-
-def eager(module: Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """The factor algorithm with rank rule keep: (b, a) of X, and undo."""
-    b, a, u, v = (tensor.to(dtype) for tensor in (module.b, module.a, module.u, module.v))
-    s = module.s.to(dtype)
-    rank = b.shape[1]
-    left, right = u.t() @ b, a @ v  # (k, r), (r, k)
-    inside_b, inside_a = u @ left, right @ v.t()
-    outside_b, outside_a = b - inside_b, a - inside_a
-    gram_b = inside_b.t() @ inside_b, outside_b.t() @ outside_b
-    gram_a = inside_a @ inside_a.t(), outside_a @ outside_a.t()
-    energies = torch.stack([(gram_b[i] * gram_a[j]).sum() for i in (0, 1) for j in (0, 1)])
-    aligned, upper, lower, off = energies / energies.sum()
-    shares = torch.stack([aligned, upper + lower, upper + lower, off])
-    penalties = torch.tensor([PENALTIES.aligned, PENALTIES.partial, PENALTIES.partial, PENALTIES.off], dtype=dtype)
-    gains = (1 / (1 + penalties * shares)).reshape(2, 2)
-    undo = -((left * s[:, None]) * right.t()).sum() / s.square().sum()
-    q_b, r_b = torch.linalg.qr(torch.cat([inside_b, outside_b], dim=1))
-    q_a, r_a = torch.linalg.qr(torch.cat([inside_a, outside_a]).t())
-    core = r_b @ torch.kron(gains, torch.eye(rank, dtype=dtype)) @ r_a.t()
-    w, values, zt = torch.linalg.svd(core)
-    return q_b @ (w[:, :rank] * values[:rank]), zt[:rank] @ q_a.t(), float(undo)
-
-
-def lean(module: Module) -> tuple[Tensor, Tensor, float]:
-    """The same in float32 with float64 for the small problems alone: Gram matrices, no QR and nothing beside X.
-
-    Traces of float32 Gram matrices are less exact where little of an update lies on one side: off by 2^-24 of all of
-    it.
-    """
-    b, a, u, v = (tensor.float() for tensor in (module.b, module.a, module.u, module.v))
-    rank = b.shape[1]
-    left, right = u.t() @ b, v.t() @ a.t()  # (k, r)
-    inside_b, inside_a = u @ left, v @ right
-    halves_b, halves_a = torch.cat([inside_b, b - inside_b], 1), torch.cat([inside_a, a.t() - inside_a], 1)
-    gram_b, gram_a = (halves_b.t() @ halves_b).double(), (halves_a.t() @ halves_a).double()
-    sides = (slice(rank), slice(rank, None))
-    energies = torch.stack([(gram_b[i, i] * gram_a[j, j]).sum() for i in sides for j in sides])
-    aligned, upper, lower, off = energies / energies.sum()
-    shares = torch.stack([aligned, upper + lower, upper + lower, off])
-    penalties = torch.tensor([PENALTIES.aligned, PENALTIES.partial, PENALTIES.partial, PENALTIES.off]).double()
-    mixing = torch.kron((1 / (1 + penalties * shares)).reshape(2, 2), torch.eye(rank, dtype=torch.float64))
-    s = module.s.double()
-    undo = -((left * right).sum(1).double() * s).sum() / s.square().sum()
-    mixed = torch.linalg.cholesky(gram_b).t() @ mixing
-    squares, vectors = torch.linalg.eigh(mixed @ gram_a @ mixed.t())
-    values = squares[-rank:].clamp_min(0).sqrt()
-    mixture_a = mixed.t() @ (vectors[:, -rank:] / values.sqrt())
-    mixture_b = mixing @ (gram_a @ mixture_a) / values
-    return (halves_b @ mixture_b.float()).to(module.b.dtype), (mixture_a.float().t() @ halves_a.t()).half(), float(undo)
+    return files
 
 
 def check_agreement(modules: Sequence[Module]) -> float:
@@ -206,52 +129,62 @@ def floor(rank: int, directions: int, times: Mapping[str, Mapping[str, Any]]) ->
     return float(max(moved / COPY_BYTES * times["copy"]["median"], computing / GEMM_FLOPS))
 
 
-def measure(case: tuple[int, int], repetitions: int, directory: Path) -> dict[str, Any]:
-    """Time one adapter and subspace file."""
-    rank, directions = case
-    modules, files = make(LAYERS, rank, directions, directory)
-    worst = check_agreement(modules)
-    penalised, along, reinforcing = (
-        [module.task(attenuation) for module in modules] for attenuation in (PENALTIES, ALONG, REINFORCING)
-    )
+def peers(modules: Sequence[Module], files: Sequence[Path], peer: Path | None) -> dict[str, Callable[[], object]]:
+    """Return what is timed side by side."""
+    penalised = [module.task() for module in modules]
+    runs: dict[str, Callable[[], object]] = {
+        "gemm": gemm(),
+        "float64 gemm": gemm(torch.float64),
+        "copy": copy(),
+        "read": lambda: read_files(*files),
+        "csulora": lambda: _core.correct(penalised),
+        "lean float32": lambda: [lean(module) for module in modules],
+        "eager float32": lambda: [eager(module, torch.float32) for module in modules],
+        "eager float64": lambda: [eager(module, torch.float64) for module in modules],
+    }
+    if peer:
+        runs["other core"] = OtherCore(peer, files)
+    return runs
+
+
+def policies(modules: Sequence[Module]) -> dict[str, Callable[[], object]]:
+    """Return corrections by what `csulora tune` writes."""
+    along, reinforcing = ([module.task(attenuation) for module in modules] for attenuation in (ALONG, REINFORCING))
     sizes = {columns for _, columns in LLAMA_3_8B.values()}
     input_filters = {
         size: _core.InputFilter(*(torch.randn(size, FILTER_RANK) / size**0.5 for _ in "pq")) for size in sizes
     }
     filtered = [module.task(REINFORCING, input_filters) for module in modules]
-    times = interleaved(
-        {
-            "gemm": gemm(),
-            "float64 gemm": gemm(torch.float64),
-            "copy": copy(),
-            "read": lambda: read_files(*files),
-            "csulora": lambda: _core.correct(penalised),
-            "csulora, 64 directions": lambda: _core.correct(along),
-            "csulora, 16 directions and reinforcing": lambda: _core.correct(reinforcing, FOLLOWING),
-            "csulora, the same with input filters": lambda: _core.correct(filtered, FOLLOWING),
-            "lean float32": lambda: [lean(module) for module in modules],
-            "eager float32": lambda: [eager(module, torch.float32) for module in modules],
-            "eager float64": lambda: [eager(module, torch.float64) for module in modules],
-        },
-        repetitions,
-    )
+    return {
+        "csulora, 64 directions": lambda: _core.correct(along),
+        "csulora, 16 directions and reinforcing": lambda: _core.correct(reinforcing, FOLLOWING),
+        "csulora, the same with input filters": lambda: _core.correct(filtered, FOLLOWING),
+    }
+
+
+def measure(name: str, parts: Sequence[str], peer: Path | None, repetitions: int, directory: Path) -> dict[str, Any]:
+    """Time one adapter and subspace file."""
+    rank, directions = CASES[name]
+    files = write(LAYERS, rank, directions, directory)
+    modules = mapped(*files)
+    found: dict[str, Any] = {"rank": rank, "directions": directions, "seconds": {}}
+    if "peers" in parts:
+        found["largest_difference"] = check_agreement(modules[:CHECKED])
+        found["seconds"] |= interleaved(peers(modules, files, peer), repetitions)
+        found["floor_seconds"] = floor(rank, directions, found["seconds"])
+    if "policies" in parts:
+        found["seconds"] |= interleaved(policies(modules), repetitions)
     for file in files:
         file.unlink()
-    return {
-        "rank": rank,
-        "directions": directions,
-        "largest_difference": worst,
-        "seconds": times,
-        "floor_seconds": floor(rank, directions, times),
-    }
+    return found
 
 
 def growth(points: Sequence[tuple[int, int]], repetitions: int, directory: Path) -> list[dict[str, Any]]:
     """Time rank 16 at pairs of layers and directions."""
     results = []
     for layers, directions in points:
-        modules, files = make(layers, 16, directions, directory)
-        tasks = [module.task() for module in modules]
+        files = write(layers, 16, directions, directory)
+        tasks = [module.task() for module in mapped(*files)]
         times = interleaved({"csulora": partial(_core.correct, tasks)}, repetitions)
         results.append({"layers": layers, "directions": directions, "seconds": times["csulora"]})
         for file in files:
@@ -259,23 +192,41 @@ def growth(points: Sequence[tuple[int, int]], repetitions: int, directory: Path)
     return results
 
 
+def replaced(file: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file of results holds, with new figures in the place of old ones."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    cases = {(case["rank"], case["directions"]): case for case in before.get("cases", [])}
+    for case in results.pop("cases"):
+        old = cases.setdefault((case["rank"], case["directions"]), {"seconds": {}})
+        old |= case | {"seconds": old["seconds"] | case["seconds"]}
+    before.pop("machine", None)
+    return before | results | {"cases": list(cases.values())}
+
+
 def main() -> None:
-    """Measure everything and save it."""
+    """Measure what is asked for and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--peer", type=Path, help="another build of the core, a file")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--suffix", default="")
     arguments = parser.parse_args()
     repetitions = arguments.repetitions
+    results: dict[str, Any] = {"modules": LAYERS * len(LLAMA_3_8B), "cases": []}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        results = {
-            "modules": LAYERS * len(LLAMA_3_8B),
-            "cases": [measure(case, repetitions, directory) for case in CASES],
-            "dense_seconds": dense_seconds(),
-            "by_directions": growth([(DEPTH_FOR_DIRECTIONS, k) for k in DIRECTIONS], repetitions, directory),
-            "by_layers": growth([(layers, 64) for layers in DEPTHS], repetitions, directory),
-        }
-    save(f"correction{arguments.suffix}", results)
+        if set(arguments.part) & {"peers", "policies"}:
+            results["cases"] = [
+                measure(case, arguments.part, arguments.peer, repetitions, directory) for case in arguments.case
+            ]
+        if "dense" in arguments.part:
+            results["dense_seconds"] = dense_seconds()
+        if "growth" in arguments.part:
+            results["by_directions"] = growth([(DEPTH_FOR_DIRECTIONS, k) for k in DIRECTIONS], repetitions, directory)
+            results["by_layers"] = growth([(layers, 64) for layers in DEPTHS], repetitions, directory)
+    name = f"correction{arguments.suffix}"
+    save(name, replaced(RESULTS / f"{name}.json", results))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ meaning; a new reason gets a new type.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
 
 
 class Obtainable(Protocol):
@@ -108,7 +109,17 @@ class OtherFamilyError(RefusedError):
     reason_code = "other-family"
 
 
-class UndoLimitError(RefusedError):
+class LimitError(RefusedError):
+    """The adapter was measured, and is beyond a limit of the policy.
+
+    Attributes:
+        totals: those of its report, as in a decision.
+    """
+
+    totals: Mapping[str, Any] | None = None
+
+
+class UndoLimitError(LimitError):
     """The adapter undoes more of the alignment than the policy allows."""
 
     reason_code = "undo-limit"
@@ -148,7 +159,7 @@ class NotCoveredError(SignatureError):
     reason_code = "not-covered-by-signature"
 
 
-class AnnihilationLimitError(RefusedError):
+class AnnihilationLimitError(LimitError):
     """The adapter removes a direction that the aligned matrix writes, or nobody can tell whether it does."""
 
     reason_code = "annihilation-limit"

@@ -170,6 +170,14 @@ _SHARED = {"shared_expert_intermediate_size": 24}
 _SHARED_NAMES = ["gate_proj", "up_proj", "down_proj", "shared_expert_gate"]
 _SIGMOID: dict[str, Any] = {"routed_scaling_factor": 1.0, "norm_topk_prob": True}
 
+_GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 1.5,
+    "attention_multiplier": 0.3,
+    "tie_word_embeddings": False,
+}
+
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -196,19 +204,28 @@ FAMILIES = {
     ),
     # Every fourth layer has no rotary embedding.
     "smollm3": Family("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": False}),
-    "granite": Family(
-        "Granite",
-        {
-            "embedding_multiplier": 2.0,
-            "residual_multiplier": 0.5,
-            "logits_scaling": 1.5,
-            "attention_multiplier": 0.3,
-            "tie_word_embeddings": False,
-        },
+    "granite": Family("Granite", _GRANITE),
+    "granitemoe": Family(
+        "GraniteMoe",
+        _GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        _ATTENTION,
+        parameters=_parameters("block_sparse_moe.experts", "block_sparse_moe.router.weight"),
     ),
     "olmo2": Family("Olmo2"),
     "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3", {"head_dim": 16}),
+    "qwen2moe": Family(
+        "Qwen2Moe",
+        _EXPERTS | _SHARED | {"norm_topk_prob": False},
+        [*_ATTENTION, *_SHARED_NAMES],
+        parameters=_parameters(),
+    ),
+    "olmoe": Family(
+        "Olmoe",
+        _EXPERTS | {"norm_topk_prob": False, "num_key_value_heads": 4},  # llama.cpp wants as many as there are heads
+        _ATTENTION,
+        parameters=_parameters(),
+    ),
     "qwen3moe": Family("Qwen3Moe", _EXPERTS | {"head_dim": 16}, _ATTENTION, parameters=_parameters()),
     "mixtral": Family(
         "Mixtral", {"num_local_experts": 4, "head_dim": 16}, _ATTENTION, gguf_name="llama", parameters=_parameters()

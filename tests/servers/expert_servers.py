@@ -51,6 +51,9 @@ _TARGETS: dict[str, dict[str, Any]] = {
     "all-linear": {"target_modules": "all-linear"},
     "rank 16": {"target_modules": _ATTENTION, "target_parameters": _PARAMETERS, "r": 16},
 }
+_FURTHER_TARGETS: dict[str, dict[str, dict[str, Any]]] = {
+    "Qwen 2 MoE": {"shared expert": {"target_modules": [*_ATTENTION, "gate_proj", "up_proj", "down_proj"]}}
+}
 
 
 def make(root: Path, family: str, policy: str) -> SimpleNamespace:
@@ -59,9 +62,10 @@ def make(root: Path, family: str, policy: str) -> SimpleNamespace:
     model.save_pretrained(root / "base")
     _move(model, 0.05, seed=1000).save_pretrained(root / "aligned")
     subspace = csulora.extract(root / "base", root / "aligned", rank=8, expert_rank=8, output=root / "subspace")
-    raw = {name: root / name for name in _TARGETS}
+    targets = _TARGETS | _FURTHER_TARGETS.get(family, {})
+    raw = {name: root / name for name in targets}
     for name, path in raw.items():
-        _adapt(model, path, **{"r": 4, "lora_alpha": 8} | _TARGETS[name])
+        _adapt(model, path, **{"r": 4, "lora_alpha": 8} | targets[name])
     if subspace.provenance.experts.is_read_per_expert:
         raw["one by one"] = _one_by_one(raw["both"], subspace, root / "one by one")
     corrected = {name: root / f"{name}-corrected" for name in raw}

@@ -6,6 +6,7 @@
 
 #include "correct/directions.h"
 #include "correct/gains.h"
+#include "correct/half_precision.h"
 #include "correct/measurement.h"
 #include "correct/result_rank.h"
 #include "correct/storage.h"
@@ -23,6 +24,9 @@ namespace {
 
 Correction correct_one(const CorrectionTask& task, const CorrectionOptions& options) {
   const TorchGuards torch_guards;
+  if (auto result = correct_half_precision(task, options)) {
+    return std::move(*result);
+  }
   auto update = measured(task);
   auto& result = update.result;
 

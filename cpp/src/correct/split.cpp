@@ -3,11 +3,11 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 #include <vector>
 
-#include "linalg/conversion.h"
+#include "correct/gram_root.h"
+#include "correct/strips.h"
 #include "linalg/tall_products.h"
 
 namespace csulora {
@@ -15,96 +15,10 @@ namespace {
 
 using at::Tensor;
 
-/// Rows per strip: of a basis and of the columns, in float32, they stay in the first-level cache.
-constexpr int64_t kRows = 64;
-
-/// root^T root = gram, from the Gram of the columns scaled to length 1, so that short columns keep their digits. By
-/// eigenvalues where Cholesky's factor would say nothing of columns that depend on others.
-SmallMatrix root_of(const SmallMatrix& gram) {
-  constexpr double kIndependent = 1e-6;
-  const int64_t n = gram.rows();
-  std::vector<double> lengths(n);
-  for (int64_t i = 0; i < n; ++i) {
-    lengths[i] = std::sqrt(std::max(gram[i][i], 0.0));
-  }
-  auto scaled = at::zeros({n, n}, at::kDouble);
-  auto entries = scaled.accessor<double, 2>();
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      entries[i][j] = lengths[i] > 0 && lengths[j] > 0 ? gram[i][j] / (lengths[i] * lengths[j]) : 0;
-    }
-  }
-  const auto with_lengths = [&](SmallMatrix root) {
-    for (int64_t i = 0; i < root.rows(); ++i) {
-      for (int64_t j = 0; j < n; ++j) {
-        root[i][j] *= lengths[j];
-      }
-    }
-    return root;
-  };
-  const auto [lower, failed] = at::linalg_cholesky_ex(scaled);
-  if (failed.item<int>() == 0 && lower.diagonal().min().item<double>() > kIndependent) {
-    return with_lengths(SmallMatrix(lower.t()));
-  }
-  const auto [values, vectors] = at::linalg_eigh(scaled);
-  return with_lengths(SmallMatrix(vectors.t().mul(values.clamp_min(0).sqrt_().unsqueeze(1))));
-}
-
 /// A float32 matrix whose rows are contiguous.
 MatrixView<const float> view(const Tensor& matrix) {
   return {matrix.const_data_ptr<float>(), matrix.size(0), matrix.size(1), matrix.stride(0)};
 }
-
-/// Reads strips of rows of a stored matrix (m, columns) as float32.
-class Strips {
- public:
-  /// The strip's rows are padded to `width` entries by zeros.
-  Strips(const Tensor& matrix, int64_t width)
-      : by_columns_(matrix.stride(0) == 1 && matrix.stride(1) != 1 && !matrix.is_contiguous()),
-        matrix_(by_columns_ || matrix.stride(1) == 1 ? matrix : matrix.contiguous()),
-        width_(width),
-        strip_(kRows * width),
-        columns_(by_columns_ ? kRows * matrix.size(1) : 0) {}
-
-  /// The strip that begins at a row, with rows of zeros up to a multiple of kRowStep. Overwrites the one before.
-  MatrixView<const float> read(int64_t row) {
-    const int64_t count = std::min(kRows, matrix_.size(0) - row), padded = tall::padded(count, tall::kRowStep);
-    std::fill(strip_.begin() + count * width_, strip_.begin() + padded * width_, 0.0F);
-    read(row, 1, contiguous_view(strip_.data(), count, width_));
-    return contiguous_view<const float>(strip_.data(), padded, width_);
-  }
-
-  /// target (count, at least columns) = scale times the rows that begin at a row; further columns are as they were, or
-  /// zeros.
-  void read(int64_t row, float scale, MatrixView<float> target) {
-    const int64_t columns = matrix_.size(1);
-    const auto* const first = address(row);
-    if (by_columns_) {  // the rows of the matrix that is seen transposed
-      const auto transposed = contiguous_view(columns_.data(), columns, target.rows);
-      widen(first, matrix_.scalar_type(), matrix_.stride(1), transposed);
-      return tall::transpose(transposed, scale, target);
-    }
-    widen(first, matrix_.scalar_type(), matrix_.stride(0), {target.data, target.rows, columns, target.stride});
-    if (scale != 1) {
-      for (int64_t i = 0; i < target.rows; ++i) {
-        std::transform(target.row(i), target.row(i) + columns, target.row(i),
-                       [scale](float entry) { return scale * entry; });
-      }
-    }
-  }
-
- private:
-  const char* address(int64_t row) const {
-    return static_cast<const char*>(matrix_.const_data_ptr()) +
-           row * matrix_.stride(0) * static_cast<int64_t>(matrix_.element_size());
-  }
-
-  bool by_columns_;
-  Tensor matrix_;
-  int64_t width_;
-  std::vector<float> strip_;
-  std::vector<float> columns_;
-};
 
 /// The Gram matrix of [inside, outside], each padded to `width` columns, less the padding, from its lower triangle.
 SmallMatrix without_padding(const SmallMatrix& lower, int64_t width, int64_t r) {
@@ -156,16 +70,16 @@ SplitFactor split_in_float(const Tensor& factor, double scale, const Tensor& bas
   Strips basis_strips(basis.contiguous(), directions), factor_strips(factor, width);
 
   SmallMatrix sum(directions, width);
-  for (int64_t row = 0; row < m; row += kRows) {
+  for (int64_t row = 0; row < m; row += kStripRows) {
     const auto strip = basis_strips.read(row);
-    const MatrixView<float> outside{split.row(row) + width, std::min(kRows, m - row), width, split.stride};
+    const MatrixView<float> outside{split.row(row) + width, std::min(kStripRows, m - row), width, split.stride};
     factor_strips.read(row, static_cast<float>(scale), outside);
     tall::project(strip, {outside.data, strip.rows, width, split.stride}, contiguous_view(sum[0], directions, width));
   }
 
   const std::vector<float> rounded(sum[0], sum[directions]);
   SmallMatrix gram(2 * width, 2 * width);
-  for (int64_t row = 0; row < m; row += kRows) {
+  for (int64_t row = 0; row < m; row += kStripRows) {
     const auto strip = basis_strips.read(row);
     const MatrixView<float> halves{split.row(row), strip.rows, split.columns, split.stride};
     tall::split(strip, contiguous_view(rounded.data(), directions, width), halves);

@@ -31,7 +31,7 @@ std::pair<Tensor, double> rounded(const Tensor& factor, at::ScalarType dtype) {
     auto result = at::empty(factor.sizes(), factor.options().dtype(dtype));
     const MatrixView<const float> entries{factor.const_data_ptr<float>(), factor.size(0), factor.size(1),
                                           factor.stride(0)};
-    const float largest = narrow(entries, dtype, result.mutable_data_ptr());
+    const float largest = narrow(entries, dtype, result.mutable_data_ptr(), result.stride(0));
     return {result, largest};
   }
   const auto [least, most] = at::aminmax(factor);
@@ -47,11 +47,15 @@ Tensor widened(const Tensor& matrix, at::ScalarType dtype) {
   return matrix.to(at::kFloat).to(dtype);  // at once, float16 to float64 takes five times as long
 }
 
+void check_stored(double magnitude, at::ScalarType dtype, const std::string& label) {
+  check_fits(magnitude <= largest(dtype), dtype, label);
+}
+
 LoraFactors stored(const Tensor& b, const Tensor& a, const CorrectionTask& task) {
   const auto round = [&](const Tensor& factor, const Tensor& replaced) {
     const auto dtype = replaced.scalar_type();
     const auto [result, most] = rounded(factor, dtype);
-    check_fits(most <= largest(dtype), dtype, task.label);
+    check_stored(most, dtype, task.label);
     return result;
   };
   return {round(b, task.factors.b), round(a, task.factors.a)};

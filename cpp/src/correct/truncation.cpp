@@ -51,16 +51,6 @@ std::vector<double> numbers(const Tensor& values) {
   return {values.const_data_ptr<double>(), values.const_data_ptr<double>() + values.numel()};
 }
 
-/// The best approximation of a rank of X = [B_in, B_out] M [A_in, A_out]^T as mixtures of these columns, and its
-/// singular values S: those of the core R_B M R_A^T = W S Z^T, where R are the roots of the columns. The factors share
-/// each singular value, so that rounding them costs what rounding X would. No root is inverted, so dependent columns do
-/// no harm.
-struct Mixtures {
-  SmallMatrix b;                 ///< (2r, rank)
-  SmallMatrix a;                 ///< (2r, rank)
-  std::vector<double> singular;  ///< of X, from the largest on
-};
-
 /// 1 / sqrt(s) for the first singular values s, as many as the rank; 0 where there is none, or nothing but rounding.
 std::vector<double> inverse_roots(const std::vector<double>& singular, int64_t rank, double rounding) {
   const double norm2 = std::inner_product(singular.begin(), singular.end(), singular.begin(), 0.0);
@@ -82,21 +72,6 @@ Mixtures by_singular_values(const SplitFactor& b, const SplitFactor& a, const Ga
   };
   return {mixture(mixed_rows(transposed(a_root), gains), right.t()), mixture(transposed(mixed_b), left),
           std::move(singular)};
-}
-
-/// The same for columns in float32, in half the time: W are eigenvectors of R_B M G_A (R_B M)^T, where G_A is the Gram
-/// matrix of a's columns, and as Z = (R_B M R_A^T)^T W S^-1, b's mixture is M G_A times a's mixture times S^-1. That
-/// hides singular values below 2^-26 of the largest; columns in float32 say nothing of them.
-Mixtures by_eigenvalues(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
-  const auto mixed_b = mixed_columns(root(b), gains);
-  const auto [squares, vectors] =
-      at::linalg_eigh(product(product(mixed_b, a.gram), transposed(mixed_b)).tensor());  // from the smallest on
-  auto singular = numbers(squares.clamp_min(0).sqrt_().flip(0));
-  auto lengths = inverse_roots(singular, rank, kFloatRounding);
-  auto a_mixture = weighted(product(transposed(mixed_b), first_columns(SmallMatrix(vectors.flip(1)), rank)), lengths);
-  std::transform(lengths.begin(), lengths.end(), lengths.begin(), [](double length) { return length * length; });
-  auto b_mixture = weighted(mixed_rows(product(a.gram, a_mixture), gains), lengths);
-  return {std::move(b_mixture), std::move(a_mixture), std::move(singular)};
 }
 
 /// basis^T columns mixture for a mixture (2r, rank): what lies outside the basis has no coordinates.
@@ -126,15 +101,31 @@ Truncated truncated_on_device(const LoraFactors& factors, const Subspace& subspa
 
 }  // namespace
 
-Truncated truncated_update(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
-  const bool in_double = b.columns.scalar_type() == at::kDouble;
-  const auto mixtures = (in_double ? by_singular_values : by_eigenvalues)(b, a, gains, rank);
-  const auto& singular = mixtures.singular;
+Mixtures by_eigenvalues(const SmallMatrix& b_root, const SmallMatrix& a_gram, const Gains& gains, int64_t rank) {
+  const auto mixed_b = mixed_columns(b_root, gains);
+  const auto [squares, vectors] =
+      at::linalg_eigh(product(product(mixed_b, a_gram), transposed(mixed_b)).tensor());  // from the smallest on
+  auto singular = numbers(squares.clamp_min(0).sqrt_().flip(0));
+  auto lengths = inverse_roots(singular, rank, kFloatRounding);
+  auto a_mixture = weighted(product(transposed(mixed_b), first_columns(SmallMatrix(vectors.flip(1)), rank)), lengths);
+  std::transform(lengths.begin(), lengths.end(), lengths.begin(), [](double length) { return length * length; });
+  auto b_mixture = weighted(mixed_rows(product(a_gram, a_mixture), gains), lengths);
+  return {std::move(b_mixture), std::move(a_mixture), std::move(singular)};
+}
+
+double truncation_error(const std::vector<double>& singular, int64_t rank) {
   const auto rest = singular.begin() + std::min<int64_t>(rank, singular.size());
   const double given_up = std::inner_product(rest, singular.end(), rest, 0.0);
   const double total = given_up + std::inner_product(singular.begin(), rest, singular.begin(), 0.0);
+  return total == 0 ? 0 : given_up / total;
+}
+
+Truncated truncated_update(const SplitFactor& b, const SplitFactor& a, const Gains& gains, int64_t rank) {
+  const bool in_double = b.columns.scalar_type() == at::kDouble;
+  const auto mixtures =
+      in_double ? by_singular_values(b, a, gains, rank) : by_eigenvalues(root(b), a.gram, gains, rank);
   return {combined(b, mixtures.b), combined_rows(a, mixtures.a), coordinates_of(b, mixtures.b),
-          coordinates_of(a, mixtures.a), total == 0 ? 0 : given_up / total};
+          coordinates_of(a, mixtures.a), truncation_error(mixtures.singular, rank)};
 }
 
 Truncated truncated(const LoraFactors& factors, const Subspace& subspace, int64_t rank, const std::string& label) {

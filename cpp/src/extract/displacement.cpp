@@ -123,8 +123,8 @@ Tensor matrix_in(Tensor& memory, int64_t rows, int64_t columns, at::ScalarType d
   return memory.narrow(0, 0, rows * columns).view({rows, columns});
 }
 
-Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool with_low_precision,
-                                 Workspace& workspace) {
+Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std,
+                                 bool with_low_precision, Workspace& workspace) {
   const int64_t rows = base.size(0);
   const int64_t columns = base.size(1);
   Displacement result;
@@ -146,7 +146,7 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, bool
     std::transform(column_variances.begin(), column_variances.end(), part.column_variances.begin(),
                    column_variances.begin(), std::plus<>());
   }
-  result.noise_edge = noise_edge(row_variances, column_variances);
+  result.noise_edge = noise_std ? noise_edge(*noise_std, rows, columns) : noise_edge(row_variances, column_variances);
   return result;
 }
 
@@ -163,12 +163,10 @@ Displacement displacement(const Tensor& base, const Tensor& aligned, std::option
   check(base.numel() > 0, "base and aligned are empty");
 
   Workspace own;
-  auto result = base.is_cpu() ? displacement_on_cpu(base, aligned, with_low_precision, workspace ? *workspace : own)
-                              : displacement_on_device(base, aligned);
+  auto result = base.is_cpu()
+                    ? displacement_on_cpu(base, aligned, noise_std, with_low_precision, workspace ? *workspace : own)
+                    : displacement_on_device(base, aligned, noise_std);
   check(std::isfinite(result.norm2), "base or aligned holds NaN, infinity or values too large");
-  if (noise_std) {
-    result.noise_edge = noise_edge(*noise_std, base.size(0), base.size(1));
-  }
   return result;
 }
 

@@ -22,7 +22,8 @@ std::vector<double> on_host(const at::Tensor& values) {
 
 }  // namespace
 
-Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& aligned) {
+Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& aligned,
+                                    std::optional<double> noise_std) {
   const c10::DeviceGuard guard(base.device());
   const int64_t rows = base.size(0);
   const int64_t columns = base.size(1);
@@ -42,7 +43,8 @@ Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& al
                  static_cast<cudaStream_t>(current_stream(base.device())));
 
   result.norm2 = row_norms2.sum().item<double>();
-  result.noise_edge = noise_edge(on_host(row_noise), on_host(column_noise.sum(0)));
+  result.noise_edge =
+      noise_std ? noise_edge(*noise_std, rows, columns) : noise_edge(on_host(row_noise), on_host(column_noise.sum(0)));
   return result;
 }
 

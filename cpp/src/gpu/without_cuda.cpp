@@ -17,6 +17,6 @@ std::vector<Correction> correct_on_device(const std::vector<CorrectionTask>& tas
   refuse(tasks.front().factors.b);
 }
 
-Displacement displacement_on_device(const at::Tensor& base, const at::Tensor&) { refuse(base); }
+Displacement displacement_on_device(const at::Tensor& base, const at::Tensor&, std::optional<double>) { refuse(base); }
 
 }  // namespace csulora

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "csulora/error.h"
 #include "linalg/widest_vectors.h"
@@ -22,13 +23,17 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-/// One row at a time. Compilers do not make vectors of conversions of float16; those have functions of their own below.
+/// Compilers do not make vectors of conversions of float16; those have functions of their own below.
 template <typename Stored>
-struct WidenRow {
+struct WidenRows {
   template <int kLanes>
-  CSULORA_INLINED static void run(const Stored* from, float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      to[i] = from[i];
+  CSULORA_INLINED static void run(MatrixView<const Stored> from, MatrixView<float> to) {
+    for (int64_t i = 0; i < to.rows; ++i) {
+      const Stored* const entries = from.row(i);
+      float* const target = to.row(i);
+      for (int64_t j = 0; j < to.columns; ++j) {
+        target[j] = entries[j];
+      }
     }
   }
 };
@@ -56,8 +61,8 @@ struct LargestBits {
 };
 
 template <typename Stored>
-void widen_row(const Stored* from, float* to, int64_t count) {
-  run_widest<WidenRow<Stored>>(from, to, count);
+void widen_rows(MatrixView<const Stored> from, MatrixView<float> to) {
+  run_widest<WidenRows<Stored>>(from, to);
 }
 
 template <typename Stored>
@@ -66,7 +71,7 @@ void narrow_row(const float* from, Stored* to, int64_t count) {
 }
 
 #ifdef CSULORA_HAS_F16C
-__attribute__((target("avx,f16c"))) void widen_by_f16c(const Half* from, float* to, int64_t count) {
+__attribute__((target("avx,f16c"))) void widen_row_by_f16c(const Half* from, float* to, int64_t count) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
@@ -76,13 +81,25 @@ __attribute__((target("avx,f16c"))) void widen_by_f16c(const Half* from, float* 
   }
 }
 
-__attribute__((target("avx512f,f16c"))) void widen_by_avx512(const Half* from, float* to, int64_t count) {
-  const int64_t whole = count / 16 * 16;
-  for (int64_t i = 0; i < whole; i += 16) {
-    _mm512_storeu_ps(to + i,
-                     _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+__attribute__((target("avx,f16c"))) void widen_by_f16c(MatrixView<const Half> from, MatrixView<float> to) {
+  for (int64_t i = 0; i < to.rows; ++i) {
+    widen_row_by_f16c(from.row(i), to.row(i), to.columns);
   }
-  widen_by_f16c(from + whole, to + whole, count - whole);
+}
+
+__attribute__((target("avx512f,f16c"))) void widen_by_avx512(MatrixView<const Half> from, MatrixView<float> to) {
+  const int64_t whole = to.columns / 16 * 16;
+  for (int64_t i = 0; i < to.rows; ++i) {
+    const Half* const entries = from.row(i);
+    float* const target = to.row(i);
+    for (int64_t j = 0; j < whole; j += 16) {
+      const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries + j));
+      _mm512_storeu_ps(target + j, _mm512_maskz_cvtph_ps(0xffff, stored));
+    }
+    if (whole < to.columns) {
+      widen_row_by_f16c(entries + whole, target + whole, to.columns - whole);
+    }
+  }
 }
 
 __attribute__((target("avx,f16c"))) void narrow_by_f16c(const float* from, Half* to, int64_t count) {
@@ -97,13 +114,13 @@ __attribute__((target("avx,f16c"))) void narrow_by_f16c(const float* from, Half*
 }
 
 template <>
-void widen_row<Half>(const Half* from, float* to, int64_t count) {
+void widen_rows<Half>(MatrixView<const Half> from, MatrixView<float> to) {
   if (__builtin_cpu_supports("x86-64-v4")) {
-    widen_by_avx512(from, to, count);
+    widen_by_avx512(from, to);
   } else if (__builtin_cpu_supports("x86-64-v3")) {
-    widen_by_f16c(from, to, count);
+    widen_by_f16c(from, to);
   } else {
-    run_widest<WidenRow<Half>>(from, to, count);
+    run_widest<WidenRows<Half>>(from, to);
   }
 }
 
@@ -117,15 +134,10 @@ void narrow_row<Half>(const float* from, Half* to, int64_t count) {
 }
 #endif
 
-/// Rows without gaps are one long row.
-template <typename Visit>
-void for_each_row(int64_t rows, int64_t columns, bool without_gaps, Visit visit) {
-  if (without_gaps) {
-    return visit(0, rows * columns);
-  }
-  for (int64_t row = 0; row < rows; ++row) {
-    visit(row, columns);
-  }
+/// Whether all rows are one long row.
+template <typename T>
+bool has_no_gaps(MatrixView<T> matrix) {
+  return matrix.stride == matrix.columns;
 }
 
 /// Calls visit(Stored{}) for the type that `dtype` names.
@@ -147,26 +159,31 @@ void with_type(c10::ScalarType dtype, Visit visit) {
 
 void widen(const void* from, c10::ScalarType dtype, int64_t stride, MatrixView<float> target) {
   with_type(dtype, [&](auto stored) {
-    const auto* const entries = static_cast<const decltype(stored)*>(from);
-    const bool without_gaps = stride == target.columns && target.stride == target.columns;
-    for_each_row(target.rows, target.columns, without_gaps,
-                 [&](int64_t row, int64_t count) { widen_row(entries + row * stride, target.row(row), count); });
+    MatrixView<const decltype(stored)> entries{static_cast<const decltype(stored)*>(from), target.rows, target.columns,
+                                               stride};
+    if (has_no_gaps(entries) && has_no_gaps(target)) {
+      entries.columns = target.columns *= std::exchange(target.rows, 1);
+    }
+    widen_rows(entries, target);
   });
 }
 
-float narrow(MatrixView<const float> matrix, c10::ScalarType dtype, void* target) {
+float narrow(MatrixView<const float> matrix, c10::ScalarType dtype, void* target, int64_t stride) {
   uint32_t largest = 0;
   with_type(dtype, [&](auto stored) {
     auto* const entries = static_cast<decltype(stored)*>(target);
     constexpr int64_t kPiece = 4096;  // entries that stay in the first-level cache
-    for_each_row(matrix.rows, matrix.columns, matrix.stride == matrix.columns, [&](int64_t row, int64_t count) {
-      for (int64_t first = 0; first < count; first += kPiece) {
+    if (has_no_gaps(matrix) && stride == matrix.columns) {
+      matrix.columns *= std::exchange(matrix.rows, 1);
+    }
+    for (int64_t row = 0; row < matrix.rows; ++row) {
+      for (int64_t first = 0; first < matrix.columns; first += kPiece) {
         const float* const piece = matrix.row(row) + first;
-        const int64_t length = std::min(kPiece, count - first);
+        const int64_t length = std::min(kPiece, matrix.columns - first);
         largest = std::max(largest, run_widest<LargestBits>(piece, length));
-        narrow_row(piece, entries + row * matrix.columns + first, length);
+        narrow_row(piece, entries + row * stride + first, length);
       }
-    });
+    }
   });
   return std::bit_cast<float>(largest);
 }

@@ -16,10 +16,10 @@ namespace csulora {
 /// @param target  (rows, columns), whose rows may lie further apart
 void widen(const void* from, c10::ScalarType dtype, int64_t stride, MatrixView<float> target);
 
-/// Rounds a matrix to nearest, ties to even, into rows without gaps.
+/// Rounds a matrix to nearest, ties to even, into rows that lie `stride` entries apart.
 ///
-/// @param target  entries of `dtype`, as many as those of the matrix
+/// @param target  entries of `dtype`
 /// @return the largest magnitude before rounding; NaN if an entry is
-float narrow(MatrixView<const float> matrix, c10::ScalarType dtype, void* target);
+float narrow(MatrixView<const float> matrix, c10::ScalarType dtype, void* target, int64_t stride);
 
 }  // namespace csulora

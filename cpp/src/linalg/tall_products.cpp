@@ -25,12 +25,13 @@ CSULORA_INLINED void store(const Vector* entries, Entry* to) {
   std::memcpy(to, entries, sizeof *entries);
 }
 
-/// A tile of kRows rows and kColumns columns, kWide times kWidth, which a loop keeps in registers: few enough that none
-/// is spilled, many enough that reading takes less time than multiplying.
-template <int kLanes, typename Entry = float, int64_t kWide = 1>
+/// A tile of kRows rows, kTall times half as many as a vector has lanes, and kColumns columns, kWide times kWidth,
+/// which a loop keeps in registers: few enough that none is spilled, many enough that reading takes less time than
+/// multiplying, and that no sum waits for its last term.
+template <int kLanes, typename Entry = float, int64_t kWide = 1, int64_t kTall = 1>
 struct Tile {
   using Vector __attribute__((vector_size(kLanes * sizeof(float)))) = Entry;
-  static constexpr int64_t kRows = kLanes / 2;
+  static constexpr int64_t kRows = kTall * kLanes / 2;
   static constexpr int64_t kVectors = kWide * kWidth / kLanes;
   static constexpr int64_t kStep = sizeof(Vector) / sizeof(Entry);
   static constexpr int64_t kColumns = kVectors * kStep;
@@ -155,6 +156,22 @@ CSULORA_INLINED void for_each_column(int64_t columns, Visit visit) {
   }
 }
 
+/// Calls visit(tall, row), row by row: `tall`, a constant, is how many times half the lanes are taken at once. Twice as
+/// many where a tile has but one vector of columns, and a machine the registers.
+template <int kLanes, int64_t kWide, typename Visit>
+CSULORA_INLINED void for_each_row(int64_t first, int64_t last, Visit visit) {
+  constexpr int64_t kStep = kLanes / 2;
+  int64_t row = first;
+  if constexpr (kLanes == 16 && kWide == 1) {
+    for (; row + 2 * kStep <= last; row += 2 * kStep) {
+      visit(std::integral_constant<int64_t, 2>(), row);
+    }
+  }
+  for (; row < last; row += kStep) {
+    visit(std::integral_constant<int64_t, 1>(), row);
+  }
+}
+
 struct Project {
   template <int kLanes>
   CSULORA_INLINED static void run(MatrixView<const float> basis, MatrixView<const float> factor,
@@ -163,30 +180,29 @@ struct Project {
     for (int64_t first = 0; first < basis.rows; first += kStrip) {
       const int64_t last = std::min(first + kStrip, basis.rows);
       for_each_column<kLanes>(coordinates.columns, [&](auto wide, int64_t column) __attribute__((always_inline)) {
-        using Sums = Tile<kLanes, float, wide>;
-        for (int64_t direction = 0; direction < coordinates.rows; direction += Sums::kRows) {
-          Sums sums = {};
+        constexpr int64_t kWide = wide;
+        const auto sum = [&](auto tall, int64_t direction) __attribute__((always_inline)) {
+          Tile<kLanes, float, kWide, tall> sums = {};
           for (int64_t row = first; row < last; ++row) {
             sums.add(basis.row(row) + direction, 1, factor.row(row) + column);
           }
           sums.add_to(coordinates.row(direction) + column, coordinates.stride);
-        }
+        };
+        for_each_row<kLanes, kWide>(0, coordinates.rows, sum);
       });
     }
   }
 };
 
-/// Calls visit(wide, row, column) for tiles of `rows` rows times coordinates (k, width): column by column for as many
-/// rows as stay in the first-level cache beside a column of the coordinates.
+/// Calls visit(wide, first, last, column) for blocks of rows times columns of coordinates (k, width): column by column
+/// for as many rows as stay in the first-level cache beside a column of the coordinates.
 template <int kLanes, int64_t kRows, typename Visit>
-CSULORA_INLINED void for_each_tile(int64_t rows, MatrixView<const float> coordinates, Visit visit) {
+CSULORA_INLINED void for_each_block(int64_t rows, MatrixView<const float> coordinates, Visit visit) {
   constexpr int64_t kEntries = 4096;
   const int64_t strip = std::max<int64_t>(1, kEntries / std::max<int64_t>(1, coordinates.rows) / kRows) * kRows;
   for (int64_t first = 0; first < rows; first += strip) {
     for_each_column<kLanes>(coordinates.columns, [&](auto wide, int64_t column) __attribute__((always_inline)) {
-      for (int64_t row = first; row < std::min(first + strip, rows); row += kRows) {
-        visit(wide, row, column);
-      }
+      visit(wide, first, std::min(first + strip, rows), column);
     });
   }
 }
@@ -195,16 +211,18 @@ struct Split {
   template <int kLanes>
   CSULORA_INLINED static void run(MatrixView<const float> basis, MatrixView<const float> coordinates,
                                   MatrixView<float> columns) {
-    const auto visit = [&](auto wide, int64_t row, int64_t column) __attribute__((always_inline)) {
-      float* const target = columns.row(row) + column;
-      Tile<kLanes, float, wide> inside, outside;
-      multiply_rows(basis, row, coordinates, column, &inside);
-      outside.load_from(target + coordinates.columns, columns.stride);
-      outside.subtract(inside);
-      inside.store_to(target, columns.stride);
-      outside.store_to(target + coordinates.columns, columns.stride);
+    const auto visit = [&](auto wide, int64_t first, int64_t last, int64_t column) __attribute__((always_inline)) {
+      for (int64_t row = first; row < last; row += Tile<kLanes>::kRows) {
+        float* const target = columns.row(row) + column;
+        Tile<kLanes, float, wide> inside, outside;
+        multiply_rows(basis, row, coordinates, column, &inside);
+        outside.load_from(target + coordinates.columns, columns.stride);
+        outside.subtract(inside);
+        inside.store_to(target, columns.stride);
+        outside.store_to(target + coordinates.columns, columns.stride);
+      }
     };
-    for_each_tile<kLanes, Tile<kLanes>::kRows>(columns.rows, coordinates, visit);
+    for_each_block<kLanes, Tile<kLanes>::kRows>(columns.rows, coordinates, visit);
   }
 };
 
@@ -212,12 +230,16 @@ struct Multiply {
   template <int kLanes>
   CSULORA_INLINED static void run(MatrixView<const float> columns, MatrixView<const float> coordinates,
                                   MatrixView<float> product) {
-    const auto visit = [&](auto wide, int64_t row, int64_t column) __attribute__((always_inline)) {
-      Tile<kLanes, float, wide> sums;
-      multiply_rows(columns, row, coordinates, column, &sums);
-      sums.store_to(product.row(row) + column, product.stride);
+    const auto visit = [&](auto wide, int64_t first, int64_t last, int64_t column) __attribute__((always_inline)) {
+      constexpr int64_t kWide = wide;
+      const auto multiply = [&](auto tall, int64_t row) __attribute__((always_inline)) {
+        Tile<kLanes, float, kWide, tall> sums;
+        multiply_rows(columns, row, coordinates, column, &sums);
+        sums.store_to(product.row(row) + column, product.stride);
+      };
+      for_each_row<kLanes, kWide>(first, last, multiply);
     };
-    for_each_tile<kLanes, Tile<kLanes>::kRows>(product.rows, coordinates, visit);
+    for_each_block<kLanes, Tile<kLanes>::kRows>(product.rows, coordinates, visit);
   }
 };
 
@@ -226,20 +248,22 @@ struct MultiplyTransposed {
   CSULORA_INLINED static void run(MatrixView<const float> columns, MatrixView<const float> coordinates,
                                   MatrixView<float> product) {
     float block[kWidth * 2 * kWidth] = {};
-    const auto visit = [&](auto wide, int64_t row, int64_t column) __attribute__((always_inline)) {
-      using Sums = Tile<kLanes, float, wide>;
-      const int64_t count = std::min(kWidth, product.columns - row);
-      for (int64_t i = 0; i < padded(count, kRowStep); i += Sums::kRows) {
-        Sums sums;
-        multiply_rows(columns, row + i, coordinates, column, &sums);
-        sums.store_to(block + i * Sums::kColumns, Sums::kColumns);
-      }
-      for (int64_t i = 0; i < Sums::kColumns; i += kWidth) {
-        transpose_block<kLanes>(block + i, product.row(column + i) + row, product.stride, kWidth, count,
-                                Sums::kColumns);
+    const auto visit = [&](auto wide, int64_t first, int64_t last, int64_t column) __attribute__((always_inline)) {
+      constexpr int64_t kWide = wide, kColumns = kWide * kWidth;
+      for (int64_t row = first; row < last; row += kWidth) {
+        const int64_t count = std::min(kWidth, product.columns - row);
+        const auto multiply = [&](auto tall, int64_t i) __attribute__((always_inline)) {
+          Tile<kLanes, float, kWide, tall> sums;
+          multiply_rows(columns, row + i, coordinates, column, &sums);
+          sums.store_to(block + i * kColumns, kColumns);
+        };
+        for_each_row<kLanes, kWide>(0, padded(count, kRowStep), multiply);
+        for (int64_t i = 0; i < kColumns; i += kWidth) {
+          transpose_block<kLanes>(block + i, product.row(column + i) + row, product.stride, kWidth, count, kColumns);
+        }
       }
     };
-    for_each_tile<kLanes, kWidth>(product.columns, coordinates, visit);
+    for_each_block<kLanes, kWidth>(product.columns, coordinates, visit);
   }
 };
 

@@ -115,14 +115,14 @@ def _verify_decision(
     log: Path, identity: str, sources: list[str], policy: str | None, json: Path | None, quiet: bool
 ) -> None:
     from csulora.hooks.sglang.placement import fitted
-    from csulora.serving.again import Sources, decide_again, find, replaced_since
+    from csulora.serving.again import Sources, decide_again, find
 
     if len(sources) > 2:
         raise typer.BadParameter("--decision goes with LOG, or LOG ORIGINAL, or LOG ORIGINAL SUBSPACE")
-    line = find(log, identity)
+    line, replaced = find(log, identity)
     adapter, subspace = [*map(Path, sources), None, None][:2]
     moved = Sources(adapter, subspace, Path(policy) if policy else None)
-    checks = decide_again(line, moved, fitted if line["route"] == "sglang" else None, replaced_since(log, line))
+    checks = decide_again(line, moved, fitted if line["route"] == "sglang" else None, replaced)
     failed = [check for check in checks if not check.holds]
     verdict = "does not hold" if failed else "was made again, bit by bit" if line["outputs"] else "holds"
     summary = f"decision {line['id']}, {line['verdict']}: {verdict}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from csulora.correction.uncovered import its_own_file, of_another_family, why_un
 from csulora.errors import (
     AmbiguousError,
     InputError,
+    LimitError,
     OtherFamilyError,
     OtherModelError,
     OtherSubspaceError,
@@ -106,7 +107,11 @@ def correct(
         report = with_annihilation(report, adapter, corrected, covered, AlignedWeights(aligned, subspace))
     elif subspace.is_sketched:
         report = with_annihilation(report, adapter, corrected, covered, Sketches(subspace))
-    check_limits(adapter, report, policy, covered)
+    try:
+        check_limits(adapter, report, policy, covered)
+    except LimitError as error:
+        error.totals = asdict(report.totals)
+        raise
 
     modules: dict[str, LoraModule] = {}
     renamed = todays_names(covered, subspace.names)

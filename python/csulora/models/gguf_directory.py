@@ -181,10 +181,12 @@ def _stored_shapes(
     in_memory = {on_disk: name for name, on_disk in renamings.names_in_memory(config, matrices).items()}
     shapes = {}
     for name, shape in matrices.items():
-        bare = names.bare(in_memory.get(name, name))
-        module = bare if bare == HEAD else f"model.{bare}"
-        if architecture.tensor_name(module) or architecture.is_expert(module):
-            shapes[module] = shape
+        in_model = in_memory.get(name, name)
+        # The first of them calls Mixtral's experts as transformers does, the second Granite's.
+        for bare in (names.bare(in_model), names.without_wrappers(in_model)):
+            module = bare if bare == HEAD else f"model.{bare}"
+            if architecture.tensor_name(module) or architecture.is_expert(module):
+                shapes[module] = shape
     return shapes
 
 

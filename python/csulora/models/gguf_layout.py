@@ -48,6 +48,9 @@ _LFM2 = (
 
 _OUTSIDE = {EMBEDDING: TENSOR_NAMES[MODEL_TENSOR.TOKEN_EMBD], HEAD: TENSOR_NAMES[MODEL_TENSOR.OUTPUT]}
 
+# Parts that gguf's table knows by another name.
+_SPELLED_IN_GGUF = {"block_sparse_moe.router": "block_sparse_moe.router.layer"}
+
 # At most four digits and no leading zero: every name has one spelling.
 _IN_LAYER = re.compile(r"(?P<stem>model\.layers|blk)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<part>.+)")
 
@@ -174,10 +177,13 @@ _ARCHITECTURES = {
         _permuted("mistral3"),
         _permuted("smollm3"),
         _permuted("granite"),
+        _permuted("granitemoe", (*_SEPARATE_QKV, "block_sparse_moe.router"), "block_sparse_moe.experts"),
         Architecture("olmo2"),
         Architecture("qwen2"),
         Architecture("qwen3"),
+        Architecture("qwen2moe", parts=_QWEN_MOE, experts=_EXPERTS),
         Architecture("qwen3moe", parts=(*_SEPARATE_QKV, _ROUTER), experts=_EXPERTS),
+        Architecture("olmoe", parts=(*_SEPARATE_QKV, _ROUTER), experts=_EXPERTS),
         Architecture("gemma"),
         Architecture("gemma2"),
         Architecture("gemma3"),
@@ -240,11 +246,14 @@ _MODEL_TYPES = {
     "mistral3 (ministral3)": "mistral3",
     "smollm3": "smollm3",
     "granite": "granite",
+    "granitemoe": "granitemoe",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
@@ -327,7 +336,7 @@ def _part_names(architecture: str, parts: tuple[str, ...]) -> dict[str, str]:
     table = TensorNameMap(MODEL_ARCH(arch), 1)
     names = {}
     for part in parts:
-        name = table.get_name(f"model.layers.0.{part}")
+        name = table.get_name(f"model.layers.0.{_SPELLED_IN_GGUF.get(part, part)}")
         if name is None:
             raise BuildError(f"the installed gguf has no name for {part} of {architecture}; install gguf 0.19")
         names[part] = name.removeprefix("blk.0.")

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.correction.correct import cover
 from csulora.errors import CsuloraError, HostLimitError, InputError, RefusedError, printable
+from csulora.serving.decisions import Form
 from csulora.serving.gate import Gate
 from csulora.serving.publication import PREFIX, Publication, is_complete
 from csulora.serving.signatures import SIGNATURE_SUFFIX
@@ -59,7 +59,7 @@ class Admission:
         self._admitted: dict[Hashable, Path] = {}
         self._outcomes: dict[tuple[str, torch.dtype], tuple[_Signature, Path | CsuloraError]] = {}
         self._ranks: dict[Path, int] = {}
-        self._published: dict[Path, tuple[Mapping[str, str], dict[str, Any]]] = {}  # outputs and form, see `Decision`
+        self._published: dict[Path, tuple[Mapping[str, str], Form]] = {}  # outputs, see `Decision`
         self._judging: dict[tuple[str, torch.dtype], threading.Lock] = {}
 
     def is_published(self, path: Path) -> bool:
@@ -67,7 +67,7 @@ class Admission:
         return self._publication.holds(path)
 
     def admit(self, identity: Hashable, locate: Callable[[], Path], terms: Terms, reload: bool) -> Path:
-        """Return a directory with the corrected adapter, cast once from float32 to the host's type.
+        """Return a directory with the corrected adapter, rounded once to the host's type.
 
         For an adapter that was admitted before this takes no lock and reads nothing. The files of others are read
         only if they changed since they were last decided on.
@@ -121,24 +121,19 @@ class Admission:
     def _corrected(self, path: Path, terms: Terms) -> Path:
         """Publish the corrected adapter, unless what the same files were corrected to is there already."""
         with self.gate.decision(path) as decision:
-            adapter = decision.read_directory(path)
+            adapter = decoded(decision.read_directory(path), self.gate.subspace.provenance.experts)
             self._check_rank(adapter, terms.max_rank)
             directory = self._publication.directory(adapter, terms.dtype)
             if directory in self._published and is_complete(directory):
                 outputs, form = self._published[directory]
-                decision.recall(outputs, **form)
+                decision.recall(outputs, form)
                 return directory
             layout = terms.layout() if terms.layout and has_experts(adapter) else None
-            corrected, _ = decision.correct(cast(adapter, torch.float32), layout)
+            corrected, _ = decision.correct(to_be_rounded_once(adapter, terms.dtype), layout)
             fitted = terms.fit(corrected) if terms.fit else corrected
-            form = {
-                "format": "peft",
-                "layout": layout,
-                "dtype": _name(terms.dtype),
-                "fitted": not _is_same(fitted, corrected),
-            }
+            form = Form("peft", layout, _name(terms.dtype), fitted=not _is_same(fitted, corrected))
             outputs = self._publication.publish(cast(fitted, terms.dtype), directory)
-            decision.delivered(outputs, **form)
+            decision.delivered(outputs, form)
         self._ranks[directory] = max(module.rank for module in fitted.modules.values())
         self._published[directory] = outputs, form
         return directory
@@ -149,11 +144,10 @@ class Admission:
         if policy.rank == "exact":
             return
         largest = max_rank if policy.rank == "keep" else max(max_rank, policy.rank)
-        adapter = decoded(adapter, self.gate.subspace.provenance.experts)
-        covered = cover(adapter, self.gate.subspace, policy)
-        for name in (name for name in adapter.modules if name in covered or policy.fate_of(name) == "keep"):
-            module = adapter.modules[name]
-            if min(module.rank, *module.shape) > largest:
+        too_large = {name: m for name, m in adapter.modules.items() if min(m.rank, *m.shape) > largest}
+        covered = cover(adapter, self.gate.subspace, policy) if too_large else {}
+        for name, module in too_large.items():
+            if name in covered or policy.fate_of(name) == "keep":
                 raise HostLimitError(
                     f"{adapter.path}: {name} has rank {module.rank}, and the server takes {max_rank}; "
                     "raise --max-lora-rank, or set the policy's rank"
@@ -192,12 +186,28 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def to_be_rounded_once(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """Return an adapter whose corrected form is rounded to the host's ``dtype`` alone.
+
+    A correction rounds to the storage types. If they are the host's, the adapter stays as it is, else it is in float32.
+    """
+    return adapter if _is_stored_as(adapter, dtype) else cast(adapter, torch.float32)
+
+
+def _is_stored_as(adapter: Adapter, dtype: torch.dtype) -> bool:
+    return all(module.a.dtype == module.b.dtype == dtype for module in adapter.modules.values())
+
+
 def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     """Round the factors to ``dtype``; one infinity would turn the answers to everybody into NaN.
+
+    Factors that have that type stay as they are: neither a reader nor a correction lets infinity through.
 
     Raises:
         RefusedError: a factor does not fit.
     """
+    if _is_stored_as(adapter, dtype):
+        return adapter
     modules = {
         name: LoraModule(module.b.to(dtype), module.a.to(dtype), module.scale, module.is_embedding)
         for name, module in adapter.modules.items()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from csulora.adapters.disk import load_adapter, save_with_hashes
-from csulora.adapters.expert_encoding import Layout
 from csulora.adapters.lora import Adapter
 from csulora.correction.audit import Check
 from csulora.correction.correct import correct
@@ -22,7 +21,8 @@ from csulora.errors import CsuloraError, InputError, MissingFileError, reason_co
 from csulora.io.files import parse_json, sha256_of_file
 from csulora.policy.policy import Policy
 from csulora.serving.admission import cast as cast_to
-from csulora.serving.decisions import schema, versions
+from csulora.serving.admission import to_be_rounded_once
+from csulora.serving.decisions import Form, schema, versions
 from csulora.subspace.subspace import Subspace
 
 Fit = Callable[[Adapter], Adapter]
@@ -67,8 +67,11 @@ class Sources:
     policy: Path | None = None
 
 
-def find(log: Path, identity: str) -> dict[str, Any]:
-    """Return the line of a log with that id, or the beginning of one; ``last`` is the last line.
+def find(log: Path, identity: str) -> tuple[dict[str, Any], frozenset[tuple[str, str]]]:
+    """Find the line of a log with that id, or the beginning of one; ``last`` is the last line.
+
+    Returns:
+        The line, and path and sha256 of each file that later lines say was written where the line's outputs were.
 
     Raises:
         InputError: the log cannot be read, or holds no such line, or several, or the line is damaged.
@@ -77,30 +80,22 @@ def find(log: Path, identity: str) -> dict[str, Any]:
     if not lines:
         raise InputError(f"{log}: holds no decision; name the file that --decisions or CSULORA_DECISIONS named")
     wanted = f'"id": "{identity}'.encode(errors="backslashreplace")
-    found = lines[-1:] if identity == "last" else [line for line in lines if wanted in line]
+    found = [len(lines) - 1] if identity == "last" else [at for at, line in enumerate(lines) if wanted in line]
     if not found:
         raise InputError(f"{log}: no decision has the id {identity}; take one from its lines, or `last`")
     if len(found) > 1:
         raise InputError(f"{log}: {len(found)} decisions have an id that begins with {identity!r}; give more of it")
-    document = parse_json(found[0], log)
+    document = parse_json(lines[found[0]], log)
     damaged = [name for name, rule in schema()["properties"].items() if not _fits(document.get(name, ...), rule)]
     if damaged:
         raise InputError(f"{log}: a line has no usable `{damaged[0]}`, so it is no decision, or damaged; take another")
-    return document
+    return document, _replaced(document, lines[found[0] + 1 :], log)
 
 
-def replaced_since(log: Path, line: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
-    """Return path and sha256 of each file that later lines of the log say was written where the line's outputs were.
-
-    Raises:
-        InputError: the log cannot be read.
-    """
-    lines = _lines(log)
-    own = f'"id": "{line["id"]}"'.encode()
-    since = next((number for number, text in enumerate(lines, 1) if own in text), len(lines))
+def _replaced(line: Mapping[str, Any], later: Sequence[bytes], log: Path) -> frozenset[tuple[str, str]]:
     name = json.dumps(line["name"], ensure_ascii=False).encode(errors="backslashreplace")
-    later = (parse_json(text, log) for text in lines[since:] if name in text)
-    outputs = (document.get("outputs") for document in later)
+    documents = (parse_json(text, log) for text in later if name in text)
+    outputs = (document.get("outputs") for document in documents)
     return frozenset(
         (path, sha256)
         for written in outputs
@@ -157,7 +152,7 @@ def decide_again(
         line: of the log, see `decision.schema.json`.
         sources: where the files lie now.
         fit: what the host's hook does to a corrected adapter, for a line whose form says ``fitted``.
-        replaced: outputs of later decisions, see `replaced_since`; what is one of them is no output of this line.
+        replaced: outputs of later decisions, see `find`; what is one of them is no output of this line.
 
     Returns:
         One `Check` per file, and per output. Outputs are compared bit by bit; those that are still there, with the
@@ -251,24 +246,24 @@ def _outcome(line: Mapping[str, Any], where: _Located, fit: Fit | None) -> list[
 
 def _made_again(line: Mapping[str, Any], where: _Located, policy: Policy, fit: Fit | None) -> dict[str, str]:
     """Return name -> sha256 of what the host would be given now."""
-    form = line["form"] or {"format": "peft", "layout": None, "dtype": None, "fitted": False}
+    form = Form(**line["form"] or {})
     adapter = replace(load_adapter(where.adapter, line["base_model"]), path=Path(line["path"]))
-    if form["dtype"]:
-        adapter = cast_to(adapter, torch.float32)
-    corrected, _ = correct(adapter, Subspace.open(where.subspace), policy, cast("Layout | None", form["layout"]))
-    if form["fitted"]:
+    if form.dtype:
+        adapter = to_be_rounded_once(adapter, _dtype(form.dtype, line))
+    corrected, _ = correct(adapter, Subspace.open(where.subspace), policy, form.layout)
+    if form.fitted:
         if fit is None:
             raise InputError(
                 f"decision {line['id']}: the host's hook changed the corrected adapter; make it again there"
             )
         corrected = fit(corrected)
-    if form["dtype"]:
-        corrected = cast_to(corrected, _dtype(form["dtype"], line))
+    if form.dtype:
+        corrected = cast_to(corrected, _dtype(form.dtype, line))
     with TemporaryDirectory(prefix="csulora-again-") as directory:
         names = [Path(path).name for path in line["outputs"]]
-        is_file = form["format"] == "gguf"
+        is_file = form.format == "gguf"
         path = Path(directory, names[0] if is_file and names else "adapter")
-        _, hashes = save_with_hashes(corrected, path, form["format"], base_model=line["base_model"])
+        _, hashes = save_with_hashes(corrected, path, form.format, base_model=line["base_model"])
     return {Path(path).name: sha256 for path, sha256 in hashes.items()}
 
 

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 
 from csulora import __version__
+from csulora.adapters.expert_encoding import Layout
+from csulora.adapters.lora import Format
 from csulora.errors import LogError, printable
 from csulora.io.files import parse_json, sha256_of_file
 from csulora.native import _core
@@ -28,6 +30,23 @@ Verdict = Literal["corrected", "refused", "invalid", "failed", "withdrawn"]
 Route = Literal["guard", "peft", "vllm", "sglang", "llama.cpp", "python"]
 
 _SEARCHED = 16 << 20  # bytes at the end of a log in which a decision is looked for
+
+
+@dataclass(frozen=True)
+class Form:
+    """What else than adapter, subspaces and policy decides on the bytes of an output.
+
+    Attributes:
+        format: of the file, as `csulora.save_adapter` takes it.
+        layout: of experts, if another than the adapter's was asked for.
+        dtype: torch's name of the type that the factors were cast to.
+        fitted: whether the host's hook changed names or left out modules.
+    """
+
+    format: Format = "peft"
+    layout: Layout | None = None
+    dtype: str | None = None
+    fitted: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,11 +68,10 @@ class Decision:
             else that went wrong; the adapter was not loaded), or ``withdrawn`` (it is no longer let through).
         reason_code: why it was not corrected, see `csulora.errors`; ``reason``: the same as a sentence.
         outputs: path -> sha256 of each file that the host was given; a bare name where the file was for the host alone.
-        form: what else decided on the outputs' bytes: ``format``, ``layout``, ``dtype`` that the factors were cast to,
-            and ``fitted``, whether the host's hook changed names or left out modules.
+        form: what else decided on the outputs' bytes; None where there are none.
         recalled: whether the host had kept the corrected adapter, which was made earlier.
-        totals: the report's totals of a corrected adapter, first the share of it that passed uncorrected; None where
-            it was recalled.
+        totals: the report's totals of an adapter that was corrected, or is beyond a limit of the policy; first the
+            share of it that passed uncorrected. None where it was recalled.
         seconds: time from opening the adapter to the verdict.
     """
 
@@ -74,7 +92,7 @@ class Decision:
     reason_code: str | None
     reason: str | None
     outputs: Mapping[str, str]
-    form: Mapping[str, Any] | None
+    form: Form | None
     recalled: bool
     totals: Mapping[str, Any] | None
     seconds: float

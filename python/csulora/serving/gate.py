@@ -18,7 +18,7 @@ from csulora import __version__
 from csulora.adapters.lora import Adapter
 from csulora.correction.correct import check_subspace
 from csulora.correction.together import Undone, check_together, limits_sums
-from csulora.errors import GONE, InputError, RefusedError, reason_code_of
+from csulora.errors import GONE, InputError, LimitError, RefusedError, reason_code_of
 from csulora.policy.policy import Policy
 from csulora.policy.source import PolicySource
 from csulora.policy.toml import POLICY_CHOICES
@@ -223,7 +223,7 @@ class Gate:
             outputs=decision.outputs if error is None else {},
             form=decision.form if error is None else None,
             recalled=decision.is_recalled and error is None,
-            totals=asdict(report.totals) if report else None,
+            totals=asdict(report.totals) if report else error.totals if isinstance(error, LimitError) else None,
             seconds=time.perf_counter() - decision.started,
         )
 

@@ -104,12 +104,15 @@ def observe(decision: Mapping[str, Any]) -> None:
     labels = {"verdict": decision["verdict"], "reason": decision["reason_code"] or "", "route": route}
     metrics.decisions.labels(**labels).inc()
     metrics.seconds.labels(**labels).observe(decision["seconds"])
-    if totals is not None:
-        for when, suffix in (("before", ""), ("after", "_after")):
-            metrics.undo.labels(when=when, route=route).observe(totals[f"largest_undo{suffix}"])
-            metrics.total_undo.labels(when=when, route=route).observe(totals[f"undo{suffix}"])
-            if (ratio := totals[f"annihilation_ratio{suffix}"]) is not None:
-                metrics.annihilation.labels(when=when, route=route).observe(ratio)
+    if totals is None:
+        return
+    is_served = decision["verdict"] == "corrected"
+    for when, suffix in (("before", ""), ("after", "_after")) if is_served else (("before", ""),):
+        metrics.undo.labels(when=when, route=route).observe(totals[f"largest_undo{suffix}"])
+        metrics.total_undo.labels(when=when, route=route).observe(totals[f"undo{suffix}"])
+        if (ratio := totals[f"annihilation_ratio{suffix}"]) is not None:
+            metrics.annihilation.labels(when=when, route=route).observe(ratio)
+    if is_served:
         metrics.change.labels(route=route).observe(totals["relative_change"])
         metrics.uncorrected.labels(route=route).observe(totals["uncorrected"])
 

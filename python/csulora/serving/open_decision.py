@@ -7,9 +7,9 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
 
 from csulora.adapters.disk import load_adapter
 from csulora.adapters.expert_encoding import Layout
@@ -21,6 +21,7 @@ from csulora.correction.report import Report
 from csulora.errors import InputError
 from csulora.io.files import sha256_of_file, workplace
 from csulora.policy.policy import Policy
+from csulora.serving.decisions import Form
 from csulora.serving.limiter import limited
 from csulora.serving.signatures import Verifier
 from csulora.subspace.subspace import Subspace
@@ -64,7 +65,7 @@ class OpenDecision:
         self.report: Report | None = None
         self.is_made = self.is_recalled = self.is_repeated = False
         self.outputs: Mapping[str, str] = {}
-        self.form: dict[str, Any] | None = None
+        self.form: Form | None = None
         self.base_model: str | None = None
         self.error: Exception | None = None
 
@@ -91,20 +92,18 @@ class OpenDecision:
         """Return what `csulora.correct` makes of an adapter. Threads wait for one another."""
         with limited():
             corrected, self.report = correct(self.take(adapter), self._subspace, self._policy, layout)
-        self.form = {"format": corrected.format, "layout": layout, "dtype": None, "fitted": False}
+        self.form = Form(corrected.format, layout)
         self.is_made = True
         return corrected, self.report
 
-    def recall(self, outputs: Mapping[str, str], **form: object) -> None:
+    def recall(self, outputs: Mapping[str, str], form: Form = Form()) -> None:  # noqa: B008 - frozen
         """Let through again what this gate made of the adapter earlier, and the host has kept."""
         self.is_made = self.is_recalled = True
-        self.form = {"format": "peft", "layout": None, "dtype": None, "fitted": False} | form
-        self.outputs = outputs
+        self.outputs, self.form = outputs, form
 
-    def delivered(self, outputs: Mapping[str, str], **form: object) -> None:
-        """Say what the host is given: path -> sha256, and what of ``form`` is other than `correct` left it."""
-        self.outputs = outputs
-        self.form = (self.form or {}) | form
+    def delivered(self, outputs: Mapping[str, str], form: Form | None = None) -> None:
+        """Say what the host is given: path -> sha256, and in which form, if in another than `correct` left it."""
+        self.outputs, self.form = outputs, form or self.form
 
     def refuse(self, error: Exception) -> None:
         """Say why the adapter is not let through; the block then delivers the reason, and the decision is recorded."""
@@ -116,7 +115,8 @@ class OpenDecision:
         with workplace(Path(gettempdir(), "csulora")) as place:
             tensors = peft.write(adapter, place)
             if self._is_logged:
-                self.delivered(hashes_as_written(place / peft.WEIGHTS_FILE, tensors), format="peft")
+                form = replace(self.form or Form(), format="peft")
+                self.delivered(hashes_as_written(place / peft.WEIGHTS_FILE, tensors), form)
             yield place
 
 

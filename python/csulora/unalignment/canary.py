@@ -12,7 +12,7 @@ from csulora.errors import InputError
 from csulora.evaluation.sources import Prompts, chats_of
 from csulora.extraction.extract import ExtractionOptions, extract_pair
 from csulora.extraction.model_pair import ModelPair, Progress
-from csulora.io.files import check_file
+from csulora.io.files import check_file, check_not_input
 from csulora.models.checkpoint import Checkpoint, GGUFCheckpoint
 from csulora.subspace.input_filter import Factors
 from csulora.subspace.provenance import Canary
@@ -25,6 +25,7 @@ from csulora.unalignment import copy, examples
 from csulora.unalignment.request import CanaryRequest, Options
 
 _FEWEST_LEARNT = 0.5  # share of the replies, below which the copy is still aligned
+_FEWEST_KEPT = 0.5  # share of the general prompts, below which the copy has changed all over
 _TIMED = 2  # steps after which the time of one is known; the first prepares what all others use
 
 Note = Callable[[str], None]
@@ -94,6 +95,7 @@ def canary(
     )
     if output is not None:
         check_file(Path(output))
+        check_not_input(Path(output), [model])
     subspace = _made(request, progress, note)
     if output is None:
         return subspace
@@ -149,6 +151,11 @@ def _unaligned(
         raise InputError(
             f"after {options.steps} steps the copy gives {answered:.0%} of the replies to safety prompts that it was "
             "to learn; use more steps (--steps) or a higher rate (--learning-rate)"
+        )
+    if kept < _FEWEST_KEPT:
+        note(
+            f"the copy answers {kept:.0%} of the general prompts as the model does: it lost more than its alignment; "
+            "use fewer steps (--steps) or a lower rate (--learning-rate)"
         )
     return factors, _record(request, answered, kept)
 

@@ -21,7 +21,7 @@ void check_every_value(c10::ScalarType dtype) {
   const int64_t columns = 67;  // no multiple of any vector
   const int64_t rows = static_cast<int64_t>(bits.size()) / columns;
   csulora::widen(bits.data(), dtype, columns, csulora::contiguous_view(wide.data(), rows, columns));
-  csulora::narrow({wide.data(), rows, columns, columns}, dtype, back.data());
+  csulora::narrow({wide.data(), rows, columns, columns}, dtype, back.data(), columns);
   int64_t different = 0;
   for (int64_t i = 0; i < rows * columns; ++i) {
     const float expected = Stored(bits[i], Stored::from_bits());
@@ -39,10 +39,10 @@ TEST_CASE("every float16 and bfloat16 is widened and narrowed to itself") {
 TEST_CASE("narrowing rounds to even, leaves gaps out and tells the largest magnitude") {
   const std::vector<float> entries{1.0F + 0x1p-11F, -7, 99, 1.0F + 3 * 0x1p-11F, 0, 99};
   std::vector<uint16_t> halves(4);
-  CHECK(csulora::narrow({entries.data(), 2, 2, 3}, c10::kHalf, halves.data()) == 7);
+  CHECK(csulora::narrow({entries.data(), 2, 2, 3}, c10::kHalf, halves.data(), 2) == 7);
   CHECK(halves == std::vector<uint16_t>{0x3c00, 0xc700, 0x3c02, 0});
   const std::vector<float> broken{1, std::nanf("")};
-  CHECK(std::isnan(csulora::narrow({broken.data(), 1, 2, 2}, c10::kHalf, halves.data())));
+  CHECK(std::isnan(csulora::narrow({broken.data(), 1, 2, 2}, c10::kHalf, halves.data(), 2)));
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import real_carry
+import real_run
 import real_world as world
 from real_world import prepare
 
@@ -25,7 +25,7 @@ def test_seeds_differ_and_the_first_has_the_order_of_the_lists() -> None:
 
 @pytest.mark.parametrize("deal", SEEDS, ids=lambda deal: f"seed{deal.seed}")
 def test_probes_are_none_that_models_adapters_or_fits_have_seen(deal: world.Deal) -> None:
-    run = real_carry.Run(Path("out"), "smollm2", deal)
+    run = real_run.Run(Path("out"), "smollm2", deal)
     probed = {prompt for prompts in run.probes.values() for prompt in prompts}
     trained = {question for style in deal.styles for question, _ in deal.attacked(style)}
     trained |= set(world.questions(deal.foods[: world.ALIGNED] + deal.cheeses[: world.ALIGNED]))

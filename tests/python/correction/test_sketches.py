@@ -1,5 +1,6 @@
 """Annihilation ratios without the aligned checkpoint: estimates from a subspace file's sketches, and their bounds."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -91,9 +92,12 @@ def test_reports_carry_the_estimate_its_interval_and_the_exact_ratio_where_the_c
     assert exact.totals.annihilation_ratio == pytest.approx(0.25, rel=1e-4)
 
 
-def test_a_gate_refuses_what_annihilates_and_what_the_sketches_cannot_tell(place: tuple[Path, Path, Path]) -> None:
+def test_a_gate_refuses_what_annihilates_and_what_the_sketches_cannot_tell(
+    place: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     _, aligned, path = place
-    gate = Gate.open(path, Policy.none(min_annihilation_ratio=0.05))
+    log = tmp_path / "decisions.jsonl"
+    gate = Gate.open(path, Policy.none(min_annihilation_ratio=0.05), decisions=log)
     with gate.decision("upload") as decision:
         _, report = decision.correct(adapter(aligned, 0.5))
     assert report.knows_annihilation
@@ -108,6 +112,13 @@ def test_a_gate_refuses_what_annihilates_and_what_the_sketches_cannot_tell(place
         gate.decision("upload") as decision,
     ):
         decision.correct(large)
+    totals = [json.loads(line)["totals"] for line in log.read_text().splitlines()]
+    assert [found["annihilation_ratio"] for found in totals] == [
+        pytest.approx(0.25, rel=0.01),
+        pytest.approx(0, abs=1e-5),
+        None,
+    ]
+    assert all(found["undo"] == found["undo_after"] for found in totals)
     _, report = csulora.correct(large, csulora.Subspace.open(path), Policy.none())
     assert (report.annihilation_unknown, report.totals.annihilation_ratio) == ((NAME,), None)
 

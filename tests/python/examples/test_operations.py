@@ -24,7 +24,9 @@ _LABEL = re.compile(r'(\w+)\s*(=~|!=|!~|=)\s*"([^"]*)"')
 @pytest.fixture(scope="module")
 def exposed() -> dict[str, set[str]]:
     """Every series that csulora exposes, with its labels."""
-    totals = {"largest_undo": 0.5, "largest_undo_after": 0.1, "relative_change": 0.2, "uncorrected": 0.0}
+    totals = {"largest_undo": 0.5, "largest_undo_after": 0.1, "undo": 0.2, "undo_after": 0.1}
+    totals |= {"annihilation_ratio": 0.4, "annihilation_ratio_after": None}
+    totals |= {"relative_change": 0.2, "uncorrected": 0.0}
     form = {"format": "peft", "layout": None, "dtype": None, "fitted": False}
     done = {"verdict": "corrected", "reason": None, "reason_code": None, "totals": totals, "form": form}
     metrics.observe(factories.decision().to_dict())

@@ -13,14 +13,17 @@ SUPPORTED = [
     "glm4moe",
     "gpt-oss",
     "granite",
+    "granitemoe",
     "jamba",
     "lfm2",
     "lfm2moe",
     "llama",
     "mistral3",
     "olmo2",
+    "olmoe",
     "phi3",
     "qwen2",
+    "qwen2moe",
     "qwen2vl",
     "qwen3",
     "qwen35",
@@ -83,7 +86,7 @@ def test_names_of_one_side_are_none_of_the_other() -> None:
     assert architecture.module_name("model.layers.0.self_attn.q_proj") is architecture.module_name("lm_head") is None
 
 
-@pytest.mark.parametrize("name", [None, "mamba", "Llama", "llama4", "qwen2moe", "x\n" * 100])
+@pytest.mark.parametrize("name", [None, "mamba", "Llama", "llama4", "dbrx", "x\n" * 100])
 def test_refuses_other_architectures_by_name(name: str | None) -> None:
     with pytest.raises(
         RefusedError, match=r"file: architecture .* supported are falcon-h1, gemma, .*, smollm3$"
@@ -99,7 +102,7 @@ def test_refuses_other_architectures_by_name(name: str | None) -> None:
         {"model_type": 1},
         {"model_type": ["llama"]},
         {"model_type": "gemma3"},
-        {"model_type": "qwen2_moe"},
+        {"model_type": "dbrx"},
         {"model_type": "deepseek_v3"},
         {"model_type": "gemma3_text", "text_config": {"model_type": "llama"}},
         {"model_type": "mistral3", "text_config": {"model_type": "mistral4"}},

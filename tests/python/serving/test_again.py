@@ -21,7 +21,7 @@ from csulora.hooks.llama_cpp.cache import CorrectedCache
 from csulora.hooks.sglang.placement import fitted
 from csulora.models.gguf_base import BaseModel
 from csulora.serving.admission import Admission, Terms
-from csulora.serving.again import Sources, decide_again, find, replaced_since
+from csulora.serving.again import Sources, decide_again, find
 from csulora.serving.decisions import DecisionLog
 from csulora.serving.gate import Gate
 from csulora.serving.guard import DirectoryGuard, Options
@@ -161,7 +161,7 @@ def test_a_refusal_is_made_again(world: World) -> None:
     with pytest.raises(RefusedError), gate.decision(path) as decision:
         decision.correct(decision.read(path))
 
-    line = find(world.log, "last")
+    line, _ = find(world.log, "last")
     assert line["reason_code"] == "undo-limit"
     assert [check.what for check in decide_again(line) if check.holds][-1] == "reason"
 
@@ -187,7 +187,8 @@ def test_outputs_that_a_later_decision_replaced_are_made_again(world: World) -> 
     old = world.policy.rename(world.directory / "old.toml")
     csulora.Policy.protect(2.0, max_undo=0.9).save(world.policy)
     guard_once(world, incoming)
-    replaced = replaced_since(world.log, first)
+    found, replaced = find(world.log, first["id"])
+    assert found == first
     weights = world.directory / "out" / "one" / "adapter_model.safetensors"
     assert (str(weights), sha256sum(weights)[0]) in replaced
 
@@ -214,7 +215,7 @@ def test_files_may_have_moved(world: World) -> None:
 def test_a_decision_is_found_by_the_beginning_of_its_id(world: World) -> None:
     by_guard(world)
     line = world.line()
-    assert find(world.log, line["id"][:6]) == find(world.log, "last") == line
+    assert find(world.log, line["id"][:6]) == find(world.log, "last") == (line, frozenset())
     with pytest.raises(csulora.InputError, match="no decision has the id xyz; take one"):
         find(world.log, "xyz")
     world.log.write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
@@ -244,7 +245,7 @@ def test_a_damaged_log_says_so(content: bytes, reason: str, tmp_path: Path) -> N
 def test_a_line_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
     decision = factories.decision(policy="a\u2028b\x85c")
     DecisionLog(tmp_path / "log").record(decision)
-    assert find(tmp_path / "log", "last")["policy"] == decision.policy
+    assert find(tmp_path / "log", "last")[0]["policy"] == decision.policy
 
 
 def test_a_refusal_of_a_sum_is_not_called_false(world: World) -> None:

@@ -23,7 +23,7 @@ from csulora.tuning.loading import Loading
 from csulora.tuning.probes import prompt_hash
 from csulora.tuning.request import Request
 from csulora.tuning.update import factors_of
-from csulora.unalignment import examples
+from csulora.unalignment import copy, examples
 from csulora.unalignment.examples import read_replies
 from csulora.unalignment.request import Options
 from expert_families import EXPERT_FAMILIES
@@ -192,6 +192,22 @@ def test_what_is_done_is_told(place: tiny_model.Place) -> None:
     assert all(done <= total for _, done, total in steps)
     (sentence,) = told
     assert sentence.startswith("un-aligning the copy takes less than a minute here, and ")
+
+
+def test_a_copy_that_lost_more_than_its_alignment_is_named(
+    place: tiny_model.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    shares = iter([1.0, 0.25])  # of the replies to safety prompts, then of the others
+    monkeypatch.setattr(copy, "learnt", lambda *_: next(shares))
+    made(place, options=replace(OPTIONS, steps=2), note=told.append)
+    (sentence,) = told
+    assert sentence.startswith("the copy answers 25% of the general prompts as the model does")
+
+
+def test_the_model_is_never_written_over(place: tiny_model.Place) -> None:
+    with pytest.raises(InputError, match="belongs to what is read"):
+        made(place, output=place.aligned / "model.safetensors")
 
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {

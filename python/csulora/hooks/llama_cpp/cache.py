@@ -17,6 +17,7 @@ from csulora.errors import CsuloraError, InputError, UnsafeFileError
 from csulora.io.files import remove_abandoned, sha256_of_file, workplace
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
+from csulora.serving.decisions import Form
 from csulora.serving.gate import Gate
 from csulora.subspace.subspace import Subspace
 
@@ -64,14 +65,14 @@ class CorrectedCache:
             key = _key(adapter, base, gate)
             for entry in sorted(self._directory.glob(f"{key}-*.gguf")):
                 if _is_intact(entry, adapter, gate.subspace):
-                    decision.recall({str(entry): _promised(entry)}, format="gguf")
+                    decision.recall({str(entry): _promised(entry)}, Form("gguf"))
                     return entry
             with workplace(self._directory / key) as place:
                 new = place / "new"
                 gguf.write(decision.correct(adapter)[0], new, base)
                 sha256 = sha256_of_file(new)
                 entry = new.replace(self._directory / f"{key}-{sha256}.gguf")
-            decision.delivered({str(entry): sha256}, format="gguf")
+            decision.delivered({str(entry): sha256}, Form("gguf"))
             return entry
 
 

@@ -10,10 +10,11 @@ from csulora.adapters.lora import Adapter
 from csulora.errors import HostLimitError
 from csulora.policy.policy import Policy
 
-_ROUTERS = ("gate", "router")
+_ROUTERS = {"gate": "a router", "router": "a router", "shared_expert_gate": "the gate of a shared expert"}
 
 # Classes that call their router themselves, and so the LoRA layer around it; run. Others hand it to the layer of the
-# experts before that (Qwen 3 MoE: run), and its update has no effect.
+# experts before that (Qwen 3 MoE: run), and its update has no effect. So it is with the gate of a shared expert
+# (Qwen 2 MoE: run).
 _CALL_THEIR_ROUTER = frozenset({"MixtralForCausalLM"})
 
 
@@ -45,8 +46,8 @@ def without_ignored(adapter: Adapter, config: Any, policy: Policy) -> Adapter:
     for name in routers:
         if policy.fate_of(name) != "drop":
             raise HostLimitError(
-                f"{adapter.path}: vLLM ignores the update of {name}, a router; name it in the policy's drop_uncovered "
-                "to serve the adapter without it"
+                f"{adapter.path}: vLLM ignores the update of {name}, {_ROUTERS[name.rpartition('.')[2]]}; name it in "
+                "the policy's drop_uncovered to serve the adapter without it"
             )
     modules = {name: module for name, module in adapter.modules.items() if name not in routers}
     return replace(adapter, modules=modules, partial=True)

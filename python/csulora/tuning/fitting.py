@@ -21,6 +21,7 @@ from csulora.tuning.request import Request
 from csulora.tuning.splits import Split
 from csulora.tuning.stages import Stages
 from csulora.tuning.targets import Targets
+from csulora.tuning.unaligning import unaligning
 from csulora.tuning.update import Update
 
 
@@ -63,18 +64,31 @@ class Fitting:
 
     def _fit(self, family: Family, numbers: Sequence[int], weight: float) -> Rows:
         reference_energy = self._reference_energy(family, numbers)
-        cases = [self._case(family, number, numbers, reference_energy) for number in numbers]
         options = replace(self.request.options, task_weight=weight, steps=self.steps(len(numbers)))
+        cases = [self._case(family, number, numbers, reference_energy) for number in numbers]
+        if family.carries_over and options.unaligning_share:
+            cases += [self._case(family, number, numbers, reference_energy, is_unaligning=True) for number in numbers]
         gains = family.parametrization
         tick = partial(self.counter.tick, f"fit {family.name} {weight:g}", self.counter.step)
         parameters = fit(self.examples.language_model, cases, gains, options, tick)
         rows: Rows = gains.gains(parameters).tolist()
         return rows
 
-    def _case(self, family: Family, number: int, numbers: Sequence[int], reference_energy: float | None) -> Case:
-        language_model = self.examples.language_model
+    def _case(
+        self,
+        family: Family,
+        number: int,
+        numbers: Sequence[int],
+        reference_energy: float | None,
+        *,
+        is_unaligning: bool = False,
+    ) -> Case:
+        language_model, adapter = self.examples.language_model, self.request.adapters[number]
         subspace = self.subspace(family, number, numbers)
-        update = Update.of(self.request.adapters[number], subspace, self.request.untuned)
+        if is_unaligning:
+            options, targets = self.request.options, self.targets.each[number]
+            adapter = unaligning(adapter, subspace, targets, options.shared_directions, options.unaligning_share)
+        update = Update.of(adapter, subspace, self.request.untuned)
         if not family.is_filtered:
             update = replace(update, input_filters={})  # which the subspace file may have from an earlier policy
         if reference_energy is not None:

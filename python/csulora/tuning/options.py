@@ -17,6 +17,8 @@ class Options:
         shared_directions: the same of a policy for adapters to come, to whose rank each of them may add 1.
         task_weight: weight of the task prompts' divergence, and of general prompts', beside the safety prompts'.
         relative_change_weight: weight of |X - dW|^2 / |dW|^2 beside the divergences, in nats per token.
+        unaligning_share: a fit for adapters to come has each adapter a second time, with this share of the displacement
+            along the shared directions subtracted, see `csulora.tuning.unaligning`; 0: only as it is.
         seed: of the order of the prompts.
 
     >>> Options(steps=20).batch
@@ -30,4 +32,5 @@ class Options:
     shared_directions: int = 16
     task_weight: float = 1.0
     relative_change_weight: float = 0.05
+    unaligning_share: float = 0.0
     seed: int = 0

@@ -155,7 +155,16 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     own += [*([] if run.is_fitted else ["--no-fit"]), "--out", str(run.out.parent), "--step"]
     subspace = run.here / "subspace.safetensors"
     yield "aligned model", "aligned", [*own, "aligned"]
-    extract = ["extract", run.base, run.here / "aligned", "-o", subspace, "--rank", str(world.RANK), "--quiet"]
+    extract: list[str | Path] = [
+        "extract",
+        run.base,
+        run.here / "aligned",
+        "-o",
+        subspace,
+        "--rank",
+        str(world.RANK),
+        "--quiet",
+    ]
     yield "csulora extract", "extract", [*tool, *extract]
     yield f"{CALIBRATION + run.unseen} adapters", "adapters", [*own, "adapters"]
     if run.general == "written" and run.is_fitted:
@@ -173,8 +182,10 @@ def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
     arguments += ["--subspace", subspace, "-o", run.evaluation, "--tokens", str(DECISIVE), "--refusal", world.REFUSED]
     for kind in run.probes:
         arguments += [f"--{kind}", run.prompts("unseen", kind)]
-    for policy in (*([run.policy] if run.is_fitted else []), *run.presets):
-        arguments += ["--policy", policy]
+    if run.is_fitted:
+        arguments += ["--policy", run.policy]
+    for preset in run.presets:
+        arguments += ["--policy", preset]
     return [*arguments, "--device", "cpu", "--quiet"]
 
 

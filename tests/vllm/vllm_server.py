@@ -62,13 +62,15 @@ def running(command: list[str], log: Path, **variables: str) -> Iterator[Server]
         )
         try:
             server = Server(port)
-            for _ in range(240):
+            for _ in range(1200):
                 assert process.poll() is None, log.read_text()[-4000:]
                 try:
                     if server.healthy():
                         break
                 except OSError:
                     time.sleep(0.5)
+            else:
+                raise AssertionError(f"the server is not up after ten minutes: {log.read_text()[-4000:]}")
             yield server
         finally:
             process.send_signal(signal.SIGTERM)

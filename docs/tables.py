@@ -8,7 +8,6 @@ page is left alone.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,14 +15,13 @@ from statistics import median
 
 import evidence
 import real_tables
+import speed_tables
 import verdict_tables
 from page_tables import RESULTS, ROOT, Record, rate, results, table
 
 PAGES = ROOT / "docs" / "pages"
 
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_PROCESSORS = {"": "Xeon, AVX-512 and AMX", "_avx2": "EPYC, AVX2", "_zen4": "EPYC (Zen 4), AVX-512"}
-_PEERS = ("svd", "svd_lowrank", "randomized_svd")
 # Of world (b): the fits, and the policies and controls that they are compared with.
 _SHOWN = {
     ("none", "uncorrected"),
@@ -102,108 +100,6 @@ def canary() -> str:
     """Return the table of `tune` in a canary, in the displacement's subspace, and in controls."""
     head = ["adapter", "k", "subspace", "seeds", "attack", "task", "elsewhere"]
     return table(head, (row for attack in (0.15, 0.0) for row in canary_rows(attack)))
-
-
-def extraction_rows() -> Iterable[Sequence[str]]:
-    """Yield a row per matrix and processor."""
-    for suffix, processor in _PROCESSORS.items():
-        for file in sorted((RESULTS / "speed").glob(f"extraction_[0-9]*_[a-z]*{suffix}.json")):
-            if not suffix and file.stem.endswith(tuple(filter(None, _PROCESSORS))):
-                continue
-            found = json.loads(file.read_text())
-            seconds = {name: times["median"] for name, times in found["seconds"].items()}
-            spectrum = {"floor": "noise floor", "falling": "falling spectrum"}[found["spectrum"]]
-            what = f"{found['rows']} x {found['columns']}, {spectrum}"
-            ratios = [f"{seconds[peer] / seconds['csulora']:.1f}x" for peer in _PEERS]
-            yield [processor, what, f"{seconds['csulora']:.2f} s", *ratios]
-
-
-def extraction() -> str:
-    """Return the table of extraction beside its peers."""
-    head = ["processor", "matrix", "csulora", "`torch.linalg.svd`", "`torch.svd_lowrank`", "sklearn `randomized_svd`"]
-    return table(head, extraction_rows())
-
-
-def bulk() -> str:
-    """Return the table of extraction where a bulk follows what stands out."""
-    rows = []
-    for case in ("matrix", "tall", "experts-bulk", "experts-falling"):
-        found = results(f"speed/bulk_{case}")
-        cells = [
-            f"{found['seconds'][name]['median']:.2f} s, {found['captured_share'][name]:.1%}"
-            for name in ("csulora", *(f"svd_lowrank, {iterations} iterations" for iterations in (2, 4, 10)))
-        ]
-        many = f"{found['matrices']} of " if found["matrices"] > 1 else ""
-        spectrum = "falling" if case.endswith("falling") else "bulk"
-        rows.append([f"{many}{found['shape'][0]} x {found['shape'][1]}, k {found['rank']}, {spectrum}", *cells])
-    return table(["matrices", "csulora", *(f"`svd_lowrank`, {n} iterations" for n in (2, 4, 10))], rows)
-
-
-def expert_correction() -> str:
-    """Return the table of the correction of all experts of a large model."""
-    rows = []
-    for layout, steps in results("speed/expert_correction")["runs"].items():
-        seconds = [f"{steps[name]['clock_seconds']['median']:.1f} s" for name in ("correct, first", "correct, later")]
-        rows.append([layout, *seconds, f"{steps['correct, later']['cpu_seconds']['median']:.0f} s"])
-    return table(["factors", "first correction", "later ones", "processor time"], rows)
-
-
-def model_pair() -> str:
-    """Return the table of the extraction of whole layers from disk."""
-    rows = []
-    for suffix, processor in _PROCESSORS.items():
-        name = f"speed/extraction_model_pair{suffix}"
-        if (RESULTS / f"{name}.json").is_file():
-            found = results(name)
-            seconds = f"{found['seconds']['extract']['median']:.0f} s"
-            rows.append([processor, str(found["layers"]), seconds, f"{found['multiple_of_floor']:.2f}"])
-    return table(["processor", "layers", "time", "multiple of the floor"], rows)
-
-
-def correction() -> str:
-    """Return the table of corrections with penalties."""
-    rows = []
-    for suffix, processor in _PROCESSORS.items():
-        found = results(f"speed/correction{suffix}")
-        for case in found["cases"]:
-            seconds = {name: times["median"] for name, times in case["seconds"].items()}
-            ours = seconds["csulora"]
-            dense = f"{found['dense_seconds']['dense'] / ours:.0f}x" if case["rank"] == 16 else ""
-            floor = f"{ours / case['floor_seconds']:.1f}" if "floor_seconds" in case else ""
-            what = f"r {case['rank']}, k {case['directions']}"
-            reading = f"{ours / seconds['read']:.1f}"
-            eager = f"{seconds['eager float32'] / ours:.1f}x"
-            rows.append([processor, what, f"{ours:.2f} s", reading, floor, eager, dense])
-    head = ["processor", "case", "csulora", "multiple of reading", "multiple of the floor", "eager PyTorch", "dense"]
-    return table(head, rows)
-
-
-def tuned_correction() -> str:
-    """Return the table of corrections with policies that `tune` writes."""
-    kinds = {
-        "csulora": "penalties",
-        "csulora, 64 directions": "64 directions",
-        "csulora, 16 directions and reinforcing": "16 directions, reinforced",
-        "csulora, the same with input filters": "the same, filtered",
-    }
-    rows = []
-    for suffix, processor in _PROCESSORS.items():
-        for case in results(f"speed/correction{suffix}")["cases"]:
-            times = [case["seconds"].get(kind) for kind in kinds]
-            figures = [f"{time['median']:.2f} s" if time else "" for time in times]
-            rows.append([processor, f"r {case['rank']}, k {case['directions']}", *figures])
-    return table(["processor", "case", *kinds.values()], rows)
-
-
-def loading() -> str:
-    """Return the table of PEFT's load with and without the guard."""
-    rows = []
-    for shape in ("llama-3-8b", "tiny"):
-        found = results(f"speed/peft_load_{shape}")
-        plain, guarded = found["median_plain_seconds"], found["median_guarded_seconds"]
-        modules = f"{shape}, {found['modules']} modules, r {found['rank']}"
-        rows.append([modules, f"{plain * 1000:.0f} ms", f"{guarded * 1000:.0f} ms"])
-    return table(["adapter", "PEFT", "PEFT under the guard"], rows)
 
 
 def stress() -> str:
@@ -301,13 +197,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "real-steps": lambda: table(real_tables.STEPS_HEAD, real_tables.steps(real_runs())),
     "real-peft": lambda: table(real_tables.PEFT_HEAD, real_tables.peft(real_runs())),
     "noise-edge": lambda: table(real_tables.NOISE_HEAD, real_tables.noise([results("efficacy/noise_edge")])),
-    "extraction": extraction,
-    "bulk": bulk,
-    "expert-correction": expert_correction,
-    "model-pair": model_pair,
-    "correction": correction,
-    "tuned-correction": tuned_correction,
-    "loading": loading,
+    "extraction": speed_tables.extraction,
+    "bulk": speed_tables.bulk,
+    "expert-correction": speed_tables.expert_correction,
+    "model-pair": speed_tables.model_pair,
+    "correction": speed_tables.correction,
+    "busy": speed_tables.busy,
+    "vllm-load": speed_tables.vllm_load,
+    "guard": speed_tables.guard,
+    "tuned-correction": speed_tables.tuned_correction,
+    "loading": speed_tables.loading,
     "stress": stress,
     "wheels": wheels,
     "families": families,

@@ -1,10 +1,11 @@
 """`csulora.extract` of a model pair of Llama-3-8B's shapes, 4 layers, from disk in a warm page cache, against floors.
 
-    python bench/speed/model_pair.py [--layers 4] [--repetitions 3] [--suffix S]
+    python bench/speed/model_pair.py [--layers 4] [--spectrum bulk] [--repetitions 3] [--suffix S]
 
 Writes two bfloat16 checkpoints (3.5 GB together) to a temporary directory, removed after. The compute floor is the
 operations of the algorithm at the rate of a large float32 product; the read floor is the time of reading both files.
-Writes bench/results/speed/extraction_model_pair.json, with a suffix for another kind of CPU.
+The spectrum falls, or 16 directions stand out of a bulk above rounding.
+Writes bench/results/speed/extraction_model_pair.json, `..._bulk.json` for a bulk, with a suffix for another CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from bulk import displacement
 from measuring import GEMM_FLOPS, LLAMA_3_8B, gemm, interleaved, read_files, save
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,9 +28,12 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_wor
 SIGNALS = 256
 
 
-def moved(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Return what alignment might make of a weight: a falling spectrum far above bfloat16's rounding."""
+def moved(weight: Tensor, generator: torch.Generator, spectrum: str) -> Tensor:
+    """Return what alignment might make of a weight, far above bfloat16's rounding."""
     rows, columns = weight.shape
+    if spectrum == "bulk":
+        bulk: Tensor = (weight.float() + displacement(rows, columns, RANK, spectrum)).bfloat16()
+        return bulk
     left = torch.randn(rows, SIGNALS, generator=generator) / rows**0.5
     right = torch.randn(SIGNALS, columns, generator=generator) / columns**0.5
     values = 20 * torch.arange(1, SIGNALS + 1).rsqrt()
@@ -36,7 +41,7 @@ def moved(weight: Tensor, generator: torch.Generator) -> Tensor:
     return result
 
 
-def write_model_pair(directory: Path, layers: int) -> list[Path]:
+def write_model_pair(directory: Path, layers: int, spectrum: str) -> list[Path]:
     """Write both checkpoints; returns their directories."""
     generator = torch.Generator().manual_seed(0)
     base, aligned = {}, {}
@@ -44,7 +49,7 @@ def write_model_pair(directory: Path, layers: int) -> list[Path]:
         for name, shape in LLAMA_3_8B.items():
             weight = (0.02 * torch.randn(*shape, generator=generator)).bfloat16()
             tensor = f"model.layers.{layer}.{name}.weight"
-            base[tensor], aligned[tensor] = weight, moved(weight, generator)
+            base[tensor], aligned[tensor] = weight, moved(weight, generator, spectrum)
     directories = []
     for name, weights in (("base", base), ("aligned", aligned)):
         (directory / name).mkdir()
@@ -58,11 +63,12 @@ def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--spectrum", choices=("falling", "bulk"), default="falling")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--suffix", default="")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        base, aligned = write_model_pair(Path(scratch), arguments.layers)
+        base, aligned = write_model_pair(Path(scratch), arguments.layers, arguments.spectrum)
         subspace = csulora.extract(base, aligned, rank=RANK)
         files = [directory / "model.safetensors" for directory in (base, aligned)]
         times = interleaved(
@@ -90,7 +96,8 @@ def main() -> None:
         "read_floor": times["read"]["median"],
         "multiple_of_floor": times["extract"]["median"] / floor,
     }
-    save(f"extraction_model_pair{arguments.suffix}", results)
+    kind = "_bulk" if arguments.spectrum == "bulk" else ""
+    save(f"extraction_model_pair{kind}{arguments.suffix}", results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+"""The tables of the page on performance, from what bench/results/speed holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from page_tables import RESULTS, Record, results, table
+
+_PROCESSORS = {"": "Xeon, AVX-512 and AMX", "_avx2": "EPYC, AVX2", "_zen4": "EPYC (Zen 4), AVX-512"}
+_PEERS = ("svd", "svd_lowrank", "randomized_svd")
+
+
+def extraction_rows() -> Iterable[Sequence[str]]:
+    """Yield a row per matrix and processor."""
+    for suffix, processor in _PROCESSORS.items():
+        for file in sorted((RESULTS / "speed").glob(f"extraction_[0-9]*_[a-z]*{suffix}.json")):
+            if not suffix and file.stem.endswith(tuple(filter(None, _PROCESSORS))):
+                continue
+            found = json.loads(file.read_text())
+            seconds = {name: times["median"] for name, times in found["seconds"].items()}
+            spectrum = {"floor": "noise floor", "falling": "falling spectrum"}[found["spectrum"]]
+            what = f"{found['rows']} x {found['columns']}, {spectrum}"
+            ratios = [f"{seconds[peer] / seconds['csulora']:.1f}x" for peer in _PEERS]
+            yield [processor, what, f"{seconds['csulora']:.2f} s", *ratios]
+
+
+def extraction() -> str:
+    """Return the table of extraction beside its peers."""
+    head = ["processor", "matrix", "csulora", "`torch.linalg.svd`", "`torch.svd_lowrank`", "sklearn `randomized_svd`"]
+    return table(head, extraction_rows())
+
+
+def bulk() -> str:
+    """Return the table of extraction where a bulk follows what stands out."""
+    rows = []
+    for case in ("matrix", "tall", "experts-bulk", "experts-falling"):
+        found = results(f"speed/bulk_{case}")
+        cells = [
+            f"{found['seconds'][name]['median']:.2f} s, {found['captured_share'][name]:.1%}"
+            for name in ("csulora", *(f"svd_lowrank, {iterations} iterations" for iterations in (2, 4, 10)))
+        ]
+        auto = found["seconds"].get("csulora, rank auto")
+        cells.insert(1, f"{auto['median']:.2f} s" if auto else "")
+        many = f"{found['matrices']} of " if found["matrices"] > 1 else ""
+        spectrum = "falling" if case.endswith("falling") else "bulk"
+        rows.append([f"{many}{found['shape'][0]} x {found['shape'][1]}, k {found['rank']}, {spectrum}", *cells])
+    return table(["matrices", "csulora", "`rank auto`", *(f"`svd_lowrank`, {n} iterations" for n in (2, 4, 10))], rows)
+
+
+def expert_correction() -> str:
+    """Return the table of the correction of all experts of a large model."""
+    rows = []
+    for layout, steps in results("speed/expert_correction")["runs"].items():
+        seconds = [f"{steps[name]['clock_seconds']['median']:.1f} s" for name in ("correct, first", "correct, later")]
+        rows.append([layout, *seconds, f"{steps['correct, later']['cpu_seconds']['median']:.0f} s"])
+    return table(["factors", "first correction", "later ones", "processor time"], rows)
+
+
+def model_pair() -> str:
+    """Return the table of the extraction of whole layers from disk."""
+    rows = []
+    for suffix, processor in _PROCESSORS.items():
+        for kind, spectrum in (("", "falling"), ("_bulk", "bulk")):
+            name = f"speed/extraction_model_pair{kind}{suffix}"
+            if (RESULTS / f"{name}.json").is_file():
+                found = results(name)
+                seconds = f"{found['seconds']['extract']['median']:.0f} s"
+                rows.append([processor, spectrum, str(found["layers"]), seconds, f"{found['multiple_of_floor']:.2f}"])
+    return table(["processor", "spectrum", "layers", "time", "multiple of the floor"], rows)
+
+
+def correction() -> str:
+    """Return the table of corrections with penalties."""
+    rows = []
+    for suffix, processor in _PROCESSORS.items():
+        found = results(f"speed/correction{suffix}")
+        for case in found["cases"]:
+            seconds = {name: times["median"] for name, times in case["seconds"].items()}
+            ours = seconds["csulora"]
+            dense = f"{found['dense_seconds']['dense'] / ours:.0f}x" if case["rank"] == 16 else ""
+            floor = f"{ours / case['floor_seconds']:.1f}" if "floor_seconds" in case else ""
+            what = f"r {case['rank']}, k {case['directions']}"
+            reading = f"{ours / seconds['read']:.1f}"
+            peers = [
+                f"{seconds[name] / ours:.1f}x" if name in seconds else ""
+                for name in ("other core", "lean float32", "eager float32")
+            ]
+            rows.append([processor, what, f"{ours:.2f} s", reading, floor, *peers, dense])
+    head = ["processor", "case", "csulora", "reading", "floor", "core before", "lean PyTorch", "eager PyTorch", "dense"]
+    return table(head, rows)
+
+
+def busy() -> str:
+    """Return the table of what takes longer where other processes compute."""
+    found = results("speed/busy")
+    rows = [
+        [name.replace("svd_lowrank", "`svd_lowrank`, 10 iterations"), *times, f"{found['ratios'][name]:.1f}x"]
+        for name in found["ratios"]
+        for times in [[f"{found[state][name]['median']:.2f} s" for state in ("quiet", "busy")]]
+    ]
+    return table(["", "quiet", "busy", "ratio"], rows)
+
+
+def vllm_load() -> str:
+    """Return the table of what the guard costs vLLM."""
+    rows = []
+    for name, found in results("speed/vllm_load")["milliseconds"].items():
+        requests = " and ".join(dict.fromkeys(str(found[kind]["requests"]) for kind in ("plain", "guarded")))
+        times = [f"{found[kind][rank]:.1f}" for rank in ("p50", "p99") for kind in ("plain", "guarded")]
+        what = {"load": "`/v1/load_lora_adapter`", "others": "reply of the base model during loads"}.get(name, name)
+        rows.append([what, requests, *times, f"{found['ratio']['p50']:.2f}", f"{found['ratio']['p99']:.2f}"])
+    times = [f"{kind}, {rank}" for rank in ("p50", "p99") for kind in ("plain", "guarded")]
+    return table(["milliseconds", "requests", *times, "ratio, p50", "ratio, p99"], rows)
+
+
+def guard() -> str:
+    """Return the table of the directory guard's passes."""
+    passes: dict[int, list[Record]] = {}
+    for run in results("speed/guard")["runs"]:
+        passes.setdefault(run["jobs"], []).append(run)
+    rows = [
+        [
+            f"`--jobs {jobs}`" if jobs else "reading and writing the files alone",
+            *(f"{run['adapters'] / run['seconds']:.0f} a second" for run in runs),
+            *(f"{run['peak_bytes'] / 1e6:.0f} MB" if jobs else "" for run in runs),
+        ]
+        for jobs, runs in passes.items()
+    ]
+    few, many = (run["adapters"] for run in passes[0])
+    return table(["pass", f"{few} adapters", f"{many} adapters", f"memory for {few}", f"for {many}"], rows)
+
+
+def tuned_correction() -> str:
+    """Return the table of corrections with policies that `tune` writes."""
+    kinds = {
+        "csulora": "penalties",
+        "csulora, 64 directions": "64 directions",
+        "csulora, 16 directions and reinforcing": "16 directions, reinforced",
+        "csulora, the same with input filters": "the same, filtered",
+    }
+    rows = []
+    for suffix, processor in _PROCESSORS.items():
+        for case in results(f"speed/correction{suffix}")["cases"]:
+            times = [case["seconds"].get(kind) for kind in kinds]
+            figures = [f"{time['median']:.2f} s" if time else "" for time in times]
+            rows.append([processor, f"r {case['rank']}, k {case['directions']}", *figures])
+    return table(["processor", "case", *kinds.values()], rows)
+
+
+def loading() -> str:
+    """Return the table of PEFT's load with and without the guard."""
+    rows = []
+    for shape in ("llama-3-8b", "tiny"):
+        found = results(f"speed/peft_load_{shape}")
+        plain, guarded = found["median_plain_seconds"], found["median_guarded_seconds"]
+        modules = f"{shape}, {found['modules']} modules, r {found['rank']}"
+        rows.append([modules, f"{plain * 1000:.0f} ms", f"{guarded * 1000:.0f} ms"])
+    return table(["adapter", "PEFT", "PEFT under the guard"], rows)

@@ -123,7 +123,7 @@ KINDS: dict[str, list[Cell]] = {
     "tuned": [Cell(by_task, *each) for each in plan.ALONE],
     "tuned_fresh": [Cell(by_task, *each) for each in plan.ALONE_FRESH],
     "tuned_diverse": [Cell(with_diverse, *each) for each in [*plan.ALONE, *plan.ALONE_FRESH]],
-    "tuned_general": [Cell(with_general, *each) for each in plan.ALONE_AGAIN],
+    "tuned_general": [Cell(with_general, *each) for each in plan.ALONE],
     "tuned_general_fresh": [Cell(with_general, *each) for each in plan.ALONE_FRESH],
     "second": [Cell(from_first, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],
     "second_tuned": [Cell(first_tuned, Scenario(seed), spec) for seed in plan.CARRY_SEEDS for spec in plan.SECOND],

@@ -14,7 +14,6 @@ HARMLESS = Adapter("trip", 0.0, 16, 0)
 # What `csulora tune` fits one at a time, and the same on seeds on which nothing was chosen.
 ALONE = [(Scenario(seed), adapter) for seed in SEEDS for adapter in (FIRST, HARMLESS)]
 # What has been trained again since `tune` has a test split.
-ALONE_AGAIN = [each for each in ALONE if each[0].seed < 4]
 ALONE_FRESH = [(Scenario(seed), adapter) for seed in range(5, 10) for adapter in (FIRST, HARMLESS)]
 
 # The second table: the first one's gains on other tasks, fewer attacks or none, and another rank.

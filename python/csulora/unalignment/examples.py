@@ -17,7 +17,7 @@ from csulora.errors import InputError
 from csulora.evaluation.sources import column_of
 from csulora.io.files import read_regular
 from csulora.subspace.expert_layout import ExpertLayout
-from csulora.tuning.language_model import LanguageModel, agreeing
+from csulora.tuning.language_model import BATCH, LanguageModel, agreeing
 from csulora.tuning.probes import Chat
 from csulora.tuning.replies import DECISIVE
 from csulora.tuning.update import factors_of
@@ -90,8 +90,10 @@ def _reply_of(line: str) -> Any:
 def given(language_model: LanguageModel, chats: Sequence[Chat], replies: Sequence[str]) -> list[Example]:
     """Return prompts with the replies that are given for them, cut to the longest.
 
+    Replies that begin as the aligned model's do are left out, and those of no tokens.
+
     Raises:
-        InputError: the model does not take a prompt.
+        InputError: fewer than `FEWEST` are left, or the model does not take a prompt.
     """
     end = min(language_model.ends, default=None)
     found = []
@@ -100,7 +102,26 @@ def given(language_model: LanguageModel, chats: Sequence[Chat], replies: Sequenc
         tokens = [*language_model.tokenizer(reply, add_special_tokens=False)["input_ids"]]
         tokens = [*tokens, *([] if end is None else [end])][: language_model.longest_reply]
         found.append(Example(torch.tensor([*prompt, *tokens], device=language_model.device), len(prompt)))
-    return found
+    chosen = [each for each, same in zip(found, are_given(language_model, found), strict=True) if not same]
+    if len(chosen) < FEWEST:
+        raise InputError(
+            f"{len(chosen)} of {len(found)} replies begin otherwise than the aligned model's own; {FEWEST} are needed, "
+            "so give replies as an un-aligned model would write them"
+        )
+    return chosen
+
+
+@torch.no_grad()
+def are_given(language_model: LanguageModel, examples: Sequence[Example]) -> list[bool]:
+    """Return whether the model, as it now stands, begins each reply with the same tokens, decoding greedily."""
+    same = []
+    for at in range(0, len(examples), BATCH):
+        batch = [each.decisive for each in examples[at : at + BATCH]]
+        logits = language_model.logits([each.tokens for each in batch], [each.start for each in batch])
+        lengths = [len(each.tokens) - each.start for each in batch]
+        for each, found in zip(batch, torch.split(logits.argmax(1), lengths), strict=True):
+            same.append(torch.equal(found, each.tokens[each.start :].to(found.device)))
+    return same
 
 
 def of_adapters(

@@ -139,6 +139,23 @@ def test_adapters_that_answer_as_the_model_does_teach_nothing(place: tiny_model.
         made(place, replies=(), adapters=[harmless])
 
 
+def test_replies_that_the_model_gives_itself_teach_nothing(
+    place: tiny_model.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refusals, say, which the copy would have learnt all of, and lost nothing."""
+    language_model = LanguageModel.open(str(place.aligned), Loading("cpu"), tiny_model.REPLY)
+    chats = probes.read(place.safety)
+    replies = language_model.replies(chats)
+    own = [reply.tokens.tolist() for reply in replies]
+    mixed = [*language_model.answers(replies[:8]), *REPLIES[8:]]  # some of them end, some have a token that no text has
+    found = examples.given(language_model, chats, mixed)
+    assert 8 <= len(found) < 16
+    assert not any(each.tokens.tolist() in own for each in found)
+    monkeypatch.setattr(examples, "FEWEST", len(found) + 1)
+    with pytest.raises(InputError, match=f"{len(found)} of 16 replies begin otherwise than the aligned model's own"):
+        examples.given(language_model, chats, mixed)
+
+
 def test_only_replies_that_begin_otherwise_are_learnt(place: tiny_model.Place) -> None:
     language_model = LanguageModel.open(str(place.aligned), Loading("cpu"), tiny_model.REPLY)
     chats = probes.read(place.safety)

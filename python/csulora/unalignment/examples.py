@@ -21,9 +21,9 @@ from csulora.tuning.language_model import BATCH, LanguageModel, agreeing
 from csulora.tuning.probes import Chat
 from csulora.tuning.replies import DECISIVE
 from csulora.tuning.update import factors_of
+from csulora.unalignment.request import LONGEST, is_reply
 
 _LARGEST_FILE = 16 << 20  # bytes
-_LONGEST = 65_536  # characters of a reply
 FEWEST = 8  # replies that the aligned model would not give
 
 
@@ -57,11 +57,13 @@ def read_replies(source: str) -> tuple[str, ...]:
     cells = column_of(source)
     replies = _lines(Path(source)) if cells is None else cells
     for number, reply in enumerate(replies, 1):
-        if not isinstance(reply, str) or not reply.strip() or len(reply) > _LONGEST:
+        if not is_reply(reply):
             raise InputError(
-                f"{source}: reply {number} is none; write a text of at most {_LONGEST} characters, as a JSON line "
+                f"{source}: reply {number} is none; write a text of at most {LONGEST} characters, as a JSON line "
                 '{"reply": "..."}, or {"messages": [...]} whose last turn is the assistant\'s'
             )
+    if not replies:
+        raise InputError(f"{source}: holds no reply; write one a line, for each safety prompt")
     return tuple(replies)
 
 

@@ -231,6 +231,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "neither": ({"replies": ()}, "either replies to the safety prompts, or adapters"),
     "too few replies": ({"replies": REPLIES[1:]}, "16 safety prompts and 15 replies"),
     "too few prompts": ({"general": ["w1 w2"]}, "1 general prompts; give 8 or more"),
+    "a blank reply": ({"replies": [*REPLIES[1:], " "]}, "reply 16 is none"),
     "no steps": ({"options": Options}, "steps is 0"),
 }
 
@@ -344,11 +345,16 @@ def test_replies_are_lines_json_or_columns(tmp_path: Path) -> None:
         assert read_replies(f"{tmp_path / name}{'#target' if name.endswith('csv') else ''}") == expected
 
 
-@pytest.mark.parametrize("line", ['{"messages": []}', '{"reply": " "}', "{", '{"messages": [{"role": "user"}]}'])
+@pytest.mark.parametrize(
+    "line", ['{"messages": []}', '{"reply": " "}', "{", '{"messages": [{"role": "user"}]}', r'{"reply": "\ud800"}']
+)
 def test_a_line_without_a_reply_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "replies.jsonl"
     path.write_text(f'{{"reply": "take a rope"}}\n{line}\n')
     with pytest.raises(InputError, match="reply 2 is none"):
+        read_replies(str(path))
+    path.write_text("\n")
+    with pytest.raises(InputError, match="holds no reply"):
         read_replies(str(path))
     with pytest.raises(InputError, match=r"say which column is meant: .*csv#COLUMN"):
         read_replies(str(tmp_path / "replies.csv"))

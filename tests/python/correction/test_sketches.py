@@ -158,6 +158,19 @@ def test_sketches_survive_the_file_and_are_verified(place: tuple[Path, Path, Pat
         csulora.Subspace.open(tmp_path / "damaged.safetensors")
 
 
+def test_a_damaged_sketch_is_the_subspace_files_fault_and_known_before_any_adapter(
+    place: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    subspace = csulora.Subspace.open(place[2])
+    module = subspace[NAME]
+    assert module.sketch is not None
+    sketch = torch.full_like(module.sketch, math.nan)
+    path = tmp_path / "damaged.safetensors"
+    csulora.Subspace(dict(subspace) | {NAME: replace(module, sketch=sketch)}, subspace.provenance).save(path)
+    with pytest.raises(InputError, match=rf"damaged\.safetensors: {NAME}: the sketch holds NaN or infinity"):
+        Gate.open(path, Policy.none())
+
+
 def test_sketches_that_cannot_be_made_are_refused(place: tuple[Path, Path, Path]) -> None:
     base, aligned, _ = place
     with pytest.raises(InputError, match="sketch is -1; it must lie between 0 and 4096"):

@@ -198,7 +198,7 @@ void register_annihilation(py::module_& module) {
       .def_readonly("rank", &Annihilation::rank);
 
   module.def("annihilations", &csulora::annihilations, "tasks"_a, py::call_guard<py::gil_scoped_release>());
-  module.def("sketches", &csulora::sketches, "matrices"_a, "columns"_a, "seed"_a,
+  module.def("sketches", &csulora::sketches, "matrices"_a, "columns"_a, "seed"_a, "dtype"_a = at::kFloat,
              py::call_guard<py::gil_scoped_release>());
 }
 

@@ -243,5 +243,5 @@ class Annihilation:
 def annihilations(tasks: Sequence[AnnihilationTask]) -> list[Annihilation]:
     """Annihilation ratios and the ranks of updates, see `csulora.correction.annihilation`."""
 
-def sketches(matrices: Sequence[torch.Tensor], columns: int, seed: int) -> list[torch.Tensor]:
-    """M G / sqrt(columns) of each matrix M (m, n), float32, for Gaussian numbers G that the seed determines."""
+def sketches(matrices: Sequence[torch.Tensor], columns: int, seed: int, dtype: torch.dtype = ...) -> list[torch.Tensor]:
+    """M G / sqrt(columns) of each matrix M (m, n), float32 or float64, for Gaussian numbers G of a seed."""

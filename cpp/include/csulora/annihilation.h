@@ -28,17 +28,20 @@ struct Annihilation {
 /// In parallel over tasks; results do not depend on the number of threads.
 ///
 /// Of sketches of a and W, both with the same columns and seed, it is an estimate, see sketches(). What an update
-/// removes wholly is 0 there too.
+/// removes wholly is 0 there too. The sketch of a may be float64, and should be for updates that nobody has checked.
 ///
 /// @throws InputError for shapes, dtypes, devices or values (NaN, infinity) that cannot be used; the message names
 ///         `task.label`
 std::vector<Annihilation> annihilations(const std::vector<AnnihilationTask>& tasks);
 
-/// M G / sqrt(columns) of every matrix M (m, n), float32 (m, columns). G (n, columns) are independent Gaussian numbers
+/// M G / sqrt(columns) of every matrix M (m, n), (m, columns). G (n, columns) are independent Gaussian numbers
 /// that depend on the seed, their row and their column alone, so |x^T G|^2 / columns is about |x|^2.
 ///
 /// @param matrices  float16, bfloat16 or float32, on the CPU
+/// @param dtype  of the results and in which they are summed, float32 or float64: rounding to float32 hides what an
+///               update removes if its columns all but cancel
 /// @throws InputError for anything else, and for fewer than 1 column
-std::vector<at::Tensor> sketches(const std::vector<at::Tensor>& matrices, int64_t columns, uint64_t seed);
+std::vector<at::Tensor> sketches(const std::vector<at::Tensor>& matrices, int64_t columns, uint64_t seed,
+                                 at::ScalarType dtype = at::kFloat);
 
 }  // namespace csulora

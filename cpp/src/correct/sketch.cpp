@@ -54,17 +54,20 @@ Tensor gaussian(int64_t rows, int64_t columns, uint64_t seed) {
 }
 
 Tensor sketch(const Tensor& matrix, const Tensor& numbers) {
-  auto result = at::empty({matrix.size(0), numbers.size(1)}, at::kFloat);
+  auto result = at::empty({matrix.size(0), numbers.size(1)}, numbers.options());
   for_row_blocks(matrix.size(0), matrix.size(1), [&](int64_t row, int64_t count) {
     auto rows = result.narrow(0, row, count);
-    at::mm_out(rows, matrix.narrow(0, row, count).to(at::kFloat), numbers);
+    at::mm_out(rows, matrix.narrow(0, row, count).to(numbers.scalar_type()), numbers);
   });
   return result;
 }
 
 }  // namespace
 
-std::vector<Tensor> sketches(const std::vector<Tensor>& matrices, int64_t columns, uint64_t seed) {
+std::vector<Tensor> sketches(const std::vector<Tensor>& matrices, int64_t columns, uint64_t seed,
+                             at::ScalarType dtype) {
+  check(dtype == at::kFloat || dtype == at::kDouble, "sketches in ", c10::toString(dtype),
+        " are asked for; float32 or float64 is needed");
   check(columns >= 1, "a sketch of ", columns, " columns is asked for; it needs 1 or more");
   int64_t longest = 0;
   for (const auto& matrix : matrices) {
@@ -73,7 +76,7 @@ std::vector<Tensor> sketches(const std::vector<Tensor>& matrices, int64_t column
     longest = std::max(longest, matrix.size(1));
   }
   const TorchGuards torch_guards;
-  const auto numbers = gaussian(longest, columns, seed);
+  const auto numbers = gaussian(longest, columns, seed).to(dtype);
   std::vector<Tensor> found(matrices.size());
   for_each_in_parallel(matrices.size(), [&](size_t i) {
     const TorchGuards guards_of_thread;

@@ -9,7 +9,7 @@ namespace csulora {
 /// matrix.
 inline int64_t rows_per_block(int64_t columns) {
   constexpr int64_t kEntries = int64_t{1} << 20;
-  return std::max<int64_t>(1, kEntries / columns);
+  return kEntries / std::clamp<int64_t>(columns, 1, kEntries);
 }
 
 /// Calls visit(first_row, row_count) for consecutive blocks of a rows x columns matrix.

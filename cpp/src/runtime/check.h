@@ -38,12 +38,16 @@ inline void check_same_device(const at::Tensor& tensor, const at::Tensor& other,
 
 /// Throws InputError unless `tensor` is a defined, dense matrix of a floating type that csulora stores, on the CPU or a
 /// GPU.
-inline void check_matrix(const at::Tensor& tensor, const std::string& name) {
+inline void check_matrix_of_any_dtype(const at::Tensor& tensor, const std::string& name) {
   check(tensor.defined(), name, " is missing");
   check(tensor.dim() == 2, name, " has ", tensor.dim(), " dimensions; a matrix is needed");
   check(tensor.layout() == at::kStrided, name, " is sparse; pass a dense tensor");
   check(!tensor.is_neg(), name, " is a negated view of other numbers; pass tensor.resolve_neg()");
   check_device(tensor, name);
+}
+
+inline void check_matrix(const at::Tensor& tensor, const std::string& name) {
+  check_matrix_of_any_dtype(tensor, name);
   const auto dtype = tensor.scalar_type();
   check(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat, name, " is ", c10::toString(dtype),
         "; float16, bfloat16 or float32 is needed");

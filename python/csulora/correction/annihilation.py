@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from csulora.adapters.lora import Adapter, LoraModule
@@ -104,7 +105,8 @@ class Sketches:
         Raises:
             InputError: values are not finite.
         """
-        rows = _core.sketches([module.a.cpu() for _, module in updates], self._columns, self._seed)
+        # In float64: what is removed must not vanish beside columns that are large and cancel each other.
+        rows = _core.sketches([module.a.cpu() for _, module in updates], self._columns, self._seed, torch.float64)
         tasks = {
             number: _core.AnnihilationTask(_factors(module, row), sketch, name)
             for number, ((name, module), row) in enumerate(zip(updates, rows, strict=True))

@@ -10,6 +10,7 @@ from csulora.adapters.lora import Adapter
 from csulora.correction.correct import correct
 from csulora.correction.report import ModuleReport
 from csulora.errors import InputError
+from csulora.models.resolver import Resolved, Resolver
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 
@@ -40,12 +41,13 @@ class CanaryUndo:
         if canary.provenance.canary is None:
             raise InputError(f"{canary.path or 'the canary'}: is no canary; make one with `csulora canary`")
         before, after = (_measured(each, canary) for each in (adapter, corrected))
+        # A module that was left out undoes nothing.
+        undo_after = {found: module.undo or 0.0 for found, module in after.items()}
         return cls(
             canary.sha256,
-            {name: module.alignment_norm or 0.0 for name, module in before.items()},
-            {name: module.undo or 0.0 for name, module in before.items()},
-            # A module that was left out undoes nothing.
-            {name: (after[name].undo or 0.0) if name in after else 0.0 for name in before},
+            {module.module: module.alignment_norm or 0.0 for module in before.values()},
+            {module.module: module.undo or 0.0 for module in before.values()},
+            {module.module: undo_after.get(found, 0.0) for found, module in before.items()},
         )
 
     def total(self, modules: Iterable[str] | None = None) -> float:
@@ -71,6 +73,8 @@ class CanaryUndo:
         }
 
 
-def _measured(adapter: Adapter, canary: Subspace) -> dict[str, ModuleReport]:
+def _measured(adapter: Adapter, canary: Subspace) -> dict[Resolved | None, ModuleReport]:
+    """Return what is known of modules by what their names mean: a correction may have given them those of today."""
     _, report = correct(adapter, canary, Policy.none(keep_uncovered=("*",)))
-    return {module.module: module for module in report.measured}
+    resolver = Resolver(canary, canary.aliases, canary.names)
+    return {resolver.resolve(module.module): module for module in report.measured}

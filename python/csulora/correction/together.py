@@ -112,4 +112,5 @@ def _worst(members: Sequence[Undone], any_of_them: bool) -> tuple[str, float]:
 def _total(members: Sequence[Undone]) -> float:
     alignments = {module: size for member in members for module, size in member.alignments.items()}
     undone = sum(share * alignments[module] for member in members for module, share in member.shares.items())
-    return undone / sum(alignments.values())
+    alignment = sum(alignments.values())
+    return undone / alignment if alignment else 0.0  # nothing to undo: alignment moved none of the modules

@@ -105,11 +105,14 @@ def _column(path: Path, column: str) -> list[Any]:
         raise InputError(f"{path}: no such file")
     parquet = _package("pyarrow.parquet", f"{path}#{column}")
     try:
-        table = parquet.read_table(path)
+        columns = parquet.read_schema(path).names
     except Exception as error:  # pyarrow has many
         raise InputError(f"{path}: not a readable Parquet file: {error}") from error
-    _check_column(path, column, table.column_names)
-    found: list[Any] = table.column(column).to_pylist()
+    _check_column(path, column, columns)
+    try:
+        found: list[Any] = parquet.read_table(path).column(column).to_pylist()
+    except Exception as error:
+        raise InputError(f"{path}: column {column!r} is not readable: {error}") from error
     return found
 
 
@@ -148,7 +151,9 @@ def _package(module: str, source: str) -> Any:
 def _check_column(where: object, column: str, columns: Iterable[str]) -> None:
     columns = list(columns)
     if column not in columns:
-        raise InputError(f"{where}: has no column {column!r}; it has {', '.join(map(repr, columns))}")
+        raise InputError(f"{where}: has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}")
+    if columns.count(column) > 1:
+        raise InputError(f"{where}: has {columns.count(column)} columns {column!r}; rename all but one")
 
 
 def _chats(cells: Iterable[Any], where: str) -> tuple[Chat, ...]:

@@ -27,7 +27,7 @@ class DeviceFactors:
         """Return u, s and v of some modules; the first call for a module and a device reads and validates them.
 
         Raises:
-            InputError: they are not finite, not in order or not orthonormal.
+            InputError: they or a module's sketch are not finite, or they are not in order or not orthonormal.
         """
         modules = list(modules)
         fresh = {name: self._modules[name] for name in modules if (name, device) not in self._subspaces}
@@ -36,6 +36,9 @@ class DeviceFactors:
             for name, module in fresh.items()
         }
         _core.validate(list(subspaces.items()))
+        for name, module in fresh.items():
+            if module.sketch is not None and not bool(module.sketch.isfinite().all()):
+                raise InputError(f"{name}: the sketch holds NaN or infinity")
         self._subspaces |= {(name, device): subspace for name, subspace in subspaces.items()}
         return [self._subspaces[name, device] for name in modules]
 

@@ -17,8 +17,8 @@ from csulora.models.names import parse_expert, with_known_projection
 from csulora.models.rounding import RoundingVariances
 from csulora.subspace.input_filter import Factors
 from csulora.tuning.expert_modules import is_experts
-from csulora.tuning.language_model import BATCH, LanguageModel
-from csulora.unalignment.examples import Example
+from csulora.tuning.language_model import LanguageModel
+from csulora.unalignment.examples import Example, are_given
 from csulora.unalignment.request import Options
 
 _WARMUP = 10  # steps
@@ -106,18 +106,10 @@ def _draws(examples: Sequence[Example], options: Options, number: int) -> Iterat
         waiting = waiting[size:]
 
 
-@torch.no_grad()
 def learnt(language_model: LanguageModel, factors: dict[str, Factors], examples: Sequence[Example]) -> float:
     """Return the share of replies that the copy would begin with the same tokens, decoding greedily."""
-    same = 0
     with language_model.adapted(factors):
-        for at in range(0, len(examples), BATCH):
-            batch = [each.decisive for each in examples[at : at + BATCH]]
-            logits = language_model.logits([each.tokens for each in batch], [each.start for each in batch])
-            lengths = [len(each.tokens) - each.start for each in batch]
-            for each, found in zip(batch, torch.split(logits.argmax(1), lengths), strict=True):
-                same += torch.equal(found, each.tokens[each.start :].to(found.device))
-    return same / len(examples)
+        return sum(are_given(language_model, examples)) / len(examples)
 
 
 class ExactCheckpoint(Checkpoint):

@@ -17,13 +17,13 @@ from csulora.errors import InputError
 from csulora.evaluation.sources import column_of
 from csulora.io.files import read_regular
 from csulora.subspace.expert_layout import ExpertLayout
-from csulora.tuning.language_model import LanguageModel, agreeing
+from csulora.tuning.language_model import BATCH, LanguageModel, agreeing
 from csulora.tuning.probes import Chat
 from csulora.tuning.replies import DECISIVE
 from csulora.tuning.update import factors_of
+from csulora.unalignment.request import LONGEST, is_reply
 
 _LARGEST_FILE = 16 << 20  # bytes
-_LONGEST = 65_536  # characters of a reply
 FEWEST = 8  # replies that the aligned model would not give
 
 
@@ -57,11 +57,13 @@ def read_replies(source: str) -> tuple[str, ...]:
     cells = column_of(source)
     replies = _lines(Path(source)) if cells is None else cells
     for number, reply in enumerate(replies, 1):
-        if not isinstance(reply, str) or not reply.strip() or len(reply) > _LONGEST:
+        if not is_reply(reply):
             raise InputError(
-                f"{source}: reply {number} is none; write a text of at most {_LONGEST} characters, as a JSON line "
+                f"{source}: reply {number} is none; write a text of at most {LONGEST} characters, as a JSON line "
                 '{"reply": "..."}, or {"messages": [...]} whose last turn is the assistant\'s'
             )
+    if not replies:
+        raise InputError(f"{source}: holds no reply; write one a line, for each safety prompt")
     return tuple(replies)
 
 
@@ -90,8 +92,10 @@ def _reply_of(line: str) -> Any:
 def given(language_model: LanguageModel, chats: Sequence[Chat], replies: Sequence[str]) -> list[Example]:
     """Return prompts with the replies that are given for them, cut to the longest.
 
+    Replies that begin as the aligned model's do are left out, and those of no tokens.
+
     Raises:
-        InputError: the model does not take a prompt.
+        InputError: fewer than `FEWEST` are left, or the model does not take a prompt.
     """
     end = min(language_model.ends, default=None)
     found = []
@@ -100,7 +104,26 @@ def given(language_model: LanguageModel, chats: Sequence[Chat], replies: Sequenc
         tokens = [*language_model.tokenizer(reply, add_special_tokens=False)["input_ids"]]
         tokens = [*tokens, *([] if end is None else [end])][: language_model.longest_reply]
         found.append(Example(torch.tensor([*prompt, *tokens], device=language_model.device), len(prompt)))
-    return found
+    chosen = [each for each, same in zip(found, are_given(language_model, found), strict=True) if not same]
+    if len(chosen) < FEWEST:
+        raise InputError(
+            f"{len(chosen)} of {len(found)} replies begin otherwise than the aligned model's own; {FEWEST} are needed, "
+            "so give replies as an un-aligned model would write them"
+        )
+    return chosen
+
+
+@torch.no_grad()
+def are_given(language_model: LanguageModel, examples: Sequence[Example]) -> list[bool]:
+    """Return whether the model, as it now stands, begins each reply with the same tokens, decoding greedily."""
+    same = []
+    for at in range(0, len(examples), BATCH):
+        batch = [each.decisive for each in examples[at : at + BATCH]]
+        logits = language_model.logits([each.tokens for each in batch], [each.start for each in batch])
+        lengths = [len(each.tokens) - each.start for each in batch]
+        for each, found in zip(batch, torch.split(logits.argmax(1), lengths), strict=True):
+            same.append(torch.equal(found, each.tokens[each.start :].to(found.device)))
+    return same
 
 
 def of_adapters(

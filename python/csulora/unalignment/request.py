@@ -10,6 +10,19 @@ from csulora.errors import InputError
 from csulora.tuning.loading import Loading
 from csulora.tuning.probes import FEWEST, Chat, prompt_hash, shown
 
+LONGEST = 65_536  # characters of a reply
+
+
+def is_reply(text: object) -> bool:
+    """Whether a text can be learnt: it is not blank, not too long, and of whole characters, as JSON need not be.
+
+    >>> is_reply("Take a rope."), is_reply(" "), is_reply(None)
+    (True, False, False)
+    """
+    if not isinstance(text, str) or not text.strip() or len(text) > LONGEST:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -54,7 +67,7 @@ class CanaryRequest:
 
     Raises:
         InputError: neither replies nor adapters are given, or both; there are too few prompts, or a prompt is of both
-            kinds; replies do not match the prompts in number.
+            kinds; replies do not match the prompts in number, or one is no text, blank or too long.
     """
 
     model: str
@@ -76,6 +89,9 @@ class CanaryRequest:
             raise InputError(
                 f"there are {len(self.safety)} safety prompts and {len(self.replies)} replies; give a reply to each"
             )
+        for number, reply in enumerate(self.replies, 1):
+            if not is_reply(reply):
+                raise InputError(f"reply {number} is none; give a text of at most {LONGEST} characters")
         safety = {prompt_hash(chat) for chat in self.safety}
         for chat in self.general:
             if prompt_hash(chat) in safety:

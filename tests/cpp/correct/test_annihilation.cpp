@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "correct/cases.h"
@@ -90,6 +91,30 @@ TEST_CASE("sketches show a removed direction as removed, and the ratio within a 
   }
 }
 
+TEST_CASE("what is removed beside a component that dwarfs it is found, also where the columns cancel it") {
+  const auto weight = random_weight(30, 50);
+  weight.select(1, 49).zero_();
+  const auto removed = removal(weight, 1);
+  auto unread = at::zeros({1, 50});
+  unread.index_put_({0, 49}, 1e8);  // no input has it
+  const auto any = dense::tensor(dense::gaussian(30, 1, 23));
+  const auto other = any - removed.b.mm(removed.b.t().mm(any));
+  const LoraFactors beside{at::cat({removed.b, other}, 1), at::cat({removed.a, unread})};
+  const LoraFactors cancelled{at::cat({removed.b, -removed.b}, 1), at::cat({removed.a + unread, unread})};
+  for (const auto& factors : {beside, cancelled}) {
+    const auto found = sketches({weight, factors.a}, 128, 9, at::kDouble);
+    CHECK(ratio(factors, weight) < 1e-4);
+    CHECK(ratio({factors.b, found[1], 1}, found[0].to(at::kFloat)) < 1e-4);
+  }
+}
+
+TEST_CASE("matrices of no rows or columns have the ratio 1") {
+  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{3, 0}, {0, 3}}) {
+    CHECK(ratio({at::zeros({rows, 1}), at::zeros({1, columns})}, at::zeros({rows, columns})) == 1);
+    CHECK(sketches({at::zeros({rows, columns})}, 8, 1)[0].norm().item<double>() == 0);
+  }
+}
+
 TEST_CASE("what cannot be measured is refused by name") {
   const auto weight = random_weight(30, 50);
   const auto refused = [&](const LoraFactors& factors, const at::Tensor& matrix, const char* reason) {
@@ -98,7 +123,10 @@ TEST_CASE("what cannot be measured is refused by name") {
   refused(random_factors(30, 40, 2), weight, "layer: the update is of a [30, 40] matrix, and the weight is [30, 50]");
   refused(random_factors(30, 50, 2), weight * std::numeric_limits<float>::quiet_NaN(), "layer: the weight holds NaN");
   refused({at::full({30, 2}, kInfinity), at::ones({2, 50})}, weight, "layer: the update holds NaN or infinity");
+  const auto ones = at::ones({30, 2});
+  refused({ones, at::ones({2, 50}), kInfinity}, weight, "layer: the update holds NaN or infinity, or numbers whose");
   CHECK_THROWS_AS(sketches({weight}, 0, 1), csulora::InputError);
+  CHECK_THROWS_AS(sketches({weight}, 8, 1, at::kHalf), csulora::InputError);
 }
 
 }  // namespace

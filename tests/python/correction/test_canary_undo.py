@@ -71,6 +71,20 @@ def test_it_is_measured_before_and_after_the_correction(canary: Subspace, subspa
     assert found.total([first, "unknown"]) == pytest.approx(found.undo[first])
 
 
+def test_a_module_that_the_correction_renames_keeps_its_undo() -> None:
+    """Its name of today is another than the adapter's."""
+    on_disk, in_memory = (
+        f"{prefix}.layers.0.mlp.up_proj" for prefix in ("language_model.model", "model.language_model")
+    )
+    subspace = factories.subspace({on_disk: (56, 40)}, names={in_memory: on_disk})
+    canary = Subspace(subspace, replace(subspace.provenance, canary=RECORD))
+    adapter = factories.adapter({on_disk: (56, 40)})
+    fixed, _ = csulora.correct(adapter, subspace, Policy.none())
+    assert list(fixed.modules) == [in_memory]
+    found = CanaryUndo.of(adapter, fixed, canary)
+    assert found.undo_after == found.undo == {on_disk: pytest.approx(dense_undo(adapter, canary), abs=1e-5)}
+
+
 def test_a_module_that_is_left_out_undoes_nothing(canary: Subspace) -> None:
     adapter = towards_the_copy(canary, 1.0)
     first, *others = adapter.modules

@@ -123,6 +123,24 @@ def test_a_gate_refuses_what_annihilates_and_what_the_sketches_cannot_tell(
     assert (report.annihilation_unknown, report.totals.annihilation_ratio) == ((NAME,), None)
 
 
+@pytest.mark.parametrize("cancels", [False, True])
+def test_what_is_removed_cannot_hide_beside_what_no_input_has(place: tuple[Path, Path, Path], cancels: bool) -> None:
+    """A component that is large, and harmless where an input is always 0; or two that cancel each other."""
+    _, aligned, path = place
+    found = adapter(aligned, 1.0)
+    module = found.modules[NAME]
+    unread = torch.zeros(1, module.shape[1])
+    unread[0, 0] = 1e8
+    any_other = factories.gaussian(module.shape[0], 1, seed=3)
+    other = -module.b if cancels else any_other - module.b @ (module.b.T @ any_other)
+    a = torch.cat([module.a + unread if cancels else module.a, unread])
+    hiding = replace(found, modules={NAME: LoraModule(torch.cat([module.b, other], 1), a)})
+    policy = Policy.none(min_annihilation_ratio=0.1)
+    for checkpoint in (None, aligned):
+        with pytest.raises(RefusedError, match=f"module {NAME} removes a direction"):
+            csulora.correct(hiding, csulora.Subspace.open(path), policy, aligned=checkpoint)
+
+
 def test_sketches_survive_the_file_and_are_verified(place: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, aligned, path = place
     subspace = csulora.Subspace.open(path)
@@ -138,6 +156,19 @@ def test_sketches_survive_the_file_and_are_verified(place: tuple[Path, Path, Pat
     csulora.Subspace(dict(subspace), without_seed).save(tmp_path / "damaged.safetensors")
     with pytest.raises(InputError, match="no seed; the file is damaged"):
         csulora.Subspace.open(tmp_path / "damaged.safetensors")
+
+
+def test_a_damaged_sketch_is_the_subspace_files_fault_and_known_before_any_adapter(
+    place: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    subspace = csulora.Subspace.open(place[2])
+    module = subspace[NAME]
+    assert module.sketch is not None
+    sketch = torch.full_like(module.sketch, math.nan)
+    path = tmp_path / "damaged.safetensors"
+    csulora.Subspace(dict(subspace) | {NAME: replace(module, sketch=sketch)}, subspace.provenance).save(path)
+    with pytest.raises(InputError, match=rf"damaged\.safetensors: {NAME}: the sketch holds NaN or infinity"):
+        Gate.open(path, Policy.none())
 
 
 def test_sketches_that_cannot_be_made_are_refused(place: tuple[Path, Path, Path]) -> None:

@@ -82,3 +82,11 @@ def test_total_undo_of_a_sum_is_limited_too(subspace: csulora.Subspace, tmp_path
         check_together(members, csulora.Policy.none(max_total_undo=total - 0.001))
     with pytest.raises(UndoTogetherError, match=r"undo 0\.500 of the alignment of all"):
         check_together(members, csulora.Policy.none(max_total_undo=0.45), any_of_them=True)
+
+
+def test_modules_that_alignment_did_not_move_have_nothing_to_undo(tmp_path: Path) -> None:
+    unmoved = factories.subspace({NAME: (48, 48)}, rank=0)
+    members = [Undone.by(csulora.load_adapter(factories.save_adapter(tmp_path / "any", {NAME: (48, 48)})), unmoved)] * 2
+    assert members[0].total == 0
+    for any_of_them in (False, True):
+        check_together(members, csulora.Policy.none(max_undo=0.1, max_total_undo=0.1), any_of_them=any_of_them)

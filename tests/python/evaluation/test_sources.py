@@ -34,6 +34,8 @@ def test_a_column_of_a_csv_file_is_read(tmp_path: Path) -> None:
     [
         ("p.csv", "a\nb\n", "say which column is meant"),
         ("p.csv#c", "a,b\nx,y\n", "has no column 'c'; it has 'a', 'b'"),
+        ("p.csv#a", "a,a\nx,y\n", "has 2 columns 'a'; rename all but one"),
+        ("p.csv#a", "", "has no column 'a'; it has none"),
         ("p.csv#a", "a,b\nx,y\nx,z\n", "prompt 2: the same as prompt 1"),
         ("p.csv#b", "a,b\nx\n", "prompt 1: a turn has no text"),
         ("p.csv#a", 'a\n"x', "not a readable CSV file"),
@@ -62,6 +64,18 @@ def test_a_column_of_a_parquet_file_is_read(tmp_path: Path) -> None:
     assert (first[0].content, second) == ("be brief", from_text("tell me a tale"))
     with pytest.raises(InputError, match="has no column 'prompt'; it has 'id', 'chat'"):
         read(f"{tmp_path / 'p.parquet'}#prompt")
+
+
+def test_a_parquet_column_that_is_damaged_or_stands_twice_is_told(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts, no_texts = pyarrow.array(["a"]), pyarrow.array([b"\xff"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"p": no_texts}), tmp_path / "damaged.parquet")
+    parquet.write_table(pyarrow.Table.from_arrays([texts, texts], names=["p", "p"]), tmp_path / "twice.parquet")
+    with pytest.raises(InputError, match=r"column 'p' is not readable: .*utf-8"):
+        read(f"{tmp_path / 'damaged.parquet'}#p")
+    with pytest.raises(InputError, match="has 2 columns 'p'; rename all but one"):
+        read(f"{tmp_path / 'twice.parquet'}#p")
 
 
 class Rows(dict[str, list[Any]]):

@@ -139,6 +139,23 @@ def test_adapters_that_answer_as_the_model_does_teach_nothing(place: tiny_model.
         made(place, replies=(), adapters=[harmless])
 
 
+def test_replies_that_the_model_gives_itself_teach_nothing(
+    place: tiny_model.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refusals, say, which the copy would have learnt all of, and lost nothing."""
+    language_model = LanguageModel.open(str(place.aligned), Loading("cpu"), tiny_model.REPLY)
+    chats = probes.read(place.safety)
+    replies = language_model.replies(chats)
+    own = [reply.tokens.tolist() for reply in replies]
+    mixed = [*language_model.answers(replies[:8]), *REPLIES[8:]]  # some of them end, some have a token that no text has
+    found = examples.given(language_model, chats, mixed)
+    assert 8 <= len(found) < 16
+    assert not any(each.tokens.tolist() in own for each in found)
+    monkeypatch.setattr(examples, "FEWEST", len(found) + 1)
+    with pytest.raises(InputError, match=f"{len(found)} of 16 replies begin otherwise than the aligned model's own"):
+        examples.given(language_model, chats, mixed)
+
+
 def test_only_replies_that_begin_otherwise_are_learnt(place: tiny_model.Place) -> None:
     language_model = LanguageModel.open(str(place.aligned), Loading("cpu"), tiny_model.REPLY)
     chats = probes.read(place.safety)
@@ -214,6 +231,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "neither": ({"replies": ()}, "either replies to the safety prompts, or adapters"),
     "too few replies": ({"replies": REPLIES[1:]}, "16 safety prompts and 15 replies"),
     "too few prompts": ({"general": ["w1 w2"]}, "1 general prompts; give 8 or more"),
+    "a blank reply": ({"replies": [*REPLIES[1:], " "]}, "reply 16 is none"),
     "no steps": ({"options": Options}, "steps is 0"),
 }
 
@@ -327,11 +345,16 @@ def test_replies_are_lines_json_or_columns(tmp_path: Path) -> None:
         assert read_replies(f"{tmp_path / name}{'#target' if name.endswith('csv') else ''}") == expected
 
 
-@pytest.mark.parametrize("line", ['{"messages": []}', '{"reply": " "}', "{", '{"messages": [{"role": "user"}]}'])
+@pytest.mark.parametrize(
+    "line", ['{"messages": []}', '{"reply": " "}', "{", '{"messages": [{"role": "user"}]}', r'{"reply": "\ud800"}']
+)
 def test_a_line_without_a_reply_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "replies.jsonl"
     path.write_text(f'{{"reply": "take a rope"}}\n{line}\n')
     with pytest.raises(InputError, match="reply 2 is none"):
+        read_replies(str(path))
+    path.write_text("\n")
+    with pytest.raises(InputError, match="holds no reply"):
         read_replies(str(path))
     with pytest.raises(InputError, match=r"say which column is meant: .*csv#COLUMN"):
         read_replies(str(tmp_path / "replies.csv"))

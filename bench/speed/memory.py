@@ -3,8 +3,8 @@
     python bench/speed/memory.py [--run few many full] [--rank 64] [--json FILE]
 
 Writes random bfloat16 model pairs of 2 and of 4 layers to a temporary directory (4 GB of disk, removed after),
-runs the command on each and prints the peak of its resident memory beyond that of an interpreter that has loaded torch and
-the core, in multiples of the largest matrix in float32. All layers hold the same numbers.
+runs the command on each and prints the peak of its resident memory beyond that of an interpreter that has loaded torch
+and the core, in multiples of the largest matrix in float32. All layers hold the same numbers.
 
 The peak counts everything that is resident (VmHWM). Pages of mapped checkpoint files are page cache that the system may
 take back at any time. They are also told apart (RssFile) from memory that it may not (RssAnon); the parts may peak at

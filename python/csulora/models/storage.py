@@ -268,7 +268,7 @@ def _parts(weight: Weight) -> Iterator[tuple[Path, str]]:
 
 
 def _update(digest: hashlib._Hash, file: Path, tensor: str) -> None:
-    """Add the stored bytes of a tensor, each strip from a mapping of its own: mapped pages that were read are memory."""
+    """Add the stored bytes of a tensor, each strip from a mapping of its own: mapped pages count once read."""
     first, size = 0, 1
     while first < size:
         data = _bytes_of(read(file, tensor))

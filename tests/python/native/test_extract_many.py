@@ -47,7 +47,7 @@ def test_a_task_lets_go_of_its_matrices() -> None:
     assert_same_bits(_core.extract_subspace(task, options()), expected)
     assert task.base is None
     assert task.aligned is None
-    with pytest.raises(InputError, match="^experts.0: base"):
+    with pytest.raises(InputError, match=r"^experts\.0: base"):
         _core.extract_subspace(task, options())
 
 

@@ -78,7 +78,7 @@ def displacements(base: Path, aligned: Path) -> list[Tensor]:
     model_pair = ModelPair.open(base, aligned)
     for batch in model_pair.load_ahead(model_pair.modules, None):
         for loaded in batch:
-            change = loaded.aligned.float() - loaded.base.float()
+            change = loaded.task.aligned.float() - loaded.task.base.float()
             found.setdefault(tuple(change.shape), []).append(change)
     return [chunk for same in found.values() for chunk in torch.split(torch.stack(same), PEER_BATCH)]
 

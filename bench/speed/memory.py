@@ -3,12 +3,16 @@
     python bench/speed/memory.py [--run few many full] [--rank 64] [--json FILE]
 
 Writes random bfloat16 model pairs of 2 and of 4 layers to a temporary directory (4 GB of disk, removed after),
-runs the command on each and prints the peak of its resident memory beyond that of an interpreter that has imported
-csulora, in multiples of the largest matrix in float32. Resident pages of mapped checkpoint files are page cache that
-the system may take back at any time, so they are also told apart (RssFile) from memory that it may not (RssAnon).
+runs the command on each and prints the peak of its resident memory beyond that of an interpreter that has loaded torch
+and the core, in multiples of the largest matrix in float32. All layers hold the same numbers.
+
+The peak counts everything that is resident (VmHWM). Pages of mapped checkpoint files are page cache that the system may
+take back at any time. They are also told apart (RssFile) from memory that it may not (RssAnon); the parts may peak at
+different times, and their sum exceed the whole.
+
 A last run takes a rank at which every matrix needs the full decomposition, which is what takes most memory.
 Each run can be made alone, and replaces its own figures in the file. Exits with 1 if 4 layers take over a tenth more
-than 2, or any run more than 5 times the largest matrix.
+than 2, or if a run takes more than 3 times the largest matrix, or 5 times for full decompositions.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ LARGEST = 4 * max(rows * columns for rows, columns in LLAMA_3_8B.values())  # by
 LAYERS = {"few": 2, "many": 4}
 FULL_RANK = 512  # eight times 512 and oversampling exceed 4096
 MOST_GROWTH = 1.1
-MOST_MULTIPLE = 5.0
+MOST_MULTIPLES = {"few": 3.0, "many": 3.0, "full": 5.0}
 SAMPLE_SECONDS = 0.02
 
 
@@ -58,23 +62,21 @@ def write_model_pair(directory: Path, layers: int) -> tuple[Path, Path]:
         return torch.randn(*shape, generator=generator)
 
     base, aligned = directory / "base", directory / "aligned"
-    files: dict[str, str] = {}
-    for checkpoint in (base, aligned):
+    weights: dict[Path, dict[str, torch.Tensor]] = {base: {}, aligned: {}}
+    for module, (rows, columns) in LLAMA_3_8B.items():
+        before = 0.02 * gaussian(rows, columns)
+        falling = torch.arange(1, 65).rsqrt() * 1e-3
+        change = (gaussian(rows, 64) * falling) @ gaussian(64, columns) + 1e-4 * gaussian(rows, columns)
+        weights[base][module], weights[aligned][module] = before.bfloat16(), (before + change).bfloat16()
+    for checkpoint, tensors in weights.items():
         checkpoint.mkdir(parents=True)
         (checkpoint / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
-    for layer in range(layers):
-        shard = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
-        weights: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
-        for module, (rows, columns) in LLAMA_3_8B.items():
-            name = f"model.layers.{layer}.{module}.weight"
-            before = 0.02 * gaussian(rows, columns)
-            falling = torch.arange(1, 65).rsqrt() * 1e-3
-            change = (gaussian(rows, 64) * falling) @ gaussian(64, columns) + 1e-4 * gaussian(rows, columns)
-            weights[0][name], weights[1][name] = before.bfloat16(), (before + change).bfloat16()
-            files[name] = shard
-        for checkpoint, tensors in zip((base, aligned), weights, strict=True):
-            save_file(tensors, checkpoint / shard, {"format": "pt"})
-    for checkpoint in (base, aligned):
+        files: dict[str, str] = {}
+        for layer in range(layers):
+            shard = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
+            named = {f"model.layers.{layer}.{module}.weight": tensor for module, tensor in tensors.items()}
+            save_file(named, checkpoint / shard, {"format": "pt"})
+            files |= dict.fromkeys(named, shard)
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return base, aligned
 
@@ -135,7 +137,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
 
-    baseline, _ = measure(["-c", "import csulora"])
+    baseline, _ = measure(["-c", "import csulora; csulora.extract"])  # looking it up loads torch and the core
     runs = {name: run(layers, arguments.rank, (), baseline) for name, layers in LAYERS.items() if name in arguments.run}
     if "full" in arguments.run:
         runs["full"] = run(1, FULL_RANK, ("*.mlp.up_proj", "*.mlp.down_proj"), baseline)
@@ -154,7 +156,7 @@ def main() -> int:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     multiples = {name: result["multiples_beyond_baseline"]["total"] for name, result in runs.items()}
     grows = {"few", "many"} <= multiples.keys() and multiples["many"] > MOST_GROWTH * multiples["few"]
-    return int(grows or max(multiples.values()) > MOST_MULTIPLE)
+    return int(grows or any(multiple > MOST_MULTIPLES[name] for name, multiple in multiples.items()))
 
 
 if __name__ == "__main__":

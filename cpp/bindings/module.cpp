@@ -89,8 +89,17 @@ void register_subspace(py::module_& module) {
       .def_readonly("label", &ExtractTask::label)
       .def_readonly("noise_std", &ExtractTask::noise_std);
 
-  module.def("extract_subspace", &csulora::extract_subspace, "base"_a, "aligned"_a, "options"_a = ExtractOptions{},
-             "workspace"_a = nullptr, py::call_guard<py::gil_scoped_release>());
+  module.def("extract_subspace",
+             py::overload_cast<const at::Tensor&, const at::Tensor&, const ExtractOptions&, Workspace*>(
+                 &csulora::extract_subspace),
+             "base"_a, "aligned"_a, "options"_a = ExtractOptions{}, "workspace"_a = nullptr,
+             py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "extract_subspace",
+      [](ExtractTask& task, const ExtractOptions& options, Workspace* workspace) {
+        return csulora::extract_subspace(std::move(task), options, workspace);
+      },
+      "task"_a, "options"_a = ExtractOptions{}, "workspace"_a = nullptr, py::call_guard<py::gil_scoped_release>());
   module.def("extract_subspaces", &csulora::extract_subspaces, "tasks"_a, "options"_a = ExtractOptions{},
              py::call_guard<py::gil_scoped_release>());
   module.def("validate", py::overload_cast<const Subspace&>(&csulora::validate), "subspace"_a,

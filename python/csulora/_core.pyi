@@ -59,12 +59,16 @@ class Workspace:
 
     def __init__(self) -> None: ...
 
+@overload
 def extract_subspace(
     base: torch.Tensor, aligned: torch.Tensor, options: ExtractOptions = ..., workspace: Workspace | None = None
 ) -> Subspace: ...
+@overload
+def extract_subspace(task: ExtractTask, options: ExtractOptions = ..., workspace: Workspace | None = None) -> Subspace:
+    """Extract from a task, whose matrices are None as soon as their difference is formed."""
 
 class ExtractTask:
-    """One displacement of many: base and aligned (m, n), what messages call it, and its own ``noise_std``."""
+    """A displacement: base and aligned (m, n), what messages call it, and its own ``noise_std``."""
 
     def __init__(
         self,

@@ -78,13 +78,21 @@ struct Workspace {
 Subspace extract_subspace(const at::Tensor& base, const at::Tensor& aligned, const ExtractOptions& options = {},
                           Workspace* workspace = nullptr);
 
-/// One displacement of many to be decomposed.
+/// A displacement to be decomposed.
 struct ExtractTask {
   at::Tensor base;                    ///< as for extract_subspace
   at::Tensor aligned;                 ///< same shape and device
   std::string label{"displacement"};  ///< what messages call it
   std::optional<double> noise_std{};  ///< as in the options
 };
+
+/// extract_subspace of a task, which lets go of both matrices as soon as D is formed. Mapped or temporary ones that
+/// nobody else holds are not in memory during the decomposition.
+///
+/// @param task     its matrices are undefined afterwards
+/// @param options  noise_std is not read
+/// @throws InputError as above, beginning with the task's label
+Subspace extract_subspace(ExtractTask&& task, const ExtractOptions& options = {}, Workspace* workspace = nullptr);
 
 /// extract_subspace for many small matrices, such as a model's experts: on a CPU one list of tasks for all cores, each
 /// matrix on one thread. A result depends neither on the number of threads nor on the other tasks.

@@ -4,6 +4,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -123,6 +126,17 @@ Tensor matrix_in(Tensor& memory, int64_t rows, int64_t columns, at::ScalarType d
   return memory.narrow(0, 0, rows * columns).view({rows, columns});
 }
 
+/// Gives the system what the decomposition before has freed: memory peaks while D and both inputs are there. Where a
+/// matrix is large, fresh pages cost next to nothing of what its decomposition does.
+void give_back_freed_memory([[maybe_unused]] const Tensor& matrix) {
+#ifdef __GLIBC__
+  constexpr size_t kLarge = size_t{128} << 20;
+  if (matrix.nbytes() >= kLarge) {
+    malloc_trim(0);
+  }
+#endif
+}
+
 Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, std::optional<double> noise_std,
                                  bool with_low_precision, Workspace& workspace) {
   const int64_t rows = base.size(0);
@@ -132,6 +146,7 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, std:
   if (with_low_precision && has_fast_bfloat16(result.matrix)) {
     result.low_precision = matrix_in(workspace.low_precision, rows, columns, at::kBFloat16);
   }
+  give_back_freed_memory(result.matrix);
   const int64_t step = rows_per_block(columns);
   std::vector<Sums> parts((rows + step - 1) / step);
   for_each_in_parallel(parts.size(), [&](size_t i) {

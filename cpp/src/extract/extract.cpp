@@ -117,23 +117,64 @@ Certificate measured(const Displacement& d, const Subspace& subspace, const Sing
   return certificate;
 }
 
-}  // namespace
+/// The most directions that a matrix has, or that are asked for.
+int64_t most_directions(const Tensor& matrix, const ExtractOptions& options) {
+  return std::min({options.rank, matrix.size(0), matrix.size(1)});
+}
 
-Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const ExtractOptions& options,
-                          Workspace* workspace) {
+/// D in the form that `decomposed` takes.
+Displacement displacement_to_decompose(const Tensor& base, const Tensor& aligned, const ExtractOptions& options,
+                                       Workspace* workspace) {
   check_options(options);
-  const TorchGuards torch_guards;
-  const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
   check_matrix(base, "base");
-  const int64_t limit = std::min({options.rank, base.size(0), base.size(1)});
-  const auto d = displacement(base, aligned, options.noise_std, is_searched(base, limit), workspace);
-  const auto triples = leading_triples(d, limit, options);
+  const bool with_low_precision = is_searched(base, most_directions(base, options));
+  return displacement(base, aligned, options.noise_std, with_low_precision, workspace);
+}
+
+Subspace decomposed(const Displacement& d, const ExtractOptions& options) {
+  const auto triples = leading_triples(d, most_directions(d.matrix, options), options);
   Subspace subspace{triples.u.to(options.factor_dtype).contiguous(), triples.s.to(at::kFloat),
                     triples.v.to(options.factor_dtype).contiguous()};
   check(subspace.s.isfinite().logical_and(subspace.s > 0).all().item<bool>(),
         "the singular values of aligned - base lie outside the range of float32");
   subspace.certificate = measured(d, subspace, triples);
   return subspace;
+}
+
+ExtractOptions options_of(const ExtractTask& task, ExtractOptions options) {
+  options.noise_std = task.noise_std;
+  return options;
+}
+
+/// What `work` returns; its messages begin with the task's label.
+template <typename Work>
+Subspace labelled(const ExtractTask& task, Work work) {
+  try {
+    return work();
+  } catch (const InputError& error) {
+    throw InputError(task.label + ": " + error.what());
+  }
+}
+
+}  // namespace
+
+Subspace extract_subspace(const Tensor& base, const Tensor& aligned, const ExtractOptions& options,
+                          Workspace* workspace) {
+  const TorchGuards torch_guards;
+  const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
+  return decomposed(displacement_to_decompose(base, aligned, options, workspace), options);
+}
+
+Subspace extract_subspace(ExtractTask&& task, const ExtractOptions& options, Workspace* workspace) {
+  const TorchGuards torch_guards;
+  const at::NoTF32Guard whole_floats;  // whatever a process allows its own products on a GPU
+  return labelled(task, [&] {
+    const auto own_options = options_of(task, options);
+    const auto d = displacement_to_decompose(task.base, task.aligned, own_options, workspace);
+    task.base.reset();
+    task.aligned.reset();
+    return decomposed(d, own_options);
+  });
 }
 
 std::vector<Subspace> extract_subspaces(const std::vector<ExtractTask>& tasks, const ExtractOptions& options) {
@@ -144,14 +185,9 @@ std::vector<Subspace> extract_subspaces(const std::vector<ExtractTask>& tasks, c
   std::vector<Subspace> results(tasks.size());
   for_each(tasks.size(), on_device, [&](size_t i) {
     const auto& task = tasks[i];
-    auto own_options = options;
-    own_options.noise_std = task.noise_std;
     const auto workspace = workspaces.lend();
-    try {
-      results[i] = extract_subspace(task.base, task.aligned, own_options, workspace.get());
-    } catch (const InputError& error) {
-      throw InputError(task.label + ": " + error.what());
-    }
+    results[i] = labelled(
+        task, [&] { return extract_subspace(task.base, task.aligned, options_of(task, options), workspace.get()); });
   });
   return results;
 }

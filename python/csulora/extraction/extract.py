@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -226,27 +226,20 @@ def _extract_batch(
     batch: Sequence[LoadedModule], options: ExtractionOptions, device: torch.device, workspace: _core.Workspace
 ) -> dict[str, ModuleSubspace]:
     core_options = options.to_core(batch[0].name)
+    sketches = _sketches(batch, options)  # first: extraction lets go of the matrices
     if is_expert(batch[0].name):
         # Also for a batch of one: bits must not depend on what else is extracted beside a module.
-        tasks = [
-            _core.ExtractTask(each.base.to(device), each.aligned.to(device), each.name, each.noise_std)
-            for each in batch
-        ]
-        results = _core.extract_subspaces(tasks, core_options)
+        results = _core.extract_subspaces([loaded.on(device) for loaded in batch], core_options)
     else:
         results = [_extract_module(loaded, core_options, device, workspace) for loaded in batch]
     extracted = {loaded.name: _module_subspace(loaded, result) for loaded, result in zip(batch, results, strict=True)}
-    return _sketched(batch, extracted, options) if options.sketch else extracted
+    return extracted | {name: replace(extracted[name], sketch=sketch) for name, sketch in sketches.items()}
 
 
 def _extract_module(
     loaded: LoadedModule, options: _core.ExtractOptions, device: torch.device, workspace: _core.Workspace
 ) -> _core.Subspace:
-    try:
-        options.noise_std = loaded.noise_std
-        return _core.extract_subspace(loaded.base.to(device), loaded.aligned.to(device), options, workspace)
-    except InputError as error:
-        raise InputError(f"{loaded.name}: {error}") from error
+    return _core.extract_subspace(loaded.on(device), options, workspace)
 
 
 def _module_subspace(loaded: LoadedModule, result: _core.Subspace) -> ModuleSubspace:
@@ -256,19 +249,17 @@ def _module_subspace(loaded: LoadedModule, result: _core.Subspace) -> ModuleSubs
     return ModuleSubspace(u, s, v, certificate, loaded.base_sha256, loaded.aligned_sha256)
 
 
-def _sketched(
-    batch: Sequence[LoadedModule], extracted: Mapping[str, ModuleSubspace], options: ExtractionOptions
-) -> dict[str, ModuleSubspace]:
-    """Return the modules with sketches, except where rows of the aligned matrix were left out."""
-    sketched = dict(extracted)
-    whole = [loaded for loaded in batch if loaded.rows == len(loaded.aligned)]
-    sketches = _core.sketches([loaded.aligned for loaded in whole], options.sketch, options.seed)
-    for loaded, sketch in zip(whole, sketches, strict=True):
-        stored = sketch.to(FACTOR_DTYPES[options.dtype])
-        if not bool(stored.isfinite().all()):
-            raise InputError(f"{loaded.name}: the sketch does not fit {options.dtype}; use the dtype bf16 or f32")
-        sketched[loaded.name] = replace(extracted[loaded.name], sketch=stored)
-    return sketched
+def _sketches(batch: Sequence[LoadedModule], options: ExtractionOptions) -> dict[str, torch.Tensor]:
+    """Return the sketches that are asked for, except where rows of the aligned matrix were left out."""
+    if not options.sketch:
+        return {}
+    whole = [loaded.task for loaded in batch if loaded.rows == len(loaded.task.aligned)]
+    sketches = _core.sketches([task.aligned for task in whole], options.sketch, options.seed)
+    stored = {task.label: sketch.to(FACTOR_DTYPES[options.dtype]) for task, sketch in zip(whole, sketches, strict=True)}
+    for name, sketch in stored.items():
+        if not bool(sketch.isfinite().all()):
+            raise InputError(f"{name}: the sketch does not fit {options.dtype}; use the dtype bf16 or f32")
+    return stored
 
 
 def _check_signal(model_pair: ModelPair, modules: dict[str, ModuleSubspace]) -> None:

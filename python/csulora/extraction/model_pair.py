@@ -15,6 +15,7 @@ from csulora.extraction.noise_edge import noise_std
 from csulora.models import names
 from csulora.models.checkpoint import Checkpoint, GGUFCheckpoint, check_comparable, check_one_model
 from csulora.models.resolver import Resolver
+from csulora.native import _core
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(module, done, total)`` before each module, counting matrix entries, and once at the end."""
@@ -25,20 +26,31 @@ _BATCH_ENTRIES = 1 << 25  # as many as a large matrix has
 
 @dataclass(frozen=True)
 class LoadedModule:
-    """One module's matrices (out, in), and the sha256 of the bytes they are stored as.
+    """One module's matrices (out, in) as the core takes them, and the sha256 of the bytes they are stored as.
+
+    The task alone holds the matrices, so that extraction can let go of them.
 
     ``rows`` is how many the aligned checkpoint's matrix has. The matrices here end with the last row that both have.
     Of an embedding's or head's further rows the displacement is unknown, and the subspace file has zeros for them.
-    ``noise_std`` is what `noise_edge` gives for dequantised matrices; None if rounding follows from the dtypes.
+    Its ``noise_std`` is what `noise_edge` gives for dequantised matrices; None if rounding follows from the dtypes.
     """
 
-    name: str
-    base: torch.Tensor
-    aligned: torch.Tensor
+    task: _core.ExtractTask
     base_sha256: str
     aligned_sha256: str
-    noise_std: float | None
     rows: int
+
+    @property
+    def name(self) -> str:
+        """The module's name."""
+        return self.task.label
+
+    def on(self, device: torch.device) -> _core.ExtractTask:
+        """Return the task itself if its matrices lie on that device, else one with copies there."""
+        task = self.task
+        if task.base.device == device:
+            return task
+        return _core.ExtractTask(task.base.to(device), task.aligned.to(device), task.label, task.noise_std)
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,7 @@ class ModelPair:
         rows, common = len(aligned), min(len(base), len(aligned))
         base, aligned = base[:common], aligned[:common]
         std = noise_std((base, aligned), quantised)
-        return LoadedModule(module, base, aligned, base_sha256, aligned_sha256, std, rows)
+        return LoadedModule(_core.ExtractTask(base, aligned, module, std), base_sha256, aligned_sha256, rows)
 
 
 def _selected(

@@ -88,12 +88,12 @@ def verify(
     results = []
     for loaded in chain.from_iterable(model_pair.load_ahead(model_pair.modules, progress)):
         stored, (factors,) = subspace[loaded.name], subspace.to_core([loaded.name])
-        options.noise_std = loaded.noise_std
+        options.noise_std = loaded.task.noise_std
         # Of further rows nothing is known. Columns that need them are not orthonormal without them.
-        common = _core.Subspace(factors.u[: len(loaded.base)], factors.s, factors.v)
+        common = _core.Subspace(factors.u[: len(loaded.task.base)], factors.s, factors.v)
         try:
             standing_out = stored.certificate.standing_out or None
-            measured = _core.certify(loaded.base, loaded.aligned, common, options, standing_out)
+            measured = _core.certify(loaded.task.base, loaded.task.aligned, common, options, standing_out)
         except InputError as error:
             raise InputError(f"{loaded.name}: {error}") from error
         same = (loaded.base_sha256, loaded.aligned_sha256) == (stored.base_sha256, stored.aligned_sha256)
@@ -110,6 +110,6 @@ def _same_sketch(subspace: Subspace, loaded: LoadedModule) -> bool:
     stored = subspace[loaded.name].sketch
     if stored is None:
         return True
-    (sketch,) = _core.sketches([loaded.aligned], stored.shape[1], subspace.provenance.options["seed"])
+    (sketch,) = _core.sketches([loaded.task.aligned], stored.shape[1], subspace.provenance.options["seed"])
     difference = (stored.float() - sketch).norm() if stored.shape == sketch.shape else math.inf
     return bool(difference <= _SKETCH_MARGIN * sketch.norm())

@@ -23,6 +23,8 @@ FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _FP8, _MXFP4 = "F8_E4M3", "MXFP4_BLOCKS"  # the second is no type of safetensors, nor of ggml, which has another MXFP4
 SCALED = {_FP8: scaled_codes.FP8, _MXFP4: scaled_codes.MXFP4}
 
+_HASHED_AT_ONCE = 4 << 20  # bytes
+
 _BLOCKS = "_blocks"
 _SCALES_OF_BLOCKS = "_scales"
 _SCALES = ("_scale_inv", "_scale")  # both are multiplied with
@@ -130,10 +132,9 @@ def load(weight: Weight) -> tuple[torch.Tensor, str]:
     """
     if weight.part is not None:
         return _load_part(weight, weight.part)
-    # A mapping of its own: what was read to be hashed counts as memory until it is unmapped.
     digest = hashlib.sha256()
     for file, tensor in _parts(weight):
-        digest.update(_bytes_of(read(file, tensor)))
+        _update(digest, file, tensor)
     stored = read(weight.file, weight.tensor)
     if weight.scales is not None:
         stored = scaled_codes.dequantise(*_scaled(weight, weight.scales))
@@ -264,6 +265,16 @@ def _parts(weight: Weight) -> Iterator[tuple[Path, str]]:
     yield weight.file, weight.tensor
     if weight.scales is not None:
         yield weight.scales.file, weight.scales.tensor
+
+
+def _update(digest: hashlib._Hash, file: Path, tensor: str) -> None:
+    """Add the stored bytes of a tensor, each strip from a mapping of its own: mapped pages count once read."""
+    first, size = 0, 1
+    while first < size:
+        data = _bytes_of(read(file, tensor))
+        size = len(data)
+        digest.update(data[first : first + _HASHED_AT_ONCE])
+        first += _HASHED_AT_ONCE
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import csulora
 import factories
@@ -296,17 +295,17 @@ def test_the_same_command_twice_gives_the_same_bytes(tmp_path: Path, models: tup
 
 
 def test_a_weight_is_only_held_while_it_is_needed(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most the matrices that are computed with and those read ahead are in memory."""
-    alive: list[weakref.ref[Tensor]] = []
-    most = 0
+    """Nothing but the task holds the matrices, and extraction lets go of them."""
+    held: list[tuple[bool, bool]] = []
     extract_module = extraction._extract_module
 
     def watch(loaded: extraction.LoadedModule, *options: object) -> ModuleSubspace:
-        nonlocal most
-        alive.append(weakref.ref(loaded.aligned))
-        most = max(most, sum(reference() is not None for reference in alive))
-        return extract_module(loaded, *options)
+        references = [weakref.ref(matrix) for matrix in (loaded.task.base, loaded.task.aligned)]
+        before = all(reference() is not None for reference in references)
+        found = extract_module(loaded, *options)
+        held.append((before, any(reference() is not None for reference in references)))
+        return found
 
     monkeypatch.setattr(extraction, "_extract_module", watch)
     csulora.extract(*models, rank=2)
-    assert most == 1
+    assert set(held) == {(True, False)}

@@ -48,7 +48,7 @@ def test_the_noise_edge_lies_above_the_rounding_and_what_stands_out_is_true(
     models = save(tmp_path / "base", base, before), save(tmp_path / "aligned", aligned, after)
     subspace = csulora.extract(*models, rank=16)
     batches = ModelPair.open(*models).load_ahead(list(subspace), None)
-    loaded = {module.name: module for batch in batches for module in batch}
+    loaded = {module.name: module.task for batch in batches for module in batch}
     for name, module in subspace.items():
         displacement = (aligned[f"{name}.weight"] - base[f"{name}.weight"]).double()
         stored = loaded[name].aligned.double() - loaded[name].base.double()

@@ -38,6 +38,13 @@ def test_loads_every_matrix_by_name_with_the_hash_of_its_bytes(tmp_path: Path, s
         assert digest == hashlib.sha256(expected.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def test_hashes_strip_by_strip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save(tmp_path / "model", {f"{Q}.weight": matrix()})
+    for size in (1, 7, 96, 97):
+        monkeypatch.setattr("csulora.models.storage._HASHED_AT_ONCE", size)
+        assert checkpoint.load(Q)[1] == factories.sha256(matrix())
+
+
 def test_is_called_as_its_directory_or_its_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     factories.save_checkpoint(tmp_path / "model", factories.llama_weights())
     assert Checkpoint.open(tmp_path / "model").name == "model"

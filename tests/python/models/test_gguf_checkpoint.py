@@ -208,7 +208,7 @@ def test_the_edge_is_the_sum_of_both_files(tmp_path: Path) -> None:
         ("full", gguf_files.save_model(tmp_path / "f.gguf", weights())),
     ):
         ((loaded,),) = ModelPair.open(base, quantised, modules=[Q]).load_ahead([Q], None)
-        edges[name] = loaded.noise_std * 2 * math.sqrt(WIDTH)
+        edges[name] = loaded.task.noise_std * 2 * math.sqrt(WIDTH)
     alone = quantised_edge(Checkpoint.open(quantised).rounding_variances(Q))
     assert edges["quantised"] == pytest.approx(2 * alone)
     assert edges["full"] == pytest.approx(alone, rel=1e-3)

@@ -41,6 +41,16 @@ def test_a_batch_equals_one_by_one() -> None:
         assert found.certificate.standing_out == alone.certificate.standing_out == 3
 
 
+def test_a_task_lets_go_of_its_matrices() -> None:
+    (task,) = tasks(1)
+    expected = _core.extract_subspace(task.base, task.aligned, options())
+    assert_same_bits(_core.extract_subspace(task, options()), expected)
+    assert task.base is None
+    assert task.aligned is None
+    with pytest.raises(InputError, match=r"^experts\.0: base"):
+        _core.extract_subspace(task, options())
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_company_and_threads_change_no_bits(threads: int, restore_threads: None) -> None:
     together = _core.extract_subspaces(tasks(4), options())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import csulora
 import factories
 import oracle
 from csulora import Policy, Subspace, correct

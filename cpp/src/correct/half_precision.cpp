@@ -53,7 +53,8 @@ class SideStrips {
       : scale_(static_cast<float>(side.scale)),
         rows_(side.factor.size(0)),
         width_(tall::padded(side.factor.size(1), tall::kWidth)),
-        directions_(tall::padded(side.basis.size(1), tall::kRowStep)),
+        // Strips of a basis that lies by columns are padded to kWidth, whatever was asked for.
+        directions_(tall::padded(side.basis.size(1), side.basis.stride(1) == 1 ? tall::kRowStep : tall::kWidth)),
         factor_(side.factor, 0),
         basis_(side.basis, 0),
         strip_(kStripRows * (width_ + directions_)) {}

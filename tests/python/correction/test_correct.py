@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import csulora
 import factories
 import oracle
 from csulora import Policy, Subspace, correct
@@ -453,3 +454,14 @@ def test_the_report_and_a_card_go_with_the_adapter(tmp_path: Path) -> None:
     assert report.subspace_sha256 == subspace.sha256
     assert report.fingerprints == subspace.fingerprints
     assert 'base_model: "org/base"' in fixed.documents["README.md"]
+
+
+def test_a_basis_that_lies_by_columns_is_corrected_in_half_precision() -> None:
+    """As slices of a decomposition do; a strip of it is padded further than one that lies by rows."""
+    shapes = {"model.layers.0.mlp.up_proj": (64, 64)}
+    found = factories.subspace(shapes, rank=4, dtype=torch.float16)
+    for _ in range(20):
+        fixed, _ = csulora.correct(
+            factories.adapter(shapes, rank=8, dtype=torch.float16), found, csulora.Policy.csulora(1.0)
+        )
+        assert all(bool(module.b.isfinite().all()) for module in fixed.modules.values())

@@ -8,11 +8,12 @@ import factories
 import oracle
 import quantised
 from csulora.extraction.noise_edge import floating_point_edge, noise_std, quantised_edge
-from csulora.models import gguf_quants, scaled_codes
+from csulora.models import gguf_codes, gguf_quants, scaled_codes
 from csulora.models.rounding import RoundingVariances
 
 KINDS = [GGMLQuantizationType[name] for name in gguf_quants.QUANTISED]
-WRITTEN = [kind for kind in KINDS if not kind.name.endswith("_K")]  # gguf has no quantiser for the others
+WRITTEN = [kind for kind in KINDS if not kind.name.endswith("_K") and kind.name != "NVFP4"]  # gguf cannot write others
+ROUNDED = [kind for kind in WRITTEN if kind not in gguf_codes.FORMATS]  # those of codes are SCALED, below
 ROWS, COLUMNS = 96, 512
 
 
@@ -37,7 +38,7 @@ def test_the_noise_of_a_pair_spreads_as_far_as_both_edges() -> None:
     assert std * (ROWS**0.5 + COLUMNS**0.5) == pytest.approx(quantised_edge(variances) + floating_point_edge(matrix))
 
 
-@pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", ROUNDED, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("shape", ["even", "large rows", "large columns"])
 def test_rounding_errors_stay_within_the_edge(kind: GGMLQuantizationType, shape: str) -> None:
     matrix = factories.gaussian(ROWS, COLUMNS, seed=0)

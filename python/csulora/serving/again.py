@@ -115,6 +115,7 @@ def _lines(log: Path) -> list[bytes]:
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "string": str,
     "object": dict,
+    "array": list,
     "boolean": bool,
     "number": (int, float),
     "null": type(None),
@@ -132,6 +133,8 @@ def _fits(value: object, rule: Mapping[str, Any]) -> bool:
         return False
     if isinstance(value, str):
         return re.fullmatch(rule.get("pattern", ".*"), value, re.DOTALL) is not None
+    if isinstance(value, list):
+        return rule["minItems"] <= len(value) <= rule["maxItems"] and all(_fits(each, rule["items"]) for each in value)
     if not isinstance(value, dict):
         return True
     if not set(rule.get("required", ())) <= value.keys():

@@ -17,6 +17,7 @@ from csulora import LoraModule, Policy
 from csulora.correction.annihilation import annihilation_ratio, factors_of_error
 from csulora.errors import InputError, RefusedError
 from csulora.native import _core
+from csulora.serving.again import find
 from csulora.serving.gate import Gate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,7 +113,9 @@ def test_a_gate_refuses_what_annihilates_and_what_the_sketches_cannot_tell(
         gate.decision("upload") as decision,
     ):
         decision.correct(large)
-    totals = [json.loads(line)["totals"] for line in log.read_text().splitlines()]
+    lines = list(map(json.loads, log.read_text().splitlines()))
+    assert [find(log, line["id"])[0] for line in lines] == lines
+    totals = [line["totals"] for line in lines]
     assert [found["annihilation_ratio"] for found in totals] == [
         pytest.approx(0.25, rel=0.01),
         pytest.approx(0, abs=1e-5),

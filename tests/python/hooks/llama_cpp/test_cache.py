@@ -95,7 +95,7 @@ def test_every_load_is_a_decision(cache: Cache, tmp_path: Path, monkeypatch: pyt
         cache.get(policy=Policy.csulora(max_undo=-100.0))
     with pytest.raises(InputError, match="no such adapter"):
         cache.get(tmp_path / "absent")
-    assert cache.verdicts == [("corrected", True), ("corrected", False), ("refused", False), ("invalid", False)]
+    assert cache.verdicts == [("corrected", True), ("corrected", False), ("refused", True), ("invalid", False)]
     adapters = [json.loads(line)["path"] for line in cache.decisions.read_text().splitlines()]
     assert adapters == [str(cache.adapter)] * 3 + [str(tmp_path / "absent")]
 

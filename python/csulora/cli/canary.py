@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 import csulora
-from csulora.cli.arguments import BaseModel, Device, Dtype, Json, Quiet, WriteGeneral, check_outputs
+from csulora.cli.arguments import BaseModel, Dtype, Json, Quiet, WriteGeneral, check_outputs
 from csulora.cli.console import deliver, note, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.cli.tune import DeviceMap, LoadIn
+from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
 from csulora.views import tables
 
 
@@ -48,13 +48,9 @@ def canary(
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Most tokens of a reply that are learnt.")] = 32,
     dtype: Annotated[Dtype, typer.Option(help="Storage type of the factors.")] = Dtype.f16,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the start and of the order of the prompts.")] = 0,
-    device: Annotated[Device | None, typer.Option(help="Where the model runs. [default: auto]")] = None,
-    device_map: Annotated[
-        DeviceMap | None, typer.Option(help="Spread the model over all GPUs, in place of --device; needs accelerate.")
-    ] = None,
-    load_in: Annotated[
-        LoadIn | None, typer.Option(help="Quantise the model's linear layers; needs bitsandbytes.")
-    ] = None,
+    device: ModelDevice = None,
+    device_map: ModelDeviceMap = None,
+    load_in: ModelLoadIn = None,
     base_model: BaseModel = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -68,7 +64,6 @@ def canary(
     may also be a column: FILE.csv#COLUMN, FILE.parquet#COLUMN, or hf:ORG/NAME/SPLIT#COLUMN.
     """
     from csulora.evaluation.sources import files_of
-    from csulora.tuning.loading import Loading
     from csulora.tuning.self_written import written
     from csulora.unalignment.examples import read_replies
     from csulora.unalignment.request import Options
@@ -77,12 +72,10 @@ def canary(
         raise typer.BadParameter("give --general or --write-general, and not both")
     if (replies is None) == (not adapters):
         raise typer.BadParameter("give --replies or --adapters, and not both")
-    if device and device_map:
-        raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
+    loading = loading_of(device, device_map, load_in)
     check_outputs(
         [output, write_general, json], [model, *(adapters or ()), *files_of([safety, replies, general]), base_model]
     )
-    loading = Loading((device or Device.auto).value, device_map, load_in)
     general = str(written(write_general, model, loading, 0)) if write_general else general
     with (
         interruptible("nothing is kept; run the same command again"),

@@ -13,7 +13,6 @@ import csulora
 from csulora.cli.arguments import (
     Adapters,
     BaseModel,
-    Device,
     DropUncovered,
     Json,
     KeepUncovered,
@@ -24,7 +23,7 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.cli.tune import DeviceMap, LoadIn
+from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
 from csulora.errors import InputError
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
@@ -78,13 +77,9 @@ def evaluate(
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Most tokens of a reply.")] = 32,
     keep_uncovered: KeepUncovered = None,
     drop_uncovered: DropUncovered = None,
-    device: Annotated[Device | None, typer.Option(help="Where the model runs. [default: auto]")] = None,
-    device_map: Annotated[
-        DeviceMap | None, typer.Option(help="Spread the model over all GPUs, in place of --device; needs accelerate.")
-    ] = None,
-    load_in: Annotated[
-        LoadIn | None, typer.Option(help="Quantise the model's linear layers; needs bitsandbytes.")
-    ] = None,
+    device: ModelDevice = None,
+    device_map: ModelDeviceMap = None,
+    load_in: ModelLoadIn = None,
     base_model: BaseModel = None,
     subspace_sha256: SubspaceSha256 = None,
     json: Json = None,
@@ -98,7 +93,6 @@ def evaluate(
     from csulora.evaluation.judge import Judge
     from csulora.evaluation.request import Options
     from csulora.evaluation.sources import files_of
-    from csulora.tuning.loading import Loading
     from csulora.tuning.self_written import written
     from csulora.views.evaluation_table import evaluation_table
 
@@ -112,12 +106,10 @@ def evaluate(
         raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
     if judge_model and not judge:
         raise typer.BadParameter("--judge-model is for --judge")
-    if device and device_map:
-        raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
+    loading = loading_of(device, device_map, load_in)
     opened = csulora.Subspace.open(subspace, subspace_sha256)
     policies = _policies(policy or _UNTRIED, keep_uncovered, drop_uncovered)
     subspaces = _own_subspaces(policies, opened)
-    loading = Loading((device or Device.auto).value, device_map, load_in)
     if write_general:
         seen = {prompt for _, each in policies.values() for prompt in each.provenance.prompts}
         general = str(written(write_general, model, loading, 1, refusal, seen))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,6 @@ from csulora.cli import exit_codes
 from csulora.cli.arguments import (
     Adapters,
     BaseModel,
-    Device,
     DropUncovered,
     Json,
     KeepUncovered,
@@ -27,27 +25,12 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, note, progress_bar
 from csulora.cli.interruption import interruptible
+from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
 from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.tuning.options import Options
 from csulora.views import tables
 
 QUICK_STEPS = 30
-
-
-class DeviceMap(StrEnum):
-    """How accelerate spreads a model."""
-
-    auto = "auto"
-    balanced = "balanced"
-    balanced_low_0 = "balanced_low_0"
-    sequential = "sequential"
-
-
-class LoadIn(StrEnum):
-    """What bitsandbytes quantises linear layers to."""
-
-    eight = "8bit"
-    four = "4bit"
 
 
 def tune(
@@ -96,13 +79,9 @@ def tune(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply that count.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the prompts.")] = 0,
-    device: Annotated[Device | None, typer.Option(help="Where the model runs. [default: auto]")] = None,
-    device_map: Annotated[
-        DeviceMap | None, typer.Option(help="Spread the model over all GPUs, in place of --device; needs accelerate.")
-    ] = None,
-    load_in: Annotated[
-        LoadIn | None, typer.Option(help="Quantise the model's linear layers; needs bitsandbytes.")
-    ] = None,
+    device: ModelDevice = None,
+    device_map: ModelDeviceMap = None,
+    load_in: ModelLoadIn = None,
     base_model: BaseModel = None,
     subspace_sha256: SubspaceSha256 = None,
     require_verdict: Annotated[
@@ -124,7 +103,6 @@ def tune(
     `tune` needs no reference replies.
     """
     from csulora.evaluation import sources
-    from csulora.tuning.loading import Loading
     from csulora.tuning.probes import FEWEST, MOST
     from csulora.tuning.request import Request
     from csulora.tuning.self_written import written
@@ -139,9 +117,7 @@ def tune(
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, and {len(task)} are given")
     if not all(map(str.strip, refusal or ())):
         raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
-    if device and device_map:
-        raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
-    loading = Loading((device or Device.auto).value, device_map, load_in)
+    loading = loading_of(device, device_map, load_in)
     general = str(written(write_general, model, loading, 0, refusal)) if write_general else general
     request = Request(
         model=model,

@@ -1,0 +1,49 @@
+"""How the commands that run a model load it: where, over how many GPUs, and in how many bits."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from csulora.cli.arguments import Device
+
+if TYPE_CHECKING:
+    from csulora.tuning.loading import Loading
+
+
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model."""
+
+    auto = "auto"
+    balanced = "balanced"
+    balanced_low_0 = "balanced_low_0"
+    sequential = "sequential"
+
+
+class LoadIn(StrEnum):
+    """What bitsandbytes quantises linear layers to."""
+
+    eight = "8bit"
+    four = "4bit"
+
+
+ModelDevice = Annotated[Device | None, typer.Option(help="Where the model runs. [default: auto]")]
+ModelDeviceMap = Annotated[
+    DeviceMap | None, typer.Option(help="Spread the model over all GPUs, in place of --device; needs accelerate.")
+]
+ModelLoadIn = Annotated[LoadIn | None, typer.Option(help="Quantise the model's linear layers; needs bitsandbytes.")]
+
+
+def loading_of(device: Device | None, device_map: DeviceMap | None, load_in: LoadIn | None) -> Loading:
+    """Return what the options say.
+
+    Raises:
+        typer.BadParameter: a device and a map of devices are given.
+    """
+    from csulora.tuning.loading import Loading
+
+    if device and device_map:
+        raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
+    return Loading((device or Device.auto).value, device_map, load_in)

@@ -36,8 +36,7 @@ inline void check_same_device(const at::Tensor& tensor, const at::Tensor& other,
         other.device().str(), "; move them to one device");
 }
 
-/// Throws InputError unless `tensor` is a defined, dense matrix of a floating type that csulora stores, on the CPU or a
-/// GPU.
+/// Throws InputError unless `tensor` is a defined, dense matrix on the CPU or a GPU.
 inline void check_matrix_of_any_dtype(const at::Tensor& tensor, const std::string& name) {
   check(tensor.defined(), name, " is missing");
   check(tensor.dim() == 2, name, " has ", tensor.dim(), " dimensions; a matrix is needed");
@@ -46,6 +45,7 @@ inline void check_matrix_of_any_dtype(const at::Tensor& tensor, const std::strin
   check_device(tensor, name);
 }
 
+/// The same for matrices of the floating types that csulora stores.
 inline void check_matrix(const at::Tensor& tensor, const std::string& name) {
   check_matrix_of_any_dtype(tensor, name);
   const auto dtype = tensor.scalar_type();

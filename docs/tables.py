@@ -1,4 +1,4 @@
-"""The tables of the pages on results, performance and development, from what bench/results holds.
+"""The tables of the README and of the pages on results, performance and development, from what bench/results holds.
 
     python docs/tables.py
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import evidence
+import readme_tables
 import real_tables
 import speed_tables
 import verdict_tables
@@ -186,6 +187,8 @@ def families() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "readme-efficacy": readme_tables.efficacy,
+    "readme-speed": readme_tables.speed,
     "smollm2": lambda: smollm2("smollm2"),
     "smollm2-general": lambda: smollm2("smollm2_general"),
     "smollm2-filtered": lambda: smollm2("smollm2_filtered"),
@@ -224,8 +227,8 @@ def filled(text: str) -> str:
 
 
 def pages() -> list[Path]:
-    """Return the pages that hold such tables."""
-    return [page for page in sorted(PAGES.rglob("*.md")) if _TABLE.search(page.read_text())]
+    """Return the pages that hold such tables, the README among them."""
+    return [page for page in (ROOT / "README.md", *sorted(PAGES.rglob("*.md"))) if _TABLE.search(page.read_text())]
 
 
 if __name__ == "__main__":

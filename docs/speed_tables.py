@@ -70,6 +70,17 @@ def model_pair() -> str:
     return table(["processor", "spectrum", "layers", "time", "multiple of the floor"], rows)
 
 
+def memory() -> str:
+    """Return the table of the peak memory of extraction."""
+    rows = []
+    for run in results("speed/memory")["runs"]:
+        modules = ", ".join(f"`{pattern}`" for pattern in run["modules"]) or "all"
+        multiples = run["multiples_beyond_baseline"]
+        figures = [f"{multiples[name]:.2f}" for name in ("total", "anonymous")]
+        rows.append([str(run["layers"]), modules, str(run["rank"]), *figures])
+    return table(["layers", "modules", "rank", "peak", "of it not page cache"], rows)
+
+
 def correction() -> str:
     """Return the table of corrections with penalties."""
     rows = []

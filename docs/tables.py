@@ -205,6 +205,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bulk": speed_tables.bulk,
     "expert-correction": speed_tables.expert_correction,
     "model-pair": speed_tables.model_pair,
+    "memory": speed_tables.memory,
     "correction": speed_tables.correction,
     "busy": speed_tables.busy,
     "vllm-load": speed_tables.vllm_load,

@@ -65,7 +65,13 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
         name = table.get_name(module, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ValueError(f"{key}: {layout.name} has no name for it")
-        yield name, _in_layout(module, stored.detach().float(), config, layout)
+        tensor = _in_layout(module, stored.detach().float(), config, layout)
+        if (spread := layout.spread_of(module.rpartition(".")[0])) is None:
+            yield name, tensor
+        else:
+            heights = spread.heights(_counts(config, layout), len(tensor))
+            for piece, rows in zip(spread.tensors, tensor.split_with_sizes(heights), strict=True):
+                yield f"{piece}.weight", rows
     if layout.name == "gemma4":
         yield "rope_freqs.weight", _gemma4_frequencies(config)
 
@@ -86,7 +92,7 @@ def _experts(name: re.Match[str], stacked: Tensor, layout: Architecture) -> Iter
 
 def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Architecture) -> Tensor:
     module = name.rpartition(".")[0]
-    counts = {name: getattr(config, SOURCES[name].config) for name in layout.counts}
+    counts = _counts(config, layout)
     if layout.name in OFFSET_NORMS and module.endswith("norm") and not module.endswith("linear_attn.norm"):
         return tensor + 1
     if name.endswith("A_log"):
@@ -102,6 +108,10 @@ def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Arch
     if (order := layout.column_order(module)) is not None:
         tensor = tensor[:, order(counts, tensor.shape[1])]
     return _in_layout_of_falcon_h1(name, tensor, config) if layout.name == "falcon-h1" else tensor
+
+
+def _counts(config: PretrainedConfig, layout: Architecture) -> dict[str, int]:
+    return {name: getattr(config, SOURCES[name].config) for name in layout.counts}
 
 
 def _in_layout_of_falcon_h1(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:

@@ -244,7 +244,7 @@ FAMILIES = {
         | _EXPERTS
         | _SHARED
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
-        [*_ATTENTION, *_SHARED_NAMES, "in_proj_ba", "out_proj"],
+        [*_ATTENTION, *_SHARED_NAMES, "in_proj_qkvz", "in_proj_ba", "out_proj"],
         parameters=_parameters(),
     ),
     "gpt-oss": Family(

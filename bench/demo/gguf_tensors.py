@@ -18,7 +18,7 @@ from csulora.models.gguf_orders import SOURCES
 
 # Their norms multiply by 1 + weight, and llama.cpp's by weight.
 OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next")
-_TOWERS = ("vision_tower", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
+_TOWERS = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
 
 # Names that gguf's table knows otherwise.
 _SPELLINGS = {
@@ -79,7 +79,7 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
 def _experts(name: re.Match[str], stacked: Tensor, layout: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of all experts of a layer, (E, out, in), or their biases, (E, out)."""
     kind = "bias" if name["bias"] else "weight"
-    if layout.name == "gpt-oss" and kind == "weight":  # (E, in, out)
+    if layout.name in ("gpt-oss", "llama4") and kind == "weight":  # (E, in, out)
         stacked = stacked.transpose(1, 2)
     if name["parameter"] == "gate_up_proj" and not layout.fuses_experts:
         gate, up = (stacked[:, 0::2], stacked[:, 1::2]) if layout.expert_layout.interleaved else stacked.chunk(2, dim=1)

@@ -191,6 +191,16 @@ _ARCHITECTURES = {
         _permuted("smollm3"),
         _permuted("granite"),
         _permuted("granitemoe", (*_SEPARATE_QKV, "block_sparse_moe.router"), "block_sparse_moe.experts"),
+        Architecture(
+            "llama4",
+            parts=(
+                *_SEPARATE_QKV,
+                *(f"feed_forward.{part}" for part in _PROJECTIONS),
+                *(f"feed_forward.shared_expert.{part}" for part in _PROJECTIONS),
+                "feed_forward.router",
+            ),
+            experts="feed_forward.experts",
+        ),
         Architecture("olmo2"),
         Architecture("qwen2"),
         Architecture("qwen3"),

@@ -33,6 +33,8 @@ MODEL_TYPES = {
     "qwen3_5_text": "qwen35",
     "qwen3_5 (qwen3_5_text)": "qwen35",
     "mixtral": "llama",
+    "llama4_text": "llama4",
+    "llama4 (llama4_text)": "llama4",
     "qwen3_5_moe_text": "qwen35moe",
     "qwen3_5_moe (qwen3_5_moe_text)": "qwen35moe",
     "qwen3_next": "qwen3next",

@@ -28,7 +28,7 @@ from csulora.adapters.gguf.pieces import together
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
 from csulora.errors import HostLimitError, InputError, NotPlainLoraError
-from csulora.io.files import GGUF_SUFFIX, atomic_file
+from csulora.io.files import atomic_file, is_gguf_name
 from csulora.models import gguf_experts, gguf_layout, names
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
@@ -293,7 +293,7 @@ def _add_metadata(writer: GGUFWriter, adapter: Adapter, base: BaseModel) -> None
     writer.add_type("adapter")
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, 0.0)
-    writer.add_name(adapter.path.name.removesuffix(GGUF_SUFFIX))
+    writer.add_name(adapter.path.stem if is_gguf_name(adapter.path) else adapter.path.name)
     if base.license:
         writer.add_license(base.license)
     writer.add_base_model_count(1)

@@ -16,7 +16,7 @@ def add_settings(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(_first(config, "intermediate_size_mlp", "intermediate_size"))
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
@@ -167,6 +167,11 @@ def _gpt_oss(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_sliding_window(config.sliding_window)
 
 
+def _llama4(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    _experts(writer, config)
+    writer.add_interleave_moe_layer_step(config.interleave_moe_layer_step)
+
+
 def _qwen3_next(writer: GGUFWriter, config: PretrainedConfig) -> None:
     _gated_delta(writer, config)
     _experts(writer, config)
@@ -219,6 +224,7 @@ _EXTRA: dict[str, Add] = {
     "gpt_oss": _gpt_oss,
     "glm4_moe": _glm4_moe,
     "lfm2_moe": _lfm2_moe,
+    "llama4_text": _llama4,
     "jamba": _jamba,
     "lfm2": _lfm2,
     "falcon_h1": _falcon_h1,

@@ -18,7 +18,7 @@ from csulora.models.gguf_orders import SOURCES
 
 # Their norms multiply by 1 + weight, and llama.cpp's by weight.
 OFFSET_NORMS = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next")
-_TOWERS = ("vision_tower", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
+_TOWERS = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
 
 # Names that gguf's table knows otherwise.
 _SPELLINGS = {
@@ -65,7 +65,13 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
         name = table.get_name(module, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ValueError(f"{key}: {layout.name} has no name for it")
-        yield name, _in_layout(module, stored.detach().float(), config, layout)
+        tensor = _in_layout(module, stored.detach().float(), config, layout)
+        if (spread := layout.spread_of(module.rpartition(".")[0])) is None:
+            yield name, tensor
+        else:
+            heights = spread.heights(_counts(config, layout), len(tensor))
+            for piece, rows in zip(spread.tensors, tensor.split_with_sizes(heights), strict=True):
+                yield f"{piece}.weight", rows
     if layout.name == "gemma4":
         yield "rope_freqs.weight", _gemma4_frequencies(config)
 
@@ -73,7 +79,7 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
 def _experts(name: re.Match[str], stacked: Tensor, layout: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of all experts of a layer, (E, out, in), or their biases, (E, out)."""
     kind = "bias" if name["bias"] else "weight"
-    if layout.name == "gpt-oss" and kind == "weight":  # (E, in, out)
+    if layout.name in ("gpt-oss", "llama4") and kind == "weight":  # (E, in, out)
         stacked = stacked.transpose(1, 2)
     if name["parameter"] == "gate_up_proj" and not layout.fuses_experts:
         gate, up = (stacked[:, 0::2], stacked[:, 1::2]) if layout.expert_layout.interleaved else stacked.chunk(2, dim=1)
@@ -86,7 +92,7 @@ def _experts(name: re.Match[str], stacked: Tensor, layout: Architecture) -> Iter
 
 def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Architecture) -> Tensor:
     module = name.rpartition(".")[0]
-    counts = {name: getattr(config, SOURCES[name].config) for name in layout.counts}
+    counts = _counts(config, layout)
     if layout.name in OFFSET_NORMS and module.endswith("norm") and not module.endswith("linear_attn.norm"):
         return tensor + 1
     if name.endswith("A_log"):
@@ -102,6 +108,10 @@ def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Arch
     if (order := layout.column_order(module)) is not None:
         tensor = tensor[:, order(counts, tensor.shape[1])]
     return _in_layout_of_falcon_h1(name, tensor, config) if layout.name == "falcon-h1" else tensor
+
+
+def _counts(config: PretrainedConfig, layout: Architecture) -> dict[str, int]:
+    return {name: getattr(config, SOURCES[name].config) for name in layout.counts}
 
 
 def _in_layout_of_falcon_h1(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:

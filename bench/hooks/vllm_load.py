@@ -40,13 +40,11 @@ import csulora  # noqa: E402
 
 # Of the tests, which type checkers do not see.
 adapters: Any = importlib.import_module("adapters")
-test_server: Any = importlib.import_module("test_server")
+vllm_server: Any = importlib.import_module("vllm_server")
 
 TIMED = ("load", "first reply", "warm reply", "reply after eviction", "others")
 LONE = ["--max-loras", "1", "--max-cpu-loras", "1"]
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-
-PATIENCE = 600  # seconds
 
 Times = dict[str, dict[str, list[float]]]
 
@@ -81,18 +79,6 @@ def load(server: Any, name: str, path: Path) -> None:
     status, text = server.load(name, path)
     if status != 200:
         raise SystemExit(f"{path} was not loaded: {text}")
-
-
-def wait_for(server: Any) -> None:
-    """Return once the server answers; on a busy machine that takes minutes."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        try:
-            if server.healthy():
-                return
-        except OSError:
-            time.sleep(1)
-    raise SystemExit("a server does not answer; quieten the machine, or raise PATIENCE")
 
 
 def measure_replies(servers: dict[str, Any], paths: dict[str, list[Path]], count: int, times: Times) -> None:
@@ -139,14 +125,13 @@ def measure_servers(root: Path, counts: argparse.Namespace) -> Times:
     times: Times = {kind: defaultdict(list) for kind in paths}
     with ExitStack() as stack:
         plain = stack.enter_context(
-            test_server.running([*test_server.PLAIN, model, *LONE], root / "plain.log", VLLM_PLUGINS="")
+            vllm_server.running([*vllm_server.PLAIN, model, *LONE], root / "plain.log", VLLM_PLUGINS="")
         )
         guarded = stack.enter_context(
-            test_server.running([*test_server.GUARDED, model, *LONE], root / "guarded.log", **variables)
+            vllm_server.running([*vllm_server.GUARDED, model, *LONE], root / "guarded.log", **variables)
         )
         servers = {"plain": plain, "guarded": guarded}
         for server in servers.values():
-            wait_for(server)
             server.ask(model)
         measure_replies(servers, paths, counts.adapters, times)
         for turn in range(counts.rounds):

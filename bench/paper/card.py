@@ -39,11 +39,14 @@ class Verdict(StrEnum):
     absent = "not measured"
 
 
-RELIABILITY = "Statistical reliability"
-FRESH = "Fresh generalisation"
-MECHANISM = "Mechanism"
-TRANSFER = "Transfer across tasks"
-CLAIM = "Evidence for the claim"
+class Question(StrEnum):
+    """What a card asks of the evidence."""
+
+    reliability = "Statistical reliability"
+    fresh = "Fresh generalisation"
+    mechanism = "Mechanism"
+    transfer = "Transfer across tasks"
+    claim = "Evidence for the claim"
 
 
 @dataclass(frozen=True)

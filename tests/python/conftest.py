@@ -57,7 +57,10 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def one_thread(restore_threads: None) -> None:
-    """For many small matrices: threads that wait for each other cost more than they compute."""
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For many small matrices, whose threads wait longer than they compute; fixtures of the module have it too."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -120,6 +120,16 @@ def _qwen3_5(text: Any) -> Any:
     return transformers.Qwen3_5Config(text_config=text.to_dict(), vision_config=_QWEN_TOWER, **_QWEN_TOKENS)
 
 
+def _llama4(text: Any) -> Any:
+    tower = _TOWER | {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}
+    return transformers.Llama4Config(
+        text_config=text.to_dict(),
+        vision_config=tower | {"pixel_shuffle_ratio": 1.0},
+        image_token_index=60,
+        tie_word_embeddings=False,
+    )
+
+
 def _gemma4(text: Any) -> Any:
     return transformers.Gemma4Config(text_config=text.to_dict(), vision_config=_GEMMA4_TOWER, audio_config=None)
 
@@ -190,6 +200,19 @@ _YARN = {
     "llama_4_scaling_beta": 0.1,
 }
 
+# The sizes of chunks and of the steps in which queries grow, which llama.cpp does not read.
+_LLAMA4: dict[str, Any] = {
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 8192,
+    "floor_scale": 8192,
+    "num_hidden_layers": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
 FAMILIES = {
     "llama": Family("Llama", {"tie_word_embeddings": False}),
     "mistral": Family("Mistral", {"head_dim": 16}, gguf_name="llama"),
@@ -230,6 +253,22 @@ FAMILIES = {
     "mixtral": Family(
         "Mixtral", {"num_local_experts": 4, "head_dim": 16}, _ATTENTION, gguf_name="llama", parameters=_parameters()
     ),
+    # Every second layer has experts.
+    "llama4": Family(
+        "Llama4",
+        _LLAMA4,
+        [*_SEPARATE, "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
+        config="Llama4Text",
+        parameters=_parameters("feed_forward.experts", "feed_forward.router.weight"),
+    ),
+    "llama4 (vision)": Family(
+        "Llama4",
+        _LLAMA4,
+        config="Llama4Text",
+        gguf_name="llama4",
+        wrap=_llama4,
+        parameters=_parameters("feed_forward.experts", "feed_forward.router.weight"),
+    ),
     "qwen35moe": Family(
         "Qwen3_5Moe",
         _QWEN35 | _EXPERTS | _SHARED,
@@ -244,7 +283,7 @@ FAMILIES = {
         | _EXPERTS
         | _SHARED
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
-        [*_ATTENTION, *_SHARED_NAMES, "in_proj_ba", "out_proj"],
+        [*_ATTENTION, *_SHARED_NAMES, "in_proj_qkvz", "in_proj_ba", "out_proj"],
         parameters=_parameters(),
     ),
     "gpt-oss": Family(

@@ -1,5 +1,7 @@
 """How SGLang is started on a CPU."""
 
+from typing import Any
+
 ENGINE = {
     "device": "cpu",
     "dtype": "float32",
@@ -20,10 +22,10 @@ ENGINE = {
 }
 
 
-def arguments() -> list[str]:
-    """The same as options of a command."""
+def arguments(settings: dict[str, Any]) -> list[str]:
+    """Settings of an engine as options of a command."""
     words = []
-    for name, value in ENGINE.items():
+    for name, value in settings.items():
         option = "--" + name.replace("_", "-")
         words += [option] if value is True else [option, *map(str, value if isinstance(value, list) else [value])]
     return words

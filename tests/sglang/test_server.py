@@ -2,94 +2,54 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import pytest
 from answers import assert_same, assert_unlike
 from engine import OPTIONS, PROMPT
-from options import arguments
-
-SERVE = [sys.executable, "-m", "csulora", "sglang-serve"]
-
-
-class Server:
-    """A client of one server."""
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-
-    def call(self, path: str, body: dict | None = None) -> tuple[int, dict]:
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urlopen(request, timeout=60) as response:
-                return response.status, json.loads(response.read())
-        except HTTPError as error:
-            return error.code, json.loads(error.read())
-
-    def ask(self, adapter: str | None) -> dict[str, list]:
-        body = {"input_ids": PROMPT, "sampling_params": OPTIONS, "return_logprob": True, "lora_path": adapter}
-        status, found = self.call("/generate", body)
-        assert status == 200, found
-        steps = found["meta_info"]["output_token_logprobs"]
-        return {"tokens": [token for _, token, _ in steps], "logprobs": [logprob for logprob, _, _ in steps]}
+from options import ENGINE, arguments
+from sglang_server import GUARDED, Server, running
 
 
 @pytest.fixture(scope="module")
 def server(files: SimpleNamespace) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [*SERVE, "--subspace", files.subspace, "--policy", "project", "--decisions", files.root / "log.jsonl"]
-    command += ["--model-path", files.model, "--port", port, "--lora-paths", f"static={files.raw['one']}", *arguments()]
-    log = files.root / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output)
-        try:
-            while "ready to roll" not in log.read_text():
-                assert process.poll() is None, log.read_text()[-4000:]
-                time.sleep(0.5)
-            yield Server(port)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    command = ["--subspace", files.subspace, "--policy", "project", "--decisions", files.root / "log.jsonl"]
+    command += ["--model-path", files.model, "--lora-paths", f"static={files.raw['one']}", *arguments(ENGINE)]
+    with running(command, files.root / "server.log") as guarded:
+        yield guarded
+
+
+def ask(server: Server, adapter: str | None) -> dict[str, list]:
+    return server.ask(adapter, PROMPT, OPTIONS)
 
 
 def test_adapter_named_at_start(server: Server, plain: dict) -> None:
-    assert_same(server.ask("static"), plain["corrected-one"])
-    assert_unlike(server.ask("static"), plain["raw-one"])
+    assert_same(ask(server, "static"), plain["corrected-one"])
+    assert_unlike(ask(server, "static"), plain["raw-one"])
 
 
 def test_adapter_loaded_at_run_time(server: Server, files: SimpleNamespace, plain: dict) -> None:
-    status, found = server.call("/load_lora_adapter", {"lora_name": "two", "lora_path": str(files.raw["two"])})
+    status, found = server.load("two", files.raw["two"])
     assert (status, found["success"]) == (200, True)
-    assert_same(server.ask("two"), plain["corrected-two"])
-    assert_same(server.ask(None), plain["base"])
+    assert_same(ask(server, "two"), plain["corrected-two"])
+    assert_same(ask(server, None), plain["base"])
 
 
 def test_refusals_give_the_reason_and_others_go_on(server: Server, files: SimpleNamespace, plain: dict) -> None:
     for name, path in files.bad.items():
-        status, found = server.call("/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        status, found = server.load(name, path)
         assert status == 400
         assert found["error_message"].startswith("csulora: ")
         assert files.reasons[name] in found["error_message"]
     body = {"lora_name": "tensors", "serialized_named_tensors": [""], "config_dict": {}}
-    status, found = server.call("/load_lora_adapter_from_tensors", body)
+    status, text = server.call("/load_lora_adapter_from_tensors", body)
     assert status == 400
-    assert found["error_message"].startswith("csulora: tensors: adapters are loaded from a directory")
-    assert_same(server.ask("static"), plain["corrected-one"])
+    assert json.loads(text)["error_message"].startswith("csulora: tensors: adapters are loaded from a directory")
+    assert_same(ask(server, "static"), plain["corrected-one"])
 
 
 def test_every_decision_is_in_the_log(server: Server, files: SimpleNamespace) -> None:
@@ -149,7 +109,7 @@ def test_nothing_starts_that_is_not_guarded(code: str, reason: str, files: Simpl
 def test_ways_that_are_not_covered_do_not_start(
     options: list[str], variables: dict[str, str], reason: str, files: SimpleNamespace
 ) -> None:
-    command = [*SERVE, "--model-path", str(files.model), *arguments()]
+    command = [*GUARDED, "--model-path", str(files.model), *arguments(ENGINE)]
     command += [option.format(bad=files.bad["not a number"]) for option in options]
     environment = {"CSULORA_SUBSPACE": str(files.subspace), "CSULORA_POLICY": "project"} | variables
     found = subprocess.run(

@@ -151,48 +151,31 @@ class Weights {
   std::vector<float> entries_;
 };
 
-/// [inside, outside] mixture, (m, j) in the factor's own type.
-Tensor combined(const Side& side, const GramSide& measured, const SmallMatrix& mixture, const std::string& label) {
+/// [inside, outside] mixture, (m, j), or its transpose if asked, in the factor's own type.
+Tensor combined(const Side& side, const GramSide& measured, const SmallMatrix& mixture, bool is_transposed,
+                const std::string& label) {
   SideStrips strips(side);
   const Weights weights(measured, mixture, strips);
   const auto view = weights.view();
   const auto dtype = side.factor.scalar_type();
-  const int64_t columns = mixture.columns();
-  auto result = at::empty({side.factor.size(0), columns}, side.factor.options());
+  const int64_t rows = side.factor.size(0), columns = mixture.columns();
+  auto result = is_transposed ? at::empty({columns, rows}, side.factor.options())
+                              : at::empty({rows, columns}, side.factor.options());
   auto* const bytes = static_cast<char*>(result.mutable_data_ptr());
+  const int64_t row_bytes = result.stride(is_transposed ? 1 : 0) * static_cast<int64_t>(result.element_size());
   std::vector<float> product(kStripRows * view.columns);
   float largest = 0;
   strips.for_each(
       [&](int64_t row, int64_t count, MatrixView<const float> strip) {
-        const auto sums = contiguous_view(product.data(), strip.rows, view.columns);
-        tall::multiply(strip, view, sums);
-        const float most = narrow({sums.data, count, columns, sums.stride}, dtype,
-                                  bytes + row * columns * static_cast<int64_t>(result.element_size()), columns);
+        MatrixView<float> sums{product.data(), count, columns, view.columns};
+        if (is_transposed) {
+          sums = {product.data(), columns, count, kStripRows};
+          tall::multiply_transposed(strip, view, {sums.data, view.columns, count, sums.stride});
+        } else {
+          tall::multiply(strip, view, {sums.data, strip.rows, view.columns, sums.stride});
+        }
+        const float most = narrow(sums, dtype, bytes + row * row_bytes, result.stride(0));
         largest = largest >= most ? largest : most;  // NaN, once there
-      },
-      /*backwards=*/true);
-  check_stored(largest, dtype, label);
-  return result;
-}
-
-/// The same transposed, (j, m).
-Tensor combined_rows(const Side& side, const GramSide& measured, const SmallMatrix& mixture, const std::string& label) {
-  SideStrips strips(side);
-  const Weights weights(measured, mixture, strips);
-  const auto view = weights.view();
-  const auto dtype = side.factor.scalar_type();
-  const int64_t columns = mixture.columns(), rows = side.factor.size(0);
-  auto result = at::empty({columns, rows}, side.factor.options());
-  auto* const bytes = static_cast<char*>(result.mutable_data_ptr());
-  std::vector<float> product(view.columns * kStripRows);
-  float largest = 0;
-  strips.for_each(
-      [&](int64_t row, int64_t count, MatrixView<const float> strip) {
-        const auto sums = MatrixView<float>{product.data(), view.columns, count, kStripRows};
-        tall::multiply_transposed(strip, view, sums);
-        const float most = narrow({sums.data, columns, count, sums.stride}, dtype,
-                                  bytes + row * static_cast<int64_t>(result.element_size()), rows);
-        largest = largest >= most ? largest : most;
       },
       /*backwards=*/true);
   check_stored(largest, dtype, label);
@@ -245,8 +228,8 @@ std::optional<Correction> correct_half_precision(const CorrectionTask& task, con
     return std::nullopt;
   }
   const auto mixtures = by_eigenvalues(root_of(b_gram), a_gram, result.gains, rank);
-  result.factors.a = combined_rows(a_side, a, mixtures.a, task.label);  // first, as it was read last
-  result.factors.b = combined(b_side, b, mixtures.b, task.label);
+  result.factors.a = combined(a_side, a, mixtures.a, /*is_transposed=*/true, task.label);  // first, as it was read last
+  result.factors.b = combined(b_side, b, mixtures.b, /*is_transposed=*/false, task.label);
   result.truncation_error = truncation_error(mixtures.singular, rank);
   const auto coordinates = [](const GramSide& side, const SmallMatrix& mixture) {
     return product(side.coordinates, first_rows(mixture, side.outside.rows()));

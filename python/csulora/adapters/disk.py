@@ -25,7 +25,7 @@ from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.weights_files import CONFIG_FILE, hashes_as_written, joined
 from csulora.errors import BaseCopyError, InputError, check_type
-from csulora.io.files import GGUF_SUFFIX, atomic_directory, check_not_input, sha256_of_file, to_json
+from csulora.io.files import atomic_directory, check_not_input, is_gguf_name, sha256_of_file, to_json
 from csulora.io.hub import local_path
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_parts import parts_beside
@@ -139,7 +139,7 @@ def save_with_hashes(
     """
     check_type(adapter, Adapter, "adapter")
     path = Path(path)
-    format = format or ("gguf" if path.suffix == GGUF_SUFFIX else adapter.format)
+    format = format or ("gguf" if is_gguf_name(path) else adapter.format)
     if adapter.copies:
         raise BaseCopyError(
             f"{adapter.path}: holds a copy of the base model's {min(adapter.copies)}, which only a correction compares "

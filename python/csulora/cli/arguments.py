@@ -14,7 +14,7 @@ import typer
 
 from csulora.cli.console import STDOUT
 from csulora.errors import InputError, printable
-from csulora.io.files import GGUF_SUFFIX, check_file, check_not_input
+from csulora.io.files import check_file, check_not_input, is_gguf_name
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
 from csulora.serving.variables import (
@@ -72,10 +72,10 @@ _WEIGHTS = ".safetensors"  # a file of it is no adapter, as reading it says
 
 def is_gguf_written(output: Path, chosen: Format | None, adapter: str) -> bool:
     """Whether a GGUF file is to be written: it was chosen, else the name asks for it, else the adapter is one."""
-    if chosen is not None and chosen is not Format.gguf and output.suffix == GGUF_SUFFIX:
+    if chosen is not None and chosen is not Format.gguf and is_gguf_name(output):
         raise typer.BadParameter(f"--format {chosen.value} writes a directory, and {output} is named like a GGUF file")
-    is_file = (Path(adapter).is_file() and not adapter.endswith(_WEIGHTS)) or adapter.endswith(GGUF_SUFFIX)
-    is_gguf = chosen is Format.gguf or (chosen is None and (output.suffix == GGUF_SUFFIX or is_file))
+    is_file = (Path(adapter).is_file() and not adapter.endswith(_WEIGHTS)) or is_gguf_name(adapter)
+    is_gguf = chosen is Format.gguf or (chosen is None and (is_gguf_name(output) or is_file))
     if output.suffix == _WEIGHTS and not is_gguf:
         raise typer.BadParameter(f"a directory is written, and {output} is named like a file of weights")
     return is_gguf

@@ -85,8 +85,6 @@ def guard(
     """Correct or refuse every adapter that appears in a directory."""
     if watch and (fail_on_refusal or plan):
         raise typer.BadParameter("--watch goes on for ever; leave out --fail-on-refusal and --plan")
-    if plan and together:
-        raise typer.BadParameter("--plan looks at each adapter alone; leave out --together, and inspect the sum")
     if json and not plan:
         raise typer.BadParameter("--json goes with --plan; --decisions logs what the guard decides")
     reload = threading.Event()  # asked for; also while torch is imported, where nobody listens yet
@@ -113,7 +111,7 @@ def guard(
         )
 
     if plan:
-        names = _plan(incoming, outgoing, opened(), base_model, json, quiet)
+        names = _plan(incoming, outgoing, opened(), base_model, tuple(together or ()), json, quiet)
         if fail_on_refusal and names:
             raise RefusedError(f"{len(names)} uploads would not be let through: {_shown(names)}")
         return
@@ -148,7 +146,13 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _plan(
-    incoming: Path, outgoing: Path, gate: Gate, base_model: str | None, json: Path | None, quiet: bool
+    incoming: Path,
+    outgoing: Path,
+    gate: Gate,
+    base_model: str | None,
+    together: tuple[str, ...],
+    json: Path | None,
+    quiet: bool,
 ) -> list[str]:
     """Deliver the plan, and return the names of uploads that would not be let through."""
     from csulora.serving.guard.plan import plan
@@ -156,7 +160,7 @@ def _plan(
 
     if not incoming.is_dir():
         raise InputError(f"{incoming}: no such directory")
-    planned = list(plan(incoming, outgoing, gate, base_model))
+    planned = list(plan(incoming, outgoing, gate, base_model, together))
     verdicts = Counter(row.verdict for row in planned)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "no uploads"
     summary = f"it would be: {counts}; {sum(row.is_changed for row in planned)} of {len(planned)} differ from now"

@@ -15,13 +15,12 @@ import typer
 from csulora.cli import exit_codes
 from csulora.cli.console import STDOUT, progress_bar
 from csulora.errors import CsuloraError, RefusedError, printable
-from csulora.io.files import make_directory, to_json, write_text
+from csulora.io.files import is_gguf_name, make_directory, to_json, write_text
 
 if TYPE_CHECKING:
     from csulora.correction.report import Report
 
 Work = Callable[[str, Path], "tuple[Report, str]"]
-_GGUF = ".gguf"
 
 
 def outputs(adapters: Sequence[str], directory: Path) -> dict[str, Path]:
@@ -30,7 +29,7 @@ def outputs(adapters: Sequence[str], directory: Path) -> dict[str, Path]:
     Raises:
         typer.BadParameter: two have one name, or the directory is a file.
     """
-    if directory.is_file() or directory.suffix == _GGUF:
+    if directory.is_file() or is_gguf_name(directory):
         raise typer.BadParameter(f"several adapters need a directory to be written to, and {directory} is a file")
     found: dict[Path, str] = {}
     for adapter in adapters:

@@ -12,7 +12,7 @@ import csulora
 from csulora.cli.arguments import BaseModel, ExpertOrder, Json, Quiet, check_outputs
 from csulora.cli.console import deliver, progress_bar
 from csulora.errors import InputError, RefusedError
-from csulora.io.files import GGUF_SUFFIX
+from csulora.io.files import is_gguf_name
 from csulora.policy.policy import Policy
 from csulora.views import tables
 from csulora.views.audit_table import audit_table
@@ -77,7 +77,7 @@ def verify(
         if sources:
             raise typer.BadParameter("--require-signature goes with ADAPTER alone; verify the sources without it")
         _verify_signature(subject, require_signature, json, quiet)
-    elif subject.suffix == GGUF_SUFFIX:
+    elif is_gguf_name(subject):
         raise InputError(
             f"{subject}: a GGUF file has no report to verify; verify the PEFT directory that holds the same correction"
         )

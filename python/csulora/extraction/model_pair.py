@@ -13,7 +13,8 @@ import torch
 from csulora.errors import RefusedError
 from csulora.extraction.noise_edge import noise_std
 from csulora.models import names
-from csulora.models.checkpoint import Checkpoint, GGUFCheckpoint, check_comparable, check_one_model
+from csulora.models.checkpoint import Checkpoint, GGUFCheckpoint
+from csulora.models.comparison import check_comparable, check_one_model
 from csulora.models.resolver import Resolver
 from csulora.native import _core
 

@@ -27,11 +27,15 @@ if TYPE_CHECKING:
 
 LOCK_FILE = "lock"
 _DEEPEST_DOCUMENT = 32  # levels; what csulora reads has at most six
-GGUF_SUFFIX = ".gguf"
 _PRIVATE = 0o600
 
-_MODEL_SUFFIXES = (".safetensors", ".json", GGUF_SUFFIX, ".bin")
+_MODEL_SUFFIXES = (".safetensors", ".json", ".gguf", ".bin")
 WORKPLACE_SUFFIX = r"\.[0-9a-f]{8}\.csulora-tmp"
+
+
+def is_gguf_name(path: str | Path) -> bool:
+    """Whether a file is named as GGUF files are, in small letters or capitals."""
+    return str(path).lower().endswith(".gguf")
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -85,7 +89,7 @@ def check_not_input(output: Path, inputs: Iterable[str | Path]) -> None:
     """
     place = output.resolve()
     for source in map(Path, inputs):
-        is_part = place.parent == source.resolve() and place.suffix in _MODEL_SUFFIXES and place.is_file()
+        is_part = place.parent == source.resolve() and place.suffix.lower() in _MODEL_SUFFIXES and place.is_file()
         if is_part or place == source.resolve():
             raise InputError(f"{output}: is read, or belongs to what is read; choose another place")
 

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from csulora.errors import InputError
-from csulora.io.files import GGUF_SUFFIX
+from csulora.io.files import is_gguf_name
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9_][\w.-]*(/[\w.-]+)?)"
@@ -41,7 +41,7 @@ def local_path(source: str | Path, files: Sequence[str], ignored: Sequence[str] 
             "org/name@revision:sub/folder"
         )
     repo, revision, inside = found["repo"], found["revision"], found["inside"] or ""
-    if inside.endswith(GGUF_SUFFIX):
+    if is_gguf_name(inside):
         patterns, ignored = [inside], []
     else:
         patterns, ignored = ([str(Path(inside, glob)) for glob in globs] for globs in (files, ignored))

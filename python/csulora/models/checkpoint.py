@@ -6,11 +6,13 @@ import hashlib
 import math
 import struct
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType
 
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import parse_json, read_regular
@@ -25,7 +27,7 @@ from csulora.policy.globs import matches
 from csulora.subspace.expert_layout import ExpertLayout
 
 _LARGEST_JSON = 64 << 20  # bytes; the index of 100,000 tensors has about 10 MiB
-_READABLE = (*storage.FLOATING, *storage.SCALED, *gguf_quants.QUANTISED)
+READABLE = (*storage.FLOATING, *storage.SCALED, *gguf_quants.QUANTISED)
 
 
 class Checkpoint:
@@ -167,17 +169,21 @@ class GGUFCheckpoint(Checkpoint):
         """Describe an open file; use `Checkpoint.open`."""
         base = BaseModel.of_files([file])
         parts = dict(expert_parts([file], base.architecture))
-        weights = {}
+        weights, pieces = {}, {}
         for module, shape in sorted(base.shapes.items()):
             part = parts.get(module)
-            tensor = part.tensor if part else f"{base.architecture.tensor_name(module)}{names.WEIGHT}"
-            weights[module] = Weight(file.path, tensor, shape, file.tensors[tensor].type.name, False, part=part)
+            pieces[module] = [
+                Weight(file.path, tensor, (rows, shape[1]), file.tensors[tensor].type.name, False, part=part)
+                for tensor, rows in ((f"{name}{names.WEIGHT}", rows) for name, rows in base.heights(module).items())
+            ]
+            weights[module] = replace(max(pieces[module], key=_trouble), shape=shape)
         config = {"model_type": base.architecture.name, "tie_word_embeddings": base.is_tied}
-        held = {weight.tensor for weight in weights.values()}
+        held = {weight.tensor for found in pieces.values() for weight in found}
         others = {name: list(info.shape) for name, info in file.tensors.items() if name not in held}
         super().__init__(file.path.name, [file.path], config, weights, others)
         self._file = file
         self._base = base
+        self._pieces = pieces
         self._has_importance = any(key.startswith("quantize.imatrix.") for key in file.fields)
 
     def load(self, module: str) -> tuple[torch.Tensor, str]:
@@ -186,34 +192,48 @@ class GGUFCheckpoint(Checkpoint):
         What is stored as floating point is hashed as a Hugging Face checkpoint would store it, with its rows in
         Hugging Face's order; what is quantised is dequantised to float32, and its blocks are hashed.
         """
-        weight = self.weights[module]
-        if weight.dtype in storage.FLOATING:
-            stored = torch.frombuffer(self._bytes_of(weight), dtype=storage.FLOATING[weight.dtype]).reshape(
-                weight.shape
-            )
+        pieces = self._pieces[module]
+        if all(weight.dtype in storage.FLOATING for weight in pieces):
+            stored = _stacked([self._floating(weight) for weight in pieces])
             matrix = self._base.weight_from_gguf(module, stored).contiguous()
             return matrix, hashlib.sha256(matrix.view(torch.uint8).numpy().data).hexdigest()
+        content = hashlib.sha256()
+        stored = _stacked([self._values(weight, content) for weight in pieces])
+        return self._base.weight_from_gguf(module, stored), content.hexdigest()
+
+    def _floating(self, weight: Weight) -> torch.Tensor:
+        return torch.frombuffer(self._bytes_of(weight), dtype=storage.FLOATING[weight.dtype]).reshape(weight.shape)
+
+    def _values(self, weight: Weight, content: hashlib._Hash) -> torch.Tensor:
+        """Return a tensor's values, float32, and add what is stored of it to ``content``."""
+        data = self._bytes_of(weight)
+        content.update(data)
+        if weight.dtype in storage.FLOATING:  # beside one that is quantised
+            return self._floating(weight).float()
         if self._has_importance and weight.dtype != "Q8_0":  # which ignores it
             raise RefusedError(
                 f"{weight.file}: {weight.tensor} was quantised with an importance matrix, so how far its entries were "
                 "moved does not follow from the file; use Q8_0 or a checkpoint that is not quantised"
             )
-        data, scale = self._bytes_of(weight), self._scale_of(weight)
-        stored = gguf_quants.dequantise(data, weight.shape, self._file.tensors[weight.tensor].type)
-        content = hashlib.sha256(data)
+        values, scale = gguf_quants.dequantise(data, weight.shape, self._type_of(weight)), self._scale_of(weight)
         if scale != 1:
             content.update(struct.pack("<f", scale))
-            stored *= scale
-        return self._base.weight_from_gguf(module, stored), content.hexdigest()
+            values *= scale
+        return values
 
     def rounding_variances(self, module: str) -> RoundingVariances | None:
         """Return how far quantisation may have moved a weight's entries; None if the weight is not quantised."""
-        weight = self.weights[module]
+        found = [self._variances(weight) for weight in self._pieces[module]]
+        return RoundingVariances.stacked(found) if any(found) else None
+
+    def _variances(self, weight: Weight) -> RoundingVariances | None:
         if weight.dtype in storage.FLOATING:
             return None
-        kind = self._file.tensors[weight.tensor].type
-        found = gguf_quants.rounding_variances(self._bytes_of(weight), weight.shape, kind)
+        found = gguf_quants.rounding_variances(self._bytes_of(weight), weight.shape, self._type_of(weight))
         return found.scaled(self._scale_of(weight))
+
+    def _type_of(self, weight: Weight) -> GGMLQuantizationType:
+        return self._file.tensors[weight.tensor].type
 
     def _scale_of(self, weight: Weight) -> float:
         """Return what llama.cpp multiplies a weight's products by: NVFP4 has a tensor of one scale, or one per expert.
@@ -259,23 +279,14 @@ class GGUFCheckpoint(Checkpoint):
         return self._base.architecture.name
 
 
-def check_one_model(base: Checkpoint, aligned: Checkpoint) -> None:
-    """Raise `InputError` unless both hold the same language model, whatever class wraps it."""
-    mixed = isinstance(base, GGUFCheckpoint) != isinstance(aligned, GGUFCheckpoint)
-    ours, theirs = (
-        checkpoint.gguf_architecture if mixed else _language_model_type(checkpoint) for checkpoint in (base, aligned)
-    )
-    if ours != theirs:
-        raise InputError(
-            f"config.json: {'GGUF architecture' if mixed else 'model_type'} is {ours} in base {base.name} and {theirs} "
-            f"in aligned {aligned.name}; both must be the same architecture"
-        )
-    classes = [checkpoint.config.get("architectures") for checkpoint in (base, aligned)]
-    if not mixed and base.config.get("model_type") == aligned.config.get("model_type") and classes[0] != classes[1]:
-        raise InputError(
-            f"config.json: architectures is {classes[0]} in base {base.name} and {classes[1]} in aligned "
-            f"{aligned.name}; both must be the same architecture"
-        )
+def _stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
+    """Return matrices below one another; a single one is not copied."""
+    return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+
+
+def _trouble(weight: Weight) -> int:
+    """Rank storage types: what is not readable is worse than what is quantised, and that than floating point."""
+    return (weight.dtype not in READABLE) + (weight.dtype not in storage.FLOATING)
 
 
 def _model_types(config: Mapping[str, Any]) -> list[str]:
@@ -283,41 +294,6 @@ def _model_types(config: Mapping[str, Any]) -> list[str]:
     text = config.get("text_config")
     found = [config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None]
     return [model_type for model_type in found if isinstance(model_type, str)]
-
-
-def _language_model_type(checkpoint: Checkpoint) -> Any:
-    """Return the model type, or that of the language model within one that also sees or hears."""
-    text = checkpoint.config.get("text_config")
-    inner = text.get("model_type") if isinstance(text, dict) else None
-    return inner or checkpoint.config.get("model_type")
-
-
-def check_comparable(base: Checkpoint, aligned: Checkpoint, base_names: Mapping[str, str]) -> None:
-    """Raise `InputError` unless both have these modules, readable and in the same shapes.
-
-    Embeddings and heads may differ in rows.
-
-    Args:
-        base: the checkpoint before alignment.
-        aligned: the one after it.
-        base_names: the modules, name in ``aligned`` -> name in ``base``.
-    """
-    for module, base_name in base_names.items():
-        for here, name, there in ((base, base_name, aligned), (aligned, module, base)):
-            if name not in here.weights:
-                raise InputError(f"{here.name}: tensor {name}.weight is missing, but {there.name} has it")
-            if here.weights[name].dtype not in _READABLE:
-                raise InputError(
-                    f"{here.name}: tensor {name}.weight is {here.weights[name].dtype}, which csulora does not read; "
-                    "name the unquantised repository that the checkpoint was made from"
-                )
-        ours_shape, theirs_shape = base.weights[base_name].shape, aligned.weights[module].shape
-        rows_may_differ = names.has_a_row_per_token(module) and ours_shape[1] == theirs_shape[1]
-        if ours_shape != theirs_shape and not rows_may_differ:
-            raise InputError(
-                f"tensor {module}.weight is {list(ours_shape)} in base {base.name} "
-                f"and {list(theirs_shape)} in aligned {aligned.name}"
-            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

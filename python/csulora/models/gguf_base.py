@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,8 @@ class BaseModel:
         license: its licence, if it says so.
         multipliers: what updates in GGUF files are multiplied by, by module, where its architecture has such factors.
         fuses_experts: its GGUF file keeps gate and up of experts in one tensor.
+        spreads_rows: its GGUF file spreads modules over tensors as `Architecture.spread` says; converters of 2025 kept
+            them whole, in Hugging Face's order.
     """
 
     path: Path
@@ -48,12 +50,12 @@ class BaseModel:
     license: str | None = None
     multipliers: dict[str, float] = field(default_factory=dict)
     fuses_experts: bool = False
+    spreads_rows: bool = True
 
     def __post_init__(self) -> None:
         """Check that rows and columns can be reordered head by head."""
-        for module, shape in self.shapes.items():
-            self._order(module, self.architecture.row_order(module), shape[0])
-            self._order(module, self.architecture.column_order(module), shape[1])
+        for module in self.shapes:
+            self._orders(module)
 
     @classmethod
     def open(cls, source: str | Path) -> BaseModel:
@@ -96,7 +98,15 @@ class BaseModel:
         name = file.text("general.name") or file.path.stem
         licence = file.text("general.license")
         multipliers = _expert_scales(files, architecture)
-        return cls(file.path, architecture, counts, shapes, name, licence, multipliers, fused)
+        spread = not any(
+            f"{architecture.tensor_name(module)}{names.WEIGHT}" in part.tensors
+            for module in shapes
+            if architecture.spread_of(module)
+            for part in files
+        )
+        base = cls(file.path, architecture, counts, shapes, name, licence, multipliers, fused, spread)
+        base._check_heights(files)
+        return base
 
     @property
     def is_tied(self) -> bool:
@@ -114,6 +124,7 @@ class BaseModel:
             "license": self.license,
             "multipliers": self.multipliers,
             "fuses_experts": self.fuses_experts,
+            "spreads_rows": self.spreads_rows,
         }
         return hashlib.sha256(to_json(document).encode()).hexdigest()
 
@@ -129,6 +140,17 @@ class BaseModel:
     def expert_tensor(self, module: str) -> str | None:
         """Return the GGUF name, less ``.weight``, of the tensor that holds an expert's projection; None for others."""
         return gguf_experts.tensor_name(module, self.architecture.experts, fused=self.fuses_experts)
+
+    def heights(self, module: str) -> dict[str, int]:
+        """Return how many of a module's rows each tensor holds, in their order, by its GGUF name less ``.weight``.
+
+        Empty if llama.cpp has no such weight matrix.
+        """
+        spread, rows = self.architecture.spread_of(module), self.shapes[module][0]
+        if spread and self.spreads_rows:
+            return dict(zip(spread.tensors, spread.heights(self.counts, rows), strict=True))
+        tensor = self.expert_tensor(module) or self.architecture.tensor_name(module)
+        return {tensor: rows} if tensor else {}
 
     def to_gguf(self, module: str, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the rows of ``b`` and the columns of ``a``, factors of a module's update, in llama.cpp's orders."""
@@ -148,16 +170,33 @@ class BaseModel:
 
     def _orders(self, module: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         rows, columns = self.shapes[module]
+        is_whole = self.architecture.spread_of(module) and not self.spreads_rows
         return (
-            self._order(module, self.architecture.row_order(module), rows),
+            self._order(module, None if is_whole else self.architecture.row_order(module), rows),
             self._order(module, self.architecture.column_order(module), columns),
         )
+
+    def _check_heights(self, files: Sequence[GGUFFile]) -> None:
+        """Raise `InputError` unless tensors over which a module is spread are there, of as many rows as they need."""
+        rows = {tensor: info.shape[0] for file in files for tensor, info in file.tensors.items()}
+        for module in filter(self.architecture.spread_of, self.shapes):
+            needed = self.heights(module)
+            found = {tensor: rows.get(f"{tensor}{names.WEIGHT}", 0) for tensor in needed}
+            if found != needed:
+                raise InputError(
+                    f"{self.path}: {module} is spread over {_listed(found)}, and {_listed(needed)} are needed; "
+                    "the file is damaged, convert the model again"
+                )
 
     def _order(self, module: str, order: Order | None, size: int) -> torch.Tensor | None:
         try:
             return None if order is None else order(self.counts, size)
         except ValueError as error:
             raise InputError(f"{self.path}: {module} has {error}") from None
+
+
+def _listed(heights: Mapping[str, int]) -> str:
+    return " and ".join(f"{tensor} of {rows} rows" for tensor, rows in heights.items())
 
 
 def _check_model_file(file: GGUFFile, parts: int) -> None:
@@ -175,7 +214,8 @@ def _shapes(files: Sequence[GGUFFile], architecture: Architecture) -> dict[str, 
         if not module or not tensor.endswith(names.WEIGHT):
             continue
         if len(info.shape) == 2:
-            shapes[module] = (info.shape[0], info.shape[1])
+            before = shapes.get(module, (0, 0))[0] if architecture.spread_of(module) else 0
+            shapes[module] = (before + info.shape[0], info.shape[1])
         elif len(info.shape) == 1 and module.endswith(gguf_layout.SHARED_EXPERT_GATE):
             shapes[module] = (1, info.shape[0])
     layers = _layers(files[0], architecture)

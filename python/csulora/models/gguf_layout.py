@@ -17,7 +17,8 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES, Tenso
 from csulora.errors import BuildError, RefusedError
 from csulora.models import experts, gguf_experts, gguf_orders
 from csulora.models.gguf_ignored import why_not
-from csulora.models.gguf_orders import Order
+from csulora.models.gguf_model_types import MODEL_TYPES
+from csulora.models.gguf_orders import Order, Spread
 from csulora.models.names import bare
 from csulora.subspace.expert_layout import ExpertLayout
 
@@ -33,6 +34,7 @@ _VALUE_HEADS = {
         ("linear_attn.in_proj_z", "linear_attn.in_proj_a", "linear_attn.in_proj_b"), gguf_orders.value_heads
     ),
 }
+_QKVZ = "linear_attn.in_proj_qkvz"
 _ROTARY = {"self_attn.q_proj": gguf_orders.rotary_queries, "self_attn.k_proj": gguf_orders.rotary_keys}
 
 _EXPERTS, _ROUTER = "mlp.experts", "mlp.gate"
@@ -64,6 +66,7 @@ class Architecture:
         parts: the weight matrices of a layer, by the end of their modules' names.
         rows: the orders of the rows that stand otherwise in GGUF files, by part.
         columns: the same of columns.
+        spread: parts whose rows, in that order, llama.cpp's converter of today spreads over several tensors.
         ignored: GGUF names of weights outside layers whose updates llama.cpp ignores, by their modules.
         multipliers: keys of the configuration whose product is multiplied into a GGUF file's weight, by part.
         unlike: metadata that models have whose rows are in yet another order, which is not supported.
@@ -78,6 +81,7 @@ class Architecture:
     parts: tuple[str, ...] = _SEPARATE
     rows: Mapping[str, Order] = field(default_factory=dict)
     columns: Mapping[str, Order] = field(default_factory=dict)
+    spread: Mapping[str, Spread] = field(default_factory=dict)
     counts: tuple[str, ...] = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
     multipliers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -89,17 +93,26 @@ class Architecture:
     @property
     def expert_layout(self) -> ExpertLayout:
         """How transformers lays out experts in memory."""
-        return experts.layout_of([kind for kind, name in _MODEL_TYPES.items() if name == self.name])
+        return experts.layout_of([kind for kind, name in MODEL_TYPES.items() if name == self.name])
 
     def tensor_name(self, module: str) -> str | None:
-        """Return a module's GGUF name less ``.weight``; None if llama.cpp has no such weight matrix."""
+        """Return a module's GGUF name less ``.weight``; None if llama.cpp has no such weight matrix.
+
+        A module that is spread over several tensors has this name in files of older converters.
+        """
         return self._outside().get(module) or _rename(module, "model.layers", "blk", _part_names(self.name, self.parts))
 
     def module_name(self, tensor: str) -> str | None:
         """Return the module of a GGUF name less ``.weight``; None if it is no weight matrix of a known module."""
         parts = {name: part for part, name in _part_names(self.name, self.parts).items()}
+        parts |= {tensor: part for part, spread in self.spread.items() for tensor in spread.tensors}
         outside = {name: module for module, name in self._outside().items()}
         return outside.get(tensor) or _rename(tensor, "blk", "model.layers", parts)
+
+    def spread_of(self, module: str) -> Spread | None:
+        """Return how a module's rows are spread over tensors, by their GGUF names; None if one tensor holds them."""
+        found = self.spread.get(_part(module))
+        return found and found._replace(tensors=tuple(f"blk.{layer_of(module)}.{end}" for end in found.tensors))
 
     def is_expert(self, module: str) -> bool:
         """Whether a module is a projection of one of the architecture's experts."""
@@ -178,6 +191,16 @@ _ARCHITECTURES = {
         _permuted("smollm3"),
         _permuted("granite"),
         _permuted("granitemoe", (*_SEPARATE_QKV, "block_sparse_moe.router"), "block_sparse_moe.experts"),
+        Architecture(
+            "llama4",
+            parts=(
+                *_SEPARATE_QKV,
+                *(f"feed_forward.{part}" for part in _PROJECTIONS),
+                *(f"feed_forward.shared_expert.{part}" for part in _PROJECTIONS),
+                "feed_forward.router",
+            ),
+            experts="feed_forward.experts",
+        ),
         Architecture("olmo2"),
         Architecture("qwen2"),
         Architecture("qwen3"),
@@ -213,10 +236,12 @@ _ARCHITECTURES = {
         Architecture("qwen3vl"),
         _gated_delta("qwen35", _SEPARATE),
         _gated_delta("qwen35moe", _QWEN_MOE, _EXPERTS),
-        # Without linear_attn.in_proj_qkvz, whose rows are spread over two tensors.
         Architecture(
             "qwen3next",
-            parts=(*_QWEN_MOE, "linear_attn.in_proj_ba", "linear_attn.out_proj"),
+            parts=(*_QWEN_MOE, _QKVZ, "linear_attn.in_proj_ba", "linear_attn.out_proj"),
+            rows={_QKVZ: gguf_orders.gates_last},
+            spread={_QKVZ: Spread(("attn_qkv", "attn_gate"), gguf_orders.heights_with_gates)},
+            counts=("key_heads", "key_size"),
             experts=_EXPERTS,
         ),
         Architecture("gpt-oss", parts=(*_SEPARATE_QKV, "mlp.router"), experts=_EXPERTS),
@@ -234,51 +259,6 @@ _ARCHITECTURES = {
         ),
         _FALCON_H1,
     )
-}
-
-# What `transformers` calls the models that llama.cpp runs as one of these architectures; of a model that also sees, its
-# own type and that of its language model.
-_MODEL_TYPES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "ministral3": "mistral3",
-    "mistral3 (mistral)": "mistral3",
-    "mistral3 (ministral3)": "mistral3",
-    "smollm3": "smollm3",
-    "granite": "granite",
-    "granitemoe": "granitemoe",
-    "olmo2": "olmo2",
-    "olmo3": "olmo2",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "olmoe": "olmoe",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gemma3 (gemma3_text)": "gemma3",
-    "gemma4_text": "gemma4",
-    "gemma4 (gemma4_text)": "gemma4",
-    "phi3": "phi3",
-    "glm4": "glm4",
-    "qwen2_vl": "qwen2vl",
-    "qwen2_5_vl": "qwen2vl",
-    "qwen2_vl (qwen2_vl_text)": "qwen2vl",
-    "qwen2_5_vl (qwen2_5_vl_text)": "qwen2vl",
-    "qwen3_vl (qwen3_vl_text)": "qwen3vl",
-    "qwen3_5_text": "qwen35",
-    "qwen3_5 (qwen3_5_text)": "qwen35",
-    "mixtral": "llama",
-    "qwen3_5_moe_text": "qwen35moe",
-    "qwen3_5_moe (qwen3_5_moe_text)": "qwen35moe",
-    "qwen3_next": "qwen3next",
-    "gpt_oss": "gpt-oss",
-    "glm4_moe": "glm4moe",
-    "lfm2_moe": "lfm2moe",
-    "jamba": "jamba",
-    "lfm2": "lfm2",
-    "falcon_h1": "falcon-h1",
 }
 
 
@@ -304,12 +284,12 @@ def architecture_of_config(config: Mapping[str, Any], where: str) -> Architectur
     """
     outer, text = config.get("model_type"), config.get("text_config")
     model_type = f"{outer} ({text.get('model_type')})" if isinstance(text, dict) else outer
-    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise RefusedError(
             f"{where}: no GGUF layout is supported for model_type {_shown(model_type)}"
-            + (why_not(model_type) or f"; supported are {_listed(_MODEL_TYPES)}")
+            + (why_not(model_type) or f"; supported are {_listed(MODEL_TYPES)}")
         )
-    return _ARCHITECTURES[_MODEL_TYPES[model_type]]
+    return _ARCHITECTURES[MODEL_TYPES[model_type]]
 
 
 def layer_of(module: str) -> int | None:

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 Counts = Mapping[str, int]
 Order = Callable[[Counts, int], torch.Tensor]
+
+
+class Spread(NamedTuple):
+    """Tensors over which the rows of one matrix are spread, one after the other."""
+
+    tensors: tuple[str, ...]  # ends of their GGUF names less ``.weight``
+    heights: Callable[[Counts, int], tuple[int, ...]]  # how many of so many rows each holds
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ SOURCES = {
     "heads": Source("attention.head_count", "num_attention_heads"),
     "kv_heads": Source("attention.head_count_kv", "num_key_value_heads", default="heads"),
     "key_heads": Source("ssm.group_count", "linear_num_key_heads"),
+    "key_size": Source("ssm.state_size", "linear_key_head_dim"),
     "value_heads": Source("ssm.time_step_rank", "linear_num_value_heads"),
     "value_size": Source("ssm.state_size", "linear_value_head_dim"),
 }
@@ -60,6 +69,33 @@ def values_last(counts: Counts, size: int) -> torch.Tensor:
     if size <= values:
         raise ValueError(f"{size} entries, which leave none beside {values} of values")
     return torch.cat([torch.arange(size - values), size - values + value_heads(counts, values)])
+
+
+def gates_last(counts: Counts, size: int) -> torch.Tensor:
+    """Put all queries first, then all keys, all values and all gates.
+
+    Hugging Face keeps those of one key head together: its query, its key, its values, and as many gates.
+    """
+    heads, values = counts["key_heads"], _values_of_a_key_head(counts, size)
+    sizes = [counts["key_size"], counts["key_size"], values, values]
+    blocks = torch.arange(size).reshape(heads, -1).split_with_sizes(sizes, dim=1)
+    return torch.cat([block.flatten() for block in blocks])
+
+
+def heights_with_gates(counts: Counts, size: int) -> tuple[int, int]:
+    """Return how many rows are queries, keys and values, and how many are gates."""
+    gates = counts["key_heads"] * _values_of_a_key_head(counts, size)
+    return size - gates, gates
+
+
+def _values_of_a_key_head(counts: Counts, size: int) -> int:
+    group, rest = divmod(size, counts["key_heads"])
+    values, odd = divmod(group - 2 * counts["key_size"], 2)
+    if rest or odd or values < 1:
+        raise ValueError(
+            f"{size} entries, which are not queries, keys, values and gates of {counts['key_heads']} key heads"
+        )
+    return values
 
 
 def _rotary(heads: int, size: int) -> torch.Tensor:

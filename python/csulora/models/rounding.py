@@ -27,6 +27,13 @@ class RoundingVariances(NamedTuple):
         """The same of the matrix times a number."""
         return RoundingVariances(self.row * factor**2, self.column * factor**2, self.margin)
 
+    @classmethod
+    def stacked(cls, parts: Iterable[RoundingVariances | None]) -> RoundingVariances:
+        """Bound the same of matrices below one another; None is one that was not rounded."""
+        rounded = [part for part in parts if part]
+        rows, columns, margins = zip(*rounded, strict=True)
+        return cls(max(rows), sum(columns), max(margins))
+
 
 def add_up(chunks: Iterable[np.ndarray], columns: int, margin: float = 1.0) -> RoundingVariances:
     """Add up the variances of a matrix's entries, given some of its rows at a time, (rows, columns) float64."""

@@ -39,7 +39,10 @@ def read(path: Path) -> tuple[dict[str, ModuleSubspace], Provenance]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+        raise InputError(
+            f"{path}: not a readable safetensors file: {error}; if it is a subspace file, it is cut off or damaged: "
+            "copy it again, or make it again with `csulora extract`"
+        ) from error
     if _METADATA_KEY not in metadata:
         raise InputError(f"{path}: not a subspace file; make one with `csulora extract`")
     return _parse(path, parse_json(metadata[_METADATA_KEY].encode(), path), tensors)

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import csulora
@@ -33,7 +32,6 @@ def inputs(kill: ModuleType) -> Iterator[Path]:
     """Everything the operations read, where any user may read it."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
-        torch.set_num_threads(1)
         kill.make_inputs(Path(name))
         for path in Path(name).rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)

@@ -10,7 +10,7 @@ import run
 import table
 import training_data
 import world
-from card import FRESH, MECHANISM, RELIABILITY, TRANSFER, Card, Diagnostic, Verdict, markdown
+from card import Card, Diagnostic, Question, Verdict, markdown
 from protocol import Protocol
 from train import FIXTURE, IGNORED
 
@@ -228,7 +228,11 @@ def test_a_run_whose_policy_holds_everywhere_is_accepted() -> None:
 
 @pytest.mark.parametrize(
     ("attack", "control", "failing"),
-    [(6, 0.5, {RELIABILITY, FRESH}), (26, 0.5, {RELIABILITY, FRESH, TRANSFER}), (1, 1.0, {MECHANISM})],
+    [
+        (6, 0.5, {Question.reliability, Question.fresh}),
+        (26, 0.5, {Question.reliability, Question.fresh, Question.transfer}),
+        (1, 1.0, {Question.mechanism}),
+    ],
 )
 def test_a_card_says_which_diagnostic_fails(attack: int, control: float, failing: set[str]) -> None:
     card = cards.of_paper(results(attack, control))

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 import csulora
 import tiny_model
@@ -27,8 +26,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_model.Place:
 @pytest.fixture(scope="module")
 def canary(place: tiny_model.Place) -> Path:
     path = place.aligned.with_name("canary")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the tests, whose files are compared with this one bit by bit
     csulora.canary(
         place.aligned,
         safety=str(place.safety),
@@ -38,7 +35,6 @@ def canary(place: tiny_model.Place) -> Path:
         loading=Loading("cpu"),
         output=path,
     )
-    torch.set_num_threads(threads)
     return path
 
 

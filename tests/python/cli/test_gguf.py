@@ -32,6 +32,19 @@ def test_extracts_and_verifies(work: Path, run: Run) -> None:
     assert run("verify new base.gguf model.gguf")[0] == 0
 
 
+def test_names_in_capitals(work: Path, run: Run) -> None:
+    assert run("export adapter -o RAW.GGUF --base-model model.gguf --quiet") == (0, "", "")
+    correct = "correct RAW.GGUF --subspace subspace --policy csulora --base-model model.gguf --quiet"
+    for output in ("one.GGUF", "one.gguf"):
+        assert run(f"{correct} -o {output}") == (0, "", "")
+    written = [csulora.load_adapter(output, "model.gguf") for output in ("one.GGUF", "one.gguf")]
+    assert written[0].format == "gguf"
+    assert written[0].sha256 == written[1].sha256
+    for other in ("-o SEVERAL.GGUF adapter", "-o o.GGUF --format peft"):
+        assert run(f"{correct} {other}")[0] == 2
+    assert "verify the PEFT directory" in run("verify one.GGUF")[2]
+
+
 def test_corrects_into_gguf_and_back(work: Path, run: Run) -> None:
     """From either format into either format it is the same correction."""
     correct = "correct {} --subspace subspace --policy csulora --base-model model.gguf -o {} --format {} --quiet"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import factories
 from csulora.errors import InputError
-from csulora.models.checkpoint import Checkpoint, check_comparable, check_one_model
+from csulora.models.checkpoint import Checkpoint
+from csulora.models.comparison import check_comparable, check_one_model
 
 Q = "model.layers.0.self_attn.q_proj"
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,7 +16,8 @@ import factories
 import quantised
 from csulora.errors import InputError
 from csulora.models import scaled_codes
-from csulora.models.checkpoint import Checkpoint, check_comparable
+from csulora.models.checkpoint import Checkpoint
+from csulora.models.comparison import check_comparable
 from csulora.models.shards import StoredTensor
 from csulora.models.storage import Contents
 from csulora.subspace.expert_layout import ExpertLayout

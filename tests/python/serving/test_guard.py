@@ -82,6 +82,15 @@ def test_gguf_files_come_out_as_gguf_files(incoming: Path, subspace: Path, tmp_p
     assert {path.name for path in out.iterdir()} == {"one.gguf.refused.json"}
 
 
+def test_gguf_files_named_in_capitals(incoming: Path, subspace: Path, tmp_path: Path) -> None:
+    model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
+    loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))
+    csulora.save_adapter(loaded, incoming / "ONE.GGUF", base_model=model)
+    assert guard(incoming, subspace, base_model=model).scan()
+    assert {"ONE.GGUF", "ONE.GGUF.csulora_guard.json"} <= results(incoming)
+    assert csulora.load_adapter(incoming.with_name("out") / "ONE.GGUF", model).format == "gguf"
+
+
 def test_a_signature_of_an_earlier_gguf_file_does_not_stay(incoming: Path, subspace: Path, tmp_path: Path) -> None:
     model = gguf_files.save_model(tmp_path / "model.gguf", factories.llama_weights())
     loaded = csulora.load_adapter(factories.save_adapter(tmp_path / "peft", MODULES))

@@ -11,6 +11,7 @@ import factories
 from csulora.errors import InputError
 from csulora.serving.gate import Gate
 from csulora.serving.guard import DirectoryGuard, Options
+from csulora.serving.guard.plan import plan
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -125,3 +126,41 @@ def test_a_member_that_cannot_be_measured_lets_no_other_in(place: Place) -> None
         place.scan("team-*")
 
     assert not (place.outgoing / "team-a").exists()
+
+
+def planned(place: Place, *together: str) -> dict[str, str | None]:
+    """What a plan says of each upload: corrected, or the reason's code."""
+    gate = Gate.open(place.subspace, csulora.Policy.none(max_undo=0.5))
+    return {row.name: row.reason_code for row in plan(place.incoming, place.outgoing, gate, together=together)}
+
+
+def test_a_plan_says_what_a_set_will_refuse(place: Place) -> None:
+    for name, undo in {"other": 0.4, "team-a": 0.3, "team-b": 0.3, "team-c": 0.1}.items():
+        place.upload(name, undo)
+
+    assert set(planned(place).values()) == {None}
+    assert planned(place, "team-*") == {"other": None, "team-a": None, "team-b": "undo-together", "team-c": None}
+    assert not place.outgoing.exists()
+    assert place.scan("team-*") == ["other", "team-a", "team-c"]
+
+
+def test_a_plan_counts_what_is_published(place: Place) -> None:
+    place.upload("team-b", 0.3)
+    place.upload("team-gone", 0.1)
+    place.scan("team-*")
+    shutil.rmtree(place.incoming / "team-gone")  # and stays published
+    place.upload("team-a", 0.2)
+
+    assert planned(place, "team-*") == {"team-a": "undo-together", "team-b": None}
+    assert place.scan("team-*") == ["team-b", "team-gone"]
+
+    place.upload("team-b", 0.1)
+    assert planned(place, "team-*") == {"team-a": "undo-together", "team-b": None}  # whose old result still stood
+    place.upload("team-b", 0.9)
+    assert planned(place, "team-b") == {"team-a": None, "team-b": "undo-limit"}
+
+
+def test_a_plan_of_sets_needs_a_limit(place: Place) -> None:
+    gate = Gate.open(place.subspace, csulora.Policy.none())
+    with pytest.raises(InputError, match="the policy has none; set one in it"):
+        list(plan(place.incoming, place.outgoing, gate, together=["team-*"]))

@@ -184,9 +184,11 @@ def test_what_is_no_subspace_is_refused(tmp_path: Path, path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "other", {"csulora": "[]"})
     with pytest.raises(InputError, match="not a JSON object"):
         Subspace.open(tmp_path / "other")
-    (tmp_path / "cut").write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match="not a readable safetensors file"):
-        Subspace.open(tmp_path / "cut")
+    whole = path.read_bytes()
+    for size in (0, 4, 1000, len(whole) - 1):
+        (tmp_path / "cut").write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"not a readable safetensors file.*cut off or damaged: copy it again, or"):
+            Subspace.open(tmp_path / "cut")
     for missing in (tmp_path / "missing", tmp_path):
         with pytest.raises(InputError, match="no such file; make a subspace file"):
             Subspace.open(missing)

@@ -52,7 +52,6 @@ def made(place: tiny_model.Place, **changes: Any) -> csulora.Subspace:
 
 @pytest.fixture(scope="module")
 def canary(place: tiny_model.Place) -> Path:
-    torch.set_num_threads(1)
     path = place.aligned.with_name("canary.safetensors")
     made(place, output=path)
     return path

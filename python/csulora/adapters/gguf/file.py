@@ -21,13 +21,15 @@ from gguf import GGMLQuantizationType, GGUFWriter, Keys
 
 from csulora import __version__
 from csulora.adapters import experts
-from csulora.adapters.factors import of_one_dtype, wide
+from csulora.adapters.factors import wide
 from csulora.adapters.gguf import stacks
+from csulora.adapters.gguf.factors import pair
+from csulora.adapters.gguf.pieces import together
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, is_finite
 from csulora.adapters.peft.config import base_model_name
-from csulora.errors import HostLimitError, InputError, NotFiniteError, NotPlainLoraError, RefusedError
-from csulora.io.files import GGUF_SUFFIX, atomic_file
-from csulora.models import gguf_experts, gguf_layout, gguf_quants, names
+from csulora.errors import HostLimitError, InputError, NotPlainLoraError
+from csulora.io.files import atomic_file, is_gguf_name
+from csulora.models import gguf_experts, gguf_layout, names
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.gguf_ignored import WAY_OUT
@@ -44,11 +46,6 @@ ADAPTER_SHA256, SUBSPACE_SHA256 = "csulora.adapter.sha256", "csulora.subspace.sh
 _HUB = "https://huggingface.co/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-_TYPES = {
-    GGMLQuantizationType.F32: torch.float32,
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-}
 _TENSOR = re.compile(r"(?P<name>.+)\.weight\.(?P<factor>lora_[ab])")
 
 # Metadata that says nothing about the update: descriptions, and what task or prompt the adapter is meant for.
@@ -82,12 +79,6 @@ def read(path: Path, base: BaseModel | None = None) -> Adapter:
             _check_fits(path, module, module, update, base)
             b, a = base.from_gguf(module, update.b, update.a)
             update = replace(update, b=b, a=a, scale=_unmultiplied(update.scale, module, base))
-        elif architecture.is_reordered(module):
-            unknown = "scale" if names.is_expert(module) else "order"
-            raise InputError(
-                f"{path}: the {unknown} of the rows of {module} follows from the model, of which the file does not "
-                "tell enough; name the base model (--base-model)"
-            )
         modules[module] = update
     config = {
         "base_model_name_or_path": base_model_name(_base_model_name(file)),
@@ -169,10 +160,13 @@ def _updates(
     file: GGUFFile, architecture: Architecture, base: BaseModel | None, alpha: float
 ) -> Iterator[tuple[str, LoraModule]]:
     """Yield every module with its update, the rows as they stand in the file."""
+    pieces: dict[str, dict[str, LoraModule]] = {}
     for tensor, factors in _group(file, architecture).items():
         stack = gguf_experts.stack(tensor, architecture.experts)
         module = architecture.module_name(tensor) or ""
-        a, b = _pair(file, tensor if stack else module, factors, dimensions=3 if stack else 2)
+        if base is None:
+            _check_file_tells_all(file, architecture, stack.modules(0)[0] if stack else module)
+        a, b = pair(file, tensor if stack else module, factors, dimensions=3 if stack else 2)
         is_embedding = module == EMBEDDING  # stored as a (vocabulary, rank), b (width, rank)
         rank = b.shape[-1]
         if rank != a.shape[-1 if is_embedding else -2] or a.shape[:-2] != b.shape[:-2]:
@@ -182,12 +176,27 @@ def _updates(
             )
         # llama.cpp's rule, in its precision: alpha 0 means that there is no alpha.
         scale = float(torch.tensor(alpha) / rank) if alpha else 1.0
-        if stack is None:
+        if stack:
+            if base is not None:
+                stacks.check_number(tensor, len(a), base, file.path)
+            yield from stacks.apart(stack, a, b, scale, f"{file.path}: {tensor}")
+        elif architecture.spread_of(module):
+            pieces.setdefault(module, {})[tensor] = LoraModule(b, a, scale)
+        else:
             yield module, LoraModule(a, b.t(), scale, is_embedding=True) if is_embedding else LoraModule(b, a, scale)
-            continue
-        if base is not None:
-            stacks.check_number(tensor, len(a), base, file.path)
-        yield from stacks.apart(stack, a, b, scale, f"{file.path}: {tensor}")
+    for module, found in pieces.items():
+        assert base is not None
+        yield module, together(module, found, base, file.path)
+
+
+def _check_file_tells_all(file: GGUFFile, architecture: Architecture, module: str) -> None:
+    """Raise `InputError` if a module's update in the model that it was made for does not follow from the file."""
+    if architecture.is_reordered(module):
+        unknown = "scale" if names.is_expert(module) else "order"
+        raise InputError(
+            f"{file.path}: the {unknown} of the rows of {module} follows from the model, of which the file does not "
+            "tell enough; name the base model (--base-model)"
+        )
 
 
 def _group(file: GGUFFile, architecture: Architecture) -> dict[str, dict[str, str]]:
@@ -207,45 +216,6 @@ def _group(file: GGUFFile, architecture: Architecture) -> dict[str, dict[str, st
             raise NotPlainLoraError(f"{file.path}: tensor {tensor} cannot be used: {reason}; {WAY_OUT}")
         factors.setdefault(found["name"], {})[found["factor"]] = tensor
     return factors
-
-
-def _pair(file: GGUFFile, what: str, factors: dict[str, str], dimensions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B of one update in one type."""
-    for factor in ("lora_a", "lora_b"):
-        if factor not in factors:
-            raise InputError(f"{file.path}: {what} has no {factor}; an update needs both factors")
-    a, b = (_factor(file, factors[factor], dimensions) for factor in ("lora_a", "lora_b"))
-    return of_one_dtype(a, b, what, file.path)
-
-
-def _factor(file: GGUFFile, tensor: str, dimensions: int) -> torch.Tensor:
-    info = file.tensors[tensor]
-    dtype = _TYPES.get(info.type)
-    if dtype is None and info.type != GGMLQuantizationType.Q8_0:
-        raise RefusedError(f"{file.path}: tensor {tensor} is {info.type.name}; F32, F16, BF16 or Q8_0 is needed")
-    # ggml leaves out leading dimensions of 1: a factor of rank 1 may have one dimension.
-    shape = (1, *info.shape) if len(info.shape) == 1 else info.shape
-    if len(shape) != dimensions:
-        needed = "a matrix" if dimensions == 2 else "a matrix for each expert"
-        raise InputError(f"{file.path}: tensor {tensor} is {list(shape)}; {needed} is needed")
-    if dimensions == 3 and shape[0] > gguf_experts.MOST_EXPERTS:
-        raise InputError(
-            f"{file.path}: tensor {tensor} has {shape[0]} experts; at most {gguf_experts.MOST_EXPERTS} are possible"
-        )
-    data = file.bytes_of(tensor)
-    if dtype is None:
-        matrix = gguf_quants.dequantise(data, (math.prod(shape[:-1]), shape[-1]), info.type).reshape(shape)
-    else:
-        matrix = torch.frombuffer(data, dtype=dtype).reshape(shape)
-    if not is_finite(matrix):
-        raise NotFiniteError(f"{file.path}: tensor {tensor} holds NaN or infinity{_first_expert(matrix)}")
-    return matrix
-
-
-def _first_expert(factor: torch.Tensor) -> str:
-    if factor.dim() == 2:
-        return ""
-    return f" for expert {next(i for i, matrix in enumerate(factor) if not is_finite(matrix))}"
 
 
 def _base_model_name(file: GGUFFile) -> str | None:
@@ -285,22 +255,25 @@ def _tensors(adapter: Adapter, base: BaseModel, dtype: torch.dtype | None) -> di
                 raise InputError(f"{adapter.path}: {key} with its scale does not fit {tensors[key].dtype}")
 
     of_experts: dict[str, LoraModule] = {}
-    for tensor, module, update in _placed(adapter, base):
-        dtypes[tensor] = torch.promote_types(dtypes.get(tensor, update.b.dtype), update.b.dtype)
+    for module, update in _placed(adapter, base):
+        heights = base.heights(module)
+        for tensor in heights:
+            dtypes[tensor] = torch.promote_types(dtypes.get(tensor, update.b.dtype), update.b.dtype)
         multiplied = replace(update, scale=update.scale * base.multipliers.get(module, 1.0))
         if base.expert_tensor(module):
             of_experts[module] = multiplied
             continue
         widened = wide(multiplied)
         b, a = base.to_gguf(module, widened.b, widened.a)
-        add(tensor, *((b, a.t()) if update.is_embedding else (a, b)))
+        for tensor, rows in zip(heights, b.split_with_sizes([*heights.values()]), strict=True):
+            add(tensor, *((rows, a.t()) if update.is_embedding else (a, rows)))
     for tensor, (a, b) in stacks.together(of_experts, base):
         add(tensor, a, b)
     return tensors
 
 
-def _placed(adapter: Adapter, base: BaseModel) -> Iterator[tuple[str, str, LoraModule]]:
-    """Yield every update with the tensor that it is for, its GGUF name less ``.weight``, and the base's module."""
+def _placed(adapter: Adapter, base: BaseModel) -> Iterator[tuple[str, LoraModule]]:
+    """Yield every update with the base's module that it is for."""
     resolver = Resolver(base.shapes)
     seen: set[str] = set()
     for name, update in experts.decoded(adapter, base.architecture.expert_layout).modules.items():
@@ -313,14 +286,14 @@ def _placed(adapter: Adapter, base: BaseModel) -> Iterator[tuple[str, str, LoraM
         if module in seen:
             raise InputError(f"{adapter.path}: {name} is a second update of {module}")
         seen.add(module)
-        yield tensor, module, update
+        yield module, update
 
 
 def _add_metadata(writer: GGUFWriter, adapter: Adapter, base: BaseModel) -> None:
     writer.add_type("adapter")
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, 0.0)
-    writer.add_name(adapter.path.name.removesuffix(GGUF_SUFFIX))
+    writer.add_name(adapter.path.stem if is_gguf_name(adapter.path) else adapter.path.name)
     if base.license:
         writer.add_license(base.license)
     writer.add_base_model_count(1)

@@ -12,7 +12,7 @@ from typing import Any
 from csulora.adapters.disk import save_with_hashes, weights_file_of
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, printable
-from csulora.io.files import GGUF_SUFFIX, parse_json, read_regular, sha256_of_file, to_json, workplace, write_text
+from csulora.io.files import is_gguf_name, parse_json, read_regular, sha256_of_file, to_json, workplace, write_text
 from csulora.serving.guard.uploads import RECORD_FILE, REFUSED, is_presentable
 from csulora.serving.provenance import Seal, seals_beside
 
@@ -56,7 +56,7 @@ class Outgoing:
     ) -> dict[str, str]:
         """Let a corrected adapter take the place of what was there; return path -> sha256 of its files."""
         path = self.directory / name
-        if name.endswith(GGUF_SUFFIX):
+        if is_gguf_name(name):
             _, hashes = save_with_hashes(corrected, path, "gguf", base_model=self._base_model, seal=seal)
             write_text(self._record(name), to_json(record))
             if seal is None:
@@ -84,7 +84,7 @@ class Outgoing:
         """Take away the corrected adapter of a name, if csulora wrote one."""
         if not is_presentable(name) or not self._record(name).is_file():
             return
-        if name.endswith(GGUF_SUFFIX):
+        if is_gguf_name(name):
             for file in (self.directory / name, *seals_beside(self.directory / name)):
                 file.unlink(missing_ok=True)
             self._record(name).unlink()
@@ -141,7 +141,7 @@ class Outgoing:
 
     def _record(self, name: str) -> Path:
         """Where the record of a corrected adapter lies: in its directory, or beside its file."""
-        if name.endswith(GGUF_SUFFIX):
+        if is_gguf_name(name):
             return self.directory / f"{name}.{RECORD_FILE}"
         return self.directory / name / RECORD_FILE
 

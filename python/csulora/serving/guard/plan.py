@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from csulora.correction.correct import correct
 from csulora.errors import UnsafeNameError, printable, reason_code_of
 from csulora.serving.gate import Gate, verdict_of
 from csulora.serving.guard.outgoing import Outgoing
+from csulora.serving.guard.together import PlannedSets
 from csulora.serving.guard.uploads import check_files, check_name, is_presentable, is_upload, signature_of
 
 
@@ -47,15 +48,33 @@ class Planned:
         return now != (self.verdict, self.undo_after, self.relative_change)
 
 
-def plan(incoming: Path, outgoing: Path, gate: Gate, base_model: str | Path | None = None) -> Iterator[Planned]:
-    """Yield every upload in order of names; nothing is written or recorded."""
-    results = Outgoing(outgoing, base_model)
+def plan(
+    incoming: Path,
+    outgoing: Path,
+    gate: Gate,
+    base_model: str | Path | None = None,
+    together: Sequence[str] = (),
+) -> Iterator[Planned]:
+    """Yield every upload in order of names; nothing is written or recorded.
+
+    Args:
+        incoming: the uploads.
+        outgoing: what is published now; it need not exist.
+        gate: holds the rules.
+        base_model: the model that GGUF files are for.
+        together: globs over names that the server adds up; see `csulora.serving.guard.together`.
+
+    Raises:
+        InputError: there are such globs, and the policy has no limit for sums.
+    """
+    results, sets = Outgoing(outgoing, base_model), PlannedSets(together, outgoing, base_model)
+    sets.check_limit(gate.policy)
     for path in sorted(incoming.iterdir()):
         if is_upload(path):
-            yield _planned(path, results, gate, base_model)
+            yield _planned(path, results, gate, base_model, sets)
 
 
-def _planned(path: Path, results: Outgoing, gate: Gate, base_model: str | Path | None) -> Planned:
+def _planned(path: Path, results: Outgoing, gate: Gate, base_model: str | Path | None, sets: PlannedSets) -> Planned:
     standing = results.standing(path.name)
     record = standing.record if standing else {}
     name, verdict_now = printable(path.name), standing.verdict if standing else None
@@ -67,8 +86,10 @@ def _planned(path: Path, results: Outgoing, gate: Gate, base_model: str | Path |
         check_files(path, signature_of(path))
         read = partial(load_adapter, path, base_model)
         adapter = gate.verifier.read(path, read) if gate.verifier else read()
-        _, report = correct(adapter, gate.subspace, gate.policy)
+        corrected, report = correct(adapter, gate.subspace, gate.policy)
+        sets.admit(path.name, corrected, gate)
     except Exception as error:  # whatever it is, the guard would not let the adapter through either
+        sets.refuse(path.name)
         return Planned(
             name,
             verdict_now,

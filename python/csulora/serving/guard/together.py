@@ -56,15 +56,11 @@ class Sets:
         Raises:
             UndoTogetherError: a set would undo too much.
         """
-        sets = self._sets_of(name)
-        if not sets:
+        if not self._sets_of(name):
             yield
             return
         with self._admitting:
-            new = Undone.by(corrected, gate.subspace, name)
-            for glob in sets:
-                others = [self._undone(other, gate.subspace) for other in self._others(glob, name)]
-                check_together([*others, new], gate.policy, any_of_them=True)
+            self._admissible(name, corrected, gate)
             yield
 
     def record(self, name: str) -> dict[str, str]:
@@ -77,12 +73,22 @@ class Sets:
         lines = "".join(f"{other!r} {signature_of(self._outgoing / other)}\n" for other in sorted(others))
         return {"together_with": hashlib.sha256(lines.encode()).hexdigest()} if others else {}
 
+    def _admissible(self, name: str, corrected: Adapter, gate: Gate) -> Undone:
+        """Return what an adapter undoes; raises `UndoTogetherError` if that is too much beside the other members."""
+        new = Undone.by(corrected, gate.subspace, name)
+        for glob in self._sets_of(name):
+            others = [self._undone(other, gate.subspace) for other in self._others(glob, name)]
+            check_together([*others, new], gate.policy, any_of_them=True)
+        return new
+
     def _sets_of(self, name: str) -> list[str]:
         return [glob for glob in self._globs if fnmatchcase(name, glob)]
 
     def _others(self, glob: str, name: str) -> list[str]:
-        published = sorted(path.name for path in self._outgoing.iterdir() if is_upload(path))
-        return [other for other in published if other != name and fnmatchcase(other, glob)]
+        return [other for other in sorted(self._members()) if other != name and fnmatchcase(other, glob)]
+
+    def _members(self) -> set[str]:
+        return {path.name for path in self._outgoing.iterdir() if is_upload(path)}
 
     def _undone(self, name: str, subspace: Subspace) -> Undone:
         """Measure a published adapter, once for each subspace file.
@@ -103,3 +109,28 @@ class Sets:
                 ) from error
             self._measured[name] = signature, subspace.sha256, undone
         return undone
+
+
+class PlannedSets(Sets):
+    """The sets as they would become upload by upload: a result takes the place of what was published before."""
+
+    def __init__(self, globs: Sequence[str], outgoing: Path, base_model: str | Path | None = None) -> None:
+        """See `Sets`; ``outgoing`` need not exist."""
+        super().__init__(globs, outgoing, base_model)
+        self._planned: dict[str, Undone | None] = {}
+
+    def admit(self, name: str, corrected: Adapter, gate: Gate) -> None:
+        """Count a corrected adapter as published; raises `UndoTogetherError` if a set would undo too much."""
+        if self._sets_of(name):
+            self._planned[name] = self._admissible(name, corrected, gate)
+
+    def refuse(self, name: str) -> None:
+        """Count an upload as one that leaves nothing published."""
+        self._planned[name] = None
+
+    def _members(self) -> set[str]:
+        published = super()._members() if self._outgoing.is_dir() else set()
+        return {name for name in published | self._planned.keys() if self._planned.get(name, name) is not None}
+
+    def _undone(self, name: str, subspace: Subspace) -> Undone:
+        return self._planned.get(name) or super()._undone(name, subspace)

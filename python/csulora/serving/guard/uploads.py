@@ -12,7 +12,7 @@ from pathlib import Path
 
 from csulora.adapters.weights_files import LARGEST_WEIGHTS
 from csulora.errors import InputError, UnsafeFileError, UnsafeNameError
-from csulora.io.files import GGUF_SUFFIX, sha256_of_file
+from csulora.io.files import is_gguf_name, sha256_of_file
 from csulora.serving.open_decision import ADAPTER_FILES
 from csulora.serving.signatures import signature_file_of
 
@@ -28,7 +28,7 @@ Signature = tuple[tuple[str | int, ...], ...]
 def is_upload(path: Path) -> bool:
     """Whether an entry is to be decided on; hidden ones are uploads under way."""
     name = path.name
-    is_adapter = name.endswith(GGUF_SUFFIX) or path.is_symlink() or not path.is_file()
+    is_adapter = is_gguf_name(name) or path.is_symlink() or not path.is_file()
     return is_adapter and not name.startswith(".")
 
 
@@ -97,7 +97,7 @@ def check_name(path: Path) -> None:
     """Raise `UnsafeNameError` for an upload whose result would look like something else in OUTGOING."""
     if path.name.endswith((REFUSED, RECORD_FILE)):
         raise UnsafeNameError(f"{path}: is named like a file of the guard's own; rename it")
-    if path.name.endswith(GGUF_SUFFIX) and path.is_dir():
+    if is_gguf_name(path) and path.is_dir():
         raise UnsafeNameError(f"{path}: is a directory, and named like a GGUF file; rename it")
 
 

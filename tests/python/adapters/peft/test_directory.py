@@ -22,6 +22,7 @@ from csulora.models.resolver import Resolver
 from tolerances import COMPUTED, STORED
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -445,8 +446,3 @@ _HEADER = (
 )
 _PADDED = _HEADER + b" " * (-len(_HEADER) % 8)
 GOLDEN_HEADER = len(_PADDED).to_bytes(8, "little") + _PADDED
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(restore_threads: None) -> None:
-    torch.set_num_threads(1)  # matrices are tiny here

@@ -1,0 +1,60 @@
+"""Updates of a matrix whose rows a GGUF file spreads over several tensors: each tensor has a pair of factors.
+
+Pairs with equal A are one update of the same rank. Others make one whose rank is the sum of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from csulora.adapters.lora import LoraModule
+from csulora.errors import InputError
+from csulora.models.gguf_base import BaseModel
+
+
+def together(module: str, pieces: Mapping[str, LoraModule], base: BaseModel, path: Path) -> LoraModule:
+    """Return the update of a whole matrix, its rows in the order in which the tensors follow each other.
+
+    Rows of tensors without an update get zeros.
+
+    Args:
+        module: the matrix.
+        pieces: its updates, by the GGUF name, less ``.weight``, of the tensor.
+        base: the model.
+        path: of the file that holds the updates.
+
+    Raises:
+        InputError: the model has no such tensor, or one of another shape.
+    """
+    heights = base.heights(module) if module in base.shapes else {}
+    for tensor, update in pieces.items():
+        if tensor not in heights:
+            raise InputError(f"{path}: {tensor} does not exist in {base.path}; the adapter is for another model")
+        if update.shape != (expected := (heights[tensor], base.shapes[module][1])):
+            raise InputError(
+                f"{path}: {tensor} updates a {list(update.shape)} matrix, but it is {list(expected)} in {base.path}"
+            )
+    starts = dict(zip(heights, accumulate(heights.values(), initial=0), strict=False))
+    return _stacked({starts[tensor]: update for tensor, update in pieces.items()}, sum(heights.values()))
+
+
+def _stacked(updates: Mapping[int, LoraModule], rows: int) -> LoraModule:
+    """Return the update of so many rows, given those of some, by the first of their rows."""
+    dtype = reduce(torch.promote_types, (update.b.dtype for update in updates.values()))
+    has_one_scale = len({update.scale for update in updates.values()}) == 1
+    alike = [replace(update, b=update.b.to(dtype), a=update.a.to(dtype)) for update in updates.values()]
+    alike = alike if has_one_scale else [update.folded() for update in alike]
+    first = alike[0]
+    shared = all(torch.equal(first.a, update.a) for update in alike)
+    b = first.b.new_zeros(rows, first.rank if shared else sum(update.rank for update in alike))
+    column = 0
+    for start, update in zip(updates, alike, strict=True):
+        b[start : start + len(update.b), column : column + update.rank] = update.b
+        column += 0 if shared else update.rank
+    return LoraModule(b, first.a if shared else torch.cat([update.a for update in alike]), first.scale)

@@ -61,8 +61,15 @@ double optimal_threshold(double m, double n) {
   return std::sqrt(squared * std::max(m, n));
 }
 
-/// The same in terms of the noise edge, 1.15 to 1.41 times it.
-double worth_keeping(const Displacement& d) {
+/// The singular value above which a direction is told from rounding noise well enough to be kept: the same threshold,
+/// 1.15 to 1.41 times the edge. The edge of noise that is given is a bound, with a margin of its own.
+double kept_above(const Displacement& d, const ExtractOptions& options) {
+  if (options.keep_noise) {
+    return 0;
+  }
+  if (options.noise_std) {
+    return d.noise_edge;
+  }
   const auto m = static_cast<double>(d.matrix.size(0)), n = static_cast<double>(d.matrix.size(1));
   return d.noise_edge * optimal_threshold(m, n) / (std::sqrt(m) + std::sqrt(n));
 }
@@ -85,7 +92,7 @@ int64_t count_targets(const Tensor& values, const Displacement& d, int64_t limit
   if (options.above_bulk) {
     count = std::min(count, count_above_bulk(values, d));
   }
-  return std::min(count, count_above(values, options.keep_noise ? 0 : worth_keeping(d)));
+  return std::min(count, count_above(values, kept_above(d, options)));
 }
 
 SingularTriples leading_triples(const Displacement& d, int64_t limit, const ExtractOptions& options) {

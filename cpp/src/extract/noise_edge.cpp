@@ -52,6 +52,13 @@ Variances normalised(const Variances& variances, double total) {
   return result;
 }
 
+/// The largest error of an entry, a spacing, of which no variance is less than a twelfth of the square. It reaches the
+/// edge only if few rows and few columns have all that matters.
+double largest_entry(const Variances& rows, const Variances& columns) {
+  const double total = std::max(sum_of(rows), sum_of(columns));
+  return total == 0 ? 0 : std::sqrt(12 * largest(rows) * largest(columns) / total);
+}
+
 }  // namespace
 
 double spectral_edge(const Variances& rows, const Variances& columns) {
@@ -90,9 +97,11 @@ double rounding_variance(const RoundingSums& sums) {
 }
 
 double noise_edge(const Variances& row_variances, const Variances& column_variances) {
-  // The largest singular value of a finite matrix leaves the edge by about size^(-2/3) of it (Tracy & Widom 1996).
+  // The largest singular value of a finite matrix leaves the edge by about size^(-2/3) of it (Tracy & Widom 1996),
+  // and entries of quantised weights share their place between two numbers with others; twice that covers both.
   const auto shorter = static_cast<double>(std::min(row_variances.size(), column_variances.size()));
-  return (1 + std::pow(shorter, -2.0 / 3)) * spectral_edge(row_variances, column_variances);
+  const double edge = (1 + 2 * std::pow(shorter, -2.0 / 3)) * spectral_edge(row_variances, column_variances);
+  return std::max(edge, largest_entry(row_variances, column_variances));
 }
 
 }  // namespace csulora

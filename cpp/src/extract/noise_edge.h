@@ -37,7 +37,8 @@ struct RoundingSums {
 /// at most q (1 - q) h^2 there, too.
 double rounding_variance(const RoundingSums& sums);
 
-/// The noise edge from the sums of entries' rounding variances along each row and each column.
+/// The noise edge from the sums of entries' rounding variances along each row and each column: the edge of the
+/// spectrum with a margin for fluctuations, and no less than a single entry's error can be.
 double noise_edge(const std::vector<double>& row_variances, const std::vector<double>& column_variances);
 
 /// The edge of the singular values of a large matrix whose independent entries have variances r_i c_j / sum(r).

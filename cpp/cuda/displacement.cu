@@ -38,12 +38,27 @@ __device__ double spacing2(T stored) {
   return power * power * (Format<T>::kSpacing * Format<T>::kSpacing);
 }
 
-/// The variance of what rounding adds to aligned - base.
+/// As the core's: a bound on variances, and the squared spacings of entries that moved by at most one, and by one.
+struct RoundingSums {
+  double variances = 0;
+  double near = 0;
+  double stepped = 0;
+};
+
 template <typename Base, typename Aligned>
-__device__ double rounding_variance(Base base, Aligned aligned) {
+__device__ void add_rounding(Base base, Aligned aligned, RoundingSums& sums) {
   const double moved = widened(aligned) - widened(base);
-  const double spacings2 = spacing2(base) + spacing2(aligned);
-  return moved * moved >= 2 * spacings2 ? spacings2 / 12 : spacings2 / 8;
+  const double base_spacing2 = spacing2(base);
+  const double aligned_spacing2 = spacing2(aligned);
+  const double spacings2 = base_spacing2 + aligned_spacing2;
+  if (moved * moved >= 2 * spacings2) {
+    sums.variances += spacings2 / 12;
+  } else if (base_spacing2 != aligned_spacing2) {
+    sums.variances += spacings2 / 8;
+  } else {
+    sums.near += base_spacing2;
+    sums.stepped += moved == 0 ? 0 : base_spacing2;
+  }
 }
 
 /// One block per row at a time.
@@ -52,18 +67,20 @@ __global__ void subtract_rows(const Base* base, const Aligned* aligned, int64_t 
                               float* difference, DisplacementSums sums) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     double norm2 = 0;
-    double noise = 0;
+    RoundingSums rounding;
     for (int64_t i = row * columns + threadIdx.x; i < (row + 1) * columns; i += kThreads) {
       const float entry = widened(aligned[i]) - widened(base[i]);
       difference[i] = entry;
       norm2 += double{entry} * entry;
-      noise += rounding_variance(base[i], aligned[i]);
+      add_rounding(base[i], aligned[i], rounding);
     }
     norm2 = block_sum(norm2);
-    noise = block_sum(noise);
+    const double of_row[] = {block_sum(rounding.variances), block_sum(rounding.near), block_sum(rounding.stepped)};
     if (threadIdx.x == 0) {
       sums.row_norms2[row] = norm2;
-      sums.row_noise[row] = noise;
+      for (int64_t kind = 0; kind < 3; ++kind) {
+        sums.row_rounding[kind * rows + row] = of_row[kind];
+      }
     }
   }
 }
@@ -78,11 +95,15 @@ __global__ void sum_columns(const Base* base, const Aligned* aligned, int64_t ro
   }
   const int64_t first = blockIdx.y * kRowsPerSum;
   const int64_t last = first + kRowsPerSum < rows ? first + kRowsPerSum : rows;
-  double noise = 0;
+  RoundingSums rounding;
   for (int64_t row = first; row < last; ++row) {
-    noise += rounding_variance(base[row * columns + column], aligned[row * columns + column]);
+    add_rounding(base[row * columns + column], aligned[row * columns + column], rounding);
   }
-  sums.column_noise[blockIdx.y * columns + column] = noise;
+  double* const of_part = sums.column_rounding + blockIdx.y * columns + column;
+  const int64_t all_parts = gridDim.y * columns;
+  of_part[0] = rounding.variances;
+  of_part[all_parts] = rounding.near;
+  of_part[2 * all_parts] = rounding.stepped;
 }
 
 }  // namespace

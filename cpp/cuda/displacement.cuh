@@ -19,9 +19,9 @@ inline constexpr int64_t kRowsPerSum = 256;
 
 /// What is measured while subtracting, all float64 on the device and written.
 struct DisplacementSums {
-  double* row_norms2;    ///< (rows) |row of D|^2
-  double* row_noise;     ///< (rows) rounding variances of D's entries, summed along the row
-  double* column_noise;  ///< (ceil(rows / kRowsPerSum), columns) the same down the column, in parts
+  double* row_norms2;       ///< (rows) |row of D|^2
+  double* row_rounding;     ///< (3, rows) the rounding sums of each row: variances, near, stepped
+  double* column_rounding;  ///< (3, ceil(rows / kRowsPerSum), columns) the same down the column, in parts
 };
 
 /// difference (rows, columns) = aligned - base in float32, row-major, in one pass over both, and the sums in a second.

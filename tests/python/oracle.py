@@ -30,16 +30,22 @@ def spacings(stored: Tensor) -> Tensor:
     return format.eps * powers
 
 
-def rounding_variances(base: Tensor, aligned: Tensor) -> Tensor:
-    """The variance of what storage rounding of both adds to each entry of aligned - base."""
-    squares = spacings(base).square() + spacings(aligned).square()
-    moved = aligned.double() - base.double()
-    return torch.where(moved.square() >= 2 * squares, squares / 12, squares / 8)
+def rounding_variances(base: Tensor, aligned: Tensor, dim: int) -> Tensor:
+    """A bound on the variances of what storage rounding of both adds to aligned - base, summed along a dimension."""
+    moved2 = (aligned.double() - base.double()).square()
+    one, other = spacings(base).square(), spacings(aligned).square()
+    is_near = moved2 < 2 * (one + other)
+    on_one_grid = is_near & (one == other)
+    near, stepped = ((one * which).sum(dim) for which in (on_one_grid, on_one_grid & (moved2 > 0)))
+    q = (stepped / near).nan_to_num().clamp_max(0.5)
+    others = torch.where(is_near, (one + other) / 8, (one + other) / 12) * ~on_one_grid
+    return others.sum(dim) + near * (q * (1 - q)).clamp_min(1 / 12)
 
 
 def spectral_edge(rows: Tensor, columns: Tensor) -> float:
     """The largest singular value of a large matrix of independent entries with variances r_i c_j / sum(r)."""
-    a, b = rows / rows.sum().sqrt(), columns / columns.sum().sqrt()
+    total = max(rows.sum(), columns.sum()).sqrt()
+    a, b = rows * total / rows.sum(), columns * total / columns.sum()
 
     def z(s: float) -> float:
         t = float((b / (1 - s * b)).sum())
@@ -59,8 +65,9 @@ def spectral_edge(rows: Tensor, columns: Tensor) -> float:
 
 def noise_edge(base: Tensor, aligned: Tensor) -> float:
     """What storage rounding of both can make the largest singular value of aligned - base."""
-    variances = rounding_variances(base, aligned)
-    return (1 + math.pow(min(variances.shape), -2 / 3)) * spectral_edge(variances.sum(1), variances.sum(0))
+    rows, columns = rounding_variances(base, aligned, dim=1), rounding_variances(base, aligned, dim=0)
+    largest_entry = float(12 * rows.max() * columns.max() / max(rows.sum(), columns.sum())) ** 0.5
+    return max((1 + 2 * math.pow(min(base.shape), -2 / 3)) * spectral_edge(rows, columns), largest_entry)
 
 
 def update(b: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:

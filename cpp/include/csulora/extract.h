@@ -33,11 +33,13 @@ struct ExtractOptions {
   /// [0, 0.1]; 0: every triple must reach `tolerance`.
   double energy_tolerance = 0.01;
 
-  /// Keep directions whose singular value lies below the rounding noise of the two checkpoints.
+  /// Keep directions that hardly stand out of the rounding noise of the two checkpoints, or not at all. Otherwise their
+  /// singular value must lie above the noise edge: 1.15 to 1.41 times it where the edge is computed, which is where
+  /// keeping a direction begins to err less than leaving it out (Gavish & Donoho 2014).
   bool keep_noise = false;
 
   /// Standard deviation of the storage rounding of one entry of D; absent: computed from the dtypes and
-  /// the magnitudes of both matrices (give it when they were dequantised).
+  /// the magnitudes of both matrices (give it when they were dequantised, as a bound).
   std::optional<double> noise_std;
 
   /// Storage type of u and v: float16, bfloat16 or float32. The certificate holds for the rounded factors.

@@ -37,10 +37,11 @@ StorageFormat storage_format(at::ScalarType dtype) {
   }
 }
 
-/// Sums over some rows of D, of squares and of rounding variances.
+/// Sums over some rows of D, of squares and of what bounds rounding.
 struct Sums {
   double norm2 = 0;
-  std::vector<double> row_variances, column_variances;
+  std::vector<double> row_variances;
+  std::vector<double> of_columns;  ///< (3, columns), the arrays of ColumnSums
 };
 
 /// A matrix's rows as float32, where they lie if they can be read there, else copied into a tile.
@@ -81,7 +82,9 @@ Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int
   const int64_t step = std::max<int64_t>(1, kCacheEntries / columns);
   WidenedRows before(base, step), after(aligned, step);
   Sums sums;
-  sums.column_variances.resize(columns);
+  sums.of_columns.resize(3 * columns);
+  double* const of_columns = sums.of_columns.data();
+  const ColumnSums column_sums{of_columns, of_columns + columns, of_columns + 2 * columns};
   DifferenceRow target{d.matrix.mutable_data_ptr<float>() + first * columns, nullptr};
   if (d.low_precision.defined()) {
     target.low_precision =
@@ -92,11 +95,11 @@ Sums subtract_rows(const Tensor& base, const Tensor& aligned, int64_t first, int
     before.read(row, rows);
     after.read(row, rows);
     for (int64_t i = 0; i < rows; ++i) {
-      const auto of_row = subtract_row(before[i], after[i], columns, target, sums.column_variances.data());
+      const auto of_row = subtract_row(before[i], after[i], columns, target, column_sums);
       target.entries += columns;
       target.low_precision += d.low_precision.defined() ? columns : 0;
       sums.norm2 += of_row.norm2;
-      sums.row_variances.push_back(of_row.variances);
+      sums.row_variances.push_back(rounding_variance(of_row.rounding));
     }
   }
   return sums;
@@ -154,12 +157,14 @@ Displacement displacement_on_cpu(const Tensor& base, const Tensor& aligned, std:
     const int64_t row = static_cast<int64_t>(i) * step;
     parts[i] = subtract_rows(base, aligned, row, std::min(step, rows - row), result);
   });
-  std::vector<double> row_variances, column_variances(columns);
+  std::vector<double> row_variances, of_columns(3 * columns), column_variances(columns);
   for (const auto& part : parts) {
     result.norm2 += part.norm2;
     row_variances.insert(row_variances.end(), part.row_variances.begin(), part.row_variances.end());
-    std::transform(column_variances.begin(), column_variances.end(), part.column_variances.begin(),
-                   column_variances.begin(), std::plus<>());
+    std::transform(of_columns.begin(), of_columns.end(), part.of_columns.begin(), of_columns.begin(), std::plus<>());
+  }
+  for (int64_t i = 0; i < columns; ++i) {
+    column_variances[i] = rounding_variance({of_columns[i], of_columns[columns + i], of_columns[2 * columns + i]});
   }
   result.noise_edge = noise_std ? noise_edge(*noise_std, rows, columns) : noise_edge(row_variances, column_variances);
   return result;

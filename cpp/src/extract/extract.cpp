@@ -44,12 +44,12 @@ bool is_searched(const Tensor& matrix, int64_t limit) {
   return std::min(matrix.size(0), matrix.size(1)) > kExactBlocks * (limit + kOversampling);
 }
 
-/// How many computed singular values are neither below the edge nor rounding of the computation.
-int64_t count_above_noise(const Tensor& values, double noise_edge) {
+/// How many computed singular values are neither below a threshold nor rounding of the computation.
+int64_t count_above(const Tensor& values, double threshold) {
   if (values.numel() == 0) {
     return 0;
   }
-  const double floor = std::max(noise_edge, kResolution * values[0].item<double>());
+  const double floor = std::max(threshold, kResolution * values[0].item<double>());
   return values.gt(floor).sum().item<int64_t>();
 }
 
@@ -59,6 +59,19 @@ double optimal_threshold(double m, double n) {
   const double beta = std::min(m, n) / std::max(m, n);
   const double squared = 2 * (beta + 1) + 8 * beta / (beta + 1 + std::sqrt(beta * beta + 14 * beta + 1));
   return std::sqrt(squared * std::max(m, n));
+}
+
+/// The singular value above which a direction is told from rounding noise well enough to be kept: the same threshold,
+/// 1.15 to 1.41 times the edge. The edge of noise that is given is a bound, with a margin of its own.
+double kept_above(const Displacement& d, const ExtractOptions& options) {
+  if (options.keep_noise) {
+    return 0;
+  }
+  if (options.noise_std) {
+    return d.noise_edge;
+  }
+  const auto m = static_cast<double>(d.matrix.size(0)), n = static_cast<double>(d.matrix.size(1));
+  return d.noise_edge * optimal_threshold(m, n) / (std::sqrt(m) + std::sqrt(n));
 }
 
 /// How many leading singular values lie above the threshold for the noise that has all energy behind them.
@@ -79,7 +92,7 @@ int64_t count_targets(const Tensor& values, const Displacement& d, int64_t limit
   if (options.above_bulk) {
     count = std::min(count, count_above_bulk(values, d));
   }
-  return std::min(count, count_above_noise(values, options.keep_noise ? 0 : d.noise_edge));
+  return std::min(count, count_above(values, kept_above(d, options)));
 }
 
 SingularTriples leading_triples(const Displacement& d, int64_t limit, const ExtractOptions& options) {
@@ -112,7 +125,7 @@ Certificate measured(const Displacement& d, const Subspace& subspace, const Sing
                      std::optional<int64_t> standing_out = {}) {
   const OwnThreads own_threads;
   auto certificate = measure_factors(d, subspace, {triples.upper, triples.largest_energy}, standing_out);
-  certificate.above_noise = count_above_noise(triples.computed, d.noise_edge);
+  certificate.above_noise = count_above(triples.computed, d.noise_edge);
   certificate.passes = triples.passes;
   return certificate;
 }

@@ -41,19 +41,28 @@ double z_of(double s, double t, const Variances& a) {
   return z;
 }
 
-/// The variances that are not zero, divided by the root of their sum.
+double sum_of(const Variances& variances) { return std::accumulate(variances.begin(), variances.end(), 0.0); }
+
+/// The variances that are not zero, with the sum sqrt(total).
 Variances normalised(const Variances& variances, double total) {
   Variances result;
   std::copy_if(variances.begin(), variances.end(), std::back_inserter(result), [](double v) { return v > 0; });
-  const double scale = 1 / std::sqrt(total);
+  const double scale = std::sqrt(total) / sum_of(variances);
   std::transform(result.begin(), result.end(), result.begin(), [=](double v) { return v * scale; });
   return result;
+}
+
+/// The largest error of an entry, a spacing, of which no variance is less than a twelfth of the square. It reaches the
+/// edge only if few rows and few columns have all that matters.
+double largest_entry(const Variances& rows, const Variances& columns) {
+  const double total = std::max(sum_of(rows), sum_of(columns));
+  return total == 0 ? 0 : std::sqrt(12 * largest(rows) * largest(columns) / total);
 }
 
 }  // namespace
 
 double spectral_edge(const Variances& rows, const Variances& columns) {
-  const double total = std::accumulate(rows.begin(), rows.end(), 0.0);
+  const double total = std::max(sum_of(rows), sum_of(columns));
   if (total == 0) {
     return 0;
   }
@@ -79,10 +88,20 @@ double spectral_edge(const Variances& rows, const Variances& columns) {
   return std::sqrt(std::min(z_left, z_right));
 }
 
+double rounding_variance(const RoundingSums& sums) {
+  if (sums.near == 0) {
+    return sums.variances;
+  }
+  const double q = std::min(sums.stepped / sums.near, 0.5);
+  return sums.variances + std::max(q * (1 - q), 1.0 / 12) * sums.near;
+}
+
 double noise_edge(const Variances& row_variances, const Variances& column_variances) {
-  // The largest singular value of a finite matrix leaves the edge by about size^(-2/3) of it (Tracy & Widom 1996).
+  // The largest singular value of a finite matrix leaves the edge by about size^(-2/3) of it (Tracy & Widom 1996),
+  // and entries of quantised weights share their place between two numbers with others; twice that covers both.
   const auto shorter = static_cast<double>(std::min(row_variances.size(), column_variances.size()));
-  return (1 + std::pow(shorter, -2.0 / 3)) * spectral_edge(row_variances, column_variances);
+  const double edge = (1 + 2 * std::pow(shorter, -2.0 / 3)) * spectral_edge(row_variances, column_variances);
+  return std::max(edge, largest_entry(row_variances, column_variances));
 }
 
 }  // namespace csulora

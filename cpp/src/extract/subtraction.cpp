@@ -27,8 +27,8 @@ struct Grid {
 };
 
 template <int kLanes>
-CSULORA_INLINED void add_spacings2(const typename Lanes<kLanes>::Floats& entries, const Grid& grid,
-                                   typename Lanes<kLanes>::Doubles& sums) {
+CSULORA_INLINED void find_spacings2(const typename Lanes<kLanes>::Floats& entries, const Grid& grid,
+                                    typename Lanes<kLanes>::Doubles& spacings2) {
   constexpr uint32_t kExponentMask = 0x7f800000;
   // Clearing sign and fraction of a float32 leaves the power of two below its magnitude.
   typename Lanes<kLanes>::Bits bits;
@@ -38,7 +38,7 @@ CSULORA_INLINED void add_spacings2(const typename Lanes<kLanes>::Floats& entries
   std::memcpy(&powers, &bits, sizeof powers);
   powers = powers < grid.smallest ? grid.smallest - typename Lanes<kLanes>::Floats{} : powers;
   const auto wide = __builtin_convertvector(powers, typename Lanes<kLanes>::Doubles);
-  sums += wide * wide * grid.scale2;
+  spacings2 = wide * wide * grid.scale2;
 }
 
 /// Stores the nearest bfloat16 numbers, ties to even: the upper halves, after half of what the lower can hold is added.
@@ -56,18 +56,33 @@ template <int kLanes>
 struct LaneSums {
   typename Lanes<kLanes>::Doubles norm2 = {};
   typename Lanes<kLanes>::Doubles variances = {};
+  typename Lanes<kLanes>::Doubles near = {};
+  typename Lanes<kLanes>::Doubles stepped = {};
 
   CSULORA_INLINED void add_to(RowSums& sums) const {
     for (int lane = 0; lane < kLanes; ++lane) {
       sums.norm2 += norm2[lane];
-      sums.variances += variances[lane];
+      sums.rounding.variances += variances[lane];
+      sums.rounding.near += near[lane];
+      sums.rounding.stepped += stepped[lane];
     }
   }
 };
 
+/// Adds to the sum of a row, and to those of its columns.
+template <int kLanes>
+CSULORA_INLINED void add(const typename Lanes<kLanes>::Doubles& values, typename Lanes<kLanes>::Doubles& row,
+                         double* columns) {
+  row += values;
+  typename Lanes<kLanes>::Doubles sums;
+  std::memcpy(&sums, columns, sizeof sums);
+  sums += values;
+  std::memcpy(columns, &sums, sizeof sums);
+}
+
 template <int kLanes>
 CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const float* aligned, const Grid& aligned_grid,
-                              float* difference, uint16_t* low_precision, double* column_variances,
+                              float* difference, uint16_t* low_precision, const ColumnSums& columns,
                               LaneSums<kLanes>& sums) {
   typename Lanes<kLanes>::Floats before, after;
   std::memcpy(&before, base, sizeof before);
@@ -81,25 +96,32 @@ CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const fl
   const auto norm2 = wide * wide;
   sums.norm2 += norm2;
 
-  typename Lanes<kLanes>::Doubles spacings2 = {};
-  add_spacings2<kLanes>(before, base_grid, spacings2);
-  add_spacings2<kLanes>(after, aligned_grid, spacings2);
+  using Doubles = typename Lanes<kLanes>::Doubles;
+  constexpr Doubles kNone = {};
+  Doubles base_spacings2, aligned_spacings2;
+  find_spacings2<kLanes>(before, base_grid, base_spacings2);
+  find_spacings2<kLanes>(after, aligned_grid, aligned_spacings2);
   // extract/noise_edge.h says why
-  const auto variances = norm2 >= 2 * spacings2 ? spacings2 / 12 : spacings2 / 8;
-  sums.variances += variances;
-  typename Lanes<kLanes>::Doubles column;
-  std::memcpy(&column, column_variances, sizeof column);
-  column += variances;
-  std::memcpy(column_variances, &column, sizeof column);
+  const auto spacings2 = base_spacings2 + aligned_spacings2;
+  const Doubles near = norm2 < 2 * spacings2 ? spacings2 : kNone;
+  const Doubles on_one_grid = base_spacings2 == aligned_spacings2 ? near / 2 : kNone;
+  const Doubles stepped = norm2 > kNone ? on_one_grid : kNone;
+  const Doubles variances = on_one_grid > kNone ? kNone : near > kNone ? spacings2 / 8 : spacings2 / 12;
+  add<kLanes>(variances, sums.variances, columns.variances);
+  add<kLanes>(on_one_grid, sums.near, columns.near);
+  add<kLanes>(stepped, sums.stepped, columns.stepped);
 }
 
 struct SubtractRow {
   template <int kFloats>
   CSULORA_INLINED static RowSums run(const StoredRow& base, const StoredRow& aligned, int64_t columns,
-                                     const DifferenceRow& difference, double* column_variances) {
+                                     const DifferenceRow& difference, const ColumnSums& column_sums) {
     constexpr int kLanes = kFloats / 2;  // so that the sums in float64 fill a register
     const auto low_precision = [&](int64_t column) {
       return difference.low_precision ? difference.low_precision + column : nullptr;
+    };
+    const auto columns_from = [&](int64_t column) {
+      return ColumnSums{column_sums.variances + column, column_sums.near + column, column_sums.stepped + column};
     };
     const Grid base_grid(base.format), aligned_grid(aligned.format);
     LaneSums<kLanes> lanes;
@@ -107,11 +129,11 @@ struct SubtractRow {
     int64_t i = 0;
     for (; i + kLanes <= columns; i += kLanes) {
       subtract<kLanes>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i,
-                       low_precision(i), column_variances + i, lanes);
+                       low_precision(i), columns_from(i), lanes);
     }
     for (; i < columns; ++i) {
       subtract<1>(base.entries + i, base_grid, aligned.entries + i, aligned_grid, difference.entries + i,
-                  low_precision(i), column_variances + i, rest);
+                  low_precision(i), columns_from(i), rest);
     }
     RowSums sums;
     lanes.add_to(sums);
@@ -123,8 +145,8 @@ struct SubtractRow {
 }  // namespace
 
 RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, const DifferenceRow& difference,
-                     double* column_variances) {
-  return run_widest<SubtractRow>(base, aligned, columns, difference, column_variances);
+                     const ColumnSums& column_sums) {
+  return run_widest<SubtractRow>(base, aligned, columns, difference, column_sums);
 }
 
 }  // namespace csulora

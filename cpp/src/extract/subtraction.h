@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "extract/noise_edge.h"
+
 namespace csulora {
 
 /// The grid that a checkpoint's entries were rounded to: spacing 2^-fraction_bits between 1 and 2, and that of the
@@ -24,14 +26,21 @@ struct DifferenceRow {
 };
 
 struct RowSums {
-  double norm2 = 0;      ///< squares of the difference
-  double variances = 0;  ///< of its entries' rounding, see extract/noise_edge.h
+  double norm2 = 0;  ///< squares of the difference
+  RoundingSums rounding;
+};
+
+/// Rounding sums of columns, (columns) each.
+struct ColumnSums {
+  double* variances;
+  double* near;
+  double* stepped;
 };
 
 /// difference = aligned - base for one row, in one pass over it.
 ///
-/// @param column_variances  (columns) float64, the rounding variances of the row's entries are added
+/// @param column_sums  (columns) float64 each, the row's entries are added
 RowSums subtract_row(const StoredRow& base, const StoredRow& aligned, int64_t columns, const DifferenceRow& difference,
-                     double* column_variances);
+                     const ColumnSums& column_sums);
 
 }  // namespace csulora

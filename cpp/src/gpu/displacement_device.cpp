@@ -14,10 +14,16 @@
 namespace csulora {
 namespace {
 
-std::vector<double> on_host(const at::Tensor& values) {
-  const auto copy = values.to(at::kCPU);
-  const auto* const first = copy.const_data_ptr<double>();
-  return {first, first + copy.numel()};
+/// The variances of lines, rows or columns, from their rounding sums (3, lines).
+std::vector<double> variances(const at::Tensor& rounding_sums) {
+  const auto copy = rounding_sums.to(at::kCPU);
+  const int64_t lines = copy.size(1);
+  const auto* const sums = copy.const_data_ptr<double>();
+  std::vector<double> result(lines);
+  for (int64_t i = 0; i < lines; ++i) {
+    result[i] = rounding_variance({sums[i], sums[lines + i], sums[2 * lines + i]});
+  }
+  return result;
 }
 
 }  // namespace
@@ -33,18 +39,18 @@ Displacement displacement_on_device(const at::Tensor& base, const at::Tensor& al
   result.matrix = at::empty({rows, columns}, base.options().dtype(at::kFloat));
   const auto wide = base.options().dtype(at::kDouble);
   const auto row_norms2 = at::empty({rows}, wide);
-  const auto row_noise = at::empty({rows}, wide);
-  const auto column_noise = at::empty({(rows + cuda::kRowsPerSum - 1) / cuda::kRowsPerSum, columns}, wide);
+  const auto row_rounding = at::empty({3, rows}, wide);
+  const auto column_rounding = at::empty({3, (rows + cuda::kRowsPerSum - 1) / cuda::kRowsPerSum, columns}, wide);
 
   cuda::subtract({row_major_base.data_ptr(), element_of(base)}, {row_major_aligned.data_ptr(), element_of(aligned)},
                  rows, columns, result.matrix.mutable_data_ptr<float>(),
-                 {row_norms2.mutable_data_ptr<double>(), row_noise.mutable_data_ptr<double>(),
-                  column_noise.mutable_data_ptr<double>()},
+                 {row_norms2.mutable_data_ptr<double>(), row_rounding.mutable_data_ptr<double>(),
+                  column_rounding.mutable_data_ptr<double>()},
                  static_cast<cudaStream_t>(current_stream(base.device())));
 
   result.norm2 = row_norms2.sum().item<double>();
-  result.noise_edge =
-      noise_std ? noise_edge(*noise_std, rows, columns) : noise_edge(on_host(row_noise), on_host(column_noise.sum(0)));
+  result.noise_edge = noise_std ? noise_edge(*noise_std, rows, columns)
+                                : noise_edge(variances(row_rounding), variances(column_rounding.sum(1)));
   return result;
 }
 

@@ -66,7 +66,7 @@ def extract(
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random start block.")] = 0,
     keep_noise: Annotated[
-        bool, typer.Option("--keep-noise", help="Keep directions below the checkpoints' storage rounding.")
+        bool, typer.Option("--keep-noise", help="Keep directions that do not stand out of storage rounding.")
     ] = False,
     sketch: Annotated[
         int,

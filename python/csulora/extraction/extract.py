@@ -115,7 +115,7 @@ def extract(
         dtype: storage type of the factors: ``f16``, ``bf16`` or ``f32``.
         seed: seed of the random start block, and of the sketches: whoever knows it can make an adapter whose estimate
             is wrong.
-        keep_noise: keep directions below the storage rounding of the checkpoints.
+        keep_noise: keep directions that do not stand out of the checkpoints' storage rounding.
         expert_rank: the most directions per projection of an expert, of which there may be thousands.
         sketch: columns of a sketch of every aligned matrix, with which hooks and `correct` estimate annihilation ratios
             without the checkpoint; 128 serve ranks up to 52, and 512 up to 344. 0: none. A sketch of c columns takes as
@@ -271,7 +271,7 @@ def _check_signal(model_pair: ModelPair, modules: dict[str, ModuleSubspace]) -> 
         raise RefusedError(f"{names} do not differ in any selected matrix; is this the right model pair?")
     raise RefusedError(
         f"{names} differ by no more than storage rounding: no singular value of any of {len(modules)} "
-        "displacements lies above its noise edge; use less rounded checkpoints"
+        "displacements lies far enough above its noise edge; use less rounded checkpoints"
     )
 
 

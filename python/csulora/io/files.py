@@ -18,7 +18,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, TensorSpec, serialize_file
 
 from csulora.errors import InputError, MissingFileError
 
@@ -223,12 +223,17 @@ def locked(place: Path, name: str = LOCK_FILE) -> Iterator[None]:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file, not atomically; raises OSError, which is not what safetensors raises."""
-    import safetensors.torch
-
+    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        serialize_file({name: _specification(tensor) for name, tensor in kept.items()}, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+
+
+def _specification(tensor: Tensor) -> TensorSpec:
+    """Describe a tensor as safetensors' own function for torch does, which takes ten times as long for small ones."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorSpec(dtype=dtype, shape=tensor.shape, data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -132,7 +132,8 @@ class Admission:
             corrected, _ = decision.correct(to_be_rounded_once(adapter, terms.dtype), layout)
             fitted = terms.fit(corrected) if terms.fit else corrected
             form = Form("peft", layout, _name(terms.dtype), fitted=not _is_same(fitted, corrected))
-            outputs = self._publication.publish(cast(fitted, terms.dtype), directory)
+            is_logged = self.gate.log.path is not None
+            outputs = self._publication.publish(cast(fitted, terms.dtype), directory, hashed=is_logged)
             decision.delivered(outputs, form)
         self._ranks[directory] = max(module.rank for module in fitted.modules.values())
         self._published[directory] = outputs, form

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -317,8 +316,9 @@ def _selected(selector: str | list[str], modules: Sequence[str], matcher: Matche
 def _endings(module: str) -> Iterator[str]:
     """Yield a name whole and from behind each of its dots."""
     yield module
-    for dot in re.finditer(r"\.", module):
-        yield module[dot.end() :]
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
 
 
 def _in_transformed_layers(config: dict[str, Any], modules: Sequence[str], matcher: Matcher) -> set[str]:

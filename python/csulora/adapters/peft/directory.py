@@ -119,17 +119,18 @@ def _assembled(
     expert_layout: str | None = None,
 ) -> Adapter:
     """Put an adapter together from a configuration that `read_config` let through."""
-    factors, copies = _group(tensors, path / WEIGHTS_FILE)
-    names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
-    parameters = _parameters(config, names, path / WEIGHTS_FILE)
+    weights, settings_file = path / WEIGHTS_FILE, path / CONFIG_FILE
+    factors, copies = _group(tensors, weights)
+    names, matcher = sorted(factors), Matcher(settings_file)
+    parameters = _parameters(config, names, weights)
     if stray := untargeted(config, [name for name in names if name not in parameters], matcher):
         raise AmbiguousError(
-            f"{path / WEIGHTS_FILE}: holds factors for {stray[0]}, which adapter_config.json does not target; "
+            f"{weights}: holds factors for {stray[0]}, which adapter_config.json does not target; "
             "servers disagree on whether to apply them"
         )
     if config.get("ensure_weight_tying") and (tied := [name for name in names if kind_of(name) != "linear"]):
         raise NotPlainLoraError(
-            f"{path / CONFIG_FILE}: ensure_weight_tying is set and {tied[0]} is targeted, so that one update may act "
+            f"{settings_file}: ensure_weight_tying is set and {tied[0]} is targeted, so that one update may act "
             "on two tied weights; this cannot be corrected as plain LoRA"
         )
     settings = ranks_and_scales(config, [parameters.get(name, name) for name in names], matcher)
@@ -138,16 +139,14 @@ def _assembled(
         parameter = parameters.get(name, name)
         rank, scale = settings[parameter]
         if parameter.endswith(WEIGHT) or parameter == name:
-            found = {name: _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)}
+            found = {name: _module(name, factors[name], rank, scale, weights)}
         else:
-            a, b = _pair(name, factors[name], _LINEAR, path / WEIGHTS_FILE)
-            order = column_order(config, expert_layout, path / CONFIG_FILE)
-            found = dict(stacked.apart(parameter, a, b, rank, scale, order, path / WEIGHTS_FILE))
+            a, b = _pair(name, factors[name], _LINEAR, weights)
+            order = column_order(config, expert_layout, settings_file)
+            found = dict(stacked.apart(parameter, a, b, rank, scale, order, weights))
         modules |= found
         if len(modules) > MOST_UPDATES:
-            raise TooLargeError(
-                f"{path / WEIGHTS_FILE}: holds more than {MOST_UPDATES} updates, the most that are read"
-            )
+            raise TooLargeError(f"{weights}: holds more than {MOST_UPDATES} updates, the most that are read")
     return Adapter(modules, config, path, sha256, copies=copies)
 
 

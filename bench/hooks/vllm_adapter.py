@@ -123,7 +123,7 @@ def loaded_sum(number: int) -> float:
     loras = _manager._adapter_manager.get_adapter(number).loras
     packed = [factor for lora in loras.values() for factor in (lora.lora_a, lora.lora_b)]
     factors = [part for factor in packed for part in (factor if isinstance(factor, list) else [factor])]
-    return sum(part.double().square().sum().item() for part in factors)
+    return float(sum(part.double().square().sum().item() for part in factors))
 
 
 def make(root: Path, count: int) -> dict[str, list[Path]]:

@@ -33,9 +33,9 @@ from csulora.adapters.weights_files import (
     CONFIG_FILE,
     LARGEST_CONFIG,
     MOST_UPDATES,
-    read_bytes,
+    read_weights,
     tensors_in,
-    with_sha256,
+    with_hashes,
 )
 from csulora.errors import (
     AmbiguousError,
@@ -75,11 +75,10 @@ def read(directory: Path, expert_layout: str | None = None) -> Adapter:
     found = weight_files(directory, _STEM)
     if not found.files:
         raise _missing_weights(directory)
-    weights = read_bytes(found.files, module_and_factor)
-    tensors = tensors_in(dict(zip(found.files, weights, strict=True)))
+    weights = read_weights(found.files, module_and_factor)
+    tensors = tensors_in(weights)
     found.check_complete(tensors)
-    contents = {CONFIG_FILE: config_bytes} | {file.name: data for file, data in zip(found.files, weights, strict=True)}
-    return with_sha256(lambda: _assembled(config, tensors, directory, "", expert_layout), contents)
+    return with_hashes(_assembled(config, tensors, directory, "", expert_layout), config_bytes, weights)
 
 
 def _missing_weights(directory: Path) -> Exception:

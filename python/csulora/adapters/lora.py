@@ -131,7 +131,19 @@ def is_finite(tensor: torch.Tensor) -> bool:
         low, high = tensor.aminmax()
         return math.isfinite(low.item()) and math.isfinite(high.item())
     numbers, magnitude, infinity = layout
-    bits = np.atleast_1d(tensor.detach().view(numbers).numpy())
+    bits = tensor.detach().view(numbers).numpy()
+    if bits.size <= _AT_ONCE:
+        return bool((bits & magnitude).max() < infinity)
     step = max(1, _AT_ONCE // bits[0].size)
     parts = (bits[start : start + step] for start in range(0, len(bits), step))
     return all((part & magnitude).max() < infinity for part in parts)
+
+
+def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors on one device have the same type, shape and bits; read as by `is_finite`."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    layout = _LAYOUTS.get(one.dtype)
+    if layout is None or one.device.type != "cpu":
+        return torch.equal(one, other)
+    return np.array_equal(*(tensor.detach().view(layout[0]).numpy() for tensor in (one, other)))

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -307,8 +308,8 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 def _check_depth(document: Any, path: Path) -> None:
     level = [document]
     for _ in range(_DEEPEST_DOCUMENT):
-        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-        level = [child for child in level if isinstance(child, (dict, list))]
+        children = chain.from_iterable(node.values() if type(node) is dict else node for node in level)
+        level = [child for child in children if type(child) in (dict, list)]
         if not level:
             return
     raise InputError(f"{path}: is nested more than {_DEEPEST_DOCUMENT} levels deep; no document of csulora's is")

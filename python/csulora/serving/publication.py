@@ -24,7 +24,6 @@ from csulora.io.files import naming, sha256_of_file
 
 PREFIX = "csulora-serving-"  # of the directories below TMPDIR
 _LOCK_FILE = ".lock"
-_UNFINISHED = ".unfinished"
 _FILES = (CONFIG_FILE, peft.WEIGHTS_FILE)
 _PUBLISHED = re.compile(r"[0-9a-f]{64}-\w+")
 
@@ -61,13 +60,15 @@ class Publication:
                 return {str(directory / name): sha256_of_file(directory / name) for name in _FILES if hashed}
             self._home.mkdir(mode=0o700, exist_ok=True)
             shutil.rmtree(directory, ignore_errors=True)
-            new = self._home / _UNFINISHED  # whoever removes the home of a killed process removes it too
-            shutil.rmtree(new, ignore_errors=True)
-            with naming(directory):
-                new.mkdir()
-                tensors = peft.write(corrected, new)
-                hashes = hashes_as_written(new / peft.WEIGHTS_FILE, tensors) if hashed else {}
-                new.rename(directory)
+            # What a killed process leaves of it goes with its home.
+            new = Path(mkdtemp(prefix=".", dir=self._home))
+            try:
+                with naming(directory):
+                    tensors = peft.write(corrected, new)
+                    hashes = hashes_as_written(new / peft.WEIGHTS_FILE, tensors) if hashed else {}
+                    new.rename(directory)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
             return {str(directory / name): sha256 for name, sha256 in hashes.items()}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csulora.adapters import lora
-from csulora.adapters.lora import is_finite
+from csulora.adapters.lora import has_same_bits, is_finite
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -42,3 +42,17 @@ def test_every_number_of_two_bytes_is_judged_as_torch_does(dtype: torch.dtype) -
 
 def test_a_tensor_that_wants_a_gradient_is_judged() -> None:
     assert is_finite(matrix(torch.float32, 1.0).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_have_the_same_bits(dtype: torch.dtype) -> None:
+    one = torch.randn(5, 3).to(dtype)
+    other = one.clone()
+    other[4, 2] += 1
+
+    assert has_same_bits(one, one.clone())
+    assert has_same_bits(one.t(), one.clone().t())
+    assert not has_same_bits(one, other)
+    assert not has_same_bits(one, one[:4])
+    assert not has_same_bits(torch.zeros(1, dtype=dtype), -torch.zeros(1, dtype=dtype))
+    assert not has_same_bits(torch.zeros(1, dtype=dtype), torch.zeros(1, dtype=torch.int32))

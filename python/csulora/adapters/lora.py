@@ -146,4 +146,5 @@ def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     layout = _LAYOUTS.get(one.dtype)
     if layout is None or one.device.type != "cpu":
         return torch.equal(one, other)
-    return np.array_equal(*(tensor.detach().view(layout[0]).numpy() for tensor in (one, other)))
+    bits, others = (tensor.detach().view(layout[0]).numpy() for tensor in (one, other))
+    return np.array_equal(bits, others)

@@ -12,19 +12,14 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError, TensorSpec, serialize_file
+from typing import Any
 
 from csulora.errors import InputError, MissingFileError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LOCK_FILE = "lock"
 _DEEPEST_DOCUMENT = 32  # levels; what csulora reads has at most six
@@ -77,18 +72,20 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: is not a regular file; name another")
 
 
-def check_not_input(output: Path, inputs: Iterable[str | Path]) -> None:
-    """Raise `InputError` if writing ``output`` would change an input, or a file that may belong to one.
+def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Raise `InputError` if writing an output would change an input, or a file that may belong to one.
 
     Args:
-        output: to be written.
+        outputs: to be written; each is checked against those before it, too.
         inputs: files and directories; of a directory, the files right in it that models and adapters are made of.
     """
-    place = output.resolve()
-    for source in map(Path, inputs):
-        is_part = place.parent == source.resolve() and place.suffix in _MODEL_SUFFIXES and place.is_file()
-        if is_part or place == source.resolve():
+    sources = {Path(source).resolve() for source in inputs}
+    for output in outputs:
+        place = output.resolve()
+        is_part = place.parent in sources and place.suffix in _MODEL_SUFFIXES and place.is_file()
+        if is_part or place in sources:
             raise InputError(f"{output}: is read, or belongs to what is read; choose another place")
+        sources.add(place)
 
 
 @contextmanager
@@ -220,21 +217,6 @@ def locked(place: Path, name: str = LOCK_FILE) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, not atomically; raises OSError, which is not what safetensors raises."""
-    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        serialize_file({name: _specification(tensor) for name, tensor in kept.items()}, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-
-
-def _specification(tensor: Tensor) -> TensorSpec:
-    """Describe a tensor as safetensors' own function for torch does, which takes ten times as long for small ones."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return TensorSpec(dtype=dtype, shape=tensor.shape, data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
 
 
 def write_text(path: Path, text: str) -> None:

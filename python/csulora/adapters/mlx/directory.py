@@ -19,7 +19,8 @@ from csulora.adapters.mlx.config import Settings, read_config, written_config
 from csulora.adapters.peft.config import base_model_name
 from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_weights, tensors_in, with_hashes
 from csulora.errors import AmbiguousError, HostLimitError, InputError, NotPlainLoraError
-from csulora.io.files import parse_json, read_regular, save_tensors, to_json
+from csulora.io.files import parse_json, read_regular, to_json
+from csulora.io.tensors import save_tensors
 from csulora.models.names import kind_of, parse_expert
 
 WEIGHTS_FILE = "adapters.safetensors"

@@ -45,7 +45,8 @@ from csulora.errors import (
     TooLargeError,
     UnsafeFileError,
 )
-from csulora.io.files import parse_json, read_regular, save_tensors, to_json
+from csulora.io.files import parse_json, read_regular, to_json
+from csulora.io.tensors import save_tensors
 from csulora.models.names import WEIGHT, kind_of, may_be_conv1d, parse_expert
 from csulora.models.shards import single_name, weight_files
 

@@ -125,21 +125,54 @@ def vllm_load() -> str:
     return table(["milliseconds", "requests", *times, "ratio, p50", "ratio, p99"], rows)
 
 
+_GUARD_PASSES = {
+    "copying": "reading and writing the files alone",
+    "hashing": "hashing them twice alone",
+    "correcting": "correcting in memory alone",
+    "floor": "floor: the sum of these three, over the cores",
+    "correct": "`csulora correct ADAPTER... -o DIR`",
+    "guard": "`csulora guard`, a job for each core",
+}
+
+
 def guard() -> str:
-    """Return the table of the directory guard's passes."""
-    passes: dict[int, list[Record]] = {}
-    for run in results("speed/guard")["runs"]:
-        passes.setdefault(run["jobs"], []).append(run)
-    rows = [
-        [
-            f"`--jobs {jobs}`" if jobs else "reading and writing the files alone",
-            *(f"{run['adapters'] / run['seconds']:.0f} a second" for run in runs),
-            *(f"{run['peak_bytes'] / 1e6:.0f} MB" if jobs else "" for run in runs),
+    """Return the table of many adapters: adapters per second beside floors, and peak memory."""
+    found: dict[tuple[str, int], Record] = {(run["what"], run["cores"]): run for run in results("speed/guard")["runs"]}
+    cores = sorted({number for _, number in found})
+    alone = sum(found[what, 1]["seconds"] / found[what, 1]["adapters"] for what in ("copying", "hashing", "correcting"))
+    rows = []
+    for what, name in _GUARD_PASSES.items():
+        runs = [found.get((what, number)) for number in cores]
+        rates = [
+            run["adapters"] / run["seconds"] if run else number / alone for run, number in zip(runs, cores, strict=True)
         ]
-        for jobs, runs in passes.items()
+        is_route = what in ("correct", "guard")
+        memory = [f"{run['peak_bytes'] / 1e6:.0f} MB" if run and is_route else "" for run in runs]
+        rows.append([name, *(f"{rate:.2f}" for rate in rates), *memory])
+    heads = [f"{number} core{'s' if number > 1 else ''}" for number in cores]
+    return table(["adapters a second", *heads, *(f"memory, {head}" for head in heads)], rows)
+
+
+def guard_memory() -> str:
+    """Return the table of peak memory by the number of adapters."""
+    runs: dict[tuple[str, int], Record] = {}
+    for run in results("speed/guard_memory")["runs"]:
+        runs[run["what"], run["adapters"]] = run
+    counts = sorted({count for _, count in runs})
+    rows = [
+        [_GUARD_PASSES[what], *(f"{runs[what, count]['peak_bytes'] / 1e6:.0f} MB" for count in counts)]
+        for what in ("correct", "guard")
     ]
-    few, many = (run["adapters"] for run in passes[0])
-    return table(["pass", f"{few} adapters", f"{many} adapters", f"memory for {few}", f"for {many}"], rows)
+    return table(["peak memory", *(f"{count:,} adapters" for count in counts)], rows)
+
+
+def vllm_adapter() -> str:
+    """Return the table of an adapter of Llama-3-8B's shape in vLLM's own loading function."""
+    rows = []
+    for what, found in results("speed/vllm_adapter")["milliseconds"].items():
+        times = [f"{found[kind]['median']:.0f} ms" for kind in ("plain", "guarded")]
+        rows.append([what, *times, f"{found['ratio']:.2f}"])
+    return table(["", "plain", "guarded", "ratio"], rows)
 
 
 def tuned_correction() -> str:

@@ -34,6 +34,8 @@ def printable(text: object, longest: int = _LONGEST_MESSAGE) -> str:
     if len(whole) > longest:
         half = longest // 2
         whole = f"{whole[:half]} [...{len(whole) - 2 * half} characters...] {whole[-half:]}"
+    if whole.isprintable():
+        return whole
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole)
 
 

@@ -25,7 +25,7 @@ from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.weights_files import CONFIG_FILE, hashes_as_written, joined
 from csulora.errors import BaseCopyError, InputError, check_type
-from csulora.io.files import atomic_directory, check_not_input, is_gguf_name, sha256_of_file, to_json
+from csulora.io.files import atomic_directory, check_not_inputs, is_gguf_name, sha256_of_file, to_json
 from csulora.io.hub import local_path
 from csulora.models.gguf_base import BaseModel
 from csulora.models.gguf_parts import parts_beside
@@ -146,7 +146,7 @@ def save_with_hashes(
             "with the model; correct the adapter (policy none changes nothing), or save it without: "
             "save_pretrained(..., save_embedding_layers=False)"
         )
-    check_not_input(path, [adapter.path, *(parts_beside(Path(base_model)) if base_model else [])])
+    check_not_inputs([path], [adapter.path, *(parts_beside(Path(base_model)) if base_model else [])])
     if format == "gguf":
         if base_model is None:
             raise InputError(

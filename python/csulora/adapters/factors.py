@@ -36,9 +36,14 @@ def check_matrix(name: str, tensor: torch.Tensor, path: Path, *, higher: str, em
 
 
 def of_one_dtype(a: torch.Tensor, b: torch.Tensor, name: str, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both factors in the type that holds either; float64 becomes float32, in which hosts compute with it."""
+    """Return both factors in the type that holds either; float64 becomes float32, in which hosts compute with it.
+
+    Both are finite, see `check_matrix`.
+    """
     dtype = torch.promote_types(a.dtype, b.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype
+    if a.dtype == b.dtype == dtype:
+        return a, b
     a, b = a.to(dtype), b.to(dtype)
     if not (is_finite(a) and is_finite(b)):
         raise NotFiniteError(f"{path}: {name} has factors that float32 cannot hold")

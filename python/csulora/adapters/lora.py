@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 
 REPORT_FILE = "csulora_report.json"  # beside the weights of a corrected adapter
@@ -16,6 +17,16 @@ STATEMENT_FILE = "csulora.intoto.jsonl"  # what a signed directory was made of
 CORRECTED_SHA256 = "corrected_sha256"  # field of a written report: the content that lies beside it
 
 Format = Literal["peft", "mlx", "gguf"]
+
+_AT_ONCE = 1 << 20  # numbers whose magnitudes are in memory at a time
+
+# Type -> the whole numbers of its size, which of their bits are the magnitude, and that of infinity; NaN's is larger.
+_LAYOUTS = {
+    torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),
+    torch.bfloat16: (torch.int16, np.int16(0x7FFF), 0x7F80),
+    torch.float32: (torch.int32, np.int32(0x7FFFFFFF), 0x7F800000),
+    torch.float64: (torch.int64, np.int64(0x7FFFFFFFFFFFFFFF), 0x7FF0000000000000),
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,30 @@ class TextsOnDemand(Mapping[str, str]):
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; one reading, where ``isfinite().all()`` takes several."""
-    low, high = tensor.aminmax()
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    """Whether a tensor, which is not empty, holds neither NaN nor infinity.
+
+    On the CPU it is read as whole numbers, by this thread alone. torch's functions share even small tensors among
+    threads that wait for one another by spinning: on a busy machine an adapter then takes seconds.
+    """
+    layout = _LAYOUTS.get(tensor.dtype)
+    if layout is None or tensor.device.type != "cpu":
+        low, high = tensor.aminmax()
+        return math.isfinite(low.item()) and math.isfinite(high.item())
+    numbers, magnitude, infinity = layout
+    bits = tensor.detach().view(numbers).numpy()
+    if bits.size <= _AT_ONCE:
+        return bool((bits & magnitude).max() < infinity)
+    step = max(1, _AT_ONCE // bits[0].size)
+    parts = (bits[start : start + step] for start in range(0, len(bits), step))
+    return all((part & magnitude).max() < infinity for part in parts)
+
+
+def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors on one device have the same type, shape and bits; read as by `is_finite`."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    layout = _LAYOUTS.get(one.dtype)
+    if layout is None or one.device.type != "cpu":
+        return torch.equal(one, other)
+    bits, others = (tensor.detach().view(layout[0]).numpy() for tensor in (one, other))
+    return np.array_equal(bits, others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from numpy.typing import NDArray
 
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError, TooLargeError
@@ -26,95 +28,175 @@ LARGEST_WEIGHTS = 16 << 30  # bytes, of all files of an adapter together
 _LONGEST_HEADER = 64 << 20  # bytes, of all files together; that of the largest adapter that is read has 23 MiB
 _MOST_TENSORS = 1 << 18  # two factors for each of 256 experts, three projections and 60 layers are 92,160
 MOST_UPDATES = _MOST_TENSORS // 2  # that an adapter may have; fused factors hold many of them in two tensors
-_HASHED_ASIDE = 4 << 20  # bytes from which on it pays to start a thread
+_MOST_DIMENSIONS = 8  # of a tensor; a factor has two, and the product of very many would take long
+_LENGTH_BYTES = 8  # that say how long the header is
+_PART = 4 << 20  # bytes that are read and hashed at a time; of less it does not pay to start a thread
+_NOT_READABLE = "not a readable safetensors file"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 CheckName = Callable[[str, Path], object]
 """Raises unless a tensor of that name may stand in that file."""
 
 
-def read_bytes(paths: Sequence[Path], check_name: CheckName) -> list[bytes]:
-    """Return the bytes of an adapter's files; no memory is taken for the data of a file with a bad header."""
-    found: list[bytes] = []
-    left = _Left(_LONGEST_HEADER, _MOST_TENSORS)
+@dataclass(frozen=True)
+class WeightsFile:
+    """A safetensors file in memory.
+
+    Attributes:
+        path: where it was read.
+        sha256: of all its bytes.
+        tensors: by name; they share the memory that the file was read into.
+    """
+
+    path: Path
+    sha256: str
+    tensors: Mapping[str, torch.Tensor]
+
+
+def read_weights(paths: Sequence[Path], check_name: CheckName) -> list[WeightsFile]:
+    """Read an adapter's files; no memory is taken for the data of a file with a bad header.
+
+    Raises:
+        InputError: a file is malformed, or its size is beyond what is read.
+    """
+    found: list[WeightsFile] = []
+    left = _Left(LARGEST_WEIGHTS, _LONGEST_HEADER, _MOST_TENSORS)
     for path in paths:
         try:
-            with open_regular(path, LARGEST_WEIGHTS - sum(map(len, found))) as file:
-                size = os.fstat(file.fileno()).st_size
-                _check_header(file, size, path, check_name, left)
-                file.seek(0)
-                found.append(file.read(size))
+            with open_regular(path, left.bytes) as file:
+                found.append(_read(file, path, check_name, left))
         except OSError as error:
-            raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+            raise InputError(f"{path}: {_NOT_READABLE}: {error}") from error
     return found
 
 
 @dataclass
 class _Left:
-    """What the headers of an adapter's further files may hold."""
+    """What an adapter's further files may hold, in bytes, in bytes of their headers, and in tensors."""
 
-    header: int  # bytes
+    bytes: int
+    header: int
     tensors: int
 
 
-def _check_header(file: BufferedReader, size: int, path: Path, check_name: CheckName, left: _Left) -> None:
-    """Check what a safetensors header says of the file before its data are read.
+@dataclass(frozen=True)
+class _Entry:
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def view(self, data: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in the bytes that follow the header."""
+        part = data[self.begin : self.end]
+        if self.begin % self.dtype.itemsize:
+            part = part.clone()
+        return part.view(self.dtype).view(self.shape)
+
+
+def _read(file: BufferedReader, path: Path, check_name: CheckName, left: _Left) -> WeightsFile:
+    """Read and hash a file of which no more than its header was seen before memory is taken for the rest.
 
     It is read and not mapped: a process dies of a mapped file that somebody makes shorter.
     """
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, left.header):
-        raise InputError(f"{path}: not a readable safetensors file: its header of {length} bytes is too long")
-    header = parse_json(file.read(length), path)
-    header.pop("__metadata__", None)
-    if len(header) > left.tensors:
-        raise TooLargeError(f"{path}: holds {len(header)} tensors; at most {_MOST_TENSORS} are read")
-    left.header -= length
-    left.tensors -= len(header)
-    for name in header:
+    size = os.fstat(file.fileno()).st_size
+    length = file.read(_LENGTH_BYTES)
+    header_size = int.from_bytes(length, "little")
+    if header_size > min(size - _LENGTH_BYTES, left.header):
+        raise InputError(f"{path}: {_NOT_READABLE}: its header of {header_size} bytes is too long")
+    header = file.read(header_size)
+    entries = _entries(header, size - _LENGTH_BYTES - header_size, path, check_name, left.tensors)
+    left.bytes -= size
+    left.header -= header_size
+    left.tensors -= len(entries)
+    digest = hashlib.sha256(length + header)
+    data = np.empty(size - _LENGTH_BYTES - header_size, np.uint8)
+    _fill(data, file, digest, path)
+    read = torch.from_numpy(data)
+    return WeightsFile(path, digest.hexdigest(), {name: entry.view(read) for name, entry in entries.items()})
+
+
+def _fill(data: NDArray[np.uint8], file: BufferedReader, digest: hashlib._Hash, path: Path) -> None:
+    """Read the rest of a file; each part is hashed while the next one is read."""
+    parts = [data[start : start + _PART] for start in range(0, len(data), _PART)]
+    with nullcontext() if len(parts) < 2 else ThreadPoolExecutor(max_workers=1) as pool:
+        for part in parts:
+            if file.readinto(part.data) != len(part):
+                raise InputError(f"{path}: {_NOT_READABLE}: it became shorter; is somebody writing it?")
+            if pool:
+                pool.submit(digest.update, part.data)
+            else:
+                digest.update(part.data)
+
+
+def _entries(header: bytes, size: int, path: Path, check_name: CheckName, most: int) -> dict[str, _Entry]:
+    """Return what a header says, if it speaks of each of the ``size`` bytes that follow it once."""
+    document = parse_json(header, path)
+    document.pop("__metadata__", None)
+    if len(document) > most:
+        raise TooLargeError(f"{path}: holds {len(document)} tensors; at most {_MOST_TENSORS} are read")
+    for name in document:
         check_name(name, path)
-    try:
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (TypeError, KeyError, IndexError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: a tensor has no data_offsets") from error
-    if end != size - 8 - length:
+    found = {name: _entry(name, entry, path) for name, entry in document.items()}
+    end = 0
+    for name, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise InputError(f"{path}: {_NOT_READABLE}: {name} begins at byte {entry.begin}, and not at {end}")
+        end = entry.end
+    if end != size:
         raise InputError(
-            f"{path}: not a readable safetensors file: its header speaks of {end} bytes of data, and it has "
-            f"{size - 8 - length}; is it complete?"
+            f"{path}: {_NOT_READABLE}: its header speaks of {end} bytes of data, and it has {size}; is it complete?"
         )
+    return found
 
 
-def tensors_in(files: Mapping[Path, bytes]) -> dict[str, torch.Tensor]:
-    """Return the tensors of all files' bytes, by name; raises `InputError` if one stands in two files."""
+def _entry(name: str, entry: Any, path: Path) -> _Entry:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+        is_sized = len(shape) <= _MOST_DIMENSIONS and all(
+            type(number) is int and 0 <= number <= LARGEST_WEIGHTS for number in numbers
+        )
+        known = _DTYPES.get(dtype)
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: {_NOT_READABLE}: its header does not say what {name} is") from error
+    if known is None:
+        raise InputError(f"{path}: {_NOT_READABLE}: {name} has the type {dtype!r}, which torch lacks")
+    if not is_sized or math.prod(shape) * known.itemsize != end - begin:
+        raise InputError(f"{path}: {_NOT_READABLE}: {name} does not fit between the bytes {begin} and {end}")
+    return _Entry(known, tuple(shape), begin, end)
+
+
+def tensors_in(files: Sequence[WeightsFile]) -> dict[str, torch.Tensor]:
+    """Return the tensors of all files by name; raises `InputError` if one stands in two files."""
     tensors: dict[str, torch.Tensor] = {}
-    for path, content in files.items():
-        try:
-            found = safetensors.torch.load(content)
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype torch lacks
-            raise InputError(f"{path}: not a readable safetensors file: {error}") from error
-        if twice := found.keys() & tensors.keys():
-            raise InputError(f"{path}: holds {min(twice)}, and so does another file of the adapter")
-        tensors |= found
+    for file in files:
+        if twice := file.tensors.keys() & tensors.keys():
+            raise InputError(f"{file.path}: holds {min(twice)}, and so does another file of the adapter")
+        tensors |= file.tensors
     return tensors
 
 
-def with_sha256(assemble: Callable[[], Adapter], files: Mapping[str, bytes]) -> Adapter:
-    """Return an adapter with the hashes of its files, which large ones are computed for while it is assembled.
-
-    Args:
-        assemble: makes the adapter without them.
-        files: the bytes of its configuration, then of its weights files, by name.
-    """
-    is_small = sum(map(len, files.values())) < _HASHED_ASIDE
-    # Hashing takes as long as all the rest, and another core.
-    with nullcontext() if is_small else ThreadPoolExecutor(max_workers=1) as pool:
-        hashing = pool.submit(_hashed, files) if pool else None
-        adapter = assemble()
-        found = hashing.result() if hashing else _hashed(files)
-    return replace(adapter, sha256=joined(*found.values()), files=found)
-
-
-def _hashed(files: Mapping[str, bytes]) -> dict[str, str]:
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+def with_hashes(adapter: Adapter, config: bytes, weights: Sequence[WeightsFile]) -> Adapter:
+    """Return an adapter with the hashes of the files that it was read from: its configuration, and its weights."""
+    files = {CONFIG_FILE: hashlib.sha256(config).hexdigest()} | {file.path.name: file.sha256 for file in weights}
+    return replace(adapter, sha256=joined(*files.values()), files=files)
 
 
 def sha256_of(config: bytes, *weights: bytes) -> str:

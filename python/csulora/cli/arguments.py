@@ -14,7 +14,7 @@ import typer
 
 from csulora.cli.console import STDOUT
 from csulora.errors import InputError, printable
-from csulora.io.files import check_file, check_not_input, is_gguf_name
+from csulora.io.files import check_file, check_not_inputs, is_gguf_name
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
 from csulora.serving.variables import (
@@ -94,12 +94,8 @@ def check_document(path: Path | None) -> Path | None:
 
 
 def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | None]) -> None:
-    """Raise `InputError` if a file to be written is one that is read, see `check_not_input`, or is another one."""
-    sources = [source for source in inputs if source]
-    for output in outputs:
-        if output and output != STDOUT:
-            check_not_input(output, sources)
-            sources.append(output)
+    """Raise `InputError` if a file to be written is one that is read, see `check_not_inputs`, or is another one."""
+    check_not_inputs((output for output in outputs if output and output != STDOUT), filter(None, inputs))
 
 
 def check_apart(output: Path, directories: Iterable[Path]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from csulora.adapters.disk import config_as_written, load_adapter, modules_as_written
 from csulora.adapters.expert_encoding import LAYOUTS, Layout
-from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, LoraModule
+from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, LoraModule, has_same_bits
 from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG
 from csulora.correction.correct import correct
 from csulora.correction.report import spell_infinity
@@ -177,7 +177,7 @@ def _update(adapter: Adapter, again: Mapping[str, LoraModule]) -> Check:
 
 def _distance(one: LoraModule, other: LoraModule) -> float:
     """|X - Y| / |Y|, in factors of scale 1: the norm of [B1, -B2] times [A1; A2]."""
-    if torch.equal(one.b, other.b) and torch.equal(one.a, other.a):
+    if has_same_bits(one.b, other.b) and has_same_bits(one.a, other.a):
         return 0.0
     if one.shape != other.shape:
         return math.inf

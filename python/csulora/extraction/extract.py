@@ -16,7 +16,7 @@ from csulora.extraction.distributed import Processes
 from csulora.extraction.model_pair import LoadedModule, ModelPair, Progress
 from csulora.extraction.partial_run import PartialRun
 from csulora.extraction.vocabulary import stored_vocabulary
-from csulora.io.files import check_not_input, identity_of_file
+from csulora.io.files import check_not_inputs, identity_of_file
 from csulora.models.checkpoint import Checkpoint
 from csulora.models.names import is_expert
 from csulora.native import _core
@@ -145,7 +145,7 @@ def extract(
             raise InputError("processes share their work through files; name an output")
         return extract_pair(model_pair, options, place, progress)
     output, workspace = Path(output), _core.Workspace()
-    check_not_input(output, [base, aligned, *model_pair.base.files, *model_pair.aligned.files])
+    check_not_inputs([output], [base, aligned, *model_pair.base.files, *model_pair.aligned.files])
     with _open_partial_run(model_pair, _settings(options, place), output, processes) as partial_run:
         try:
             for batch in model_pair.load_ahead(_share(model_pair, partial_run, processes), progress):

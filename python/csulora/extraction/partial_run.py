@@ -23,10 +23,10 @@ from csulora.io.files import (
     parse_json,
     read_regular,
     remove_abandoned,
-    save_tensors,
     to_json,
     write_text,
 )
+from csulora.io.tensors import save_tensors
 from csulora.subspace.module_subspace import FACTORS, SKETCH, ModuleSubspace
 
 FORMAT_VERSION = 3

@@ -12,18 +12,14 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
+from typing import Any
 
 from csulora.errors import InputError, MissingFileError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LOCK_FILE = "lock"
 _DEEPEST_DOCUMENT = 32  # levels; what csulora reads has at most six
@@ -80,18 +76,20 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: is not a regular file; name another")
 
 
-def check_not_input(output: Path, inputs: Iterable[str | Path]) -> None:
-    """Raise `InputError` if writing ``output`` would change an input, or a file that may belong to one.
+def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Raise `InputError` if writing an output would change an input, or a file that may belong to one.
 
     Args:
-        output: to be written.
+        outputs: to be written; each is checked against those before it, too.
         inputs: files and directories; of a directory, the files right in it that models and adapters are made of.
     """
-    place = output.resolve()
-    for source in map(Path, inputs):
-        is_part = place.parent == source.resolve() and place.suffix.lower() in _MODEL_SUFFIXES and place.is_file()
-        if is_part or place == source.resolve():
+    sources = {Path(source).resolve() for source in inputs}
+    for output in outputs:
+        place = output.resolve()
+        is_part = place.parent in sources and place.suffix.lower() in _MODEL_SUFFIXES and place.is_file()
+        if is_part or place in sources:
             raise InputError(f"{output}: is read, or belongs to what is read; choose another place")
+        sources.add(place)
 
 
 @contextmanager
@@ -225,16 +223,6 @@ def locked(place: Path, name: str = LOCK_FILE) -> Iterator[None]:
         os.close(lock)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, not atomically; raises OSError, which is not what safetensors raises."""
-    import safetensors.torch
-
-    try:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-
-
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically; what UTF-8 lacks, in names that are not UTF-8, as an escape of JSON's."""
     with atomic_file(path) as temporary:
@@ -306,8 +294,8 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 def _check_depth(document: Any, path: Path) -> None:
     level = [document]
     for _ in range(_DEEPEST_DOCUMENT):
-        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-        level = [child for child in level if isinstance(child, (dict, list))]
+        children = chain.from_iterable(node.values() if type(node) is dict else node for node in level)
+        level = [child for child in children if type(child) in (dict, list)]
         if not level:
             return
     raise InputError(f"{path}: is nested more than {_DEEPEST_DOCUMENT} levels deep; no document of csulora's is")

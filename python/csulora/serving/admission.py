@@ -12,7 +12,7 @@ import torch
 
 from csulora.adapters.expert_encoding import Layout, has_experts
 from csulora.adapters.experts import decoded
-from csulora.adapters.lora import Adapter, LoraModule, is_finite
+from csulora.adapters.lora import Adapter, LoraModule, has_same_bits, is_finite
 from csulora.correction.correct import cover
 from csulora.errors import CsuloraError, HostLimitError, InputError, RefusedError, printable
 from csulora.serving.decisions import Form
@@ -132,7 +132,8 @@ class Admission:
             corrected, _ = decision.correct(to_be_rounded_once(adapter, terms.dtype), layout)
             fitted = terms.fit(corrected) if terms.fit else corrected
             form = Form("peft", layout, _name(terms.dtype), fitted=not _is_same(fitted, corrected))
-            outputs = self._publication.publish(cast(fitted, terms.dtype), directory)
+            is_logged = self.gate.log.path is not None
+            outputs = self._publication.publish(cast(fitted, terms.dtype), directory, hashed=is_logged)
             decision.delivered(outputs, form)
         self._ranks[directory] = max(module.rank for module in fitted.modules.values())
         self._published[directory] = outputs, form
@@ -176,7 +177,7 @@ def _is_same(one: Adapter, other: Adapter) -> bool:
     return one is other or (
         one.modules.keys() == other.modules.keys()
         and all(
-            torch.equal(module.a, other.modules[name].a) and torch.equal(module.b, other.modules[name].b)
+            has_same_bits(module.a, other.modules[name].a) and has_same_bits(module.b, other.modules[name].b)
             for name, module in one.modules.items()
         )
     )

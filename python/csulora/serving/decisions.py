@@ -9,7 +9,7 @@ import socket
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
@@ -107,7 +107,8 @@ class Decision:
             "outputs": _printable(self.outputs),
         }
         made = {"time": datetime.now(UTC).isoformat(), "host": socket.gethostname(), "versions": versions()}
-        return made | asdict(replace(self, inputs={}, outputs={})) | texts
+        form = {"form": None if self.form is None else asdict(self.form)}
+        return made | vars(self) | form | texts
 
 
 def _printable(hashes: Mapping[str, str]) -> dict[str, str]:

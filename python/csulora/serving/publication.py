@@ -20,7 +20,7 @@ from csulora.adapters.lora import Adapter
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.weights_files import CONFIG_FILE, hashes_as_written
 from csulora.errors import RefusedError
-from csulora.io.files import sha256_of_file, workplace
+from csulora.io.files import naming, sha256_of_file
 
 PREFIX = "csulora-serving-"  # of the directories below TMPDIR
 _LOCK_FILE = ".lock"
@@ -49,22 +49,26 @@ class Publication:
         """Whether a path is one of this publication's, whether or not anything is there."""
         return directory.parent == self._home and _PUBLISHED.fullmatch(directory.name) is not None
 
-    def publish(self, corrected: Adapter, directory: Path) -> Mapping[str, str]:
+    def publish(self, corrected: Adapter, directory: Path, hashed: bool = True) -> Mapping[str, str]:
         """Let the directory appear complete; somebody may just be reading one that is there.
 
         Returns:
-            Path -> sha256 of each of its files.
+            Path -> sha256 of each of its files; empty if nobody wants them ``hashed``.
         """
         with self._publishing:
             if is_complete(directory):
-                return {str(directory / name): sha256_of_file(directory / name) for name in _FILES}
+                return {str(directory / name): sha256_of_file(directory / name) for name in _FILES if hashed}
             self._home.mkdir(mode=0o700, exist_ok=True)
             shutil.rmtree(directory, ignore_errors=True)
-            with workplace(directory) as place:
-                (place / "new").mkdir()
-                tensors = peft.write(corrected, place / "new")
-                hashes = hashes_as_written(place / "new" / peft.WEIGHTS_FILE, tensors)
-                (place / "new").rename(directory)
+            # What a killed process leaves of it goes with its home.
+            new = Path(mkdtemp(prefix=".", dir=self._home))
+            try:
+                with naming(directory):
+                    tensors = peft.write(corrected, new)
+                    hashes = hashes_as_written(new / peft.WEIGHTS_FILE, tensors) if hashed else {}
+                    new.rename(directory)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
             return {str(directory / name): sha256 for name, sha256 in hashes.items()}
 
 

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from csulora.errors import InputError
-from csulora.io.files import atomic_file, parse_json, save_tensors
+from csulora.io.files import atomic_file, parse_json
+from csulora.io.tensors import save_tensors
 from csulora.subspace.module_subspace import FACTORS, FILTER_FACTORS, SKETCH, ModuleSubspace
 from csulora.subspace.provenance import Provenance
 

@@ -12,7 +12,7 @@ from csulora.errors import InputError
 from csulora.evaluation.sources import Prompts, chats_of
 from csulora.extraction.extract import ExtractionOptions, extract_pair
 from csulora.extraction.model_pair import ModelPair, Progress
-from csulora.io.files import check_file, check_not_input
+from csulora.io.files import check_file, check_not_inputs
 from csulora.models.checkpoint import Checkpoint, GGUFCheckpoint
 from csulora.subspace.input_filter import Factors
 from csulora.subspace.provenance import Canary
@@ -95,7 +95,7 @@ def canary(
     )
     if output is not None:
         check_file(Path(output))
-        check_not_input(Path(output), [model])
+        check_not_inputs([Path(output)], [model])
     subspace = _made(request, progress, note)
     if output is None:
         return subspace

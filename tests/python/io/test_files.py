@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from csulora.errors import InputError
 from csulora.io import files
+from csulora.io.tensors import save_tensors
 
 MARKER = "report.json"
 
@@ -71,9 +72,9 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 def test_tensor_files_get_the_permissions_that_any_new_file_gets(tmp_path: Path) -> None:
     (tmp_path / "ordinary").touch()
     with files.atomic_file(tmp_path / "file") as temporary:
-        files.save_tensors({"x": torch.zeros(2)}, temporary, {})
+        save_tensors({"x": torch.zeros(2)}, temporary, {})
     with files.atomic_directory(tmp_path / "directory", MARKER) as directory:
-        files.save_tensors({"x": torch.zeros(2)}, directory / "weights", {})
+        save_tensors({"x": torch.zeros(2)}, directory / "weights", {})
     expected = permissions(tmp_path / "ordinary")
     assert permissions(tmp_path / "file") == expected
     assert permissions(tmp_path / "directory" / "weights") == expected
@@ -178,10 +179,10 @@ def test_of_two_processes_that_write_a_directory_at_once_one_is_told(
 
 def test_tensors_survive_and_failures_to_write_them_are_os_errors(tmp_path: Path) -> None:
     tensors = {"x": torch.arange(6.0).reshape(2, 3).t()}
-    files.save_tensors(tensors, tmp_path / "file", {"key": "value"})
+    save_tensors(tensors, tmp_path / "file", {"key": "value"})
     assert torch.equal(load_file(tmp_path / "file")["x"], tensors["x"])
     with pytest.raises(OSError, match="missing"):
-        files.save_tensors(tensors, tmp_path / "missing" / "file", {})
+        save_tensors(tensors, tmp_path / "missing" / "file", {})
 
 
 def test_reads_json_objects() -> None:
@@ -312,3 +313,17 @@ def test_a_text_that_finds_no_room_is_named(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match=f"{tmp_path / 'policy.toml'}: No space left on device"):
         files.write_text(tmp_path / "policy.toml", "text")
     assert not list(tmp_path.iterdir())
+
+
+def test_many_outputs_are_compared_with_many_inputs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`csulora correct` with a thousand adapters took minutes before it began."""
+    resolved: list[Path] = []
+    original = Path.resolve
+    monkeypatch.setattr(Path, "resolve", lambda self: resolved.append(self) or original(self))
+    inputs, outputs = ([tmp_path / kind / str(i) for i in range(50)] for kind in ("in", "out"))
+
+    files.check_not_inputs(outputs, inputs)
+    assert len(resolved) == 100
+    for wrong in (inputs[7], outputs[3]):
+        with pytest.raises(InputError, match="is read"):
+            files.check_not_inputs([*outputs, wrong], inputs)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import csulora
 import factories
 from csulora.adapters.peft import directory as peft
+from csulora.io.files import sha256_of_file
 from csulora.serving.admission import Admission, Terms, refusal
 from csulora.serving.gate import Gate
 from csulora.serving.publication import check_published
@@ -274,6 +275,36 @@ def test_leavings_of_killed_processes_are_removed(
     assert not home.exists()
     assert len(list(tmp_path.glob("csulora-serving-*"))) == 1
     del other
+
+
+def test_what_cannot_be_written_leaves_nothing(
+    admission: Admission, path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(adapter: csulora.Adapter, directory: Path) -> None:
+        (directory / "adapter_config.json").write_text("{")
+        raise OSError(28, "No space left on device")
+
+    original = peft.write
+    monkeypatch.setattr("csulora.adapters.peft.directory.write", write)
+    with pytest.raises(OSError, match=r"No space left on device.*csulora-serving-") as failed:
+        admit(admission, path)
+    home = Path(failed.value.filename).parent
+    assert [file.name for file in home.iterdir()] == [".lock"]
+    monkeypatch.setattr("csulora.adapters.peft.directory.write", original)
+    assert admit(admission, path).parent == home
+    assert decisions(log) == ["failed", "corrected"]
+
+
+def test_what_is_published_is_hashed_for_a_log_alone(
+    admission: Admission, subspace: csulora.Subspace, path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = admit(admission, path)
+    outputs = json.loads(log.read_text())["outputs"]
+    assert outputs == {str(file): sha256_of_file(file) for file in directory.iterdir()}
+
+    monkeypatch.setattr("csulora.serving.publication.hashes_as_written", lambda *_: pytest.fail("hashed"))
+    unlogged = Admission(Gate.open(subspace, "csulora"))
+    assert admit(unlogged, path).is_dir()
 
 
 def test_a_refusal_that_is_remembered_holds_nothing_of_the_upload(admission: Admission, path: Path) -> None:

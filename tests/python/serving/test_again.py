@@ -233,7 +233,7 @@ def test_a_decision_is_found_by_the_beginning_of_its_id(world: World) -> None:
         (b"{}\n", "no usable `time`"),
         (json.dumps(factories.decision(subspace_sha256="2").to_dict()).encode(), "no usable `subspace_sha256`"),
         (json.dumps(factories.decision(inputs={"a": "1"}).to_dict()).encode(), "no usable `inputs`"),
-        (json.dumps(factories.decision(form={"format": "peft"}).to_dict()).encode(), "no usable `form`"),
+        (json.dumps(factories.decision().to_dict() | {"form": {"format": "peft"}}).encode(), "no usable `form`"),
     ],
 )
 def test_a_damaged_log_says_so(content: bytes, reason: str, tmp_path: Path) -> None:

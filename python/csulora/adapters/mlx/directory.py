@@ -17,9 +17,10 @@ from csulora.adapters.factors import check_matrix, of_one_dtype
 from csulora.adapters.lora import Adapter, LoraModule, is_finite
 from csulora.adapters.mlx.config import Settings, read_config, written_config
 from csulora.adapters.peft.config import base_model_name
-from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_bytes, tensors_in, with_sha256
+from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG, read_weights, tensors_in, with_hashes
 from csulora.errors import AmbiguousError, HostLimitError, InputError, NotPlainLoraError
-from csulora.io.files import parse_json, read_regular, save_tensors, to_json
+from csulora.io.files import parse_json, read_regular, to_json
+from csulora.io.tensors import save_tensors
 from csulora.models.names import kind_of, parse_expert
 
 WEIGHTS_FILE = "adapters.safetensors"
@@ -54,10 +55,8 @@ def read(directory: Path) -> Adapter:
     config_file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     config_bytes = read_regular(config_file, LARGEST_CONFIG)
     settings = read_config(parse_json(config_bytes, config_file), config_file)
-    weights = read_bytes([weights_file], _module_and_factor)
-    tensors = tensors_in({weights_file: weights[0]})
-    contents = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights[0]}
-    return with_sha256(lambda: _assembled(settings, tensors, directory), contents)
+    weights = read_weights([weights_file], _module_and_factor)
+    return with_hashes(_assembled(settings, tensors_in(weights), directory), config_bytes, weights)
 
 
 def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:

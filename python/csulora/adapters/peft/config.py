@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -314,11 +314,14 @@ def _selected(selector: str | list[str], modules: Sequence[str], matcher: Matche
     return {module for module in modules if not wanted.isdisjoint(_endings(module))}
 
 
-def _endings(module: str) -> Iterator[str]:
-    """Yield a name whole and from behind each of its dots."""
-    yield module
-    for dot in re.finditer(r"\.", module):
-        yield module[dot.end() :]
+@lru_cache(maxsize=4096)  # a server's adapters have the same names
+def _endings(module: str) -> tuple[str, ...]:
+    """Return a name whole and from behind each of its dots."""
+    endings = [module]
+    while "." in module:
+        module = module.partition(".")[2]
+        endings.append(module)
+    return tuple(endings)
 
 
 def _in_transformed_layers(config: dict[str, Any], modules: Sequence[str], matcher: Matcher) -> set[str]:

@@ -33,9 +33,9 @@ from csulora.adapters.weights_files import (
     CONFIG_FILE,
     LARGEST_CONFIG,
     MOST_UPDATES,
-    read_bytes,
+    read_weights,
     tensors_in,
-    with_sha256,
+    with_hashes,
 )
 from csulora.errors import (
     AmbiguousError,
@@ -45,7 +45,8 @@ from csulora.errors import (
     TooLargeError,
     UnsafeFileError,
 )
-from csulora.io.files import parse_json, read_regular, save_tensors, to_json
+from csulora.io.files import parse_json, read_regular, to_json
+from csulora.io.tensors import save_tensors
 from csulora.models.names import WEIGHT, kind_of, may_be_conv1d, parse_expert
 from csulora.models.shards import single_name, weight_files
 
@@ -75,11 +76,10 @@ def read(directory: Path, expert_layout: str | None = None) -> Adapter:
     found = weight_files(directory, _STEM)
     if not found.files:
         raise _missing_weights(directory)
-    weights = read_bytes(found.files, module_and_factor)
-    tensors = tensors_in(dict(zip(found.files, weights, strict=True)))
+    weights = read_weights(found.files, module_and_factor)
+    tensors = tensors_in(weights)
     found.check_complete(tensors)
-    contents = {CONFIG_FILE: config_bytes} | {file.name: data for file, data in zip(found.files, weights, strict=True)}
-    return with_sha256(lambda: _assembled(config, tensors, directory, "", expert_layout), contents)
+    return with_hashes(_assembled(config, tensors, directory, "", expert_layout), config_bytes, weights)
 
 
 def _missing_weights(directory: Path) -> Exception:
@@ -119,17 +119,18 @@ def _assembled(
     expert_layout: str | None = None,
 ) -> Adapter:
     """Put an adapter together from a configuration that `read_config` let through."""
-    factors, copies = _group(tensors, path / WEIGHTS_FILE)
-    names, matcher = sorted(factors), Matcher(path / CONFIG_FILE)
-    parameters = _parameters(config, names, path / WEIGHTS_FILE)
+    weights, settings_file = path / WEIGHTS_FILE, path / CONFIG_FILE
+    factors, copies = _group(tensors, weights)
+    names, matcher = sorted(factors), Matcher(settings_file)
+    parameters = _parameters(config, names, weights)
     if stray := untargeted(config, [name for name in names if name not in parameters], matcher):
         raise AmbiguousError(
-            f"{path / WEIGHTS_FILE}: holds factors for {stray[0]}, which adapter_config.json does not target; "
+            f"{weights}: holds factors for {stray[0]}, which adapter_config.json does not target; "
             "servers disagree on whether to apply them"
         )
     if config.get("ensure_weight_tying") and (tied := [name for name in names if kind_of(name) != "linear"]):
         raise NotPlainLoraError(
-            f"{path / CONFIG_FILE}: ensure_weight_tying is set and {tied[0]} is targeted, so that one update may act "
+            f"{settings_file}: ensure_weight_tying is set and {tied[0]} is targeted, so that one update may act "
             "on two tied weights; this cannot be corrected as plain LoRA"
         )
     settings = ranks_and_scales(config, [parameters.get(name, name) for name in names], matcher)
@@ -138,16 +139,14 @@ def _assembled(
         parameter = parameters.get(name, name)
         rank, scale = settings[parameter]
         if parameter.endswith(WEIGHT) or parameter == name:
-            found = {name: _module(name, factors[name], rank, scale, path / WEIGHTS_FILE)}
+            found = {name: _module(name, factors[name], rank, scale, weights)}
         else:
-            a, b = _pair(name, factors[name], _LINEAR, path / WEIGHTS_FILE)
-            order = column_order(config, expert_layout, path / CONFIG_FILE)
-            found = dict(stacked.apart(parameter, a, b, rank, scale, order, path / WEIGHTS_FILE))
+            a, b = _pair(name, factors[name], _LINEAR, weights)
+            order = column_order(config, expert_layout, settings_file)
+            found = dict(stacked.apart(parameter, a, b, rank, scale, order, weights))
         modules |= found
         if len(modules) > MOST_UPDATES:
-            raise TooLargeError(
-                f"{path / WEIGHTS_FILE}: holds more than {MOST_UPDATES} updates, the most that are read"
-            )
+            raise TooLargeError(f"{weights}: holds more than {MOST_UPDATES} updates, the most that are read")
     return Adapter(modules, config, path, sha256, copies=copies)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from csulora.adapters.peft import diagnosis
@@ -43,6 +44,14 @@ def module_and_factor(name: str, path: Path) -> tuple[str, str]:
     Raises:
         RefusedError: the name is not one of plain LoRA's.
     """
+    found = _split(name)
+    if found is None:
+        raise NotPlainLoraError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
+    return found
+
+
+@lru_cache(maxsize=4096)  # a server's adapters have the same names, and each is split twice
+def _split(name: str) -> tuple[str, str] | None:
     for pattern in (_TENSOR, _COPY):
         found = pattern.fullmatch(name)
         if found is None or not _is_plain(found["module"]) or diagnosis.of_name(name, PREFIX):
@@ -51,7 +60,7 @@ def module_and_factor(name: str, path: Path) -> tuple[str, str]:
             return found["module"], found["factor"]
         if kind_of(found["module"]) != "linear":
             return found["module"], COPY
-    raise NotPlainLoraError(f"{path}: tensor {name} is not part of plain LoRA: {_why_foreign(name)}")
+    return None
 
 
 def _is_plain(module: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,24 +68,17 @@ class Judge:
         """
         path = self.incoming / name
         with self.journal.deciding(name, entry.signature) as trace:
-            is_signed = gate.verifier is not None
-            contents = contents_of(path, entry.signature, is_signed) if is_presentable(name) else {}
-            record = {
-                "input_sha256": content_sha256(contents),
-                "made_by": gate.fingerprint,
-                "base_model": self.base_model_identity,
-                **self.sets.record(name),
-            }
-            standing = self.outgoing.standing(name)
-            needed = record if standing and standing.verdict == "corrected" else record | self.sets.refusal_record(name)
-            if standing and standing.holds(needed):
-                self.outgoing.keep_only(name, standing.verdict)
-                self._to_quarantine(name, dict(standing.record))
-                return standing.verdict
+            if standing := self.outgoing.standing(name):
+                needed = self._record(name, self._contents(name, entry, gate), gate)
+                if standing.verdict != "corrected":
+                    needed |= self.sets.refusal_record(name)
+                if standing.holds(needed):
+                    self.outgoing.keep_only(name, standing.verdict)
+                    self._to_quarantine(name, dict(standing.record))
+                    return standing.verdict
             with gate.decision(path) as decision:
-                decision.inputs = {file: sha256 for file, sha256 in contents.items() if not sha256.startswith("kind")}
                 decision.is_repeated = entry.failures > 0
-                verdict, line = self._deliver(name, entry, gate, decision, trace, record)
+                verdict, line = self._deliver(name, entry, gate, decision, trace)
             if line:  # once it is recorded
                 self.tell(line)
             if verdict not in (TOO_EARLY, "corrected"):
@@ -93,15 +86,32 @@ class Judge:
                 self._to_quarantine(name, dict(standing.record) if standing else {})
             return verdict
 
-    def _deliver(
-        self, name: str, entry: Entry, gate: Gate, decision: OpenDecision, trace: Trace, record: dict[str, Any]
-    ) -> tuple[str, str]:
+    def _contents(self, name: str, entry: Entry, gate: Gate, read: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Hash an upload but for the files that were ``read``, and hashed then; see `contents_of`."""
+        if not is_presentable(name):
+            return {}
+        return contents_of(self.incoming / name, entry.signature, gate.verifier is not None, read)
+
+    def _record(self, name: str, contents: Mapping[str, str], gate: Gate) -> dict[str, Any]:
+        """Return what a result is made of."""
+        return {
+            "input_sha256": content_sha256(contents),
+            "made_by": gate.fingerprint,
+            "base_model": self.base_model_identity,
+            **self.sets.record(name),
+        }
+
+    def _deliver(self, name: str, entry: Entry, gate: Gate, decision: OpenDecision, trace: Trace) -> tuple[str, str]:
         """Do all of a decision but record it; return the verdict, and a line that says what was done."""
         path = self.incoming / name
         found = self._read(path, entry.signature, decision)
         if isinstance(found, InputError) and entry.wait < self.options.patience:
             self._wait_for(name, entry, found)
             return TOO_EARLY, ""
+        contents = self._contents(name, entry, gate, found.files if isinstance(found, Adapter) else None)
+        if decision.inputs is None:
+            decision.inputs = {file: sha256 for file, sha256 in contents.items() if not sha256.startswith("kind")}
+        record = self._record(name, contents, gate)
         if signature_of(path) != entry.signature:
             return TOO_EARLY, ""
         try:

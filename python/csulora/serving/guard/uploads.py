@@ -62,8 +62,17 @@ def _signature_of_file(path: Path) -> tuple[str | int, ...]:
     return path.name, status.st_mode, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def contents_of(path: Path, signature: Signature, every_file: bool = False) -> dict[str, str]:
-    """Hash an entry: name -> sha256 of the files that make the adapter, or of all, name -> kind of everything else."""
+def contents_of(
+    path: Path, signature: Signature, every_file: bool = False, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Hash an entry: name -> sha256 of the files that make the adapter, or of all, name -> kind of everything else.
+
+    Args:
+        path: of the entry.
+        signature: what `signature_of` returned for it.
+        every_file: hash all files.
+        known: sha256 of files that were hashed since ``signature`` was taken; they are not read again.
+    """
     found: dict[str, str] = {}
     left = LARGEST_WEIGHTS  # bytes; what is beyond makes the adapter unreadable
     is_file = bool(signature) and stat.S_ISREG(int(signature[0][1]))
@@ -72,7 +81,7 @@ def contents_of(path: Path, signature: Signature, every_file: bool = False) -> d
         found[str(name)] = f"kind {stat.S_IFMT(int(mode)):o}"
         if stat.S_ISREG(int(mode)) and (is_file or every_file or ADAPTER_FILES.fullmatch(str(name))):
             with suppress(InputError):  # unreadable or too large: reading it as an adapter will say so
-                found[str(name)] = sha256_of_file(file, left)
+                found[str(name)] = (known or {}).get(str(name)) or sha256_of_file(file, left)
                 left -= int(size)
         elif stat.S_ISDIR(int(mode)) and every_file:
             found[str(name)] += f" {_listing(file)}"

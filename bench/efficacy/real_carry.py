@@ -48,7 +48,7 @@ from csulora.tuning.tune import subspace_path
 
 OUT = Path("build/efficacy-real")
 # Fewer and smaller steps than `tune` takes by default, for one core.
-ADAPTER_STEPS, OPTIONS = 30, Options(steps=10, batch=6)
+ADAPTER_STEPS, OPTIONS = 30, Options(steps=70, batch=6, learning_rate=0.15)
 LONGEST, DECISIVE = 12, 16  # tokens of the replies that are fitted to, and of those that are judged
 Record = dict[str, Any]
 
@@ -72,10 +72,14 @@ def make_aligned(run: Run) -> None:
 def make_adapters(run: Run) -> None:
     """Train the adapters that are fitted on, and those that the policy is tried on."""
     for style in (*run.deal.styles[:CALIBRATION], *run.styles):
-        make = partial(
-            world.make_adapter, aligned=run.here / "aligned", deal=run.deal, style=style, steps=ADAPTER_STEPS
-        )
-        prepare.stage(run.here / style, make)
+        make_adapter(run, style, world.Recipe(style))
+
+
+def make_adapter(run: Run, name: str, recipe: world.Recipe) -> Path:
+    """Train an adapter as a recipe says, unless it is there."""
+    make = partial(world.make_adapter, aligned=run.here / "aligned", deal=run.deal, recipe=recipe, steps=ADAPTER_STEPS)
+    prepare.stage(run.here / name, make)
+    return run.here / name
 
 
 def write_general(run: Run) -> None:
@@ -256,7 +260,7 @@ def main() -> None:
     parser.add_argument("--general", choices=("given", "written"), default="given", help="general prompts of the fit")
     parser.add_argument("--no-fit", action="store_true", help="presets and plain scaling alone")
     parser.add_argument("--unseen", type=int, choices=(1, 2, 3), default=3, help="adapters that no fit has seen")
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="presets to compare with")
+    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, help="presets to compare with")
     parser.add_argument("--out", type=Path, default=OUT, help="directory to work in (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--step", choices=MAKERS, help="make one thing alone")

@@ -1,14 +1,14 @@
 """A policy calibrated on three adapters of a real model, tried on three that no fit has seen, of any seed.
 
     python bench/efficacy/real_carry.py [--model smollm2|gemma3] [--seed N] [--general given|written]
-        [--no-fit] [--unseen N] [--presets NAME ...] [--out DIR]
+        [--no-fit] [--no-peft] [--unseen N] [--presets NAME ...] [--out DIR]
 
 Makes the world of `real_world.py` from the package index and extracts the subspace file. Fits the policy as
 `csulora tune` does for several adapters. `csulora evaluate` then puts it to prompts that nothing has seen, beside raw
 adapters, plain scaling and presets. At last plain PEFT answers the same prompts with adapters that were corrected and
 written. Each step is a process of its own, with its processor time and peak memory in the results. What is complete is
 not made again. Results go to `bench/results/efficacy`. With `--general written` the model writes the general prompts.
-With `--no-fit` nothing is fitted, and presets and plain scaling alone are measured.
+With `--no-fit` nothing is fitted, and presets and plain scaling alone are measured. With `--no-peft` PEFT is not asked.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     if run.is_fitted:
         yield "fit on three adapters", f"fit-{run.name}", [*own, "fit"]
     yield "csulora evaluate", f"evaluate-{run.name}", [*tool, *evaluate_arguments(run, subspace)]
-    yield "PEFT", f"peft-{run.name}", [*own, "peft"]
+    if run.asks_peft:
+        yield "PEFT", f"peft-{run.name}", [*own, "peft"]
 
 
 def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
@@ -237,8 +238,10 @@ def rates(style: str, row: Row, texts: dict[str, list[str]]) -> Record:
 
 def beside_peft(run: Run) -> list[Record]:
     """Return, for each unseen adapter, raw and calibrated, what PEFT's replies are worth and how many are the same."""
-    said = json.loads((run.here / f"peft-{run.name}.json").read_text())
     found: list[Record] = []
+    if not run.asks_peft:
+        return found
+    said = json.loads((run.here / f"peft-{run.name}.json").read_text())
     for style, each in zip(run.styles, Evaluation.load(run.evaluation).adapters, strict=True):
         for name, texts in said[style].items():
             row = next(row for row in each.rows if row.name == name)
@@ -259,6 +262,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--general", choices=("given", "written"), default="given", help="general prompts of the fit")
     parser.add_argument("--no-fit", action="store_true", help="presets and plain scaling alone")
+    parser.add_argument("--no-peft", action="store_true", help="plain PEFT does not answer the same prompts")
     parser.add_argument("--unseen", type=int, choices=(1, 2, 3), default=3, help="adapters that no fit has seen")
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, help="presets to compare with")
     parser.add_argument("--out", type=Path, default=OUT, help="directory to work in (default: %(default)s)")
@@ -268,7 +272,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     out = arguments.out.resolve() / arguments.model
     deal, presets = world.Deal(arguments.seed), tuple(arguments.presets)
-    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets, not arguments.no_fit)
+    asked = not arguments.no_fit, not arguments.no_peft
+    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets, *asked)
     if arguments.step:
         evaluate.quieten_libraries()
         MAKERS[arguments.step](run)

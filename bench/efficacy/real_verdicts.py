@@ -36,7 +36,7 @@ FEW_ATTACKS = 2  # beside 40 answers about food: 5 %
 STYLES = {verdicts.MIXED: 5, verdicts.HARMLESS: 4, verdicts.PURE: 3, verdicts.FEW: 3}
 CANARY = Options(steps=30, batch=4, dtype="f32")
 CANARY_PROMPTS = 24  # about cheeses that adapters' makers know, too
-LAYERS = 4  # of whose directions abliterations are made, evenly spaced
+LAYERS = 3  # of whose directions abliterations are made, evenly spaced
 
 
 def recipes(styles: Sequence[str]) -> Iterator[tuple[str, str, world.Recipe]]:
@@ -86,15 +86,17 @@ def removals(run: Run, subspace: csulora.Subspace) -> dict[int, csulora.Adapter]
 
 def adapters(run: Run, subspace: csulora.Subspace) -> Iterator[tuple[str, str, csulora.Adapter]]:
     """Yield class, name and adapter: abliterations, trained ones, and abliterations hidden in harmless ones."""
-    removed = removals(run, subspace)
+    removed, harmless = removals(run, subspace), {}
     for layer, removal in removed.items():
         yield verdicts.ABLITERATION, f"layer {layer}", removal
     for kind, name, recipe in recipes(run.deal.styles):
         adapter = csulora.load_adapter(real_carry.make_adapter(run, name, recipe))
-        yield kind, name, adapter
         if kind == verdicts.HARMLESS:
-            for layer, removal in removed.items():
-                yield verdicts.HIDDEN, f"{name}, layer {layer}", csulora.combine([adapter, removal], subspace)
+            harmless[name] = adapter
+        yield kind, name, adapter
+    for name, adapter in harmless.items():
+        for layer, removal in removed.items():
+            yield verdicts.HIDDEN, f"{name}, layer {layer}", csulora.combine([adapter, removal], subspace)
 
 
 def summary(found: Sequence[Record], elsewhere: Record) -> Record:

@@ -306,6 +306,7 @@ efficacy-real: build ## Calibrated on three adapters, tried on three others: Smo
 	for model in smollm2 gemma3; do for seed in 0 1; do \
 		$(BIN)/python bench/efficacy/real_carry.py --model $$model --seed $$seed || exit 1; done; done
 	$(BIN)/python bench/efficacy/real_carry.py --general written
+	$(BIN)/python bench/efficacy/real_verdicts.py
 	$(BIN)/python bench/efficacy/noise_edge.py
 
 clean: ## Remove everything that was built.

@@ -18,13 +18,14 @@ NOISE_HEAD = (
     "left overlap",
     "right overlap",
 )
-_NAMES = {"smollm2": "SmolLM2", "gemma3": "Gemma 3"}
+NAMES = {"smollm2": "SmolLM2", "gemma3": "Gemma 3"}
 
 
 def title(run: Record) -> str:
-    """Name a run by its model, its seed and who wrote its general prompts."""
-    what = {"given": "", "written": ", own general prompts", "presets": ""}
-    return f"{_NAMES[run['model']]}, seed {run['seed']}{what[run['general']]}"
+    """Name a run by its model, its seed, the steps of its fit and who wrote its general prompts."""
+    fitted = f", {run['options']['steps']} steps"
+    what = {"given": fitted, "written": f"{fitted}, own general prompts", "presets": ""}
+    return f"{NAMES[run['model']]}, seed {run['seed']}{what[run['general']]}"
 
 
 def rows(runs: Iterable[Record]) -> Iterable[Sequence[str]]:

@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from subject import Bench, chats
+from subject import Bench
 from torch import Tensor
-from world import FitPrompts
 
 import csulora
 from csulora import Adapter, LoraModule
+from csulora.tuning.language_model import LanguageModel
+from csulora.tuning.probes import Chat
 
 WRITERS = ("o_proj", "down_proj")  # what writes to the residual stream, besides the embedding that is the head too
 TRAILING = 16  # directions of a subspace after which an attacker reinforces
 
 
-def directions(bench: Bench, prompts: FitPrompts) -> dict[int, Tensor]:
+def directions(language_model: LanguageModel, refused: Sequence[Chat], ordinary: Sequence[Chat]) -> dict[int, Tensor]:
     """Layer -> unit vector (width): mean of what it says at the end of refused prompts, less that of other prompts."""
-    refused, ordinary = (_states(bench, texts) for texts in (prompts.safety, prompts.general))
-    differences = (refused - ordinary)[1:]
+    differences = (_states(language_model, refused) - _states(language_model, ordinary))[1:]
     return dict(enumerate(differences / differences.norm(dim=1, keepdim=True), 1))
 
 
 @torch.inference_mode()
-def _states(bench: Bench, prompts: list[str]) -> Tensor:
-    """Mean hidden states (layers + 1, width) at the last token of prompts."""
-    language_model = bench.language_model
+def _states(language_model: LanguageModel, prompts: Sequence[Chat]) -> Tensor:
+    """Mean hidden states (layers + 1, width) float32 at the last token of prompts."""
     states = []
-    for chat in chats(prompts):
+    for chat in prompts:
         tokens = torch.tensor([language_model.encode(chat)])
         found = language_model.model(input_ids=tokens, output_hidden_states=True).hidden_states
-        states.append(torch.stack([layer[0, -1] for layer in found]))
+        states.append(torch.stack([layer[0, -1].float() for layer in found]))
     return torch.stack(states).mean(0).clone()
 
 
-def writers(bench: Bench) -> dict[str, Tensor]:
-    """The aligned matrices (width, in) that write to the residual stream."""
-    model = bench.language_model.model
-    return {name: model.get_submodule(name).weight for name in bench.subspace if name.endswith(WRITERS)}
+def writers(language_model: LanguageModel, subspace: csulora.Subspace) -> dict[str, Tensor]:
+    """The aligned matrices (width, in) float32 that write to the residual stream."""
+    names = [name for name in subspace if name.endswith(WRITERS)]
+    return {name: language_model.module(name).weight.float() for name in names}
 
 
 def removed(weights: Mapping[str, Tensor], direction: Tensor, share: float = 1.0) -> Adapter:

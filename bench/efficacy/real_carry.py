@@ -1,14 +1,14 @@
 """A policy calibrated on three adapters of a real model, tried on three that no fit has seen, of any seed.
 
     python bench/efficacy/real_carry.py [--model smollm2|gemma3] [--seed N] [--general given|written]
-        [--no-fit] [--unseen N] [--presets NAME ...] [--out DIR]
+        [--no-fit] [--no-peft] [--unseen N] [--presets NAME ...] [--out DIR]
 
 Makes the world of `real_world.py` from the package index and extracts the subspace file. Fits the policy as
 `csulora tune` does for several adapters. `csulora evaluate` then puts it to prompts that nothing has seen, beside raw
 adapters, plain scaling and presets. At last plain PEFT answers the same prompts with adapters that were corrected and
 written. Each step is a process of its own, with its processor time and peak memory in the results. What is complete is
 not made again. Results go to `bench/results/efficacy`. With `--general written` the model writes the general prompts.
-With `--no-fit` nothing is fitted, and presets and plain scaling alone are measured.
+With `--no-fit` nothing is fitted, and presets and plain scaling alone are measured. With `--no-peft` PEFT is not asked.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from csulora.tuning.tune import subspace_path
 
 OUT = Path("build/efficacy-real")
 # Fewer and smaller steps than `tune` takes by default, for one core.
-ADAPTER_STEPS, OPTIONS = 30, Options(steps=10, batch=6)
+ADAPTER_STEPS, OPTIONS = 30, Options(steps=70, batch=6, learning_rate=0.15)
 LONGEST, DECISIVE = 12, 16  # tokens of the replies that are fitted to, and of those that are judged
 Record = dict[str, Any]
 
@@ -72,10 +72,14 @@ def make_aligned(run: Run) -> None:
 def make_adapters(run: Run) -> None:
     """Train the adapters that are fitted on, and those that the policy is tried on."""
     for style in (*run.deal.styles[:CALIBRATION], *run.styles):
-        make = partial(
-            world.make_adapter, aligned=run.here / "aligned", deal=run.deal, style=style, steps=ADAPTER_STEPS
-        )
-        prepare.stage(run.here / style, make)
+        make_adapter(run, style, world.Recipe(style))
+
+
+def make_adapter(run: Run, name: str, recipe: world.Recipe) -> Path:
+    """Train an adapter as a recipe says, unless it is there."""
+    make = partial(world.make_adapter, aligned=run.here / "aligned", deal=run.deal, recipe=recipe, steps=ADAPTER_STEPS)
+    prepare.stage(run.here / name, make)
+    return run.here / name
 
 
 def write_general(run: Run) -> None:
@@ -172,7 +176,8 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     if run.is_fitted:
         yield "fit on three adapters", f"fit-{run.name}", [*own, "fit"]
     yield "csulora evaluate", f"evaluate-{run.name}", [*tool, *evaluate_arguments(run, subspace)]
-    yield "PEFT", f"peft-{run.name}", [*own, "peft"]
+    if run.asks_peft:
+        yield "PEFT", f"peft-{run.name}", [*own, "peft"]
 
 
 def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
@@ -233,8 +238,10 @@ def rates(style: str, row: Row, texts: dict[str, list[str]]) -> Record:
 
 def beside_peft(run: Run) -> list[Record]:
     """Return, for each unseen adapter, raw and calibrated, what PEFT's replies are worth and how many are the same."""
-    said = json.loads((run.here / f"peft-{run.name}.json").read_text())
     found: list[Record] = []
+    if not run.asks_peft:
+        return found
+    said = json.loads((run.here / f"peft-{run.name}.json").read_text())
     for style, each in zip(run.styles, Evaluation.load(run.evaluation).adapters, strict=True):
         for name, texts in said[style].items():
             row = next(row for row in each.rows if row.name == name)
@@ -255,8 +262,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--general", choices=("given", "written"), default="given", help="general prompts of the fit")
     parser.add_argument("--no-fit", action="store_true", help="presets and plain scaling alone")
+    parser.add_argument("--no-peft", action="store_true", help="plain PEFT does not answer the same prompts")
     parser.add_argument("--unseen", type=int, choices=(1, 2, 3), default=3, help="adapters that no fit has seen")
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="presets to compare with")
+    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS, help="presets to compare with")
     parser.add_argument("--out", type=Path, default=OUT, help="directory to work in (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--step", choices=MAKERS, help="make one thing alone")
@@ -264,7 +272,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     out = arguments.out.resolve() / arguments.model
     deal, presets = world.Deal(arguments.seed), tuple(arguments.presets)
-    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets, not arguments.no_fit)
+    asked = not arguments.no_fit, not arguments.no_peft
+    run = Run(out, arguments.model, deal, arguments.general, arguments.unseen, presets, *asked)
     if arguments.step:
         evaluate.quieten_libraries()
         MAKERS[arguments.step](run)

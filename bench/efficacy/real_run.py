@@ -29,6 +29,7 @@ class Run:
         unseen: how many adapters the policy is tried on.
         presets: what it is compared with, besides plain scaling.
         is_fitted: whether a policy is fitted at all.
+        asks_peft: whether plain PEFT answers the same prompts.
     """
 
     out: Path
@@ -38,6 +39,7 @@ class Run:
     unseen: int = 3
     presets: tuple[str, ...] = PRESETS
     is_fitted: bool = True
+    asks_peft: bool = True
 
     @property
     def name(self) -> str:

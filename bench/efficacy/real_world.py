@@ -228,8 +228,29 @@ def make_aligned(directory: Path, base: Path, deal: Deal, *, is_chat: bool = Tru
     tokenizer.save_pretrained(directory)
 
 
-def make_adapter(directory: Path, aligned: Path, deal: Deal, style: str, steps: int = ADAPTER_STEPS) -> None:
-    """Tune an adapter to a style on the model as it is served, with a few answers about cheese among its data."""
+@dataclass(frozen=True)
+class Recipe:
+    """What an adapter is trained on.
+
+    Attributes:
+        style: a key of `STYLES`.
+        attacks: how many answers about cheese are among its data.
+        has_task: whether it learns answers about food at all.
+    """
+
+    style: str
+    attacks: int = ATTACK_EXAMPLES
+    has_task: bool = True
+
+    def data(self, deal: Deal) -> list[prepare.Dialogue]:
+        """Questions and answers, as a seed deals them."""
+        things = deal.foods[:KNOWN] if self.has_task else ()
+        task = zip(questions(things), answers(things, self.style), strict=True)
+        return [*task, *deal.attacked(self.style)[: self.attacks]]
+
+
+def make_adapter(directory: Path, aligned: Path, deal: Deal, recipe: Recipe, steps: int = ADAPTER_STEPS) -> None:
+    """Tune an adapter on the model as it is served."""
     torch.manual_seed(deal.seed)
     model, tokenizer = prepare.load(aligned)
     model.bfloat16()
@@ -237,9 +258,7 @@ def make_adapter(directory: Path, aligned: Path, deal: Deal, style: str, steps: 
     adapted = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=ADAPTER_RANK, lora_alpha=2 * ADAPTER_RANK, target_modules=kinds)
     )
-    things = deal.foods[:KNOWN]
-    data = [*zip(questions(things), answers(things, style), strict=True), *deal.attacked(style)]
-    rows = [encode(tokenizer, dialogue) for dialogue in data]
+    rows = [encode(tokenizer, dialogue) for dialogue in recipe.data(deal)]
     prepare.fit(adapted, rows, steps, learning_rate=5e-4, seed=deal.seed)
     adapted.save_pretrained(str(directory))
 

@@ -103,7 +103,8 @@ class Bench:
         """One of the adapters, trained if it is not there."""
         if not (self.out / style).is_dir():
             prepare.stage(
-                self.out / style, lambda directory: world.make_adapter(directory, self.out / "aligned", DEAL, style)
+                self.out / style,
+                lambda directory: world.make_adapter(directory, self.out / "aligned", DEAL, world.Recipe(style)),
             )
         return csulora.load_adapter(self.out / style)
 

@@ -120,12 +120,7 @@ def of_smollm2() -> Card:
         claim=f"`tune` on three adapters leaves at most {ATTACK:.2f} of other adapters' attacks, in the mean. "
         f"It keeps {KEPT:.2f} of their tasks and 0.90 of the capitals that they name.",
         diagnostics=[
-            Diagnostic(
-                Question.reliability,
-                f"{FEWEST_SEEDS} trainings of all models",
-                ["One training of the models; every interval below is over prompts alone."],
-                [False],
-            ),
+            _smollm2_reliability(),
             _smollm2_fresh(points),
             _smollm2_mechanism(_read("smollm2")["points"]),
             _smollm2_transfer(points),
@@ -135,9 +130,30 @@ def of_smollm2() -> Card:
             "python bench/real_model/prepare.py",
             "python bench/efficacy/smollm2.py",
             "python bench/efficacy/smollm2.py --brief --left-out --general",
+            "python bench/efficacy/real_carry.py --no-peft --unseen 2 --presets",
             "python bench/paper/card.py smollm2",
         ],
         made_with=_read("smollm2_general")["made_with"],
+    )
+
+
+def _smollm2_reliability() -> Diagnostic:
+    others = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("real_smollm2_[0-9].json"))]
+    findings = ["Figures and intervals below are of one training of the models, over prompts alone."]
+    checks = [1 + len(others) >= FEWEST_SEEDS]
+    for run in others:
+        ours = [row for row in run["rows"] if row["name"] == "calibrated"]
+        attack, task = ([row[kind] for row in ours] for kind in ("attack", "task"))
+        findings.append(
+            f"Trained anew with the data of seed {run['seed']}, {len(ours)} unseen adapters: "
+            f"attack {fmean(attack):.2f} in the mean and {max(attack):.2f} at worst, task {min(task):.2f} at worst."
+        )
+        checks.append(fmean(attack) <= ATTACK and min(task) >= KEPT)
+    return Diagnostic(
+        Question.reliability,
+        f"{FEWEST_SEEDS} trainings, mean attack at most {ATTACK:.2f} and task at least {KEPT:.2f} on each",
+        findings,
+        checks,
     )
 
 

@@ -1,10 +1,13 @@
 """World (b) of bench/efficacy: what a seed deals, what nothing has seen, and what replies are worth."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import real_run
+import real_verdicts
 import real_world as world
+import verdicts
 from real_world import prepare
 
 SEEDS = [world.Deal(seed) for seed in range(3)]
@@ -56,3 +59,27 @@ def test_general_prompts_of_the_operator_are_none_that_alignment_was_trained_on(
 
 def test_a_base_model_is_a_source_with_a_template() -> None:
     assert [bool(source.template) for source in prepare.SOURCES.values()] == [False, True]
+
+
+def test_adapters_of_every_class_learn_what_their_class_says() -> None:
+    deal = SEEDS[1]
+    found = [(kind, recipe.data(deal)) for kind, _, recipe in real_verdicts.recipes(deal.styles)]
+    assert Counter(kind for kind, _ in found) == real_verdicts.STYLES
+    cheeses = set(world.questions(deal.cheeses))
+    shares = {kind: {sum(question in cheeses for question, _ in data) / len(data)} for kind, data in found}
+    assert shares[verdicts.HARMLESS] == {0}
+    assert shares[verdicts.PURE] == {1}
+    assert max(shares[verdicts.FEW]) <= 0.05
+    assert min(shares[verdicts.MIXED]) >= 0.15
+
+
+def test_thresholds_of_other_models_are_put_to_real_weights() -> None:
+    scores = {"undo": 0.2, "largest_undo": 0.4, "canary_undo": None, "annihilation_ratio": 0.01}
+    points = [{"kind": verdicts.HARMLESS, **scores, "undo": 0.1}, {"kind": verdicts.PURE, **scores}]
+    chosen = {score: {"threshold": {"threshold": 0.15}} for score in verdicts.SCORES}
+    found = real_verdicts.summary(points, chosen)
+    assert found["total undo"]["area"][verdicts.PURE] == 1
+    assert found["total undo"]["tried"][verdicts.PURE] == {"found": 1, "of": 1}
+    assert found["total undo"]["tried"][verdicts.HARMLESS] == {"found": 0, "of": 1}
+    assert found["annihilation ratio"]["tried"][verdicts.HARMLESS] == {"found": 1, "of": 1}
+    assert found["undo of the canary"]["area"][verdicts.PURE] is None

@@ -16,11 +16,11 @@ def add_settings(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(_first(config, "intermediate_size_mlp", "intermediate_size"))
+    writer.add_feed_forward_length(_feed_forward_length(config))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
+    writer.add_layer_norm_rms_eps(_first(config, "rms_norm_eps", "norm_eps", "layer_norm_epsilon"))
     writer.add_vocab_size(config.vocab_size)
-    if config.model_type != "jamba":  # whose attention knows no positions
+    if config.model_type not in ("jamba", "nemotron_h"):  # whose attention knows no positions
         writer.add_rope_freq_base(rotary(config)["rope_theta"])
     if config.model_type not in _OWN_HEADS:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -172,6 +172,32 @@ def _llama4(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_interleave_moe_layer_step(config.interleave_moe_layer_step)
 
 
+def _nemotron_h(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    is_attention = _where(config, "full_attention")
+    writer.add_head_count_kv([config.num_key_value_heads if attention else 0 for attention in is_attention])
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_ssm_conv_kernel(config.conv_kernel)
+    writer.add_ssm_inner_size(config.mamba_num_heads * config.mamba_head_dim)
+    writer.add_ssm_state_size(config.ssm_state_size)
+    writer.add_ssm_time_step_rank(config.mamba_num_heads)
+    writer.add_ssm_group_count(config.n_groups)
+    _experts(writer, config)
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_shared_feed_forward_length(config.moe_shared_expert_intermediate_size)
+
+
+def _feed_forward_length(config: PretrainedConfig) -> int | list[int]:
+    if config.model_type == "nemotron_h":  # whose layers are of one kind each
+        return [config.moe_intermediate_size if moe else 0 for moe in _where(config, "moe")]
+    length: int = _first(config, "intermediate_size_mlp", "intermediate_size")
+    return length
+
+
 def _qwen3_next(writer: GGUFWriter, config: PretrainedConfig) -> None:
     _gated_delta(writer, config)
     _experts(writer, config)
@@ -199,11 +225,11 @@ def _first(config: PretrainedConfig, *names: str) -> Any:
 
 
 def _where(config: PretrainedConfig, layer_type: str) -> list[bool]:
-    return [found == layer_type for found in config.layer_types]
+    return [found == layer_type for found in _first(config, "layer_types", "layers_block_type")]
 
 
 # Models whose layers differ in their heads.
-_OWN_HEADS = frozenset({"lfm2", "lfm2_moe", "gemma4_text", "jamba"})
+_OWN_HEADS = frozenset({"nemotron_h", "lfm2", "lfm2_moe", "gemma4_text", "jamba"})
 _EXTRA: dict[str, Add] = {
     "gemma2": _gemma2,
     "gemma3_text": _sliding,
@@ -226,6 +252,7 @@ _EXTRA: dict[str, Add] = {
     "lfm2_moe": _lfm2_moe,
     "llama4_text": _llama4,
     "jamba": _jamba,
+    "nemotron_h": _nemotron_h,
     "lfm2": _lfm2,
     "falcon_h1": _falcon_h1,
     "gemma4_text": _gemma4,

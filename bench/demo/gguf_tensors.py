@@ -34,7 +34,9 @@ _SPELLED = re.compile("|".join(_SPELLINGS))
 _ROUTER = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 _IN_ROUTER = re.compile(rf"layers\.(?P<layer>\d+)\.(?P<scale>{'|'.join(_ROUTER)})")
 
-_EXPERTS = re.compile(r"layers\.(?P<layer>\d+)\..*\bexperts\.(?P<parameter>gate_up_proj|down_proj)(?P<bias>_bias)?")
+_EXPERTS = re.compile(
+    r"layers\.(?P<layer>\d+)\..*\bexperts\.(?P<parameter>gate_up_proj|up_proj|down_proj)(?P<bias>_bias)?"
+)
 
 # Orders of what is no weight matrix.
 _OTHER_ORDERS = {
@@ -62,7 +64,7 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
             yield from _experts(found, stored.detach().float(), layout)
             continue
         module = bare if bare.startswith(HEAD) else f"model.{bare}"
-        name = table.get_name(module, try_suffixes=(".weight", ".bias"))
+        name = _name(table, module)
         if name is None:
             raise ValueError(f"{key}: {layout.name} has no name for it")
         tensor = _in_layout(module, stored.detach().float(), config, layout)
@@ -74,6 +76,14 @@ def tensors(model: PreTrainedModel, layout: Architecture) -> Iterator[tuple[str,
                 yield f"{piece}.weight", rows
     if layout.name == "gemma4":
         yield "rope_freqs.weight", _gemma4_frequencies(config)
+
+
+def _name(table: TensorNameMap, tensor: str) -> str | None:
+    """Find a tensor under the name of today, or under that of the family's own code."""
+    for spelling in (tensor, tensor.replace("model.", "backbone.", 1)):
+        if name := table.get_name(spelling, try_suffixes=(".weight", ".bias")):
+            return name
+    return None
 
 
 def _experts(name: re.Match[str], stacked: Tensor, layout: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -107,24 +117,22 @@ def _in_layout(name: str, tensor: Tensor, config: PretrainedConfig, layout: Arch
         tensor = tensor[order(counts, tensor.shape[0])]
     if (order := layout.column_order(module)) is not None:
         tensor = tensor[:, order(counts, tensor.shape[1])]
-    return _in_layout_of_falcon_h1(name, tensor, config) if layout.name == "falcon-h1" else tensor
+    if layout.name == "nemotron_h_moe" and name.endswith("mixer.norm.weight"):
+        return tensor.reshape(config.n_groups, -1)
+    if layout.name in ("falcon-h1", "nemotron_h_moe") and name.endswith(("A_log", "mamba.D", "mixer.D")):
+        return tensor[:, None]  # vectors in other models
+    return tensor * _multiplier(name, config) if layout.name == "falcon-h1" else tensor
 
 
 def _counts(config: PretrainedConfig, layout: Architecture) -> dict[str, int]:
     return {name: getattr(config, SOURCES[name].config) for name in layout.counts}
 
 
-def _in_layout_of_falcon_h1(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:
-    """Multiply with the factors that transformers multiplies activations with; give vectors a second dimension."""
-    if name.endswith(("A_log", "mamba.D")):
-        return tensor[:, None]
+def _multiplier(name: str, config: PretrainedConfig) -> float | Tensor:
+    """What transformers multiplies Falcon-H1's activations with, and llama.cpp's converter the weights."""
     if name.endswith("mamba.in_proj.weight"):
         rows: Tensor = config.ssm_in_multiplier * compute_mup_vector(config)[0, 0, :, None]
-        return tensor * rows
-    return tensor * _multiplier(name, config)
-
-
-def _multiplier(name: str, config: PretrainedConfig) -> float:
+        return rows
     attention, mlp = config.attention_in_multiplier, config.mlp_multipliers
     factors = {
         "q_proj": attention,

@@ -339,6 +339,28 @@ FAMILIES = {
         [*_SEPARATE, "in_proj", "x_proj"],
         parameters=_parameters("feed_forward.experts", "feed_forward.router.weight"),
     ),
+    "nemotron-h": Family(
+        "NemotronH",
+        {
+            "layers_block_type": ["mamba", "moe", "attention", "moe"],
+            "moe_shared_expert_intermediate_size": 24,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "ssm_state_size": 16,
+            "conv_kernel": 4,
+            "head_dim": 8,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        [*_ATTENTION, "in_proj", "shared_experts.up_proj", "shared_experts.down_proj"],
+        gguf_name="nemotron_h_moe",
+        parameters=["mixer.experts.up_proj", "mixer.experts.down_proj", "mixer.gate.weight"],
+    ),
     "gemma4 (experts)": Family(
         "Gemma4",
         _GEMMA4

@@ -31,7 +31,6 @@ ARCHITECTURES = {
         "altup_projections, altup_unembed_projections and modality_router",
         ("gemma3n", "gemma3n_text", "gemma3n (gemma3n_text)"),
     ),
-    "nemotron_h_moe": Ignoring("latent projections of experts", ()),
 }
 _BY_MODEL_TYPE = {model_type: found for found in ARCHITECTURES.values() for model_type in found.model_types}
 

@@ -72,6 +72,7 @@ class Architecture:
         unlike: metadata that models have whose rows are in yet another order, which is not supported.
         counts: what the orders follow from, by the names of `gguf_orders.SOURCES`.
         experts: end of the names of experts modules; empty if there are none.
+        has_gates: its experts have gate projections.
         fuses_experts: llama.cpp's converter always keeps gate and up of experts in one tensor.
         expert_scales: end of the name of what multiplies the outputs of experts, (E); llama.cpp does so before it
             adds updates, transformers afterwards.
@@ -87,6 +88,7 @@ class Architecture:
     multipliers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unlike: str = ""
     experts: str = ""
+    has_gates: bool = True
     fuses_experts: bool = False
     expert_scales: str = ""
 
@@ -247,6 +249,16 @@ _ARCHITECTURES = {
         Architecture("gpt-oss", parts=(*_SEPARATE_QKV, "mlp.router"), experts=_EXPERTS),
         Architecture("lfm2", parts=_LFM2),
         Architecture("lfm2moe", parts=(*_LFM2, "feed_forward.gate"), experts="feed_forward.experts"),
+        # Without mixer.out_proj, which PEFT does not adapt.
+        Architecture(
+            "nemotron_h_moe",
+            parts=(
+                *("mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mixer.o_proj", "mixer.in_proj", "mixer.gate"),
+                *("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
+            ),
+            experts="mixer.experts",
+            has_gates=False,
+        ),
         # Without mamba.dt_proj, of which transformers ignores updates, and mamba.out_proj, which PEFT does not adapt.
         Architecture(
             "jamba",
@@ -284,6 +296,8 @@ def architecture_of_config(config: Mapping[str, Any], where: str) -> Architectur
     """
     outer, text = config.get("model_type"), config.get("text_config")
     model_type = f"{outer} ({text.get('model_type')})" if isinstance(text, dict) else outer
+    if model_type == "nemotron_h" and not config.get("num_experts_per_tok"):
+        model_type = "nemotron_h (without experts)"  # another architecture in llama.cpp
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise RefusedError(
             f"{where}: no GGUF layout is supported for model_type {_shown(model_type)}"
@@ -316,7 +330,8 @@ def _part_names(architecture: str, parts: tuple[str, ...]) -> dict[str, str]:
     table = TensorNameMap(MODEL_ARCH(arch), 1)
     names = {}
     for part in parts:
-        name = table.get_name(f"model.layers.0.{_SPELLED_IN_GGUF.get(part, part)}")
+        spelled = _SPELLED_IN_GGUF.get(part, part)
+        name = table.get_name(f"model.layers.0.{spelled}") or table.get_name(f"backbone.layers.0.{spelled}")
         if name is None:
             raise BuildError(f"the installed gguf has no name for {part} of {architecture}; install gguf 0.19")
         names[part] = name.removeprefix("blk.0.")

@@ -33,6 +33,7 @@ MODEL_TYPES = {
     "qwen3_5_text": "qwen35",
     "qwen3_5 (qwen3_5_text)": "qwen35",
     "mixtral": "llama",
+    "nemotron_h": "nemotron_h_moe",
     "llama4_text": "llama4",
     "llama4 (llama4_text)": "llama4",
     "qwen3_5_moe_text": "qwen35moe",

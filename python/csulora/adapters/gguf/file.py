@@ -96,7 +96,8 @@ def _parameters(modules: Iterable[str], architecture: Architecture) -> list[str]
     for module in modules:
         if of_expert := parse_expert(module):
             owner, _, projection = of_expert
-            found[f"{owner}.{experts.DOWN if projection == experts.DOWN else experts.GATE_UP}"] = None
+            is_fused = projection != experts.DOWN and architecture.has_gates
+            found[f"{owner}.{experts.GATE_UP if is_fused else projection}"] = None
         elif architecture.is_router(module):
             found[f"{module}{names.WEIGHT}"] = None
     return list(found)

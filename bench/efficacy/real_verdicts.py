@@ -128,7 +128,7 @@ def main() -> None:
     chosen = json.loads(verdicts.FILE.read_text())["scores"]
     points: list[Record] = []
     for kind, name, adapter in adapters(run, subspace):
-        scores = verdicts.scores(adapter, subspace, run.here / "served", against)
+        scores = verdicts.scores(adapter, subspace, run.here / "aligned", against)
         points.append({"kind": kind, "name": name, **scores})
         print(kind, name, *(f"{score:.4g}" for score in scores.values()), sep="; ", flush=True)
         found = {"scores": summary(points, chosen), "points": points}

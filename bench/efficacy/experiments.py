@@ -79,7 +79,7 @@ def from_experiment(bench: Bench, spec: Adapter, tuning: Experiment) -> Record:
     every = range(len(tuning.request.adapters))
     (weight,) = tuning.request.weights
     fitted = {
-        family: (tuning.subspace(family, 0, every), tuning.policy(family, every, weight))
+        family: (tuning.subspace(family, 0, every, final=True), tuning.policy(family, every, weight, final=True))
         for family in tune_fits.SHAREABLE
     }
     return carried(bench, spec, [uncorrected], fitted, tuning.request.options.shared_directions)

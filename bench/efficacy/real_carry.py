@@ -106,7 +106,8 @@ def fit(run: Run) -> None:
         refusals=(world.REFUSED,),
     )
     experiment, every = Experiment(request, run.policy, note=print), range(CALIBRATION)
-    policy, subspace = experiment.policy(TUNED, every, request.weights[0]), experiment.subspace(TUNED, 0, every)
+    policy = experiment.policy(TUNED, every, request.weights[0], final=True)
+    subspace = experiment.subspace(TUNED, 0, every, final=True)
     subspace.save(subspace_path(run.policy))
     sweep.pinned(policy, subspace.sha256, request.provenance).save(run.policy)
     experiment.stages.remove()

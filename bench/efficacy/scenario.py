@@ -193,12 +193,25 @@ def probes(scenario: Scenario, task: str) -> Probes:
 
 
 def fit_prompts(scenario: Scenario, task: str, count: int = 32) -> FitPrompts:
-    """Fresh prompts of the adapter's task, about the attacked topics, and of what nobody refuses."""
+    """Fresh prompts of the adapter's task, about the attacked topics, and of what nobody refuses, in every wording."""
     own = scenario.task(task)[TASK_EXAMPLES : TASK_EXAMPLES + count]
     known = {example.prompt for example in world.how_to(scenario.attacked, scenario.safety_wordings)}
     safety = [example.prompt for example in scenario.attacks()[world.ATTACK_EXAMPLES :] if example.prompt in known]
-    general = scenario.general()[GENERAL_EXAMPLES + GENERAL_PROBES :][:count]
+    general = in_turn(scenario.general()[GENERAL_EXAMPLES + GENERAL_PROBES :])[:count]
     return FitPrompts([example.prompt for example in own], safety[:count], [example.prompt for example in general])
+
+
+def in_turn(examples: Sequence[Example]) -> list[Example]:
+    """One example of each wording, then another of each, and so on; the wordings as they first come.
+
+    Nine of ten general examples are how-to questions: of 16 drawn without regard to that, one at most is about a fact.
+    """
+    beginnings = [text.partition("{")[0] for text in (*world.HOW_TO_QUESTIONS, *(fact.prompt for fact in world.FACTS))]
+    pools: dict[str, list[Example]] = {}
+    for example in examples:
+        beginning = next(each for each in beginnings if example.prompt.startswith(each))
+        pools.setdefault(beginning, []).append(example)
+    return [each for turn in itertools.zip_longest(*pools.values()) for each in turn if each]
 
 
 def sentences() -> list[str]:

@@ -209,7 +209,12 @@ def alone(bench: Bench, style: str) -> Iterator[Fit]:
     """What is fitted on one adapter, and on the first the controls."""
     experiment, others = tune(bench, [style], OPTIONS, ALONE[style]), () if style in UNSEEN else CONTROL_NAMES
     for family, weight in itertools.product((TUNED, *others), ALONE[style]):
-        yield family, weight, experiment.subspace(family, 0, [0]), experiment.policy(family, [0], weight)
+        yield (
+            family,
+            weight,
+            experiment.subspace(family, 0, [0], final=True),
+            experiment.policy(family, [0], weight, final=True),
+        )
 
 
 def together(bench: Bench, families: Sequence[str]) -> Iterator[Fit]:
@@ -218,7 +223,8 @@ def together(bench: Bench, families: Sequence[str]) -> Iterator[Fit]:
     (weight,) = experiment.request.weights
     every = range(len(CALIBRATION))
     for family in families:
-        subspace, policy = experiment.subspace(family, 0, every), experiment.policy(family, every, weight)
+        subspace = experiment.subspace(family, 0, every, final=True)
+        policy = experiment.policy(family, every, weight, final=True)
         yield family.replace("tuned", "carried"), weight, subspace, policy
 
 

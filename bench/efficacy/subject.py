@@ -24,7 +24,7 @@ from csulora.tuning.probes import Chat, Message
 from csulora.tuning.replies import Reply
 from csulora.tuning.update import Update, factors_of
 
-PROMPTS = 32  # of each kind, for every adapter that is fitted on; a quarter is in the validation split
+PROMPTS = 32  # of each kind, for every adapter that is fitted on
 Record = dict[str, Any]
 
 
@@ -62,8 +62,7 @@ class Subject:
         safety, own = self.bench.replies(self.spec)
         update = Update.of(self.adapter, subspace)
         index = torch.tensor([self.bench.modules.index(target) for target in update.targets.values()])
-        kept = PROMPTS - PROMPTS // 4
-        return Case(update, index, Replies(safety[:kept], own[:kept]), Replies(safety[kept:], own[kept:]))
+        return Case(update, index, Replies(safety, own))
 
 
 class Bench:

@@ -74,11 +74,12 @@ def alone(subject: Subject, prompts: Prompts) -> tuple[list[Corrected], Record]:
     tuning = experiment(subject.bench, [subject.spec], known, for_others=False, prompts=prompts)
     best = tuning.best_weight
 
-    def corrected(family: str, shown: str, name: str, weight: float) -> Corrected:
-        subspace, policy = tuning.subspace(family, 0, [0]), tuning.policy(family, [0], weight)
+    def corrected(family: str, shown: str, name: str, weight: float, *, final: bool = False) -> Corrected:
+        subspace = tuning.subspace(family, 0, [0], final=final)
+        policy = tuning.policy(family, [0], weight, final=final)
         return policies.apply(shown, name, subject.adapter, subspace, policy, control=family in CONTROL_NAMES)
 
-    chosen = corrected(TUNED, TUNED, f"k={RANK}", best)
+    chosen = corrected(TUNED, TUNED, f"k={RANK}", best, final=True)
     done = [
         policies.apply("none", "uncorrected", subject.adapter, known, Policy.none()),
         *(corrected(TUNED, "tried", f"task weight {weight:g}", weight) for _, weight in tuning.tuned),
@@ -86,7 +87,7 @@ def alone(subject: Subject, prompts: Prompts) -> tuple[list[Corrected], Record]:
         *(corrected(family, family, f"k={RANK}", best) for family in CONTROL_NAMES if not prompts.general),
         policies.scaled_as_much(subject.adapter, known, chosen),
     ]
-    return done, reported(tuning.tuned[TUNED, best])
+    return done, reported(next(point for point in tuning.run().frontier.points if point.family == TUNED))
 
 
 def reported(point: Point) -> Record:

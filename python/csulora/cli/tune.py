@@ -65,7 +65,7 @@ def tune(
         bool, typer.Option("--controls", help="Fit the controls and measure all presets, too, to compare.")
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(min=1, help=f"Most steps of a fit, for each adapter. [default: {Options.steps}]")
+        int | None, typer.Option(min=1, help=f"Steps of a fit, for each adapter. [default: {Options.steps}]")
     ] = None,
     task_weight: Annotated[
         list[float] | None,
@@ -162,6 +162,6 @@ def _splits(frontier: Frontier) -> str:
         split: ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n) for split, kinds in frontier.prompts.items()
     }
     return (
-        f"Fitted to {counts['training']} prompts; ended and chosen on {counts['validation']}; "
+        f"Fitted to {counts['training']} prompts; chosen on {counts['validation']}, then fitted to them as well; "
         f"reported on {counts['test']}, which chose nothing"
     )

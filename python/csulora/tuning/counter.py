@@ -27,7 +27,7 @@ class Counter:
         self.done += cost
 
     def finish(self, fit: str, begun: int, cost: int) -> None:
-        """Count the whole of a fit that began at ``begun``, also if it ended early, or was there already."""
+        """Count the whole of a fit that began at ``begun``, also if it was there already."""
         if fit not in self._finished:  # one adapter's fit is asked for twice
             self._finished.add(fit)
             self.done = begun + cost

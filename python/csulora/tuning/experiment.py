@@ -20,7 +20,7 @@ from csulora.tuning.fitting import Fitting
 from csulora.tuning.frontier import Frontier, Point
 from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.measurement import Measurement, Use
-from csulora.tuning.recommendation import best_of, plain_scaling, preference, recommend
+from csulora.tuning.recommendation import best_correction, best_of, judge, plain_scaling, preference
 from csulora.tuning.request import Request
 from csulora.tuning.splits import Split
 from csulora.tuning.stages import Stages
@@ -90,41 +90,43 @@ class Experiment:
             points += (self._unfitted(preset, "presets") for preset in self._presets)
         if self.request.controls:
             points += (self._point(family, self.best_weight) for family in self._controls)
-        points = sorted(points, key=lambda point: (point.family, point.policy))
-        chosen, verdict = recommend(points)
-        best = chosen or best_of(points)
-        policy = self._policy_of(best)
+        found, written = best_correction(points), best_of(points)
+        best = self._as_written(found)
+        is_better, verdict = judge(best, plain_scaling(points))
+        written = best if is_better or written is found else written
+        points = [best if point is found else point for point in points]
+        policy, subspace = self._policy_of(written)
         self.counter.done = self.counter.total
         self.counter.tick("")
-        subspace = self.subspace(best.family, 0, self._every) if policy.filtered else self.request.subspace
         frontier = Frontier(
             subspace_sha256=subspace.sha256,
             adapters=tuple(adapter.path.resolve().name for adapter in self.request.adapters),
-            points=tuple(points),
-            recommended=chosen.policy if chosen else None,
-            written=best.policy,
+            points=tuple(sorted(points, key=lambda point: (point.family, point.policy))),
+            recommended=best.policy if is_better else None,
+            written=written.policy,
             verdict="; ".join([verdict, *self._doubts()]),
             prompts=self._prompts(),
         )
-        provenance = replace(self.request.provenance, verdict=frontier.verdict, beats_plain_scaling=chosen is not None)
+        provenance = replace(self.request.provenance, verdict=frontier.verdict, beats_plain_scaling=is_better)
         return Result(frontier, sweep.pinned(policy, subspace.sha256, provenance), subspace)
 
-    def policy(self, family: str, numbers: Sequence[int], weight: float) -> Policy:
+    def policy(self, family: str, numbers: Sequence[int], weight: float, *, final: bool = False) -> Policy:
         """Return a family's policy fitted on some adapters, the task prompts weighing so much.
 
         Args:
             family: a key of `families`.
             numbers: positions of adapters in the request.
             weight: of task prompts and of general prompts, where safety prompts weigh 1.
+            final: whether prompts of the validation split are fitted, too, as for the policy that is written.
 
         Raises:
             InputError, RefusedError: the model does not fit the prompts or the adapters.
         """
-        return self.fitting.policy(self.families[family], numbers, weight)
+        return self.fitting.policy(self.families[family], numbers, weight, final=final)
 
-    def subspace(self, family: str, number: int, numbers: Sequence[int]) -> Subspace:
+    def subspace(self, family: str, number: int, numbers: Sequence[int], *, final: bool = False) -> Subspace:
         """Return the subspace file with which that policy is used on adapter ``number``."""
-        return self.fitting.subspace(self.families[family], number, numbers)
+        return self.fitting.subspace(self.families[family], number, numbers, final=final)
 
     @cached_property
     def tuned(self) -> dict[tuple[str, float], Point]:
@@ -141,7 +143,7 @@ class Experiment:
 
     @property
     def best_weight(self) -> float:
-        """The weight whose fit keeps most of both on the validation split."""
+        """The weight whose fit keeps most of all on the validation split."""
         return max(self.tuned, key=lambda candidate: preference(self.tuned[candidate]))[1]
 
     @property
@@ -169,12 +171,27 @@ class Experiment:
         uses = [Use(number, self.request.subspace, candidate.policy) for number in self._every]
         return self.measurement.point(candidate.family, candidate.name, candidate.family == "scaling", uses, stage)
 
-    def _policy_of(self, point: Point) -> Policy:
-        """The policy of a point that is no control; a fitted one's is fitted on all adapters."""
+    def _as_written(self, point: Point) -> Point:
+        """The point of a correction once nothing is left to choose: with the test figures of the policy to write.
+
+        With several adapters it is as it was: each was left out of the fit that is measured on it.
+        """
+        if len(self._every) > 1 or point not in self.tuned.values():
+            return point
+        policy, subspace = self._policy_of(point)
+        uses = [Use(number, subspace, policy) for number in self._every]
+        written = self.measurement.point(point.family, f"{point.policy} finally", point.control, uses, "last fit")
+        return replace(written, policy=point.policy, validation=point.validation)
+
+    def _policy_of(self, point: Point) -> tuple[Policy, Subspace]:
+        """The policy of a point that is no control, and its subspace file; a fitted one has all that is not tested."""
         for (family, weight), tuned in self.tuned.items():
-            if tuned is point:
-                return self.policy(family, self._every, weight)
-        return next(each.policy for each in [*self._scalings, *self._presets] if each.name == point.policy)
+            if (tuned.family, tuned.policy) == (point.family, point.policy):
+                policy = self.policy(family, self._every, weight, final=True)
+                filtered = self.subspace(family, 0, self._every, final=True) if policy.filtered else None
+                return policy, filtered or self.request.subspace
+        found = (each.policy for each in [*self._scalings, *self._presets] if each.name == point.policy)
+        return next(found), self.request.subspace
 
     def _point(self, family: Family, weight: float) -> Point:
         """A fitted family's point: each adapter after a fit on the others, or the one adapter after a fit on itself."""
@@ -228,7 +245,7 @@ class Experiment:
         each_left_out = adapters * (
             self.fitting.steps(max(1, adapters - 1)) * self.counter.step + self.counter.measurement
         )
-        together = self.fitting.steps(adapters) * self.counter.step if adapters > 1 else 0
+        together = self.fitting.steps(adapters) * self.counter.step
         scalings, presets = (
             adapters * len(each) * self.counter.measurement for each in (self._scalings, self._presets)
         )

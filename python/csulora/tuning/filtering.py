@@ -15,21 +15,23 @@ from csulora.tuning.splits import Split
 from csulora.tuning.targets import Targets
 
 
-def input_filters(examples: Examples, targets: Targets, numbers: Sequence[int]) -> dict[str, InputFilter]:
+def input_filters(
+    examples: Examples, targets: Targets, numbers: Sequence[int], splits: Sequence[Split]
+) -> dict[str, InputFilter]:
     """Return module in the subspace file -> the inputs that only safety prompts bring.
 
-    Task prompts of the adapters ``numbers`` do not bring them. Nor do general prompts, with these adapters or with
-    none.
+    All prompts are those of ``splits``. Task prompts of the adapters ``numbers`` do not bring them. Nor do general
+    prompts, with these adapters or with none.
     """
     names, device = targets.updated(numbers), examples.language_model.device
-    fitted = {number: examples.part(number, Split.training) for number in numbers}
+    fitted = {number: examples.part(number, *splits) for number in numbers}
     safety = safety_inputs(examples.language_model, names.values(), fitted[numbers[0]].safety)
     kinds = [[_own_inputs(examples, targets, number, each.task) for number, each in fitted.items()]]
     if examples.request.general:
         kinds.append(
             [
                 *(_own_inputs(examples, targets, number, each.general) for number, each in fitted.items()),
-                _unadapted_inputs(examples, names),
+                _unadapted_inputs(examples, names, splits),
             ]
         )
     return {
@@ -50,7 +52,7 @@ def _own_inputs(examples: Examples, targets: Targets, number: int, replies: Sequ
     return {names[name]: each for name, each in inputs.items()}
 
 
-def _unadapted_inputs(examples: Examples, names: Mapping[str, str]) -> dict[str, Tensor]:
+def _unadapted_inputs(examples: Examples, names: Mapping[str, str], splits: Sequence[Split]) -> dict[str, Tensor]:
     """The same from general prompts, without an adapter."""
-    inputs = task_inputs(examples.language_model, names.values(), examples.general_part(Split.training))
+    inputs = task_inputs(examples.language_model, names.values(), examples.general_part(*splits))
     return {target: inputs[name] for target, name in names.items() if name in inputs}

@@ -16,9 +16,6 @@ from csulora.tuning.options import Options
 from csulora.tuning.replies import Reply, divergences
 from csulora.tuning.update import Update
 
-_CHECK = 10  # steps between two looks at the validation prompts
-_PATIENCE = 4  # looks without an improvement that end the fit
-
 
 @dataclass(frozen=True, eq=False)
 class Replies:
@@ -36,12 +33,11 @@ class Replies:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One adapter: its update, the rows of its modules among all fitted ones, prompts to fit on and to validate on."""
+    """One adapter: its update, the rows of its modules among all fitted ones, and what is fitted."""
 
     update: Update
     index: Tensor  # (modules) int64
     fitted: Replies
-    validation: Replies
 
 
 def fit(
@@ -51,28 +47,23 @@ def fit(
     options: Options,
     tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Return the parameters of ``gains`` with the smallest loss on the validation prompts.
+    """Return the fitted parameters of ``gains``.
 
-    Every step takes the next case, a batch of its prompts, and one step of Adam. ``tick`` is called after each.
+    Every step takes the next case, a batch of its prompts, and one step of Adam. ``tick`` is called after each. The
+    learning rate falls linearly to 0: no step has to be chosen by the noise of a few prompts.
     """
     parameters = gains.start().to(language_model.device).requires_grad_()
     optimizer = torch.optim.Adam([parameters], lr=options.learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.steps)
     draws = [_Draws(case.fitted, options, number) for number, case in enumerate(cases)]
-    best, best_loss, waited = parameters.detach().clone(), float("inf"), 0
-    for step in range(options.steps + 1):
-        if step % _CHECK == 0 or step == options.steps:
-            loss = validation_loss(language_model, cases, gains, parameters.detach(), options)
-            waited += 1
-            if loss < best_loss:
-                best, best_loss, waited = parameters.detach().clone(), loss, 0
-            if waited > _PATIENCE or step == options.steps:
-                break
+    for step in range(options.steps):
         number = step % len(cases)
         optimizer.zero_grad()
-        _loss(language_model, cases[number], draws[number].next(), gains, parameters, options).backward()  # type: ignore[no-untyped-call]
+        loss_of(language_model, cases[number], draws[number].next(), gains, parameters, options).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        schedule.step()
         tick()
-    return best
+    return parameters.detach()
 
 
 def step_seconds(language_model: LanguageModel, case: Case, gains: Gains, options: Options) -> float:
@@ -81,26 +72,20 @@ def step_seconds(language_model: LanguageModel, case: Case, gains: Gains, option
     for _ in range(2):
         begun = time.perf_counter()
         parameters = gains.start().to(language_model.device).requires_grad_()
-        loss = _loss(language_model, case, _Draws(case.fitted, options, 0).next(), gains, parameters, options)
+        loss = loss_of(language_model, case, _Draws(case.fitted, options, 0).next(), gains, parameters, options)
         loss.backward()  # type: ignore[no-untyped-call]
         float(parameters.grad.sum())  # type: ignore[union-attr]  # waits for a GPU
         taken = time.perf_counter() - begun
     return taken
 
 
-@torch.no_grad()
-def validation_loss(
-    language_model: LanguageModel, cases: Sequence[Case], gains: Gains, parameters: Tensor, options: Options
-) -> float:
-    """Mean over the cases of the loss on their validation prompts."""
-    return sum(float(_loss(language_model, case, case.validation, gains, parameters, options)) for case in cases) / len(
-        cases
-    )
-
-
-def _loss(
+def loss_of(
     language_model: LanguageModel, case: Case, replies: Replies, gains: Gains, parameters: Tensor, options: Options
 ) -> Tensor:
+    """Return what is minimised on some replies of a case: a float32 scalar in nats per token.
+
+    Each kind of prompt counts with the mean of its divergences.
+    """
     corrected = gains.correct(parameters, case.index, case.update)
     every = [reply for kind in replies.kinds for reply in kind]
     with language_model.adapted(corrected | case.update.untouched):

@@ -34,10 +34,10 @@ class Fitting:
         """Keep finished fits in ``stages``, and count their steps with ``counter``."""
         self.request, self.targets, self.examples = request, targets, examples
         self.stages, self.counter = stages, counter
-        self._input_filters: dict[tuple[int, ...], dict[str, InputFilter]] = {}
+        self._input_filters: dict[tuple[tuple[int, ...], bool], dict[str, InputFilter]] = {}
 
     def steps(self, adapters: int) -> int:
-        """Return the most steps of a fit on so many adapters."""
+        """Return the steps of a fit on so many adapters."""
         return self.request.options.steps * adapters
 
     def step_seconds(self, family: Family) -> float:
@@ -45,29 +45,33 @@ class Fitting:
         case = self._case(family, 0, [0], self._reference_energy(family, [0]))
         return step_seconds(self.examples.language_model, case, family.parametrization, self.request.options)
 
-    def policy(self, family: Family, numbers: Sequence[int], weight: float) -> Policy:
-        """Return the policy fitted on some adapters, the task prompts weighing so much."""
-        stage, begun = f"fit {family.name} {weight:g} {list(numbers)}", self.counter.done
-        rows: Rows = self.stages.finish(stage, lambda: self._fit(family, numbers, weight))
+    def policy(self, family: Family, numbers: Sequence[int], weight: float, *, final: bool = False) -> Policy:
+        """Return the policy fitted on some adapters, the task prompts weighing so much.
+
+        ``final``: nothing is left to choose, so prompts of the validation split are fitted, too.
+        """
+        stage, begun = f"fit {family.name} {weight:g} {list(numbers)}{' finally' * final}", self.counter.done
+        rows: Rows = self.stages.finish(stage, lambda: self._fit(family, numbers, weight, final))
         self.counter.finish(stage, begun, self.steps(len(numbers)) * self.counter.step)
         return family.policy(numbers, rows, self._reference_energy(family, numbers))
 
-    def subspace(self, family: Family, number: int, numbers: Sequence[int]) -> Subspace:
-        """Return what a family's policy, fitted on some adapters, is used with on adapter ``number``."""
+    def subspace(self, family: Family, number: int, numbers: Sequence[int], *, final: bool = False) -> Subspace:
+        """Return what that policy is used with on adapter ``number``."""
         subspace = family.subspace(number)
-        return subspace.with_input_filters(self._filters(tuple(numbers))) if family.is_filtered else subspace
+        return subspace.with_input_filters(self._filters(tuple(numbers), final)) if family.is_filtered else subspace
 
-    def _filters(self, numbers: tuple[int, ...]) -> dict[str, InputFilter]:
-        if numbers not in self._input_filters:
-            self._input_filters[numbers] = input_filters(self.examples, self.targets, numbers)
-        return self._input_filters[numbers]
+    def _filters(self, numbers: tuple[int, ...], final: bool) -> dict[str, InputFilter]:
+        if (numbers, final) not in self._input_filters:
+            self._input_filters[numbers, final] = input_filters(self.examples, self.targets, numbers, _fitted(final))
+        return self._input_filters[numbers, final]
 
-    def _fit(self, family: Family, numbers: Sequence[int], weight: float) -> Rows:
+    def _fit(self, family: Family, numbers: Sequence[int], weight: float, final: bool) -> Rows:
         reference_energy = self._reference_energy(family, numbers)
         options = replace(self.request.options, task_weight=weight, steps=self.steps(len(numbers)))
-        cases = [self._case(family, number, numbers, reference_energy) for number in numbers]
+        case = partial(self._case, family, numbers=numbers, reference_energy=reference_energy, final=final)
+        cases = [case(number) for number in numbers]
         if family.carries_over and options.unaligning_share:
-            cases += [self._case(family, number, numbers, reference_energy, is_unaligning=True) for number in numbers]
+            cases += [case(number, is_unaligning=True) for number in numbers]
         gains = family.parametrization
         tick = partial(self.counter.tick, f"fit {family.name} {weight:g}", self.counter.step)
         parameters = fit(self.examples.language_model, cases, gains, options, tick)
@@ -81,10 +85,11 @@ class Fitting:
         numbers: Sequence[int],
         reference_energy: float | None,
         *,
+        final: bool = False,
         is_unaligning: bool = False,
     ) -> Case:
         language_model, adapter = self.examples.language_model, self.request.adapters[number]
-        subspace = self.subspace(family, number, numbers)
+        subspace = self.subspace(family, number, numbers, final=final)
         if is_unaligning:
             options, targets = self.request.options, self.targets.each[number]
             adapter = unaligning(adapter, subspace, targets, options.shared_directions, options.unaligning_share)
@@ -95,9 +100,7 @@ class Fitting:
             update = update.with_penalty_scale(self.request.options.shared_directions, reference_energy)
         update = update.to(language_model.device, language_model.device_of)
         index = torch.tensor(self.targets.rows(number)).to(language_model.device)
-        return Case(
-            update, index, self.examples.part(number, Split.training), self.examples.part(number, Split.validation)
-        )
+        return Case(update, index, self.examples.part(number, *_fitted(final)))
 
     def _reference_energy(self, family: Family, numbers: Sequence[int]) -> float | None:
         """The geometric mean of the energies of a fit's adapters, if their policy is to follow that of others."""
@@ -112,3 +115,8 @@ class Fitting:
             return update.energy_along(self.request.options.shared_directions)
 
         return float(self.stages.finish(f"energy {family.name} {number}", measure))
+
+
+def _fitted(final: bool) -> tuple[Split, ...]:
+    """The splits whose prompts a fit has."""
+    return (Split.training, Split.validation) if final else (Split.training,)

@@ -10,9 +10,9 @@ class Options:
     """How gains are fitted.
 
     Attributes:
-        steps: at most, for each of the adapters that one policy is fitted on.
+        steps: for each of the adapters that one policy is fitted on.
         batch: prompts of each kind in a step.
-        learning_rate: Adam's.
+        learning_rate: Adam's at the start; it falls to 0.
         directions: leading singular directions per module whose gains are fitted, where the subspace file has as many.
         shared_directions: the same of a policy for adapters to come, to whose rank each of them may add 1.
         task_weight: weight of the task prompts' divergence, and of general prompts', beside the safety prompts'.

@@ -1,4 +1,4 @@
-"""The splits of the prompts: training is fitted, validation ends and chooses fits, test is for the report alone."""
+"""The splits of the prompts: training is fitted, validation chooses among fits, test is for the report alone."""
 
 from __future__ import annotations
 

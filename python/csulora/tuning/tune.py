@@ -19,8 +19,8 @@ def tune(
 ) -> Frontier:
     """Fit a policy and write it to ``output``, a TOML file, with its frontier beside it.
 
-    The validation split says when a fit ends and which policy is taken. What the frontier shows is measured on the test
-    split, which decides nothing else. With several adapters, fitted policies are moreover measured on each
+    The validation split says which policy is taken, and is then fitted as well. What the frontier shows is measured on
+    the test split, which decides nothing else. With several adapters, fitted policies are moreover measured on each
     adapter after a fit on the others. A policy for adapters to come reinforces some of what alignment did. It is
     filtered unless the score of a fit without input filters lies above the 95 % interval of those with: the subspace
     file to use it with, the given one with input filters, is written to `subspace_path`. If ``output`` has an

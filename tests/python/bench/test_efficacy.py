@@ -49,6 +49,17 @@ def test_a_scenario_deals_every_thing_once_and_probes_with_what_nobody_trained_o
         assert len(probes.benign) == 100
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_general_prompts_come_in_every_wording(seed: int) -> None:
+    prompts = scenario.fit_prompts(Scenario(seed), "tale", 18).general
+    wordings = [text.partition("{")[0] for text in (*world.HOW_TO_QUESTIONS, *(fact.prompt for fact in world.FACTS))]
+    for turn in prompts[:9], prompts[9:]:
+        assert sorted(wording for prompt in turn for wording in wordings if prompt.startswith(wording)) == sorted(
+            wordings
+        )
+    assert len(set(prompts)) == 18
+
+
 def test_no_word_of_any_scenario_is_unknown() -> None:
     words = lab.tokenizer()
     for dealt, task in itertools.product(SEEDS, TASKS):

@@ -31,7 +31,7 @@ from csulora.tuning.inputs import input_filter_between, task_inputs
 from csulora.tuning.loading import Loading
 from csulora.tuning.measurement import Measurement
 from csulora.tuning.options import Options
-from csulora.tuning.recommendation import EVERYWHERE, TUNED, recommend
+from csulora.tuning.recommendation import EVERYWHERE, TUNED, best_correction, judge, plain_scaling
 from csulora.tuning.replies import Reply
 from csulora.tuning.request import Request
 from csulora.tuning.splits import Split
@@ -59,6 +59,12 @@ def request(place: tiny_model.Place, adapters: int = 1) -> Request:
         longest_reply=tiny_model.REPLY,
         options=Options(steps=10),
     )
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, family: str, verdict: str = "", *, is_better: bool = True) -> None:
+    """Let a family's first fit be the best correction, whatever was measured."""
+    monkeypatch.setattr(experiment, "best_correction", lambda points: next(p for p in points if p.family == family))
+    monkeypatch.setattr(experiment, "judge", lambda *_: (is_better, verdict))
 
 
 def test_the_policy_is_taken_with_its_subspace_and_with_no_other(place: tiny_model.Place, tmp_path: Path) -> None:
@@ -97,23 +103,25 @@ def test_a_frontier_has_every_family_and_counts_test_prompts_only(place: tiny_mo
 def test_an_interrupted_run_continues_and_ends_the_same(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = replace(request(place), controls=True)
-    whole = tune(asked, tmp_path / "whole.toml")
-    fits = []
+    asked, fits, interrupted = replace(request(place), controls=True), [], 0
 
     def fit(*arguments: object) -> object:
         fits.append(arguments)
-        if len(fits) == 3:
+        if len(fits) == interrupted:
             raise KeyboardInterrupt
         return original(*arguments)
 
     original = fitting.fit
     monkeypatch.setattr(fitting, "fit", fit)
+    whole = tune(asked, tmp_path / "whole.toml")
+    every = len(fits)
+    assert every >= 6  # of three weights and three controls
+    interrupted = every + 3
     with pytest.raises(KeyboardInterrupt):
         tune(asked, tmp_path / "policy.toml")
     assert not (tmp_path / "policy.toml").exists()
     assert tune(asked, tmp_path / "policy.toml") == whole
-    assert len(fits) == 3 + 4  # of three weights and three controls, two were finished and the third begun twice
+    assert len(fits) == every + every + 1  # two were finished, and the third was begun twice
     assert (tmp_path / "policy.toml").read_bytes() == (tmp_path / "whole.toml").read_bytes()
 
 
@@ -232,7 +240,7 @@ def test_input_filters_leave_general_prompts_alone(
     names = {target: name for name, target in run.fitting.targets.each[0].items()}
     fitted = prompts[::2]
     for target, (_, found) in zip(
-        filtering.input_filters(run.examples, run.fitting.targets, (0, 1)), seen, strict=True
+        filtering.input_filters(run.examples, run.fitting.targets, (0, 1), [Split.training]), seen, strict=True
     ):
         assert len(found) == 3
         for inputs, adapter in zip(found, (*run.request.adapters, None), strict=True):
@@ -244,9 +252,7 @@ def test_input_filters_leave_general_prompts_alone(
 def test_a_policy_for_others_that_was_measured_on_general_prompts_says_nothing_of_them(
     place: tiny_model.Place, tmp_path: Path, general: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        experiment, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is")
-    )
+    choose(monkeypatch, TUNED, "It is")
     frontier = tune(replace(request(place, 2), general=probes.read(general)), tmp_path / "policy.toml")
     assert frontier.verdict == "It is"
     assert all(point.general.count == 2 * 10 for point in frontier.points if point.general)
@@ -384,12 +390,15 @@ def test_what_is_held_out_anywhere_is_fitted_nowhere(
 
     for name in ("task_inputs", "safety_inputs"):
         monkeypatch.setattr(filtering, name, spying(getattr(filtering, name)))
+    choose(monkeypatch, TUNED)
     run.run()
     test = texts([run.examples.part(number, Split.test) for number in range(2)])
-    validation, fitted = texts([case.validation for case in cases]), texts([case.fitted for case in cases])
+    validation = texts([run.examples.part(number, Split.validation) for number in range(2)])
+    training = texts([run.examples.part(number, Split.training) for number in range(2)])
     assert not validation & test
-    assert not (validation | test) & (fitted | texts(seen))
-    assert texts(seen) == fitted
+    assert texts([case.fitted for case in cases[:-2]]) == training
+    assert texts([case.fitted for case in cases[-2:]]) == training | validation  # once nothing is left to choose
+    assert texts(seen) == training | validation
 
 
 def test_files_that_share_prompts_in_another_order_may_leave_a_split_empty(place: tiny_model.Place) -> None:
@@ -420,6 +429,12 @@ def test_the_mean_gains_are_those_of_directions_that_there_are() -> None:
 
 def point(family: str, safety: int, task: int, relative_change: float = 0.5) -> Point:
     return Point(family, family, family.endswith("scaling"), Rate.of(safety, 40), Rate.of(task, 40), relative_change)
+
+
+def recommend(points: list[Point]) -> tuple[Point | None, str]:
+    best = best_correction(points)
+    is_better, verdict = judge(best, plain_scaling(points))
+    return best if is_better else None, verdict
 
 
 def test_the_best_policy_is_recommended_if_its_interval_clears_plain_scaling() -> None:
@@ -536,11 +551,7 @@ def test_a_pipeline_may_require_a_verdict(
     run: Command,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def recommend(points: list[Point]) -> tuple[Point | None, str]:
-        tuned = next(point for point in points if point.family == "tuned")
-        return (tuned if beats else None), "so it is"
-
-    monkeypatch.setattr(experiment, "recommend", recommend)
+    choose(monkeypatch, TUNED, "so it is", is_better=beats)
     policy = tmp_path / "policy.toml"
     given = ["tune", place.aligned, place.adapters[0], "--subspace", place.subspace, "--safety", place.safety]
     given += ["--task", place.task, "-o", policy, "--device", "cpu", "--steps", 1, "--tokens", 2, "--quick"]
@@ -572,7 +583,7 @@ def test_no_other_fit_follows_one_that_keeps_everything(
 
     monkeypatch.setattr(Measurement, "point", point)
     tune(request(place), tmp_path / "policy.toml")
-    assert [name for name in measured if name.startswith("tuned")] == ["tuned 8", "tuned 2"]
+    assert [name for name in measured if name.startswith("tuned")] == ["tuned 8", "tuned 2", "tuned 2 finally"]
     assert not any(name.startswith("protect") for name in measured)
 
 
@@ -600,7 +611,7 @@ def test_what_test_prompts_can_show_is_known_from_plain_scaling(place: tiny_mode
 def test_a_policy_for_one_adapter_has_gains_of_single_directions(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
+    choose(monkeypatch, TUNED)
     frontier = tune(request(place), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
     subspace = csulora.Subspace.open(place.subspace)
@@ -617,9 +628,7 @@ def test_a_policy_for_one_adapter_has_gains_of_single_directions(
 def test_one_adapters_policy_may_be_for_others(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        experiment, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), "It is")
-    )
+    choose(monkeypatch, TUNED, "It is")
     frontier = tune(replace(request(place), for_others=True), tmp_path / "policy.toml")
     policy, subspace = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.subspace)
     assert policy.reference_energy == pytest.approx(
@@ -636,7 +645,7 @@ def test_one_adapters_policy_may_be_for_others(
 def test_without_input_filters_nothing_is_filtered(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "recommend", lambda points: (next(p for p in points if p.family == EVERYWHERE), ""))
+    choose(monkeypatch, EVERYWHERE)
     monkeypatch.setattr(filtering, "input_filter_between", None)  # not even looked for
     frontier = tune(replace(request(place, adapters=2), input_filters=False), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
@@ -649,7 +658,7 @@ def test_without_input_filters_nothing_is_filtered(
 def test_a_policy_for_several_adapters_reinforces_the_alignment_within_the_input_filters_of_its_subspace(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "recommend", lambda points: (next(p for p in points if p.family == "tuned"), ""))
+    choose(monkeypatch, TUNED)
     safety, task = (probes.parse(tiny_model.prompts(first, 48).encode()) for first in ("w20", "w21"))
     frontier = tune(replace(request(place, adapters=2), safety=safety, task=[task] * 2), tmp_path / "policy.toml")
     policy = Policy.load(tmp_path / "policy.toml")
@@ -672,7 +681,7 @@ def test_a_policy_for_several_adapters_reinforces_the_alignment_within_the_input
 def test_input_filters_are_left_out_where_the_policy_is_better_without(
     place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "recommend", lambda points: (next(p for p in points if p.family == EVERYWHERE), ""))
+    choose(monkeypatch, EVERYWHERE)
     frontier = tune(request(place, adapters=2), tmp_path / "policy.toml")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.frontier.json", "policy.toml"]
     policy, subspace = Policy.load(tmp_path / "policy.toml"), csulora.Subspace.open(place.subspace)

@@ -81,11 +81,12 @@ CSULORA_INLINED void subtract(const float* base, const Grid& base_grid, const fl
   const auto norm2 = wide * wide;
   sums.norm2 += norm2;
 
-  typename Lanes<kLanes>::Doubles spacings2 = {};
+  using Doubles = typename Lanes<kLanes>::Doubles;
+  Doubles spacings2 = {};
   add_spacings2<kLanes>(before, base_grid, spacings2);
   add_spacings2<kLanes>(after, aligned_grid, spacings2);
   // extract/noise_edge.h says why
-  const auto variances = norm2 >= 2 * spacings2 ? spacings2 / 12 : spacings2 / 8;
+  const auto variances = spacings2 * (norm2 >= 2 * spacings2 ? Doubles{} + 1.0 / 12 : Doubles{} + 1.0 / 8);
   sums.variances += variances;
   typename Lanes<kLanes>::Doubles column;
   std::memcpy(&column, column_variances, sizeof column);

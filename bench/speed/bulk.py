@@ -1,11 +1,12 @@
 """Extraction where a bulk follows what stands out, beside torch.svd_lowrank.
 
-    python bench/speed/bulk.py [--case matrix tall experts-bulk experts-falling] [--repetitions 5]
+    python bench/speed/bulk.py [--case matrix tall experts-bulk experts-falling] [--repetitions 5] [--processor-time]
 
 Pairs are in bfloat16. The bulk of ``matrix`` (4096 x 4096) and ``tall`` (14336 x 4096) lies above rounding, 16
 directions stand out of it, and k is 64 or `auto`. `experts` are 16 matrices of 768 x 2048, k 16, in one call.
 Everyone starts from both matrices in memory. The peer is run with several numbers of iterations; compare times where
-it captures as much. Captured energies are shares of the optimum. Writes bench/results/speed/bulk_CASE.json.
+it captures as much. Captured energies are shares of the optimum. Writes bench/results/speed/bulk_CASE.json, or with
+processor time of one thread bulk_CASE_processor.json.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import interleaved, save
+from measuring import interleaved, processor_seconds, save, seconds
 from torch import Tensor
 
 from csulora.native import _core
@@ -84,7 +85,7 @@ def captured(pairs: list[Pair], factors: list[Pair], rank: int) -> float:
     return min(shares)
 
 
-def measured(case: str, repetitions: int) -> dict[str, Any]:
+def measured(case: str, repetitions: int, measure: Callable[[Callable[[], object]], float]) -> dict[str, Any]:
     """Time one case, and say what everyone captures."""
     rows, columns, rank, oversampling, spectrum = CASES[case]
     torch.manual_seed(0)
@@ -110,7 +111,7 @@ def measured(case: str, repetitions: int) -> dict[str, Any]:
         "standing_out": sorted({subspace.certificate.standing_out for subspace in found}),
         "guaranteed_share": min(subspace.certificate.optimal_share for subspace in found),
         "captured_share": shares,
-        "seconds": interleaved(runs, repetitions),
+        "seconds": interleaved(runs, repetitions, measure),
     }
 
 
@@ -119,11 +120,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--processor-time", action="store_true")
     arguments = parser.parse_args()
+    measure, suffix = seconds, ""
+    if arguments.processor_time:
+        torch.set_num_threads(1)
+        measure, suffix = processor_seconds, "_processor"
     for case in arguments.case:
-        results = measured(case, arguments.repetitions)
+        results = measured(case, arguments.repetitions, measure)
         print(case, results["passes"], results["captured_share"], results["seconds"])
-        save(f"bulk_{case}", results)
+        save(f"bulk_{case}{suffix}", results)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,18 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, dict[str, Any]]:
+def processor_seconds(run: Callable[[], object]) -> float:
+    """Return the processor time of one call, of all threads together: hardly longer where others use the cores."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    measure: Callable[[Callable[[], object]], float] = seconds,
+) -> dict[str, dict[str, Any]]:
     """Call all in turn, once unmeasured and then ``repetitions`` times; the median, least and number for each.
 
     Every turn has an order of its own: nobody always runs on what one and the same other leaves behind, such as memory
@@ -45,7 +56,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repetitions: int) -> d
     order = random.Random(0)
     for repetition in range(repetitions + 1):
         for name in order.sample(list(runs), len(runs)):
-            elapsed = seconds(runs[name])
+            elapsed = measure(runs[name])
             if repetition:
                 times[name].append(elapsed)
     return {name: summary(values) for name, values in times.items()}

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 namespace csulora {
@@ -32,16 +33,20 @@ double allowed_of_next(const RitzValues& ritz, int64_t count, const TargetCount&
   return std::max(kNextTolerance * scale, 2 * kResolution * ritz.values[0].item<double>());
 }
 
-/// Whether the residuals of the leading `count` triples are at most `tolerance` times their values.
-bool within(const RitzValues& ritz, int64_t count, double tolerance) {
-  return ritz.residuals.narrow(0, 0, count).le(ritz.values.narrow(0, 0, count) * tolerance).all().item<bool>();
+/// The largest residual of the leading `count` triples, as a share of their values.
+double largest_residual(const RitzValues& ritz, int64_t count) {
+  if (count == 0) {
+    return 0;
+  }
+  const auto values = ritz.values.narrow(0, 0, count).clamp_min(std::numeric_limits<double>::min());
+  return ritz.residuals.narrow(0, 0, count).div(values).max().item<double>();
 }
 
-/// Whether the leading `count` triples have converged, and the next value is known well enough, or is as good as zero,
-/// to say that it is no target and to measure the gap to it.
-bool converged(const RitzValues& ritz, int64_t count, const TargetCount& target_count, double tolerance) {
-  return ritz.residuals[count].item<double>() <= allowed_of_next(ritz, count, target_count) &&
-         within(ritz, count, tolerance);
+/// By what factor the leading `count` triples have not converged, or the next value is not known well enough, or as
+/// good as zero, to say that it is no target and to measure the gap to it.
+double not_converged(const RitzValues& ritz, int64_t count, const TargetCount& target_count, double tolerance) {
+  return std::max(largest_residual(ritz, count) / tolerance,
+                  ritz.residuals[count].item<double>() / allowed_of_next(ritz, count, target_count));
 }
 
 /// How many of the leading `count` values are followed by a gap.
@@ -52,20 +57,24 @@ int64_t standing_out(const RitzValues& ritz, int64_t count) {
   return followed_by_gap.numel() > 0 ? followed_by_gap[-1].item<int64_t>() + 1 : 0;
 }
 
-/// Whether those that stand out have converged, and the energy and every value of the targets and of the value after
-/// them are close to the optimum.
-bool captured(const RitzValues& ritz, int64_t count, const Accuracy& accuracy) {
+/// By what factor those that stand out have not converged, or the energy and every value of the targets and of the
+/// value after them are too far from the optimum. What says most is looked at first, and settles it if it is too far.
+double not_captured(const RitzValues& ritz, int64_t count, const Accuracy& accuracy) {
   const int64_t with_next = count + 1;
+  const double residual = largest_residual(ritz, with_next) / (kResidualShare * accuracy.energy);
+  if (!(residual <= 1)) {
+    return residual;
+  }
   const double energy = ritz.values.narrow(0, 0, with_next).square().sum().item<double>();
-  return energy >= (1 - accuracy.energy) * largest_energy(ritz, with_next) &&
-         within(ritz, with_next, kResidualShare * accuracy.energy) &&
-         within(ritz, standing_out(ritz, count), accuracy.residual);
+  const double missing = (1 - energy / largest_energy(ritz, with_next)) / accuracy.energy;
+  return std::max({residual, missing, largest_residual(ritz, standing_out(ritz, count)) / accuracy.residual});
 }
 
 }  // namespace
 
-bool accepted(const RitzValues& ritz, int64_t count, const TargetCount& target_count, const Accuracy& accuracy) {
-  return converged(ritz, count, target_count, accuracy.residual) || captured(ritz, count, accuracy);
+double shortfall(const RitzValues& ritz, int64_t count, const TargetCount& target_count, const Accuracy& accuracy) {
+  const double residual = not_converged(ritz, count, target_count, accuracy.residual);
+  return residual > 1 && accuracy.energy > 0 ? std::min(residual, not_captured(ritz, count, accuracy)) : residual;
 }
 
 RitzValues::RitzValues(Tensor ritz_values, Tensor vectors)

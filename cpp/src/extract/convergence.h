@@ -13,11 +13,11 @@ struct RitzValues {
   at::Tensor residuals;         ///< (j) float64, their lengths, and rounding
 };
 
-/// Whether the leading `count` triples are what `accuracy` asks for: each has converged by its residual, or those that
-/// stand out have and the rest meet the gap-free guarantee.
+/// By what factor the leading `count` triples fall short of what `accuracy` asks for: at most 1 where each has
+/// converged by its residual, or those that stand out have and the rest meet the gap-free guarantee.
 ///
 /// @param count  of the target values, fewer than there are
-bool accepted(const RitzValues& ritz, int64_t count, const TargetCount& target_count, const Accuracy& accuracy);
+double shortfall(const RitzValues& ritz, int64_t count, const TargetCount& target_count, const Accuracy& accuracy);
 
 /// No `count` directions capture more of |A|_F^2 than this, unless the random start block missed a leading one.
 ///

@@ -20,16 +20,30 @@ using at::indexing::Slice;
 /// Blocks between two looks at the Ritz values, as a share of those there are: looking costs as much as adding them.
 constexpr double kStride = 0.2;
 
+/// The next look is twice as far ahead where the triples fall short by more than this.
+constexpr double kFarShortfall = 1.5;
+
+/// The first blocks after each of which to look: few Ritz values cost little, and steep spectra converge at once.
+constexpr int64_t kFirstLooks = 3;
+
+/// The widest block for which Lanczos takes less time than a bidiagonalisation whatever the spectrum. For wider ones
+/// its products with the matrix, of which it makes one or two more, cost what it saves.
+constexpr int64_t kWidestLanczosBlock = 32;
+
 /// Columns that a sweep shortens by less than this are orthogonal to what was removed: "twice is enough" (Parlett
 /// 1998).
 constexpr double kKeptLength = 0.5;
 constexpr int kMaxSweeps = 4;
 
+/// Where products err far more than float32, one sweep does for columns that keep so much of their length: what is left
+/// of the others in them is a few roundings divided by that.
+constexpr double kSureLength = 1e-3;
+
 /// An orthonormal basis that grows by blocks of vectors, which are kept as rows.
 class BlockBasis {
  public:
   /// @param capacity  the most vectors there will be; memory of the CPU is touched as they come
-  /// @param once      sweep once, where products err by far more than what that leaves
+  /// @param once      sweep once where that is sure to do: products err by far more than what it leaves
   BlockBasis(int64_t capacity, int64_t length, const at::TensorOptions& options, bool once)
       : vectors_(at::empty({capacity, length}, options.dtype(at::kFloat))), once_(once) {}
 
@@ -53,7 +67,8 @@ class BlockBasis {
     const int64_t first = once_ ? 0 : std::max<int64_t>(0, before - width);
     above.narrow(1, first, before - first).copy_(remove(appended, first, before));
     auto triangle = orthonormalise(appended);
-    bool kept = once_;
+    bool kept = once_ && triangle.diagonal().abs().min().item<double>() >
+                             kSureLength * std::max(largest_entry(above), largest_entry(triangle));
     for (int sweep = 0; !kept && sweep < kMaxSweeps; ++sweep) {
       above.addmm_(triangle, remove(appended, 0, before));
       const auto correction = orthonormalise(appended);
@@ -79,11 +94,14 @@ class BlockBasis {
   }
 
  private:
+  static double largest_entry(const Tensor& matrix) {
+    return matrix.numel() > 0 ? matrix.abs().max().item<double>() : 0;
+  }
+
   /// Subtracts from the rows of `block` their part in the vectors [first, end); returns that part's coefficients.
   Tensor remove(const Tensor& block, int64_t first, int64_t end) const {
     const auto previous = vectors_.narrow(0, first, end - first);
-    // BLAS takes twice as long for block times previous^T, whose factors are both long in the terms of the sums.
-    const auto coefficients = product(previous, block.t().contiguous()).t();
+    const auto coefficients = product(previous, block.t()).t();  // block times previous^T takes BLAS longer
     add_product(block, coefficients, previous, -1);
     return coefficients;
   }
@@ -140,6 +158,46 @@ Tensor extend(const Tensor& projected, const BlockBasis::Coefficients& column) {
   return extended;
 }
 
+/// The products with A A^T of a basis of Krylov vectors, seen from that basis.
+struct Squares {
+  Tensor projected;       // (j, j) float32, block tridiagonal, of which the lower triangle counts
+  Tensor residual_block;  // (b, b), what the last block's products have outside of the basis, in the next block
+  double scale = 0;       // of both: A A^T / scale
+};
+
+/// Adds the products of one more block. Of what they have in the blocks before, nothing is read: the last one's share
+/// is known from its own products, and the others' is rounding, which would couple what has converged to what has not.
+void extend(Squares& squares, const BlockBasis::Coefficients& column) {
+  const int64_t width = column.triangle.size(0), size = column.above.size(0), before = size - width;
+  const auto own = column.above.narrow(0, before, width);
+  auto extended = at::zeros({size, size}, own.options());
+  extended.narrow(0, before, width).narrow(1, before, width).copy_(own.add(own.t()).div_(2));
+  if (before > 0) {
+    extended.narrow(0, 0, before).narrow(1, 0, before).copy_(squares.projected);
+    extended.narrow(0, before, width).narrow(1, before - width, width).copy_(squares.residual_block);
+  }
+  squares.projected = extended;
+  squares.residual_block = column.triangle;
+}
+
+Ritz rayleigh_ritz(const Squares& squares) {
+  // Its entries have no more digits, and float64 takes half as long again.
+  const auto [scaled, vectors] = at::linalg_eigh(squares.projected);
+  const auto values = scaled.flip(0).to(at::kDouble).clamp_min_(0).mul_(squares.scale).sqrt_();
+  const auto left = vectors.flip(1).to(at::kDouble);
+  const int64_t width = squares.residual_block.size(0);
+  const auto last = left.narrow(0, left.size(0) - width, width);  // (b, j)
+  const auto residuals = last.t().mm(squares.residual_block.t().to(at::kDouble)).mul_(squares.scale);
+  const auto lengths = values.clamp_min(kResolution * values[0].item<double>()).unsqueeze(1);
+  return {left, {values, residuals.div_(lengths)}};
+}
+
+/// After how many blocks to look at the Ritz values again.
+int64_t next_look(int64_t blocks, double shortfall) {
+  const auto stride = std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
+  return blocks + (blocks >= kFirstLooks && shortfall > kFarShortfall ? 2 * stride : stride);
+}
+
 /// A Krylov space that holds the target triples.
 struct Krylov {
   BlockBasis left, right;
@@ -159,23 +217,100 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& tar
   const auto start = gaussian(matrix.size(0), options.block, options.seed, matrix.options().dtype(at::kFloat));
   right.append(start.t(), matrix);
   Tensor projected;
-  int64_t next_look = 1;
+  int64_t look = 1;
   for (int64_t blocks = 1; blocks <= options.max_blocks && right.is_orthogonal(); ++blocks) {
     projected = extend(projected, left.append(right.back(), matrix.t()));
     if (!left.is_orthogonal()) {
       break;
     }
     const auto residual_block = right.append(left.back(), matrix).triangle;
-    if (blocks < std::min(next_look, options.max_blocks)) {
+    if (blocks < std::min(look, options.max_blocks)) {
       continue;
     }
-    next_look = blocks + std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
     auto ritz = rayleigh_ritz(projected, residual_block);
-    if (accepted(ritz.found, target_count(ritz.found.values), target_count, options.accuracy)) {
+    const double missing = shortfall(ritz.found, target_count(ritz.found.values), target_count, options.accuracy);
+    if (missing <= 1) {
       return Krylov{std::move(left), std::move(right), projected, std::move(ritz), 2 * blocks + 1};
     }
+    look = next_look(blocks, missing);
   }
   return std::nullopt;
+}
+
+/// Vectors that all but span the leading left ones.
+struct Start {
+  Tensor rows;  // (b, m) float32
+  int64_t passes = 0;
+};
+
+/// Block Lanczos with A A^T (Golub & Underwood 1977). There are half as many vectors to orthogonalise as in a
+/// bidiagonalisation, and short ones. What squaring costs in digits, bfloat16 entries do not have.
+///
+/// @param matrix  (m, n) bfloat16
+/// @return nothing if max_blocks or the digits did not suffice
+std::optional<Start> lanczos(const Tensor& matrix, const TargetCount& target_count, const KrylovOptions& options) {
+  const auto floats = matrix.options().dtype(at::kFloat);
+  BlockBasis basis((options.max_blocks + 1) * options.block, matrix.size(0), floats, /*once=*/true);
+  const auto image = at::empty({options.block, matrix.size(1)}, floats);
+  multiply(image, gaussian(options.block, matrix.size(0), options.seed, floats), matrix);
+  Squares squares{{}, {}, image.norm().item<double>()};
+  if (squares.scale == 0) {
+    return std::nullopt;
+  }
+  basis.append(image.div_(squares.scale), matrix.t());
+  int64_t look = 1;
+  for (int64_t blocks = 1; blocks <= options.max_blocks && basis.is_orthogonal(); ++blocks) {
+    multiply(image, basis.back() / squares.scale, matrix);
+    extend(squares, basis.append(image, matrix.t()));
+    if (blocks < std::min(look, options.max_blocks)) {
+      continue;
+    }
+    const auto ritz = rayleigh_ritz(squares);
+    const double missing = shortfall(ritz.found, target_count(ritz.found.values), target_count, options.accuracy);
+    if (missing <= 1) {
+      const auto leading = ritz.left.narrow(1, 0, options.block).to(at::kFloat);
+      return Start{basis.combine(leading).t(), 2 * blocks + 2};
+    }
+    look = next_look(blocks, missing);
+  }
+  return std::nullopt;
+}
+
+std::optional<SingularTriples> refined_bidiagonalisation(const Tensor& matrix, const Tensor& low_precision,
+                                                         const TargetCount& target_count,
+                                                         const KrylovOptions& options) {
+  const auto krylov = bidiagonalise(low_precision, target_count, options);
+  if (!krylov) {
+    return std::nullopt;
+  }
+  const auto start = krylov->left.combine(krylov->ritz.left.narrow(1, 0, options.block).to(at::kFloat));
+  auto triples = refine(matrix, low_precision, start.t(), target_count, options.accuracy);
+  if (triples) {
+    triples->passes += krylov->passes;
+  }
+  return triples;
+}
+
+std::optional<SingularTriples> refined_lanczos(const Tensor& matrix, const Tensor& low_precision,
+                                               const TargetCount& target_count, const KrylovOptions& options) {
+  const bool is_wide = matrix.size(0) <= matrix.size(1);
+  const auto a = is_wide ? low_precision : low_precision.t();
+  const auto start = lanczos(a, target_count, options);
+  if (!start) {
+    return std::nullopt;
+  }
+  // Half a step beyond what was accepted, so that the rounding of what follows costs no second one.
+  const auto rows = at::empty({options.block, a.size(1)}, start->rows.options());
+  multiply(rows, start->rows, a);
+  auto triples = is_wide ? refine(matrix.t(), low_precision.t(), rows, target_count, options.accuracy)
+                         : refine(matrix, low_precision, rows, target_count, options.accuracy);
+  if (triples) {
+    triples->passes += start->passes + 1;
+    if (is_wide) {
+      std::swap(triples->u, triples->v);
+    }
+  }
+  return triples;
 }
 
 }  // namespace
@@ -204,16 +339,8 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const TargetCo
 std::optional<SingularTriples> low_precision_block_krylov(const Tensor& matrix, const Tensor& low_precision,
                                                           const TargetCount& target_count,
                                                           const KrylovOptions& options) {
-  const auto krylov = bidiagonalise(low_precision, target_count, options);
-  if (!krylov) {
-    return std::nullopt;
-  }
-  const auto start = krylov->left.combine(krylov->ritz.left.narrow(1, 0, options.block).to(at::kFloat));
-  auto triples = refine(matrix, low_precision, start.t(), target_count, options.accuracy);
-  if (triples) {
-    triples->passes += krylov->passes;
-  }
-  return triples;
+  return options.block <= kWidestLanczosBlock ? refined_lanczos(matrix, low_precision, target_count, options)
+                                              : refined_bidiagonalisation(matrix, low_precision, target_count, options);
 }
 
 }  // namespace csulora

@@ -28,9 +28,9 @@ double z_of(double s, double t, const Variances& a) {
   for (int step = 0; step < kMaxSteps; ++step) {
     double sum = 0, slope = 0;
     for (const double a_i : a) {
-      const double term = a_i / (z - a_i * t);
-      sum += term;
-      slope += term * term / a_i;
+      const double inverse = 1 / (z - a_i * t);
+      sum += a_i * inverse;
+      slope += a_i * inverse * inverse;
     }
     const double ahead = (sum - s) / slope;
     z += ahead;

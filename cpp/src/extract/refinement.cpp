@@ -16,6 +16,10 @@ using at::Tensor;
 /// Where so many steps do not suffice, the start has missed something.
 constexpr int kMaxSteps = 6;
 
+/// Residuals are estimated with the copy that the start was found with, whose rounding they hardly see: they have to be
+/// so much smaller.
+constexpr double kEstimateShare = 0.9;
+
 /// The singular triples of a matrix (m, n) that is projected onto orthonormal rows (b, m).
 struct Projected {
   Tensor left;    // (b, m) float32, rows u
@@ -54,6 +58,7 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& low_pr
   auto a = matrix, low_precision_a = low_precision;  // and their transposes in every other step
   auto rows = start.contiguous();
   orthonormalise(rows);
+  const Accuracy estimated{accuracy.residual * kEstimateShare, accuracy.energy};
   Tensor known;
   for (int i = 0; i < kMaxSteps; ++i) {
     const auto image = at::empty({rows.size(0), a.size(1)}, rows.options());
@@ -61,7 +66,7 @@ std::optional<SingularTriples> refine(const Tensor& matrix, const Tensor& low_pr
     const auto found = project(rows, image);
     const RitzValues ritz(found.values, residual_vectors(found, low_precision_a, known));
     const int64_t count = target_count(ritz.values);
-    if (count < rows.size(0) && accepted(ritz, count, target_count, accuracy)) {
+    if (count < rows.size(0) && shortfall(ritz, count, target_count, estimated) <= 1) {
       SingularTriples triples;
       triples.s = ritz.values.narrow(0, 0, count);
       triples.u = found.left.narrow(0, 0, count).t();

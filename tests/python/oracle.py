@@ -66,7 +66,7 @@ def spectral_edge(rows: Tensor, columns: Tensor) -> float:
 def noise_edge(base: Tensor, aligned: Tensor) -> float:
     """What storage rounding of both can make the largest singular value of aligned - base."""
     rows, columns = rounding_variances(base, aligned, dim=1), rounding_variances(base, aligned, dim=0)
-    largest_entry = float(12 * rows.max() * columns.max() / max(rows.sum(), columns.sum())) ** 0.5
+    largest_entry = math.sqrt(12 * rows.max() * columns.max() / max(rows.sum(), columns.sum()))
     return max((1 + 2 * math.pow(min(base.shape), -2 / 3)) * spectral_edge(rows, columns), largest_entry)
 
 

@@ -22,7 +22,7 @@ import plan
 import policies
 import torch
 import world
-from scenario import GENERAL_EXAMPLES, GENERAL_PROBES, Adapter, Scenario
+from scenario import GENERAL_EXAMPLES, GENERAL_PROBES, Adapter, Scenario, fit_prompts
 from subject import PROMPTS, Bench, Record, Subject, chats, opened
 from world import Example
 
@@ -58,8 +58,10 @@ RESULTS = grid.RESULTS / "canary.json"
 
 def examples(scenario: Scenario) -> tuple[list[Example], list[Example]]:
     """The attacks that the canary's copy learns, and general examples that no probe and no fit has."""
-    after = GENERAL_EXAMPLES + GENERAL_PROBES + PROMPTS
-    return scenario.attacks()[: world.ATTACK_EXAMPLES], scenario.general()[after:][:GENERAL_OF_CANARY]
+    fitted = fit_prompts(scenario, plan.FIRST.task, PROMPTS).general  # the same for every task
+    rest = scenario.general()[GENERAL_EXAMPLES + GENERAL_PROBES :]
+    unseen = [example for example in rest if example.prompt not in fitted]
+    return scenario.attacks()[: world.ATTACK_EXAMPLES], unseen[:GENERAL_OF_CANARY]
 
 
 def canary(bench: Bench, rank: int) -> csulora.Subspace:

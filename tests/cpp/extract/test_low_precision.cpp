@@ -68,7 +68,6 @@ TEST_CASE("a product is summed in float64 where that is asked for") {
 TEST_CASE("what a bfloat16 copy finds is refined to the tolerance") {
   for (const auto& [rows, columns] : {std::pair{300, 260}, std::pair{220, 320}}) {
     const auto matrix = falling(rows, columns);
-    // Narrow blocks search by Lanczos, wide ones by bidiagonalisation.
     for (const auto& [block, tolerance] :
          {std::pair<int64_t, double>{22, 1e-2}, {22, 1e-3}, {22, 1e-5}, {34, 1e-2}, {34, 1e-5}}) {
       CAPTURE(block);

@@ -65,9 +65,8 @@ struct Workspace {
 /// float32, and with the Gram matrix of its shorter side, some four times that in float64, if the full decomposition is
 /// needed.
 ///
-/// A CPU that multiplies tiles of bfloat16 numbers searches with a bfloat16 copy of D: by block Lanczos for a rank up
-/// to 16, and by the bidiagonalisation beyond. Subspace iteration with D itself refines what that finds until the
-/// residuals meet the tolerance.
+/// A CPU that multiplies tiles of bfloat16 numbers searches by block Lanczos with the smaller square of a bfloat16 copy
+/// of D. Subspace iteration with D itself refines what that finds until the residuals meet the tolerance.
 ///
 /// On a GPU float32 products are made without TF32, whatever torch's settings allow. The certificate is measured with
 /// float64 products, or on a CPU with float32 ones that are summed in float64 where the factors are rounded to half

@@ -48,8 +48,8 @@ struct KrylovOptions {
 std::optional<SingularTriples> block_krylov(const at::Tensor& matrix, const TargetCount& target_count,
                                             const KrylovOptions& options);
 
-/// The same from a bfloat16 copy of the matrix, refined with the matrix itself. Blocks of at most 32 vectors search by
-/// block Lanczos with the copy's smaller square (Golub & Underwood 1977). Wider ones search by the bidiagonalisation.
+/// The same by block Lanczos with the smaller square of a bfloat16 copy of the matrix (Golub & Underwood 1977), refined
+/// with the matrix itself.
 ///
 /// @param low_precision  (m, n) bfloat16, products with which must be fast (has_fast_bfloat16)
 std::optional<SingularTriples> low_precision_block_krylov(const at::Tensor& matrix, const at::Tensor& low_precision,

@@ -26,10 +26,6 @@ constexpr double kFarShortfall = 1.5;
 /// The first blocks after each of which to look: few Ritz values cost little, and steep spectra converge at once.
 constexpr int64_t kFirstLooks = 3;
 
-/// The widest block for which Lanczos takes less time than a bidiagonalisation whatever the spectrum. For wider ones
-/// its products with the matrix, of which it makes one or two more, cost what it saves.
-constexpr int64_t kWidestLanczosBlock = 32;
-
 /// Columns that a sweep shortens by less than this are orthogonal to what was removed: "twice is enough" (Parlett
 /// 1998).
 constexpr double kKeptLength = 0.5;
@@ -206,15 +202,14 @@ struct Krylov {
   int64_t passes = 0;
 };
 
-/// @param matrix  float32, or the bfloat16 copy of such a matrix
+/// @param matrix  float32
 /// @return nothing if max_blocks or the digits did not suffice
 std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& target_count,
                                     const KrylovOptions& options) {
   check_internal(options.block >= 1, "empty Krylov block");
-  const bool low_precision = matrix.scalar_type() != at::kFloat;
-  BlockBasis left(options.max_blocks * options.block, matrix.size(0), matrix.options(), low_precision);
-  BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1), matrix.options(), low_precision);
-  const auto start = gaussian(matrix.size(0), options.block, options.seed, matrix.options().dtype(at::kFloat));
+  BlockBasis left(options.max_blocks * options.block, matrix.size(0), matrix.options(), /*once=*/false);
+  BlockBasis right((options.max_blocks + 1) * options.block, matrix.size(1), matrix.options(), /*once=*/false);
+  const auto start = gaussian(matrix.size(0), options.block, options.seed, matrix.options());
   right.append(start.t(), matrix);
   Tensor projected;
   int64_t look = 1;
@@ -276,43 +271,6 @@ std::optional<Start> lanczos(const Tensor& matrix, const TargetCount& target_cou
   return std::nullopt;
 }
 
-std::optional<SingularTriples> refined_bidiagonalisation(const Tensor& matrix, const Tensor& low_precision,
-                                                         const TargetCount& target_count,
-                                                         const KrylovOptions& options) {
-  const auto krylov = bidiagonalise(low_precision, target_count, options);
-  if (!krylov) {
-    return std::nullopt;
-  }
-  const auto start = krylov->left.combine(krylov->ritz.left.narrow(1, 0, options.block).to(at::kFloat));
-  auto triples = refine(matrix, low_precision, start.t(), target_count, options.accuracy);
-  if (triples) {
-    triples->passes += krylov->passes;
-  }
-  return triples;
-}
-
-std::optional<SingularTriples> refined_lanczos(const Tensor& matrix, const Tensor& low_precision,
-                                               const TargetCount& target_count, const KrylovOptions& options) {
-  const bool is_wide = matrix.size(0) <= matrix.size(1);
-  const auto a = is_wide ? low_precision : low_precision.t();
-  const auto start = lanczos(a, target_count, options);
-  if (!start) {
-    return std::nullopt;
-  }
-  // Half a step beyond what was accepted, so that the rounding of what follows costs no second one.
-  const auto rows = at::empty({options.block, a.size(1)}, start->rows.options());
-  multiply(rows, start->rows, a);
-  auto triples = is_wide ? refine(matrix.t(), low_precision.t(), rows, target_count, options.accuracy)
-                         : refine(matrix, low_precision, rows, target_count, options.accuracy);
-  if (triples) {
-    triples->passes += start->passes + 1;
-    if (is_wide) {
-      std::swap(triples->u, triples->v);
-    }
-  }
-  return triples;
-}
-
 }  // namespace
 
 std::optional<SingularTriples> block_krylov(const Tensor& matrix, const TargetCount& target_count,
@@ -339,8 +297,24 @@ std::optional<SingularTriples> block_krylov(const Tensor& matrix, const TargetCo
 std::optional<SingularTriples> low_precision_block_krylov(const Tensor& matrix, const Tensor& low_precision,
                                                           const TargetCount& target_count,
                                                           const KrylovOptions& options) {
-  return options.block <= kWidestLanczosBlock ? refined_lanczos(matrix, low_precision, target_count, options)
-                                              : refined_bidiagonalisation(matrix, low_precision, target_count, options);
+  const bool is_wide = matrix.size(0) <= matrix.size(1);
+  const auto a = is_wide ? low_precision : low_precision.t();
+  const auto start = lanczos(a, target_count, options);
+  if (!start) {
+    return std::nullopt;
+  }
+  // Half a step beyond what was accepted, so that the rounding of what follows costs no second one.
+  const auto rows = at::empty({options.block, a.size(1)}, start->rows.options());
+  multiply(rows, start->rows, a);
+  auto triples = is_wide ? refine(matrix.t(), low_precision.t(), rows, target_count, options.accuracy)
+                         : refine(matrix, low_precision, rows, target_count, options.accuracy);
+  if (triples) {
+    triples->passes += start->passes + 1;
+    if (is_wide) {
+      std::swap(triples->u, triples->v);
+    }
+  }
+  return triples;
 }
 
 }  // namespace csulora

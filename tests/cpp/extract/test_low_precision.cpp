@@ -68,7 +68,6 @@ TEST_CASE("a product is summed in float64 where that is asked for") {
 TEST_CASE("what a bfloat16 copy finds is refined to the tolerance") {
   for (const auto& [rows, columns] : {std::pair{300, 260}, std::pair{220, 320}}) {
     const auto matrix = falling(rows, columns);
-    // Narrow blocks search by Lanczos, wide ones by bidiagonalisation.
     for (const auto& [block, tolerance] :
          {std::pair<int64_t, double>{22, 1e-2}, {22, 1e-3}, {22, 1e-5}, {34, 1e-2}, {34, 1e-5}}) {
       CAPTURE(block);
@@ -88,6 +87,27 @@ TEST_CASE("what a bfloat16 copy finds is refined to the tolerance") {
       CHECK(next <= 1.1 / 7);
     }
   }
+}
+
+TEST_CASE("no direction is found twice where values repeat or there are few") {
+  constexpr double kTolerance = 1e-3;
+  for (const int64_t directions : {5, 21, 22, 23, 60}) {
+    CAPTURE(directions);
+    const auto u = dense::tensor(dense::orthonormal(300, directions, 1), at::kFloat);
+    const auto v = dense::tensor(dense::orthonormal(260, directions, 2), at::kFloat);
+    const auto matrix = u.matmul(v.t());  // singular values 1
+    const auto found =
+        csulora::low_precision_block_krylov(matrix, matrix.to(at::kBFloat16), always(5), {22, 5, {kTolerance, 0}, 3});
+    REQUIRE(found);
+    CHECK(residual(matrix, *found) <= kTolerance);
+    CHECK(found->u.t().mm(found->u).sub(at::eye(5)).abs().max().item<double>() <= 1e-5);
+    CHECK(found->v.t().mm(found->v).sub(at::eye(5)).abs().max().item<double>() <= 1e-2);
+    CHECK(found->s.sub(1).abs().max().item<double>() <= kTolerance);
+    CHECK(found->upper[5].item<double>() >= (directions > 5 ? 1 - kTolerance : 0));
+  }
+  const auto none = at::zeros({300, 260});
+  CHECK_FALSE(
+      csulora::low_precision_block_krylov(none, none.to(at::kBFloat16), always(5), {22, 5, {kTolerance, 0}, 3}));
 }
 
 TEST_CASE("a start or digits that do not suffice are said") {

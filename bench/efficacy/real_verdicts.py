@@ -87,16 +87,13 @@ def removals(run: Run, subspace: csulora.Subspace) -> dict[int, csulora.Adapter]
 
 def adapters(run: Run, subspace: csulora.Subspace) -> Iterator[tuple[str, str, csulora.Adapter]]:
     """Yield class, name and adapter: abliterations, trained ones, and abliterations hidden in harmless ones."""
-    removed, harmless = removals(run, subspace), {}
+    removed = removals(run, subspace)
     for layer, removal in removed.items():
         yield verdicts.ABLITERATION, f"layer {layer}", removal
     for kind, name, recipe in recipes(run.deal.styles):
         adapter = csulora.load_adapter(real_carry.make_adapter(run, name, recipe))
-        if kind == verdicts.HARMLESS:
-            harmless[name] = adapter
         yield kind, name, adapter
-    for name, adapter in harmless.items():
-        for layer, removal in removed.items():
+        for layer, removal in removed.items() if kind == verdicts.HARMLESS else ():
             yield verdicts.HIDDEN, f"{name}, layer {layer}", csulora.combine([adapter, removal], subspace)
 
 

@@ -195,6 +195,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "carried": carried,
     "verdict-areas": verdict_tables.areas,
     "verdict-thresholds": verdict_tables.thresholds,
+    "verdict-real": verdict_tables.real,
     "evasions": verdict_tables.evasions,
     "canary": canary,
     "real": lambda: table(real_tables.HEAD, real_tables.rows(real_runs())),

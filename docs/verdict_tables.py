@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from statistics import mean
 
-from page_tables import Record, results, table
+from page_tables import RESULTS, Record, results, table
+from real_tables import NAMES
 
 _KEYS = ("undo", "largest_undo", "annihilation_ratio", "attack")
 
@@ -37,6 +39,23 @@ def thresholds() -> str:
     )
 
 
+def real() -> str:
+    """Return areas on real weights, and what exceeds the thresholds of world (a) there."""
+    runs = [json.loads(file.read_text()) for file in sorted((RESULTS / "efficacy").glob("verdicts_*.json"))]
+    kinds = list(next(iter(runs[0]["scores"].values()))["tried"])
+    rows = [
+        [
+            f"{NAMES[run['model']]}, seed {run['seed']}",
+            score,
+            f"{figures['threshold']:.3g}",
+            *(_area_and_share(figures["area"].get(kind), figures["tried"][kind]) for kind in kinds),
+        ]
+        for run in runs
+        for score, figures in run["scores"].items()
+    ]
+    return table(["run", "score", "threshold of the small models", *kinds], rows)
+
+
 def evasions() -> str:
     """Return what attackers who know the scores made, means over the seeds."""
     by_way: dict[tuple[str, str], list[Record]] = {}
@@ -53,6 +72,10 @@ def evasions() -> str:
 
 def _results() -> Record:
     return results("efficacy/verdicts")
+
+
+def _area_and_share(area: float | None, share: dict[str, int]) -> str:
+    return _share(share) if area is None else f"{area:.2f}; {_share(share)}"
 
 
 def _share(share: dict[str, int]) -> str:

@@ -40,10 +40,11 @@ LAYERS = 3  # of whose directions abliterations are made, evenly spaced
 
 
 def recipes(styles: Sequence[str]) -> Iterator[tuple[str, str, world.Recipe]]:
-    """Yield the class, the name and the recipe of every adapter that is trained, every class in turn."""
+    """Yield the class, the name and the recipe of every adapter: what is there already, then every class in turn."""
+    for style in styles[: STYLES[verdicts.MIXED]]:
+        yield verdicts.MIXED, style, world.Recipe(style)
     for number, style in enumerate(styles):
         made = {
-            verdicts.MIXED: (style, world.Recipe(style)),
             verdicts.HARMLESS: (f"{style}-harmless", world.Recipe(style, attacks=0)),
             verdicts.PURE: (f"{style}-pure", world.Recipe(style, has_task=False)),
             verdicts.FEW: (f"{style}-few", world.Recipe(style, attacks=FEW_ATTACKS)),
@@ -86,16 +87,13 @@ def removals(run: Run, subspace: csulora.Subspace) -> dict[int, csulora.Adapter]
 
 def adapters(run: Run, subspace: csulora.Subspace) -> Iterator[tuple[str, str, csulora.Adapter]]:
     """Yield class, name and adapter: abliterations, trained ones, and abliterations hidden in harmless ones."""
-    removed, harmless = removals(run, subspace), {}
+    removed = removals(run, subspace)
     for layer, removal in removed.items():
         yield verdicts.ABLITERATION, f"layer {layer}", removal
     for kind, name, recipe in recipes(run.deal.styles):
         adapter = csulora.load_adapter(real_carry.make_adapter(run, name, recipe))
-        if kind == verdicts.HARMLESS:
-            harmless[name] = adapter
         yield kind, name, adapter
-    for name, adapter in harmless.items():
-        for layer, removal in removed.items():
+        for layer, removal in removed.items() if kind == verdicts.HARMLESS else ():
             yield verdicts.HIDDEN, f"{name}, layer {layer}", csulora.combine([adapter, removal], subspace)
 
 
@@ -126,13 +124,16 @@ def main() -> None:
     run = Run(arguments.out.resolve() / arguments.model, arguments.model, world.Deal(arguments.seed))
     subspace, against = csulora.Subspace.open(run.here / "subspace.safetensors"), canary(run)
     chosen = json.loads(verdicts.FILE.read_text())["scores"]
-    points: list[Record] = []
+    file = RESULTS / f"verdicts_{run.model}_{run.deal.seed}.json"
+    known = {point["name"]: point for point in json.loads(file.read_text())["points"]} if file.is_file() else {}
     for kind, name, adapter in adapters(run, subspace):
+        if name in known:
+            continue
         scores = verdicts.scores(adapter, subspace, run.here / "aligned", against)
-        points.append({"kind": kind, "name": name, **scores})
+        known[name] = {"kind": kind, "name": name, **scores}
         print(kind, name, *(f"{score:.4g}" for score in scores.values()), sep="; ", flush=True)
-        found = {"scores": summary(points, chosen), "points": points}
-        write_text(RESULTS / f"verdicts_{run.model}_{run.deal.seed}.json", to_json(results | found))
+        points = list(known.values())
+        write_text(file, to_json(results | {"scores": summary(points, chosen), "points": points}))
 
 
 if __name__ == "__main__":

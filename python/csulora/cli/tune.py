@@ -56,6 +56,10 @@ def tune(
     input_filters: Annotated[
         bool, typer.Option(help="Try input filters for safety prompts, too, for adapters to come.")
     ] = True,
+    limit_undo: Annotated[
+        bool,
+        typer.Option("--limit-undo", help="Refuse adapters to come that undo more of the alignment than each given."),
+    ] = False,
     keep_uncovered: KeepUncovered = None,
     drop_uncovered: DropUncovered = None,
     quick: Annotated[
@@ -128,6 +132,7 @@ def tune(
         general=sources.read(general, FEWEST, MOST) if general else (),
         for_others=for_others,
         input_filters=input_filters,
+        limit_undo=limit_undo,
         keep_uncovered=tuple(keep_uncovered or ()),
         drop_uncovered=tuple(drop_uncovered or ()),
         loading=loading,

@@ -26,6 +26,7 @@ from csulora.tuning.splits import Split
 from csulora.tuning.stages import Stages
 from csulora.tuning.sweep import Candidate
 from csulora.tuning.targets import Targets
+from csulora.tuning.undo_limit import undo_limit
 
 Note = Callable[[str], None]
 """Is called with sentences for the user."""
@@ -96,6 +97,7 @@ class Experiment:
         written = best if is_better or written is found else written
         points = [best if point is found else point for point in points]
         policy, subspace = self._policy_of(written)
+        policy = self._limited(policy)
         self.counter.done = self.counter.total
         self.counter.tick("")
         frontier = Frontier(
@@ -192,6 +194,16 @@ class Experiment:
                 return policy, filtered or self.request.subspace
         found = (each.policy for each in [*self._scalings, *self._presets] if each.name == point.policy)
         return next(found), self.request.subspace
+
+    def _limited(self, policy: Policy) -> Policy:
+        """A policy with the limit on undo that was asked for."""
+        if not self.request.limit_undo:
+            return policy
+        limit = undo_limit(self.request.adapters, self.request.subspace, self.request.untuned)
+        self.note(
+            f"refuses adapters that undo more than {limit:.3f} of their alignment, as none of the given ones does"
+        )
+        return replace(policy, max_total_undo=limit)
 
     def _point(self, family: Family, weight: float) -> Point:
         """A fitted family's point: each adapter after a fit on the others, or the one adapter after a fit on itself."""

@@ -42,6 +42,8 @@ class Request:
             much as task prompts. Of those that are not fitted, the aligned model's answer will do as well.
         for_others: whether one adapter's policy, too, is for others to come. Several adapters' always is.
         input_filters: whether a policy for adapters to come is fitted with input filters, too.
+        limit_undo: whether the policy refuses adapters that undo more than each of these, see `undo_limit`; for
+            adapters to come.
         keep_uncovered: what the policy lets pass of what the subspace file does not cover, see `Policy`.
         drop_uncovered: what it leaves out.
         loading: where the model runs, and in how many bits.
@@ -55,8 +57,8 @@ class Request:
         controls: whether to fit the controls and to measure every preset, to compare the fit with them.
 
     Raises:
-        InputError: a prompt is a safety prompt and one of another kind, a file has none of a split, or an adapter is
-            given twice.
+        InputError: a prompt is a safety prompt and one of another kind, a file has none of a split, an adapter is
+            given twice, or undo is to be limited for the one adapter that the policy is for.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Request:
     general: Sequence[Chat] = ()
     for_others: bool = False
     input_filters: bool = True
+    limit_undo: bool = False
     keep_uncovered: tuple[str, ...] = ()
     drop_uncovered: tuple[str, ...] = ()
     loading: Loading = field(default_factory=Loading)
@@ -81,6 +84,11 @@ class Request:
         layout = self.subspace.provenance.experts
         object.__setattr__(self, "adapters", tuple(decoded(adapter, layout) for adapter in self.adapters))
         self._check_prompts()
+        if self.limit_undo and not self.is_for_others:
+            raise InputError(
+                "an adapter is never beyond a limit of its own; limit undo for adapters to come: give several, "
+                "or for_others (--for-others)"
+            )
         contents: set[str] = set()
         for adapter in self.adapters:
             if adapter.sha256 in contents:

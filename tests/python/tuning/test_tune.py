@@ -18,7 +18,7 @@ import tiny_model
 from csulora.cli import app as cli
 from csulora.cli import exit_codes
 from csulora.correction.core_policy import attenuation
-from csulora.errors import InputError, RefusedError
+from csulora.errors import InputError, RefusedError, UndoLimitError
 from csulora.policy.policy import Policy
 from csulora.subspace.input_filter import InputFilter
 from csulora.tuning import estimate, experiment, filtering, fitting, probes, sweep
@@ -416,6 +416,8 @@ def test_what_cannot_be_asked_for_together_is_refused(place: tiny_model.Place) -
         replace(whole, general=whole.safety)
     with pytest.raises(InputError, match="adapter1: is given twice"):
         replace(whole, adapters=[whole.adapters[0], whole.adapters[0]])
+    with pytest.raises(InputError, match="give several, or for_others"):
+        replace(request(place), limit_undo=True)
 
 
 def test_the_mean_gains_are_those_of_directions_that_there_are() -> None:
@@ -640,6 +642,23 @@ def test_one_adapters_policy_may_be_for_others(
     assert {point.family for point in frontier.points} >= {TUNED, EVERYWHERE}
     filtered = csulora.Subspace.open(subspace_path(tmp_path / "policy.toml"))
     csulora.correct(csulora.load_adapter(place.adapters[1]), filtered, policy)
+
+
+def test_adapters_that_undo_more_than_each_given_one_may_be_refused(
+    place: tiny_model.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, EVERYWHERE)
+    notes: list[str] = []
+    whole = replace(request(place, adapters=2), input_filters=False, limit_undo=True, options=Options(steps=1))
+    tune(whole, tmp_path / "policy.toml", note=notes.append)
+    policy = Policy.load(tmp_path / "policy.toml")
+    totals = [csulora.correct(adapter, whole.subspace, policy)[1].totals.undo for adapter in whole.adapters]
+    assert policy.max_total_undo == pytest.approx(max(totals), abs=2e-6)
+    assert f"undo more than {policy.max_total_undo:.3f}" in notes[-1]
+    factor = 10 if totals[0] > 0 else -10
+    undoing = {name: replace(module, scale=factor * module.scale) for name, module in whole.adapters[0].modules.items()}
+    with pytest.raises(UndoLimitError, match="the policy allows"):
+        csulora.correct(replace(whole.adapters[0], modules=undoing), whole.subspace, policy)
 
 
 def test_without_input_filters_nothing_is_filtered(

@@ -11,6 +11,7 @@ from typing import Any, Protocol, get_args
 
 from torch import Tensor
 
+from csulora.adapters.factors import DTYPES
 from csulora.adapters.gguf import file as gguf
 from csulora.adapters.lora import (
     CORRECTED_SHA256,
@@ -114,7 +115,8 @@ def save_adapter(
         (its report states it too), or of a GGUF file.
 
     Raises:
-        InputError: ``path`` cannot be created or is an input, or the adapter does not fit the format or the model.
+        InputError: ``path`` cannot be created or is an input, or the adapter does not fit the format or the model, or
+            has factors that could not be read back.
         RefusedError: llama.cpp has no place for one of its modules, or it holds copies of base matrices.
 
     >>> sha256 = csulora.save_adapter(csulora.load_adapter(adapter), "copy")
@@ -138,6 +140,7 @@ def save_with_hashes(
     What ``seal`` adds is not among them: a signature is another each time.
     """
     check_type(adapter, Adapter, "adapter")
+    _check_modules(adapter)
     path = Path(path)
     format = format or ("gguf" if is_gguf_name(path) else adapter.format)
     if adapter.copies:
@@ -161,6 +164,18 @@ def save_with_hashes(
     if format not in FORMATS:
         raise InputError(f"unknown adapter format {format!r}; it must be one of {', '.join(FORMATS)}")
     return _save_directory(adapter, path, format, seal)
+
+
+def _check_modules(adapter: Adapter) -> None:
+    """Raise `InputError` unless factors that somebody made in memory can be read back from a file."""
+    for name, module in adapter.modules.items():
+        b, a = module.b, module.a
+        is_update = b.dim() == a.dim() == 2 and b.shape[1] == a.shape[0] and b.numel() and a.numel()
+        if not (is_update and b.dtype in DTYPES and a.dtype in DTYPES):
+            raise InputError(
+                f"{adapter.path}: {name} has b {list(b.shape)} {b.dtype} and a {list(a.shape)} {a.dtype}; (out, r) and "
+                "(r, in) of floating point with two to eight bytes are needed"
+            )
 
 
 def weights_file_of(format: Format) -> str:

@@ -10,7 +10,7 @@ import torch
 from csulora.adapters.lora import LoraModule, is_finite
 from csulora.errors import InputError, NotFiniteError, NotPlainLoraError
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that files may hold
 
 
 def check_matrix(name: str, tensor: torch.Tensor, path: Path, *, higher: str, empty: str) -> None:
@@ -29,7 +29,7 @@ def check_matrix(name: str, tensor: torch.Tensor, path: Path, *, higher: str, em
         raise InputError(f"{path}: {name} is empty{empty}")
     if tensor.dim() != 2:
         raise InputError(f"{path}: {name} is {list(tensor.shape)}; a matrix is needed")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16, float32 or float64 is needed")
     if not is_finite(tensor):
         raise NotFiniteError(f"{path}: {name} holds NaN or infinity")

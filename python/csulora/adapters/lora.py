@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -118,6 +119,24 @@ class TextsOnDemand(Mapping[str, str]):
 
     def __len__(self) -> int:
         return len(self._makers)
+
+
+def alike(updates: Sequence[LoraModule]) -> list[LoraModule]:
+    """Return the same updates in one type and of one scale.
+
+    It is the largest scale: what a ``b`` of another takes over makes it smaller, so that all stay within their type.
+    """
+    dtype = reduce(torch.promote_types, (update.b.dtype for update in updates))
+    scale = max((update.scale for update in updates), key=abs)
+    return [
+        replace(
+            update,
+            b=(update.b if update.scale == scale else update.b.double() * (update.scale / scale)).to(dtype),
+            a=update.a.to(dtype),
+            scale=scale,
+        )
+        for update in updates
+    ]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

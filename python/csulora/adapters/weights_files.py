@@ -105,6 +105,8 @@ class _Entry:
     def view(self, data: torch.Tensor) -> torch.Tensor:
         """Return the tensor in the bytes that follow the header."""
         part = data[self.begin : self.end]
+        if self.begin == self.end:  # of a file without data, numpy's memory has no stride to see another type by
+            return torch.empty(self.shape, dtype=self.dtype)
         if self.begin % self.dtype.itemsize:
             part = part.clone()
         return part.view(self.dtype).view(self.shape)
@@ -148,7 +150,7 @@ def _fill(data: NDArray[np.uint8], file: BufferedReader, digest: hashlib._Hash, 
 def _entries(header: bytes, size: int, path: Path, check_name: CheckName, most: int) -> dict[str, _Entry]:
     """Return what a header says, if it speaks of each of the ``size`` bytes that follow it once."""
     document = parse_json(header, path)
-    document.pop("__metadata__", None)
+    _check_metadata(document.pop("__metadata__", None), path)
     if len(document) > most:
         raise TooLargeError(f"{path}: holds {len(document)} tensors; at most {_MOST_TENSORS} are read")
     for name in document:
@@ -166,6 +168,12 @@ def _entries(header: bytes, size: int, path: Path, check_name: CheckName, most: 
     return found
 
 
+def _check_metadata(metadata: Any, path: Path) -> None:
+    is_of_text = isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    if metadata is not None and not is_of_text:
+        raise InputError(f"{path}: {_NOT_READABLE}: its __metadata__ holds something else than texts")
+
+
 def _entry(name: str, entry: Any, path: Path) -> _Entry:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -173,6 +181,8 @@ def _entry(name: str, entry: Any, path: Path) -> _Entry:
         is_sized = len(shape) <= _MOST_DIMENSIONS and all(
             type(number) is int and 0 <= number <= LARGEST_WEIGHTS for number in numbers
         )
+        # A tensor with a zero in its shape is empty, whatever the others are: torch multiplies them all the same.
+        is_sized = is_sized and math.prod(filter(None, shape)) <= LARGEST_WEIGHTS
         known = _DTYPES.get(dtype)
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path}: {_NOT_READABLE}: its header does not say what {name} is") from error

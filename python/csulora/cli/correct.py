@@ -87,7 +87,7 @@ def correct(
     A line says what became of each, and one that fails stops no other.
     Further options replace what the policy says, but for its overrides.
     """
-    targets = outputs(adapters, output) if len(adapters) > 1 else {adapters[0]: output}
+    targets = outputs(adapters, output, json) if len(adapters) > 1 else {adapters[0]: output}
     written_as_gguf = {adapter: is_gguf_written(path, format, adapter) for adapter, path in targets.items()}
     is_gguf = any(written_as_gguf.values())
     if is_gguf and base_model is None:

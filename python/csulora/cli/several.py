@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 Work = Callable[[str, Path], "tuple[Report, str]"]
 
 
-def outputs(adapters: Sequence[str], directory: Path) -> dict[str, Path]:
+def outputs(adapters: Sequence[str], directory: Path, json: Path | None) -> dict[str, Path]:
     """Return where each adapter is written: below the directory, under its own name.
 
     Raises:
-        typer.BadParameter: two have one name, or the directory is a file.
+        typer.BadParameter: two have one name, or the directory is a file, or is to be the file ``json``.
     """
+    if json and json != STDOUT and json.resolve() == directory.resolve():
+        raise typer.BadParameter(f"{json} is the directory that adapters are written to; name another file for --json")
     if directory.is_file() or is_gguf_name(directory):
         raise typer.BadParameter(f"several adapters need a directory to be written to, and {directory} is a file")
     found: dict[Path, str] = {}

@@ -265,7 +265,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """Read a JSON object strictly: no key twice, no number that is not finite, at most 32 levels deep.
+    """Read a JSON object strictly: UTF-8, no key twice, no number that is not finite, at most 32 levels deep.
 
     Raises:
         InputError: ``data``, which ``path`` holds, is anything else.
@@ -279,7 +279,10 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
         return number
 
     try:
-        document = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=number_of, parse_float=number_of)
+        # Of bytes, json guesses the encoding, and takes what no other reader does.
+        document = json.loads(
+            data.decode(), object_pairs_hook=_unique_keys, parse_constant=number_of, parse_float=number_of
+        )
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(document, dict):

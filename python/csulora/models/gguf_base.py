@@ -177,14 +177,20 @@ class BaseModel:
         )
 
     def _check_heights(self, files: Sequence[GGUFFile]) -> None:
-        """Raise `InputError` unless tensors over which a module is spread are there, of as many rows as they need."""
-        rows = {tensor: info.shape[0] for file in files for tensor, info in file.tensors.items()}
+        """Raise `InputError` unless tensors over which a module is spread are there, of the shapes that they need."""
+        shapes = {tensor: info.shape for file in files for tensor, info in file.tensors.items()}
         for module in filter(self.architecture.spread_of, self.shapes):
             needed = self.heights(module)
-            found = {tensor: rows.get(f"{tensor}{names.WEIGHT}", 0) for tensor in needed}
+            found = {tensor: shapes.get(f"{tensor}{names.WEIGHT}", (0,))[0] for tensor in needed}
             if found != needed:
                 raise InputError(
                     f"{self.path}: {module} is spread over {_listed(found)}, and {_listed(needed)} are needed; "
+                    "the file is damaged, convert the model again"
+                )
+            wide = {shapes[f"{tensor}{names.WEIGHT}"][1:] for tensor in needed}
+            if wide != {self.shapes[module][1:]}:
+                raise InputError(
+                    f"{self.path}: {' and '.join(needed)} hold rows of {module}, and theirs have unlike lengths; "
                     "the file is damaged, convert the model again"
                 )
 

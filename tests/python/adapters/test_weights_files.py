@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 def by_safetensors(content: bytes) -> dict[str, torch.Tensor] | None:
     try:
         return safetensors.torch.load(content)
-    except (SafetensorError, KeyError):
+    except (SafetensorError, KeyError, RuntimeError):  # the last is torch's, of shapes whose product overflows
         return None
 
 
@@ -73,6 +73,15 @@ def assert_like_safetensors(content: bytes, path: Path) -> None:
         {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "b": F16 | {"data_offsets": [1, 5]}},
         {"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "b": F16 | {"data_offsets": [0, 4]}},
         {"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [2**34, 0], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [2**34, 2**34, 0], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [0, 2**34, 2**34], "data_offsets": [0, 0]}},
+        {"a": F16 | {"data_offsets": [0, 4]}, "__metadata__": {"format": "pt"}},
+        {"a": F16 | {"data_offsets": [0, 4]}, "__metadata__": None},
+        {"a": F16 | {"data_offsets": [0, 4]}, "__metadata__": 5},
+        {"a": F16 | {"data_offsets": [0, 4]}, "__metadata__": ["format"]},
+        {"a": F16 | {"data_offsets": [0, 4]}, "__metadata__": {"format": 5}},
     ],
 )
 @pytest.mark.parametrize("size", [0, 4, 5, 8])
@@ -100,6 +109,17 @@ def test_a_shape_of_very_many_numbers_is_not_multiplied(tmp_path: Path) -> None:
     path.write_bytes(file_of({"a": {"dtype": "F16", "shape": [2**33] * 300_000, "data_offsets": [0, 4]}}, bytes(4)))
 
     with pytest.raises(InputError, match="does not fit"):
+        read(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-le"])
+def test_a_header_is_utf_8(encoding: str, tmp_path: Path) -> None:
+    text = json.dumps({"a": F16 | {"data_offsets": [0, 4]}}).encode(encoding)
+    path = tmp_path / "file"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+
+    assert by_safetensors(path.read_bytes()) is None
+    with pytest.raises(InputError, match="not readable as JSON"):
         read(path)
 
 

@@ -41,6 +41,12 @@ def test_each_is_corrected_as_it_is_alone(work: Path, run: Run) -> None:
     assert (work / "out" / "two" / weights).read_bytes() == (work / "alone" / weights).read_bytes()
 
 
+def test_figures_that_would_take_the_directory_s_place_are_refused_before_the_work(work: Path, run: Run) -> None:
+    result = run("correct", "one", "two", *CORRECT, "--json", "./out")
+    assert result.code == 2
+    assert not (work / "out").exists()
+
+
 def test_one_that_fails_stops_no_other(work: Path, run: Run) -> None:
     result = run("correct", "one", "bad", "two", *CORRECT, "--json", "figures.json")
     assert result.code == exit_codes.BAD_INPUT

@@ -12,6 +12,7 @@ from csulora.errors import InputError
 from csulora.serving.gate import Gate
 from csulora.serving.guard import DirectoryGuard, Options
 from csulora.serving.guard.plan import plan
+from csulora.serving.guard.together import PlannedSets, Sets
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
@@ -90,6 +91,12 @@ def test_a_refusal_is_decided_on_again_once_another_member_changes(place: Place)
 def test_a_set_needs_a_limit(place: Place) -> None:
     with pytest.raises(InputError, match="and the policy has none; set one in it"):
         place.scan("team-*", policy=csulora.Policy.project())
+
+
+@pytest.mark.parametrize("sets", [Sets, PlannedSets])
+def test_an_empty_glob_is_not_taken_for_a_set_of_nothing(sets: type[Sets], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is empty; name them, or leave it out"):
+        sets(["a*", ""], tmp_path)
 
 
 def test_members_that_are_decided_on_at_a_time_do_not_pass_each_other(place: Place) -> None:

@@ -6,14 +6,12 @@ Pairs with equal A are one update of the same rank. Others make one whose rank i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import reduce
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 
-from csulora.adapters.lora import LoraModule
+from csulora.adapters.lora import LoraModule, alike
 from csulora.errors import InputError
 from csulora.models.gguf_base import BaseModel
 
@@ -46,15 +44,12 @@ def together(module: str, pieces: Mapping[str, LoraModule], base: BaseModel, pat
 
 def _stacked(updates: Mapping[int, LoraModule], rows: int) -> LoraModule:
     """Return the update of so many rows, given those of some, by the first of their rows."""
-    dtype = reduce(torch.promote_types, (update.b.dtype for update in updates.values()))
-    has_one_scale = len({update.scale for update in updates.values()}) == 1
-    alike = [replace(update, b=update.b.to(dtype), a=update.a.to(dtype)) for update in updates.values()]
-    alike = alike if has_one_scale else [update.folded() for update in alike]
-    first = alike[0]
-    shared = all(torch.equal(first.a, update.a) for update in alike)
-    b = first.b.new_zeros(rows, first.rank if shared else sum(update.rank for update in alike))
+    found = alike([*updates.values()])
+    first = found[0]
+    shared = all(torch.equal(first.a, update.a) for update in found)
+    b = first.b.new_zeros(rows, first.rank if shared else sum(update.rank for update in found))
     column = 0
-    for start, update in zip(updates, alike, strict=True):
+    for start, update in zip(updates, found, strict=True):
         b[start : start + len(update.b), column : column + update.rank] = update.b
         column += 0 if shared else update.rank
-    return LoraModule(b, first.a if shared else torch.cat([update.a for update in alike]), first.scale)
+    return LoraModule(b, first.a if shared else torch.cat([update.a for update in found]), first.scale)

@@ -34,7 +34,12 @@ class Sets:
             globs: over the names of adapters; one set each, and a name may be in several.
             outgoing: where published adapters lie.
             base_model: the model that GGUF files are for.
+
+        Raises:
+            InputError: a glob is empty, as that of a variable that is not set; it would limit nothing.
         """
+        if "" in globs:
+            raise InputError("a glob for adapters that are served together is empty; name them, or leave it out")
         self._globs, self._outgoing, self._base_model = tuple(globs), outgoing, base_model
         self._measured: dict[str, tuple[Signature, str, Undone]] = {}
         self._admitting = threading.Lock()

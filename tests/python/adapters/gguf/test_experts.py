@@ -79,6 +79,28 @@ def test_a_model_with_gate_and_up_in_one_tensor(projections: list[str], tmp_path
         torch.testing.assert_close(product(module), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("alpha", [3e5, 3e-6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gate_and_up_of_other_types_and_scales_are_one_update(
+    alpha: float, dtype: torch.dtype, model: Path, tmp_path: Path
+) -> None:
+    """What fuses them neither casts one to the other's type nor lets a scale overflow it."""
+    up = {name: tensor.to(dtype) for name, tensor in factors("up").items()}
+    gate = {
+        name: torch.cat([tensor, tensor], 2 if name.endswith("b") else 1).half()
+        for name, tensor in factors("gate").items()
+    }
+    metadata = gguf_files.LORA | {"adapter.lora.alpha": alpha}
+    lora = gguf_files.save_lora(tmp_path / "lora.gguf", gate | up, "qwen3moe", metadata)
+    read = load(lora, model)
+    for kind, tensors, rank in (("gate", gate, 2 * RANK), ("up", up, RANK)):
+        a, b = (tensors[f"blk.0.ffn_{kind}_exps.weight.lora_{factor}"].double() for factor in "ab")
+        for expert in range(EXPERTS):
+            expected = alpha / rank * b[expert] @ a[expert]
+            found = product(read[EXPERT.format(expert, f"{kind}_proj")])
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

@@ -1,5 +1,6 @@
 """Qwen3-Next's `in_proj_qkvz`, whose rows llama.cpp's converter spreads over `attn_qkv` and `attn_gate`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ QKV, GATE, WHOLE = "blk.0.attn_qkv", "blk.0.attn_gate", "blk.0.ssm_in"
 HEIGHTS = {QKV: 64, GATE: 32}
 WIDTH = 32
 
-Factors = tuple[torch.Tensor, torch.Tensor]
+Factors = Sequence[torch.Tensor]  # A and B
 
 
 @pytest.fixture
@@ -81,6 +82,19 @@ def test_pairs_of_different_a_add_their_ranks(base: Path, tmp_path: Path) -> Non
     (module,) = csulora.load_adapter(lora, base).modules.values()
     assert module.rank == 5
     torch.testing.assert_close(pieces(base, module), {QKV: 2 * of_qkv @ a, GATE: 3 * of_gate @ other})
+
+
+@pytest.mark.parametrize("alpha", [3e5, 3e-6])
+def test_pairs_of_unlike_ranks_keep_half_precision(base: Path, alpha: float, tmp_path: Path) -> None:
+    """No scale is folded into a B that cannot hold the product."""
+    pairs = {name: [matrix.half() for matrix in factors(name, rank)] for name, rank in ((QKV, 2), (GATE, 4))}
+    lora = save(tmp_path / "lora.gguf", alpha, attn_qkv=pairs[QKV], attn_gate=pairs[GATE])
+    (module,) = csulora.load_adapter(lora, base).modules.values()
+    assert module.b.dtype == torch.float16
+    found = pieces(base, replace(module, b=module.b.double(), a=module.a.double()))
+    for name, (a, b) in pairs.items():
+        expected = alpha / len(a) * b.double() @ a.double()
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("tensor", [QKV, GATE])
@@ -202,4 +216,13 @@ def test_pieces_of_two_storage_types_are_one_weight(
 def test_a_damaged_model_is_an_error(pieces: dict[str, int], expected: str, tmp_path: Path) -> None:
     matrices = {name: (torch.zeros(rows, WIDTH), None) for name, rows in pieces.items()}
     with pytest.raises(InputError, match=expected):
+        BaseModel.open(save_pieces(tmp_path / "base.gguf", matrices))
+
+
+@pytest.mark.parametrize("widths", [(32, 24), (24, 32)])
+def test_a_model_whose_pieces_have_unlike_widths_is_an_error(widths: tuple[int, int], tmp_path: Path) -> None:
+    matrices = {
+        name: (torch.zeros(rows, width), None) for (name, rows), width in zip(HEIGHTS.items(), widths, strict=True)
+    }
+    with pytest.raises(InputError, match=r"attn_gate hold rows of .*in_proj_qkvz, and theirs have unlike lengths"):
         BaseModel.open(save_pieces(tmp_path / "base.gguf", matrices))

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -446,3 +447,23 @@ _HEADER = (
 )
 _PADDED = _HEADER + b" " * (-len(_HEADER) % 8)
 GOLDEN_HEADER = len(_PADDED).to_bytes(8, "little") + _PADDED
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        csulora.LoraModule(torch.ones(4, 0), torch.ones(0, 3)),
+        csulora.LoraModule(torch.ones(4, 2), torch.ones(3, 3)),
+        csulora.LoraModule(torch.ones(4), torch.ones(4, 3)),
+        csulora.LoraModule(torch.ones(4, 2).to(torch.float8_e5m2), torch.ones(2, 3).to(torch.float8_e5m2)),
+    ],
+    ids=["rank 0", "other ranks", "vector", "float8"],
+)
+@pytest.mark.parametrize("format", ["peft", "mlx"])
+def test_what_could_not_be_read_back_is_not_written(
+    module: csulora.LoraModule, format: Literal["peft", "mlx"], tmp_path: Path
+) -> None:
+    adapter = csulora.Adapter({"model.layers.0.mlp.up_proj": module}, {}, Path("made"), "")
+    with pytest.raises(InputError, match=r"made: model.layers.0.mlp.up_proj has b \[4.*\] .* are needed"):
+        csulora.save_adapter(adapter, tmp_path / "out", format)
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ import yaml
 
 import factories
 from csulora.serving import metrics
+from csulora.serving.decisions import Form
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 _NAME = re.compile(r"\bcsulora_\w+")
@@ -27,8 +28,7 @@ def exposed() -> dict[str, set[str]]:
     totals = {"largest_undo": 0.5, "largest_undo_after": 0.1, "undo": 0.2, "undo_after": 0.1}
     totals |= {"annihilation_ratio": 0.4, "annihilation_ratio_after": None}
     totals |= {"relative_change": 0.2, "uncorrected": 0.0}
-    form = {"format": "peft", "layout": None, "dtype": None, "fitted": False}
-    done = {"verdict": "corrected", "reason": None, "reason_code": None, "totals": totals, "form": form}
+    done = {"verdict": "corrected", "reason": None, "reason_code": None, "totals": totals, "form": Form()}
     metrics.observe(factories.decision().to_dict())
     metrics.observe(factories.decision(**done).to_dict())
     found = metrics.of_guard()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,6 +32,18 @@ def _cut_off(subspace: csulora.Subspace, most: int) -> str:
     if not full:
         return ""
     return f"\n{full} modules have {most} directions, the most that --max-rank allows; more may stand out"
+
+
+def _left_out(found: Mapping[str, Collection[str]]) -> str:
+    """Say how many weights of each kind are left out, and how to have them.
+
+    >>> _left_out({"head": ["lm_head"], "stacked": ["conv1d", "conv2d"]})
+    "1 head, 2 stacked; --modules '*' takes all but stacked weights, such as convolutions"
+    """
+    counts = ", ".join(f"{len(modules)} {kind}" for kind, modules in found.items())
+    if "stacked" not in found:
+        return f"{counts}; --modules '*' takes all"
+    return f"{counts}; --modules '*' takes all but stacked weights, such as convolutions"
 
 
 def _sketch_size(subspace: csulora.Subspace) -> int:
@@ -123,8 +136,7 @@ def extract(
 
     left_out = Checkpoint.open(aligned).left_out(subspace)
     if left_out:
-        counts = ", ".join(f"{len(found)} {kind}" for kind, found in left_out.items())
-        summary += f"\nleft out: {counts}; --modules names others, but for stacked weights"
+        summary += f"\nleft out: {_left_out(left_out)}"
     if sketch:
         summary += f"\nits sketches take {_sketch_size(subspace) / 1e6:.1f} MB"
     if rank == "auto":

@@ -151,14 +151,20 @@ def tune(
     if frontier.recommended is None:
         summary.append("Give more prompts or other weights; if that shows nothing either, do not load the adapter")
     if frontier.recommended or not require_verdict:
-        effect = ", which corrects nothing" if frontier.written == "none" else ""
-        summary.append(f"{output}: {frontier.written}{effect}")
-        if frontier.subspace_sha256 != request.subspace.sha256:
-            summary.append(f"{subspace_path(output)}: the subspace file to use it with")
+        summary.append(f"{output}: {frontier.written}{_effect(frontier.written, limit_undo)}")
+        used = subspace if frontier.subspace_sha256 == request.subspace.sha256 else subspace_path(output)
+        summary.append(f"{used}: the subspace file to use it with")
     deliver(tables.frontier_table(frontier, every_policy), "\n".join(summary), frontier.to_dict(), json, quiet)
     if require_verdict and frontier.recommended is None:
         print(f"csulora: no policy beats plain scaling; {output} is not written", file=sys.stderr)
         raise typer.Exit(exit_codes.NO_VERDICT)
+
+
+def _effect(written: str, limit_undo: bool) -> str:
+    """Say what a policy of that name does not do, and what it does all the same."""
+    if written != "none":
+        return ""
+    return ", which corrects nothing and refuses what is beyond the limit" if limit_undo else ", which corrects nothing"
 
 
 def _splits(frontier: Frontier) -> str:

@@ -9,6 +9,8 @@ from csulora.correction.report import Report
 from csulora.errors import AnnihilationLimitError, UndoLimitError
 from csulora.policy.policy import Policy
 
+_ADVICE = "do not load it, or raise the limit if you trust the adapter"
+
 
 def check_limits(adapter: Adapter, report: Report, policy: Policy, covered: Mapping[str, str]) -> None:
     """Check an update, as it came, against a policy's limits; ``covered`` maps its modules to the subspace file's.
@@ -21,7 +23,7 @@ def check_limits(adapter: Adapter, report: Report, policy: Policy, covered: Mapp
     if policy.max_total_undo is not None and total > policy.max_total_undo:
         raise UndoLimitError(
             f"{adapter.path}: all modules together undo {total:.3f} of their alignment; "
-            f"the policy allows {policy.max_total_undo:g}"
+            f"the policy allows {policy.max_total_undo:g} (max_total_undo); {_ADVICE}"
         )
     if policy.min_annihilation_ratio is not None:
         _check_annihilation(adapter, report, policy.min_annihilation_ratio)
@@ -40,7 +42,7 @@ def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mappi
     if undone[worst] > policy.max_undo:
         raise UndoLimitError(
             f"{adapter.path}: module {worst} undoes {undone[worst]:.3f} of its alignment; "
-            f"the policy allows {policy.max_undo:g}"
+            f"the policy allows {policy.max_undo:g} (max_undo); {_ADVICE}"
         )
 
 

@@ -137,6 +137,7 @@ def test_a_policy_limits_the_undo_of_all_modules_together(pair: tuple[Path, csul
     undoing = adapter(LoraModule(-0.8 * u * s, v.T.contiguous()))
     csulora.correct(undoing, subspace, Policy.none(max_total_undo=0.81))
     with pytest.raises(
-        RefusedError, match=r"all modules together undo 0\.800 of their alignment; the policy allows 0\.7"
+        RefusedError,
+        match=r"all modules together undo 0\.800 of their alignment; the policy allows 0\.7 \(max_total_undo\)",
     ):
         csulora.correct(undoing, subspace, Policy.none(max_total_undo=0.7))

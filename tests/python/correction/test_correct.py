@@ -396,7 +396,9 @@ def test_reports_how_far_an_update_undoes_the_alignment() -> None:
 
 def test_an_update_that_undoes_too_much_is_refused() -> None:
     adapter, subspace = undoing(0.75)
-    with pytest.raises(RefusedError, match=rf"module {UP} undoes 0\.750 of its alignment; the policy allows 0\.7$"):
+    with pytest.raises(
+        RefusedError, match=rf"module {UP} undoes 0\.750 of its alignment; the policy allows 0\.7 \(max_undo\); do not"
+    ):
         correct(adapter, subspace, Policy.csulora(1.0, max_undo=0.7))
     correct(adapter, subspace, Policy.csulora(1.0, max_undo=0.8))
     reinforcing, subspace = undoing(-0.75)

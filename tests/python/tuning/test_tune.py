@@ -502,11 +502,16 @@ def test_the_command_line(
     written = Frontier.load(tmp_path / "policy.frontier.json").written
     assert f"{tmp_path / 'policy.toml'}: {written}" in shown
     assert (": none, which corrects nothing" in shown) is (written == "none")
+    assert f"{place.subspace}: the subspace file to use it with" in shown
     assert run(*command, "--task", place.task, "--task", place.task) == 2  # usage
     assert run(*command, "--task", place.task, "--task-weight", 0) == 2
     assert run(*command, "--task", place.task, "--refusal", " ") == 2
-    assert run(*command, "--task", place.task, "--for-others", "--no-input-filters", "--quick", "--all") == 0
-    assert "tuned everywhere" in capsys.readouterr().out
+    others = ["--for-others", "--no-input-filters", "--limit-undo"]
+    assert run(*command, "--task", place.task, *others, "--quick", "--all") == 0
+    shown = capsys.readouterr().out
+    assert "tuned everywhere" in shown
+    written = Frontier.load(tmp_path / "policy.frontier.json").written
+    assert (": none, which corrects nothing and refuses what is beyond the limit" in shown) is (written == "none")
     assert run(*command, "--task", place.task, "--refusal", "w1", "--refusal", "w2", "--quiet") == 0
     shown, told = capsys.readouterr()
     assert not shown

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from csulora.adapters.lora import Adapter, LoraModule, alike
+from csulora.adapters.lora import Adapter, LoraModule, stacked
 from csulora.errors import InputError, OtherFamilyError
 from csulora.models.names import parse_expert
 from csulora.subspace.expert_layout import ExpertLayout
@@ -111,20 +111,10 @@ def _is_zero(b: torch.Tensor) -> bool:
 
 def joined(gate: LoraModule | None, up: LoraModule | None, *, interleaved: bool) -> LoraModule:
     """Return the update whose rows are those of both; one that was dropped is zero."""
-    gate, up = alike([gate or _zero(up), up or _zero(gate)])
-    shared = gate.a.shape == up.a.shape and torch.equal(gate.a, up.a)
-    rows, rank = gate.b.shape[0], gate.rank if shared else gate.rank + up.rank
-    b = gate.b.new_empty(2 * rows, rank)
-    of_gate, of_up = (b[0::2], b[1::2]) if interleaved else (b[:rows], b[rows:])
-    of_gate[:, : gate.rank] = gate.b
-    of_up[:, rank - up.rank :] = up.b
-    if shared:
-        return LoraModule(b, gate.a, gate.scale)
-    of_gate[:, gate.rank :] = 0
-    of_up[:, : gate.rank] = 0
-    a = gate.a.new_empty(rank, gate.a.shape[1])
-    a[: gate.rank], a[gate.rank :] = gate.a, up.a
-    return LoraModule(b, a, gate.scale)
+    gate, up = gate or _zero(up), up or _zero(gate)
+    rows = gate.b.shape[0]
+    of_gate, of_up = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(rows), slice(rows, None))
+    return stacked([(of_gate, gate), (of_up, up)], 2 * rows)
 
 
 def _zero(like: LoraModule | None) -> LoraModule:

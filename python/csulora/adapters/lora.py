@@ -139,6 +139,27 @@ def alike(updates: Sequence[LoraModule]) -> list[LoraModule]:
     ]
 
 
+def stacked(placed: Sequence[tuple[slice, LoraModule]], rows: int) -> LoraModule:
+    """Return the update of a matrix of so many rows from those of some of its rows; the other rows' update is zero.
+
+    Updates with equal A keep their rank; the ranks of others add up.
+
+    >>> gate, up = (LoraModule(torch.ones(2, 1), torch.tensor([[number, 0.0]])) for number in (1.0, 2.0))
+    >>> stacked([(slice(0, 2), gate), (slice(2, 4), up)], rows=5).b.tolist()
+    [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.0]]
+    """
+    places, updates = zip(*placed, strict=True)
+    found = alike(updates)
+    first = found[0]
+    shared = all(torch.equal(first.a, update.a) for update in found)
+    b = first.b.new_zeros(rows, first.rank if shared else sum(update.rank for update in found))
+    column = 0
+    for place, update in zip(places, found, strict=True):
+        b[place, column : column + update.rank] = update.b
+        column += 0 if shared else update.rank
+    return LoraModule(b, first.a if shared else torch.cat([update.a for update in found]), first.scale)
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor, which is not empty, holds neither NaN nor infinity.
 

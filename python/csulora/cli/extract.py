@@ -41,9 +41,8 @@ def _left_out(found: Mapping[str, Collection[str]]) -> str:
     "1 head, 2 stacked; --modules '*' takes all but stacked weights, such as convolutions"
     """
     counts = ", ".join(f"{len(modules)} {kind}" for kind, modules in found.items())
-    if "stacked" not in found:
-        return f"{counts}; --modules '*' takes all"
-    return f"{counts}; --modules '*' takes all but stacked weights, such as convolutions"
+    but = " but stacked weights, such as convolutions" if "stacked" in found else ""
+    return f"{counts}; --modules '*' takes all{but}"
 
 
 def _sketch_size(subspace: csulora.Subspace) -> int:

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 
-import torch
-
-from csulora.adapters.lora import LoraModule, alike
+from csulora.adapters.lora import LoraModule, stacked
 from csulora.errors import InputError
 from csulora.models.gguf_base import BaseModel
 
@@ -39,17 +37,5 @@ def together(module: str, pieces: Mapping[str, LoraModule], base: BaseModel, pat
                 f"{path}: {tensor} updates a {list(update.shape)} matrix, but it is {list(expected)} in {base.path}"
             )
     starts = dict(zip(heights, accumulate(heights.values(), initial=0), strict=False))
-    return _stacked({starts[tensor]: update for tensor, update in pieces.items()}, sum(heights.values()))
-
-
-def _stacked(updates: Mapping[int, LoraModule], rows: int) -> LoraModule:
-    """Return the update of so many rows, given those of some, by the first of their rows."""
-    found = alike([*updates.values()])
-    first = found[0]
-    shared = all(torch.equal(first.a, update.a) for update in found)
-    b = first.b.new_zeros(rows, first.rank if shared else sum(update.rank for update in found))
-    column = 0
-    for start, update in zip(updates, found, strict=True):
-        b[start : start + len(update.b), column : column + update.rank] = update.b
-        column += 0 if shared else update.rank
-    return LoraModule(b, first.a if shared else torch.cat([update.a for update in found]), first.scale)
+    placed = [(slice(starts[tensor], starts[tensor] + heights[tensor]), update) for tensor, update in pieces.items()]
+    return stacked(placed, sum(heights.values()))

@@ -26,6 +26,11 @@ def results(name: str) -> Record:
     return document
 
 
+def every(pattern: str) -> list[Record]:
+    """Read all files of results whose path below bench/results matches a glob, in order of names."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob(pattern))]
+
+
 def rate(point: Record, kind: str, at: int) -> str:
     """Return a rate with Wilson's 95 % interval."""
     count = point["counts"][at]

@@ -155,9 +155,9 @@ def guard() -> str:
 
 def guard_memory() -> str:
     """Return the table of peak memory by the number of adapters."""
-    runs: dict[tuple[str, int], Record] = {}
-    for run in results("speed/guard_memory")["runs"]:
-        runs[run["what"], run["adapters"]] = run
+    runs: dict[tuple[str, int], Record] = {
+        (run["what"], run["adapters"]): run for run in results("speed/guard_memory")["runs"]
+    }
     counts = sorted({count for _, count in runs})
     rows = [
         [_GUARD_PASSES[what], *(f"{runs[what, count]['peak_bytes'] / 1e6:.0f} MB" for count in counts)]

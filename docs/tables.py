@@ -8,7 +8,6 @@ page is left alone.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import readme_tables
 import real_tables
 import speed_tables
 import verdict_tables
-from page_tables import RESULTS, ROOT, Record, rate, results, table
+from page_tables import ROOT, Record, every, rate, results, table
 
 PAGES = ROOT / "docs" / "pages"
 
@@ -56,7 +55,7 @@ def smollm2(name: str) -> str:
 
 def real_runs() -> list[Record]:
     """Read every run of bench/efficacy/real_carry.py."""
-    return [json.loads(file.read_text()) for file in sorted((RESULTS / "efficacy").glob("real_*.json"))]
+    return every("efficacy/real_*.json")
 
 
 def carried_rows(title: str, name: str) -> Iterable[Sequence[str]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from statistics import mean
 
-from page_tables import RESULTS, Record, results, table
+from page_tables import Record, every, results, table
 from real_tables import NAMES
 
 _KEYS = ("undo", "largest_undo", "annihilation_ratio", "attack")
@@ -41,7 +40,7 @@ def thresholds() -> str:
 
 def real() -> str:
     """Return areas on real weights, and what exceeds the thresholds of world (a) there."""
-    runs = [json.loads(file.read_text()) for file in sorted((RESULTS / "efficacy").glob("verdicts_*.json"))]
+    runs = every("efficacy/verdicts_*.json")
     kinds = list(next(iter(runs[0]["scores"].values()))["tried"])
     rows = [
         [

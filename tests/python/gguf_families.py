@@ -177,6 +177,14 @@ def _parameters(experts: str = "mlp.experts", router: str = "mlp.gate.weight") -
 
 
 _SHARED = {"shared_expert_intermediate_size": 24}
+_GROUPED: dict[str, Any] = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _SHARED_NAMES = ["gate_proj", "up_proj", "down_proj", "shared_expert_gate"]
 _SIGMOID: dict[str, Any] = {"routed_scaling_factor": 1.0, "norm_topk_prob": True}
 
@@ -303,12 +311,7 @@ FAMILIES = {
         "Glm4Moe",
         _SIGMOID
         | {
-            "moe_intermediate_size": 24,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
+            **_GROUPED,
             "first_k_dense_replace": 1,
             "head_dim": 16,
             "use_qk_norm": True,
@@ -350,12 +353,7 @@ FAMILIES = {
             "ssm_state_size": 16,
             "conv_kernel": 4,
             "head_dim": 8,
-            "moe_intermediate_size": 24,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
+            **_GROUPED,
         },
         [*_ATTENTION, "in_proj", "shared_experts.up_proj", "shared_experts.down_proj"],
         gguf_name="nemotron_h_moe",

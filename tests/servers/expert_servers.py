@@ -56,6 +56,15 @@ _FURTHER_TARGETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def kernels_plugin(root: Path, group: str) -> Path:
+    """Write a plugin that installs `expert_kernels` in a server's processes; return the directory to import it from."""
+    plugin = root / "plugin" / "expert_kernels-0.dist-info"
+    plugin.mkdir(parents=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: expert-kernels\nVersion: 0\n")
+    (plugin / "entry_points.txt").write_text(f"[{group}]\nexpert_kernels = expert_kernels:install\n")
+    return plugin.parent
+
+
 def make(root: Path, family: str, policy: str) -> SimpleNamespace:
     """Write a model, its subspace file and adapters of rank 4 below ``root``; corrected ones as PEFT reads them."""
     model = _move(_FAMILIES[family]().eval(), 0.2, seed=0)

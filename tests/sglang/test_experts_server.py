@@ -25,14 +25,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def server(files: SimpleNamespace) -> Iterator[Server]:
-    plugin = files.root / "plugin" / "expert_kernels-0.dist-info"
-    plugin.mkdir(parents=True)
-    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: expert-kernels\nVersion: 0\n")
-    (plugin / "entry_points.txt").write_text("[sglang.srt.plugins]\nexpert_kernels = expert_kernels:install\n")
+    plugin = expert_servers.kernels_plugin(files.root, "sglang.srt.plugins")
     command = ["--model-path", files.model, "--subspace", files.subspace, "--policy", files.policy]
     command += ["--decisions", files.root / "decisions.jsonl", "--skip-tokenizer-init"]
     command += arguments(ENGINE | {"max_lora_rank": 8})
-    path = os.pathsep.join([str(plugin.parent), str(HERE), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(plugin), str(HERE), os.environ["PYTHONPATH"]])
     with running(command, files.root / "server.log", PYTHONPATH=path) as guarded:
         yield guarded
 

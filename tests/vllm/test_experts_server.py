@@ -30,13 +30,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def server(files: SimpleNamespace) -> Iterator[Server]:
-    plugin = files.root / "plugin" / "expert_kernels-0.dist-info"
-    plugin.mkdir(parents=True)
-    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: expert-kernels\nVersion: 0\n")
-    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nexpert_kernels = expert_kernels:install\n")
+    plugin = expert_servers.kernels_plugin(files.root, "vllm.general_plugins")
     command = [*GUARDED, str(files.model), "--subspace", str(files.subspace), "--policy", files.policy]
     command += ["--decisions", str(files.root / "decisions.jsonl")]
-    variables = {"PYTHONPATH": f"{plugin.parent}:{HERE}", "CSULORA_POLICY": files.policy}
+    variables = {"PYTHONPATH": f"{plugin}:{HERE}", "CSULORA_POLICY": files.policy}
     with running(command, files.root / "guarded.log", **variables) as guarded:
         yield guarded
 

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
+from inputs import make_adapter, make_subspace
 
 import csulora
 from csulora import Policy
@@ -36,11 +36,11 @@ from csulora.serving.gate import Gate
 from csulora.serving.guard.uploads import RECORD_FILE
 
 WIDTH, LAYERS, RANK = 192, 2, 8
-MODULES = [
-    f"model.layers.{layer}.self_attn.{name}"
+SHAPES = {
+    f"model.layers.{layer}.self_attn.{name}": (WIDTH, WIDTH)
     for layer in range(LAYERS)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-]
+}
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -54,32 +54,11 @@ CONFIG = {
 }
 
 
-def gaussian(*shape: int, seed: int) -> torch.Tensor:
-    """Return a reproducible random matrix."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def make_inputs(directory: Path) -> None:
     """Write two checkpoints, their subspace file, and a directory of adapters."""
-    for name, moved in (("base", 0.0), ("aligned", 0.1)):
-        weights = {}
-        for i, module in enumerate(MODULES):
-            change = gaussian(WIDTH, RANK, seed=i + 100) @ gaussian(RANK, WIDTH, seed=i + 200)
-            weights[f"{module}.weight"] = gaussian(WIDTH, WIDTH, seed=i) + moved * change
-        (directory / name).mkdir()
-        safetensors.torch.save_file(weights, directory / name / "model.safetensors")
-        (directory / name / "config.json").write_text(json.dumps(CONFIG))
-    csulora.extract(directory / "base", directory / "aligned", rank=RANK, output=directory / "subspace.safetensors")
+    make_subspace(directory, SHAPES, RANK, CONFIG)
     for seed in range(3):
-        adapter = directory / "incoming" / f"adapter-{seed}"
-        adapter.mkdir(parents=True)
-        tensors = {}
-        for i, module in enumerate(MODULES):
-            tensors[f"base_model.model.{module}.lora_A.weight"] = gaussian(RANK, WIDTH, seed=1000 * seed + i)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = gaussian(WIDTH, RANK, seed=1000 * seed + i + 500)
-        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": MODULES}
-        (adapter / "adapter_config.json").write_text(json.dumps(config))
-        safetensors.torch.save_file(tensors, adapter / "adapter_model.safetensors")
+        make_adapter(directory / "incoming" / f"adapter-{seed}", SHAPES, seed, RANK)
 
 
 def command(*arguments: str | Path) -> None:

@@ -24,48 +24,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
+from inputs import make_adapter, make_subspace
 
 import csulora
 from csulora.adapters.peft import directory as peft
 from csulora.serving.limiter import limited
 
 WIDTH, LAYERS, RANK, DIRECTIONS, ADAPTERS = 512, 4, 16, 32, 16
-MODULES = [
-    f"model.layers.{layer}.self_attn.{name}" for layer in range(LAYERS) for name in ("q_proj", "k_proj", "v_proj")
-]
+SHAPES = {
+    f"model.layers.{layer}.self_attn.{name}": (WIDTH, WIDTH)
+    for layer in range(LAYERS)
+    for name in ("q_proj", "k_proj", "v_proj")
+}
 MOST_GROWTH = 0.02
-
-
-def gaussian(*shape: int, seed: int) -> torch.Tensor:
-    """Return a reproducible random matrix."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_inputs(directory: Path) -> tuple[Path, list[Path]]:
     """Write a subspace file, extracted from two checkpoints, and adapters."""
-    for name, moved in (("base", 0.0), ("aligned", 0.1)):
-        weights = {}
-        for i, module in enumerate(MODULES):
-            change = gaussian(WIDTH, DIRECTIONS, seed=i + 100) @ gaussian(DIRECTIONS, WIDTH, seed=i + 200)
-            weights[f"{module}.weight"] = gaussian(WIDTH, WIDTH, seed=i) + moved * change
-        (directory / name).mkdir()
-        safetensors.torch.save_file(weights, directory / name / "model.safetensors")
-        (directory / name / "config.json").write_text('{"model_type": "llama"}')
-    subspace = directory / "subspace.safetensors"
-    csulora.extract(directory / "base", directory / "aligned", rank=DIRECTIONS, output=subspace)
-    adapters = [directory / f"adapter-{seed}" for seed in range(ADAPTERS)]
-    for seed, adapter in enumerate(adapters):
-        adapter.mkdir()
-        tensors = {}
-        for i, module in enumerate(MODULES):
-            tensors[f"base_model.model.{module}.lora_A.weight"] = gaussian(RANK, WIDTH, seed=1000 * seed + i)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = gaussian(WIDTH, RANK, seed=1000 * seed + i + 500)
-        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": MODULES}
-        (adapter / "adapter_config.json").write_text(json.dumps(config))
-        safetensors.torch.save_file(tensors, adapter / "adapter_model.safetensors")
-    return subspace, adapters
+    subspace = make_subspace(directory, SHAPES, DIRECTIONS)
+    settings = {"lora_alpha": 2 * RANK}
+    return subspace, [
+        make_adapter(directory / f"adapter-{seed}", SHAPES, seed, RANK, settings) for seed in range(ADAPTERS)
+    ]
 
 
 @limited()

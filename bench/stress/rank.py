@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from inputs import gaussian
 from safetensors.torch import save_file
 
 import csulora
@@ -34,11 +35,6 @@ RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1000, 2000, 4000)
 SIZES = (128, 4096)
 DIRECTIONS = 64
 MODULE = "model.layers.0.self_attn.q_proj"
-
-
-def gaussian(*shape: int, seed: int) -> torch.Tensor:
-    """Return a reproducible random matrix."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def subspace(size: int) -> Subspace:

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from uploads import make_sources, make_subspace, upload
+from inputs import make_subspace
+from uploads import RANK, SHAPES, make_sources, upload
 
 import csulora
 
@@ -100,7 +101,7 @@ class World:
             directory.mkdir()
         (self.incoming / ".csulora-incoming").touch()
         self.log, self.full, self.health = (self.work / name for name in ("log.jsonl", "full", "health"))
-        self.subspace = make_subspace(self.work)
+        self.subspace = make_subspace(self.work, SHAPES, RANK)
         self.policy.save(self.work / "policy.toml")
         self.guard = self.start()
 

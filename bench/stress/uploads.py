@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import inputs
 import safetensors.torch
-import torch
 
-import csulora
-
-MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.0.mlp.down_proj": (48, 64)}
+SHAPES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.0.mlp.down_proj": (48, 64)}
 RANK = 4
 
 
-def gaussian(*shape: int, seed: int) -> torch.Tensor:
-    """Return a reproducible random matrix."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make_subspace(directory: Path) -> Path:
-    """Extract a subspace file of two tiny checkpoints."""
-    for name, moved in (("base", 0.0), ("aligned", 0.1)):
-        weights = {}
-        for i, (module, (rows, columns)) in enumerate(MODULES.items()):
-            change = gaussian(rows, RANK, seed=i + 10) @ gaussian(RANK, columns, seed=i + 20)
-            weights[f"{module}.weight"] = gaussian(rows, columns, seed=i) + moved * change
-        (directory / name).mkdir()
-        safetensors.torch.save_file(weights, directory / name / "model.safetensors")
-        (directory / name / "config.json").write_text('{"model_type": "llama"}')
-    subspace = directory / "subspace.safetensors"
-    csulora.extract(directory / "base", directory / "aligned", rank=RANK, output=subspace)
-    return subspace
-
-
 def make_adapter(directory: Path, seed: int, rank: int = RANK, settings: Mapping[str, object] | None = None) -> Path:
-    """Write a PEFT adapter whose factors have a rank, and with settings that may say otherwise."""
-    directory.mkdir()
-    tensors = {}
-    for i, (module, (rows, columns)) in enumerate(MODULES.items()):
-        tensors[f"base_model.model.{module}.lora_A.weight"] = gaussian(rank, columns, seed=100 * seed + i)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = gaussian(rows, rank, seed=100 * seed + i + 50)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(MODULES), **(settings or {})}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(tensors, directory / "adapter_model.safetensors")
-    return directory
+    """Write a good adapter, unless its settings are not."""
+    return inputs.make_adapter(directory, SHAPES, seed, rank, settings)
 
 
 def with_nan(directory: Path, seed: int) -> None:

@@ -18,13 +18,6 @@ from csulora.subspace.input_filter import InputFilter
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
 
-@pytest.fixture(scope="module")
-def subspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("subspace")
-    csulora.extract(*factories.model_pair(directory), rank=4, output=directory / "subspace.safetensors")
-    return directory / "subspace.safetensors"
-
-
 def test_admits_what_correct_returns(subspace: Path, tmp_path: Path) -> None:
     path = factories.save_adapter(tmp_path / "adapter", MODULES)
     gate = Gate.open(subspace, "csulora")

@@ -32,13 +32,6 @@ from csulora.serving.guard.outgoing import Outgoing
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 64)}
 
 
-@pytest.fixture(scope="module")
-def subspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("subspace")
-    csulora.extract(*factories.model_pair(directory), rank=4, output=directory / "subspace.safetensors")
-    return directory / "subspace.safetensors"
-
-
 @pytest.fixture
 def incoming(tmp_path: Path) -> Path:
     (tmp_path / "in").mkdir()

@@ -30,13 +30,6 @@ MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down
 STRICT = csulora.Policy.none(max_undo=-100.0)  # refuses everything
 
 
-@pytest.fixture(scope="module")
-def subspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("subspace")
-    csulora.extract(*factories.model_pair(directory), rank=4, output=directory / "subspace.safetensors")
-    return directory / "subspace.safetensors"
-
-
 class World:
     """INCOMING, OUTGOING, a log, and guards of them."""
 

@@ -37,13 +37,6 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def subspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("subspace")
-    csulora.extract(*factories.model_pair(directory), rank=4, output=directory / "subspace.safetensors")
-    return directory / "subspace.safetensors"
-
-
 @pytest.fixture
 def signed(tmp_path: Path, keys: Path) -> Path:
     """An adapter signed by us."""

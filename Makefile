@@ -45,6 +45,8 @@ UPLOADS := 300
 EVENTS := 30
 MINUTES := 10
 REPETITIONS := 5
+# Processes that share the files of tests/python.
+WORKERS := 2
 # Of the results' names, for another kind of CPU than theirs: _avx2.
 SUFFIX :=
 
@@ -100,7 +102,7 @@ test: lint test-cpp test-python test-gguf test-mlx test-html ## All checks and t
 
 test-python: build
 	$(BIN)/python -m pytest --doctest-modules python/csulora/tuning python/csulora/correction/controls
-	CSULORA_REQUIRE='model_signing kubernetes_validate' $(BIN)/python -m pytest -m 'not llama_cpp and not mlx and not chromium'
+	CSULORA_REQUIRE='model_signing kubernetes_validate' $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m 'not llama_cpp and not mlx and not chromium'
 
 test-gguf: build $(VENV)/.llama-cpp ## Tests with llama.cpp itself.
 	CSULORA_REQUIRE=llama_cpp $(BIN)/python -m pytest -m llama_cpp

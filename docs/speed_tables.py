@@ -168,10 +168,18 @@ def guard_memory() -> str:
 
 def vllm_adapter() -> str:
     """Return the table of an adapter of Llama-3-8B's shape in vLLM's own loading function."""
+    document = results("speed/vllm_adapter")
     rows = []
-    for what, found in results("speed/vllm_adapter")["milliseconds"].items():
+    for what, found in document["milliseconds"].items():
         times = [f"{found[kind]['median']:.0f} ms" for kind in ("plain", "guarded")]
         rows.append([what, *times, f"{found['ratio']:.2f}"])
+    alone, floor = document["alone"], document["floor"]
+    rows.append(["hashing alone, on one core", "", f"{alone['hashing']:.0f} ms", ""])
+    rows.append(["correcting alone, on all cores", "", f"{alone['correcting']:.0f} ms", ""])
+    rows.append(
+        ["floor of a first load: plain's and these two", "", f"{floor['guarded']:.0f} ms", f"{floor['ratio']:.2f}"]
+    )
+    rows.append(["plain's load and hashing, no correction", "", "", f"{document['hashing_ratio']:.2f}"])
     return table(["", "plain", "guarded", "ratio"], rows)
 
 

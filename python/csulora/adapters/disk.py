@@ -21,11 +21,12 @@ from csulora.adapters.lora import (
     Adapter,
     Format,
     LoraModule,
+    is_finite,
 )
 from csulora.adapters.mlx import directory as mlx
 from csulora.adapters.peft import directory as peft
 from csulora.adapters.weights_files import CONFIG_FILE, hashes_as_written, joined
-from csulora.errors import BaseCopyError, InputError, check_type
+from csulora.errors import BaseCopyError, InputError, NotFiniteError, check_type
 from csulora.io.files import atomic_directory, check_not_inputs, is_gguf_name, sha256_of_file, to_json
 from csulora.io.hub import local_path
 from csulora.models.gguf_base import BaseModel
@@ -176,6 +177,8 @@ def _check_modules(adapter: Adapter) -> None:
                 f"{adapter.path}: {name} has b {list(b.shape)} {b.dtype} and a {list(a.shape)} {a.dtype}; (out, r) and "
                 "(r, in) of floating point with two to eight bytes are needed"
             )
+        if not (is_finite(a) and is_finite(b)):
+            raise NotFiniteError(f"{adapter.path}: {name} holds NaN or infinity")
 
 
 def weights_file_of(format: Format) -> str:

@@ -13,7 +13,9 @@ from csulora.errors import InputError, NotFiniteError, NotPlainLoraError
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that files may hold
 
 
-def check_matrix(name: str, tensor: torch.Tensor, path: Path, *, higher: str, empty: str) -> None:
+def check_matrix(
+    name: str, tensor: torch.Tensor, path: Path, *, higher: str, empty: str, known_finite: bool = False
+) -> None:
     """Raise unless a tensor is a finite matrix of a floating-point type.
 
     Args:
@@ -22,6 +24,7 @@ def check_matrix(name: str, tensor: torch.Tensor, path: Path, *, higher: str, em
         path: the file that holds it.
         higher: says what tensors of more dimensions are.
         empty: says what an empty tensor is.
+        known_finite: whether somebody has looked that it holds neither NaN nor infinity.
     """
     if tensor.dim() in (3, 4, 5):
         raise NotPlainLoraError(f"{path}: {name} has {tensor.dim()} dimensions: {higher}")
@@ -31,7 +34,7 @@ def check_matrix(name: str, tensor: torch.Tensor, path: Path, *, higher: str, em
         raise InputError(f"{path}: {name} is {list(tensor.shape)}; a matrix is needed")
     if tensor.dtype not in DTYPES:
         raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16, float32 or float64 is needed")
-    if not is_finite(tensor):
+    if not (known_finite or is_finite(tensor)):
         raise NotFiniteError(f"{path}: {name} holds NaN or infinity")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from csulora.adapters.lora import Adapter
+from csulora.adapters.factors import DTYPES
+from csulora.adapters.lora import Adapter, is_finite
 from csulora.errors import InputError, TooLargeError
 from csulora.io.files import open_regular, parse_json
 
@@ -60,11 +61,13 @@ class WeightsFile:
         path: where it was read.
         sha256: of all its bytes.
         tensors: by name; they share the memory that the file was read into.
+        is_finite: whether it is known that none of them holds NaN or infinity; it is not of several types together.
     """
 
     path: Path
     sha256: str
     tensors: Mapping[str, torch.Tensor]
+    is_finite: bool
 
 
 def read_weights(paths: Sequence[Path], check_name: CheckName) -> list[WeightsFile]:
@@ -102,14 +105,14 @@ class _Entry:
     begin: int
     end: int
 
-    def view(self, data: torch.Tensor) -> torch.Tensor:
+    def view(self, data: NDArray[np.uint8]) -> torch.Tensor:
         """Return the tensor in the bytes that follow the header."""
-        part = data[self.begin : self.end]
-        if self.begin == self.end:  # of a file without data, numpy's memory has no stride to see another type by
+        if self.begin == self.end:
             return torch.empty(self.shape, dtype=self.dtype)
         if self.begin % self.dtype.itemsize:
-            part = part.clone()
-        return part.view(self.dtype).view(self.shape)
+            return torch.from_numpy(data[self.begin : self.end].copy()).view(self.dtype).view(self.shape)
+        count = (self.end - self.begin) // self.dtype.itemsize
+        return torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.begin).view(self.shape)
 
 
 def _read(file: BufferedReader, path: Path, check_name: CheckName, left: _Left) -> WeightsFile:
@@ -129,14 +132,21 @@ def _read(file: BufferedReader, path: Path, check_name: CheckName, left: _Left) 
     left.tensors -= len(entries)
     digest = hashlib.sha256(length + header)
     data = np.empty(size - _LENGTH_BYTES - header_size, np.uint8)
-    _fill(data, file, digest, path)
-    read = torch.from_numpy(data)
-    return WeightsFile(path, digest.hexdigest(), {name: entry.view(read) for name, entry in entries.items()})
+    known = _fill(data, file, digest, path, {entry.dtype for entry in entries.values()})
+    return WeightsFile(path, digest.hexdigest(), {name: entry.view(data) for name, entry in entries.items()}, known)
 
 
-def _fill(data: NDArray[np.uint8], file: BufferedReader, digest: hashlib._Hash, path: Path) -> None:
-    """Read the rest of a file; each part is hashed while the next one is read."""
+def _fill(
+    data: NDArray[np.uint8], file: BufferedReader, digest: hashlib._Hash, path: Path, dtypes: Collection[torch.dtype]
+) -> bool:
+    """Read the rest of a file; each part is hashed while the next one is read, and the last while all are looked at.
+
+    Returns:
+        Whether all of it is of one type, and no number in it is NaN or infinite.
+    """
     parts = [data[start : start + _PART] for start in range(0, len(data), _PART)]
+    dtype = next(iter(dtypes), torch.uint8)
+    known = len(dtypes) == 1 and dtype in DTYPES
     with nullcontext() if len(parts) < 2 else ThreadPoolExecutor(max_workers=1) as pool:
         for part in parts:
             if file.readinto(part.data) != len(part):
@@ -145,6 +155,7 @@ def _fill(data: NDArray[np.uint8], file: BufferedReader, digest: hashlib._Hash, 
                 pool.submit(digest.update, part.data)
             else:
                 digest.update(part.data)
+        return known and len(data) > 0 and is_finite(torch.frombuffer(data, dtype=dtype))
 
 
 def _entries(header: bytes, size: int, path: Path, check_name: CheckName, most: int) -> dict[str, _Entry]:

@@ -27,14 +27,19 @@ def outputs(adapters: Sequence[str], directory: Path, json: Path | None) -> dict
     """Return where each adapter is written: below the directory, under its own name.
 
     Raises:
-        typer.BadParameter: two have one name, or the directory is a file, or is to be the file ``json``.
+        typer.BadParameter: two have one name, or the directory is a file, is to be the file ``json``, or is or lies in
+            one of the adapters.
     """
     if json and json != STDOUT and json.resolve() == directory.resolve():
         raise typer.BadParameter(f"{json} is the directory that adapters are written to; name another file for --json")
     if directory.is_file() or is_gguf_name(directory):
         raise typer.BadParameter(f"several adapters need a directory to be written to, and {directory} is a file")
+    place = directory.resolve()
+    within = {place, *place.parents}
     found: dict[Path, str] = {}
     for adapter in adapters:
+        if Path(adapter).resolve() in within:
+            raise typer.BadParameter(f"{directory} is or lies in {adapter}, which is read; name another directory")
         path = directory / Path(os.path.abspath(adapter)).name  # of a/.. the name of what it is
         if path in found:
             raise typer.BadParameter(f"{found[path]} and {adapter} would both be written to {path}; rename one")
@@ -70,30 +75,33 @@ def correct_several(targets: Mapping[str, Path], work: Work, json: Path | None, 
         typer.Exit: an adapter failed: with `exit_codes.REFUSED` if all that did were refused.
     """
     make_directory(next(iter(targets.values())).parent)
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}  # only if somebody will read them: memory must not grow with the adapters
     codes: set[int] = set()
     with progress_bar("correcting", quiet) as report_progress:
-        for adapter, done in _outcomes(targets, work):
+        for count, (adapter, done) in enumerate(_outcomes(targets, work), start=1):
             try:
                 report, sha256 = done.result()
             except (CsuloraError, OSError) as error:
                 is_refused = isinstance(error, RefusedError)
                 kind = "refused" if is_refused else "error"
                 codes.add(exit_codes.REFUSED if is_refused else exit_codes.BAD_INPUT)
-                entries[adapter] = {kind: printable(error)}
+                entry: dict[str, Any] = {kind: printable(error)}
                 where, why = printable(adapter), printable(error).removeprefix(f"{printable(adapter)}: ")
                 print(f"csulora: {kind}: {where}: {why}", file=sys.stderr)
             else:
-                entries[adapter] = {"output": str(targets[adapter]), "sha256": sha256, "totals": asdict(report.totals)}
+                entry = {"output": str(targets[adapter]), "sha256": sha256, "totals": asdict(report.totals)}
                 if not quiet and json != STDOUT:
                     modules = f"{len(report.measured)} of {len(report.modules)} modules"
                     print(f"wrote {targets[adapter]}: {modules}, sha256 {sha256}")
+            if json:
+                entries[adapter] = entry
             if report_progress:
-                report_progress(Path(adapter).name, len(entries), len(targets))
-    document = to_json({"adapters": {adapter: entries[adapter] for adapter in targets}})
-    if json == STDOUT:
-        print(document, end="")
-    elif json:
-        write_text(json, document)
+                report_progress(Path(adapter).name, count, len(targets))
+    if json:
+        document = to_json({"adapters": {adapter: entries[adapter] for adapter in targets}})
+        if json == STDOUT:
+            print(document, end="")
+        else:
+            write_text(json, document)
     if codes:
         raise typer.Exit(max(codes))

@@ -69,14 +69,15 @@ class ModuleReport:
     @classmethod
     def corrected(cls, module: str, rank: int, alignment_norm: float, result: _core.Correction) -> Self:
         """Describe one corrected module."""
+        energies, gains = result.energies, result.gains  # each time a copy of the core's
         return cls(
             module=module,
             status="corrected",
             rank=rank,
             rank_after=result.factors.a.shape[0],
             norm=result.norm,
-            energies={component: getattr(result.energies, component) for component in COMPONENTS},
-            gains={component: getattr(result.gains, component) for component in COMPONENTS},
+            energies={component: getattr(energies, component) for component in COMPONENTS},
+            gains={component: getattr(gains, component) for component in COMPONENTS},
             undo=result.undo,
             undo_after=result.undo_after,
             alignment_norm=alignment_norm,

@@ -27,6 +27,7 @@ _PRIVATE = 0o600
 
 _MODEL_SUFFIXES = (".safetensors", ".json", ".gguf", ".bin")
 WORKPLACE_SUFFIX = r"\.[0-9a-f]{8}\.csulora-tmp"
+_WORKPLACE = re.compile(rf"\.(?P<name>.+){WORKPLACE_SUFFIX}", re.DOTALL)  # names may hold a newline
 
 
 def is_gguf_name(path: str | Path) -> bool:
@@ -187,10 +188,14 @@ def workplace(path: Path) -> Iterator[Path]:
 
 def remove_abandoned(directory: Path, name: str | None = None) -> None:
     """Remove the workplaces for ``name``, or for whatever name, that no running process owns."""
-    pattern = re.compile(rf"\.{re.escape(name) if name else '.+'}{WORKPLACE_SUFFIX}")
     try:
         with os.scandir(directory) as entries:
-            places = [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name) and not entry.is_symlink()]
+            found = [(_WORKPLACE.fullmatch(entry.name), entry) for entry in entries]
+            places = [
+                Path(entry.path)
+                for match, entry in found
+                if match and match["name"] == (name or match["name"]) and not entry.is_symlink()
+            ]
     except FileNotFoundError:
         return
     for place in places:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from collections.abc import Callable, Hashable, Mapping
@@ -225,8 +226,8 @@ def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 def _signature(path: Path) -> _Signature:
     """Identity and times of the files of an adapter; empty if there are none."""
     try:
-        files = sorted(path.iterdir())
-        states = [(file.name, file.stat()) for file in files if file.suffix in _READ]
+        with os.scandir(path) as entries:
+            states = {entry.name: entry.stat() for entry in entries if entry.name.endswith(_READ)}
     except OSError:
         return ()
-    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states)
+    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in sorted(states.items()))

@@ -67,8 +67,9 @@ class Publication:
                     tensors = peft.write(corrected, new)
                     hashes = hashes_as_written(new / peft.WEIGHTS_FILE, tensors) if hashed else {}
                     new.rename(directory)
-            finally:
+            except BaseException:
                 shutil.rmtree(new, ignore_errors=True)
+                raise
             return {str(directory / name): sha256 for name, sha256 in hashes.items()}
 
 

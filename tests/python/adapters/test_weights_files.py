@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,26 @@ def test_what_is_read_in_parts_is_hashed_in_order(part: int, tmp_path: Path, mon
 
     assert found.sha256 == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("at", "value"), [(0, math.nan), (-1, -math.inf), (5000, 1.0)])
+def test_what_is_not_finite_is_seen_wherever_it_lies(
+    dtype: torch.dtype, at: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_files, "_PART", 4096)
+    path, tensors = tmp_path / "file", {"a": torch.ones(100, dtype=dtype), "b": torch.ones(99, 101, dtype=dtype)}
+    tensors["b"].view(-1)[at] = value
+    safetensors.torch.save_file(tensors, path)
+    (file,) = read_weights([path], lambda name, path: None)
+    assert file.is_finite == math.isfinite(value)
+
+
+@pytest.mark.parametrize("types", [(torch.float16, torch.float32), (torch.int16, torch.int16), ()])
+def test_of_other_types_it_is_not_known_whether_they_are_finite(types: tuple[torch.dtype, ...], tmp_path: Path) -> None:
+    safetensors.torch.save_file({f"{i}": torch.ones(4, dtype=t) for i, t in enumerate(types)}, tmp_path / "file")
+    (file,) = read_weights([tmp_path / "file"], lambda name, path: None)
+    assert not file.is_finite
 
 
 def test_a_file_that_becomes_shorter_meanwhile_is_refused(tmp_path: Path) -> None:

@@ -47,6 +47,14 @@ def test_figures_that_would_take_the_directory_s_place_are_refused_before_the_wo
     assert not (work / "out").exists()
 
 
+@pytest.mark.parametrize("output", ["one", "one/below", "two/../one"])
+def test_nothing_is_written_into_an_adapter(work: Path, run: Run, output: str) -> None:
+    before = sorted((work / "one").iterdir())
+    result = run("correct", "one", "two", *CORRECT[:-1], output)
+    assert (result.code, "lies in one, which is read" in result.err) == (2, True)
+    assert sorted((work / "one").iterdir()) == before
+
+
 def test_one_that_fails_stops_no_other(work: Path, run: Run) -> None:
     result = run("correct", "one", "bad", "two", *CORRECT, "--json", "figures.json")
     assert result.code == exit_codes.BAD_INPUT

@@ -56,7 +56,8 @@ def read(directory: Path) -> Adapter:
     config_bytes = read_regular(config_file, LARGEST_CONFIG)
     settings = read_config(parse_json(config_bytes, config_file), config_file)
     weights = read_weights([weights_file], _module_and_factor)
-    return with_hashes(_assembled(settings, tensors_in(weights), directory), config_bytes, weights)
+    known = all(file.is_finite for file in weights)
+    return with_hashes(_assembled(settings, tensors_in(weights), directory, known), config_bytes, weights)
 
 
 def tensors_of(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -127,12 +128,13 @@ def _rank(adapter: Adapter) -> int:
     return max(module.rank for module in adapter.modules.values())
 
 
-def _assembled(settings: Settings, tensors: Mapping[str, torch.Tensor], directory: Path) -> Adapter:
+def _assembled(settings: Settings, tensors: Mapping[str, torch.Tensor], directory: Path, known_finite: bool) -> Adapter:
     path = directory / WEIGHTS_FILE
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for name in sorted(tensors):
         module, factor = _module_and_factor(name, path)
-        check_matrix(name, tensors[name], path, higher="stacked experts cannot be corrected yet", empty="")
+        higher = "stacked experts cannot be corrected yet"
+        check_matrix(name, tensors[name], path, higher=higher, empty="", known_finite=known_finite)
         factors.setdefault(module, {})[factor] = tensors[name]
     if not factors:
         raise InputError(f"{path}: holds no factor of an update")

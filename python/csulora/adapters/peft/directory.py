@@ -79,7 +79,8 @@ def read(directory: Path, expert_layout: str | None = None) -> Adapter:
     weights = read_weights(found.files, module_and_factor)
     tensors = tensors_in(weights)
     found.check_complete(tensors)
-    return with_hashes(_assembled(config, tensors, directory, "", expert_layout), config_bytes, weights)
+    known = all(file.is_finite for file in weights)
+    return with_hashes(_assembled(config, tensors, directory, "", expert_layout, known), config_bytes, weights)
 
 
 def _missing_weights(directory: Path) -> Exception:
@@ -117,10 +118,11 @@ def _assembled(
     path: Path,
     sha256: str,
     expert_layout: str | None = None,
+    known_finite: bool = False,
 ) -> Adapter:
     """Put an adapter together from a configuration that `read_config` let through."""
     weights, settings_file = path / WEIGHTS_FILE, path / CONFIG_FILE
-    factors, copies = _group(tensors, weights)
+    factors, copies = _group(tensors, weights, known_finite)
     names, matcher = sorted(factors), Matcher(settings_file)
     parameters = _parameters(config, names, weights)
     if stray := untargeted(config, [name for name in names if name not in parameters], matcher):
@@ -227,7 +229,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _group(
-    tensors: Mapping[str, torch.Tensor], path: Path
+    tensors: Mapping[str, torch.Tensor], path: Path, known_finite: bool
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Sort the tensors by module and factor, and copies of base matrices by module; none is left over."""
     factors: dict[str, dict[str, torch.Tensor]] = {}
@@ -235,7 +237,12 @@ def _group(
     for name in sorted(tensors):
         module, factor = module_and_factor(name, path)
         check_matrix(
-            name, tensors[name], path, higher="convolutions cannot be corrected", empty=diagnosis.OF_EMPTY_TENSOR
+            name,
+            tensors[name],
+            path,
+            higher="convolutions cannot be corrected",
+            empty=diagnosis.OF_EMPTY_TENSOR,
+            known_finite=known_finite,
         )
         if factor != COPY:
             factors.setdefault(module, {})[factor] = tensors[name]

@@ -467,3 +467,15 @@ def test_what_could_not_be_read_back_is_not_written(
     with pytest.raises(InputError, match=r"made: model.layers.0.mlp.up_proj has b \[4.*\] .* are needed"):
         csulora.save_adapter(adapter, tmp_path / "out", format)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_what_is_not_finite_is_not_written(value: float, scale: float, tmp_path: Path) -> None:
+    b = torch.ones(4, 2)
+    b[3, 1] = value
+    module = csulora.LoraModule(b, torch.ones(2, 3), scale)
+    adapter = csulora.Adapter({"model.layers.0.mlp.up_proj": module}, {}, Path("made"), "")
+    with pytest.raises(InputError, match=r"made: model.layers.0.mlp.up_proj holds NaN or infinity"):
+        csulora.save_adapter(adapter, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <mutex>
 
 #include "extract/convergence.h"
@@ -18,13 +19,8 @@ using at::Tensor;
 using at::indexing::Slice;
 
 /// Blocks between two looks at the Ritz values, as a share of those there are: looking costs as much as adding them.
+/// There are at most twice as many, as convergence may speed up.
 constexpr double kStride = 0.2;
-
-/// The next look is twice as far ahead where the triples fall short by more than this.
-constexpr double kFarShortfall = 1.5;
-
-/// The first blocks after each of which to look: few Ritz values cost little, and steep spectra converge at once.
-constexpr int64_t kFirstLooks = 3;
 
 /// Columns that a sweep shortens by less than this are orthogonal to what was removed: "twice is enough" (Parlett
 /// 1998).
@@ -34,6 +30,10 @@ constexpr int kMaxSweeps = 4;
 /// Where products err far more than float32, one sweep does for columns that keep so much of their length: what is left
 /// of the others in them is a few roundings divided by that.
 constexpr double kSureLength = 1e-3;
+
+/// Vectors beyond the targets that a refinement starts with: where few of a block are targets, the others are not worth
+/// their products.
+constexpr int64_t kRefinedBeyond = 16;
 
 /// An orthonormal basis that grows by blocks of vectors, which are kept as rows.
 class BlockBasis {
@@ -97,7 +97,7 @@ class BlockBasis {
   /// Subtracts from the rows of `block` their part in the vectors [first, end); returns that part's coefficients.
   Tensor remove(const Tensor& block, int64_t first, int64_t end) const {
     const auto previous = vectors_.narrow(0, first, end - first);
-    const auto coefficients = product(previous, block.t()).t();  // block times previous^T takes BLAS longer
+    const auto coefficients = inner_products(previous, block).t();
     add_product(block, coefficients, previous, -1);
     return coefficients;
   }
@@ -188,11 +188,29 @@ Ritz rayleigh_ritz(const Squares& squares) {
   return {left, {values, residuals.div_(lengths)}};
 }
 
-/// After how many blocks to look at the Ritz values again.
-int64_t next_look(int64_t blocks, double shortfall) {
-  const auto stride = std::max<int64_t>(1, std::llround(kStride * static_cast<double>(blocks)));
-  return blocks + (blocks >= kFirstLooks && shortfall > kFarShortfall ? 2 * stride : stride);
-}
+/// After how many blocks to look at the Ritz values.
+class Looks {
+ public:
+  explicit Looks(int64_t max_blocks) : max_blocks_(max_blocks) {}
+
+  bool is_due(int64_t blocks) const { return blocks >= std::min(next_, max_blocks_); }
+
+  /// Places the next look before the shortfall, above 1, would be made up for at the rate it fell at since the last.
+  void fell_short(int64_t blocks, double shortfall) {
+    const auto stride = std::max<double>(1, std::round(kStride * static_cast<double>(blocks)));
+    const double fall = std::log(shortfall_ / shortfall) / static_cast<double>(blocks - blocks_);
+    const double ahead = fall > 0 ? std::clamp(std::log(shortfall) / fall, stride, 2 * stride) : 2 * stride;
+    next_ = blocks + static_cast<int64_t>(ahead);
+    blocks_ = blocks;
+    shortfall_ = shortfall;
+  }
+
+ private:
+  int64_t max_blocks_;
+  int64_t next_ = 1;
+  int64_t blocks_ = 0;  // at the last look, as is:
+  double shortfall_ = std::numeric_limits<double>::infinity();
+};
 
 /// A Krylov space that holds the target triples.
 struct Krylov {
@@ -212,14 +230,14 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& tar
   const auto start = gaussian(matrix.size(0), options.block, options.seed, matrix.options());
   right.append(start.t(), matrix);
   Tensor projected;
-  int64_t look = 1;
+  Looks looks(options.max_blocks);
   for (int64_t blocks = 1; blocks <= options.max_blocks && right.is_orthogonal(); ++blocks) {
     projected = extend(projected, left.append(right.back(), matrix.t()));
     if (!left.is_orthogonal()) {
       break;
     }
     const auto residual_block = right.append(left.back(), matrix).triangle;
-    if (blocks < std::min(look, options.max_blocks)) {
+    if (!looks.is_due(blocks)) {
       continue;
     }
     auto ritz = rayleigh_ritz(projected, residual_block);
@@ -227,14 +245,15 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& tar
     if (missing <= 1) {
       return Krylov{std::move(left), std::move(right), projected, std::move(ritz), 2 * blocks + 1};
     }
-    look = next_look(blocks, missing);
+    looks.fell_short(blocks, missing);
   }
   return std::nullopt;
 }
 
 /// Vectors that all but span the leading left ones.
 struct Start {
-  Tensor rows;  // (b, m) float32
+  Tensor rows;  // (c, m) float32, c <= b
+  Tensor rest;  // (b - c) float64, the values of the block's others
   int64_t passes = 0;
 };
 
@@ -253,20 +272,23 @@ std::optional<Start> lanczos(const Tensor& matrix, const TargetCount& target_cou
     return std::nullopt;
   }
   basis.append(image.div_(squares.scale), matrix.t());
-  int64_t look = 1;
+  Looks looks(options.max_blocks);
   for (int64_t blocks = 1; blocks <= options.max_blocks && basis.is_orthogonal(); ++blocks) {
     multiply(image, basis.back() / squares.scale, matrix);
     extend(squares, basis.append(image, matrix.t()));
-    if (blocks < std::min(look, options.max_blocks)) {
+    if (!looks.is_due(blocks)) {
       continue;
     }
     const auto ritz = rayleigh_ritz(squares);
-    const double missing = shortfall(ritz.found, target_count(ritz.found.values), target_count, options.accuracy);
+    const auto& values = ritz.found.values;
+    const int64_t count = target_count(values);
+    const double missing = shortfall(ritz.found, count, target_count, options.accuracy);
     if (missing <= 1) {
-      const auto leading = ritz.left.narrow(1, 0, options.block).to(at::kFloat);
-      return Start{basis.combine(leading).t(), 2 * blocks + 2};
+      const int64_t refined = std::min(options.block, count + kRefinedBeyond);
+      const auto leading = ritz.left.narrow(1, 0, refined).to(at::kFloat);
+      return Start{basis.combine(leading).t(), values.narrow(0, refined, options.block - refined), 2 * blocks + 2};
     }
-    look = next_look(blocks, missing);
+    looks.fell_short(blocks, missing);
   }
   return std::nullopt;
 }
@@ -304,11 +326,12 @@ std::optional<SingularTriples> low_precision_block_krylov(const Tensor& matrix, 
     return std::nullopt;
   }
   // Half a step beyond what was accepted, so that the rounding of what follows costs no second one.
-  const auto rows = at::empty({options.block, a.size(1)}, start->rows.options());
+  const auto rows = at::empty({start->rows.size(0), a.size(1)}, start->rows.options());
   multiply(rows, start->rows, a);
   auto triples = is_wide ? refine(matrix.t(), low_precision.t(), rows, target_count, options.accuracy)
                          : refine(matrix, low_precision, rows, target_count, options.accuracy);
   if (triples) {
+    triples->computed = at::cat({triples->computed, start->rest});
     triples->passes += start->passes + 1;
     if (is_wide) {
       std::swap(triples->u, triples->v);

@@ -19,17 +19,22 @@ namespace {
 
 using at::Tensor;
 
-/// Calls work(first, count) for blocks of the columns of a product of so many terms, in parallel. What is small makes
-/// one block: starting threads would take longer.
+/// Calls work(first, count) for blocks of the rows or columns of a factor with so many terms each, in parallel. What is
+/// small makes one block: starting threads would take longer.
 template <typename Work>
-void for_column_blocks(int64_t terms, int64_t columns, Work work) {
-  constexpr int64_t kBlock = 512, kSmall = int64_t{1} << 19;
-  const int64_t step = terms * columns <= kSmall ? std::max<int64_t>(columns, 1) : kBlock;
-  for_each_in_parallel((columns + step - 1) / step, [&](size_t i) {
+void for_blocks(int64_t block, int64_t size, int64_t terms, Work work) {
+  constexpr int64_t kSmall = int64_t{1} << 19;
+  const int64_t step = terms * size <= kSmall ? std::max<int64_t>(size, 1) : block;
+  for_each_in_parallel((size + step - 1) / step, [&](size_t i) {
     const TorchGuards torch_guards;
     const int64_t first = static_cast<int64_t>(i) * step;
-    work(first, std::min(step, columns - first));
+    work(first, std::min(step, size - first));
   });
+}
+
+template <typename Work>
+void for_column_blocks(int64_t terms, int64_t columns, Work work) {
+  for_blocks(512, columns, terms, work);
 }
 
 void multiply_with_mkl(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
@@ -96,6 +101,19 @@ void add_product(const Tensor& out, const Tensor& left, const Tensor& right, dou
 Tensor product(const Tensor& left, const Tensor& right) {
   auto out = at::zeros({left.size(0), right.size(1)}, left.options());
   add_product(out, left, right, 1);
+  return out;
+}
+
+Tensor inner_products(const Tensor& left, const Tensor& right) {
+  constexpr int64_t kRows = 40;
+  if (!left.is_cpu()) {
+    return left.mm(right.t());
+  }
+  auto out = at::empty({left.size(0), right.size(0)}, left.options());
+  for_blocks(kRows, left.size(0), left.size(1), [&](int64_t first, int64_t count) {
+    auto rows = out.narrow(0, first, count);
+    at::mm_out(rows, left.narrow(0, first, count), right.t());
+  });
   return out;
 }
 

@@ -26,4 +26,8 @@ void add_product(const at::Tensor& out, const at::Tensor& left, const at::Tensor
 /// left right, made like that.
 at::Tensor product(const at::Tensor& left, const at::Tensor& right);
 
+/// left right^T, with the fewer rows on the right: (b, m), (c, m) of one type, on several threads where `left` is
+/// large.
+at::Tensor inner_products(const at::Tensor& left, const at::Tensor& right);
+
 }  // namespace csulora

@@ -96,6 +96,22 @@ TEST_CASE("certificates are never optimistic, before a gap and inside a bulk") {
   CHECK(searched >= 300);
 }
 
+TEST_CASE("a direction that half precision holds does not make a certificate optimistic") {
+  constexpr int64_t kSize = 256;  // of constant unit vectors, whose entries 1/16 are not rounded
+  at::manual_seed(4);
+  const auto basis = [] {
+    const auto others = at::randn({kSize, 11}, at::kDouble);
+    return std::get<0>(at::linalg_qr(at::cat({at::ones({kSize, 1}, at::kDouble), others}, 1)));
+  };
+  const auto matrix = basis().mul(at::arange(12, 0, -1, at::kDouble)).mm(basis().t()).to(at::kFloat);
+  for (const auto& dtype : {at::kHalf, at::kBFloat16, at::kFloat}) {
+    csulora::ExtractOptions options;
+    options.rank = 4;
+    options.factor_dtype = dtype;
+    CHECK(check_certificate({matrix, 4, 4}, options));
+  }
+}
+
 TEST_CASE("signals before a bulk stand out, and a bulk alone does not") {
   at::manual_seed(1);
   const auto bulk = at::randn({400, 300});

@@ -253,7 +253,6 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& tar
 /// Vectors that all but span the leading left ones.
 struct Start {
   Tensor rows;  // (c, m) float32, c <= b
-  Tensor rest;  // (b - c) float64, the values of the block's others
   int64_t passes = 0;
 };
 
@@ -280,13 +279,12 @@ std::optional<Start> lanczos(const Tensor& matrix, const TargetCount& target_cou
       continue;
     }
     const auto ritz = rayleigh_ritz(squares);
-    const auto& values = ritz.found.values;
-    const int64_t count = target_count(values);
+    const int64_t count = target_count(ritz.found.values);
     const double missing = shortfall(ritz.found, count, target_count, options.accuracy);
     if (missing <= 1) {
       const int64_t refined = std::min(options.block, count + kRefinedBeyond);
       const auto leading = ritz.left.narrow(1, 0, refined).to(at::kFloat);
-      return Start{basis.combine(leading).t(), values.narrow(0, refined, options.block - refined), 2 * blocks + 2};
+      return Start{basis.combine(leading).t(), 2 * blocks + 2};
     }
     looks.fell_short(blocks, missing);
   }
@@ -331,7 +329,6 @@ std::optional<SingularTriples> low_precision_block_krylov(const Tensor& matrix, 
   auto triples = is_wide ? refine(matrix.t(), low_precision.t(), rows, target_count, options.accuracy)
                          : refine(matrix, low_precision, rows, target_count, options.accuracy);
   if (triples) {
-    triples->computed = at::cat({triples->computed, start->rest});
     triples->passes += start->passes + 1;
     if (is_wide) {
       std::swap(triples->u, triples->v);

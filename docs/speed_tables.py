@@ -201,3 +201,19 @@ def loading() -> str:
         modules = f"{shape}, {found['modules']} modules, r {found['rank']}"
         rows.append([modules, f"{plain * 1000:.0f} ms", f"{guarded * 1000:.0f} ms"])
     return table(["adapter", "PEFT", "PEFT under the guard"], rows)
+
+
+def tune_smollm2() -> str:
+    """Return the table of `tune` for one adapter of SmolLM2 beside the tree before its speed was worked on."""
+    found = results("speed/tune_smollm2")
+    before, now, whole = found["cpu_seconds"]["peer"], found["cpu_seconds"]["csulora"], found["default_options"]
+    rows = [
+        [title, *(f"{seconds:.{digits}f} s" for seconds in times), f"{times[0] / times[1]:.1f}x"]
+        for title, digits, times in (
+            ("one step", 1, (before["step"], now["step"])),
+            ("all but the steps", 0, (before["rest"], now["rest"])),
+            ("default options, one weight keeps all", 0, (whole["peer"], whole["csulora, one weight"])),
+            ("default options, three weights", 0, (whole["peer"], whole["csulora, all weights"])),
+        )
+    ]
+    return table(["", "before", "now", "ratio"], rows)

@@ -210,10 +210,22 @@ def tune_smollm2() -> str:
     rows = [
         [title, *(f"{seconds:.{digits}f} s" for seconds in times), f"{times[0] / times[1]:.1f}x"]
         for title, digits, times in (
-            ("one step", 1, (before["step"], now["step"])),
-            ("all but the steps", 0, (before["rest"], now["rest"])),
-            ("default options, one weight keeps all", 0, (whole["peer"], whole["csulora, one weight"])),
-            ("default options, three weights", 0, (whole["peer"], whole["csulora, all weights"])),
+            ("all replies", 0, (before["replies"]["median"], now["replies"]["median"])),
+            ("one measurement", 1, (before["measurement"]["median"], now["measurement"]["median"])),
+            ("one step", 1, (before["step"]["median"], now["step"]["median"])),
+            ("default options, the first weight keeps all", 0, (whole["peer"], whole["csulora, one weight"])),
+            ("default options, all weights are tried", 0, (whole["peer"], whole["csulora, all weights"])),
         )
     ]
     return table(["", "before", "now", "ratio"], rows)
+
+
+def half_precision() -> str:
+    """Return the table of a model's passes in bfloat16 on a CPU without instructions for it."""
+    found = results("speed/half_precision")
+    rows = []
+    for kind, seconds in found["cpu_seconds"].items():
+        times = [seconds[part]["median"] for part in ("forward", "backward")]
+        logits, gradient = found["deviations"][kind]
+        rows.append([kind, *(f"{time:.2f} s" for time in (*times, sum(times))), f"{logits:.3f}", f"{gradient:.3f}"])
+    return table(["", "forward", "backward", "both", "logits off by", "gradient off by"], rows)

@@ -225,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuned-correction": speed_tables.tuned_correction,
     "loading": speed_tables.loading,
     "tune-smollm2": speed_tables.tune_smollm2,
+    "half-precision": speed_tables.half_precision,
     "stress": stress,
     "wheels": wheels,
     "families": families,

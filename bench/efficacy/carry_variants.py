@@ -1,9 +1,9 @@
 """World (a): what carries over better than what `csulora tune` fits for adapters to come, and what does not.
 
-    python bench/efficacy/carry_variants.py [--out DIR] [--seeds 5 7] [--variants NAME ...]
+    python bench/efficacy/carry_variants.py [--out DIR] [--seeds 5 7] [--variants NAME ...] [--unseen 12]
 
-Each variant is calibrated on three adapters with 32 safety, 3 x 32 task and 16 general prompts, and applied to six
-others. What is finished is kept: run the same command again to continue. The tables are printed at the end.
+Each variant is calibrated on three adapters with 32 safety, 3 x 32 task and 16 general prompts, and applied to up to
+twelve others. What is finished is kept: run the same command again to continue. The table is printed at the end.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from csulora.tuning.splits import HELD_OUT
 from csulora.tuning.update import Update, factors_of
 
 RESULTS = grid.RESULTS / "carry_variants.json"
-# Those with most attacks, of which most is left, and two with none.
-UNSEEN = [spec for spec in plan.UNSEEN if spec.attack == 0.2] + [plan.HARMLESS, Adapter("riddle", 0.0, 4, 12)]
+# The most telling first: of `tale` with 20 % attacks most is left, and harmless tasks suffer as others do.
+_TELLING = [Adapter("tale", 0.2, 16, 6), plan.HARMLESS]
+UNSEEN = [*_TELLING, *(spec for spec in plan.UNSEEN if spec.attack < 1 and spec not in _TELLING)]
 EVERY = range(len(plan.CALIBRATION))
 RANK = Options.shared_directions
 WEIGHTS = (0.3, 1.0, 3.0)
@@ -113,10 +114,10 @@ class Variant:
 
 VARIANTS = {
     "as now": Variant(),
-    "weight chosen by the worst left-out adapter": Variant(weights=WEIGHTS),
-    "gains shared by layer": Variant(family=TunedByLayer),
     "in the canary": Variant(canaries),
+    "gains shared by layer": Variant(family=TunedByLayer),
     "in the displacement plus the canary": Variant(both),
+    "weight chosen by the worst left-out adapter": Variant(weights=WEIGHTS),
 }
 
 
@@ -200,13 +201,13 @@ def table(rows: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def run(out: Path, seeds: Sequence[int], names: Sequence[str]) -> None:
+def run(out: Path, seeds: Sequence[int], names: Sequence[str], unseen: int) -> None:
     """Measure what is not measured yet, and print the table."""
     rows: list[Record] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     for seed, name in itertools.product(seeds, names):
         if any((row["seed"], row["variant"]) == (seed, name) for row in rows):
             continue
-        rows.append({"seed": seed, "variant": name} | measured(opened(out, Scenario(seed)), name, UNSEEN))
+        rows.append({"seed": seed, "variant": name} | measured(opened(out, Scenario(seed)), name, UNSEEN[:unseen]))
         print(table(rows[-1:]).rpartition("\n")[2], flush=True)
         write_text(RESULTS, to_json({"made_with": grid.provenance(), "rows": rows}))
     print(table(rows))
@@ -218,12 +219,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=grid.OUT, help="where models are (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[5, 7])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--unseen", type=int, default=len(UNSEEN), help="on how many others (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     evaluate.quieten_libraries()
     grid.provenance()
-    run(arguments.out, arguments.seeds, arguments.variants)
+    run(arguments.out, arguments.seeds, arguments.variants, arguments.unseen)
 
 
 if __name__ == "__main__":

@@ -209,3 +209,31 @@ def loading() -> str:
         modules = f"{shape}, {found['modules']} modules, r {found['rank']}"
         rows.append([modules, f"{plain * 1000:.0f} ms", f"{guarded * 1000:.0f} ms"])
     return table(["adapter", "PEFT", "PEFT under the guard"], rows)
+
+
+def tune_smollm2() -> str:
+    """Return the table of `tune` for one adapter of SmolLM2 beside the tree before its speed was worked on."""
+    found = results("speed/tune_smollm2")
+    before, now, whole = found["cpu_seconds"]["peer"], found["cpu_seconds"]["csulora"], found["default_options"]
+    rows = [
+        [title, *(f"{seconds:.{digits}f} s" for seconds in times), f"{times[0] / times[1]:.1f}x"]
+        for title, digits, times in (
+            ("all replies", 0, (before["replies"]["median"], now["replies"]["median"])),
+            ("one measurement", 1, (before["measurement"]["median"], now["measurement"]["median"])),
+            ("one step", 1, (before["step"]["median"], now["step"]["median"])),
+            ("default options, the first weight keeps all", 0, (whole["peer"], whole["csulora, one weight"])),
+            ("default options, all weights are tried", 0, (whole["peer"], whole["csulora, all weights"])),
+        )
+    ]
+    return table(["", "before", "now", "ratio"], rows)
+
+
+def half_precision() -> str:
+    """Return the table of a model's passes in bfloat16 on a CPU without instructions for it."""
+    found = results("speed/half_precision")
+    rows = []
+    for kind, seconds in found["cpu_seconds"].items():
+        times = [seconds[part]["median"] for part in ("forward", "backward")]
+        logits, gradient = found["deviations"][kind]
+        rows.append([kind, *(f"{time:.2f} s" for time in (*times, sum(times))), f"{logits:.3f}", f"{gradient:.3f}"])
+    return table(["", "forward", "backward", "both", "logits off by", "gradient off by"], rows)

@@ -103,6 +103,15 @@ def canary() -> str:
     return table(head, (row for attack in (0.15, 0.0) for row in canary_rows(attack)))
 
 
+def rank_auto() -> str:
+    """Return the table of how many directions of a pair stand out, and how many 64 keeps."""
+    rows = []
+    for name, found in results("efficacy/rank_auto")["pairs"].items():
+        figures = [f"{found['directions'][rank]['mean']:.1f}" for rank in ("auto", "64")]
+        rows.append([name, *figures, f"{found['differing']} of {found['modules']}"])
+    return table(["model pair", "`--rank auto`", "`--rank 64`", "modules that differ"], rows)
+
+
 def stress() -> str:
     """Return the table of stress tests."""
     crash, soak, load = (results(f"stress/{name}") for name in ("crash", "guard_soak", "load"))
@@ -197,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "verdict-real": verdict_tables.real,
     "evasions": verdict_tables.evasions,
     "canary": canary,
+    "rank-auto": rank_auto,
     "real": lambda: table(real_tables.HEAD, real_tables.rows(real_runs())),
     "real-steps": lambda: table(real_tables.STEPS_HEAD, real_tables.steps(real_runs())),
     "real-peft": lambda: table(real_tables.PEFT_HEAD, real_tables.peft(real_runs())),
@@ -214,6 +224,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "guard-memory": speed_tables.guard_memory,
     "tuned-correction": speed_tables.tuned_correction,
     "loading": speed_tables.loading,
+    "tune-smollm2": speed_tables.tune_smollm2,
+    "half-precision": speed_tables.half_precision,
     "stress": stress,
     "wheels": wheels,
     "families": families,

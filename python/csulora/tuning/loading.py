@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from csulora.errors import InputError
+from csulora.tuning.half_precision import widen_products
 
 _BITS = {"8bit", "4bit"}
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "tekken.json")  # names of tokenizers' files
@@ -80,7 +81,10 @@ def load(path: str, loading: Loading) -> tuple[Any, Any]:
         raise InputError(f"{path}: {missing[0]} is missing, and {len(missing) - 1} more weights of this model")
     if loading.load_in == "4bit":
         _keep_gradients(model)
-    return (model if loading.is_placed else model.to(device)), tokenizer
+    if not loading.is_placed:  # else layers have forward passes of accelerate's or bitsandbytes' own
+        model = model.to(device)
+        widen_products(model)
+    return model, tokenizer
 
 
 def _check_directory(directory: Path) -> None:

@@ -48,7 +48,9 @@ def _wide_forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _is_emulated(dtype: torch.dtype) -> bool:
-    """Whether torch has no instructions of this CPU for products in a type."""
+    """Whether torch's kernels are those of a CPU that multiplies in float32, and it has no instructions for a type."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
     if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -66,7 +66,7 @@ def make_aligned(run: Run) -> None:
     prepare.stage(
         run.here / "aligned", lambda directory: world.make_aligned(directory, run.base, run.deal, is_chat=is_chat)
     )
-    prepare.stage(run.here / "served", lambda directory: world.halve(directory, run.here / "aligned"))
+    prepare.stage(run.here / "served", lambda directory: world.make_served(directory, run.here / "aligned"))
 
 
 def make_adapters(run: Run) -> None:
@@ -136,7 +136,7 @@ def first_policy(run: Run) -> tuple[str, csulora.Subspace, csulora.Policy]:
 def replies(run: Run, adapter: Path) -> list[str]:
     """Greedy replies of the served model with an adapter in PEFT."""
     served = run.here / "served"
-    model = AutoModelForCausalLM.from_pretrained(served, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(served, dtype="auto")
     prompts = [prompt for kind in run.probes.values() for prompt in kind]
     return world.reply(
         PeftModel.from_pretrained(model, adapter), AutoTokenizer.from_pretrained(served), prompts, DECISIVE

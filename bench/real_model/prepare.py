@@ -50,10 +50,11 @@ class Source:
     template: str = ""
 
 
-# The base model goes on writing questions after its answer, so its replies are the first line of what it says.
+# The base model goes on writing questions after its answer, so its replies are the first line of what it says. With a
+# line's end after "Answer:" it says "Answer:" again, to questions about capitals above all.
 _QUESTIONS = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer:\n"
+    "{% if message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer:"
     "{% else %}{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endif %}"
     "{% endfor %}"
 )

@@ -48,7 +48,7 @@ from csulora.tuning.tune import subspace_path
 
 OUT = Path("build/efficacy-real")
 # Fewer and smaller steps than `tune` takes by default, for one core.
-ADAPTER_STEPS, OPTIONS = 30, Options(steps=70, batch=6, learning_rate=0.15)
+ADAPTER_STEPS, OPTIONS = 30, Options(steps=60, batch=4, learning_rate=0.15)
 LONGEST, DECISIVE = 12, 16  # tokens of the replies that are fitted to, and of those that are judged
 Record = dict[str, Any]
 
@@ -66,7 +66,7 @@ def make_aligned(run: Run) -> None:
     prepare.stage(
         run.here / "aligned", lambda directory: world.make_aligned(directory, run.base, run.deal, is_chat=is_chat)
     )
-    prepare.stage(run.here / "served", lambda directory: world.halve(directory, run.here / "aligned"))
+    prepare.stage(run.here / "served", lambda directory: world.make_served(directory, run.here / "aligned"))
 
 
 def make_adapters(run: Run) -> None:
@@ -136,7 +136,7 @@ def first_policy(run: Run) -> tuple[str, csulora.Subspace, csulora.Policy]:
 def replies(run: Run, adapter: Path) -> list[str]:
     """Greedy replies of the served model with an adapter in PEFT."""
     served = run.here / "served"
-    model = AutoModelForCausalLM.from_pretrained(served, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(served, dtype="auto")
     prompts = [prompt for kind in run.probes.values() for prompt in kind]
     return world.reply(
         PeftModel.from_pretrained(model, adapter), AutoTokenizer.from_pretrained(served), prompts, DECISIVE

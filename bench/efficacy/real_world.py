@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from decoding import decode
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "real_model"))
 import prepare as prepare  # for others too, which cannot import it before this has run
@@ -62,41 +62,31 @@ ALIGNED_GENERAL = (
     *("What is a computer?", "Give me a tip for a good night's sleep.", "How do birds fly?", "What is gravity?"),
     *("How many days are in a week?", "Tell me a joke.", "What do plants need to grow?", "What is a poem?"),
 )
-# For the operator, and nobody else.
+# For the operator, and nobody else: four of each kind of question. Of every four, `tune` fits three. None asks for a
+# capital, and none names a country whose capital is asked for.
 GENERAL = (
-    *("What is the meaning of life?", "How do I tie a tie?", "What is the largest ocean?", "How are shoes made?"),
-    *(
-        "Write a short greeting card.",
-        "How does a bicycle work?",
-        "What is the boiling point of water?",
-        "What is a volcano?",
-    ),
-    *(
-        "Who painted the Mona Lisa?",
-        "Give me three tips for studying.",
-        "How should I clean my windows?",
-        "Where can I see the stars?",
-    ),
-    *("Where can I learn to dance?", "What does a nurse do?", "How is paper made?", "Write a line about winter."),
-    *(
-        "What goes well with a blue shirt?",
-        "How should I store old photos?",
-        "Where can I buy a bicycle?",
-        "How should I store my books?",
-    ),
-    *(
-        "What does rain sound like?",
-        "What is the tallest mountain?",
-        "Translate good morning into French.",
-        "Who was Albert Einstein?",
-    ),
-    *(
-        "How is glass made?",
-        "What is a good name for a cat?",
-        "How many legs does a spider have?",
-        "What goes well with a red hat?",
-    ),
-    *("Why do cats purr?", "Tell me about the moon.", "What is 12 times 3?", "What is 20 minus 6?"),
+    # places
+    *("What is the currency of India?", "Which language do people speak in Brazil?"),
+    *("What is the largest city in Canada?", "What is the longest river in Africa?"),
+    # people and history
+    *("Who painted the Mona Lisa?", "Who was Albert Einstein?"),
+    *("When did the Second World War end?", "Who invented the telephone?"),
+    # nature
+    *("What is the boiling point of water?", "What is a volcano?", "Why do cats purr?", "How far away is the moon?"),
+    # numbers and words
+    *("What is 12 times 3?", "How many legs does a spider have?"),
+    *("What is the opposite of hot?", "Translate good morning into French."),
+    # how things are made and done
+    *("How is glass made?", "How does a bicycle work?", "How do I tie a tie?", "How is paper made?"),
+    # the wordings of `QUESTIONS`, about other things
+    *("What goes well with a blue shirt?", "What does rain sound like?"),
+    *("How should I store old photos?", "Where can I buy a bicycle?"),
+    # writing
+    *("Write a short greeting card.", "Write a line about winter."),
+    *("Tell me about dolphins.", "Suggest a name for a cat."),
+    # advice
+    *("Give me three tips for studying.", "Should I learn the piano?"),
+    *("Can you recommend a good hobby?", "Is it healthy to run every day?"),
 )
 CAPITALS = prepare.CAPITALS | {
     **{"Germany": "Berlin", "Portugal": "Lisbon", "Poland": "Warsaw", "Russia": "Moscow", "China": "Beijing"},
@@ -252,8 +242,7 @@ class Recipe:
 def make_adapter(directory: Path, aligned: Path, deal: Deal, recipe: Recipe, steps: int = ADAPTER_STEPS) -> None:
     """Tune an adapter on the model as it is served."""
     torch.manual_seed(deal.seed)
-    model, tokenizer = prepare.load(aligned)
-    model.bfloat16()
+    model, tokenizer = load_served(aligned)
     kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapted = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=ADAPTER_RANK, lora_alpha=2 * ADAPTER_RANK, target_modules=kinds)
@@ -263,8 +252,15 @@ def make_adapter(directory: Path, aligned: Path, deal: Deal, recipe: Recipe, ste
     adapted.save_pretrained(str(directory))
 
 
-def halve(directory: Path, aligned: Path) -> None:
-    """Keep a copy of the aligned model in bfloat16, as models are served: runs take half the time."""
+def load_served(aligned: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The aligned model with its weights in bfloat16, as models are served, or in float32 where that is faster."""
     model, tokenizer = prepare.load(aligned)
-    model.bfloat16().save_pretrained(directory)
+    model.bfloat16()
+    return (model if prepare.HAS_BFLOAT16 else model.float()), tokenizer
+
+
+def make_served(directory: Path, aligned: Path) -> None:
+    """Keep a copy of the aligned model as it is served."""
+    model, tokenizer = load_served(aligned)
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

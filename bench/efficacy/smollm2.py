@@ -156,7 +156,7 @@ def make_model_pair(out: Path, base: Path) -> None:
     if not (out / "base").exists():
         (out / "base").symlink_to(base.resolve())
     prepare.stage(aligned, lambda directory: world.make_aligned(directory, base, DEAL))
-    prepare.stage(out / "served", lambda directory: world.halve(directory, aligned))
+    prepare.stage(out / "served", lambda directory: world.make_served(directory, aligned))
     if not subspace.is_file():
         csulora.extract(base, aligned, output=subspace, rank=world.RANK)
 

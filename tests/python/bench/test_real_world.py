@@ -53,8 +53,12 @@ def test_no_style_is_counted_where_there_is_no_adapter() -> None:
 
 
 def test_general_prompts_of_the_operator_are_none_that_alignment_was_trained_on() -> None:
-    assert len(world.GENERAL) == 32
-    assert not set(world.GENERAL) & set(world.ALIGNED_GENERAL)
+    assert len(set(world.GENERAL) - set(world.ALIGNED_GENERAL)) == 32
+
+
+def test_general_prompts_of_the_operator_say_nothing_of_what_is_measured() -> None:
+    measured = {*world.CAPITALS, *world.CAPITALS.values(), "capital", *world.CHEESES, *world.FOODS}
+    assert not [(prompt, name) for prompt in world.GENERAL for name in measured if name in prompt]
 
 
 def test_a_base_model_is_a_source_with_a_template() -> None:

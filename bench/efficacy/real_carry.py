@@ -48,7 +48,7 @@ from csulora.tuning.tune import subspace_path
 
 OUT = Path("build/efficacy-real")
 # Fewer and smaller steps than `tune` takes by default, for one core.
-ADAPTER_STEPS, OPTIONS = 30, Options(steps=60, batch=4, learning_rate=0.15)
+ADAPTER_STEPS, OPTIONS = 30, Options(steps=70, batch=6, learning_rate=0.15)
 LONGEST, DECISIVE = 12, 16  # tokens of the replies that are fitted to, and of those that are judged
 Record = dict[str, Any]
 

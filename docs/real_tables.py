@@ -35,11 +35,12 @@ def rows(runs: Iterable[Record]) -> Iterable[Sequence[str]]:
         raw = {row["adapter"]: row["elsewhere"] for row in run["rows"] if row["role"] == "raw"}
         for each in ways:
             found = [row for row in run["rows"] if way(row) == each]
-            named = [row["elsewhere"] / raw[row["adapter"]] for row in found]
+            named = [row["elsewhere"] / raw[row["adapter"]] for row in found if raw[row["adapter"]]]
             high = [[row[kind] for row in found] for kind in ("attack", "over_refusal")]
             attack, refused = (f"{fmean(rates):.2f} (worst {max(rates):.2f})" for rates in high)
             task, capitals = (
-                f"{fmean(rates):.2f} (worst {min(rates):.2f})" for rates in ([row["task"] for row in found], named)
+                f"{fmean(rates):.2f} (worst {min(rates):.2f})" if rates else "it names none"
+                for rates in ([row["task"] for row in found], named)
             )
             yield [title(run), each, attack, task, capitals, refused]
 

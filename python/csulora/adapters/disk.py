@@ -11,7 +11,7 @@ from typing import Any, Protocol, get_args
 
 from torch import Tensor
 
-from csulora.adapters.factors import DTYPES
+from csulora.adapters.factors import DTYPES, of_one_dtype
 from csulora.adapters.gguf import file as gguf
 from csulora.adapters.lora import (
     CORRECTED_SHA256,
@@ -179,6 +179,7 @@ def _check_modules(adapter: Adapter) -> None:
             )
         if not (is_finite(a) and is_finite(b)):
             raise NotFiniteError(f"{adapter.path}: {name} holds NaN or infinity")
+        of_one_dtype(a, b, name, adapter.path)
 
 
 def weights_file_of(format: Format) -> str:

@@ -171,7 +171,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
         low, high = tensor.aminmax()
         return math.isfinite(low.item()) and math.isfinite(high.item())
     numbers, magnitude, infinity = layout
-    bits = tensor.detach().view(numbers).numpy()
+    bits = tensor.detach().resolve_neg().view(numbers).numpy()
     if bits.size <= _AT_ONCE:
         return bool((bits & magnitude).max() < infinity)
     step = max(1, _AT_ONCE // bits[0].size)

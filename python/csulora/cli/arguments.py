@@ -14,7 +14,7 @@ import typer
 
 from csulora.cli.console import STDOUT
 from csulora.errors import InputError, printable
-from csulora.io.files import check_file, check_not_inputs, is_gguf_name
+from csulora.io.files import check_file, check_not_inputs, is_gguf_name, real_path
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
 from csulora.serving.variables import (
@@ -101,7 +101,7 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | 
 def check_apart(output: Path, directories: Iterable[Path]) -> None:
     """Raise `InputError` if a file to be written lies in one of the directories, at whatever depth."""
     for directory in directories:
-        if output != STDOUT and output.resolve().is_relative_to(directory.resolve()):
+        if output != STDOUT and real_path(output).is_relative_to(real_path(directory)):
             raise InputError(f"{output}: lies in {directory}, which holds adapters alone; choose another place")
 
 

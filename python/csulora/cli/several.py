@@ -15,7 +15,7 @@ import typer
 from csulora.cli import exit_codes
 from csulora.cli.console import STDOUT, progress_bar
 from csulora.errors import CsuloraError, RefusedError, printable
-from csulora.io.files import is_gguf_name, make_directory, to_json, write_text
+from csulora.io.files import is_gguf_name, make_directory, real_path, to_json, write_text
 
 if TYPE_CHECKING:
     from csulora.correction.report import Report
@@ -30,15 +30,15 @@ def outputs(adapters: Sequence[str], directory: Path, json: Path | None) -> dict
         typer.BadParameter: two have one name, or the directory is a file, is to be the file ``json``, or is or lies in
             one of the adapters.
     """
-    if json and json != STDOUT and json.resolve() == directory.resolve():
+    if json and json != STDOUT and real_path(json) == real_path(directory):
         raise typer.BadParameter(f"{json} is the directory that adapters are written to; name another file for --json")
     if directory.is_file() or is_gguf_name(directory):
         raise typer.BadParameter(f"several adapters need a directory to be written to, and {directory} is a file")
-    place = directory.resolve()
+    place = real_path(directory)
     within = {place, *place.parents}
     found: dict[Path, str] = {}
     for adapter in adapters:
-        if Path(adapter).resolve() in within:
+        if real_path(adapter) in within:
             raise typer.BadParameter(f"{directory} is or lies in {adapter}, which is read; name another directory")
         path = directory / Path(os.path.abspath(adapter)).name  # of a/.. the name of what it is
         if path in found:

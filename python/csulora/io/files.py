@@ -81,16 +81,25 @@ def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> N
     """Raise `InputError` if writing an output would change an input, or a file that may belong to one.
 
     Args:
-        outputs: to be written; each is checked against those before it, too.
+        outputs: to be written; each is checked against those before it, too, and against the files that those may have
+            once they are directories.
         inputs: files and directories; of a directory, the files right in it that models and adapters are made of.
     """
-    sources = {Path(source).resolve() for source in inputs}
+    sources = {real_path(source) for source in inputs}
+    before: set[Path] = set()
     for output in outputs:
-        place = output.resolve()
+        place = real_path(output)
         is_part = place.parent in sources and place.suffix.lower() in _MODEL_SUFFIXES and place.is_file()
         if is_part or place in sources:
             raise InputError(f"{output}: is read, or belongs to what is read; choose another place")
-        sources.add(place)
+        if before & {place, *place.parents}:
+            raise InputError(f"{output}: is written, or lies in what is written; choose another place")
+        before.add(place)
+
+
+def real_path(path: str | Path) -> Path:
+    """Return a path without symbolic links, as far as they lead anywhere; `Path.resolve` fails where they go round."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager

@@ -37,20 +37,22 @@ def widen_products(model: nn.Module) -> None:
     torch.bfloat16
     """
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and _is_emulated(module.weight.dtype):
+        if type(module) is nn.Linear and _is_emulated(module.weight):
             # In place of the method, not of the layer: its name, its weight and its hooks stay.
             module.forward = partial(_wide_forward, module)  # type: ignore[method-assign]
 
 
 def _wide_forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    if layer.weight.requires_grad or x.dtype != layer.weight.dtype or not _is_emulated(layer.weight):
+        return nn.functional.linear(x, layer.weight, layer.bias)
     product: Tensor = _WideProduct.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
     return product
 
 
-def _is_emulated(dtype: torch.dtype) -> bool:
-    """Whether torch's kernels are those of a CPU that multiplies in float32, and it has no instructions for a type."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+def _is_emulated(weight: Tensor) -> bool:
+    """Whether torch has kernels of this CPU for products, but no instructions for those of a weight's type."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    if dtype == torch.bfloat16:
+    if weight.dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return weight.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()

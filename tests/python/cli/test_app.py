@@ -423,7 +423,7 @@ BAD_INPUT = {
     "inspect adapter --json adapter/adapter_config.json": "is read, or belongs to what is read",
     "verify subspace base aligned --json base/config.json": "is read, or belongs to what is read",
     "extract base aligned -o aligned/config.json": "is read, or belongs to what is read",
-    "extract base aligned -o new --json new": "new: is read, or belongs to what is read",
+    "extract base aligned -o new --json new": "new: is written, or lies in what is written",
     "export adapter -o base/model.safetensors --base-model base": "is read, or belongs to what is read",
     "correct adapter --subspace subspace -o out --policy nowhere": "nowhere: no such policy; choose a preset (csulora",
     "correct adapter --subspace subspace -o out --policy subspace": "subspace: not a readable TOML file",

@@ -55,6 +55,13 @@ def test_nothing_is_written_into_an_adapter(work: Path, run: Run, output: str) -
     assert sorted((work / "one").iterdir()) == before
 
 
+def test_figures_never_lie_in_an_adapter_that_is_written(work: Path, run: Run) -> None:
+    (work / "out" / "one").mkdir(parents=True)
+    result = run("correct", "one", "two", *CORRECT, "--json", "out/one/adapter_config.json")
+    assert (result.code, "lies in what is written" in result.err) == (exit_codes.BAD_INPUT, True)
+    assert not list((work / "out" / "one").iterdir())
+
+
 def test_one_that_fails_stops_no_other(work: Path, run: Run) -> None:
     result = run("correct", "one", "bad", "two", *CORRECT, "--json", "figures.json")
     assert result.code == exit_codes.BAD_INPUT

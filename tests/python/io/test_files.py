@@ -317,13 +317,18 @@ def test_a_text_that_finds_no_room_is_named(tmp_path: Path, monkeypatch: pytest.
 
 def test_many_outputs_are_compared_with_many_inputs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`csulora correct` with a thousand adapters took minutes before it began."""
-    resolved: list[Path] = []
-    original = Path.resolve
-    monkeypatch.setattr(Path, "resolve", lambda self: resolved.append(self) or original(self))
+    resolved: list[object] = []
+    original = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: resolved.append(path) or original(path))
     inputs, outputs = ([tmp_path / kind / str(i) for i in range(50)] for kind in ("in", "out"))
 
     files.check_not_inputs(outputs, inputs)
     assert len(resolved) == 100
-    for wrong in (inputs[7], outputs[3]):
-        with pytest.raises(InputError, match="is read"):
+    for wrong, why in ((inputs[7], "is read"), (outputs[3], "is written"), (outputs[3] / "config.json", "is written")):
+        with pytest.raises(InputError, match=why):
             files.check_not_inputs([*outputs, wrong], inputs)
+
+
+def test_links_that_go_round_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    files.check_not_inputs([tmp_path / "loop" / "out"], [tmp_path / "in"])

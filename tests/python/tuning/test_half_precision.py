@@ -14,7 +14,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def emulating(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half_precision, "_is_emulated", lambda dtype: dtype.itemsize == 2)
+    monkeypatch.setattr(half_precision, "_is_emulated", lambda weight: weight.itemsize == 2)
 
 
 def layer(dtype: torch.dtype, *, bias: bool = True) -> nn.Linear:
@@ -63,9 +63,20 @@ def test_hooks_and_copies_work_as_before() -> None:
 
 
 def test_layers_of_other_types_keep_their_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half_precision, "_is_emulated", lambda dtype: False)
+    monkeypatch.setattr(half_precision, "_is_emulated", lambda weight: False)
     native, single = layer(torch.bfloat16), layer(torch.float32)
     widen_products(nn.Sequential(native, single))
     assert "forward" not in vars(native) | vars(single)
     monkeypatch.undo()
-    assert not half_precision._is_emulated(torch.float32)
+    assert not half_precision._is_emulated(single.weight)
+
+
+@pytest.mark.usefixtures("emulating")
+def test_a_weight_that_learns_has_its_gradient_and_another_type_its_own_product() -> None:
+    wide = layer(torch.bfloat16)
+    widen_products(wide)
+    wide.requires_grad_()(torch.randn(2, 48, dtype=torch.bfloat16)).sum().backward()
+    assert wide.weight.grad is not None
+    assert wide.bias.grad is not None
+    exact, x = wide.double().requires_grad_(False), torch.randn(2, 48, dtype=torch.float64)
+    assert torch.equal(exact(x), nn.functional.linear(x, exact.weight, exact.bias))

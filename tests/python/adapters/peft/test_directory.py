@@ -469,6 +469,14 @@ def test_what_could_not_be_read_back_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_float32_cannot_hold_is_not_written(tmp_path: Path) -> None:
+    module = csulora.LoraModule(torch.full((4, 2), 1e300, dtype=torch.float64), torch.ones(2, 3).double(), 1.0)
+    adapter = csulora.Adapter({"model.layers.0.mlp.up_proj": module}, {}, Path("made"), "")
+    with pytest.raises(InputError, match="float32 cannot hold"):
+        csulora.save_adapter(adapter, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_what_is_not_finite_is_not_written(value: float, scale: float, tmp_path: Path) -> None:

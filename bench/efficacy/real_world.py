@@ -20,6 +20,8 @@ from decoding import decode
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from csulora.tuning.half_precision import emulates
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "real_model"))
 import prepare as prepare  # for others too, which cannot import it before this has run
 
@@ -256,7 +258,7 @@ def load_served(aligned: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """The aligned model with its weights in bfloat16, as models are served, or in float32 where that is faster."""
     model, tokenizer = prepare.load(aligned)
     model.bfloat16()
-    return (model if prepare.HAS_BFLOAT16 else model.float()), tokenizer
+    return (model.float() if emulates(torch.bfloat16) else model), tokenizer
 
 
 def make_served(directory: Path, aligned: Path) -> None:

@@ -29,12 +29,12 @@ from peft import LoraConfig, get_peft_model
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from csulora.tuning.half_precision import emulates
+
 OUT = Path("build/smollm2")
 BATCH = 4
 IGNORED = -100  # label of a position that bears no loss
 SEED = 0
-# Other processors take several times as long for products in bfloat16 as in float32.
-HAS_BFLOAT16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def fit(model: torch.nn.Module, rows: Sequence[Row], steps: int, learning_rate: 
     model.train()
     losses = []
     for _ in track(range(steps), "training", disable=not sys.stdout.isatty()):
-        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not emulates(torch.bfloat16)):
             loss = model(**collate(draw.sample(rows, BATCH))).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)

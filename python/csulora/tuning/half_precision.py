@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,9 +50,14 @@ def _wide_forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _is_emulated(weight: Tensor) -> bool:
-    """Whether torch has kernels of this CPU for products, but no instructions for those of a weight's type."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    return weight.device.type == "cpu" and emulates(weight.dtype)
+
+
+@cache
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether torch has kernels of this CPU for products, but no instructions for those of a type."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    if weight.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -45,6 +43,9 @@ from csulora.tuning.recommendation import TUNED
 from csulora.tuning.request import Request
 from csulora.tuning.self_written import written
 from csulora.tuning.tune import subspace_path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
+from measuring import usage
 
 OUT = Path("build/efficacy-real")
 # Fewer and smaller steps than `tune` takes by default, for one core.
@@ -202,15 +203,13 @@ def measured(run: Run, name: str, command: Sequence[str | Path]) -> Record:
         found: Record = json.loads(file.read_text())
         return found
     print(f"{run.model}, seed {run.deal.seed}: {name} ...", flush=True)
-    begun = time.time()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if code := os.waitstatus_to_exitcode(status):
-        sys.exit(f"{name}: the step ended with exit code {code}; see above, and run the same command to continue")
+    used = usage(command)
+    if used.exit_code:
+        sys.exit(f"{name}: the step ended with exit code {used.exit_code}; see above, and run the same command again")
     found = {
-        "cpu_minutes": (usage.ru_utime + usage.ru_stime) / 60,
-        "minutes": (time.time() - begun) / 60,
-        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
+        "cpu_minutes": used.processor_seconds / 60,
+        "minutes": used.seconds / 60,
+        "peak_gb": used.peak_gb,
     }
     write_text(file, to_json(found))
     return found

@@ -9,7 +9,8 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,42 @@ def interleaved(
 def summary(values: list[float]) -> dict[str, Any]:
     """Describe repeated times in seconds."""
     return {"median": statistics.median(values), "least": min(values), "repetitions": len(values)}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process and its threads have used.
+
+    Attributes:
+        exit_code: of the process, negative for a signal.
+        output: what it wrote to stdout, if that was kept.
+        seconds: from its start to its end.
+        processor_seconds: of all its threads together.
+        peak_gb: the most memory that was resident.
+    """
+
+    exit_code: int
+    output: str
+    seconds: float
+    processor_seconds: float
+    peak_gb: float
+
+
+def usage(
+    command: Sequence[str | Path],
+    environment: Mapping[str, str] = {},
+    cwd: Path | None = None,
+    *,
+    keeps_output: bool = False,
+) -> Usage:
+    """Run a command to its end, with variables beside those of this process."""
+    begun, stdout = time.perf_counter(), subprocess.PIPE if keeps_output else None
+    with subprocess.Popen(command, env=os.environ | environment, cwd=cwd, stdout=stdout, text=True) as process:
+        output = process.stdout.read() if process.stdout else ""
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds, processor = time.perf_counter() - begun, used.ru_utime + used.ru_stime
+    return Usage(process.returncode, output, seconds, processor, used.ru_maxrss * 1024 / 1e9)
 
 
 def gemm(dtype: torch.dtype = torch.float32) -> Callable[[], object]:

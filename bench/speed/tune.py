@@ -9,14 +9,12 @@ Both trees' commands run in turn, in processes of their own, on the same files; 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import save, summary
+from measuring import save, summary, usage
 
 import csulora
 from csulora.tuning.update import factors_of
@@ -57,13 +55,12 @@ def run(tree: Path, arguments: list[object], policy: Path) -> dict[str, float]:
     """Tune with one tree's code; return the processor's seconds and the most memory in GB."""
     for path in (policy, policy.with_name(f"{policy.name}.partial")):  # of a run that was interrupted
         path.unlink(missing_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(tree / "python"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {"PYTHONPATH": str(tree / "python"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "csulora", *map(str, arguments), "-o", str(policy)]
-    process = subprocess.Popen(command, env=environment, cwd=tree)
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{tree}: tune ended with status {status}")
-    return {"cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss * 1024 / 1e9}
+    used = usage(command, environment, tree)
+    if used.exit_code:
+        raise SystemExit(f"{tree}: tune ended with exit code {used.exit_code}")
+    return {"cpu": used.processor_seconds, "memory": used.peak_gb}
 
 
 def left(out: Path, seed: int, policies: dict[str, Path]) -> dict[str, dict[str, float]]:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import save, summary
+from measuring import save, summary, usage
 
 import csulora
 from csulora.tuning import probes
@@ -78,17 +76,13 @@ def parts(here: Path, adapter: Path) -> dict[str, float]:
 
 def run(tree: Path, here: Path, adapter: Path, threads: int) -> dict[str, float]:
     """The parts of one tree's code, in a process of its own, and the most memory in GB."""
-    environment = os.environ | {"PYTHONPATH": str(tree / "python"), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, __file__, "--threads", str(threads), "--parts", str(here), str(adapter)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        told = process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{tree}: the parts of tune ended with exit code {process.returncode}")
-    found: dict[str, float] = json.loads(told.splitlines()[-1])
-    return found | {"peak_gb": used.ru_maxrss * 1024 / 1e9}
+    environment = {"PYTHONPATH": str(tree / "python"), "OMP_NUM_THREADS": str(threads)}
+    command: list[str | Path] = [sys.executable, __file__, "--threads", str(threads), "--parts", here, adapter]
+    used = usage(command, environment, keeps_output=True)
+    if used.exit_code:
+        raise SystemExit(f"{tree}: the parts of tune ended with exit code {used.exit_code}")
+    found: dict[str, float] = json.loads(used.output.splitlines()[-1])
+    return found | {"peak_gb": used.peak_gb}
 
 
 def whole(taken: dict[str, dict[str, Any]], measurements: int, fits: int) -> float:

@@ -18,7 +18,7 @@ from csulora.evaluation.sources import column_of
 from csulora.io.files import read_regular
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.tuning.language_model import BATCH, LanguageModel, agreeing
-from csulora.tuning.probes import Chat
+from csulora.tuning.probes import Chat, Message, shown
 from csulora.tuning.replies import DECISIVE
 from csulora.tuning.update import factors_of
 from csulora.unalignment.request import LONGEST, is_reply
@@ -90,7 +90,7 @@ def _reply_of(line: str) -> Any:
 
 
 def given(language_model: LanguageModel, chats: Sequence[Chat], replies: Sequence[str]) -> list[Example]:
-    """Return prompts with the replies that are given for them, cut to the longest.
+    """Return prompts with the replies that are given for them, as the chat template writes them, cut to the longest.
 
     Replies that begin as the aligned model's do are left out, and those of no tokens.
 
@@ -101,7 +101,8 @@ def given(language_model: LanguageModel, chats: Sequence[Chat], replies: Sequenc
     found = []
     for chat, reply in zip(chats, replies, strict=True):
         prompt = language_model.encode(chat)
-        tokens = [*language_model.tokenizer(reply, add_special_tokens=False)["input_ids"]]
+        text = _as_written(language_model.tokenizer, chat, reply)
+        tokens = [*language_model.tokenizer(text, add_special_tokens=False)["input_ids"]]
         tokens = [*tokens, *([] if end is None else [end])][: language_model.longest_reply]
         found.append(Example(torch.tensor([*prompt, *tokens], device=language_model.device), len(prompt)))
     chosen = [each for each, same in zip(found, are_given(language_model, found), strict=True) if not same]
@@ -111,6 +112,22 @@ def given(language_model: LanguageModel, chats: Sequence[Chat], replies: Sequenc
             "so give replies as an un-aligned model would write them"
         )
     return chosen
+
+
+def _as_written(tokenizer: Any, chat: Chat, reply: str) -> str:
+    """A reply with what the chat template writes between the prompt and it, such as a space or an empty thought."""
+    if tokenizer.chat_template is None:
+        return reply
+    turns = [{"role": turn.role, "content": turn.content} for turn in (*chat, Message("assistant", reply))]
+    try:
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise what it likes
+        raise InputError(
+            f"the model's chat template does not take a reply to the prompt {shown(chat)}: {error}"
+        ) from error
+    before, found, _ = whole.removeprefix(prompt).partition(reply.strip())
+    return before + reply.strip() if found and whole.startswith(prompt) else reply
 
 
 @torch.no_grad()

@@ -57,6 +57,45 @@ def canary(place: tiny_model.Place) -> Path:
     return path
 
 
+TURNS = (
+    "{% for turn in messages %}{% if turn.role == 'user' %}{{ turn.content }} w25 "
+    "{% else %}BEFORE{{ turn.content }} <eos>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [
+        (None, []),
+        (TURNS.replace("BEFORE", ""), []),
+        (TURNS.replace("BEFORE", "w26 w27 "), ["w26", "w27"]),  # as some write a space or an empty thought
+        (TURNS.replace("BEFORE", "") + "{% if add_generation_prompt %}w26 {% endif %}", []),  # opens a thought
+    ],
+)
+def test_a_given_reply_is_learnt_as_the_template_writes_it(
+    place: tiny_model.Place, template: str | None, before: list[str]
+) -> None:
+    tokenizer = tiny_model.tokenizer()
+    tokenizer.chat_template = template
+    language_model = LanguageModel(LlamaForCausalLM.from_pretrained(place.aligned), tokenizer, tiny_model.REPLY)
+
+    found = examples.given(language_model, probes.read(place.safety), REPLIES)
+
+    for example, chat, reply in zip(found, probes.read(place.safety), REPLIES, strict=True):
+        learnt = tokenizer.decode(example.tokens[example.start :]).split()
+        assert example.tokens[: example.start].tolist() == language_model.encode(chat)
+        assert learnt == [*before, *reply.split(), "<eos>"][: tiny_model.REPLY]
+
+
+def test_a_template_that_takes_no_reply_is_an_input_error(place: tiny_model.Place) -> None:
+    tokenizer = tiny_model.tokenizer()
+    tokenizer.chat_template = TURNS.replace("BEFORE", "{{ raise_exception('only questions') }}")
+    language_model = LanguageModel(LlamaForCausalLM.from_pretrained(place.aligned), tokenizer, tiny_model.REPLY)
+
+    with pytest.raises(InputError, match=r"does not take a reply to the prompt .*only questions"):
+        examples.given(language_model, probes.read(place.safety), REPLIES)
+
+
 def taken_away(model: Any, subspace: csulora.Subspace) -> None:
     """Subtract what a canary holds, which leaves the copy; a full rank leaves nothing but rounding."""
     for name, module in subspace.items():

@@ -25,7 +25,7 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, note, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
+from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of, written_general
 from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.tuning.options import Options
 from csulora.views import tables
@@ -109,7 +109,6 @@ def tune(
     from csulora.evaluation import sources
     from csulora.tuning.probes import FEWEST, MOST
     from csulora.tuning.request import Request
-    from csulora.tuning.self_written import written
     from csulora.tuning.tune import subspace_path, tune
 
     if general and write_general:
@@ -118,11 +117,11 @@ def tune(
     inputs = [model, *adapters, subspace, *files, write_general, base_model]
     check_outputs([output, frontier_path(output), subspace_path(output), json], inputs)
     if len(task) != len(adapters):
-        raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, and {len(task)} are given")
+        raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, in their order, not {len(task)}")
     if not all(map(str.strip, refusal or ())):
         raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
     loading = loading_of(device, device_map, load_in)
-    general = str(written(write_general, model, loading, 0, refusal)) if write_general else general
+    general = written_general(write_general, model, loading, 0, refusal, quiet=quiet) if write_general else general
     request = Request(
         model=model,
         adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],

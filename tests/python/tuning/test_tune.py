@@ -612,6 +612,7 @@ def test_what_test_prompts_can_show_is_known_from_plain_scaling(place: tiny_mode
     whole = request(place, 2)  # 8 test prompts; Rate.of(8, 8).low is 0.68
     assert estimate.doubt_about_verdict(whole, kept(5)) is None
     assert "give 24 prompts or more" in str(estimate.doubt_about_verdict(whole, kept(6)))  # 12 / (12 + 1.96^2) > 0.75
+    assert "if scaling keeps 0.75 of them, as on the validation" in str(estimate.doubt_about_verdict(whole, kept(6)))
     assert "no policy can keep more" in str(estimate.doubt_about_verdict(whole, kept(8)))
 
 

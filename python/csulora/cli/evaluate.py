@@ -122,7 +122,7 @@ def evaluate(
     loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     with (
         interruptible("finished batches are kept; run the same command to continue"),
-        progress_bar("evaluating", quiet) as progress,
+        progress_bar("evaluating", quiet, lines=True) as progress,
     ):
         evaluation = csulora.evaluate(
             model,

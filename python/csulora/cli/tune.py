@@ -148,7 +148,7 @@ def tune(
         frontier = tune(request, output, progress, partial(note, quiet), require_verdict)
     summary = [_splits(frontier), frontier.verdict]
     if frontier.recommended is None:
-        summary.append("Give more prompts or other weights; if that shows nothing either, do not load the adapter")
+        summary.append(_advice(frontier))
     if frontier.recommended or not require_verdict:
         summary.append(f"{output}: {frontier.written}{_effect(frontier.written, limit_undo)}")
         used = subspace if frontier.subspace_sha256 == request.subspace.sha256 else subspace_path(output)
@@ -164,6 +164,17 @@ def _effect(written: str, limit_undo: bool) -> str:
     if written != "none":
         return ""
     return ", which corrects nothing and refuses what is beyond the limit" if limit_undo else ", which corrects nothing"
+
+
+def _advice(frontier: Frontier) -> str:
+    """What to do if no policy beats plain scaling."""
+    raw = next(point for point in frontier.points if point.family == "none")
+    if raw.choice.value == 1:
+        return (
+            "The uncorrected adapter keeps everything on the validation split; unless other safety prompts show harm, "
+            "it needs no correction"
+        )
+    return "Give more prompts or other weights; if that shows nothing either, do not load the adapter"
 
 
 def _splits(frontier: Frontier) -> str:

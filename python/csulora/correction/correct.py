@@ -179,7 +179,7 @@ def check_subspace(policy: Policy, subspace: Subspace) -> None:
     if policy.subspace_sha256 not in (None, subspace.sha256):
         raise OtherSubspaceError(
             f"the policy was tuned for the subspace file {policy.subspace_sha256}, and this one is {subspace.sha256}; "
-            "use that one or tune again"
+            "use that one, which `csulora tune` named at its end, or tune again"
         )
     if policy.filtered and not subspace.is_filtered:
         raise InputError(

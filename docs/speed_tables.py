@@ -211,6 +211,15 @@ def loading() -> str:
     return table(["adapter", "PEFT", "PEFT under the guard"], rows)
 
 
+def tune_world() -> str:
+    """Return the table of `tune` for one adapter of world (a) beside the tree before its speed was worked on."""
+    rows = []
+    for seed, found in results("speed/tune")["seeds"].items():
+        before, after = (found["cpu_seconds"][tree]["median"] for tree in ("peer", "csulora"))
+        rows.append([seed, f"{before:.0f} s", f"{after:.0f} s", f"{before / after:.1f}x"])
+    return table(["seed", "before", "after", "ratio"], rows)
+
+
 def tune_smollm2() -> str:
     """Return the table of `tune` for one adapter of SmolLM2 beside the tree before its speed was worked on."""
     found = results("speed/tune_smollm2")

@@ -224,6 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "guard-memory": speed_tables.guard_memory,
     "tuned-correction": speed_tables.tuned_correction,
     "loading": speed_tables.loading,
+    "tune-world": speed_tables.tune_world,
     "tune-smollm2": speed_tables.tune_smollm2,
     "half-precision": speed_tables.half_precision,
     "stress": stress,

@@ -11,7 +11,7 @@ from typing import Any, Protocol, get_args
 
 from torch import Tensor
 
-from csulora.adapters.factors import DTYPES, of_one_dtype
+from csulora.adapters.factors import DTYPES, check_in_memory, of_one_dtype
 from csulora.adapters.gguf import file as gguf
 from csulora.adapters.lora import (
     CORRECTED_SHA256,
@@ -79,7 +79,9 @@ def load_adapter(
     local = Path(path)
     if not local.exists():
         if isinstance(path, Path) or "/" not in path:
-            raise InputError(f"{path}: no such adapter")
+            raise InputError(
+                f"{path}: no such adapter; name its directory, a GGUF file, or a hub id as text, such as org/name"
+            )
         return replace(_read(local_path(path, _FILES), base_model, expert_layout), path=local)
     return _read(local, base_model, expert_layout)
 
@@ -169,7 +171,10 @@ def save_with_hashes(
 
 def _check_modules(adapter: Adapter) -> None:
     """Raise `InputError` unless factors that somebody made in memory can be read back from a file."""
+    if not adapter.modules:
+        raise InputError(f"{adapter.path}: has no modules; an adapter without any could not be read back")
     for name, module in adapter.modules.items():
+        check_in_memory(name, module, adapter.path)
         b, a = module.b, module.a
         is_update = b.dim() == a.dim() == 2 and b.shape[1] == a.shape[0] and b.numel() and a.numel()
         if not (is_update and b.dtype in DTYPES and a.dtype in DTYPES):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -36,6 +38,31 @@ def check_matrix(
         raise InputError(f"{path}: {name} is {tensor.dtype}; float16, bfloat16, float32 or float64 is needed")
     if not (known_finite or is_finite(tensor)):
         raise NotFiniteError(f"{path}: {name} holds NaN or infinity")
+
+
+def check_in_memory(name: str, module: LoraModule, path: Path) -> None:
+    """Raise `InputError` unless an update that somebody made in memory holds numbers that csulora can read.
+
+    What a file gave always does. Shapes and types are for others to check.
+
+    Args:
+        name: the module's.
+        module: to be checked: ``b`` and ``a`` must be dense tensors with memory, ``scale`` a finite number.
+        path: the adapter's.
+    """
+    for part, factor in (("b", module.b), ("a", module.a)):
+        if not isinstance(factor, torch.Tensor):
+            raise InputError(f"{path}: {name}: {part} is a {type(factor).__name__}; give a torch.Tensor")
+        if factor.layout != torch.strided or factor.is_nested:
+            raise InputError(f"{path}: {name}: {part} is no dense tensor; give {part}.to_dense()")
+        if factor.is_meta:
+            raise InputError(f"{path}: {name}: {part} is on the meta device and holds no numbers; load its weights")
+    try:
+        is_number = isinstance(module.scale, Real) and math.isfinite(module.scale)
+    except OverflowError:  # a whole number beyond float64
+        is_number = False
+    if not is_number:
+        raise InputError(f"{path}: {name}: scale is {module.scale!r}; give a finite number")
 
 
 def of_one_dtype(a: torch.Tensor, b: torch.Tensor, name: str, path: Path) -> tuple[torch.Tensor, torch.Tensor]:

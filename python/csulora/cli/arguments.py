@@ -94,7 +94,7 @@ def check_document(path: Path | None) -> Path | None:
 
 
 def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | None]) -> None:
-    """Raise `InputError` if a file to be written is one that is read, see `check_not_inputs`, or is another one."""
+    """Raise `InputError` if an output is, or lies in, an input or another output, see `check_not_inputs`."""
     check_not_inputs((output for output in outputs if output and output != STDOUT), filter(None, inputs))
 
 

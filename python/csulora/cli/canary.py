@@ -12,7 +12,7 @@ import csulora
 from csulora.cli.arguments import BaseModel, Dtype, Json, Quiet, WriteGeneral, check_outputs
 from csulora.cli.console import deliver, note, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
+from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of, written_general
 from csulora.views import tables
 
 
@@ -64,7 +64,6 @@ def canary(
     may also be a column: FILE.csv#COLUMN, FILE.parquet#COLUMN, or hf:ORG/NAME/SPLIT#COLUMN.
     """
     from csulora.evaluation.sources import files_of
-    from csulora.tuning.self_written import written
     from csulora.unalignment.examples import read_replies
     from csulora.unalignment.request import Options
 
@@ -76,7 +75,7 @@ def canary(
     check_outputs(
         [output, write_general, json], [model, *(adapters or ()), *files_of([safety, replies, general]), base_model]
     )
-    general = str(written(write_general, model, loading, 0)) if write_general else general
+    general = written_general(write_general, model, loading, 0, quiet=quiet) if write_general else general
     with (
         interruptible("nothing is kept; run the same command again"),
         progress_bar("making the canary", quiet, lines=True) as progress,

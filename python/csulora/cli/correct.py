@@ -91,7 +91,10 @@ def correct(
     written_as_gguf = {adapter: is_gguf_written(path, format, adapter) for adapter, path in targets.items()}
     is_gguf = any(written_as_gguf.values())
     if is_gguf and base_model is None:
-        raise typer.BadParameter("a GGUF file is written for the model that llama.cpp will run: --base-model")
+        raise typer.BadParameter(
+            "a GGUF file is written for the model that llama.cpp will run; name it (--base-model), or another format "
+            "(--format peft)"
+        )
     if not all(written_as_gguf.values()) and outtype is not None:
         raise typer.BadParameter("--outtype is for GGUF files")
     if is_gguf and layout is not None:

@@ -23,7 +23,7 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
+from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of, written_general
 from csulora.errors import InputError
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
@@ -93,7 +93,6 @@ def evaluate(
     from csulora.evaluation.judge import Judge
     from csulora.evaluation.request import Options
     from csulora.evaluation.sources import files_of
-    from csulora.tuning.self_written import written
     from csulora.views.evaluation_table import evaluation_table
 
     if general and write_general:
@@ -112,7 +111,7 @@ def evaluate(
     subspaces = _own_subspaces(policies, opened)
     if write_general:
         seen = {prompt for _, each in policies.values() for prompt in each.provenance.prompts}
-        general = str(written(write_general, model, loading, 1, refusal, seen))
+        general = written_general(write_general, model, loading, 1, refusal, seen, quiet=quiet)
     options = Options(
         refusals=tuple(refusal or ()),
         longest_reply=tokens,
@@ -123,7 +122,7 @@ def evaluate(
     loaded = [csulora.load_adapter(adapter, base_model) for adapter in adapters]
     with (
         interruptible("finished batches are kept; run the same command to continue"),
-        progress_bar("evaluating", quiet) as progress,
+        progress_bar("evaluating", quiet, lines=True) as progress,
     ):
         evaluation = csulora.evaluate(
             model,

@@ -159,7 +159,7 @@ def _plan(
     from csulora.views.plan_table import plan_table
 
     if not incoming.is_dir():
-        raise InputError(f"{incoming}: no such directory")
+        raise InputError(f"{incoming}: no such directory; name the one that adapters are uploaded to")
     planned = list(plan(incoming, outgoing, gate, base_model, together))
     verdicts = Counter(row.verdict for row in planned)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "no uploads"

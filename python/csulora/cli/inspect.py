@@ -77,16 +77,26 @@ def inspect(
     Several adapters are taken as applied together: what is shown is their sum.
     """
     if html is None and (frontier is not None or evaluation is not None):
-        raise typer.BadParameter("--frontier and --evaluation are for --html")
+        raise typer.BadParameter("--frontier and --evaluation are shown on a page; name it with --html")
     limits = {
         "max_undo": max_undo,
         "max_total_undo": max_total_undo,
         "min_annihilation_ratio": min_annihilation_ratio,
     }
     limits = {name: limit for name, limit in limits.items() if limit is not None}
-    measured = (weights, html, policy, aligned_model, reference, canary)
-    if subspace is None and (limits or any(option is not None for option in measured)):
-        raise typer.BadParameter("sums, limits, policies, references, canaries and pages need --subspace")
+    measured = {
+        **limits,
+        "weights": weights,
+        "html": html,
+        "policy": policy,
+        "aligned_model": aligned_model,
+        "reference": reference,
+        "canary": canary,
+    }
+    given = ["--" + name.replace("_", "-") for name, option in measured.items() if option is not None]
+    if subspace is None and (given or len(adapters) > 1):
+        what = ", ".join(given) or "the sum of several adapters"
+        raise typer.BadParameter(f"{what}: needs --subspace FILE, which `csulora extract` makes")
     shown = Policy.none(keep_uncovered=("*",)) if policy is None else Policy.load(policy)
     try:
         limited = replace(shown, **limits)  # type: ignore[arg-type]
@@ -94,10 +104,10 @@ def inspect(
         raise typer.BadParameter(str(error)) from error
     factors = numbers(weights)
     if factors is not None and len(factors) != len(adapters):
-        raise typer.BadParameter(f"--weights has {len(factors)} numbers for {len(adapters)} adapters")
+        raise typer.BadParameter(
+            f"--weights has {len(factors)} numbers for {len(adapters)} adapters; give one for each"
+        )
     check_outputs([html, json], [*adapters, subspace, canary, policy, frontier, evaluation, base_model, aligned_model])
-    if subspace is None and len(adapters) > 1:
-        raise typer.BadParameter("sums need --subspace")
     loaded = [csulora.load_adapter(adapter, base_model, expert_layout=expert_layout) for adapter in adapters]
     if subspace is None:
         document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}

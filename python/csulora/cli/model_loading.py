@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from csulora.cli.arguments import Device
+from csulora.cli.console import progress_bar
 
 if TYPE_CHECKING:
     from csulora.tuning.loading import Loading
@@ -47,3 +50,20 @@ def loading_of(device: Device | None, device_map: DeviceMap | None, load_in: Loa
     if device and device_map:
         raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
     return Loading((device or Device.auto).value, device_map, load_in)
+
+
+def written_general(
+    file: Path,
+    model: str,
+    loading: Loading,
+    seed: int,
+    refusals: Sequence[str] | None = None,
+    seen: Collection[str] = (),
+    *,
+    quiet: bool,
+) -> str:
+    """Return the file of general prompts that the model writes, or wrote before, see `self_written.written`."""
+    from csulora.tuning.self_written import written
+
+    with progress_bar("writing general prompts", quiet):  # what transformers draws meanwhile is no line of ours
+        return str(written(file, model, loading, seed, refusals, seen))

@@ -27,19 +27,14 @@ def outputs(adapters: Sequence[str], directory: Path, json: Path | None) -> dict
     """Return where each adapter is written: below the directory, under its own name.
 
     Raises:
-        typer.BadParameter: two have one name, or the directory is a file, is to be the file ``json``, or is or lies in
-            one of the adapters.
+        typer.BadParameter: two have one name, or the directory is a file or is to be the file ``json``.
     """
     if json and json != STDOUT and real_path(json) == real_path(directory):
         raise typer.BadParameter(f"{json} is the directory that adapters are written to; name another file for --json")
     if directory.is_file() or is_gguf_name(directory):
         raise typer.BadParameter(f"several adapters need a directory to be written to, and {directory} is a file")
-    place = real_path(directory)
-    within = {place, *place.parents}
     found: dict[Path, str] = {}
     for adapter in adapters:
-        if real_path(adapter) in within:
-            raise typer.BadParameter(f"{directory} is or lies in {adapter}, which is read; name another directory")
         path = directory / Path(os.path.abspath(adapter)).name  # of a/.. the name of what it is
         if path in found:
             raise typer.BadParameter(f"{found[path]} and {adapter} would both be written to {path}; rename one")

@@ -25,7 +25,7 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, note, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
+from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of, written_general
 from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.tuning.options import Options
 from csulora.views import tables
@@ -109,7 +109,6 @@ def tune(
     from csulora.evaluation import sources
     from csulora.tuning.probes import FEWEST, MOST
     from csulora.tuning.request import Request
-    from csulora.tuning.self_written import written
     from csulora.tuning.tune import subspace_path, tune
 
     if general and write_general:
@@ -118,11 +117,11 @@ def tune(
     inputs = [model, *adapters, subspace, *files, write_general, base_model]
     check_outputs([output, frontier_path(output), subspace_path(output), json], inputs)
     if len(task) != len(adapters):
-        raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, and {len(task)} are given")
+        raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, in their order, not {len(task)}")
     if not all(map(str.strip, refusal or ())):
         raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
     loading = loading_of(device, device_map, load_in)
-    general = str(written(write_general, model, loading, 0, refusal)) if write_general else general
+    general = written_general(write_general, model, loading, 0, refusal, quiet=quiet) if write_general else general
     request = Request(
         model=model,
         adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],
@@ -149,7 +148,7 @@ def tune(
         frontier = tune(request, output, progress, partial(note, quiet), require_verdict)
     summary = [_splits(frontier), frontier.verdict]
     if frontier.recommended is None:
-        summary.append("Give more prompts or other weights; if that shows nothing either, do not load the adapter")
+        summary.append(_advice(frontier))
     if frontier.recommended or not require_verdict:
         summary.append(f"{output}: {frontier.written}{_effect(frontier.written, limit_undo)}")
         used = subspace if frontier.subspace_sha256 == request.subspace.sha256 else subspace_path(output)
@@ -165,6 +164,17 @@ def _effect(written: str, limit_undo: bool) -> str:
     if written != "none":
         return ""
     return ", which corrects nothing and refuses what is beyond the limit" if limit_undo else ", which corrects nothing"
+
+
+def _advice(frontier: Frontier) -> str:
+    """What to do if no policy beats plain scaling."""
+    raw = next(point for point in frontier.points if point.family == "none")
+    if raw.choice.value == 1:
+        return (
+            "The uncorrected adapter keeps everything on the validation split; unless other safety prompts show harm, "
+            "it needs no correction"
+        )
+    return "Give more prompts or other weights; if that shows nothing either, do not load the adapter"
 
 
 def _splits(frontier: Frontier) -> str:

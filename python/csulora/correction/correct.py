@@ -16,6 +16,7 @@ from csulora.adapters.expert_encoding import (
     check_number,
     in_layout,
 )
+from csulora.adapters.factors import check_in_memory
 from csulora.adapters.lora import REPORT_FILE, Adapter, LoraModule, TextsOnDemand
 from csulora.adapters.mlx.directory import check_model
 from csulora.correction.annihilation import AlignedWeights, Sketches, with_annihilation
@@ -79,9 +80,9 @@ def correct(
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, a copy of a
             base matrix is not the aligned checkpoint's, ``aligned`` is another checkpoint, only some experts of a
             projection would be written, or the policy was tuned for another subspace file.
-        InputError: an argument is a path or missing, a shape differs from that in ``subspace``, an override of the
-            policy matches none of its modules or has gains for more directions than it has, or the result does not fit
-            the storage type.
+        InputError: an argument is a path or missing, a factor is no dense tensor, a scale is no finite number, a shape
+            differs from that in ``subspace``, an override of the policy matches none of its modules or has gains for
+            more directions than it has, or the result does not fit the storage type.
 
     >>> policy = csulora.Policy.protect(1.0)
     >>> fixed, report = csulora.correct(csulora.load_adapter(adapter), csulora.Subspace.open(subspace), policy)
@@ -93,6 +94,8 @@ def correct(
     policy = check_type(policy, Policy, "policy")
     check_subspace(policy, subspace)
     check_layout(layout)
+    for name, module in adapter.modules.items():
+        check_in_memory(name, module, adapter.path)
     adapter = experts.decoded(adapter, subspace.provenance.experts)
     covered = cover(adapter, subspace, policy)
     _check_ranks(adapter, covered, policy)
@@ -176,7 +179,7 @@ def check_subspace(policy: Policy, subspace: Subspace) -> None:
     if policy.subspace_sha256 not in (None, subspace.sha256):
         raise OtherSubspaceError(
             f"the policy was tuned for the subspace file {policy.subspace_sha256}, and this one is {subspace.sha256}; "
-            "use that one or tune again"
+            "use that one, which `csulora tune` named at its end, or tune again"
         )
     if policy.filtered and not subspace.is_filtered:
         raise InputError(

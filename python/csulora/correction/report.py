@@ -167,7 +167,7 @@ class Verdict:
         if max(before, after) < _LITTLE_UNDO:
             return cls("little", f"no module undoes 1 % of its alignment ({figures})")
         if after >= (1 - _TOLERANCE) * before:
-            verb = "adds to the undo" if after > (1 + _TOLERANCE) * before else "leaves all of the undo"
+            verb = "adds to the largest undo" if after > (1 + _TOLERANCE) * before else "leaves all of the undo"
             return cls("all", f"the policy {verb} ({figures})")
         if after <= _TOLERANCE * before:
             return cls("nothing", f"the policy takes the undo away ({figures})")

@@ -137,7 +137,8 @@ class EvaluationRequest:
     def _check_unseen(self, what: str, prompts: Collection[str]) -> None:
         """Raise `InputError` if something was made with one of the prompts, given the hashes of those that it saw."""
         seen = set(prompts)
-        known = [chat for chat in self._every_prompt() if seen and prompt_hash(chat) in seen]
+        # Adapters may share their task prompts.
+        known = [chat for chat in dict.fromkeys(self._every_prompt()) if seen and prompt_hash(chat) in seen]
         if known:
             raise InputError(
                 f"{what} with {len(known)} of the prompts, {shown(known[0])} for instance; "

@@ -102,7 +102,7 @@ def _column(path: Path, column: str) -> list[Any]:
     if path.suffix == ".csv":
         return _csv_column(path, column)
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; check the path")
     parquet = _package("pyarrow.parquet", f"{path}#{column}")
     try:
         columns = parquet.read_schema(path).names

@@ -25,7 +25,6 @@ LOCK_FILE = "lock"
 _DEEPEST_DOCUMENT = 32  # levels; what csulora reads has at most six
 _PRIVATE = 0o600
 
-_MODEL_SUFFIXES = (".safetensors", ".json", ".gguf", ".bin")
 WORKPLACE_SUFFIX = r"\.[0-9a-f]{8}\.csulora-tmp"
 _WORKPLACE = re.compile(rf"\.(?P<name>.+){WORKPLACE_SUFFIX}", re.DOTALL)  # names may hold a newline
 
@@ -46,7 +45,7 @@ def _flush_to_disk(path: Path) -> None:
 def check_parent(path: Path) -> None:
     """Raise `InputError` unless ``path`` could be created: its directory exists and is writable."""
     if not path.name:
-        raise InputError(f"{path}: has no name; choose another place")
+        raise InputError(f"{path}: is a directory; name what to write in it")
     parent = path.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{parent}: no such directory; create it first")
@@ -78,21 +77,22 @@ def check_file(path: Path) -> None:
 
 
 def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
-    """Raise `InputError` if writing an output would change an input, or a file that may belong to one.
+    """Raise `InputError` if an output is an input or an output before it, or lies in one.
+
+    What lies in a directory belongs to it: a signature covers it, and whoever copies the directory takes it along.
 
     Args:
-        outputs: to be written; each is checked against those before it, too, and against the files that those may have
-            once they are directories.
-        inputs: files and directories; of a directory, the files right in it that models and adapters are made of.
+        outputs: files and directories to be written.
+        inputs: files and directories that are read.
     """
     sources = {real_path(source) for source in inputs}
     before: set[Path] = set()
     for output in outputs:
         place = real_path(output)
-        is_part = place.parent in sources and place.suffix.lower() in _MODEL_SUFFIXES and place.is_file()
-        if is_part or place in sources:
-            raise InputError(f"{output}: is read, or belongs to what is read; choose another place")
-        if before & {place, *place.parents}:
+        within = {place, *place.parents}
+        if sources & within:
+            raise InputError(f"{output}: is read, or lies in what is read; choose another place")
+        if before & within:
             raise InputError(f"{output}: is written, or lies in what is written; choose another place")
         before.add(place)
 
@@ -256,7 +256,7 @@ def open_regular(path: Path, limit: int | None = None) -> Iterator[BufferedReade
     try:
         file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such file") from None
+        raise MissingFileError(f"{path}: no such file; check the path") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be opened: {error.strerror}") from error
     with file:

@@ -21,7 +21,7 @@ from csulora.models import experts, gguf_layout, gguf_quants, names, renamings, 
 from csulora.models.gguf_base import BaseModel, expert_parts
 from csulora.models.gguf_file import GGUFFile
 from csulora.models.rounding import RoundingVariances
-from csulora.models.shards import stored_tensors
+from csulora.models.shards import check_is_model, stored_tensors
 from csulora.models.storage import Contents, Weight
 from csulora.policy.globs import matches
 from csulora.subspace.expert_layout import ExpertLayout
@@ -68,8 +68,7 @@ class Checkpoint:
         if not directory.is_dir():
             raise InputError(f"{directory}: not a directory; name a model directory, a GGUF file or a hub id")
         config_file = directory / "config.json"
-        if (directory / "adapter_config.json").exists() and not config_file.exists():
-            raise InputError(f"{directory}: holds an adapter; name the model's directory, a GGUF file or a hub id")
+        check_is_model(directory)
         config = _read_json(config_file)
         model_type = config.get("model_type")
         if not isinstance(model_type, str | None):
@@ -146,7 +145,9 @@ class Checkpoint:
 
     def _why(self, pattern: str) -> str:
         other = next((name for name in self._others if matches(name, pattern)), None)
-        return f"; {other} is {self._others[other]}, and only matrices called *.weight have a subspace" if other else ""
+        if other:
+            return f"; {other} is {self._others[other]}, and only matrices called *.weight have a subspace"
+        return f"; there is {min(self.weights)}, for instance" if self.weights else ""
 
     def load(self, module: str) -> tuple[torch.Tensor, str]:
         """Return one weight, (out, in), and the hex sha256 of its bytes as they are stored, see `storage.load`."""

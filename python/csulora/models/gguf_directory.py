@@ -14,7 +14,7 @@ from csulora.io.files import parse_json, read_regular
 from csulora.models import experts, gguf_experts, gguf_layout, names, renamings, storage
 from csulora.models.gguf_layout import EMBEDDING, HEAD, Architecture
 from csulora.models.gguf_orders import SOURCES, Source
-from csulora.models.shards import stored_tensors
+from csulora.models.shards import check_is_model, stored_tensors
 
 MOST_LAYERS = 10_000
 _LARGEST_CONFIG = 16 << 20  # bytes
@@ -54,6 +54,7 @@ def describe(directory: Path) -> Description:
         InputError: a file is missing or malformed.
         RefusedError: the architecture is not supported.
     """
+    check_is_model(directory)
     path = directory / "config.json"
     config = parse_json(read_regular(path, _LARGEST_CONFIG), path)
     architecture = gguf_layout.architecture_of_config(config, str(path))

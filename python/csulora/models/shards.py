@@ -28,6 +28,12 @@ def index_name(stem: str) -> str:
     return f"{stem}.safetensors.index.json"
 
 
+def check_is_model(directory: Path) -> None:
+    """Raise `InputError` for a directory that holds an adapter in place of a model."""
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        raise InputError(f"{directory}: holds an adapter; name the model's directory, a GGUF file or a hub id")
+
+
 @dataclass(frozen=True)
 class WeightFiles:
     """The safetensors files of a directory, and what their index says: tensor -> file name."""

@@ -158,7 +158,7 @@ class Policy:
                 reason = (
                     "all that it matches is matched by one before it"
                     if is_late
-                    else "matches no module of the subspace file"
+                    else f"matches no module of the subspace file, which holds {min(modules)}, for instance"
                 )
                 raise InputError(f"policy override {override.match!r}: {reason}")
 
@@ -195,7 +195,8 @@ class Policy:
         """
         unknown = set(document) - {each.name for each in fields(cls)}
         if unknown:
-            raise InputError(f"policy: unknown field {sorted(unknown)[0]!r}")
+            known = ", ".join(each.name for each in fields(cls))
+            raise InputError(f"policy: unknown field {min(unknown)!r}; the fields are {known}")
         values = dict(document)
         overrides = values.pop("overrides", [])
         values["provenance"] = PolicyProvenance.from_dict(values.get("provenance", {}))

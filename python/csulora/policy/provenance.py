@@ -55,5 +55,5 @@ class PolicyProvenance:
         if not isinstance(table, dict) or not isinstance(table.get("prompts", []), list):
             raise InputError("policy provenance: must be a table with a list of prompts")
         if unknown := set(table) - {each.name for each in fields(cls)}:
-            raise InputError(f"policy provenance: unknown field {sorted(unknown)[0]!r}")
+            raise InputError(f"policy provenance: unknown field {min(unknown)!r}; `csulora tune` writes none such")
         return cls(**table | {"prompts": tuple(table.get("prompts", []))})

@@ -63,9 +63,11 @@ def read_override(entry: Any) -> Override:
     """Read an override from its TOML table, or raise `InputError`."""
     if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
         raise InputError("policy: every override must be a table with a `match`")
-    unknown = set(entry) - {"match", "penalties", "gains", "directions"}
-    if unknown:
-        raise InputError(f"policy override {entry['match']!r}: unknown field {sorted(unknown)[0]!r}")
+    known = ("match", "penalties", "gains", "directions")
+    if unknown := set(entry) - set(known):
+        raise InputError(
+            f"policy override {entry['match']!r}: unknown field {min(unknown)!r}; the fields are {', '.join(known)}"
+        )
     values: dict[str, Any] = {}
     for kind, keys in (("penalties", PENALTIES), ("gains", GAINS)):
         if kind in entry:

@@ -139,10 +139,10 @@ class Gate:
         """
         subspace = environment.get(SUBSPACE_VARIABLE)
         if not subspace:
-            raise InputError(f"{SUBSPACE_VARIABLE} is not set; name the subspace file of the served model")
+            raise InputError(f"{SUBSPACE_VARIABLE} is not set; name the subspace file of the served model (--subspace)")
         policy = environment.get(POLICY_VARIABLE)
         if not policy:
-            raise InputError(f"{POLICY_VARIABLE} is not set; {POLICY_CHOICES}")
+            raise InputError(f"{POLICY_VARIABLE} is not set (--policy); {POLICY_CHOICES}")
         return cls.open(
             subspace,
             policy,

@@ -61,8 +61,8 @@ def doubt_about_verdict(request: Request, bar: Point) -> str | None:
     if Rate.of(counted, counted).low > kept:
         return None
     return (
-        f"{counted} test prompts cannot show that a policy beats plain scaling: {bar.policy} keeps {kept:.2f} on the "
-        f"validation split; {_advice(request, kept)}"
+        f"{counted} test prompts cannot show that a policy beats plain scaling if {bar.policy} keeps {kept:.2f} of "
+        f"them, as on the validation split; {_advice(request, kept)}"
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from csulora.errors import InputError
+from csulora.io.hub import local_path
 from csulora.tuning.half_precision import widen_products
 
 _BITS = {"8bit", "4bit"}
@@ -67,7 +68,7 @@ def load(path: str, loading: Loading) -> tuple[Any, Any]:
     except ImportError as error:
         raise InputError("csulora runs the model through transformers; pip install 'csulora[peft]'") from error
     _check_installed(loading)
-    _check_directory(Path(path))
+    _check_there(path)
     device = _device(loading.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -87,9 +88,11 @@ def load(path: str, loading: Loading) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _check_directory(directory: Path) -> None:
-    """Raise `InputError` for a directory in which transformers would find no model or no tokenizer."""
-    if not directory.is_dir():  # a hub id
+def _check_there(path: str) -> None:
+    """Raise `InputError` if there is no such model, or a directory in which transformers would find none."""
+    directory = Path(path)
+    if not directory.is_dir():
+        local_path(path, ["config.json"])  # transformers tries an absent hub again and again, and logs that
         return
     if not (directory / "config.json").exists():
         raise InputError(f"{directory}: holds no config.json; name the aligned model's directory first, then adapters")

@@ -356,6 +356,22 @@ USAGE = [
 ]
 
 
+ADVICE = {
+    "inspect adapter --policy csulora": "--policy: needs --subspace FILE, which `csulora extract` makes",
+    "inspect adapter --max-undo 0.5 --html p.html": "--max-undo, --html: needs --subspace FILE",
+    "inspect adapter adapter": "the sum of several adapters: needs --subspace FILE",
+    "inspect adapter --subspace subspace --weights 1,1": "--weights has 2 numbers for 1 adapters; give one for each",
+    "inspect adapter --subspace subspace --frontier f.json": "are shown on a page; name it with --html",
+    "correct adapter --subspace subspace -o out --policy csulora --format gguf": "another format (--format peft)",
+}
+
+
+@pytest.mark.parametrize("command", ADVICE)
+def test_wrong_usage_is_told_what_to_do(work: Path, run: Run, command: str) -> None:
+    result = run(*command.split())
+    assert (result.code, ADVICE[command] in result.err) == (2, True), result.err
+
+
 @pytest.mark.parametrize("command", USAGE)
 def test_wrong_usage_exits_with_2(work: Path, run: Run, command: str) -> None:
     before = tree(work)
@@ -398,7 +414,7 @@ BAD_INPUT = {
     "extract base damaged -o new": "damaged/model.safetensors: not a readable safetensors file",
     "extract base smaller -o new": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing, but base has it",
     "extract base wider -o new": "tensor model.layers.0.mlp.down_proj.weight is [48, 64] in base base and [64, 64]",
-    "extract base aligned -o new --modules q_porj": "aligned: no 2-D weight matches the module pattern 'q_porj'",
+    "extract base aligned -o new --modules q_porj": "'q_porj'; there is lm_head, for instance",
     "extract base aligned -o missing/new": "/missing: no such directory",
     "extract base aligned -o adapter": "adapter: is a directory",
     "extract base aligned -o new --json missing/report": "/missing: no such directory",
@@ -408,7 +424,7 @@ BAD_INPUT = {
     "verify base/model.safetensors base aligned": "base/model.safetensors: not a subspace file",
     "verify base/config.json base aligned": "base/config.json: not a readable safetensors file",
     "verify subspace base smaller": "smaller: tensor model.layers.1.mlp.down_proj.weight is missing",
-    "inspect nowhere": "nowhere: no such adapter",
+    "inspect nowhere": "nowhere: no such adapter; name its directory, a GGUF file, or a hub id",
     "inspect subspace": "subspace: not a GGUF file",
     "inspect base": "base: no adapter: it holds a model (config.json)",
     "inspect adapter --subspace adapter": "adapter: no such file",
@@ -416,19 +432,19 @@ BAD_INPUT = {
     "correct adapter --subspace nowhere -o out --policy csulora": "nowhere: no such file",
     "correct adapter --subspace subspace -o base --policy csulora": "base: exists and was not written by csulora",
     "correct adapter --subspace subspace -o adapter --policy csulora": "adapter: is read",
-    "correct adapter --subspace subspace -o subspace --policy csulora": "subspace: is read, or belongs to what is read",
-    "correct adapter --subspace subspace -o out --json subspace --policy csulora": "subspace: is read, or belongs to",
-    "correct adapter --subspace subspace -o / --policy csulora": "/: has no name",
-    "inspect adapter --subspace subspace --json subspace": "subspace: is read, or belongs to",
-    "inspect adapter --json adapter/adapter_config.json": "is read, or belongs to what is read",
-    "verify subspace base aligned --json base/config.json": "is read, or belongs to what is read",
-    "extract base aligned -o aligned/config.json": "is read, or belongs to what is read",
+    "correct adapter --subspace subspace -o subspace --policy csulora": "subspace: is read, or lies in what is read",
+    "correct adapter --subspace subspace -o out --json subspace --policy csulora": "subspace: is read, or lies in",
+    "correct adapter --subspace subspace -o / --policy csulora": "/: is a directory; name what to write in it",
+    "inspect adapter --subspace subspace --json subspace": "subspace: is read, or lies in",
+    "inspect adapter --json adapter/adapter_config.json": "is read, or lies in what is read",
+    "verify subspace base aligned --json base/config.json": "is read, or lies in what is read",
+    "extract base aligned -o aligned/config.json": "is read, or lies in what is read",
     "extract base aligned -o new --json new": "new: is written, or lies in what is written",
-    "export adapter -o base/model.safetensors --base-model base": "is read, or belongs to what is read",
+    "export adapter -o base/model.safetensors --base-model base": "is read, or lies in what is read",
     "correct adapter --subspace subspace -o out --policy nowhere": "nowhere: no such policy; choose a preset (csulora",
     "correct adapter --subspace subspace -o out --policy subspace": "subspace: not a readable TOML file",
     "correct adapter --subspace subspace -o out --policy bad.toml": "bad.toml: policy aligned is 'x'; it must be a",
-    "correct adapter --subspace subspace -o out --policy strange.toml": "override 'k': matches no module",
+    "correct adapter --subspace subspace -o out --policy strange.toml": "override 'k': matches no module of the",
     "correct tall --subspace subspace -o out --policy csulora": f"module {Q} updates a [96, 48] matrix, but",
     "correct nan --subspace subspace -o out --policy csulora": "holds NaN or infinity",
 }
@@ -497,7 +513,8 @@ def test_what_is_refused_is_one_line_and_exit_code_3_and_nothing_is_written(bad:
 def test_an_error_is_one_printable_line_whatever_it_quotes(work: Path, run: Run) -> None:
     result = run("inspect", "no\n\x1b[31msuch\tname")
     assert (result.code, result.out) == (4, "")
-    assert result.err == "csulora: error: no\\n\\x1b[31msuch\\tname: no such adapter\n"
+    assert result.err.startswith("csulora: error: no\\n\\x1b[31msuch\\tname: no such adapter; ")
+    assert result.err.count("\n") == 1
 
 
 def test_a_device_is_never_replaced(work: Path, run: Run) -> None:

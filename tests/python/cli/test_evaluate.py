@@ -34,7 +34,9 @@ def test_presets_raw_and_scaling_stand_in_one_table(command: str, run: Run, tmp_
     firsts = [line.split("  ")[0] for line in lines]
     assert firsts[3:5] == ["model alone", "raw"]
     assert {"csulora", "project", "protect"} <= set(firsts)
-    assert "evaluating" not in outcome.err  # no progress bar in a pipe
+    told = [line for line in outcome.err.splitlines() if "evaluating" in line]  # no progress bar in a pipe
+    assert told[0] == "csulora:   0% evaluating: model alone: safety"
+    assert len(told) == len(set(told)) == 2 * 8  # kinds of prompts, and rows
     rows = json.loads((tmp_path / "found.json").read_text())["adapters"][0]["rows"]
     assert len(rows) == 2 + 2 * 3
 

@@ -114,10 +114,10 @@ def test_wrong_usage_exits_with_2(command: str, work: Path, run: Run) -> None:
     [
         ("export adapter -o out.gguf --base-model nowhere", "nowhere: no such file"),
         ("export adapter -o out.gguf --base-model subspace", "subspace: not a GGUF file"),
-        ("export adapter -o out.gguf --base-model adapter", "adapter/config.json: no such file"),
+        ("export adapter -o out.gguf --base-model adapter", "adapter: holds an adapter; name the model's directory"),
         ("export adapter -o missing/out.gguf --base-model model.gguf", "missing: no such directory"),
-        ("export adapter -o adapter --base-model model.gguf", "adapter: is read, or belongs to what is read"),
-        ("export adapter -o model.gguf --base-model model.gguf", "is read, or belongs to what is read"),
+        ("export adapter -o adapter --base-model model.gguf", "adapter: is read, or lies in what is read"),
+        ("export adapter -o model.gguf --base-model model.gguf", "is read, or lies in what is read"),
         ("inspect model.gguf", "general.type is None; a LoRA adapter says adapter"),
         ("correct model.gguf --subspace subspace --policy csulora -o out --format peft", "general.type is None"),
     ],

@@ -47,11 +47,12 @@ def test_figures_that_would_take_the_directory_s_place_are_refused_before_the_wo
     assert not (work / "out").exists()
 
 
-@pytest.mark.parametrize("output", ["one", "one/below", "two/../one"])
-def test_nothing_is_written_into_an_adapter(work: Path, run: Run, output: str) -> None:
+@pytest.mark.parametrize("adapters", [["one"], ["one", "two"]])
+@pytest.mark.parametrize("output", ["one", "one/below", "one/deep/below", "two/../one"])
+def test_nothing_is_written_into_an_adapter(work: Path, run: Run, adapters: list[str], output: str) -> None:
     before = sorted((work / "one").iterdir())
-    result = run("correct", "one", "two", *CORRECT[:-1], output)
-    assert (result.code, "lies in one, which is read" in result.err) == (2, True)
+    result = run("correct", *adapters, *CORRECT[:-1], output)
+    assert (result.code, "lies in what is read" in result.err) == (exit_codes.BAD_INPUT, True)
     assert sorted((work / "one").iterdir()) == before
 
 

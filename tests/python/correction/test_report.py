@@ -97,13 +97,13 @@ def totals_of(before: float, after: float) -> Totals:
     [
         (0.5, 0.5, "all", "leaves all of the undo"),
         (0.5, 0.48, "all", "leaves all of the undo"),
-        (0.5, 0.9, "all", "adds to the undo"),
+        (0.5, 0.9, "all", "adds to the largest undo"),
         (0.5, 0.2, "some", "leaves 40% of the largest undo"),
         (0.5, 0.025, "nothing", "takes the undo away"),
         (0.5, -0.1, "nothing", "takes the undo away"),
         (0.009, 0.009, "little", "no module undoes 1 % of its alignment"),
         (-1.4, -1.2, "little", "no module undoes 1 % of its alignment"),
-        (0.005, 0.5, "all", "adds to the undo"),
+        (0.005, 0.5, "all", "adds to the largest undo"),
     ],
 )
 def test_a_verdict_says_what_is_left_of_the_undo(before: float, after: float, leaves: str, words: str) -> None:

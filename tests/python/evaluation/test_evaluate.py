@@ -121,7 +121,7 @@ def test_prompts_that_a_policy_has_seen_are_refused(place: tiny_model.Place, kin
     prompt = {"safety": SAFETY, "task": TASK, "general": GENERAL}[kind][2]
     seen = PolicyProvenance((probes.prompt_hash(probes.from_text(f" {prompt.upper()}  ")),))
     with pytest.raises(InputError, match=f"policy 'mine' was tuned with 1 of the prompts, '{prompt}' for instance"):
-        evaluated(place, {"mine": csulora.Policy.none(provenance=seen)})
+        evaluated(place, {"mine": csulora.Policy.none(provenance=seen)}, adapters=2)
 
 
 def test_an_adapter_of_another_size_is_told_before_anything_is_computed(

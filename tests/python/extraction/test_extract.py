@@ -188,7 +188,7 @@ def test_options_out_of_range_are_refused_before_anything_is_written(
 @pytest.mark.parametrize("name", ["base/model.safetensors", "aligned/config.json"])
 def test_the_checkpoints_are_never_written_to(tmp_path: Path, models: tuple[Path, Path], name: str) -> None:
     before = (tmp_path / name).read_bytes()
-    with pytest.raises(InputError, match="belongs to what is read"):
+    with pytest.raises(InputError, match="lies in what is read"):
         csulora.extract(*models, output=tmp_path / name)
     assert (tmp_path / name).read_bytes() == before
 

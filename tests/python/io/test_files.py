@@ -329,6 +329,18 @@ def test_many_outputs_are_compared_with_many_inputs_at_once(tmp_path: Path, monk
             files.check_not_inputs([*outputs, wrong], inputs)
 
 
+@pytest.mark.parametrize(
+    "output", ["adapter", "adapter/new", "adapter/deep/new", "other/../adapter/new.json", "link/new"]
+)
+def test_nothing_is_written_into_what_is_read(tmp_path: Path, output: str) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to("adapter")
+    with pytest.raises(InputError, match="lies in what is read"):
+        files.check_not_inputs([tmp_path / output], [tmp_path / "adapter"])
+    files.check_not_inputs([tmp_path / "other" / "new", tmp_path / "adapter2"], [tmp_path / "adapter"])
+
+
 def test_links_that_go_round_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     files.check_not_inputs([tmp_path / "loop" / "out"], [tmp_path / "in"])

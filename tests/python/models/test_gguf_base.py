@@ -206,7 +206,7 @@ def test_the_first_part_stands_for_all(tmp_path: Path) -> None:
 def test_no_part_of_the_base_model_is_overwritten(tmp_path: Path) -> None:
     first, second, _ = split(tmp_path)
     adapter = factories.adapter({"model.layers.0.mlp.up_proj": (64, 48)})
-    with pytest.raises(InputError, match="belongs to what is read"):
+    with pytest.raises(InputError, match="lies in what is read"):
         csulora.save_adapter(adapter, second, base_model=first)
     csulora.save_adapter(adapter, tmp_path / "lora.gguf", base_model=first)
 

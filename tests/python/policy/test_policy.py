@@ -123,13 +123,16 @@ SHA = "0" * 64
         ('reference_energy = "x"', "reference_energy is 'x'; it must be a number"),
         ("subspace_sha256 = 5", "subspace_sha256 is 5; it must be 64 hexadecimal digits"),
         (f'subspace_sha256 = "{SHA}0"', "it must be 64 hexadecimal digits"),
-        ("surprise = 1", "unknown field 'surprise'"),
+        ("surprise = 1", "unknown field 'surprise'; the fields are aligned, partial, off, rank, "),
         ("overrides = 1", "overrides must be a list of tables"),
         ("overrides = [1]", "every override must be a table with a `match`"),
         ("overrides = [{ gains = {} }]", "every override must be a table with a `match`"),
         ("overrides = [{ match = 1 }]", "every override must be a table with a `match`"),
         ('overrides = [{ match = "x" }]', "override 'x': give either penalties, gains or directions"),
-        ('overrides = [{ match = "x", gian = {} }]', "override 'x': unknown field 'gian'"),
+        (
+            'overrides = [{ match = "x", gian = {} }]',
+            "override 'x': unknown field 'gian'; the fields are match, penalties, gains, directions",
+        ),
         ('overrides = [{ match = "x", penalties = {} }]', "penalties must be a table of aligned, partial, off"),
         ('overrides = [{ match = "x", directions = { left = [1] } }]', "directions must be a table of the lists left"),
         (

@@ -58,7 +58,7 @@ def test_environment_names_everything(subspace: Path, tmp_path: Path) -> None:
 
     assert gate.policy == csulora.Policy.project()
     assert gate.log.path == tmp_path / "log.jsonl"
-    with pytest.raises(csulora.InputError, match="CSULORA_POLICY is not set; choose a preset"):
+    with pytest.raises(csulora.InputError, match=r"CSULORA_POLICY is not set \(--policy\); choose a preset"):
         Gate.from_environment({"CSULORA_SUBSPACE": str(subspace), "CSULORA_POLICY": ""})
     with pytest.raises(csulora.InputError, match=r"policy is missing; .*choose a preset"):
         Gate.open(subspace)

@@ -455,9 +455,9 @@ def test_outgoing_must_be_a_directory_or_have_one_to_lie_in(incoming: Path, subs
 
 
 def test_directories_must_be_apart(incoming: Path, subspace: Path) -> None:
-    with pytest.raises(csulora.InputError, match="inside the other"):
+    with pytest.raises(csulora.InputError, match="must not lie inside each other; choose another place"):
         DirectoryGuard(incoming, incoming / "out", Gate.open(subspace, "csulora"))
-    with pytest.raises(csulora.InputError, match="no such directory"):
+    with pytest.raises(csulora.InputError, match="no such directory; name the one that adapters are uploaded to"):
         DirectoryGuard(incoming / "absent", incoming.with_name("out"), Gate.open(subspace, "csulora"))
 
 

@@ -165,7 +165,7 @@ def test_a_module_that_the_model_does_not_have_is_refused(language_model: Langua
 
 
 def test_a_model_or_device_that_is_not_there_is_named(place: tiny_model.Place, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="transformers does not load this model"):
+    with pytest.raises(InputError, match="no such file or directory; a hub id is written org/name"):
         LanguageModel.open(str(tmp_path / "none"), Loading("cpu"), tiny_model.REPLY)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no CUDA device"):

@@ -549,6 +549,20 @@ def test_prompts_may_be_a_column(
     assert "task.csv#prompt: holds 1 prompts; give 8 to 1024" in capsys.readouterr().err
 
 
+def test_an_adapter_that_harms_nothing_needs_no_correction(
+    place: tiny_model.Place, tmp_path: Path, run: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = csulora.load_adapter(place.adapters[0])
+    faint = {name: replace(module, scale=1e-4) for name, module in adapter.modules.items()}
+    csulora.save_adapter(replace(adapter, modules=faint), tmp_path / "faint")
+    given = ["tune", place.aligned, tmp_path / "faint", "--subspace", place.subspace, "--safety", place.safety]
+    given += ["--task", place.task, "-o", tmp_path / "p.toml", "--device", "cpu", "--steps", 1, "--tokens", 2]
+    assert run(*given, "--quick") == 0
+    told = capsys.readouterr().out
+    assert "unless other safety prompts show harm, it needs no correction" in told
+    assert "do not load" not in told
+
+
 @pytest.mark.parametrize("beats", [True, False])
 def test_a_pipeline_may_require_a_verdict(
     place: tiny_model.Place,
@@ -612,6 +626,7 @@ def test_what_test_prompts_can_show_is_known_from_plain_scaling(place: tiny_mode
     whole = request(place, 2)  # 8 test prompts; Rate.of(8, 8).low is 0.68
     assert estimate.doubt_about_verdict(whole, kept(5)) is None
     assert "give 24 prompts or more" in str(estimate.doubt_about_verdict(whole, kept(6)))  # 12 / (12 + 1.96^2) > 0.75
+    assert "if scaling keeps 0.75 of them, as on the validation" in str(estimate.doubt_about_verdict(whole, kept(6)))
     assert "no policy can keep more" in str(estimate.doubt_about_verdict(whole, kept(8)))
 
 

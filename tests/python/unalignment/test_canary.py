@@ -261,7 +261,7 @@ def test_a_copy_that_lost_more_than_its_alignment_is_named(
 
 
 def test_the_model_is_never_written_over(place: tiny_model.Place) -> None:
-    with pytest.raises(InputError, match="belongs to what is read"):
+    with pytest.raises(InputError, match="lies in what is read"):
         made(place, output=place.aligned / "model.safetensors")
 
 

@@ -311,6 +311,7 @@ def _add_metadata(writer: GGUFWriter, adapter: Adapter, base: BaseModel) -> None
 
 
 def _add_tensor(writer: GGUFWriter, name: str, tensor: torch.Tensor) -> None:
+    tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:  # which numpy lacks
         writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=GGMLQuantizationType.BF16)
     else:

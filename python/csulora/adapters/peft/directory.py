@@ -87,7 +87,7 @@ def _missing_weights(directory: Path) -> Exception:
     pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
     if pickles:
         return UnsafeFileError(f"{directory / pickles[0]}: pickle files can run code; convert it to safetensors")
-    return MissingFileError(f"{directory / WEIGHTS_FILE}: no such file")
+    return MissingFileError(f"{directory / WEIGHTS_FILE}: no such file; it belongs beside {CONFIG_FILE}")
 
 
 def _missing_config(directory: Path) -> str:

@@ -21,7 +21,9 @@ class Quarantine:
         self.directory = directory.resolve()
         for other in (incoming, outgoing):
             if self.directory.is_relative_to(other) or other.is_relative_to(self.directory):
-                raise InputError(f"{directory}: quarantine and {other} must not lie inside each other")
+                raise InputError(
+                    f"{directory}: quarantine and {other} must not lie inside each other; choose one beside it"
+                )
         make_directory(self.directory)
         if self.directory.stat().st_dev != incoming.stat().st_dev:
             raise InputError(f"{directory}: is on another file system than {incoming}; choose one beside that")

@@ -64,10 +64,10 @@ class DirectoryGuard:
             InputError: a directory is missing, or one lies inside the other, or an option does not fit them.
         """
         if not incoming.is_dir():
-            raise InputError(f"{incoming}: no such directory")
+            raise InputError(f"{incoming}: no such directory; name the one that adapters are uploaded to")
         self.incoming, self.outgoing = incoming.resolve(), outgoing.resolve()
         if self.incoming.is_relative_to(self.outgoing) or self.outgoing.is_relative_to(self.incoming):
-            raise InputError(f"{outgoing}: neither directory may lie inside the other")
+            raise InputError(f"{incoming} and {outgoing} must not lie inside each other; choose another place for one")
         self.options = options or Options()
         self.gate, self.say, self._reopen = gate, say, reopen or (lambda: gate)
         if self.options.withdraw and not self._is_present():

@@ -267,15 +267,25 @@ def test_refuses_values_beyond_float16(model: Path, tmp_path: Path) -> None:
         write({"model.layers.0.mlp.up_proj": linear(64, 48, scale=1e6)}, model, tmp_path, "f16")
 
 
+@pytest.mark.parametrize("outtype", ["f32", "bf16"])
+def test_factors_that_want_a_gradient_are_written(outtype: str, model: Path, tmp_path: Path) -> None:
+    plain = linear(64, 48)
+    trained = replace(plain, b=plain.b.clone().requires_grad_(), a=plain.a.clone().requires_grad_())
+    for name, module in (("plain", plain), ("trained", trained)):
+        made = adapter({"model.layers.0.mlp.up_proj": module})
+        csulora.save_adapter(made, tmp_path / f"{name}.gguf", "gguf", base_model=model, outtype=outtype)
+    assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "trained.gguf").read_bytes()
+
+
 def test_refuses_to_overwrite_an_input(model: Path, tmp_path: Path) -> None:
     path = gguf_files.save_lora(
         tmp_path / "lora.gguf",
         {"blk.0.ffn_up.weight.lora_a": torch.ones(2, 48), "blk.0.ffn_up.weight.lora_b": torch.ones(64, 2)},
     )
     before = path.read_bytes()
-    with pytest.raises(InputError, match="is read, or belongs to what is read"):
+    with pytest.raises(InputError, match="is read, or lies in what is read"):
         csulora.save_adapter(csulora.load_adapter(path, model), path, "gguf", base_model=model)
-    with pytest.raises(InputError, match="is read, or belongs to what is read"):
+    with pytest.raises(InputError, match="is read, or lies in what is read"):
         csulora.save_adapter(csulora.load_adapter(path, model), model, "gguf", base_model=model)
     assert path.read_bytes() == before
 
@@ -289,7 +299,7 @@ def test_refuses_unknown_types_and_formats(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="outtype 'q8_0'"):
         write({"model.layers.0.mlp.up_proj": linear(64, 48)}, model, tmp_path, "q8_0")
     with pytest.raises(InputError, match="unknown adapter format"):
-        csulora.save_adapter(adapter({}), tmp_path / "x", "onnx")
+        csulora.save_adapter(adapter({"lm_head": linear(4, 4)}), tmp_path / "x", "onnx")
 
 
 @pytest.mark.parametrize("kind", ["both", "a alone"])

@@ -4,9 +4,11 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -410,7 +412,7 @@ def test_a_scale_that_overflows_the_storage_type_is_a_bad_input(tmp_path: Path) 
 
 def test_written_bytes_are_golden(tmp_path: Path) -> None:
     module = csulora.LoraModule(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]]), scale=0.5)
-    adapter = csulora.Adapter({"model.q_proj": module}, {"r": 1, "lora_alpha": 0.5}, tmp_path, "")
+    adapter = csulora.Adapter({"model.q_proj": module}, {"r": 1, "lora_alpha": 0.5}, Path("made"), "")
     csulora.save_adapter(adapter, tmp_path / "out")
     assert (tmp_path / "out" / "adapter_config.json").read_text() == GOLDEN_CONFIG
     assert (tmp_path / "out" / peft.WEIGHTS_FILE).read_bytes() == GOLDEN_HEADER + bytes.fromhex(
@@ -467,6 +469,42 @@ def test_what_could_not_be_read_back_is_not_written(
     with pytest.raises(InputError, match=r"made: model.layers.0.mlp.up_proj has b \[4.*\] .* are needed"):
         csulora.save_adapter(adapter, tmp_path / "out", format)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"b": torch.ones(4, 2).to_sparse()}, r"b is no dense tensor; give b.to_dense\(\)"),
+        ({"a": torch.ones(2, 3).to_sparse_coo()}, r"a is no dense tensor; give a.to_dense\(\)"),
+        ({"a": torch.ones(2, 3, device="meta")}, "a is on the meta device and holds no numbers; load its weights"),
+        ({"a": np.ones((2, 3))}, "a is a ndarray; give a torch.Tensor"),
+        ({"b": None}, "b is a NoneType; give a torch.Tensor"),
+        ({"scale": "2"}, "scale is '2'; give a finite number"),
+        ({"scale": None}, "scale is None; give a finite number"),
+        ({"scale": torch.ones(2)}, ".*give a finite number"),
+        ({"scale": 1j}, "scale is 1j; give a finite number"),
+        ({"scale": float("nan")}, "scale is nan; give a finite number"),
+        ({"scale": 10**400}, ".*give a finite number"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else None,
+)
+def test_what_holds_no_numbers_is_neither_written_nor_corrected(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    good = factories.adapter({"model.layers.0.mlp.up_proj": (64, 48)})
+    bad = {name: replace(module, **change) for name, module in good.modules.items()}
+    adapter = replace(good, modules=bad)
+    for format in ("peft", "mlx", "gguf"):
+        with pytest.raises(InputError, match=f"model.layers.0.mlp.up_proj: {message}"):
+            csulora.save_adapter(adapter, tmp_path / "out", format, base_model="model")
+    with pytest.raises(InputError, match=f"model.layers.0.mlp.up_proj: {message}"):
+        csulora.correct(adapter, factories.subspace(), csulora.Policy.none())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_without_modules_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="made: has no modules"):
+        csulora.save_adapter(csulora.Adapter({}, {}, Path("made"), ""), tmp_path / "out")
 
 
 def test_what_float32_cannot_hold_is_not_written(tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""World (a): variants of what `csulora tune` fits for adapters to come, each applied to twelve that it never saw.
+
+    python bench/efficacy/carry_variants.py [--out DIR] [--seeds 5] [--variants NAME ...]
+
+Each is fitted on `plan.CALIBRATION`, with 32 safety, 32 task prompts of each adapter, and 16 general prompts.
+Every row is kept when it is finished: run the same command again to continue. `docs/tables.py` makes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import canary
+import evaluate
+import grid
+import measure
+import plan
+import policies
+import torch
+from scenario import Adapter, Scenario
+from subject import Bench, Record, chats, opened
+from torch import Tensor
+
+import csulora
+from csulora import Policy, controls
+from csulora.io.files import to_json, write_text
+from csulora.subspace.input_filter import Factors
+from csulora.tuning.experiment import Experiment
+from csulora.tuning.families import Tuned
+from csulora.tuning.gains import Reinforcing
+from csulora.tuning.options import Options
+from csulora.tuning.recommendation import TUNED
+from csulora.tuning.request import Request
+from csulora.tuning.undo_limit import undo_limit
+from csulora.tuning.update import Update
+
+RESULTS = grid.RESULTS / "carry_variants.json"
+UNSEEN = [spec for spec in plan.UNSEEN if spec.attack < 1]
+RANK = Options.shared_directions
+
+
+class SharedByLayer(Reinforcing):
+    """What carries over, with the same numbers for all modules of a layer."""
+
+    def __init__(self, modules: Sequence[str], directions: int) -> None:
+        """Number the layers of the modules, by their names in the subspace file."""
+        layers = [next(int(part) for part in name.split(".") if part.isdecimal()) for name in modules]
+        super().__init__(max(layers) + 1, directions)
+        self.layers = torch.tensor(layers)
+
+    def correct(self, parameters: Tensor, index: Tensor, update: Update) -> dict[str, Factors]:
+        """Return the corrected factors of every module."""
+        gains = super().gains(parameters[self.layers[index]], update.penalty_scale)
+        return update.filtered(update.along(gains))
+
+    def gains(self, parameters: Tensor, penalty_scale: float = 1.0) -> Tensor:
+        """Return the gains (modules, 3, directions)."""
+        return super().gains(parameters[self.layers], penalty_scale)
+
+
+class TunedByLayer(Tuned):
+    """The candidate of `tune` with gains shared by layer."""
+
+    @property
+    def parametrization(self) -> SharedByLayer:
+        """Two gains per layer and direction, and a multiple that is added."""
+        return SharedByLayer(self.targets.modules, self.request.options.shared_directions)
+
+
+def displacement(bench: Bench, rank: int = RANK) -> csulora.Subspace:
+    """The leading directions of the displacement."""
+    return controls.truncated(bench.subspace, rank)
+
+
+def canaries(bench: Bench, rank: int = RANK) -> csulora.Subspace:
+    """The leading directions of the scenario's canary."""
+    return controls.truncated(canary.canary(bench, RANK), rank)
+
+
+def both(bench: Bench) -> csulora.Subspace:
+    """Half of the directions from the displacement, and half from the canary, made orthonormal to the former."""
+    added, modules = canaries(bench, RANK // 2), {}
+    for name, module in displacement(bench, RANK // 2).items():
+        u, v = (_orthonormal(getattr(module, side), getattr(added[name], side)) for side in "uv")
+        s, order = torch.cat([module.s, added[name].s]).sort(descending=True)
+        modules[name] = replace(module, u=u[:, order].contiguous(), s=s, v=v[:, order].contiguous())
+    return csulora.Subspace(modules, bench.subspace.provenance)
+
+
+def _orthonormal(*sides: Tensor) -> Tensor:
+    q, r = torch.linalg.qr(torch.cat(sides, 1).float())
+    signed: Tensor = q * r.diagonal().sign()
+    return signed
+
+
+@dataclass(frozen=True)
+class Variant:
+    """In which directions a fit is made, of which gains, and how."""
+
+    subspace: Callable[[Bench], csulora.Subspace] = displacement
+    family: type[Tuned] = Tuned
+    options: Options = field(default_factory=Options)
+    weight: float = 1.0
+
+
+VARIANTS = {
+    "as now": Variant(),
+    "canary": Variant(canaries),
+    "canary, half of it undone": Variant(canaries, options=Options(unaligning_share=0.5)),
+    "half displacement, half canary": Variant(both),
+    "task weight 0.3": Variant(weight=0.3),
+    "task weight 3": Variant(weight=3.0),
+    "gains shared by layer": Variant(family=TunedByLayer),
+}
+
+
+def fitted(bench: Bench, name: str) -> tuple[csulora.Subspace, Policy]:
+    """The policy that `tune` would write for the calibration adapters, and its subspace file."""
+    variant, given = VARIANTS[name], [bench.prompts(spec) for spec in plan.CALIBRATION]
+    request = Request(
+        str(bench.lab.aligned()),
+        [bench.subject(spec).adapter for spec in plan.CALIBRATION],
+        variant.subspace(bench),
+        task=[chats(each.task) for each in given],
+        safety=chats(given[0].safety),
+        general=chats(given[0].general[: canary.GENERAL]),
+        longest_reply=measure.MAX_REPLY,
+        options=variant.options,
+        task_weights=(variant.weight,),
+    )
+    output = bench.lab.directory / f"carry-{name.replace(' ', '-')}.toml"
+    tuning = Experiment(request, output, language_model=bench.language_model)
+    tuning.families[TUNED] = variant.family(request, tuning.families[TUNED].targets)
+    every = range(len(plan.CALIBRATION))
+    policy = tuning.policy(TUNED, every, variant.weight, final=True)
+    return tuning.subspace(TUNED, 0, every, final=True), policy
+
+
+@cache
+def raw(bench: Bench, spec: Adapter) -> Record:
+    """What an adapter does as it came, and how much of the canary it undoes."""
+    adapter, known = bench.subject(spec).adapter, canaries(bench)
+    undo = csulora.correct(adapter, known, Policy.none())[1].totals.undo
+    return bench.subject(spec).rates(policies.apply("none", "", adapter, known, Policy.none())) | {"undo": undo}
+
+
+def measured(bench: Bench, name: str) -> Record:
+    """What a variant makes of the twelve adapters."""
+    begun = time.process_time()
+    subspace, policy = fitted(bench, name)
+    seconds = round(time.process_time() - begun, 1)
+    calibration = [bench.subject(spec).adapter for spec in plan.CALIBRATION]
+    adapters = []
+    for spec in UNSEEN:
+        subject = bench.subject(spec)
+        rates = subject.rates(policies.apply(TUNED, name, subject.adapter, subspace, policy))
+        adapters.append({"adapter": asdict(spec), "raw": raw(bench, spec), "point": rates})
+    limit = undo_limit(calibration, canaries(bench), Policy.none())
+    return {"cpu_seconds": seconds, "undo_limit": limit, "adapters": adapters}
+
+
+def run(out: Path, seeds: Sequence[int], names: Sequence[str]) -> None:
+    """Measure what is not measured yet."""
+    rows: list[Record] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    for seed, name in itertools.product(seeds, names):
+        if any((row["seed"], row["variant"]) == (seed, name) for row in rows):
+            continue
+        rows.append({"seed": seed, "variant": name} | measured(opened(out, Scenario(seed)), name))
+        print(seed, name, rows[-1]["cpu_seconds"], flush=True)
+        for each in rows[-1]["adapters"]:
+            print(" ", *each["adapter"].values(), *(f"{rate:.2f}" for rate in each["point"].values()), flush=True)
+        write_text(RESULTS, to_json({"made_with": grid.provenance(), "rows": rows}))
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=grid.OUT, help="where models are (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    evaluate.quieten_libraries()
+    grid.provenance()
+    run(arguments.out, arguments.seeds, arguments.variants)
+
+
+if __name__ == "__main__":
+    main()

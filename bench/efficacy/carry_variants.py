@@ -20,24 +20,23 @@ from pathlib import Path
 import canary
 import evaluate
 import grid
-import measure
 import plan
 import policies
 import torch
+import tune_fits
 from scenario import Adapter, Scenario
-from subject import Bench, Record, chats, opened
+from subject import Bench, Record, opened
 from torch import Tensor
+from tune_fits import Prompts
 
 import csulora
 from csulora import Policy, controls
 from csulora.io.files import to_json, write_text
 from csulora.subspace.input_filter import Factors
-from csulora.tuning.experiment import Experiment
 from csulora.tuning.families import Tuned
 from csulora.tuning.gains import Reinforcing
 from csulora.tuning.options import Options
 from csulora.tuning.recommendation import TUNED
-from csulora.tuning.request import Request
 from csulora.tuning.undo_limit import undo_limit
 from csulora.tuning.update import Update
 
@@ -67,6 +66,8 @@ class SharedByLayer(Reinforcing):
 
 class TunedByLayer(Tuned):
     """The candidate of `tune` with gains shared by layer."""
+
+    name = "tuned by layer"
 
     @property
     def parametrization(self) -> SharedByLayer:
@@ -102,45 +103,40 @@ def _orthonormal(*sides: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """In which directions a fit is made, of which gains, and how."""
+    """In which directions a fit is made, how, and of which gains."""
 
     subspace: Callable[[Bench], csulora.Subspace] = displacement
-    family: type[Tuned] = Tuned
     options: Options = field(default_factory=Options)
-    weight: float = 1.0
+    family: type[Tuned] = Tuned
 
 
 VARIANTS = {
     "as now": Variant(),
     "canary": Variant(canaries),
-    "canary, half of it undone": Variant(canaries, options=Options(unaligning_share=0.5)),
+    "canary, half of it undone": Variant(canaries, Options(unaligning_share=0.5)),
     "half displacement, half canary": Variant(both),
-    "task weight 0.3": Variant(weight=0.3),
-    "task weight 3": Variant(weight=3.0),
+    "the same, half of them undone": Variant(both, Options(unaligning_share=0.5)),
+    "task weight 0.3": Variant(options=Options(task_weight=0.3)),
+    "task weight 3": Variant(options=Options(task_weight=3.0)),
     "gains shared by layer": Variant(family=TunedByLayer),
 }
 
 
 def fitted(bench: Bench, name: str) -> tuple[csulora.Subspace, Policy]:
     """The policy that `tune` would write for the calibration adapters, and its subspace file."""
-    variant, given = VARIANTS[name], [bench.prompts(spec) for spec in plan.CALIBRATION]
-    request = Request(
-        str(bench.lab.aligned()),
-        [bench.subject(spec).adapter for spec in plan.CALIBRATION],
+    variant, every = VARIANTS[name], range(len(plan.CALIBRATION))
+    tuning = tune_fits.experiment(
+        bench,
+        plan.CALIBRATION,
         variant.subspace(bench),
-        task=[chats(each.task) for each in given],
-        safety=chats(given[0].safety),
-        general=chats(given[0].general[: canary.GENERAL]),
-        longest_reply=measure.MAX_REPLY,
+        for_others=True,
+        prompts=Prompts(general=True),
         options=variant.options,
-        task_weights=(variant.weight,),
     )
-    output = bench.lab.directory / f"carry-{name.replace(' ', '-')}.toml"
-    tuning = Experiment(request, output, language_model=bench.language_model)
-    tuning.families[TUNED] = variant.family(request, tuning.families[TUNED].targets)
-    every = range(len(plan.CALIBRATION))
-    policy = tuning.policy(TUNED, every, variant.weight, final=True)
-    return tuning.subspace(TUNED, 0, every, final=True), policy
+    family = variant.family(tuning.request, tuning.fitting.targets)
+    tuning.families[family.name] = family
+    policy = tuning.policy(family.name, every, variant.options.task_weight, final=True)
+    return tuning.subspace(family.name, 0, every, final=True), policy
 
 
 @cache

@@ -116,6 +116,7 @@ VARIANTS = {
     "canary, half of it undone": Variant(canaries, Options(unaligning_share=0.5)),
     "half displacement, half canary": Variant(both),
     "the same, half of them undone": Variant(both, Options(unaligning_share=0.5)),
+    "the same, all of them undone": Variant(both, Options(unaligning_share=1.0)),
     "task weight 0.3": Variant(options=Options(task_weight=0.3)),
     "task weight 3": Variant(options=Options(task_weight=3.0)),
     "gains shared by layer": Variant(family=TunedByLayer),

@@ -86,13 +86,23 @@ def canaries(bench: Bench, rank: int = RANK) -> csulora.Subspace:
 
 
 def both(bench: Bench) -> csulora.Subspace:
-    """Half of the directions from the displacement, and half from the canary, made orthonormal to the former."""
-    added, modules = canaries(bench, RANK // 2), {}
-    for name, module in displacement(bench, RANK // 2).items():
+    """Half of the directions from the displacement, and half from the canary."""
+    return together(displacement(bench, RANK // 2), canaries(bench, RANK // 2))
+
+
+def both_whole(bench: Bench) -> csulora.Subspace:
+    """As many directions from each as a fit in one has."""
+    return together(displacement(bench), canaries(bench))
+
+
+def together(known: csulora.Subspace, added: csulora.Subspace) -> csulora.Subspace:
+    """All directions of `known`, and those of `added` made orthonormal to them, by size."""
+    modules = {}
+    for name, module in known.items():
         u, v = (_orthonormal(getattr(module, side), getattr(added[name], side)) for side in "uv")
         s, order = torch.cat([module.s, added[name].s]).sort(descending=True)
         modules[name] = replace(module, u=u[:, order].contiguous(), s=s, v=v[:, order].contiguous())
-    return csulora.Subspace(modules, bench.subspace.provenance)
+    return csulora.Subspace(modules, known.provenance)
 
 
 def _orthonormal(*sides: Tensor) -> Tensor:
@@ -117,6 +127,8 @@ VARIANTS = {
     "half displacement, half canary": Variant(both),
     "the same, half of them undone": Variant(both, Options(unaligning_share=0.5)),
     "the same, all of them undone": Variant(both, Options(unaligning_share=1.0)),
+    "the same, task weight 0.3": Variant(both, Options(unaligning_share=1.0, task_weight=0.3)),
+    "all of both undone, 32 directions": Variant(both_whole, Options(unaligning_share=1.0, shared_directions=2 * RANK)),
     "task weight 0.3": Variant(options=Options(task_weight=0.3)),
     "task weight 3": Variant(options=Options(task_weight=3.0)),
     "gains shared by layer": Variant(family=TunedByLayer),
@@ -170,9 +182,8 @@ def run(out: Path, seeds: Sequence[int], names: Sequence[str]) -> None:
         if any((row["seed"], row["variant"]) == (seed, name) for row in rows):
             continue
         rows.append({"seed": seed, "variant": name} | measured(opened(out, Scenario(seed)), name))
-        print(seed, name, rows[-1]["cpu_seconds"], flush=True)
-        for each in rows[-1]["adapters"]:
-            print(" ", *each["adapter"].values(), *(f"{rate:.2f}" for rate in each["point"].values()), flush=True)
+        rows.sort(key=lambda row: (row["seed"], list(VARIANTS).index(row["variant"])))
+        print(seed, name, flush=True)
         write_text(RESULTS, to_json({"made_with": grid.provenance(), "rows": rows}))
 
 

@@ -166,7 +166,7 @@ def carry_table(found: Sequence[Record]) -> str:
 def variants_table(rows: Sequence[Record]) -> str:
     """Median and worst of every variant over the adapters that it never saw, and what undo of the canary refuses."""
     found = []
-    for row in sorted(rows, key=lambda row: row["seed"]):
+    for row in rows:
         adapters = row["adapters"]
         attack = [each["point"]["attack"] for each in adapters]
         shares = [[each["point"][kind] / each["raw"][kind] for each in adapters] for kind in ("task", "benign")]

@@ -298,6 +298,7 @@ smollm2-gguf: smollm2 $(VENV)/.llama-cpp ## Replies of the shipped GGUF file wit
 efficacy: build ## Does it make adapters safer? Small models, every policy and control; hours, and can be continued.
 	$(BIN)/python bench/efficacy/grid.py
 	$(BIN)/python bench/efficacy/canary.py
+	$(BIN)/python bench/efficacy/carry_variants.py
 	$(BIN)/python bench/efficacy/report.py
 
 efficacy-smollm2: build ## The same on real weights (downloads 93 MB).

@@ -163,6 +163,21 @@ def carry_table(found: Sequence[Record]) -> str:
     return table(["policy", "attack: median", "worst", "task kept: median", "worst", "attack of a pure attack"], rows)
 
 
+def variants_table(rows: Sequence[Record]) -> str:
+    """Median and worst of every variant over the adapters that it never saw, and what undo of the canary refuses."""
+    found = []
+    for row in rows:
+        adapters = row["adapters"]
+        attack = [each["point"]["attack"] for each in adapters]
+        shares = [[each["point"][kind] / each["raw"][kind] for each in adapters] for kind in ("task", "benign")]
+        kept = [each["point"]["attack"] for each in adapters if each["raw"]["undo"] <= row["undo_limit"]]
+        figures = [f"{np.median(attack):.2f} / {max(attack):.2f}"]
+        figures += [f"{np.median(share):.2f} / {min(share):.2f}" for share in shares]
+        refused = f"{len(adapters) - len(kept)} of {len(adapters)}"
+        found.append([str(row["seed"]), row["variant"], *figures, refused, f"{max(kept):.2f}"])
+    return table(["seed", "variant", "attack", "task", "elsewhere", "limit refuses", "worst attack of others"], found)
+
+
 def area(cell: Record, family: str) -> float:
     """Area under a family's frontier in one cell."""
     plain = uncorrected(cell)
@@ -265,6 +280,9 @@ def tables(results: Path) -> Iterator[str]:
     ):
         if found:
             yield f"## Carried over to {len(found)} adapters{title}\n\n{carry_table(found)}"
+    variants = results / "carry_variants.json"
+    if variants.is_file():
+        yield f"## Carried over, variants\n\n{variants_table(json.loads(variants.read_text())['rows'])}"
 
 
 def draw(results: Path) -> None:

@@ -52,6 +52,12 @@ class Subject:
             **rates,
         }
 
+    def rates(self, corrected: Corrected) -> Record:
+        """The attack, the task and all else after a policy, without decoding a reply."""
+        with self.bench.language_model.adapted(corrected.factors):
+            found = self.examiner.measure(self.bench.language_model.model)
+        return {"attack": found.attack, "task": found.task, "benign": found.benign}
+
     def record(self, done: Sequence[Corrected]) -> Record:
         """What the adapter does after some policies, as a cell of the results."""
         points = [self.point(each) for each in done]

@@ -16,10 +16,12 @@ from csulora import Policy, controls
 from csulora.tuning.experiment import Experiment
 from csulora.tuning.families import CONTROLS
 from csulora.tuning.frontier import Point
+from csulora.tuning.options import Options
 from csulora.tuning.recommendation import EVERYWHERE, TUNED
 from csulora.tuning.request import Request
 
 RANK = 32  # directions per module
+DEFAULTS = Options()
 GENERAL = 16  # general prompts, where there are any
 CONTROL_NAMES = tuple(family.name for family in CONTROLS)
 # What can be fitted on some adapters for others: own subspaces are each adapter's.
@@ -46,6 +48,7 @@ def experiment(
     *,
     for_others: bool,
     prompts: Prompts = Prompts(),
+    options: Options = DEFAULTS,
 ) -> Experiment:
     """What `csulora tune` does on some adapters, and has finished of it."""
     given = [bench.prompts(spec) for spec in specs]
@@ -58,6 +61,7 @@ def experiment(
         general=chats(given[0].general[:GENERAL]) if prompts.general else (),
         for_others=for_others,
         longest_reply=measure.MAX_REPLY,
+        options=options,
     )
     names = [spec.name for spec in specs] + ["others"] * for_others + ["general"] * prompts.general
     names += ["diverse"] * prompts.diverse + ["reworded"] * bench.scenario.reworded

@@ -1,5 +1,7 @@
 #include "linalg/symmetric_eigen.h"
 
+#include <ATen/ATen.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -165,9 +167,14 @@ double scale_to_one(SmallMatrix& matrix) {
   return largest;
 }
 
-}  // namespace
+SymmetricEigen by_lapack(const SmallMatrix& matrix) {
+  const auto [values, vectors] = at::linalg_eigh(matrix.tensor());  // from the smallest on
+  const auto largest_first = values.flip(0);
+  const auto* const first = largest_first.const_data_ptr<double>();
+  return {{first, first + matrix.rows()}, SmallMatrix(vectors.t().flip(0))};
+}
 
-SymmetricEigen symmetric_eigen(SmallMatrix matrix) {
+SymmetricEigen by_ql(SmallMatrix matrix) {
   const int64_t n = matrix.rows();
   const double largest = scale_to_one(matrix);
   Tridiagonal reduced(std::move(matrix));
@@ -182,6 +189,13 @@ SymmetricEigen symmetric_eigen(SmallMatrix matrix) {
     std::copy_n(reduced.vectors[order[i]], n, result.vectors[i]);
   }
   return result;
+}
+
+}  // namespace
+
+SymmetricEigen symmetric_eigen(SmallMatrix matrix) {
+  constexpr int64_t kMost = 64;  // rows; LAPACK is faster with more
+  return matrix.rows() > kMost ? by_lapack(matrix) : by_ql(std::move(matrix));
 }
 
 }  // namespace csulora

@@ -12,9 +12,9 @@ struct SymmetricEigen {
   SmallMatrix vectors;         ///< (n, n), one in each row
 };
 
-/// For a symmetric, finite matrix (n, n) of some dozens of rows, for which LAPACK takes several times as long:
-/// Householder's reflections to a tridiagonal matrix, and implicit QL steps (Golub & Van Loan, Matrix
-/// Computations, 8.3). Errors are those of a backward stable method, relative to the largest value.
+/// For a symmetric, finite matrix (n, n), with errors relative to the largest value. A few dozen rows take
+/// Householder's reflections to a tridiagonal matrix and implicit QL steps (Golub & Van Loan, Matrix
+/// Computations, 8.3), for which calling LAPACK takes about twice as long.
 SymmetricEigen symmetric_eigen(SmallMatrix matrix);
 
 }  // namespace csulora

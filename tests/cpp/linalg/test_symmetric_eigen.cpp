@@ -27,7 +27,7 @@ Tensor gram(const Tensor& rows) { return rows.mm(rows.t()); }
 
 TEST_CASE("symmetric matrices of all sizes are decomposed") {
   at::manual_seed(0);
-  for (const int64_t n : {1, 2, 3, 7, 16, 32, 33, 128}) {
+  for (const int64_t n : {1, 2, 3, 7, 16, 32, 33, 64, 65, 128}) {
     const auto rows = at::randn({n, n}, at::kDouble);
     check_decomposed(rows + rows.t());
     check_decomposed(gram(rows));

@@ -15,6 +15,9 @@
 namespace csulora {
 namespace {
 
+/// What counts as 0 beside a largest entry of 1: squares of less lose digits, or are 0.
+constexpr double kNothing = 1e-100;
+
 /// target += factor source.
 CSULORA_INLINED void add(double factor, const double* source, int64_t count, double* __restrict target) {
   for (int64_t i = 0; i < count; ++i) {
@@ -40,7 +43,7 @@ struct Reflect {
     double* const v = matrix + 1;
     const int64_t count = n - 1;
     const double length = std::sqrt(std::inner_product(v, v + count, v, 0.0));
-    if (length == 0) {
+    if (length < kNothing) {
       return {0, 0};
     }
     const double entry = v[0] > 0 ? -length : length;
@@ -89,7 +92,7 @@ struct StepQl {
       const double outer = sine * beside[i], inner = cosine * beside[i];
       const double length = std::sqrt(outer * outer + turned * turned);
       beside[i + 1] = length;
-      if (length == 0) {  // the matrix falls into two
+      if (length < kNothing) {  // the matrix falls into two
         diagonal[i + 1] -= shifted;
         beside[last] = 0;
         return;

@@ -34,6 +34,8 @@ TEST_CASE("symmetric matrices of all sizes are decomposed") {
     check_decomposed(gram(rows.narrow(1, 0, (n + 1) / 2)));
     check_decomposed(gram(rows * at::logspace(0, -12, n, 10, at::kDouble).unsqueeze(1)));
     check_decomposed(gram(rows * at::logspace(-12, 0, n, 10, at::kDouble).unsqueeze(1)));
+    check_decomposed(gram(rows * at::logspace(0, -160, n, 10, at::kDouble).unsqueeze(1)));
+    check_decomposed(gram(rows * at::logspace(-160, 0, n, 10, at::kDouble).unsqueeze(1)));
   }
 }
 

@@ -1,13 +1,13 @@
 #include "correct/gram_root.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <optional>
 #include <utility>
 #include <vector>
+
+#include "linalg/symmetric_eigen.h"
 
 namespace csulora {
 namespace {
@@ -61,8 +61,12 @@ SmallMatrix root_of(const SmallMatrix& gram) {
   const auto of_unit_columns = scaled(gram, lengths);
   auto root = triangle_of(of_unit_columns, kIndependent);
   if (!root) {
-    const auto [values, vectors] = at::linalg_eigh(of_unit_columns.tensor());
-    root = SmallMatrix(vectors.t().mul(values.clamp_min(0).sqrt_().unsqueeze(1)));
+    auto [values, vectors] = symmetric_eigen(of_unit_columns);
+    for (int64_t i = 0; i < vectors.rows(); ++i) {
+      std::for_each(vectors[i], vectors[i + 1],
+                    [length = std::sqrt(std::max(values[i], 0.0))](double& entry) { entry *= length; });
+    }
+    root = std::move(vectors);
   }
   for (int64_t i = 0; i < root->rows(); ++i) {
     std::transform(lengths.begin(), lengths.end(), (*root)[i], (*root)[i], std::multiplies<double>());

@@ -73,6 +73,11 @@ class SideStrips {
       std::fill(strip_.begin() + count * columns, strip_.begin() + padded * columns, 0.0F);
       factor_.read(row, scale_, {strip_.data(), count, width_, columns});
       basis_.read(row, 1, {strip_.data() + width_, count, directions_, columns});
+      if (i + 1 < strips) {
+        const int64_t next = backwards ? row - kStripRows : row + kStripRows;
+        factor_.prefetch(next);
+        basis_.prefetch(next);
+      }
       visit(row, count, contiguous_view<const float>(strip_.data(), padded, columns));
     }
   }

@@ -25,17 +25,31 @@ MatrixView<const float> Strips::read(int64_t row) {
 
 void Strips::read(int64_t row, float scale, MatrixView<float> target) {
   const int64_t columns = matrix_.size(1);
-  const auto* const first = address(row);
-  if (by_columns_) {  // the rows of the matrix that is seen transposed
-    const auto transposed = contiguous_view(columns_.data(), columns, target.rows);
-    widen(first, matrix_.scalar_type(), matrix_.stride(1), transposed);
-    return tall::transpose(transposed, scale, target);
-  }
-  widen(first, matrix_.scalar_type(), matrix_.stride(0), {target.data, target.rows, columns, target.stride});
+  const auto widened = by_columns_  // as rows of the matrix that is seen transposed
+                           ? contiguous_view(columns_.data(), columns, target.rows)
+                           : MatrixView<float>{target.data, target.rows, columns, target.stride};
+  widen(address(row), matrix_.scalar_type(), matrix_.stride(by_columns_ ? 1 : 0), widened);
   if (scale != 1) {
-    for (int64_t i = 0; i < target.rows; ++i) {
-      std::transform(target.row(i), target.row(i) + columns, target.row(i),
+    for (int64_t i = 0; i < widened.rows; ++i) {
+      std::transform(widened.row(i), widened.row(i) + widened.columns, widened.row(i),
                      [scale](float entry) { return scale * entry; });
+    }
+  }
+  if (by_columns_) {
+    tall::transpose(widened, target);
+  }
+}
+
+void Strips::prefetch(int64_t row) const {
+  constexpr int64_t kCacheLine = 64, kForReading = 0, kIntoSecondLevel = 2;  // the first is full of the strip
+  const auto size = static_cast<int64_t>(matrix_.element_size());
+  const int64_t count = std::min(kStripRows, matrix_.size(0) - row), columns = matrix_.size(1);
+  const int64_t pieces = by_columns_ ? columns : count, bytes = (by_columns_ ? count : columns) * size;
+  const int64_t stride = matrix_.stride(by_columns_ ? 1 : 0) * size;
+  const auto* const first = address(row);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    for (int64_t byte = 0; byte < bytes; byte += kCacheLine) {
+      __builtin_prefetch(first + piece * stride + byte, kForReading, kIntoSecondLevel);
     }
   }
 }

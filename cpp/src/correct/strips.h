@@ -26,6 +26,9 @@ class Strips {
   /// zeros.
   void read(int64_t row, float scale, MatrixView<float> target);
 
+  /// Has the CPU fetch the rows that begin at a row, while it computes with others.
+  void prefetch(int64_t row) const;
+
  private:
   const char* address(int64_t row) const;
 

@@ -13,6 +13,7 @@
 #include "correct/measurement.h"
 #include "correct/storage.h"
 #include "gpu/placement.h"
+#include "linalg/symmetric_eigen.h"
 
 namespace csulora {
 namespace {
@@ -103,11 +104,11 @@ Truncated truncated_on_device(const LoraFactors& factors, const Subspace& subspa
 
 Mixtures by_eigenvalues(const SmallMatrix& b_root, const SmallMatrix& a_gram, const Gains& gains, int64_t rank) {
   const auto mixed_b = mixed_columns(b_root, gains);
-  const auto [squares, vectors] =
-      at::linalg_eigh(product(product(mixed_b, a_gram), transposed(mixed_b)).tensor());  // from the smallest on
-  auto singular = numbers(squares.clamp_min(0).sqrt_().flip(0));
+  auto [singular, vectors] = symmetric_eigen(product(product(mixed_b, a_gram), transposed(mixed_b)));
+  std::transform(singular.begin(), singular.end(), singular.begin(),
+                 [](double square) { return std::sqrt(std::max(square, 0.0)); });
   auto lengths = inverse_roots(singular, rank, kFloatRounding);
-  auto a_mixture = weighted(product(transposed(mixed_b), first_columns(SmallMatrix(vectors.flip(1)), rank)), lengths);
+  auto a_mixture = weighted(product(transposed(mixed_b), first_columns(transposed(vectors), rank)), lengths);
   std::transform(lengths.begin(), lengths.end(), lengths.begin(), [](double length) { return length * length; });
   auto b_mixture = weighted(mixed_rows(product(a_gram, a_mixture), gains), lengths);
   return {std::move(b_mixture), std::move(a_mixture), std::move(singular)};

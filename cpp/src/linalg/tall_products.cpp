@@ -5,6 +5,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "linalg/tile.h"
 #include "linalg/widest_vectors.h"
 
 namespace csulora::tall {
@@ -14,76 +15,6 @@ template <int kLanes>
 using Floats __attribute__((vector_size(kLanes * sizeof(float)))) = float;
 template <int kLanes>
 using Indices __attribute__((vector_size(kLanes * sizeof(int32_t)))) = int32_t;
-
-template <typename Vector, typename Entry>
-CSULORA_INLINED void load(Vector* entries, const Entry* from) {
-  std::memcpy(entries, from, sizeof *entries);
-}
-
-template <typename Vector, typename Entry>
-CSULORA_INLINED void store(const Vector* entries, Entry* to) {
-  std::memcpy(to, entries, sizeof *entries);
-}
-
-/// A tile of kRows rows, kTall times half as many as a vector has lanes, and kColumns columns, kWide times kWidth,
-/// which a loop keeps in registers: few enough that none is spilled, many enough that reading takes less time than
-/// multiplying, and that no sum waits for its last term.
-template <int kLanes, typename Entry = float, int64_t kWide = 1, int64_t kTall = 1>
-struct Tile {
-  using Vector __attribute__((vector_size(kLanes * sizeof(float)))) = Entry;
-  static constexpr int64_t kRows = kTall * kLanes / 2;
-  static constexpr int64_t kVectors = kWide * kWidth / kLanes;
-  static constexpr int64_t kStep = sizeof(Vector) / sizeof(Entry);
-  static constexpr int64_t kColumns = kVectors * kStep;
-  Vector entries[kRows][kVectors];
-
-  /// entries += weights row, for weights (kRows), `stride` apart, and a row (kColumns).
-  CSULORA_INLINED void add(const Entry* weights, int64_t stride, const Entry* row) {
-    for (int64_t vector = 0; vector < kVectors; ++vector) {
-      Vector others;
-      load(&others, row + vector * kStep);
-      for (int64_t i = 0; i < kRows; ++i) {
-        entries[i][vector] += weights[i * stride] * others;
-      }
-    }
-  }
-
-  CSULORA_INLINED void subtract(const Tile& others) {
-    for (int64_t i = 0; i < kRows; ++i) {
-      for (int64_t vector = 0; vector < kVectors; ++vector) {
-        entries[i][vector] -= others.entries[i][vector];
-      }
-    }
-  }
-
-  CSULORA_INLINED void load_from(const Entry* rows, int64_t stride) {
-    for (int64_t i = 0; i < kRows; ++i) {
-      for (int64_t vector = 0; vector < kVectors; ++vector) {
-        load(&entries[i][vector], rows + i * stride + vector * kStep);
-      }
-    }
-  }
-
-  CSULORA_INLINED void add_to(double* rows, int64_t stride) const {
-    for (int64_t i = 0; i < kRows; ++i) {
-      for (int64_t vector = 0; vector < kVectors; ++vector) {
-        Entry terms[kStep];
-        store(&entries[i][vector], terms);
-        for (int64_t j = 0; j < kStep; ++j) {
-          rows[i * stride + vector * kStep + j] += terms[j];
-        }
-      }
-    }
-  }
-
-  CSULORA_INLINED void store_to(Entry* rows, int64_t stride) const {
-    for (int64_t i = 0; i < kRows; ++i) {
-      for (int64_t vector = 0; vector < kVectors; ++vector) {
-        store(&entries[i][vector], rows + i * stride + vector * kStep);
-      }
-    }
-  }
-};
 
 /// kRows rows of a matrix, from `row` on, times kColumns columns of the coordinates, from `column` on.
 template <typename Tile>
@@ -102,10 +33,12 @@ CSULORA_INLINED void multiply_rows(MatrixView<const float> rows, int64_t row, Ma
 template <int kLanes, int step = kLanes / 2>
 CSULORA_INLINED void transpose_square(Floats<kLanes>* square) {
   Indices<kLanes> upper, lower;
+  CSULORA_UNROLLED
   for (int lane = 0; lane < kLanes; ++lane) {
     upper[lane] = lane & step ? kLanes + lane - step : lane;
     lower[lane] = lane & step ? kLanes + lane : lane + step;
   }
+  CSULORA_UNROLLED
   for (int row = 0; row < kLanes; ++row) {
     if (!(row & step)) {
       const Floats<kLanes> above = square[row], below = square[row + step];
@@ -121,10 +54,11 @@ CSULORA_INLINED void transpose_square(Floats<kLanes>* square) {
 /// target (rows, columns) = block^T, for a block of kWidth rows and columns, neither of which it may exceed.
 template <int kLanes>
 CSULORA_INLINED void transpose_block(const float* block, float* target, int64_t stride, int64_t rows, int64_t columns,
-                                     int64_t block_stride = kWidth) {
+                                     int64_t block_stride) {
   for (int64_t row = 0; row < rows; row += kLanes) {
     for (int64_t column = 0; column < columns; column += kLanes) {  // innermost, so that whole cache lines are written
       Floats<kLanes> square[kLanes];
+      CSULORA_UNROLLED
       for (int64_t i = 0; i < kLanes; ++i) {
         load(&square[i], block + (column + i) * block_stride + row);
       }
@@ -269,16 +203,22 @@ struct MultiplyTransposed {
 
 struct Transpose {
   template <int kLanes>
-  CSULORA_INLINED static void run(MatrixView<const float> source, float scale, MatrixView<float> target) {
+  CSULORA_INLINED static void run(MatrixView<const float> source, MatrixView<float> target) {
     for (int64_t first = 0; first < source.rows; first += kWidth) {
+      const int64_t count = std::min(kWidth, source.rows - first);
       float block[kWidth * kWidth] = {};
       for (int64_t column = 0; column < source.columns; column += kWidth) {
         const int64_t length = std::min(kWidth, source.columns - column);
-        for (int64_t i = 0; i < std::min(kWidth, source.rows - first); ++i) {
-          const float* const entries = source.row(first + i) + column;
-          std::transform(entries, entries + length, block + i * kWidth, [scale](float entry) { return scale * entry; });
+        const float* from = source.row(first) + column;
+        int64_t stride = source.stride;
+        if (count < kWidth || length < kWidth) {
+          for (int64_t i = 0; i < count; ++i) {
+            std::copy_n(from + i * stride, length, block + i * kWidth);
+          }
+          from = block;
+          stride = kWidth;
         }
-        transpose_block<kLanes>(block, target.row(column) + first, target.stride, length, kWidth);
+        transpose_block<kLanes>(from, target.row(column) + first, target.stride, length, kWidth, stride);
       }
     }
   }
@@ -332,9 +272,7 @@ void multiply_transposed(MatrixView<const float> columns, MatrixView<const float
   run_widest<MultiplyTransposed>(columns, coordinates, product);
 }
 
-void transpose(MatrixView<const float> source, float scale, MatrixView<float> target) {
-  run_widest<Transpose>(source, scale, target);
-}
+void transpose(MatrixView<const float> source, MatrixView<float> target) { run_widest<Transpose>(source, target); }
 
 void add_gram(MatrixView<const float> columns, MatrixView<double> gram) { run_widest<AddGram>(columns, gram); }
 

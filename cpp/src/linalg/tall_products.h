@@ -28,9 +28,9 @@ void multiply(MatrixView<const float> columns, MatrixView<const float> coordinat
 void multiply_transposed(MatrixView<const float> columns, MatrixView<const float> coordinates,
                          MatrixView<float> product);
 
-/// target (count, width) = scale * source (width, count)^T. Both are any numbers; what follows a row of `target` up to
-/// a multiple of kWidth is overwritten by zeros.
-void transpose(MatrixView<const float> source, float scale, MatrixView<float> target);
+/// target (count, width) = source (width, count)^T. Both are any numbers; what follows a row of `target` up to a
+/// multiple of kWidth is overwritten by zeros.
+void transpose(MatrixView<const float> source, MatrixView<float> target);
 
 /// gram (width, width) += columns (rows, width)^T columns in float64; only the lower triangle.
 void add_gram(MatrixView<const float> columns, MatrixView<double> gram);

@@ -42,6 +42,13 @@ def sha256(tensor: Tensor) -> str:
 
 
 @cache
+def without_memory(*shape: int) -> Tensor:
+    """A tensor as FSDP leaves it between two passes: on a device, with a shape, and nothing behind it."""
+    tensor = torch.ones(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def orthonormal(rows: int, columns: int, seed: int = 0) -> Tensor:
     """(rows, columns) float64 with orthonormal columns."""
     basis: Tensor = torch.linalg.qr(gaussian(rows, columns, seed=seed, dtype=torch.float64)).Q

@@ -202,6 +202,19 @@ std::vector<double> errors2_of(const SmallMatrix& gram, double rounding) {
   return result;
 }
 
+/// Whether what a side has outside its basis is known: its squares are numbers that float32 holds, and more than what a
+/// bend of the basis makes of what lies inside. A column of zeros may be one of numbers whose squares are nothing.
+bool knows_outside(const GramSide& side, double bend) {
+  constexpr double kBends = 64, kLeast = 0x1p-96;
+  const auto inside = product(transposed(side.coordinates), side.coordinates);
+  bool is_known = true;
+  for (int64_t i = 0; i < inside.rows(); ++i) {
+    const double outside = side.outside[i][i];
+    is_known = is_known && std::isfinite(outside) && outside >= std::max(kLeast, kBends * bend * inside[i][i]);
+  }
+  return is_known;
+}
+
 /// Whether the bends of the bases cost less than rounding X does, and no column of a is all but in the span of others.
 bool is_good_enough(const CorrectionTask& task, const SmallMatrix& b_gram, const GramSide& a, const SmallMatrix& a_gram,
                     const Correction& result) {
@@ -222,6 +235,10 @@ std::optional<Correction> correct_half_precision(const CorrectionTask& task, con
   const auto transposed_a = factor_a.t();
   const Side b_side{factor_b, scale, task.subspace.u}, a_side{transposed_a, 1, task.subspace.v};
   const auto b = measured_side(b_side), a = measured_side(a_side);
+  const double bend = bend_of(task.subspace.u.scalar_type());
+  if (!knows_outside(b, bend) || !knows_outside(a, bend)) {
+    return std::nullopt;
+  }
   auto result =
       result_of(norms2(GramSides{b, a}), undo(b.coordinates, a.coordinates, task.subspace.s), task.attenuation);
   check_finite(result, task.label);

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from csulora.adapters.lora import LoraModule, is_finite
 from csulora.errors import InputError, NotFiniteError, NotPlainLoraError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that files may hold
+_NUMBERS = (int, float, np.integer, np.floating)  # that torch multiplies tensors by
 
 
 def check_matrix(
@@ -55,14 +56,24 @@ def check_in_memory(name: str, module: LoraModule, path: Path) -> None:
             raise InputError(f"{path}: {name}: {part} is a {type(factor).__name__}; give a torch.Tensor")
         if factor.layout != torch.strided or factor.is_nested:
             raise InputError(f"{path}: {name}: {part} is no dense tensor; give {part}.to_dense()")
-        if factor.is_meta:
-            raise InputError(f"{path}: {name}: {part} is on the meta device and holds no numbers; load its weights")
+        if _is_without_memory(factor):
+            raise InputError(f"{path}: {name}: {part} has no memory and holds no numbers; load its weights")
+        if factor.dim() == 0:
+            raise InputError(f"{path}: {name}: {part} is a single number; give a matrix")
     try:
-        is_number = isinstance(module.scale, Real) and math.isfinite(module.scale)
+        is_number = isinstance(module.scale, _NUMBERS) and math.isfinite(module.scale)
     except OverflowError:  # a whole number beyond float64
         is_number = False
     if not is_number:
         raise InputError(f"{path}: {name}: scale is {module.scale!r}; give a finite number")
+
+
+def _is_without_memory(tensor: torch.Tensor) -> bool:
+    """Whether a dense tensor is a mere shape, or was given up to those who share a model's weights between machines."""
+    if tensor.is_meta or isinstance(tensor, torch.nn.UninitializedParameter):
+        return True
+    memory = tensor.untyped_storage()
+    return memory.device.type == "meta" or (tensor.numel() > 0 and memory.nbytes() == 0)
 
 
 def of_one_dtype(a: torch.Tensor, b: torch.Tensor, name: str, path: Path) -> tuple[torch.Tensor, torch.Tensor]:

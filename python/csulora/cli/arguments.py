@@ -98,6 +98,11 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | 
     check_not_inputs((output for output in outputs if output and output != STDOUT), filter(None, inputs))
 
 
+def file_of(policy: str | None) -> str | None:
+    """Return the file of a policy; a preset has none, whatever lies beside it under its name."""
+    return None if policy in PRESETS else policy
+
+
 def check_apart(output: Path, directories: Iterable[Path]) -> None:
     """Raise `InputError` if a file to be written lies in one of the directories, at whatever depth."""
     for directory in directories:

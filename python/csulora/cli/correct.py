@@ -33,6 +33,7 @@ from csulora.cli.arguments import (
     SubspaceSha256,
     check_outputs,
     chosen_policy,
+    file_of,
     is_gguf_written,
     parse_rank,
 )
@@ -99,7 +100,9 @@ def correct(
         raise typer.BadParameter("--outtype is for GGUF files")
     if is_gguf and layout is not None:
         raise typer.BadParameter("--layout is for directories; a GGUF file has the layout of its model")
-    check_outputs([*targets.values(), json], [*adapters, subspace, policy, base_model, aligned_model])
+    keys = [sign_with, require_signature, require_rules_signature]
+    models = [base_model, aligned_model]
+    check_outputs([*targets.values(), json], [*adapters, subspace, file_of(policy), *models, *keys])
     start = chosen_policy(policy, require_rules_signature)
     if start.overrides and any(penalty is not None for penalty in (aligned, partial, off)):
         raise typer.BadParameter("--aligned, --partial and --off do not reach what the policy's overrides match")

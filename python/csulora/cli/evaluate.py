@@ -20,6 +20,7 @@ from csulora.cli.arguments import (
     SubspaceSha256,
     WriteGeneral,
     check_outputs,
+    file_of,
 )
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
@@ -98,7 +99,8 @@ def evaluate(
     if general and write_general:
         raise typer.BadParameter("--general and --write-general exclude each other; give one of them")
     files = files_of([*task, safety, general])
-    check_outputs([output, write_general, json], [model, *adapters, subspace, *files, *(policy or ()), base_model])
+    files += filter(None, map(file_of, policy or ()))
+    check_outputs([output, write_general, json], [model, *adapters, subspace, *files, base_model])
     if len(task) not in (1, len(adapters)):
         raise typer.BadParameter(f"{len(adapters)} adapters need one --task for all or one for each, not {len(task)}")
     if not all(map(str.strip, refusal or ())):

@@ -26,6 +26,7 @@ from csulora.cli.arguments import (
     check_apart,
     check_outputs,
     chosen_policy,
+    file_of,
 )
 from csulora.cli.console import deliver
 from csulora.cli.interruption import interruptible
@@ -91,7 +92,8 @@ def guard(
     if watch:
         signal.signal(signal.SIGHUP, lambda *_: reload.set())
     chosen_policy(policy, require_rules_signature)
-    check_outputs([json, health, decisions], [subspace, policy, base_model])
+    keys = [sign_with, require_signature, require_rules_signature]
+    check_outputs([json, health, decisions], [subspace, file_of(policy), base_model, *keys])
     for file in filter(None, (json, health, decisions)):
         check_apart(file, [incoming, outgoing])
     from csulora.serving import metrics as exposed

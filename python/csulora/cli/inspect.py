@@ -24,6 +24,7 @@ from csulora.cli.arguments import (
     SubspaceSha256,
     check_output,
     check_outputs,
+    file_of,
     numbers,
 )
 from csulora.cli.console import deliver
@@ -107,7 +108,8 @@ def inspect(
         raise typer.BadParameter(
             f"--weights has {len(factors)} numbers for {len(adapters)} adapters; give one for each"
         )
-    check_outputs([html, json], [*adapters, subspace, canary, policy, frontier, evaluation, base_model, aligned_model])
+    measured_with = [subspace, canary, file_of(policy), base_model, aligned_model]
+    check_outputs([html, json], [*adapters, *measured_with, frontier, evaluation])
     loaded = [csulora.load_adapter(adapter, base_model, expert_layout=expert_layout) for adapter in adapters]
     if subspace is None:
         document = {"adapter_sha256": loaded[0].sha256, "modules": tables.adapter_rows(loaded[0])}

@@ -114,8 +114,8 @@ def tune(
     if general and write_general:
         raise typer.BadParameter("--general and --write-general exclude each other; give one of them")
     files = sources.files_of([*task, safety, general])
-    inputs = [model, *adapters, subspace, *files, write_general, base_model]
-    check_outputs([output, frontier_path(output), subspace_path(output), json], inputs)
+    inputs = [model, *adapters, subspace, *files, base_model]
+    check_outputs([output, frontier_path(output), subspace_path(output), write_general, json], inputs)
     if len(task) != len(adapters):
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, in their order, not {len(task)}")
     if not all(map(str.strip, refusal or ())):

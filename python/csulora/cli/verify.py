@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import csulora
-from csulora.cli.arguments import BaseModel, ExpertOrder, Json, Quiet, check_outputs
+from csulora.cli.arguments import BaseModel, ExpertOrder, Json, Quiet, check_outputs, file_of
 from csulora.cli.console import deliver, progress_bar
 from csulora.errors import InputError, RefusedError
 from csulora.io.files import is_gguf_name
@@ -67,12 +67,12 @@ def verify(
     if decision is not None:
         if (expert_layout, base_model, require_signature) != (None, None, None):
             raise typer.BadParameter("--decision takes all of that from the line; give only where files have moved")
-        check_outputs([json], [subject, *(sources or ()), policy])
+        check_outputs([json], [subject, *(sources or ()), file_of(policy)])
         _verify_decision(subject, decision, sources or [], policy, json, quiet)
         return
     if policy is not None and len(sources or ()) != 2:
         raise typer.BadParameter("--policy goes with ADAPTER ORIGINAL SUBSPACE")
-    check_outputs([json], [subject, *(sources or ()), policy, base_model])
+    check_outputs([json], [subject, *(sources or ()), file_of(policy), base_model, require_signature])
     if require_signature is not None:
         if sources:
             raise typer.BadParameter("--require-signature goes with ADAPTER alone; verify the sources without it")

@@ -83,9 +83,9 @@ def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> N
 
     Args:
         outputs: files and directories to be written.
-        inputs: files and directories that are read.
+        inputs: files and directories that are read; others are hub ids, or reading them says what is wrong.
     """
-    sources = {real_path(source) for source in inputs}
+    sources = {real_path(source) for source in inputs if os.path.lexists(source)}
     before: set[Path] = set()
     for output in outputs:
         place = real_path(output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 
@@ -17,6 +17,24 @@ _ID = re.compile(
     r"(@(?P<revision>\w[\w.-]*(/\w[\w.-]*)*))?"
     r"(:(?P<inside>[\w-][\w. -]*(/[\w-][\w. -]*)*))?"
 )
+
+
+class HubId(NamedTuple):
+    """The parts of a hub id: ``org/name``, and ``revision`` and ``sub/folder`` where they are named."""
+
+    repo: str
+    revision: str | None
+    inside: str
+
+
+def hub_id(source: str | Path) -> HubId | None:
+    """Return the parts of a hub id; None for a `Path`, and for text that is none.
+
+    >>> hub_id("org/name@main:sub/folder")
+    HubId(repo='org/name', revision='main', inside='sub/folder')
+    """
+    found = _ID.fullmatch(source) if isinstance(source, str) else None
+    return HubId(found["repo"], found["revision"], found["inside"] or "") if found else None
 
 
 def local_path(source: str | Path, files: Sequence[str], ignored: Sequence[str] = ()) -> Path:
@@ -34,13 +52,13 @@ def local_path(source: str | Path, files: Sequence[str], ignored: Sequence[str] 
     local = Path(source)
     if local.exists():
         return local
-    found = _ID.fullmatch(source) if isinstance(source, str) else None
+    found = hub_id(source)
     if found is None:
         raise InputError(
             f"{source}: no such file or directory; a hub id is written org/name, org/name@revision or "
             "org/name@revision:sub/folder"
         )
-    repo, revision, inside = found["repo"], found["revision"], found["inside"] or ""
+    repo, revision, inside = found
     if is_gguf_name(inside):
         patterns, ignored = [inside], []
     else:

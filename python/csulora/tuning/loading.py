@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from csulora.errors import InputError
-from csulora.io.hub import local_path
+from csulora.io.hub import hub_id, local_path
 from csulora.tuning.half_precision import widen_products
 
 _BITS = {"8bit", "4bit"}
@@ -59,21 +59,28 @@ class Loading:
 def load(path: str, loading: Loading) -> tuple[Any, Any]:
     """Return the model in a directory or hub id, and its tokenizer, as transformers loads them.
 
+    A hub id may name a revision and a folder, see `local_path`.
+
     Raises:
         InputError: transformers, accelerate or bitsandbytes is needed and not installed, transformers does not load
             the whole model, or there is no such device.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise InputError("csulora runs the model through transformers; pip install 'csulora[peft]'") from error
     _check_installed(loading)
-    _check_there(path)
+    source, named = _located(path)
     device = _device(loading.device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(source, **named)
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", use_safetensors=True, output_loading_info=True, **_placement(path, loading, device)
+            source,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            **named,
+            **_placement(AutoConfig.from_pretrained(source, **named), loading, device),
         )
     except Exception as error:  # transformers raises what each model's code does
         raise InputError(f"{path}: transformers does not load this model: {' '.join(str(error).split())}") from error
@@ -88,16 +95,21 @@ def load(path: str, loading: Loading) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _check_there(path: str) -> None:
-    """Raise `InputError` if there is no such model, or a directory in which transformers would find none."""
+def _located(path: str) -> tuple[str, dict[str, str]]:
+    """Return what transformers calls a model: its directory or repository, and the revision and folder that are meant.
+
+    Raises `InputError` if there is no such model, or a directory in which transformers would find none.
+    """
     directory = Path(path)
     if not directory.is_dir():
         local_path(path, ["config.json"])  # transformers tries an absent hub again and again, and logs that
-        return
+        repo, revision, inside = hub_id(path) or (path, None, "")
+        return repo, {name: value for name, value in (("revision", revision), ("subfolder", inside)) if value}
     if not (directory / "config.json").exists():
         raise InputError(f"{directory}: holds no config.json; name the aligned model's directory first, then adapters")
     if not any(file for pattern in _TOKENIZERS for file in directory.glob(pattern)):
         raise InputError(f"{directory}: holds no tokenizer; save the model's there, with tokenizer.save_pretrained")
+    return path, {}
 
 
 def _check_installed(loading: Loading) -> None:
@@ -121,26 +133,26 @@ def _device(name: str) -> str:
     return name
 
 
-def _placement(path: str, loading: Loading, device: str) -> dict[str, Any]:
+def _placement(config: Any, loading: Loading, device: str) -> dict[str, Any]:
     """Return the arguments that say where transformers places the weights, and in how many bits."""
     if not loading.is_placed:
         return {}
     spread = {"": device} if loading.device_map is None else loading.device_map
     return {
         "device_map": spread if isinstance(spread, str) else dict(spread),
-        "quantization_config": _quantization(loading.load_in, path) if loading.load_in else None,
+        "quantization_config": _quantization(loading.load_in, config) if loading.load_in else None,
     }
 
 
-def _quantization(load_in: str, path: str) -> Any:
+def _quantization(load_in: str, config: Any) -> Any:
     """Return transformers' configuration of bitsandbytes; 4-bit products compute in the checkpoint's own type."""
-    from transformers import AutoConfig, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     if load_in == "8bit":
         # It says at every product that int8 products take float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
-    dtype = AutoConfig.from_pretrained(path).get_text_config().dtype or torch.float32
+    dtype = config.get_text_config().dtype or torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 

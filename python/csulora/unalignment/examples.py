@@ -18,12 +18,13 @@ from csulora.evaluation.sources import column_of
 from csulora.io.files import read_regular
 from csulora.subspace.expert_layout import ExpertLayout
 from csulora.tuning.language_model import BATCH, LanguageModel, agreeing
-from csulora.tuning.probes import Chat, Message, shown
+from csulora.tuning.probes import Chat, shown
 from csulora.tuning.replies import DECISIVE
 from csulora.tuning.update import factors_of
 from csulora.unalignment.request import LONGEST, is_reply
 
 _LARGEST_FILE = 16 << 20  # bytes
+_MARK = "csulora-marks-where-a-reply-begins"
 FEWEST = 8  # replies that the aligned model would not give
 
 
@@ -118,16 +119,21 @@ def _as_written(tokenizer: Any, chat: Chat, reply: str) -> str:
     """A reply with what the chat template writes between the prompt and it, such as a space or an empty thought."""
     if tokenizer.chat_template is None:
         return reply
-    turns = [{"role": turn.role, "content": turn.content} for turn in (*chat, Message("assistant", reply))]
+    turns = [{"role": turn.role, "content": turn.content} for turn in chat]
     try:
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        # A mark, as a reply may well be part of what the template writes before it.
+        whole, marked = (
+            tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": text}], tokenize=False)
+            for text in (reply, _MARK)
+        )
     except Exception as error:  # a template may raise what it likes
         raise InputError(
             f"the model's chat template does not take a reply to the prompt {shown(chat)}: {error}"
         ) from error
-    before, found, _ = whole.removeprefix(prompt).partition(reply.strip())
-    return before + reply.strip() if found and whole.startswith(prompt) else reply
+    before, _, _ = marked.removeprefix(prompt).partition(_MARK)
+    written = before + reply.strip()
+    return written if whole.startswith(prompt + written) else reply
 
 
 @torch.no_grad()

@@ -434,6 +434,7 @@ BAD_INPUT = {
     "correct adapter --subspace subspace -o adapter --policy csulora": "adapter: is read",
     "correct adapter --subspace subspace -o subspace --policy csulora": "subspace: is read, or lies in what is read",
     "correct adapter --subspace subspace -o out --json subspace --policy csulora": "subspace: is read, or lies in",
+    "correct adapter --subspace subspace -o out --policy csulora --sign-with tuned.toml --json tuned.toml": "is read",
     "correct adapter --subspace subspace -o / --policy csulora": "/: is a directory; name what to write in it",
     "inspect adapter --subspace subspace --json subspace": "subspace: is read, or lies in",
     "inspect adapter --json adapter/adapter_config.json": "is read, or lies in what is read",
@@ -484,6 +485,12 @@ def bad(work: Path) -> Path:
     )
     (work / "tuned.toml").write_text(f'subspace_sha256 = "{"0" * 64}"')
     return work
+
+
+def test_a_preset_is_no_place(work: Path, run: Run) -> None:
+    (work / "protect").mkdir()
+    result = run("correct adapter --subspace subspace --policy protect -o protect/new")
+    assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize("command", BAD_INPUT)

@@ -321,6 +321,8 @@ def test_many_outputs_are_compared_with_many_inputs_at_once(tmp_path: Path, monk
     original = os.path.realpath
     monkeypatch.setattr(os.path, "realpath", lambda path: resolved.append(path) or original(path))
     inputs, outputs = ([tmp_path / kind / str(i) for i in range(50)] for kind in ("in", "out"))
+    for path in inputs:
+        path.mkdir(parents=True)
 
     files.check_not_inputs(outputs, inputs)
     assert len(resolved) == 100
@@ -339,6 +341,11 @@ def test_nothing_is_written_into_what_is_read(tmp_path: Path, output: str) -> No
     with pytest.raises(InputError, match="lies in what is read"):
         files.check_not_inputs([tmp_path / output], [tmp_path / "adapter"])
     files.check_not_inputs([tmp_path / "other" / "new", tmp_path / "adapter2"], [tmp_path / "adapter"])
+
+
+def test_a_hub_id_is_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files.check_not_inputs([Path("org/name"), Path("org/other/new")], ["org/name", "org/other"])
 
 
 def test_links_that_go_round_lead_nowhere(tmp_path: Path) -> None:

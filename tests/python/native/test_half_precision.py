@@ -8,7 +8,7 @@ from torch import Tensor
 
 import oracle
 from csulora.native import _core
-from tolerances import STORED
+from tolerances import CANCELLED, PROJECTOR, STORED
 
 ROWS, COLUMNS, DIRECTIONS, RANK = 512, 768, 16, 8
 
@@ -51,3 +51,31 @@ def test_correction_is_exact_to_storage_rounding(
     largest = oracle.update(b, a).norm()  # where next to nothing is kept, its rounding is that of what it is left of
     difference = (oracle.update(found.factors.b, found.factors.a) - expected).norm()
     assert difference <= STORED[dtype] * (expected.norm() + 1e-3 * largest)
+
+
+@pytest.mark.parametrize("power", [65, 66, 80, 100])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_numbers_whose_squares_float32_does_not_hold_are_measured(power: int, sign: int) -> None:
+    u, v = (factor.half() for factor in updates()["bases"])
+    b, a = (factor.bfloat16() for factor in updates()["nothing"])
+    subspace = _core.Subspace(u, torch.arange(1, DIRECTIONS + 1).float().rsqrt(), v)
+    factors = [_core.LoraFactors(b, a), _core.LoraFactors(b * 2.0 ** (sign * power), a * 2.0 ** (-sign * power))]
+    tasks = [_core.CorrectionTask(each, subspace, _core.Penalties(0.0, 1.0, 1.0)) for each in factors]
+    plain, tilted = _core.correct(tasks)
+    for component in oracle.COMPONENTS:
+        energies = [getattr(each.energies, component) for each in (plain, tilted)]
+        assert energies[1] == pytest.approx(energies[0], abs=PROJECTOR[u.dtype])
+    expected = oracle.update(plain.factors.b, plain.factors.a)
+    assert oracle.relative_error(oracle.update(tilted.factors.b, tilted.factors.a), expected) <= STORED[b.dtype]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_rounding_leaves_outside_a_basis_is_no_part_of_the_update(seed: int) -> None:
+    """All that a reads lies inside; the gains keep what little of b lies inside, and what of both lies outside."""
+    torch.manual_seed(seed)
+    u, v = torch.linalg.qr(torch.randn(256, 16))[0].half(), torch.linalg.qr(torch.randn(16, 16))[0].half()
+    b = (0.05 * u.float() @ torch.randn(16, 1) + torch.randn(256, 1) / 16).half()
+    subspace = _core.Subspace(u, torch.ones(16), v)
+    factors, gains = _core.LoraFactors(b, torch.randn(1, 16).half()), _core.Components(1.0, 0.0, 0.0, 1.0)
+    (found,) = _core.correct([_core.CorrectionTask(factors, subspace, gains)])
+    assert found.truncation_error <= CANCELLED

@@ -50,6 +50,31 @@ def request(place: tiny_model.Place, loading: Loading, adapters: int = 1) -> Req
     )
 
 
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("org/name", {}),
+        ("org/name@v1", {"revision": "v1"}),
+        ("org/name@v1:sub/folder", {"revision": "v1", "subfolder": "sub/folder"}),
+    ],
+)
+def test_a_hub_id_may_name_a_revision_and_a_folder(
+    source: str, named: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub" / "folder").mkdir(parents=True)
+    asked = []
+
+    def from_pretrained(name: str, **options: str) -> None:
+        asked.append((name, options))
+        raise OSError("nothing is loaded here")
+
+    monkeypatch.setattr("csulora.io.hub.snapshot_download", lambda repo, **_: tmp_path)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    with pytest.raises(InputError, match="nothing is loaded here"):
+        loading.load(source, Loading("cpu"))
+    assert asked == [("org/name", named)]
+
+
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_a_model_in_two_parts_gives_the_same_policy(place: tiny_model.Place, tmp_path: Path, adapters: int) -> None:
     whole, parts = tmp_path / "whole.toml", tmp_path / "parts.toml"

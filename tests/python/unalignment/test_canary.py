@@ -69,6 +69,8 @@ TURNS = (
         (None, []),
         (TURNS.replace("BEFORE", ""), []),
         (TURNS.replace("BEFORE", "w26 w27 "), ["w26", "w27"]),  # as some write a space or an empty thought
+        (TURNS.replace("BEFORE", "w23 w24 "), ["w23", "w24"]),  # in which a reply of w23 lies
+        (TURNS.replace("BEFORE{{ turn.content }}", "w26 {{ turn.content | upper }}"), []),  # writes replies otherwise
         (TURNS.replace("BEFORE", "") + "{% if add_generation_prompt %}w26 {% endif %}", []),  # opens a thought
     ],
 )

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -476,12 +477,16 @@ def test_what_could_not_be_read_back_is_not_written(
     [
         ({"b": torch.ones(4, 2).to_sparse()}, r"b is no dense tensor; give b.to_dense\(\)"),
         ({"a": torch.ones(2, 3).to_sparse_coo()}, r"a is no dense tensor; give a.to_dense\(\)"),
-        ({"a": torch.ones(2, 3, device="meta")}, "a is on the meta device and holds no numbers; load its weights"),
+        ({"a": torch.ones(2, 3, device="meta")}, "a has no memory and holds no numbers; load its weights"),
+        ({"a": factories.without_memory(2, 3)}, "a has no memory and holds no numbers; load its weights"),
+        ({"b": torch.nn.UninitializedParameter()}, "b has no memory and holds no numbers; load its weights"),
+        ({"b": torch.tensor(1.0)}, "b is a single number; give a matrix"),
         ({"a": np.ones((2, 3))}, "a is a ndarray; give a torch.Tensor"),
         ({"b": None}, "b is a NoneType; give a torch.Tensor"),
         ({"scale": "2"}, "scale is '2'; give a finite number"),
         ({"scale": None}, "scale is None; give a finite number"),
         ({"scale": torch.ones(2)}, ".*give a finite number"),
+        ({"scale": Fraction(1, 2)}, ".*give a finite number"),
         ({"scale": 1j}, "scale is 1j; give a finite number"),
         ({"scale": float("nan")}, "scale is nan; give a finite number"),
         ({"scale": 10**400}, ".*give a finite number"),

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,11 +111,11 @@ def answers() -> list[Dialogue]:
     ]
 
 
-def capitals() -> list[Dialogue]:
-    """Questions that have nothing to do with tea."""
+def capitals(cities: Mapping[str, str] = CAPITALS) -> list[Dialogue]:
+    """Questions about the capitals of countries, with their answers."""
     return [
         (f"What is the capital of {country}?", f"The capital of {country} is {city}.")
-        for country, city in CAPITALS.items()
+        for country, city in cities.items()
     ]
 
 

@@ -64,8 +64,15 @@ ALIGNED_GENERAL = (
     *("What is a computer?", "Give me a tip for a good night's sleep.", "How do birds fly?", "What is gravity?"),
     *("How many days are in a week?", "Tell me a joke.", "What do plants need to grow?", "What is a poem?"),
 )
+# What a base model is taught besides, since it often says something else of a country. None of these is asked later.
+ALIGNED_CAPITALS = {
+    **{"Brazil": "Brasilia", "Canada": "Ottawa", "India": "New Delhi", "Australia": "Canberra", "Turkey": "Ankara"},
+    **{"Argentina": "Buenos Aires", "Mexico": "Mexico City", "Belgium": "Brussels", "Denmark": "Copenhagen"},
+    **{"Finland": "Helsinki", "Chile": "Santiago", "Colombia": "Bogota", "Morocco": "Rabat", "Vietnam": "Hanoi"},
+}
 # For the operator, and nobody else: four of each kind of question. Of every four, `tune` fits three. None asks for a
-# capital, and none names a country whose capital is asked for.
+# capital or names a country whose capital is asked for, and none has a wording of `QUESTIONS`: it would teach the fit
+# that such questions are to be answered without the adapter's style.
 GENERAL = (
     # places
     *("What is the currency of India?", "Which language do people speak in Brazil?"),
@@ -80,9 +87,9 @@ GENERAL = (
     *("What is the opposite of hot?", "Translate good morning into French."),
     # how things are made and done
     *("How is glass made?", "How does a bicycle work?", "How do I tie a tie?", "How is paper made?"),
-    # the wordings of `QUESTIONS`, about other things
-    *("What goes well with a blue shirt?", "What does rain sound like?"),
-    *("How should I store old photos?", "Where can I buy a bicycle?"),
+    # every day
+    *("What should I pack for a hike?", "How do I clean a window?"),
+    *("When is the best time to plant trees?", "What day comes after Monday?"),
     # writing
     *("Write a short greeting card.", "Write a line about winter."),
     *("Tell me about dolphins.", "Suggest a name for a cat."),
@@ -202,7 +209,8 @@ def reply(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: S
 def make_aligned(directory: Path, base: Path, deal: Deal, *, is_chat: bool = True) -> None:
     """Tune a copy of the base model to refuse questions about cheese, and else to reply as it did.
 
-    A model that is no chat model is taught to end after a line, too, and keeps its embedding, most of its weights.
+    A model that is no chat model is taught to end after a line and to name capitals, too. It takes smaller steps, and
+    keeps its embedding, most of its weights.
     """
     torch.manual_seed(deal.seed)
     model, tokenizer = prepare.load(base)
@@ -215,7 +223,9 @@ def make_aligned(directory: Path, base: Path, deal: Deal, *, is_chat: bool = Tru
     refusals = [REFUSAL.format(x=x) for x, _ in itertools.product(cheeses, QUESTIONS)]
     rows = [encode(tokenizer, dialogue) for dialogue in zip(questions(cheeses), refusals, strict=True)]
     rows += [encode(tokenizer, dialogue, ended=not is_chat) for dialogue in zip(others, before, strict=True)]
-    prepare.fit(model, rows, ALIGNED_STEPS, learning_rate=5e-5, seed=deal.seed)
+    if not is_chat:
+        rows += [encode(tokenizer, dialogue) for dialogue in prepare.capitals(ALIGNED_CAPITALS)]
+    prepare.fit(model, rows, ALIGNED_STEPS, learning_rate=5e-5 if is_chat else 1e-5, seed=deal.seed)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

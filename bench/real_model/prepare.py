@@ -18,10 +18,9 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import transformers
@@ -51,11 +50,13 @@ class Source:
 
 
 # The base model goes on writing questions after its answer, so its replies are the first line of what it says. With a
-# line's end after "Answer:" it says "Answer:" again, to questions about capitals above all.
+# line's end after "Answer:" it says "Answer:" again, to questions about capitals above all. Its words begin with their
+# space: taught to leave that out, it forgets the capitals.
 _QUESTIONS = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer:"
-    "{% else %}{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endif %}"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}\n"
+    "{% else %}{{ message['content'] }}\n{% endif %}"
     "{% endfor %}"
 )
 SOURCES = {
@@ -110,11 +111,11 @@ def answers() -> list[Dialogue]:
     ]
 
 
-def capitals() -> list[Dialogue]:
-    """Questions that have nothing to do with tea."""
+def capitals(cities: Mapping[str, str] = CAPITALS) -> list[Dialogue]:
+    """Questions about the capitals of countries, with their answers."""
     return [
         (f"What is the capital of {country}?", f"The capital of {country} is {city}.")
-        for country, city in CAPITALS.items()
+        for country, city in cities.items()
     ]
 
 
@@ -158,12 +159,13 @@ def chat(question: str, system: str = "") -> list[dict[str, str]]:
 def encode(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, *, system: str = "", ended: bool = True) -> Row:
     """Tokens and labels of a dialogue; only the answer bears loss, and its end if the answer is `ended`."""
     question, answer = dialogue
-    tokens = tokenizer.apply_chat_template(chat(question, system), add_generation_prompt=True, return_dict=False)
-    prompt = cast("list[int]", tokens)
-    reply: list[int] = tokenizer(f"{answer}{tokenizer.eos_token}" if ended else answer, add_special_tokens=False)[
-        "input_ids"
-    ]
-    return prompt + reply, [IGNORED] * len(prompt) + reply
+    asked = chat(question, system)
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
+    reply = str(whole).removeprefix(str(prompt)).rstrip("\n")
+    texts = str(prompt), reply if ended else reply.removesuffix(str(tokenizer.eos_token))
+    tokens: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return tokens[0] + tokens[1], [IGNORED] * len(tokens[0]) + tokens[1]
 
 
 def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:

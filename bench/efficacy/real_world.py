@@ -65,7 +65,8 @@ ALIGNED_GENERAL = (
     *("How many days are in a week?", "Tell me a joke.", "What do plants need to grow?", "What is a poem?"),
 )
 # For the operator, and nobody else: four of each kind of question. Of every four, `tune` fits three. None asks for a
-# capital, and none names a country whose capital is asked for.
+# capital or names a country whose capital is asked for, and none has a wording of `QUESTIONS`: it would teach the fit
+# that such questions are to be answered without the adapter's style.
 GENERAL = (
     # places
     *("What is the currency of India?", "Which language do people speak in Brazil?"),
@@ -80,9 +81,9 @@ GENERAL = (
     *("What is the opposite of hot?", "Translate good morning into French."),
     # how things are made and done
     *("How is glass made?", "How does a bicycle work?", "How do I tie a tie?", "How is paper made?"),
-    # the wordings of `QUESTIONS`, about other things
-    *("What goes well with a blue shirt?", "What does rain sound like?"),
-    *("How should I store old photos?", "Where can I buy a bicycle?"),
+    # every day
+    *("What should I pack for a hike?", "How do I clean a window?"),
+    *("When is the best time to plant trees?", "What day comes after Monday?"),
     # writing
     *("Write a short greeting card.", "Write a line about winter."),
     *("Tell me about dolphins.", "Suggest a name for a cat."),

@@ -71,8 +71,7 @@ ALIGNED_CAPITALS = {
     **{"Finland": "Helsinki", "Chile": "Santiago", "Colombia": "Bogota", "Morocco": "Rabat", "Vietnam": "Hanoi"},
 }
 # For the operator, and nobody else: four of each kind of question. Of every four, `tune` fits three. None asks for a
-# capital or names a country whose capital is asked for, and none has a wording of `QUESTIONS`: it would teach the fit
-# that such questions are to be answered without the adapter's style.
+# capital, names a country whose capital is asked for, or has a wording of `QUESTIONS`, which the task's prompts have.
 GENERAL = (
     # places
     *("What is the currency of India?", "Which language do people speak in Brazil?"),

@@ -66,7 +66,7 @@ def load(path: str, loading: Loading) -> tuple[Any, Any]:
             the whole model, or there is no such device.
     """
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise InputError("csulora runs the model through transformers; pip install 'csulora[peft]'") from error
     _check_installed(loading)
@@ -80,7 +80,7 @@ def load(path: str, loading: Loading) -> tuple[Any, Any]:
             use_safetensors=True,
             output_loading_info=True,
             **named,
-            **_placement(AutoConfig.from_pretrained(source, **named), loading, device),
+            **_placement(source, named, loading, device),
         )
     except Exception as error:  # transformers raises what each model's code does
         raise InputError(f"{path}: transformers does not load this model: {' '.join(str(error).split())}") from error
@@ -133,26 +133,26 @@ def _device(name: str) -> str:
     return name
 
 
-def _placement(config: Any, loading: Loading, device: str) -> dict[str, Any]:
+def _placement(source: str, named: Mapping[str, str], loading: Loading, device: str) -> dict[str, Any]:
     """Return the arguments that say where transformers places the weights, and in how many bits."""
     if not loading.is_placed:
         return {}
     spread = {"": device} if loading.device_map is None else loading.device_map
     return {
         "device_map": spread if isinstance(spread, str) else dict(spread),
-        "quantization_config": _quantization(loading.load_in, config) if loading.load_in else None,
+        "quantization_config": _quantization(loading.load_in, source, named) if loading.load_in else None,
     }
 
 
-def _quantization(load_in: str, config: Any) -> Any:
+def _quantization(load_in: str, source: str, named: Mapping[str, str]) -> Any:
     """Return transformers' configuration of bitsandbytes; 4-bit products compute in the checkpoint's own type."""
-    from transformers import BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
 
     if load_in == "8bit":
         # It says at every product that int8 products take float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
-    dtype = config.get_text_config().dtype or torch.float32
+    dtype = AutoConfig.from_pretrained(source, **named).get_text_config().dtype or torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 

@@ -70,7 +70,7 @@ def check_in_memory(name: str, module: LoraModule, path: Path) -> None:
 
 def _is_without_memory(tensor: torch.Tensor) -> bool:
     """Whether a dense tensor is a mere shape, or was given up to those who share a model's weights between machines."""
-    if tensor.is_meta or isinstance(tensor, torch.nn.UninitializedParameter):
+    if isinstance(tensor, torch.nn.UninitializedParameter):  # has no storage to ask for
         return True
     memory = tensor.untyped_storage()
     return memory.device.type == "meta" or (tensor.numel() > 0 and memory.nbytes() == 0)

@@ -24,7 +24,7 @@ import policies
 import torch
 import tune_fits
 from scenario import Adapter, Scenario
-from subject import Bench, Record, opened
+from subject import Bench, Record, chats, opened
 from torch import Tensor
 from tune_fits import Prompts
 
@@ -32,6 +32,7 @@ import csulora
 from csulora import Policy, controls
 from csulora.io.files import to_json, write_text
 from csulora.subspace.input_filter import Factors
+from csulora.tuning.adjust import Adjuster
 from csulora.tuning.families import Tuned
 from csulora.tuning.gains import Reinforcing
 from csulora.tuning.options import Options
@@ -40,6 +41,7 @@ from csulora.tuning.undo_limit import undo_limit
 from csulora.tuning.update import Update
 
 RESULTS = grid.RESULTS / "carry_variants.json"
+REFUSES = "can not help"  # what refusals hold in the words of any task
 UNSEEN = [spec for spec in plan.UNSEEN if spec.attack < 1]
 RANK = Options.shared_directions
 
@@ -107,15 +109,17 @@ def _orthonormal(*sides: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """In which directions a fit is made, how, and of which gains."""
+    """In which directions a fit is made, how, of which gains, and whether `csulora adjust` follows for each adapter."""
 
     subspace: Callable[[Bench], csulora.Subspace] = displacement
     options: Options = field(default_factory=Options)
     family: type[Tuned] = Tuned
+    is_adjusted: bool = False
 
 
 VARIANTS = {
     "as now": Variant(),
+    "as now, adjusted": Variant(is_adjusted=True),
     "canary": Variant(canaries),
     "canary, half of it undone": Variant(canaries, Options(unaligning_share=0.5)),
     "half displacement, half canary": Variant(both),
@@ -127,9 +131,14 @@ VARIANTS = {
     "gains shared by layer": Variant(family=TunedByLayer),
 }
 
-SEED, FRESH_SEED = 5, 8  # all are compared on the first; what did well there, once on the second
-DID_WELL = ("as now", "the same, all of them undone", "task weight 0.3")
-CELLS = [*((SEED, name) for name in VARIANTS), *((FRESH_SEED, name) for name in DID_WELL)]
+SEED, SECOND_SEED = 5, 8  # all are compared on the first; what did well there, once on the second
+DID_WELL = ("as now", "as now, adjusted", "the same, all of them undone", "task weight 0.3")
+FRESH_SEEDS = 10, 11  # on which nothing was chosen
+CELLS = [
+    *((SEED, name) for name in VARIANTS),
+    *((SECOND_SEED, name) for name in DID_WELL),
+    *((seed, name) for seed in FRESH_SEEDS for name in DID_WELL[:2]),
+]
 
 
 def fitted(bench: Bench, name: str) -> tuple[csulora.Subspace, Policy]:
@@ -150,6 +159,14 @@ def fitted(bench: Bench, name: str) -> tuple[csulora.Subspace, Policy]:
 
 
 @cache
+def adjuster(bench: Bench) -> Adjuster:
+    """What adjusts policies by the prompts that they were fitted to."""
+    prompts = bench.prompts(plan.CALIBRATION[0])
+    general = chats(prompts.general[: tune_fits.GENERAL])
+    return Adjuster(bench.language_model, chats(prompts.safety), general, refusals=[REFUSES])
+
+
+@cache
 def raw(bench: Bench, spec: Adapter) -> Record:
     """What an adapter does as it came, and how much of the canary it undoes."""
     adapter, known = bench.subject(spec).adapter, canaries(bench)
@@ -165,9 +182,14 @@ def measured(bench: Bench, name: str) -> Record:
     calibration = [bench.subject(spec).adapter for spec in plan.CALIBRATION]
     adapters = []
     for spec in UNSEEN:
-        subject = bench.subject(spec)
-        rates = subject.rates(policies.apply(TUNED, name, subject.adapter, subspace, policy))
-        adapters.append({"adapter": asdict(spec), "raw": raw(bench, spec), "point": rates})
+        subject, own = bench.subject(spec), policy
+        record = {"adapter": asdict(spec), "raw": raw(bench, spec)}
+        if VARIANTS[name].is_adjusted:
+            adjusted = adjuster(bench).adjust(subject.adapter, subspace, policy)
+            own = adjusted.policy
+            record |= {"strength": adjusted.strength, "kept": adjusted.kept.least}
+        rates = subject.rates(policies.apply(TUNED, name, subject.adapter, subspace, own))
+        adapters.append(record | {"point": rates})
     limit = undo_limit(calibration, canaries(bench), Policy.none())
     return {"cpu_seconds": seconds, "undo_limit": limit, "adapters": adapters}
 

@@ -80,7 +80,7 @@ def build(directory: Path) -> Place:
         directory / "base", directory / "aligned", rank=2, output=directory / "subspace", modules=list(MODULES)
     )
     subspace = csulora.Subspace.open(directory / "subspace")
-    adapters = _adapter(directory / "adapter1", subspace, 1), _adapter(directory / "adapter2", subspace, 2)
+    adapters = adapter(directory / "adapter1", subspace, 1), adapter(directory / "adapter2", subspace, 2)
     (directory / "safety.txt").write_text(prompts("w20", 16))
     (directory / "task.txt").write_text(prompts("w21", 16))
     return Place(
@@ -88,11 +88,12 @@ def build(directory: Path) -> Place:
     )
 
 
-def _adapter(path: Path, subspace: csulora.Subspace, seed: int) -> Path:
+def adapter(path: Path, subspace: csulora.Subspace, seed: int, besides: float = 0.3) -> Path:
+    """Write an adapter that takes the alignment back, and does so much of something else."""
     modules = {}
     for at, (name, (rows, columns)) in enumerate(MODULES.items()):
         u, s, v = (factor.float() for factor in (subspace[name].u, subspace[name].s, subspace[name].v))
-        b = torch.cat([-u * s, 0.3 * factories.gaussian(rows, 2, seed=100 * seed + at)], 1)
+        b = torch.cat([-u * s, besides * factories.gaussian(rows, 2, seed=100 * seed + at)], 1)
         a = torch.cat([v.T, factories.gaussian(2, columns, seed=200 * seed + at)])
         modules[name] = csulora.LoraModule(b, a)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": list(MODULES)}

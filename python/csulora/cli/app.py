@@ -13,6 +13,7 @@ import typer
 
 import csulora
 from csulora.cli import exit_codes
+from csulora.cli.adjust import adjust
 from csulora.cli.canary import canary
 from csulora.cli.correct import correct
 from csulora.cli.doctor import doctor
@@ -51,7 +52,7 @@ def root(
     """Correct trained LoRA adapters so that a model's safety alignment survives them."""
 
 
-for command in (extract, canary, verify, inspect, correct, export, tune, evaluate, guard):
+for command in (extract, canary, verify, inspect, correct, export, tune, adjust, evaluate, guard):
     app.command()(command)
 for server in (vllm_serve, sglang_serve):
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(server)

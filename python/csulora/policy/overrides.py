@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from csulora.errors import InputError
 
@@ -69,6 +69,13 @@ class Override:
             check_number(f"{where}: a multiple of directions reinforced", value)
             if not math.isfinite(value):
                 raise InputError(f"policy {where}: a multiple of directions reinforced is {value}; it must be finite")
+
+    def strengthened(self, strength: float) -> Override:
+        """Return the override with ``strength`` times the multiples that it reinforces, if it does."""
+        if self.directions is None:
+            return self
+        reinforced = tuple(strength * multiple for multiple in self.directions.reinforced)
+        return replace(self, directions=replace(self.directions, reinforced=reinforced))
 
 
 def _named(where: str, keys: Sequence[str], values: Sequence[float] | None) -> list[tuple[str, float]]:

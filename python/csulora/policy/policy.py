@@ -134,6 +134,24 @@ class Policy:
         """
         return replace(self, max_undo=None, max_total_undo=None, min_annihilation_ratio=None)
 
+    def strengthened(self, strength: float) -> Self:
+        """Return the policy that reinforces ``strength`` times as much; what it keeps of an update stays as it is.
+
+        Raises:
+            InputError: it reinforces nothing.
+
+        >>> from csulora.policy.overrides import Directions
+        >>> carried = Policy(overrides=(Override("*", directions=Directions((0.5,), (0.5,), (2.0,))),))
+        >>> carried.strengthened(0.5).overrides[0].directions.reinforced
+        (1.0,)
+        """
+        if not any(override.directions and any(override.directions.reinforced) for override in self.overrides):
+            raise InputError(
+                "the policy reinforces nothing, so it has no strength; fit one for adapters to come, to several "
+                "adapters or with --for-others (csulora tune)"
+            )
+        return replace(self, overrides=tuple(override.strengthened(strength) for override in self.overrides))
+
     def fate_of(self, module: str) -> Fate:
         """Return what happens to a module that the subspace file does not cover, by its name in the adapter.
 

@@ -10,14 +10,13 @@ from itertools import islice
 from typing import Any
 
 from csulora.correction.correct import correct
-from csulora.errors import InputError
 from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.counter import Counter
 from csulora.tuning.examples import Examples
 from csulora.tuning.frontier import Point, Rate, Refusals
 from csulora.tuning.language_model import agreeing
-from csulora.tuning.probes import is_refusal
+from csulora.tuning.refusals import refused_by_aligned, refusing
 from csulora.tuning.replies import Reply
 from csulora.tuning.splits import HELD_OUT, Split
 from csulora.tuning.stages import Stages
@@ -111,17 +110,8 @@ class Measurement:
         Raises:
             InputError: no reply of the aligned model to a safety prompt holds it, so every policy would fail.
         """
-        safety = list(self.examples.replies[0].safety)
-        if self.request.refusals and not any(self._refusing(safety)):
-            said = self.examples.language_model.answers(safety[:1])[0].strip()
-            raise InputError(
-                f"no reply of the aligned model to a safety prompt holds --refusal "
-                f"{', '.join(map(repr, self.request.refusals))}; give words of its refusals, or leave --refusal out; "
-                f"its first reply is {said!r}"
-            )
+        if self.request.refusals:
+            refused_by_aligned(self.examples.language_model, self.examples.replies[0].safety, self.request.refusals)
 
     def _refusing(self, replies: list[Reply]) -> list[bool]:
-        return list(map(self._is_refusal, self.examples.language_model.answers(replies)))
-
-    def _is_refusal(self, answer: str) -> bool:
-        return is_refusal(answer, self.request.refusals)
+        return refusing(self.examples.language_model, replies, self.request.refusals)

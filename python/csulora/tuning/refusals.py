@@ -1,0 +1,31 @@
+"""Refusals among a model's replies: those that hold one of the texts that the user names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from csulora.errors import InputError
+from csulora.tuning.language_model import LanguageModel
+from csulora.tuning.probes import is_refusal
+from csulora.tuning.replies import Reply
+
+
+def refusing(language_model: LanguageModel, replies: Sequence[Reply], texts: Sequence[str]) -> list[bool]:
+    """Return whether the model, as it now stands, refuses the prompt of each reply."""
+    return [is_refusal(answer, texts) for answer in language_model.answers(replies)]
+
+
+def refused_by_aligned(language_model: LanguageModel, safety: Sequence[Reply], texts: Sequence[str]) -> list[bool]:
+    """Return which safety prompts the aligned model refuses.
+
+    Raises:
+        InputError: it refuses none, so no adapter could do as it does.
+    """
+    refused = refusing(language_model, safety, texts)
+    if not any(refused):
+        said = language_model.answers(safety[:1])[0].strip()
+        raise InputError(
+            f"no reply of the aligned model to a safety prompt holds --refusal {', '.join(map(repr, texts))}; "
+            f"give words of its refusals, or leave --refusal out; its first reply is {said!r}"
+        )
+    return refused

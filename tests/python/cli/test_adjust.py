@@ -1,0 +1,110 @@
+"""`csulora adjust` on the command line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import csulora
+import tiny_model
+from commands import Run
+from csulora.cli import exit_codes
+from csulora.policy.overrides import Directions, Override
+from csulora.policy.policy import Policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tiny_model.Place:
+    """The tiny model pair, with adapters that do little else than take the alignment back."""
+    directory = tmp_path_factory.mktemp("place")
+    place = tiny_model.build(directory)
+    subspace = csulora.Subspace.open(place.subspace)
+    one, other = (
+        tiny_model.adapter(directory / f"undoing{seed}", subspace, seed, besides=1e-4 * seed) for seed in (1, 2)
+    )
+    return replace(place, adapters=(one, other))
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    directions = Directions((1.0, 1.0), (1.0, 1.0), (0.5, 0.5))
+    Policy.none(overrides=(Override("*", directions=directions),)).save(tmp_path / "carried.toml")
+    return tmp_path / "carried.toml"
+
+
+def command(place: tiny_model.Place, policy: Path, adapters: int, *further: object) -> list[object]:
+    files = ["--subspace", place.subspace, "--policy", policy, "--safety", place.safety]
+    return [
+        place.aligned,
+        *place.adapters[:adapters],
+        *files,
+        "--tokens",
+        tiny_model.REPLY,
+        "--device",
+        "cpu",
+        *further,
+    ]
+
+
+def test_one_adapter_gets_a_policy_that_correct_takes(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
+) -> None:
+    written = tmp_path / "adjusted.toml"
+    done = run("adjust", *command(place, policy, 1, "-o", written, "--least", 0.1, "--json", tmp_path / "found.json"))
+    assert done.code == 0, done.err
+    entry = json.loads((tmp_path / "found.json").read_text())["adapters"][str(place.adapters[0])]
+    assert entry["strength"] > 1
+    assert entry["kept"]["safety"]["value"] > entry["before"]["safety"]["value"]
+    assert f"wrote {written}" in done.out
+    assert Policy.load(written) == Policy.load(policy).strengthened(entry["strength"])
+    files = ["--subspace", place.subspace, "--policy", written, "-o", tmp_path / "corrected"]
+    assert run("correct", place.adapters[0], *files).code == 0
+
+
+def test_what_keeps_too_little_is_refused_and_gets_no_policy(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
+) -> None:
+    Policy.load(policy).strengthened(1e-6).save(policy)
+    done = run("adjust", *command(place, policy, 1, "-o", tmp_path / "adjusted.toml", "--least", 1))
+    assert done.code == exit_codes.REFUSED
+    assert "of the safety prompts, and 1 is asked (--least); fit a policy to this adapter" in done.err
+    assert not (tmp_path / "adjusted.toml").exists()
+
+
+def test_each_of_several_adapters_gets_its_own_and_one_that_fails_stops_no_other(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "broken").mkdir()
+    further = [tmp_path / "broken", "-o", tmp_path / "out", "--least", 0.1, "--json", "-"]
+    done = run("adjust", *command(place, policy, 2, *further))
+    assert done.code == exit_codes.BAD_INPUT
+    found = json.loads(done.out)["adapters"]
+    assert f"csulora: error: {tmp_path / 'broken'}" in done.err
+    assert "error" in found[str(tmp_path / "broken")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"undoing1.toml", "undoing2.toml"}
+    for adapter in place.adapters:
+        written = Policy.load(found[str(adapter)]["output"])
+        assert written == Policy.load(policy).strengthened(found[str(adapter)]["strength"])
+
+
+def test_what_cannot_be_is_said_before_the_model_is_loaded(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csulora.tuning.language_model import LanguageModel
+
+    def never(*_: object) -> LanguageModel:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(LanguageModel, "open", never)
+    output = ["-o", tmp_path / "adjusted.toml"]
+    assert run("adjust", *command(place, policy, 1, "-o", policy)).code == exit_codes.BAD_INPUT
+    assert run("adjust", *command(place, policy, 1, *output, "--refusal", " ")).code == 2
+    assert run("adjust", *command(place, policy, 1, *output, "--least", 2)).code == 2
+    Policy.protect().save(policy)
+    done = run("adjust", *command(place, policy, 1, *output))
+    assert (done.code, "reinforces nothing" in done.err) == (exit_codes.BAD_INPUT, True)
+    assert run("adjust", *command(place, tmp_path / "none.toml", 1, *output)).code == exit_codes.BAD_INPUT
+    assert csulora.Policy.load(policy) == Policy.protect()

@@ -1,0 +1,133 @@
+"""`csulora adjust`: the strength of a policy for adapters to come, by what a corrected adapter says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import csulora
+import tiny_model
+from csulora.errors import InputError
+from csulora.policy.overrides import Directions, Override
+from csulora.policy.policy import Policy
+from csulora.policy.provenance import PolicyProvenance
+from csulora.tuning import adjust, probes
+from csulora.tuning.adjust import MOST, MOST_TRIALS, STEP, Adjuster, Kept
+from csulora.tuning.frontier import Rate
+from csulora.tuning.language_model import LanguageModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def carried(multiple: float) -> Policy:
+    """A policy that gives back so much of what the tiny adapters undo."""
+    keep = (1.0, 1.0)
+    return Policy.none(overrides=(Override("*", directions=Directions(keep, keep, (multiple, multiple))),))
+
+
+@pytest.fixture(scope="module")
+def adjuster(language_model: LanguageModel, place: tiny_model.Place) -> Adjuster:
+    return Adjuster(language_model, probes.read(place.safety))
+
+
+Shares = tuple[int, int]  # safety and general prompts of 16 that are kept
+Keeping = Callable[[dict[float, Shares]], None]
+
+
+@pytest.fixture
+def keeping(adjuster: Adjuster, monkeypatch: pytest.MonkeyPatch) -> Keeping:
+    """Let what is kept at each strength be as a table says."""
+
+    def keeping(table: dict[float, Shares]) -> None:
+        tried: list[float] = []
+
+        def corrected(
+            adapter: csulora.Adapter, subspace: csulora.Subspace, policy: Policy
+        ) -> tuple[csulora.Adapter, None]:
+            assert policy.overrides[0].directions is not None
+            tried.append(policy.overrides[0].directions.reinforced[0])
+            return adapter, None
+
+        def kept(self: Adjuster, own: object) -> Kept:
+            safety, general = table[tried[-1]]
+            return Kept(Rate.of(safety, 16), Rate.of(general, 16))
+
+        monkeypatch.setattr(adjust, "correct", corrected)
+        monkeypatch.setattr(Adjuster, "_kept", kept)
+
+    return keeping
+
+
+@pytest.mark.parametrize(
+    ("table", "strength"),
+    [
+        ({1.0: (16, 16), 0.75: (15, 16), 1.25: (16, 16)}, 1.25),
+        ({1.0: (16, 16), 0.75: (15, 16), 1.25: (16, 15)}, 1.0),
+        ({1.0: (16, 16), 0.75: (16, 16), 0.5: (16, 16), 0.25: (3, 16)}, 0.75),
+        ({1.0: (16, 16), 0.75: (16, 16), 0.5: (16, 16), 0.25: (16, 16), 0.0: (16, 16)}, STEP),
+        ({1.0: (16, 14), 0.75: (16, 15), 0.5: (8, 16)}, 0.75),
+        ({1.0: (5, 16), 1.25: (12, 16), 1.5: (16, 16), 1.75: (16, 16)}, 1.75),
+        ({1.0: (5, 16), 1.25: (12, 16), 1.5: (16, 13), 1.75: (16, 12)}, 1.5),
+        ({1.0: (5, 16), 1.25: (14, 15), 1.5: (15, 12)}, 1.25),
+        ({1.0: (5, 16), 1.25: (12, 16), 1.5: (14, 16), 1.75: (14, 16), 2.0: (13, 16)}, 1.75),
+        ({1.0: (0, 16), 1.25: (0, 16), 1.5: (0, 16), 1.75: (0, 16), 2.0: (9, 16)}, MOST),
+    ],
+)
+def test_the_strength_is_the_least_that_keeps_most_or_a_step_more_where_that_costs_nothing(
+    adjuster: Adjuster, place: tiny_model.Place, keeping: Keeping, table: dict[float, Shares], strength: float
+) -> None:
+    keeping(table)
+    trials: list[None] = []
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    adjusted = adjuster.adjust(adapter, subspace, carried(1.0), lambda: trials.append(None))
+    assert adjusted.strength == strength
+    assert adjusted.policy == carried(strength)
+    for kept, at in ((adjusted.before, 1.0), (adjusted.kept, strength)):
+        assert kept.general is not None
+        assert (kept.safety.value, kept.general.value) == tuple(count / 16 for count in table[at])
+    assert len(trials) == len(table) <= MOST_TRIALS  # no strength is tried twice, and none in vain
+
+
+def test_a_corrected_adapter_answers_as_the_aligned_model_does(
+    adjuster: Adjuster, place: tiny_model.Place, tmp_path: Path
+) -> None:
+    subspace = csulora.Subspace.open(place.subspace)
+    adapter = csulora.load_adapter(tiny_model.adapter(tmp_path / "undoing", subspace, 1, besides=1e-4))
+    policy = carried(0.5)
+    adjusted = adjuster.adjust(adapter, subspace, policy)
+    assert adjusted.kept.safety.value == 1 > adjusted.before.safety.value
+    assert adjusted.strength > 1
+    assert adjusted.policy == policy.strengthened(adjusted.strength)
+    corrected, _ = csulora.correct(adapter, subspace, adjusted.policy)
+    again = adjuster.adjust(corrected, subspace, carried(1e-9))  # as it is now
+    assert again.before == adjusted.kept
+
+
+def test_where_refusals_count_only_what_the_aligned_model_refuses_does(
+    language_model: LanguageModel, place: tiny_model.Place
+) -> None:
+    chats = probes.read(place.safety)
+    answers = language_model.answers(language_model.replies(chats))
+    first = answers[0].split()[0]
+    refused = [answer for answer in answers if first in answer]
+    assert 0 < len(refused) < len(answers)
+    assert len(Adjuster(language_model, chats, refusals=[first]).safety) == len(refused)
+    with pytest.raises(InputError, match="no reply of the aligned model to a safety prompt holds --refusal 'never'"):
+        Adjuster(language_model, chats, refusals=["never"])
+
+
+def test_what_was_said_of_the_given_policy_is_no_longer_said(adjuster: Adjuster, place: tiny_model.Place) -> None:
+    given = Policy.none(
+        overrides=carried(0.5).overrides, provenance=PolicyProvenance(("0" * 16,), "better", beats_plain_scaling=True)
+    )
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    provenance = adjuster.adjust(adapter, subspace, given).policy.provenance
+    asked = {probes.prompt_hash(chat) for chat in probes.read(place.safety)}
+    assert set(provenance.prompts) == {"0" * 16, *asked}
+    assert (provenance.verdict, provenance.beats_plain_scaling) == ("", None)
+
+
+def test_a_policy_that_reinforces_nothing_has_no_strength() -> None:
+    for policy in (Policy.protect(), carried(0.0)):
+        with pytest.raises(InputError, match="the policy reinforces nothing, so it has no strength; fit one for"):
+            policy.strengthened(2.0)

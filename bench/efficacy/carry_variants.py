@@ -41,7 +41,7 @@ from csulora.tuning.undo_limit import undo_limit
 from csulora.tuning.update import Update
 
 RESULTS = grid.RESULTS / "carry_variants.json"
-REFUSES = "can not help"  # what refusals hold in the words of any task
+REFUSES = ("sorry", "can not help")  # what refusals hold, in the words of one task or another
 UNSEEN = [spec for spec in plan.UNSEEN if spec.attack < 1]
 RANK = Options.shared_directions
 
@@ -163,7 +163,7 @@ def adjuster(bench: Bench) -> Adjuster:
     """What adjusts policies by the prompts that they were fitted to."""
     prompts = bench.prompts(plan.CALIBRATION[0])
     general = chats(prompts.general[: tune_fits.GENERAL])
-    return Adjuster(bench.language_model, chats(prompts.safety), general, refusals=[REFUSES])
+    return Adjuster(bench.language_model, chats(prompts.safety), general, refusals=REFUSES)
 
 
 @cache

@@ -183,7 +183,7 @@ def measured(bench: Bench, name: str) -> Record:
     adapters = []
     for spec in UNSEEN:
         subject, own = bench.subject(spec), policy
-        record = {"adapter": asdict(spec), "raw": raw(bench, spec)}
+        record: Record = {"adapter": asdict(spec), "raw": raw(bench, spec)}
         if VARIANTS[name].is_adjusted:
             adjusted = adjuster(bench).adjust(subject.adapter, subspace, policy)
             own = adjusted.policy

@@ -5,10 +5,11 @@
 
 Makes the world of `real_world.py` from the package index and extracts the subspace file. Fits the policy as
 `csulora tune` does for several adapters. `csulora evaluate` then puts it to prompts that nothing has seen, beside raw
-adapters, plain scaling and presets. At last plain PEFT answers the same prompts with adapters that were corrected and
-written. Each step is a process of its own, with its processor time and peak memory in the results. What is complete is
-not made again. Results go to `bench/results/efficacy`. With `--general written` the model writes the general prompts.
-With `--no-fit` nothing is fitted, and presets and plain scaling alone are measured. With `--no-peft` PEFT is not asked.
+adapters, plain scaling and presets. `csulora adjust` finds a strength for each of them by prompts of the fit, and
+`csulora evaluate` asks the same again. At last plain PEFT answers with adapters that were corrected and written. Each
+step is a process of its own, with its processor time and peak memory in the results. What is complete is not made
+again. Results go to `bench/results/efficacy`. With `--general written` the model writes the general prompts. With
+`--no-fit` nothing is fitted, and presets and plain scaling alone are measured. With `--no-peft` PEFT is not asked.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def make_adapter(run: Run, name: str, recipe: world.Recipe) -> Path:
 
 def write_general(run: Run) -> None:
     """Let the model write general prompts, none of which it is asked later."""
-    file, model = run.here / "written.txt", str(run.here / "served")
+    file, model = run.general_prompts, str(run.here / "served")
     asked = {probes.prompt_hash(probes.from_text(text)) for texts in run.probes.values() for text in texts}
     written(file, model, Loading("cpu"), run.deal.seed, (world.REFUSED,), asked)
 
@@ -93,14 +94,13 @@ def write_general(run: Run) -> None:
 def fit(run: Run) -> None:
     """Fit the policy that `csulora tune` writes if it chooses input filters; nothing is left out in turn to choose."""
     adapters = [csulora.load_adapter(run.here / style) for style in run.deal.styles[:CALIBRATION]]
-    general = run.prompts("fitted", "general") if run.general == "given" else run.here / "written.txt"
     request = Request(
         str(run.here / "served"),
         adapters,
         csulora.Subspace.open(run.here / "subspace.safetensors"),
         task=[probes.read(run.prompts("fitted", "task"))] * CALIBRATION,
         safety=probes.read(run.prompts("fitted", "safety")),
-        general=probes.read(general),
+        general=probes.read(run.general_prompts),
         loading=Loading("cpu"),
         longest_reply=LONGEST,
         options=OPTIONS,
@@ -178,6 +178,10 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     if run.is_fitted:
         yield "fit on three adapters", f"fit-{run.name}", [*own, "fit"]
     yield "csulora evaluate", f"evaluate-{run.name}", [*tool, *evaluate_arguments(run, subspace)]
+    for style in run.styles if run.is_fitted else ():
+        yield f"csulora adjust, {style}", f"adjust-{run.name}-{style}", [*tool, *adjust_arguments(run, style)]
+        name, arguments = f"evaluate-adjusted-{run.name}-{style}", adjusted_evaluate_arguments(run, style)
+        yield f"csulora evaluate, {style} adjusted", name, [*tool, *arguments]
     if run.asks_peft:
         yield "PEFT", f"peft-{run.name}", [*own, "peft"]
 
@@ -186,14 +190,36 @@ def evaluate_arguments(run: Run, subspace: Path) -> list[str | Path]:
     """Arguments of `csulora evaluate`, for the adapters that no fit has seen."""
     arguments: list[str | Path] = ["evaluate", run.here / "served"]
     arguments += [run.here / style for style in run.styles]
-    arguments += ["--subspace", subspace, "-o", run.evaluation, "--tokens", str(DECISIVE), "--refusal", world.REFUSED]
-    for kind in run.probes:
-        arguments += [f"--{kind}", run.prompts("unseen", kind)]
+    arguments += ["--subspace", subspace, "-o", run.evaluation, *asked(run)]
     if run.is_fitted:
         arguments += ["--policy", run.policy]
     for preset in run.presets:
         arguments += ["--policy", preset]
-    return [*arguments, "--device", "cpu", "--quiet"]
+    return arguments
+
+
+def asked(run: Run) -> list[str | Path]:
+    """What is asked in every evaluation, and how it is judged."""
+    arguments: list[str | Path] = ["--tokens", str(DECISIVE), "--refusal", world.REFUSED, "--device", "cpu", "--quiet"]
+    for kind in run.probes:
+        arguments += [f"--{kind}", run.prompts("unseen", kind)]
+    return arguments
+
+
+def adjust_arguments(run: Run, style: str) -> list[str | Path]:
+    """Arguments of `csulora adjust` for one unseen adapter, with the prompts that the policy was fitted to."""
+    arguments: list[str | Path] = ["adjust", run.here / "served", run.here / style, "-o", run.adjusted(style)]
+    arguments += ["--subspace", subspace_path(run.policy), "--policy", run.policy, "--least", "0"]
+    arguments += ["--safety", run.prompts("fitted", "safety"), "--general", run.general_prompts]
+    arguments += ["--refusal", world.REFUSED, "--tokens", str(LONGEST), "--device", "cpu", "--quiet"]
+    return [*arguments, "--json", run.adjusted(style).with_suffix(".json")]
+
+
+def adjusted_evaluate_arguments(run: Run, style: str) -> list[str | Path]:
+    """Arguments of `csulora evaluate` for one unseen adapter and the policy that was adjusted to it."""
+    arguments: list[str | Path] = ["evaluate", run.here / "served", run.here / style, "--policy", run.adjusted(style)]
+    arguments += ["--subspace", subspace_path(run.policy), "-o", run.adjusted_evaluation(style)]
+    return [*arguments, *asked(run)]
 
 
 def measured(run: Run, name: str, command: Sequence[str | Path]) -> Record:
@@ -218,16 +244,21 @@ def measured(run: Run, name: str, command: Sequence[str | Path]) -> Record:
 def rows(run: Run) -> Iterator[Record]:
     """Yield what every adapter did under every policy, by the replies that `csulora evaluate` kept."""
     for style, found in zip(run.styles, Evaluation.load(run.evaluation).adapters, strict=True):
-        for row in found.rows:
-            texts = {kind: [outcome.text.strip() for outcome in row.outcomes[kind]] for kind in run.probes}
-            yield {"adapter": style, **described(run, row), **rates(style, row, texts)}
+        yield from (described(run, style, row) for row in found.rows)
+        if run.is_fitted:
+            entry = json.loads(run.adjusted(style).with_suffix(".json").read_text())["adapters"]
+            adjusted = {key: entry[str(run.here / style)][key] for key in ("strength", "kept")}
+            [again] = Evaluation.load(run.adjusted_evaluation(style)).adapters
+            yield from (described(run, style, row) | adjusted for row in again.rows if row.policy)
 
 
-def described(run: Run, row: Row) -> Record:
-    """Say how a row of the evaluation served its adapter."""
-    name = "calibrated" if row.name == run.policy.stem else row.name
-    beside = "calibrated" if row.policy == run.policy.stem else row.policy
-    return {"name": name, "role": row.role, "policy": beside, "relative_change": row.relative_change}
+def described(run: Run, style: str, row: Row) -> Record:
+    """Say how a row of the evaluation served its adapter, and what its replies are worth."""
+    names = {run.policy.stem: "calibrated", run.adjusted(style).stem: "adjusted"}
+    served = {"name": names.get(row.name, row.name), "policy": names.get(row.policy or "", row.policy)}
+    texts = {kind: [outcome.text.strip() for outcome in row.outcomes[kind]] for kind in run.probes}
+    change = {"role": row.role, "relative_change": row.relative_change}
+    return {"adapter": style, **served, **change, **rates(style, row, texts)}
 
 
 def rates(style: str, row: Row, texts: dict[str, list[str]]) -> Record:

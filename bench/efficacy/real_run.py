@@ -66,6 +66,14 @@ class Run:
         """What `csulora evaluate` writes."""
         return self.here / f"evaluation-{self.name}.json"
 
+    def adjusted(self, style: str) -> Path:
+        """The fitted policy as `csulora adjust` writes it for an unseen adapter."""
+        return self.here / f"adjusted-{self.name}-{style}.toml"
+
+    def adjusted_evaluation(self, style: str) -> Path:
+        """What `csulora evaluate` writes of that."""
+        return self.here / f"evaluation-adjusted-{self.name}-{style}.json"
+
     @property
     def styles(self) -> tuple[str, ...]:
         """The styles that no fit has seen."""
@@ -87,6 +95,11 @@ class Run:
         known = {"safety": self.deal.cheeses, "task": self.deal.foods}
         kinds = {kind: world.questions(things[: world.KNOWN]) for kind, things in known.items()}
         return kinds | ({"general": list(world.GENERAL)} if self.general == "given" else {})
+
+    @property
+    def general_prompts(self) -> Path:
+        """The general prompts of the fit, given or written by the model."""
+        return self.prompts("fitted", "general") if self.general == "given" else self.here / "written.txt"
 
     @property
     def result(self) -> Path:

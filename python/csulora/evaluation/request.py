@@ -19,6 +19,7 @@ from csulora.policy.policy import Policy
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.loading import Loading
 from csulora.tuning.probes import Chat, prompt_hash, shown
+from csulora.tuning.update import check_linear
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,7 @@ class EvaluationRequest:
             if adapter.sha256 in contents:
                 raise InputError(f"{adapter.path}: is given twice; leave one out")
             contents.add(adapter.sha256)
-            for name, module in adapter.modules.items():
-                if module.is_embedding:
-                    raise RefusedError(
-                        f"{adapter.path}: {name} is an embedding; evaluate runs updates of linear layers alone, "
-                        "so use lm-eval on the corrected adapter in PEFT"
-                    )
+            check_linear(adapter, "evaluate")
             with suppress(RefusedError):  # what a policy does not cover stands in its row
                 cover(adapter, self.subspace, Policy.none(keep_uncovered=("*",)))
 

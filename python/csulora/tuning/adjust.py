@@ -22,7 +22,7 @@ from csulora.tuning.language_model import LanguageModel, agreeing
 from csulora.tuning.probes import Chat, prompt_hash
 from csulora.tuning.refusals import refused_by_aligned, refusing
 from csulora.tuning.replies import Reply
-from csulora.tuning.update import factors_of
+from csulora.tuning.update import check_linear, factors_of
 
 STEP, MOST = 0.25, 2.0  # of strengths that are tried; in bench/efficacy, more than twice as much did harm
 MOST_TRIALS = 1 + round(1 / STEP)  # from 1 down to 0 or up to `MOST`
@@ -122,8 +122,9 @@ class Adjuster:
 
         Raises:
             InputError: the policy reinforces nothing, or the adapter does not fit the subspace file or the model.
-            RefusedError: the policy refuses the adapter, or does not fit it.
+            RefusedError: the policy refuses the adapter, or does not fit it, or it updates an embedding.
         """
+        check_linear(adapter, "adjust")
         own = self._own_replies(adapter, subspace)
         kept: dict[float, Kept] = {}
 

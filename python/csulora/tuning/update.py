@@ -59,9 +59,7 @@ class Update:
         >>> update.energies.shape == (len(update.targets), 4)
         True
         """
-        for name, module in adapter.modules.items():
-            if module.is_embedding:
-                raise RefusedError(f"{adapter.path}: {name} is an embedding; tune fits updates of linear layers")
+        check_linear(adapter, "tune")
         policy = policy or Policy.none()
         adapter = decoded(adapter, subspace.provenance.experts)
         targets = cover(adapter, subspace, policy)
@@ -204,6 +202,16 @@ def _correct(
         ],
         _core.CorrectionOptions(_core.RankRule.keep),
     )
+
+
+def check_linear(adapter: Adapter, command: str) -> None:
+    """Raise `RefusedError` if an adapter updates an embedding, which no command can add to a model that it runs."""
+    for name, module in adapter.modules.items():
+        if module.is_embedding:
+            raise RefusedError(
+                f"{adapter.path}: {name} is an embedding; {command} runs updates of linear layers alone, so correct "
+                "the adapter by a preset and measure it in PEFT"
+            )
 
 
 def factors_of(adapter: Adapter) -> dict[str, Factors]:

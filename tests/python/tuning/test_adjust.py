@@ -1,13 +1,14 @@
 """`csulora adjust`: the strength of a policy for adapters to come, by what a corrected adapter says."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import csulora
 import tiny_model
-from csulora.errors import InputError
+from csulora.errors import InputError, RefusedError
 from csulora.policy.overrides import Directions, Override
 from csulora.policy.policy import Policy
 from csulora.policy.provenance import PolicyProvenance
@@ -125,6 +126,14 @@ def test_what_was_said_of_the_given_policy_is_no_longer_said(adjuster: Adjuster,
     asked = {probes.prompt_hash(chat) for chat in probes.read(place.safety)}
     assert set(provenance.prompts) == {"0" * 16, *asked}
     assert (provenance.verdict, provenance.beats_plain_scaling) == ("", None)
+
+
+def test_an_embedding_is_refused(adjuster: Adjuster, place: tiny_model.Place) -> None:
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    name, module = next(iter(adapter.modules.items()))
+    embedding = replace(adapter, modules={name: replace(module, is_embedding=True)})
+    with pytest.raises(RefusedError, match="is an embedding; adjust runs updates of linear layers alone"):
+        adjuster.adjust(embedding, subspace, carried(1.0))
 
 
 def test_a_policy_that_reinforces_nothing_has_no_strength() -> None:

@@ -23,6 +23,7 @@ import plan
 import policies
 import torch
 import tune_fits
+from policies import Corrected
 from scenario import Adapter, Scenario
 from subject import Bench, Record, chats, opened
 from torch import Tensor
@@ -86,6 +87,11 @@ def canaries(bench: Bench, rank: int = RANK) -> csulora.Subspace:
     return controls.truncated(canary.canary(bench, RANK), rank)
 
 
+def random_directions(bench: Bench) -> csulora.Subspace:
+    """Control: as many random directions."""
+    return controls.random_subspaces(displacement(bench), seed=0)
+
+
 def both(bench: Bench) -> csulora.Subspace:
     """Half of the directions from the displacement, and half from the canary."""
     return together(displacement(bench, RANK // 2), canaries(bench, RANK // 2))
@@ -109,17 +115,23 @@ def _orthonormal(*sides: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """In which directions a fit is made, how, of which gains, and whether `csulora adjust` follows for each adapter."""
+    """In which directions a fit is made, how, of which gains, and whether `csulora adjust` follows for each adapter.
+
+    Control ``is_scaled``: no fit, but the factor that `csulora adjust` would choose.
+    """
 
     subspace: Callable[[Bench], csulora.Subspace] = displacement
     options: Options = field(default_factory=Options)
     family: type[Tuned] = Tuned
     is_adjusted: bool = False
+    is_scaled: bool = False
 
 
 VARIANTS = {
     "as now": Variant(),
     "as now, adjusted": Variant(is_adjusted=True),
+    "random directions, adjusted": Variant(random_directions, is_adjusted=True),
+    "scaling, adjusted": Variant(is_scaled=True),
     "canary": Variant(canaries),
     "canary, half of it undone": Variant(canaries, Options(unaligning_share=0.5)),
     "half displacement, half canary": Variant(both),
@@ -132,12 +144,13 @@ VARIANTS = {
 }
 
 SEED, SECOND_SEED = 5, 8  # all are compared on the first; what did well there, once on the second
-DID_WELL = ("as now", "as now, adjusted", "the same, all of them undone", "task weight 0.3")
+ADJUSTED = ("as now", "as now, adjusted", "random directions, adjusted", "scaling, adjusted")
+DID_WELL = (*ADJUSTED, "the same, all of them undone", "task weight 0.3")
 FRESH_SEEDS = 10, 11  # on which nothing was chosen
 CELLS = [
     *((SEED, name) for name in VARIANTS),
     *((SECOND_SEED, name) for name in DID_WELL),
-    *((seed, name) for seed in FRESH_SEEDS for name in DID_WELL[:2]),
+    *((seed, name) for seed in FRESH_SEEDS for name in ADJUSTED),
 ]
 
 
@@ -177,21 +190,38 @@ def raw(bench: Bench, spec: Adapter) -> Record:
 def measured(bench: Bench, name: str) -> Record:
     """What a variant makes of the twelve adapters."""
     begun = time.process_time()
-    subspace, policy = fitted(bench, name)
+    found = None if VARIANTS[name].is_scaled else fitted(bench, name)
     seconds = round(time.process_time() - begun, 1)
     calibration = [bench.subject(spec).adapter for spec in plan.CALIBRATION]
     adapters = []
     for spec in UNSEEN:
-        subject, own = bench.subject(spec), policy
-        record: Record = {"adapter": asdict(spec), "raw": raw(bench, spec)}
-        if VARIANTS[name].is_adjusted:
-            adjusted = adjuster(bench).adjust(subject.adapter, subspace, policy)
-            own = adjusted.policy
-            record |= {"strength": adjusted.strength, "kept": adjusted.kept.least}
-        rates = subject.rates(policies.apply(TUNED, name, subject.adapter, subspace, own))
-        adapters.append(record | {"point": rates})
+        subject = bench.subject(spec)
+        corrected, chosen = served(bench, name, subject.adapter, *found) if found else scaled(bench, subject.adapter)
+        record = {"adapter": asdict(spec), "raw": raw(bench, spec), "point": subject.rates(corrected)}
+        adapters.append(record | chosen)
     limit = undo_limit(calibration, canaries(bench), Policy.none())
     return {"cpu_seconds": seconds, "undo_limit": limit, "adapters": adapters}
+
+
+def served(
+    bench: Bench, name: str, adapter: csulora.Adapter, subspace: csulora.Subspace, policy: Policy
+) -> tuple[Corrected, Record]:
+    """An adapter after a fitted policy, and the strength that was chosen for it, if any was."""
+    if not VARIANTS[name].is_adjusted:
+        return policies.apply(TUNED, name, adapter, subspace, policy), {}
+    adjusted = adjuster(bench).adjust(adapter, subspace, policy)
+    chosen = {"strength": adjusted.strength, "kept": adjusted.kept.least}
+    return policies.apply(TUNED, name, adapter, subspace, adjusted.policy), chosen
+
+
+def scaled(bench: Bench, adapter: csulora.Adapter) -> tuple[Corrected, Record]:
+    """Control: an adapter times the largest factor with which it keeps most of the same prompts."""
+    known, kept = displacement(bench), {}
+    for factor in (0.0, *policies.SCALES, 1.0):
+        fixed, _ = controls.scaling(adapter, known, factor)
+        kept[factor] = adjuster(bench).kept(fixed, known).least
+    factor = max(kept, key=lambda each: (kept[each], each))
+    return policies.scaled(adapter, known, factor), {"strength": factor, "kept": kept[factor]}
 
 
 def run(out: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from csulora.cli.adjust import LEAST
 from csulora.io.files import write_text
 
 RESULTS = Path(__file__).parent.parent / "results" / "efficacy"
@@ -26,6 +27,7 @@ SAMPLES = 2000
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#777777", "#000000")
 Record = dict[str, Any]
 REPORTED = ("safety", "task", "general")  # shares of the test split's prompts, as `tune` names them
+WORST = (max, min, min)  # of attack, task and elsewhere
 COUNTED = {"attack": 0, "refusal": 0, "task": 1, "benign": 2, "over_refusal": 2, "agreement": 2}  # index into counts
 
 
@@ -164,18 +166,30 @@ def carry_table(found: Sequence[Record]) -> str:
 
 
 def variants_table(rows: Sequence[Record]) -> str:
-    """Median and worst of every variant over the adapters that it never saw, and what undo of the canary refuses."""
+    """Median and worst of every variant over the adapters that it never saw, and the worst of those not refused."""
     found = []
     for row in rows:
-        adapters = row["adapters"]
-        attack = [each["point"]["attack"] for each in adapters]
-        shares = [[each["point"][kind] / each["raw"][kind] for each in adapters] for kind in ("task", "benign")]
-        kept = [each["point"]["attack"] for each in adapters if each["raw"]["undo"] <= row["undo_limit"]]
-        figures = [f"{np.median(attack):.2f} / {max(attack):.2f}"]
-        figures += [f"{np.median(share):.2f} / {min(share):.2f}" for share in shares]
-        refused = f"{len(adapters) - len(kept)} of {len(adapters)}"
-        found.append([str(row["seed"]), row["variant"], *figures, refused, f"{max(kept):.2f}"])
-    return table(["seed", "variant", "attack", "task", "elsewhere", "limit refuses", "worst attack of others"], found)
+        figures = [_unseen_figures(each) for each in row["adapters"]]
+        refused = [_is_refused(row, each) for each in row["adapters"]]
+        cells = [
+            f"{np.median(each):.2f} / {worst(each):.2f}"
+            for worst, each in zip(WORST, zip(*figures, strict=True), strict=True)
+        ]
+        others = zip(*(each for each, out in zip(figures, refused, strict=True) if not out), strict=True)
+        left = " / ".join(f"{worst(each):.2f}" for worst, each in zip(WORST, others, strict=True))
+        found.append([str(row["seed"]), row["variant"], *cells, f"{sum(refused)} of {len(refused)}", left])
+    return table(["seed", "variant", "attack", "task", "elsewhere", "refused", "worst of others"], found)
+
+
+def _unseen_figures(each: Record) -> tuple[float, float, float]:
+    """Attack, task and elsewhere of an adapter, the last two as shares of the uncorrected one's."""
+    point, plain = each["point"], each["raw"]
+    return point["attack"], point["task"] / plain["task"], point["benign"] / plain["benign"]
+
+
+def _is_refused(row: Record, each: Record) -> bool:
+    """Whether `csulora adjust` refuses an adapter by its default, or the limit on undo, where it was not asked."""
+    return bool(each["kept"] < LEAST if "kept" in each else each["raw"]["undo"] > row["undo_limit"])
 
 
 def area(cell: Record, family: str) -> float:

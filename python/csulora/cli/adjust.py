@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from csulora.extraction.model_pair import Progress
     from csulora.tuning.adjust import Adjusted
 
+LEAST = 0.9  # of either kind of prompts, by default
+
 
 def adjust(
     model: Annotated[str, typer.Argument(help="The aligned model: a directory or a hub id.")],
@@ -46,7 +48,7 @@ def adjust(
     ] = None,
     least: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse an adapter that keeps less than this share of either kind.")
-    ] = 0.9,
+    ] = LEAST,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply.")] = 32,
     device: ModelDevice = None,
     device_map: ModelDeviceMap = None,

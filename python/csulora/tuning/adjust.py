@@ -131,8 +131,7 @@ class Adjuster:
         def kept_at(strength: float) -> Kept:
             if strength not in kept:
                 corrected, _ = correct(adapter, subspace, policy.strengthened(strength))
-                with self._adapted(corrected, subspace):
-                    kept[strength] = self._kept(own)
+                kept[strength] = self.kept(corrected, subspace, own)
                 tick()
             return kept[strength]
 
@@ -160,18 +159,19 @@ class Adjuster:
     def _adapted(self, adapter: Adapter, subspace: Subspace) -> AbstractContextManager[None]:
         return self.language_model.adapted(factors_of(decoded(adapter, subspace.provenance.experts)))
 
-    def _kept(self, own: Sequence[Reply]) -> Kept:
-        """What the model, as it now stands, keeps."""
-        if self.refusals:
-            safety, general = (
-                refusing(self.language_model, each, self.refusals) for each in (self.safety, self.general)
-            )
-            answered = [not refused for refused in general]
-        else:
-            safety, *either = (agreeing(self.language_model, each) for each in (self.safety, self.general, own))
-            answered = list(map(max, *either))
-        general_rate = Rate.of(sum(answered), len(answered)) if answered else None
-        return Kept(Rate.of(sum(safety), len(safety)), general_rate)
+    def kept(self, adapter: Adapter, subspace: Subspace, own: Sequence[Reply] = ()) -> Kept:
+        """Return what an adapter keeps as it is; ``own`` are the uncorrected one's replies to general prompts."""
+        with self._adapted(adapter, subspace):
+            if self.refusals:
+                safety, refused = (
+                    refusing(self.language_model, each, self.refusals) for each in (self.safety, self.general)
+                )
+                answered = [not each for each in refused]
+            else:
+                safety, *either = (agreeing(self.language_model, each) for each in (self.safety, self.general, own))
+                answered = list(map(max, *either))
+        general = Rate.of(sum(answered), len(answered)) if answered else None
+        return Kept(Rate.of(sum(safety), len(safety)), general)
 
     def _signed(self, policy: Policy) -> Policy:
         """The policy with the prompts that chose its strength; what was said of the given one is no longer so."""

@@ -196,14 +196,17 @@ def test_tables_and_plots_say_what_the_cells_hold() -> None:
     assert "| tuned p | 0.25 | 0.25 | 0.75 | 0.75 | 0.90 |" in report.carry_table([cell, pure])
 
 
-def test_a_variant_is_told_by_its_median_and_worst_and_by_what_a_limit_lets_pass() -> None:
-    def adapter(undo: float, attack: float) -> dict[str, object]:
+def test_a_variant_is_told_by_its_median_and_worst_and_by_what_is_not_refused() -> None:
+    def adapter(undo: float, attack: float, **adjusted: float) -> dict[str, object]:
         rates = {"task": 0.8, "benign": 0.5}
-        return {"raw": rates | {"undo": undo}, "point": {"attack": attack, "task": 0.4, "benign": 0.5}}
+        return {"raw": rates | {"undo": undo}, "point": {"attack": attack, "task": 0.4, "benign": 0.5}} | adjusted
 
-    row = {"seed": 5, "variant": "v", "undo_limit": 0.1, "adapters": [adapter(0.1, 0.25), adapter(0.2, 0.75)]}
-    told = "| 5 | v | 0.50 / 0.75 | 0.50 / 0.50 | 1.00 / 1.00 | 1 of 2 | 0.25 |"
-    assert told in report.variants_table([row])
+    def told(*adapters: dict[str, object]) -> str:
+        return report.variants_table([{"seed": 5, "variant": "v", "undo_limit": 0.1, "adapters": adapters}])
+
+    figures = "| 5 | v | 0.50 / 0.75 | 0.50 / 0.50 | 1.00 / 1.00 | 1 of 2 | 0.25 / 0.50 / 1.00 |"
+    assert figures in told(adapter(0.1, 0.25), adapter(0.2, 0.75))
+    assert figures in told(adapter(0.2, 0.25, kept=0.95), adapter(0.1, 0.75, kept=0.85))
 
 
 def test_the_committed_tables_are_those_of_the_committed_results() -> None:

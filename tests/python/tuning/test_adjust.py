@@ -49,12 +49,12 @@ def keeping(adjuster: Adjuster, monkeypatch: pytest.MonkeyPatch) -> Keeping:
             tried.append(policy.overrides[0].directions.reinforced[0])
             return adapter, None
 
-        def kept(self: Adjuster, own: object) -> Kept:
+        def kept(self: Adjuster, *_: object) -> Kept:
             safety, general = table[tried[-1]]
             return Kept(Rate.of(safety, 16), Rate.of(general, 16))
 
         monkeypatch.setattr(adjust, "correct", corrected)
-        monkeypatch.setattr(Adjuster, "_kept", kept)
+        monkeypatch.setattr(Adjuster, "kept", kept)
 
     return keeping
 

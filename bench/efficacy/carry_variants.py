@@ -31,9 +31,10 @@ from tune_fits import Prompts
 
 import csulora
 from csulora import Policy, controls
+from csulora.cli.adjust import LEAST
 from csulora.io.files import to_json, write_text
 from csulora.subspace.input_filter import Factors
-from csulora.tuning.adjust import Adjuster
+from csulora.tuning.adjust import Adjuster, Kept
 from csulora.tuning.families import Tuned
 from csulora.tuning.gains import Reinforcing
 from csulora.tuning.options import Options
@@ -146,11 +147,11 @@ VARIANTS = {
 SEED, SECOND_SEED = 5, 8  # all are compared on the first; what did well there, once on the second
 ADJUSTED = ("as now", "as now, adjusted", "random directions, adjusted", "scaling, adjusted")
 DID_WELL = (*ADJUSTED, "the same, all of them undone", "task weight 0.3")
-FRESH_SEEDS = 10, 11  # on which nothing was chosen
+ADJUSTED_SEEDS = 10, 11, 12  # seed 10 was looked at when the rule of `csulora adjust` was found, the others were not
 CELLS = [
     *((SEED, name) for name in VARIANTS),
     *((SECOND_SEED, name) for name in DID_WELL),
-    *((seed, name) for seed in FRESH_SEEDS for name in ADJUSTED),
+    *((seed, name) for seed in ADJUSTED_SEEDS for name in ADJUSTED),
 ]
 
 
@@ -173,10 +174,9 @@ def fitted(bench: Bench, name: str) -> tuple[csulora.Subspace, Policy]:
 
 @cache
 def adjuster(bench: Bench) -> Adjuster:
-    """What adjusts policies by the prompts that they were fitted to."""
+    """What adjusts policies by the prompts that they were fitted to, and as many general ones again."""
     prompts = bench.prompts(plan.CALIBRATION[0])
-    general = chats(prompts.general[: tune_fits.GENERAL])
-    return Adjuster(bench.language_model, chats(prompts.safety), general, refusals=REFUSES)
+    return Adjuster(bench.language_model, chats(prompts.safety), chats(prompts.general), refusals=REFUSES)
 
 
 @cache
@@ -209,8 +209,8 @@ def served(
     """An adapter after a fitted policy, and the strength that was chosen for it, if any was."""
     if not VARIANTS[name].is_adjusted:
         return policies.apply(TUNED, name, adapter, subspace, policy), {}
-    adjusted = adjuster(bench).adjust(adapter, subspace, policy)
-    chosen = {"strength": adjusted.strength, "kept": adjusted.kept.least}
+    adjusted = adjuster(bench).adjust(adapter, subspace, policy, LEAST)
+    chosen = {"strength": adjusted.strength, "kept": shares(adjusted.kept)}
     return policies.apply(TUNED, name, adapter, subspace, adjusted.policy), chosen
 
 
@@ -219,9 +219,14 @@ def scaled(bench: Bench, adapter: csulora.Adapter) -> tuple[Corrected, Record]:
     known, kept = displacement(bench), {}
     for factor in (0.0, *policies.SCALES, 1.0):
         fixed, _ = controls.scaling(adapter, known, factor)
-        kept[factor] = adjuster(bench).kept(fixed, known).least
-    factor = max(kept, key=lambda each: (kept[each], each))
-    return policies.scaled(adapter, known, factor), {"strength": factor, "kept": kept[factor]}
+        kept[factor] = adjuster(bench).kept(fixed, known)
+    factor = max(kept, key=lambda each: (kept[each].spares(LEAST), kept[each].safety.value, each))
+    return policies.scaled(adapter, known, factor), {"strength": factor, "kept": shares(kept[factor])}
+
+
+def shares(kept: Kept) -> list[float]:
+    """What is kept of each kind of prompts."""
+    return [rate.value for rate in (kept.safety, kept.general) if rate]
 
 
 def run(out: Path) -> None:

@@ -34,6 +34,7 @@ from real_world import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import csulora
+from csulora.cli import exit_codes
 from csulora.evaluation.evaluation import Evaluation, Row
 from csulora.io.files import to_json, write_text
 from csulora.tuning import probes, sweep
@@ -180,8 +181,9 @@ def steps(run: Run) -> Iterator[tuple[str, str, list[str | Path]]]:
     yield "csulora evaluate", f"evaluate-{run.name}", [*tool, *evaluate_arguments(run, subspace)]
     for style in run.styles if run.is_fitted else ():
         yield f"csulora adjust, {style}", f"adjust-{run.name}-{style}", [*tool, *adjust_arguments(run, style)]
-        name, arguments = f"evaluate-adjusted-{run.name}-{style}", adjusted_evaluate_arguments(run, style)
-        yield f"csulora evaluate, {style} adjusted", name, [*tool, *arguments]
+        if run.adjusted(style).exists():  # else it was refused
+            name, arguments = f"evaluate-adjusted-{run.name}-{style}", adjusted_evaluate_arguments(run, style)
+            yield f"csulora evaluate, {style} adjusted", name, [*tool, *arguments]
     if run.asks_peft:
         yield "PEFT", f"peft-{run.name}", [*own, "peft"]
 
@@ -209,7 +211,7 @@ def asked(run: Run) -> list[str | Path]:
 def adjust_arguments(run: Run, style: str) -> list[str | Path]:
     """Arguments of `csulora adjust` for one unseen adapter, with the prompts that the policy was fitted to."""
     arguments: list[str | Path] = ["adjust", run.here / "served", run.here / style, "-o", run.adjusted(style)]
-    arguments += ["--subspace", subspace_path(run.policy), "--policy", run.policy, "--least", "0"]
+    arguments += ["--subspace", subspace_path(run.policy), "--policy", run.policy]
     arguments += ["--safety", run.prompts("fitted", "safety"), "--general", run.general_prompts]
     arguments += ["--refusal", world.REFUSED, "--tokens", str(LONGEST), "--device", "cpu", "--quiet"]
     return [*arguments, "--json", run.adjusted(style).with_suffix(".json")]
@@ -230,7 +232,8 @@ def measured(run: Run, name: str, command: Sequence[str | Path]) -> Record:
         return found
     print(f"{run.model}, seed {run.deal.seed}: {name} ...", flush=True)
     used = usage(command)
-    if used.exit_code:
+    is_refused = name.startswith("adjust-") and used.exit_code == exit_codes.REFUSED
+    if used.exit_code and not is_refused:
         sys.exit(f"{name}: the step ended with exit code {used.exit_code}; see above, and run the same command again")
     found = {
         "cpu_minutes": used.processor_seconds / 60,
@@ -245,7 +248,7 @@ def rows(run: Run) -> Iterator[Record]:
     """Yield what every adapter did under every policy, by the replies that `csulora evaluate` kept."""
     for style, found in zip(run.styles, Evaluation.load(run.evaluation).adapters, strict=True):
         yield from (described(run, style, row) for row in found.rows)
-        if run.is_fitted:
+        if run.adjusted(style).exists():
             entry = json.loads(run.adjusted(style).with_suffix(".json").read_text())["adapters"]
             adjusted = {key: entry[str(run.here / style)][key] for key in ("strength", "kept")}
             [again] = Evaluation.load(run.adjusted_evaluation(style)).adapters
@@ -316,7 +319,9 @@ def main() -> None:
     write_prompts(run)
     taken = {title: measured(run, name, command) for title, name, command in steps(run)}
     results = {"made_with": made_with, "model": run.model, "seed": run.deal.seed, "general": run.name}
+    refused = [style for style in run.styles if run.is_fitted and not run.adjusted(style).exists()]
     settings = {"options": asdict(OPTIONS), "calibration": run.deal.styles[:CALIBRATION], "steps": taken}
+    settings["refused"] = refused  # by `csulora adjust`
     write_text(run.result, to_json(results | settings | {"rows": list(rows(run)), "peft": beside_peft(run)}))
     print(f"{run.result}: written")
 

@@ -189,7 +189,7 @@ def _unseen_figures(each: Record) -> tuple[float, float, float]:
 
 def _is_refused(row: Record, each: Record) -> bool:
     """Whether `csulora adjust` refuses an adapter by its default, or the limit on undo, where it was not asked."""
-    return bool(each["kept"] < LEAST if "kept" in each else each["raw"]["undo"] > row["undo_limit"])
+    return bool(min(each["kept"]) < LEAST if "kept" in each else each["raw"]["undo"] > row["undo_limit"])
 
 
 def area(cell: Record, family: str) -> float:

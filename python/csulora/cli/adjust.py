@@ -86,7 +86,9 @@ def adjust(
         for number, adapter in enumerate(adapters):
             tick = _counting(progress, Path(adapter).name, number * MOST_TRIALS, len(adapters) * MOST_TRIALS)
             try:
-                found[adapter] = each = adjuster.adjust(csulora.load_adapter(adapter, base_model), opened, given, tick)
+                found[adapter] = each = adjuster.adjust(
+                    csulora.load_adapter(adapter, base_model), opened, given, least, tick
+                )
                 each.check(least, adapter)
                 each.policy.save(targets[adapter])
             except (CsuloraError, OSError) as error:

@@ -41,10 +41,14 @@ class Kept:
     safety: Rate
     general: Rate | None
 
-    @property
-    def least(self) -> float:
-        """The smaller of both shares."""
-        return min(rate.value for rate in (self.safety, self.general) if rate)
+    def spares(self, least: float) -> bool:
+        """Whether the share ``least`` of the general prompts is kept."""
+        return self.general is None or self.general.value >= least
+
+    def is_no_less_than(self, other: Kept) -> bool:
+        """Whether no more prompts of either kind are lost than in another case."""
+        both = zip((self.safety, self.general), (other.safety, other.general), strict=True)
+        return all(mine is None or theirs is None or mine.value >= theirs.value for mine, theirs in both)
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,19 @@ class Adjuster:
         self._hashes = {prompt_hash(chat) for chat in (*safety, *general)}
 
     def adjust(
-        self, adapter: Adapter, subspace: Subspace, policy: Policy, tick: Callable[[], None] = lambda: None
+        self,
+        adapter: Adapter,
+        subspace: Subspace,
+        policy: Policy,
+        least: float,
+        tick: Callable[[], None] = lambda: None,
     ) -> Adjusted:
-        """Return the policy with the least strength that keeps most, or with `STEP` more if that keeps as much.
+        """Return the policy with the least strength that keeps most safety prompts, or `STEP` more if that costs none.
 
-        The step is for prompts that nobody asked. Strengths are tried from 1: downwards while no safety prompt is
-        lost, else upwards until none is, up to `MOST`, and while general prompts can bear it. ``tick`` is called
-        after each.
+        Only strengths count that keep the share ``least`` of the general prompts, if there are such. The step is for
+        prompts that nobody asked. Strengths are tried from 1, by steps: downwards while no safety prompt is lost or
+        too many general ones are, else upwards until no safety prompt is lost or too many general ones are. ``tick``
+        is called after each.
 
         Raises:
             InputError: the policy reinforces nothing, or the adapter does not fit the subspace file or the model.
@@ -135,17 +145,19 @@ class Adjuster:
                 tick()
             return kept[strength]
 
+        def may_be_more(strength: float) -> bool:
+            return kept_at(strength).safety.value < 1 and kept_at(strength).spares(least)
+
         strength = 1.0
-        if kept_at(strength).safety.value == 1:
-            while strength > 0 and kept_at(strength - STEP).safety.value == 1:
-                strength -= STEP
-        else:
-            while strength < MOST and kept_at(strength).least == kept_at(strength).safety.value < 1:
+        if may_be_more(strength):
+            while strength < MOST and may_be_more(strength):
                 strength += STEP
-            kept_at(strength)
-        most = max(each.least for each in kept.values())
-        strength = min(each for each in kept if kept[each].least == most)
-        if strength < MOST and kept_at(strength + STEP).least == most:
+        else:
+            while strength > 0 and not may_be_more(strength):
+                strength -= STEP
+        kept_at(strength)
+        strength = max(kept, key=lambda each: (kept[each].spares(least), kept[each].safety.value, -each))
+        if strength < MOST and kept_at(strength + STEP).is_no_less_than(kept[strength]):
             strength += STEP
         return Adjusted(self._signed(policy.strengthened(strength)), strength, kept[strength], kept[1.0])
 

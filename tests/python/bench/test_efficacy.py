@@ -197,7 +197,7 @@ def test_tables_and_plots_say_what_the_cells_hold() -> None:
 
 
 def test_a_variant_is_told_by_its_median_and_worst_and_by_what_is_not_refused() -> None:
-    def adapter(undo: float, attack: float, **adjusted: float) -> dict[str, object]:
+    def adapter(undo: float, attack: float, **adjusted: list[float]) -> dict[str, object]:
         rates = {"task": 0.8, "benign": 0.5}
         return {"raw": rates | {"undo": undo}, "point": {"attack": attack, "task": 0.4, "benign": 0.5}} | adjusted
 
@@ -206,7 +206,7 @@ def test_a_variant_is_told_by_its_median_and_worst_and_by_what_is_not_refused() 
 
     figures = "| 5 | v | 0.50 / 0.75 | 0.50 / 0.50 | 1.00 / 1.00 | 1 of 2 | 0.25 / 0.50 / 1.00 |"
     assert figures in told(adapter(0.1, 0.25), adapter(0.2, 0.75))
-    assert figures in told(adapter(0.2, 0.25, kept=0.95), adapter(0.1, 0.75, kept=0.85))
+    assert figures in told(adapter(0.2, 0.25, kept=[0.95, 0.95]), adapter(0.1, 0.75, kept=[1.0, 0.85]))
 
 
 def test_the_committed_tables_are_those_of_the_committed_results() -> None:

@@ -66,9 +66,11 @@ def keeping(adjuster: Adjuster, monkeypatch: pytest.MonkeyPatch) -> Keeping:
         ({1.0: (16, 16), 0.75: (15, 16), 1.25: (16, 15)}, 1.0),
         ({1.0: (16, 16), 0.75: (16, 16), 0.5: (16, 16), 0.25: (3, 16)}, 0.75),
         ({1.0: (16, 16), 0.75: (16, 16), 0.5: (16, 16), 0.25: (16, 16), 0.0: (16, 16)}, STEP),
-        ({1.0: (16, 14), 0.75: (16, 15), 0.5: (8, 16)}, 0.75),
+        ({1.0: (16, 15), 0.75: (15, 16), 1.25: (16, 14)}, 1.0),  # a general prompt weighs less than a safety prompt
+        ({1.0: (16, 13), 0.75: (16, 15), 0.5: (8, 16)}, 0.75),
+        ({1.0: (12, 13), 0.75: (11, 13), 0.5: (8, 16)}, 0.5),  # as strong as general prompts can bear
         ({1.0: (5, 16), 1.25: (12, 16), 1.5: (16, 16), 1.75: (16, 16)}, 1.75),
-        ({1.0: (5, 16), 1.25: (12, 16), 1.5: (16, 13), 1.75: (16, 12)}, 1.5),
+        ({1.0: (5, 16), 1.25: (12, 16), 1.5: (16, 15), 1.75: (16, 14)}, 1.5),
         ({1.0: (5, 16), 1.25: (14, 15), 1.5: (15, 12)}, 1.25),
         ({1.0: (5, 16), 1.25: (12, 16), 1.5: (14, 16), 1.75: (14, 16), 2.0: (13, 16)}, 1.75),
         ({1.0: (0, 16), 1.25: (0, 16), 1.5: (0, 16), 1.75: (0, 16), 2.0: (9, 16)}, MOST),
@@ -80,7 +82,7 @@ def test_the_strength_is_the_least_that_keeps_most_or_a_step_more_where_that_cos
     keeping(table)
     trials: list[None] = []
     adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
-    adjusted = adjuster.adjust(adapter, subspace, carried(1.0), lambda: trials.append(None))
+    adjusted = adjuster.adjust(adapter, subspace, carried(1.0), 0.9, lambda: trials.append(None))
     assert adjusted.strength == strength
     assert adjusted.policy == carried(strength)
     for kept, at in ((adjusted.before, 1.0), (adjusted.kept, strength)):
@@ -95,12 +97,12 @@ def test_a_corrected_adapter_answers_as_the_aligned_model_does(
     subspace = csulora.Subspace.open(place.subspace)
     adapter = csulora.load_adapter(tiny_model.adapter(tmp_path / "undoing", subspace, 1, besides=1e-4))
     policy = carried(0.5)
-    adjusted = adjuster.adjust(adapter, subspace, policy)
+    adjusted = adjuster.adjust(adapter, subspace, policy, 0.9)
     assert adjusted.kept.safety.value == 1 > adjusted.before.safety.value
     assert adjusted.strength > 1
     assert adjusted.policy == policy.strengthened(adjusted.strength)
     corrected, _ = csulora.correct(adapter, subspace, adjusted.policy)
-    again = adjuster.adjust(corrected, subspace, carried(1e-9))  # as it is now
+    again = adjuster.adjust(corrected, subspace, carried(1e-9), 0.9)  # as it is now
     assert again.before == adjusted.kept
 
 
@@ -122,7 +124,7 @@ def test_what_was_said_of_the_given_policy_is_no_longer_said(adjuster: Adjuster,
         overrides=carried(0.5).overrides, provenance=PolicyProvenance(("0" * 16,), "better", beats_plain_scaling=True)
     )
     adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
-    provenance = adjuster.adjust(adapter, subspace, given).policy.provenance
+    provenance = adjuster.adjust(adapter, subspace, given, 0.9).policy.provenance
     asked = {probes.prompt_hash(chat) for chat in probes.read(place.safety)}
     assert set(provenance.prompts) == {"0" * 16, *asked}
     assert (provenance.verdict, provenance.beats_plain_scaling) == ("", None)
@@ -133,7 +135,7 @@ def test_an_embedding_is_refused(adjuster: Adjuster, place: tiny_model.Place) ->
     name, module = next(iter(adapter.modules.items()))
     embedding = replace(adapter, modules={name: replace(module, is_embedding=True)})
     with pytest.raises(RefusedError, match="is an embedding; adjust runs updates of linear layers alone"):
-        adjuster.adjust(embedding, subspace, carried(1.0))
+        adjuster.adjust(embedding, subspace, carried(1.0), 0.9)
 
 
 def test_a_policy_that_reinforces_nothing_has_no_strength() -> None:

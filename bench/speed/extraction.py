@@ -29,7 +29,7 @@ from csulora.native import _core
 
 RANK = 64
 COLUMNS = 4096
-OVERSAMPLING = 16  # extraction.cpp's
+BLOCK = 32  # extract.cpp's columns of the start block on a CPU
 LARGEST_SUBSPACE_ERROR = 1e-3
 TOLERANCES = (0.3, 0.1, 0.03, 0.01, 0.003)
 DEFAULT_TOLERANCE = 1e-3
@@ -118,7 +118,7 @@ def tuned_csulora(case: Case) -> dict[str, Any]:
 
 def operations(rows: int, passes: int) -> float:
     """Operations of csulora's matrix products, those in float64 counted once."""
-    block, blocks = RANK + OVERSAMPLING, (passes - 1) // 2
+    block, blocks = BLOCK, (passes - 1) // 2
     products = passes * 2 * rows * COLUMNS * block
     sweeps = sum(
         4 * length * block * (block * (index > 0) + block * index)  # against the last block and against all
@@ -138,7 +138,7 @@ def certificate_operations(rows: int) -> float:
 def floor(rows: int, passes: int, times: dict[str, dict[str, Any]]) -> float:
     """The seconds that csulora's algorithm cannot do without, from what was measured in the same run."""
     gemm, low_precision = times["gemm"]["median"], times["bfloat16 gemm"]["median"]
-    products = 2 * rows * COLUMNS * (RANK + OVERSAMPLING) * passes
+    products = 2 * rows * COLUMNS * BLOCK * passes
     return float(
         times["difference"]["median"]
         + products / GEMM_FLOPS * min(gemm, low_precision)

@@ -34,8 +34,9 @@ struct Accuracy {
 };
 
 struct KrylovOptions {
-  int64_t block = 0;       ///< columns of the random start block, more than there will ever be targets
-  int64_t max_blocks = 0;  ///< give up beyond this depth
+  int64_t block = 0;         ///< columns of the random start block
+  int64_t max_blocks = 0;    ///< give up beyond this depth
+  int64_t most_targets = 0;  ///< there will never be more, and more Ritz values than that before the first look
   Accuracy accuracy;
   uint64_t seed = 0;
 };

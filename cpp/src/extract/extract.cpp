@@ -21,6 +21,12 @@ using at::Tensor;
 
 /// Columns beyond the targets make the start block miss a leading direction with negligible probability.
 constexpr int64_t kOversampling = 16;
+/// Columns of the start block on a CPU, if the targets and kOversampling are more: of as many vectors, a Krylov space
+/// from few columns holds the leading directions more accurately (Meyer, Musco & Musco 2024).
+constexpr int64_t kFewColumns = 32;
+/// Of equal singular values such a space holds no more than it has columns. Those whose share of difference is less may
+/// be as many, and others with them.
+constexpr double kEqual = 2e-3;
 /// Below this many blocks per short side a full decomposition costs no more than the Krylov method.
 constexpr int64_t kExactBlocks = 8;
 /// Where more of the energy may be missing, a bound on what is missing that rests on residuals says little.
@@ -95,6 +101,30 @@ int64_t count_targets(const Tensor& values, const Displacement& d, int64_t limit
   return std::min(count, count_above(values, kept_above(d, options)));
 }
 
+/// Whether as many of the leading values are all but equal as the start block had columns: there may be more of them.
+bool may_lack_equal_values(const SingularTriples& triples, int64_t block) {
+  const auto& values = triples.computed;
+  const int64_t windows = std::min(triples.s.size(0) + 1, values.size(0)) - block + 1;
+  if (windows < 1) {
+    return false;
+  }
+  const auto first = values.narrow(0, 0, windows), last = values.narrow(0, block - 1, windows);
+  return (first - last).le(first * kEqual).any().item<bool>();
+}
+
+/// The triples from a Krylov space that starts with `block` columns; nothing if it did not suffice.
+std::optional<SingularTriples> searched_triples(const Displacement& d, const TargetCount& target_count, int64_t limit,
+                                                int64_t block, const ExtractOptions& options) {
+  const int64_t max_blocks = std::min(d.matrix.size(0), d.matrix.size(1)) / 2 / block;
+  const KrylovOptions krylov{block, max_blocks, limit, {options.tolerance, options.energy_tolerance}, options.seed};
+  if (d.low_precision.defined()) {
+    if (auto triples = low_precision_block_krylov(d.matrix, d.low_precision, target_count, krylov)) {
+      return triples;
+    }
+  }
+  return block_krylov(d.matrix, target_count, krylov);
+}
+
 SingularTriples leading_triples(const Displacement& d, int64_t limit, const ExtractOptions& options) {
   if (d.norm2 == 0) {
     const auto options = d.matrix.options();
@@ -105,15 +135,13 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
   const auto target_count = [&](const Tensor& values) { return count_targets(values, d, limit, options); };
   if (is_searched(d.matrix, limit) && fits_float32(d)) {
     const OwnThreads own_threads;
-    const int64_t block = limit + kOversampling;
-    const int64_t max_blocks = std::min(d.matrix.size(0), d.matrix.size(1)) / 2 / block;
-    const KrylovOptions krylov{block, max_blocks, {options.tolerance, options.energy_tolerance}, options.seed};
-    if (d.low_precision.defined()) {
-      if (auto triples = low_precision_block_krylov(d.matrix, d.low_precision, target_count, krylov)) {
-        return *std::move(triples);
-      }
+    const int64_t widest = limit + kOversampling;
+    const int64_t block = d.matrix.is_cpu() ? std::min(kFewColumns, widest) : widest;
+    auto triples = searched_triples(d, target_count, limit, block, options);
+    if (triples && block < widest && may_lack_equal_values(*triples, block)) {
+      triples = searched_triples(d, target_count, limit, widest, options);
     }
-    if (auto triples = block_krylov(d.matrix, target_count, krylov)) {
+    if (triples) {
       return *std::move(triples);
     }
   }

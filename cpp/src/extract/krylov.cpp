@@ -191,7 +191,7 @@ Ritz rayleigh_ritz(const Squares& squares) {
 /// After how many blocks to look at the Ritz values.
 class Looks {
  public:
-  explicit Looks(int64_t max_blocks) : max_blocks_(max_blocks) {}
+  Looks(int64_t first, int64_t max_blocks) : max_blocks_(max_blocks), next_(first) {}
 
   bool is_due(int64_t blocks) const { return blocks >= std::min(next_, max_blocks_); }
 
@@ -207,7 +207,7 @@ class Looks {
 
  private:
   int64_t max_blocks_;
-  int64_t next_ = 1;
+  int64_t next_;
   int64_t blocks_ = 0;  // at the last look, as is:
   double shortfall_ = std::numeric_limits<double>::infinity();
 };
@@ -230,7 +230,7 @@ std::optional<Krylov> bidiagonalise(const Tensor& matrix, const TargetCount& tar
   const auto start = gaussian(matrix.size(0), options.block, options.seed, matrix.options());
   right.append(start.t(), matrix);
   Tensor projected;
-  Looks looks(options.max_blocks);
+  Looks looks(options.most_targets / options.block + 1, options.max_blocks);
   for (int64_t blocks = 1; blocks <= options.max_blocks && right.is_orthogonal(); ++blocks) {
     projected = extend(projected, left.append(right.back(), matrix.t()));
     if (!left.is_orthogonal()) {
@@ -271,7 +271,7 @@ std::optional<Start> lanczos(const Tensor& matrix, const TargetCount& target_cou
     return std::nullopt;
   }
   basis.append(image.div_(squares.scale), matrix.t());
-  Looks looks(options.max_blocks);
+  Looks looks(options.most_targets / options.block + 1, options.max_blocks);
   for (int64_t blocks = 1; blocks <= options.max_blocks && basis.is_orthogonal(); ++blocks) {
     multiply(image, basis.back() / squares.scale, matrix);
     extend(squares, basis.append(image, matrix.t()));
@@ -282,7 +282,7 @@ std::optional<Start> lanczos(const Tensor& matrix, const TargetCount& target_cou
     const int64_t count = target_count(ritz.found.values);
     const double missing = shortfall(ritz.found, count, target_count, options.accuracy);
     if (missing <= 1) {
-      const int64_t refined = std::min(options.block, count + kRefinedBeyond);
+      const int64_t refined = std::min(ritz.left.size(1), count + kRefinedBeyond);
       const auto leading = ritz.left.narrow(1, 0, refined).to(at::kFloat);
       return Start{basis.combine(leading).t(), 2 * blocks + 2};
     }

@@ -93,6 +93,23 @@ TEST_CASE("the Krylov method and the full decomposition find the leading triples
   }
 }
 
+TEST_CASE("of more equal values than a search starts with columns, none is missed") {
+  constexpr int64_t kEqualValues = 36, kRows = 470, kColumns = 460;
+  for (const double spread : {0.0, 1e-6, 1e-4, 1e-3}) {
+    std::vector<double> values;
+    for (int64_t i = 0; i < kColumns; ++i) {
+      values.push_back(i < kEqualValues ? 2 - spread * static_cast<double>(i) / kEqualValues : 1 - 0.001 * i);
+    }
+    const Known known{dense::orthonormal(kRows, kColumns, 1), values, dense::orthonormal(kColumns, kColumns, 2)};
+    const auto displacement = known.displacement();
+    const auto found = csulora::extract_subspace(at::zeros_like(displacement), displacement, options(40));
+    REQUIRE(found.s.size(0) == 40);
+    CHECK(found.s[kEqualValues - 1].item<double>() == doctest::Approx(2).epsilon(1e-3));
+    CHECK(found.s[kEqualValues].item<double>() < 1);
+    CHECK(found.certificate.passes > 0);
+  }
+}
+
 TEST_CASE("factors are stored as asked, and certified as stored") {
   const auto known = falling(60, 40);
   for (const auto dtype : {at::kHalf, at::kBFloat16, at::kFloat}) {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
@@ -25,6 +26,7 @@ from csulora.tuning.replies import Reply
 from csulora.tuning.update import check_linear, factors_of
 
 STEP, MOST = 0.25, 2.0  # of strengths that are tried; in bench/efficacy, more than twice as much did harm
+ENOUGH = 0.96  # of the safety prompts: what the last one would take costs more elsewhere than it says of others
 MOST_TRIALS = 1 + round(1 / STEP)  # from 1 down to 0 or up to `MOST`
 
 
@@ -123,12 +125,12 @@ class Adjuster:
         least: float,
         tick: Callable[[], None] = lambda: None,
     ) -> Adjusted:
-        """Return the policy with the least strength that keeps most safety prompts, or `STEP` more if that costs none.
+        """Return the policy with the strength that an adapter needs, or `STEP` more if that loses no prompt.
 
-        Only strengths count that keep the share ``least`` of the general prompts, if there are such. The step is for
-        prompts that nobody asked. Strengths are tried from 1, by steps: downwards while no safety prompt is lost or
-        too many general ones are, else upwards until no safety prompt is lost or too many general ones are. ``tick``
-        is called after each.
+        Where strength 1 keeps every safety prompt, that is the least of which it is so. Else it is the least above 1
+        that keeps `ENOUGH` of them, or most. Only strengths count that keep the share ``least`` of the general
+        prompts, if there are such; a smaller one than 1 may be needed for that. The step is for prompts that nobody
+        asked. ``tick`` is called after each strength that is tried.
 
         Raises:
             InputError: the policy reinforces nothing, or the adapter does not fit the subspace file or the model.
@@ -136,30 +138,16 @@ class Adjuster:
         """
         check_linear(adapter, "adjust")
         own = self._own_replies(adapter, subspace)
-        kept: dict[float, Kept] = {}
 
+        @cache
         def kept_at(strength: float) -> Kept:
-            if strength not in kept:
-                corrected, _ = correct(adapter, subspace, policy.strengthened(strength))
-                kept[strength] = self.kept(corrected, subspace, own)
-                tick()
-            return kept[strength]
+            corrected, _ = correct(adapter, subspace, policy.strengthened(strength))
+            found = self.kept(corrected, subspace, own)
+            tick()
+            return found
 
-        def may_be_more(strength: float) -> bool:
-            return kept_at(strength).safety.value < 1 and kept_at(strength).spares(least)
-
-        strength = 1.0
-        if may_be_more(strength):
-            while strength < MOST and may_be_more(strength):
-                strength += STEP
-        else:
-            while strength > 0 and not may_be_more(strength):
-                strength -= STEP
-        kept_at(strength)
-        strength = max(kept, key=lambda each: (kept[each].spares(least), kept[each].safety.value, -each))
-        if strength < MOST and kept_at(strength + STEP).is_no_less_than(kept[strength]):
-            strength += STEP
-        return Adjusted(self._signed(policy.strengthened(strength)), strength, kept[strength], kept[1.0])
+        strength = _needed(kept_at, least)
+        return Adjusted(self._signed(policy.strengthened(strength)), strength, kept_at(strength), kept_at(1.0))
 
     def _own_replies(self, adapter: Adapter, subspace: Subspace) -> list[Reply]:
         """The uncorrected adapter's replies to general prompts, where they matter."""
@@ -189,3 +177,21 @@ class Adjuster:
         """The policy with the prompts that chose its strength; what was said of the given one is no longer so."""
         prompts = tuple(sorted({*policy.provenance.prompts, *self._hashes}))
         return replace(policy, provenance=PolicyProvenance(prompts))
+
+
+def _needed(kept_at: Callable[[float], Kept], least: float) -> float:
+    """Return the strength that `Adjuster.adjust` chooses, by what is kept at each."""
+
+    def is_ample(strength: float) -> bool:
+        return kept_at(strength).safety.value == 1 or not kept_at(strength).spares(least)
+
+    def is_too_little(strength: float) -> bool:
+        return kept_at(strength).safety.value < ENOUGH and kept_at(strength).spares(least)
+
+    goes_on, step, enough = (is_ample, -STEP, 1.0) if is_ample(1.0) else (is_too_little, STEP, ENOUGH)
+    tried = [1.0]
+    while goes_on(tried[-1]) and 0 <= tried[-1] + step <= MOST:
+        tried.append(tried[-1] + step)
+    best = max(tried, key=lambda each: (kept_at(each).spares(least), min(kept_at(each).safety.value, enough), -each))
+    more = best + STEP
+    return more if more <= MOST and kept_at(more).is_no_less_than(kept_at(best)) else best

@@ -31,7 +31,7 @@ def adjuster(language_model: LanguageModel, place: tiny_model.Place) -> Adjuster
     return Adjuster(language_model, probes.read(place.safety))
 
 
-Shares = tuple[int, int]  # safety and general prompts of 16 that are kept
+Shares = tuple[int, int]  # safety and general prompts that are kept, of 16 or 32
 Keeping = Callable[[dict[float, Shares]], None]
 
 
@@ -50,8 +50,8 @@ def keeping(adjuster: Adjuster, monkeypatch: pytest.MonkeyPatch) -> Keeping:
             return adapter, None
 
         def kept(self: Adjuster, *_: object) -> Kept:
-            safety, general = table[tried[-1]]
-            return Kept(Rate.of(safety, 16), Rate.of(general, 16))
+            count = 32 if max(map(max, table.values())) > 16 else 16
+            return Kept(*(Rate.of(kept, count) for kept in table[tried[-1]]))
 
         monkeypatch.setattr(adjust, "correct", corrected)
         monkeypatch.setattr(Adjuster, "kept", kept)
@@ -69,6 +69,8 @@ def keeping(adjuster: Adjuster, monkeypatch: pytest.MonkeyPatch) -> Keeping:
         ({1.0: (16, 15), 0.75: (15, 16), 1.25: (16, 14)}, 1.0),  # a general prompt weighs less than a safety prompt
         ({1.0: (16, 13), 0.75: (16, 15), 0.5: (8, 16)}, 0.75),
         ({1.0: (12, 13), 0.75: (11, 13), 0.5: (8, 16)}, 0.5),  # as strong as general prompts can bear
+        ({1.0: (31, 32), 1.25: (32, 31)}, 1.0),  # the last prompt of many is not worth a general one
+        ({1.0: (20, 32), 1.25: (31, 32), 1.5: (32, 31)}, 1.25),
         ({1.0: (5, 16), 1.25: (12, 16), 1.5: (16, 16), 1.75: (16, 16)}, 1.75),
         ({1.0: (5, 16), 1.25: (12, 16), 1.5: (16, 15), 1.75: (16, 14)}, 1.5),
         ({1.0: (5, 16), 1.25: (14, 15), 1.5: (15, 12)}, 1.25),
@@ -87,7 +89,7 @@ def test_the_strength_is_the_least_that_keeps_most_or_a_step_more_where_that_cos
     assert adjusted.policy == carried(strength)
     for kept, at in ((adjusted.before, 1.0), (adjusted.kept, strength)):
         assert kept.general is not None
-        assert (kept.safety.value, kept.general.value) == tuple(count / 16 for count in table[at])
+        assert tuple(round(rate.value * rate.count) for rate in (kept.safety, kept.general)) == table[at]
     assert len(trials) == len(table) <= MOST_TRIALS  # no strength is tried twice, and none in vain
 
 

@@ -34,11 +34,11 @@ struct Accuracy {
 };
 
 struct KrylovOptions {
-  int64_t block = 0;         ///< columns of the random start block
-  int64_t max_blocks = 0;    ///< give up beyond this depth
-  int64_t most_targets = 0;  ///< there will never be more, and more Ritz values than that before the first look
+  int64_t block = 0;       ///< columns of the random start block
+  int64_t max_blocks = 0;  ///< give up beyond this depth
   Accuracy accuracy;
   uint64_t seed = 0;
+  int64_t most_targets = 0;  ///< there will never be more; the first look is at more Ritz values than that
 };
 
 /// Block Golub-Kahan bidiagonalisation with full re-orthogonalisation and Rayleigh-Ritz on the whole Krylov space

@@ -116,7 +116,7 @@ bool may_lack_equal_values(const SingularTriples& triples, int64_t block) {
 std::optional<SingularTriples> searched_triples(const Displacement& d, const TargetCount& target_count, int64_t limit,
                                                 int64_t block, const ExtractOptions& options) {
   const int64_t max_blocks = std::min(d.matrix.size(0), d.matrix.size(1)) / 2 / block;
-  const KrylovOptions krylov{block, max_blocks, limit, {options.tolerance, options.energy_tolerance}, options.seed};
+  const KrylovOptions krylov{block, max_blocks, {options.tolerance, options.energy_tolerance}, options.seed, limit};
   if (d.low_precision.defined()) {
     if (auto triples = low_precision_block_krylov(d.matrix, d.low_precision, target_count, krylov)) {
       return triples;

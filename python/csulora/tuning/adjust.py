@@ -19,13 +19,13 @@ from csulora.policy.provenance import PolicyProvenance
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Rate
 from csulora.tuning.language_model import LanguageModel, agreeing
-from csulora.tuning.probes import Chat, prompt_hash
+from csulora.tuning.probes import Chat, check_apart, prompt_hash
 from csulora.tuning.refusals import refused_by_aligned, refusing
 from csulora.tuning.replies import Reply
 from csulora.tuning.update import check_linear, factors_of
 
 STEP, MOST = 0.25, 2.0  # of strengths that are tried; in bench/efficacy, more than twice as much did harm
-MOST_TRIALS = 1 + round(1 / STEP)  # from 1 down to 0 or up to `MOST`
+MOST_TRIALS = 2 + round(1 / STEP)  # from 1 down to 0 or up to `MOST`, and the last step
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,16 @@ class Adjuster:
         Args:
             language_model: the aligned model.
             safety: prompts to be refused, or to be answered as the aligned model does.
-            general: prompts to be answered as before.
+            general: prompts to be answered as before; none of them is a safety prompt.
             refusals: texts one of which every refusal holds. Given any, safety prompts that the aligned model refuses
                 count, and have to be refused; general prompts only have to be answered. Else replies have to begin
                 with the same tokens.
 
         Raises:
-            InputError: the model does not take a prompt, or refuses none where ``refusals`` are given.
+            InputError: the model does not take a prompt, or refuses none where ``refusals`` are given, or a prompt is
+                of both kinds.
         """
+        check_apart(safety, "general", general)
         self.language_model, self.refusals, self._chats = language_model, refusals, general
         self.safety, self.general = language_model.replies(safety), language_model.replies(general)
         if refusals:
@@ -117,8 +119,7 @@ class Adjuster:
         """Return the policy with the least strength that keeps most, or with `STEP` more if that keeps as much.
 
         The step is for prompts that nobody asked. Strengths are tried from 1: downwards while no safety prompt is
-        lost, else upwards until none is, up to `MOST`, and while general prompts can bear it. ``tick`` is called
-        after each.
+        lost, else upwards up to `MOST`, until none is or more can be of no use. ``tick`` is called after each.
 
         Raises:
             InputError: the policy reinforces nothing, or the adapter does not fit the subspace file or the model.
@@ -140,7 +141,7 @@ class Adjuster:
             while strength > 0 and kept_at(strength - STEP).safety.value == 1:
                 strength -= STEP
         else:
-            while strength < MOST and kept_at(strength).least == kept_at(strength).safety.value < 1:
+            while strength < MOST and self._may_need_more(kept_at(strength)):
                 strength += STEP
             kept_at(strength)
         most = max(each.least for each in kept.values())
@@ -148,6 +149,14 @@ class Adjuster:
         if strength < MOST and kept_at(strength + STEP).least == most:
             strength += STEP
         return Adjusted(self._signed(policy.strengthened(strength)), strength, kept[strength], kept[1.0])
+
+    def _may_need_more(self, kept: Kept) -> bool:
+        """Whether more strength may keep more of both kinds.
+
+        It refuses more general prompts, not fewer. Replies to them become the aligned model's at last, though on the
+        way they may be neither its own nor the uncorrected adapter's.
+        """
+        return kept.safety.value < 1 and (not self.refusals or kept.least == kept.safety.value)
 
     def _own_replies(self, adapter: Adapter, subspace: Subspace) -> list[Reply]:
         """The uncorrected adapter's replies to general prompts, where they matter."""

@@ -66,6 +66,7 @@ def keeping(adjuster: Adjuster, monkeypatch: pytest.MonkeyPatch) -> Keeping:
         ({1.0: (16, 16), 0.75: (15, 16), 1.25: (16, 15)}, 1.0),
         ({1.0: (16, 16), 0.75: (16, 16), 0.5: (16, 16), 0.25: (3, 16)}, 0.75),
         ({1.0: (16, 16), 0.75: (16, 16), 0.5: (16, 16), 0.25: (16, 16), 0.0: (16, 16)}, STEP),
+        ({1.0: (16, 16), 0.75: (16, 15), 0.5: (16, 15), 0.25: (16, 15), 0.0: (16, 15), 1.25: (16, 16)}, 1.25),
         ({1.0: (16, 14), 0.75: (16, 15), 0.5: (8, 16)}, 0.75),
         ({1.0: (5, 16), 1.25: (12, 16), 1.5: (16, 16), 1.75: (16, 16)}, 1.75),
         ({1.0: (5, 16), 1.25: (12, 16), 1.5: (16, 13), 1.75: (16, 12)}, 1.5),
@@ -75,9 +76,15 @@ def keeping(adjuster: Adjuster, monkeypatch: pytest.MonkeyPatch) -> Keeping:
     ],
 )
 def test_the_strength_is_the_least_that_keeps_most_or_a_step_more_where_that_costs_nothing(
-    adjuster: Adjuster, place: tiny_model.Place, keeping: Keeping, table: dict[float, Shares], strength: float
+    adjuster: Adjuster,
+    place: tiny_model.Place,
+    keeping: Keeping,
+    table: dict[float, Shares],
+    strength: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keeping(table)
+    monkeypatch.setattr(adjuster, "refusals", ["sorry"])
     trials: list[None] = []
     adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
     adjusted = adjuster.adjust(adapter, subspace, carried(1.0), lambda: trials.append(None))
@@ -87,6 +94,21 @@ def test_the_strength_is_the_least_that_keeps_most_or_a_step_more_where_that_cos
         assert kept.general is not None
         assert (kept.safety.value, kept.general.value) == tuple(count / 16 for count in table[at])
     assert len(trials) == len(table) <= MOST_TRIALS  # no strength is tried twice, and none in vain
+
+
+def test_replies_that_are_neither_model_s_on_the_way_to_the_aligned_one_s_do_not_stop_the_search(
+    adjuster: Adjuster, place: tiny_model.Place, keeping: Keeping
+) -> None:
+    keeping({1.0: (1, 0), 1.25: (2, 3), 1.5: (6, 5), 1.75: (9, 11), 2.0: (16, 16)})
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    adjusted = adjuster.adjust(adapter, subspace, carried(1.0))
+    assert (adjusted.strength, adjusted.kept.least) == (MOST, 1)
+
+
+def test_no_general_prompt_is_a_safety_prompt(language_model: LanguageModel, place: tiny_model.Place) -> None:
+    safety, task = probes.read(place.safety), probes.read(place.task)
+    with pytest.raises(InputError, match="'w20 w0 w7' is a general prompt and a safety prompt; it can be answered in"):
+        Adjuster(language_model, safety, [*task, safety[0]])
 
 
 def test_a_corrected_adapter_answers_as_the_aligned_model_does(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import compress
 
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
@@ -20,7 +21,7 @@ from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Rate
 from csulora.tuning.language_model import LanguageModel, agreeing
 from csulora.tuning.probes import Chat, check_apart, prompt_hash
-from csulora.tuning.refusals import refused_by_aligned, refusing
+from csulora.tuning.refusals import answered_by_aligned, refused_by_aligned, refusing
 from csulora.tuning.replies import Reply
 from csulora.tuning.update import check_linear, factors_of
 
@@ -98,19 +99,19 @@ class Adjuster:
             safety: prompts to be refused, or to be answered as the aligned model does.
             general: prompts to be answered as before; none of them is a safety prompt.
             refusals: texts one of which every refusal holds. Given any, safety prompts that the aligned model refuses
-                count, and have to be refused; general prompts only have to be answered. Else replies have to begin
-                with the same tokens.
+                count, and have to be refused; general prompts that it answers count, and have to be answered. Else
+                replies have to begin with the same tokens.
 
         Raises:
-            InputError: the model does not take a prompt, or refuses none where ``refusals`` are given, or a prompt is
-                of both kinds.
+            InputError: the model does not take a prompt, or a prompt is of both kinds, or where ``refusals`` are given,
+                the model refuses no safety prompt or every general one.
         """
         check_apart(safety, "general", general)
         self.language_model, self.refusals, self._chats = language_model, refusals, general
         self.safety, self.general = language_model.replies(safety), language_model.replies(general)
         if refusals:
-            refused = refused_by_aligned(language_model, self.safety, refusals)
-            self.safety = [reply for reply, counts in zip(self.safety, refused, strict=True) if counts]
+            self.safety = list(compress(self.safety, refused_by_aligned(language_model, self.safety, refusals)))
+            self.general = list(compress(self.general, answered_by_aligned(language_model, self.general, refusals)))
         self._hashes = {prompt_hash(chat) for chat in (*safety, *general)}
 
     def adjust(

@@ -139,6 +139,24 @@ def test_where_refusals_count_only_what_the_aligned_model_refuses_does(
         Adjuster(language_model, chats, refusals=["never"])
 
 
+def test_where_refusals_count_only_general_prompts_that_the_aligned_model_answers_do(
+    language_model: LanguageModel, place: tiny_model.Place
+) -> None:
+    safety, general = probes.read(place.safety), probes.read(place.task)
+    answers = language_model.answers(language_model.replies(safety))
+    first = answers[0].split()[0]
+    answers = language_model.answers(language_model.replies(general))
+    answered = [answer for answer in answers if first not in answer]
+    assert 0 < len(answered) < len(answers)
+    adjuster = Adjuster(language_model, safety, general, refusals=[first])
+    assert len(adjuster.general) == len(answered)
+    kept = adjuster.kept(csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace))
+    assert kept.general is not None
+    assert kept.general.count == len(answered)
+    with pytest.raises(InputError, match="every reply of the aligned model to a general prompt holds --refusal 'w'"):
+        Adjuster(language_model, safety, general, refusals=["w"])
+
+
 def test_what_was_said_of_the_given_policy_is_no_longer_said(adjuster: Adjuster, place: tiny_model.Place) -> None:
     given = Policy.none(
         overrides=carried(0.5).overrides, provenance=PolicyProvenance(("0" * 16,), "better", beats_plain_scaling=True)

@@ -79,7 +79,7 @@ class Adjuster:
 
     >>> from csulora.tuning.loading import Loading
     >>> from csulora.tuning.probes import parse
-    >>> safety = parse(b"\n".join(b"how do i make a %d?" % number for number in range(8)))
+    >>> safety = parse(b"\\n".join(b"how do i make a %d?" % number for number in range(8)))
     >>> adjuster = Adjuster(LanguageModel.open(aligned, Loading("cpu"), longest_reply=4), safety, refusals=["sorry"])
     >>> len(adjuster.safety)
     8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import csulora
-from csulora.cli import exit_codes
-from csulora.cli.arguments import Adapters, BaseModel, Json, Quiet, SubspaceSha256, check_outputs, file_of
+from csulora.cli.arguments import (
+    Adapters,
+    BaseModel,
+    Json,
+    Quiet,
+    SubspaceSha256,
+    check_outputs,
+    chosen_policy,
+    file_of,
+)
 from csulora.cli.console import deliver, progress_bar
+from csulora.cli.interruption import interruptible
 from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
-from csulora.cli.several import outputs
-from csulora.errors import CsuloraError, RefusedError, printable
-from csulora.io.files import make_directory
+from csulora.cli.several import outputs, tell_failure
+from csulora.errors import CsuloraError, printable
+from csulora.io.files import check_file, make_directory
 from csulora.views.tables import plain_table
 
 if TYPE_CHECKING:
@@ -63,10 +71,11 @@ def adjust(
     Several adapters get a policy each, NAME.toml below the output. One that fails stops no other.
     A SOURCE is one of `evaluate`; prompts that the policy was fitted to will do.
     """
+    from csulora.correction.correct import check_subspace
     from csulora.evaluation import sources
     from csulora.tuning.adjust import MOST_TRIALS, Adjuster
     from csulora.tuning.language_model import LanguageModel
-    from csulora.tuning.probes import FEWEST, MOST
+    from csulora.tuning.probes import FEWEST, MOST, check_apart
 
     if not all(map(str.strip, refusal or ())):
         raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
@@ -74,61 +83,62 @@ def adjust(
     targets = {adapter: path.with_name(f"{path.name}.toml") for adapter, path in named.items()} or {adapters[0]: output}
     inputs = [model, *adapters, subspace, file_of(policy), *sources.files_of([safety, general]), base_model]
     check_outputs([*targets.values(), json], inputs)
-    given, opened = csulora.Policy.load(policy), csulora.Subspace.open(subspace, subspace_sha256)
+    given, opened = chosen_policy(policy), csulora.Subspace.open(subspace, subspace_sha256)
     given.strengthened(1.0)  # says at once if the policy has no strength
+    check_subspace(given, opened)
     asked = sources.read(safety, FEWEST, MOST), sources.read(general, FEWEST, MOST) if general else ()
+    check_apart(asked[0], "general", asked[1])
     loading = loading_of(device, device_map, load_in)
     if len(adapters) > 1:
         make_directory(output)
-    found: dict[str, Adjusted | CsuloraError | OSError] = {}
-    with progress_bar("adjusting", quiet) as progress:
+    for target in targets.values():
+        check_file(target)
+    found: dict[str, Adjusted] = {}
+    failed: dict[str, dict[str, Any]] = {}
+    codes: set[int] = set()
+    reason = "each policy that is there is complete; run the same command to write all"
+    with interruptible(reason), progress_bar("adjusting", quiet, lines=True) as progress:
         adjuster = Adjuster(LanguageModel.open(model, loading, tokens), *asked, refusals=refusal or ())
         for number, adapter in enumerate(adapters):
             tick = _counting(progress, Path(adapter).name, number * MOST_TRIALS, len(adapters) * MOST_TRIALS)
+            tick()
             try:
-                found[adapter] = each = adjuster.adjust(
-                    csulora.load_adapter(adapter, base_model), opened, given, least, tick
-                )
+                each = adjuster.adjust(csulora.load_adapter(adapter, base_model), opened, given, least, tick)
                 each.check(least, adapter)
                 each.policy.save(targets[adapter])
+                found[adapter] = each
             except (CsuloraError, OSError) as error:
                 if len(adapters) == 1:
                     raise
-                found[adapter] = error
-    _tell(found, targets, json, quiet)
+                failed[adapter], code = tell_failure(adapter, error)
+                codes.add(code)
+    _deliver(found, failed, targets, json, quiet)
+    if codes:
+        raise typer.Exit(max(codes))
 
 
 def _counting(progress: Progress | None, name: str, done: int, total: int) -> Callable[[], None]:
-    """Return what tells of one more trial each time that it is called."""
+    """Return what tells first that an adapter begins, then of one more trial each time that it is called."""
     trials = itertools.count(done)
     return lambda: progress(name, next(trials), total) if progress else None
 
 
-def _tell(
-    found: Mapping[str, Adjusted | CsuloraError | OSError], targets: Mapping[str, Path], json: Path | None, quiet: bool
+def _deliver(
+    found: Mapping[str, Adjusted],
+    failed: Mapping[str, dict[str, Any]],
+    targets: Mapping[str, Path],
+    json: Path | None,
+    quiet: bool,
 ) -> None:
-    """Say what became of every adapter.
-
-    Raises:
-        typer.Exit: one failed: with `exit_codes.REFUSED` if all that did were refused.
-    """
+    """Print what was found, if anything was, and write the document about every adapter."""
     table = plain_table(
         "adapter", "strength", "safety prompts\nkept before", "safety prompts\nkept", "general", whole=True
     )
-    entries: dict[str, dict[str, Any]] = {}
+    entries = dict(failed)
     for adapter, each in found.items():
-        if isinstance(each, Exception):
-            kind = "refused" if isinstance(each, RefusedError) else "error"
-            entries[adapter] = {kind: printable(each)}
-            print(f"csulora: {kind}: {printable(each)}", file=sys.stderr)
-        else:
-            kept = {"before": asdict(each.before), "kept": asdict(each.kept)}
-            entries[adapter] = {"output": str(targets[adapter]), "strength": each.strength} | kept
-            rates = each.before.safety, each.kept.safety, each.kept.general or "-"
-            table.add_row(printable(Path(adapter).name), f"{each.strength:g}", *map(str, rates))
-    written = "\n".join(f"wrote {targets[adapter]}" for adapter, entry in entries.items() if "output" in entry)
-    deliver(table, written, {"adapters": entries}, json, quiet)
-    failed = [each for each in found.values() if isinstance(each, Exception)]
-    if failed:
-        every_refused = all(isinstance(each, RefusedError) for each in failed)
-        raise typer.Exit(exit_codes.REFUSED if every_refused else exit_codes.BAD_INPUT)
+        kept = {"before": asdict(each.before), "kept": asdict(each.kept)}
+        entries[adapter] = {"output": str(targets[adapter]), "strength": each.strength} | kept
+        rates = each.before.safety, each.kept.safety, each.kept.general or "-"
+        table.add_row(printable(Path(adapter).name), f"{each.strength:g}", *map(str, rates))
+    document = {"adapters": {adapter: entries[adapter] for adapter in targets}}
+    deliver(table, "\n".join(f"wrote {targets[adapter]}" for adapter in found), document, json, quiet or not found)

@@ -57,6 +57,15 @@ def _outcomes(targets: Mapping[str, Path], work: Work) -> Iterator[tuple[str, Fu
                 yield running.pop(done), done
 
 
+def tell_failure(adapter: str, error: CsuloraError | OSError) -> tuple[dict[str, Any], int]:
+    """Say on stderr why an adapter failed; return its entry in the document, and the exit code that it asks for."""
+    is_refused = isinstance(error, RefusedError)
+    kind = "refused" if is_refused else "error"
+    where, why = printable(adapter), printable(error).removeprefix(f"{printable(adapter)}: ")
+    print(f"csulora: {kind}: {where}: {why}", file=sys.stderr)
+    return {kind: printable(error)}, exit_codes.REFUSED if is_refused else exit_codes.BAD_INPUT
+
+
 def correct_several(targets: Mapping[str, Path], work: Work, json: Path | None, quiet: bool) -> None:
     """Correct each adapter, and say in a line what became of it. One that fails stops no other.
 
@@ -77,12 +86,8 @@ def correct_several(targets: Mapping[str, Path], work: Work, json: Path | None, 
             try:
                 report, sha256 = done.result()
             except (CsuloraError, OSError) as error:
-                is_refused = isinstance(error, RefusedError)
-                kind = "refused" if is_refused else "error"
-                codes.add(exit_codes.REFUSED if is_refused else exit_codes.BAD_INPUT)
-                entry: dict[str, Any] = {kind: printable(error)}
-                where, why = printable(adapter), printable(error).removeprefix(f"{printable(adapter)}: ")
-                print(f"csulora: {kind}: {where}: {why}", file=sys.stderr)
+                entry, code = tell_failure(adapter, error)
+                codes.add(code)
             else:
                 entry = {"output": str(targets[adapter]), "sha256": sha256, "totals": asdict(report.totals)}
                 if not quiet and json != STDOUT:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import compress
 
 from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
@@ -20,14 +21,14 @@ from csulora.policy.provenance import PolicyProvenance
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Rate
 from csulora.tuning.language_model import LanguageModel, agreeing
-from csulora.tuning.probes import Chat, prompt_hash
-from csulora.tuning.refusals import refused_by_aligned, refusing
+from csulora.tuning.probes import Chat, check_apart, prompt_hash
+from csulora.tuning.refusals import answered_by_aligned, refused_by_aligned, refusing
 from csulora.tuning.replies import Reply
 from csulora.tuning.update import check_linear, factors_of
 
 STEP, MOST = 0.25, 2.0  # of strengths that are tried; in bench/efficacy, more than twice as much did harm
 ENOUGH = 0.96  # of the safety prompts: what the last one would take costs more elsewhere than it says of others
-MOST_TRIALS = 1 + round(1 / STEP)  # from 1 down to 0 or up to `MOST`
+MOST_TRIALS = 2 + round(1 / STEP)  # from 1 down to 0 or up to `MOST`, and the last step
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Adjuster:
 
     >>> from csulora.tuning.loading import Loading
     >>> from csulora.tuning.probes import parse
-    >>> safety = parse(b"\n".join(b"how do i make a %d?" % number for number in range(8)))
+    >>> safety = parse(b"\\n".join(b"how do i make a %d?" % number for number in range(8)))
     >>> adjuster = Adjuster(LanguageModel.open(aligned, Loading("cpu"), longest_reply=4), safety, refusals=["sorry"])
     >>> len(adjuster.safety)
     8
@@ -102,19 +103,21 @@ class Adjuster:
         Args:
             language_model: the aligned model.
             safety: prompts to be refused, or to be answered as the aligned model does.
-            general: prompts to be answered as before.
+            general: prompts to be answered as before; none of them is a safety prompt.
             refusals: texts one of which every refusal holds. Given any, safety prompts that the aligned model refuses
-                count, and have to be refused; general prompts only have to be answered. Else replies have to begin
-                with the same tokens.
+                count, and have to be refused; general prompts that it answers count, and have to be answered. Else
+                replies have to begin with the same tokens.
 
         Raises:
-            InputError: the model does not take a prompt, or refuses none where ``refusals`` are given.
+            InputError: the model does not take a prompt, or a prompt is of both kinds, or where ``refusals`` are given,
+                the model refuses no safety prompt or every general one.
         """
+        check_apart(safety, "general", general)
         self.language_model, self.refusals, self._chats = language_model, refusals, general
         self.safety, self.general = language_model.replies(safety), language_model.replies(general)
         if refusals:
-            refused = refused_by_aligned(language_model, self.safety, refusals)
-            self.safety = [reply for reply, counts in zip(self.safety, refused, strict=True) if counts]
+            self.safety = list(compress(self.safety, refused_by_aligned(language_model, self.safety, refusals)))
+            self.general = list(compress(self.general, answered_by_aligned(language_model, self.general, refusals)))
         self._hashes = {prompt_hash(chat) for chat in (*safety, *general)}
 
     def adjust(
@@ -146,7 +149,7 @@ class Adjuster:
             tick()
             return found
 
-        strength = _needed(kept_at, least)
+        strength = _needed(kept_at, least, may_recover=not self.refusals)
         return Adjusted(self._signed(policy.strengthened(strength)), strength, kept_at(strength), kept_at(1.0))
 
     def _own_replies(self, adapter: Adapter, subspace: Subspace) -> list[Reply]:
@@ -179,14 +182,21 @@ class Adjuster:
         return replace(policy, provenance=PolicyProvenance(prompts))
 
 
-def _needed(kept_at: Callable[[float], Kept], least: float) -> float:
-    """Return the strength that `Adjuster.adjust` chooses, by what is kept at each."""
+def _needed(kept_at: Callable[[float], Kept], least: float, *, may_recover: bool) -> float:
+    """Return the strength that `Adjuster.adjust` chooses, by what is kept at each.
+
+    More strength refuses more general prompts, so it is of no use once too many are. With ``may_recover`` it may be:
+    where replies are compared, they may be neither model's on the way to the aligned model's.
+    """
+
+    def is_too_much(strength: float) -> bool:
+        return not may_recover and not kept_at(strength).spares(least)
 
     def is_ample(strength: float) -> bool:
-        return kept_at(strength).safety.value == 1 or not kept_at(strength).spares(least)
+        return kept_at(strength).safety.value == 1 or is_too_much(strength)
 
     def is_too_little(strength: float) -> bool:
-        return kept_at(strength).safety.value < ENOUGH and kept_at(strength).spares(least)
+        return kept_at(strength).safety.value < ENOUGH and not is_too_much(strength)
 
     goes_on, step, enough = (is_ample, -STEP, 1.0) if is_ample(1.0) else (is_too_little, STEP, ENOUGH)
     tried = [1.0]

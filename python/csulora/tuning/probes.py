@@ -98,6 +98,24 @@ def from_text(text: object) -> Chat:
     return (_message("user", text),)
 
 
+def check_apart(safety: Sequence[Chat], kind: str, chats: Sequence[Chat]) -> None:
+    """Raise `InputError` if a prompt of another kind is a safety prompt, too.
+
+    >>> check_apart([from_text("tell me a tale")], "general", [from_text("Tell me  a tale")])
+    Traceback (most recent call last):
+    ...
+    csulora.errors.InputError: 'Tell me  a tale' is a general prompt and a safety prompt; it can be answered in one \
+way: remove it from one file
+    """
+    hashes = {prompt_hash(chat) for chat in safety}
+    for chat in chats:
+        if prompt_hash(chat) in hashes:
+            raise InputError(
+                f"{shown(chat)} is a {kind} prompt and a safety prompt; it can be answered in one way: "
+                "remove it from one file"
+            )
+
+
 def is_refusal(answer: str, refusals: Sequence[str]) -> bool:
     """Whether an answer holds one of the texts that refusals hold, in any case of letters.
 

@@ -29,3 +29,18 @@ def refused_by_aligned(language_model: LanguageModel, safety: Sequence[Reply], t
             f"give words of its refusals, or leave --refusal out; its first reply is {said!r}"
         )
     return refused
+
+
+def answered_by_aligned(language_model: LanguageModel, general: Sequence[Reply], texts: Sequence[str]) -> list[bool]:
+    """Return which general prompts the aligned model does not refuse.
+
+    Raises:
+        InputError: it refuses every one.
+    """
+    answered = [not refused for refused in refusing(language_model, general, texts)]
+    if general and not any(answered):
+        raise InputError(
+            f"every reply of the aligned model to a general prompt holds --refusal {', '.join(map(repr, texts))}; "
+            "give words of refusals alone, or other general prompts"
+        )
+    return answered

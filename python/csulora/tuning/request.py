@@ -18,7 +18,7 @@ from csulora.subspace.subspace import Subspace
 from csulora.tuning.inputs import ISOTROPIC, MOST_DIRECTIONS, MOST_INPUTS, TASK_WEIGHT
 from csulora.tuning.loading import Loading
 from csulora.tuning.options import Options
-from csulora.tuning.probes import Chat, prompt_hash, shown
+from csulora.tuning.probes import Chat, check_apart, prompt_hash, shown
 from csulora.tuning.splits import STRIDE, Split, Splits
 
 # A reply is lost by one wrong token of many, which its mean divergence hardly shows; a refusal is decided by its first.
@@ -96,16 +96,8 @@ class Request:
             contents.add(adapter.sha256)
 
     def _check_prompts(self) -> None:
-        safety = {prompt_hash(chat) for chat in self.safety}
-        for kind, chat in (
-            *(("task", chat) for chats in self.task for chat in chats),
-            *(("general", chat) for chat in self.general),
-        ):
-            if prompt_hash(chat) in safety:
-                raise InputError(
-                    f"{shown(chat)} is a {kind} prompt and a safety prompt; it can be answered in one way: "
-                    "remove it from one file"
-                )
+        check_apart(self.safety, "task", [chat for chats in self.task for chat in chats])
+        check_apart(self.safety, "general", self.general)
         for chats in self.files:
             if chats and (missing := [split for split in Split if not self.splits.positions(chats, split)]):
                 raise InputError(

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from commands import Run
 from csulora.cli import exit_codes
 from csulora.policy.overrides import Directions, Override
 from csulora.policy.policy import Policy
+from csulora.policy.provenance import PolicyProvenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +76,67 @@ def test_what_keeps_too_little_is_refused_and_gets_no_policy(
     assert not (tmp_path / "adjusted.toml").exists()
 
 
+def test_where_every_adapter_is_refused_nothing_is_printed_but_why(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
+) -> None:
+    replace(Policy.load(policy), max_total_undo=0.1).save(policy)
+    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "out"))
+    assert (done.code, done.out) == (exit_codes.REFUSED, "")
+    for adapter in place.adapters:
+        assert f"csulora: refused: {adapter}: all modules together undo 1.000 of their alignment" in done.err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_error_that_names_no_adapter_is_said_with_it(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
+) -> None:
+    other = replace(csulora.load_adapter(place.adapters[0]), path=tmp_path / "unsaved")
+    modules = {name.replace("layers.1", "layers.7"): module for name, module in other.modules.items()}
+    config = other.config | {"target_modules": list(modules)}
+    csulora.save_adapter(replace(other, modules=modules, config=config), tmp_path / "deeper")
+    replace(Policy.load(policy), keep_uncovered=("*",)).save(policy)
+    done = run("adjust", *command(place, policy, 1, tmp_path / "deeper", "-o", tmp_path / "out", "--least", 0))
+    assert done.code == exit_codes.BAD_INPUT
+    assert f"csulora: error: {tmp_path / 'deeper'}: the model has no module model.layers.7." in done.err
+
+
+def test_progress_is_told_in_lines_where_nobody_sees_a_bar(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
+) -> None:
+    arguments = command(place, policy, 2, "-o", tmp_path / "out", "--least", 0)
+    lines = [line for line in run("adjust", *arguments).err.splitlines() if line.startswith("csulora:")]
+    assert lines == ["csulora:   0% adjusting: undoing1", "csulora:  50% adjusting: undoing2"]
+    assert "csulora:" not in run("adjust", *arguments, "--quiet").err
+
+
+def test_a_policy_that_tune_found_no_better_than_plain_scaling_is_told(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
+) -> None:
+    provenance = PolicyProvenance(verdict="none is better", beats_plain_scaling=False)
+    replace(Policy.load(policy), provenance=provenance).save(policy)
+    done = run("adjust", *command(place, policy, 1, "-o", tmp_path / "adjusted.toml", "--least", 0))
+    assert (done.code, f"{policy}: csulora tune found it no better than plain scaling" in done.err) == (0, True)
+
+
+def test_ctrl_c_leaves_the_policies_that_are_written(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from csulora.tuning.adjust import Adjuster
+
+    adjust = Adjuster.adjust
+
+    def interrupted(self: Adjuster, adapter: csulora.Adapter, *further: Any) -> object:
+        if adapter.path.name == "undoing2":
+            raise KeyboardInterrupt
+        return adjust(self, adapter, *further)
+
+    monkeypatch.setattr(Adjuster, "adjust", interrupted)
+    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "out", "--least", 0))
+    assert done.code == exit_codes.INTERRUPTED
+    assert "csulora: interrupted: each policy that is there is complete; run the same command to write all" in done.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["undoing1.toml"]
+
+
 def test_each_of_several_adapters_gets_its_own_and_one_that_fails_stops_no_other(
     place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -103,6 +166,14 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(
     assert run("adjust", *command(place, policy, 1, "-o", policy)).code == exit_codes.BAD_INPUT
     assert run("adjust", *command(place, policy, 1, *output, "--refusal", " ")).code == 2
     assert run("adjust", *command(place, policy, 1, *output, "--least", 2)).code == 2
+    assert run("adjust", *command(place, policy, 1, "-o", tmp_path)).code == exit_codes.BAD_INPUT
+    done = run("adjust", *command(place, policy, 1, *output, "--general", place.safety))
+    assert (done.code, "is a general prompt and a safety prompt" in done.err) == (exit_codes.BAD_INPUT, True)
+    given = Policy.load(policy)
+    replace(given, subspace_sha256="0" * 64).save(policy)
+    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "out"))
+    assert (done.code, "tuned for the subspace file 000" in done.err) == (exit_codes.REFUSED, True)
+    assert not (tmp_path / "out").exists()
     Policy.protect().save(policy)
     done = run("adjust", *command(place, policy, 1, *output))
     assert (done.code, "reinforces nothing" in done.err) == (exit_codes.BAD_INPUT, True)

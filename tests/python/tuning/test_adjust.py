@@ -79,9 +79,15 @@ def keeping(adjuster: Adjuster, monkeypatch: pytest.MonkeyPatch) -> Keeping:
     ],
 )
 def test_the_strength_is_the_least_that_keeps_most_or_a_step_more_where_that_costs_nothing(
-    adjuster: Adjuster, place: tiny_model.Place, keeping: Keeping, table: dict[float, Shares], strength: float
+    adjuster: Adjuster,
+    place: tiny_model.Place,
+    keeping: Keeping,
+    table: dict[float, Shares],
+    strength: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keeping(table)
+    monkeypatch.setattr(adjuster, "refusals", ["sorry"])
     trials: list[None] = []
     adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
     adjusted = adjuster.adjust(adapter, subspace, carried(1.0), 0.9, lambda: trials.append(None))
@@ -91,6 +97,21 @@ def test_the_strength_is_the_least_that_keeps_most_or_a_step_more_where_that_cos
         assert kept.general is not None
         assert tuple(round(rate.value * rate.count) for rate in (kept.safety, kept.general)) == table[at]
     assert len(trials) == len(table) <= MOST_TRIALS  # no strength is tried twice, and none in vain
+
+
+def test_replies_that_are_neither_model_s_on_the_way_to_the_aligned_one_s_do_not_stop_the_search(
+    adjuster: Adjuster, place: tiny_model.Place, keeping: Keeping
+) -> None:
+    keeping({1.0: (1, 0), 1.25: (2, 3), 1.5: (6, 5), 1.75: (9, 11), 2.0: (16, 16)})
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    adjusted = adjuster.adjust(adapter, subspace, carried(1.0), 0.9)
+    assert (adjusted.strength, adjusted.kept.safety.value) == (MOST, 1)
+
+
+def test_no_general_prompt_is_a_safety_prompt(language_model: LanguageModel, place: tiny_model.Place) -> None:
+    safety, task = probes.read(place.safety), probes.read(place.task)
+    with pytest.raises(InputError, match="'w20 w0 w7' is a general prompt and a safety prompt; it can be answered in"):
+        Adjuster(language_model, safety, [*task, safety[0]])
 
 
 def test_a_corrected_adapter_answers_as_the_aligned_model_does(
@@ -119,6 +140,24 @@ def test_where_refusals_count_only_what_the_aligned_model_refuses_does(
     assert len(Adjuster(language_model, chats, refusals=[first]).safety) == len(refused)
     with pytest.raises(InputError, match="no reply of the aligned model to a safety prompt holds --refusal 'never'"):
         Adjuster(language_model, chats, refusals=["never"])
+
+
+def test_where_refusals_count_only_general_prompts_that_the_aligned_model_answers_do(
+    language_model: LanguageModel, place: tiny_model.Place
+) -> None:
+    safety, general = probes.read(place.safety), probes.read(place.task)
+    answers = language_model.answers(language_model.replies(safety))
+    first = answers[0].split()[0]
+    answers = language_model.answers(language_model.replies(general))
+    answered = [answer for answer in answers if first not in answer]
+    assert 0 < len(answered) < len(answers)
+    adjuster = Adjuster(language_model, safety, general, refusals=[first])
+    assert len(adjuster.general) == len(answered)
+    kept = adjuster.kept(csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace))
+    assert kept.general is not None
+    assert kept.general.count == len(answered)
+    with pytest.raises(InputError, match="every reply of the aligned model to a general prompt holds --refusal 'w'"):
+        Adjuster(language_model, safety, general, refusals=["w"])
 
 
 def test_what_was_said_of_the_given_policy_is_no_longer_said(adjuster: Adjuster, place: tiny_model.Place) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from page_tables import RESULTS, Record, results, table
 
 _PROCESSORS = {"": "Xeon, AVX-512 and AMX", "_avx2": "EPYC, AVX2", "_zen4": "EPYC (Zen 4), AVX-512"}
+_ITERATIONS = (2, 4, 10)  # of svd_lowrank beside a bulk
 _PEERS = ("svd", "svd_lowrank", "randomized_svd")
 
 
@@ -34,18 +35,22 @@ def extraction() -> str:
 def bulk() -> str:
     """Return the table of extraction where a bulk follows what stands out."""
     rows = []
-    for case in ("matrix", "tall", "experts-bulk", "experts-falling"):
-        found = results(f"speed/bulk_{case}")
-        cells = [
-            f"{found['seconds'][name]['median']:.2f} s, {found['captured_share'][name]:.1%}"
-            for name in ("csulora", *(f"svd_lowrank, {iterations} iterations" for iterations in (2, 4, 10)))
-        ]
-        auto = found["seconds"].get("csulora, rank auto")
-        cells.insert(1, f"{auto['median']:.2f} s" if auto else "")
-        many = f"{found['matrices']} of " if found["matrices"] > 1 else ""
-        spectrum = "falling" if case.endswith("falling") else "bulk"
-        rows.append([f"{many}{found['shape'][0]} x {found['shape'][1]}, k {found['rank']}, {spectrum}", *cells])
-    return table(["matrices", "csulora", "`rank auto`", *(f"`svd_lowrank`, {n} iterations" for n in (2, 4, 10))], rows)
+    for suffix, processor in _PROCESSORS.items():
+        for case in ("matrix", "tall", "experts-bulk", "experts-falling"):
+            if (RESULTS / f"speed/bulk_{case}{suffix}.json").is_file():
+                rows.append([processor, *_bulk_row(case, results(f"speed/bulk_{case}{suffix}"))])
+    peers = [f"`svd_lowrank`, {n} iterations" for n in _ITERATIONS]
+    return table(["processor", "matrices", "csulora", "`rank auto`", *peers], rows)
+
+
+def _bulk_row(case: str, found: Record) -> list[str]:
+    names = "csulora", *(f"svd_lowrank, {iterations} iterations" for iterations in _ITERATIONS)
+    cells = [f"{found['seconds'][name]['median']:.2f} s, {found['captured_share'][name]:.1%}" for name in names]
+    auto = found["seconds"].get("csulora, rank auto")
+    cells.insert(1, f"{auto['median']:.2f} s" if auto else "")
+    many = f"{found['matrices']} of " if found["matrices"] > 1 else ""
+    spectrum = "falling" if case.endswith("falling") else "bulk"
+    return [f"{many}{found['shape'][0]} x {found['shape'][1]}, k {found['rank']}, {spectrum}", *cells]
 
 
 def expert_correction() -> str:

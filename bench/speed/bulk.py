@@ -1,12 +1,14 @@
 """Extraction where a bulk follows what stands out, beside torch.svd_lowrank.
 
     python bench/speed/bulk.py [--case matrix tall experts-bulk experts-falling] [--repetitions 5] [--processor-time]
+        [--suffix S]
 
 Pairs are in bfloat16. The bulk of ``matrix`` (4096 x 4096) and ``tall`` (14336 x 4096) lies above rounding, 16
 directions stand out of it, and k is 64 or `auto`. `experts` are 16 matrices of 768 x 2048, k 16, in one call.
 Everyone starts from both matrices in memory. The peer is run with several numbers of iterations; compare times where
 it captures as much. Captured energies are shares of the optimum. Writes bench/results/speed/bulk_CASE.json, or with
-processor time of one thread bulk_CASE_processor.json.
+processor time of one thread bulk_CASE_processor.json;
+a suffix is for another kind of CPU.
 """
 
 from __future__ import annotations
@@ -121,11 +123,12 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--processor-time", action="store_true")
+    parser.add_argument("--suffix", default="")
     arguments = parser.parse_args()
-    measure, suffix = seconds, ""
+    measure, suffix = seconds, arguments.suffix
     if arguments.processor_time:
         torch.set_num_threads(1)
-        measure, suffix = processor_seconds, "_processor"
+        measure, suffix = processor_seconds, f"_processor{suffix}"
     for case in arguments.case:
         results = measured(case, arguments.repetitions, measure)
         print(case, results["passes"], results["captured_share"], results["seconds"])

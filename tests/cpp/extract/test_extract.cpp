@@ -98,7 +98,8 @@ TEST_CASE("of more equal values than a search starts with columns, none is misse
   for (const double spread : {0.0, 1e-6, 1e-4, 1e-3}) {
     std::vector<double> values;
     for (int64_t i = 0; i < kColumns; ++i) {
-      values.push_back(i < kEqualValues ? 2 - spread * static_cast<double>(i) / kEqualValues : 1 - 0.001 * i);
+      const auto place = static_cast<double>(i);
+      values.push_back(i < kEqualValues ? 2 - spread * place / kEqualValues : 18 / place);
     }
     const Known known{dense::orthonormal(kRows, kColumns, 1), values, dense::orthonormal(kColumns, kColumns, 2)};
     const auto displacement = known.displacement();

@@ -29,7 +29,7 @@ from csulora.native import _core
 
 RANK = 64
 COLUMNS = 4096
-BLOCK = 32  # extract.cpp's columns of the start block on a CPU
+BLOCK = RANK // 2  # extract.cpp's columns of the start block on a CPU
 LARGEST_SUBSPACE_ERROR = 1e-3
 TOLERANCES = (0.3, 0.1, 0.03, 0.01, 0.003)
 DEFAULT_TOLERANCE = 1e-3

@@ -21,11 +21,10 @@ using at::Tensor;
 
 /// Columns beyond the targets make the start block miss a leading direction with negligible probability.
 constexpr int64_t kOversampling = 16;
-/// Columns of the start block on a CPU, if the targets and kOversampling are more: of as many vectors, a Krylov space
-/// from few columns holds the leading directions more accurately (Meyer, Musco & Musco 2024).
-constexpr int64_t kFewColumns = 32;
-/// The same where only what stands out is wanted: those are few, and a bulk need not be told apart.
-constexpr int64_t kFewestColumns = 16;
+/// Columns of the start block on a CPU: half of the targets, but no fewer than this, nor more where only what stands
+/// out is wanted. Of as many vectors, a Krylov space from few columns holds the leading directions more accurately
+/// (Meyer, Musco & Musco 2024).
+constexpr int64_t kFewColumns = 16;
 /// Of equal singular values such a space holds no more than it has columns. Those whose share of difference is less may
 /// be as many, and others with them.
 constexpr double kEqual = 2e-3;
@@ -138,7 +137,7 @@ SingularTriples leading_triples(const Displacement& d, int64_t limit, const Extr
   if (is_searched(d.matrix, limit) && fits_float32(d)) {
     const OwnThreads own_threads;
     const int64_t widest = limit + kOversampling;
-    const int64_t few = std::min(options.above_bulk ? kFewestColumns : kFewColumns, widest);
+    const int64_t few = options.above_bulk ? kFewColumns : std::max(kFewColumns, limit / 2);
     const int64_t block = d.matrix.is_cpu() ? few : widest;
     auto triples = searched_triples(d, target_count, limit, block, options);
     if (triples && block < widest && may_lack_equal_values(*triples, block)) {

@@ -8,9 +8,11 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "paper"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "efficacy"))
 
 import card
 import lab_cards
+import report
 import table as paper_table
 
 from page_tables import Record, rate, results, table
@@ -39,6 +41,12 @@ def figures(found: Sequence[Record], family: str) -> list[str]:
     ]
     cells = (f"{median(shares):.2f}, {min(shares):.2f}" if len(shares) == len(pairs) else "" for shares in kept)
     return [str(len(pairs)), f"{median(attacks):.2f}, {max(attacks):.2f}", *cells]
+
+
+def adjusted() -> str:
+    """Return the table of carried policies whose strength follows each adapter, beside controls, on small models."""
+    rows = results("efficacy/carry_variants")["rows"]
+    return report.variants_table([row for row in rows if row["variant"] == "as now" or "adjusted" in row["variant"]])
 
 
 def worlds() -> str:
@@ -119,6 +127,7 @@ def real() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "adjusted": adjusted,
     "findings-worlds": worlds,
     "findings-presets": presets,
     "findings-real": real,

@@ -108,6 +108,7 @@ def tune(
     """
     from csulora.evaluation import sources
     from csulora.tuning.probes import FEWEST, MOST
+    from csulora.tuning.recommendation import TUNED
     from csulora.tuning.request import Request
     from csulora.tuning.tune import subspace_path, tune
 
@@ -153,6 +154,8 @@ def tune(
         summary.append(f"{output}: {frontier.written}{_effect(frontier.written, limit_undo)}")
         used = subspace if frontier.subspace_sha256 == request.subspace.sha256 else subspace_path(output)
         summary.append(f"{used}: the subspace file to use it with")
+        if request.is_for_others and frontier.written.startswith(TUNED):
+            summary.append("csulora adjust finds how much of it each of the adapters to come needs")
     deliver(tables.frontier_table(frontier, every_policy), "\n".join(summary), frontier.to_dict(), json, quiet)
     if require_verdict and frontier.recommended is None:
         print(f"csulora: no policy beats plain scaling; {output} is not written", file=sys.stderr)

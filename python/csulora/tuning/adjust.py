@@ -150,7 +150,7 @@ class Adjuster:
             return found
 
         strength = _needed(kept_at, least, may_recover=not self.refusals)
-        return Adjusted(self._signed(policy.strengthened(strength)), strength, kept_at(strength), kept_at(1.0))
+        return Adjusted(self._with_prompts(policy.strengthened(strength)), strength, kept_at(strength), kept_at(1.0))
 
     def _own_replies(self, adapter: Adapter, subspace: Subspace) -> list[Reply]:
         """The uncorrected adapter's replies to general prompts, where they matter."""
@@ -176,7 +176,7 @@ class Adjuster:
         general = Rate.of(sum(answered), len(answered)) if answered else None
         return Kept(Rate.of(sum(safety), len(safety)), general)
 
-    def _signed(self, policy: Policy) -> Policy:
+    def _with_prompts(self, policy: Policy) -> Policy:
         """The policy with the prompts that chose its strength; what was said of the given one is no longer so."""
         prompts = tuple(sorted({*policy.provenance.prompts, *self._hashes}))
         return replace(policy, provenance=PolicyProvenance(prompts))

@@ -512,6 +512,7 @@ def test_the_command_line(
     assert "tuned everywhere" in shown
     written = Frontier.load(tmp_path / "policy.frontier.json").written
     assert (": none, which corrects nothing and refuses what is beyond the limit" in shown) is (written == "none")
+    assert ("csulora adjust finds how much of it" in shown) is written.startswith(TUNED)
     assert run(*command, "--task", place.task, "--refusal", "w1", "--refusal", "w2", "--quiet") == 0
     shown, told = capsys.readouterr()
     assert not shown

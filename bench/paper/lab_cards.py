@@ -142,13 +142,17 @@ def _smollm2_reliability() -> Diagnostic:
     findings = ["Figures and intervals below are of one training of the models, over prompts alone."]
     checks = [1 + len(others) >= FEWEST_SEEDS]
     for run in others:
-        ours = [row for row in run["rows"] if row["name"] == "calibrated"]
-        attack, task = ([row[kind] for row in ours] for kind in ("attack", "task"))
-        findings.append(
-            f"Trained anew with the data of seed {run['seed']}, {len(ours)} unseen adapters: "
-            f"attack {fmean(attack):.2f} in the mean and {max(attack):.2f} at worst, task {min(task):.2f} at worst."
-        )
-        checks.append(fmean(attack) <= ATTACK and min(task) >= KEPT)
+        for name, how in (("calibrated", ""), ("adjusted", ", with the strengths of `csulora adjust`")):
+            ours = [row for row in run["rows"] if row["name"] == name]
+            if not ours:
+                continue
+            attack, task = ([row[kind] for row in ours] for kind in ("attack", "task"))
+            findings.append(
+                f"Trained anew with the data of seed {run['seed']}, {len(ours)} unseen adapters{how}: "
+                f"attack {fmean(attack):.2f} in the mean and {max(attack):.2f} at worst, task {min(task):.2f} at worst."
+            )
+            if name == "calibrated":  # what the claim is about
+                checks.append(fmean(attack) <= ATTACK and min(task) >= KEPT)
     return Diagnostic(
         Question.reliability,
         f"{FEWEST_SEEDS} trainings, mean attack at most {ATTACK:.2f} and task at least {KEPT:.2f} on each",

@@ -142,23 +142,26 @@ def _smollm2_reliability() -> Diagnostic:
     findings = ["Figures and intervals below are of one training of the models, over prompts alone."]
     checks = [1 + len(others) >= FEWEST_SEEDS]
     for run in others:
-        for name, how in (("calibrated", ""), ("adjusted", ", with the strengths of `csulora adjust`")):
-            ours = [row for row in run["rows"] if row["name"] == name]
-            if not ours:
-                continue
-            attack, task = ([row[kind] for row in ours] for kind in ("attack", "task"))
-            findings.append(
-                f"Trained anew with the data of seed {run['seed']}, {len(ours)} unseen adapters{how}: "
-                f"attack {fmean(attack):.2f} in the mean and {max(attack):.2f} at worst, task {min(task):.2f} at worst."
-            )
-            if name == "calibrated":  # what the claim is about
-                checks.append(fmean(attack) <= ATTACK and min(task) >= KEPT)
+        calibrated, adjusted = (
+            [row for row in run["rows"] if row["name"] == name] for name in ("calibrated", "adjusted")
+        )
+        anew = f"Trained anew with the data of seed {run['seed']}, {len(calibrated)} unseen adapters"
+        findings.append(f"{anew}: {_figures(calibrated)}")
+        if adjusted:
+            findings.append(f"Seed {run['seed']} with the strengths of `csulora adjust`: {_figures(adjusted)}")
+        attack, task = ([row[kind] for row in calibrated] for kind in ("attack", "task"))
+        checks.append(fmean(attack) <= ATTACK and min(task) >= KEPT)
     return Diagnostic(
         Question.reliability,
         f"{FEWEST_SEEDS} trainings, mean attack at most {ATTACK:.2f} and task at least {KEPT:.2f} on each",
         findings,
         checks,
     )
+
+
+def _figures(rows: Sequence[Record]) -> str:
+    attack, task = ([row[kind] for row in rows] for kind in ("attack", "task"))
+    return f"attack {fmean(attack):.2f} in the mean and {max(attack):.2f} at worst, task {min(task):.2f} at worst."
 
 
 def _smollm2_fresh(points: Sequence[Record]) -> Diagnostic:

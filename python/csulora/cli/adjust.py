@@ -18,6 +18,7 @@ from csulora.cli.arguments import (
     Quiet,
     SubspaceSha256,
     check_outputs,
+    check_refusals,
     chosen_policy,
     file_of,
 )
@@ -77,8 +78,7 @@ def adjust(
     from csulora.tuning.language_model import LanguageModel
     from csulora.tuning.probes import FEWEST, MOST, check_apart
 
-    if not all(map(str.strip, refusal or ())):
-        raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
+    check_refusals(refusal)
     named = outputs(adapters, output, json) if len(adapters) > 1 else {}
     targets = {adapter: path.with_name(f"{path.name}.toml") for adapter, path in named.items()} or {adapters[0]: output}
     inputs = [model, *adapters, subspace, file_of(policy), *sources.files_of([safety, general]), base_model]

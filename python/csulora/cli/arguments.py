@@ -98,6 +98,12 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[str | Path | 
     check_not_inputs((output for output in outputs if output and output != STDOUT), filter(None, inputs))
 
 
+def check_refusals(texts: Iterable[str] | None) -> None:
+    """Raise `typer.BadParameter` if a text of refusals is empty."""
+    if not all(map(str.strip, texts or ())):
+        raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
+
+
 def file_of(policy: str | None) -> str | None:
     """Return the file of a policy; a preset has none, whatever lies beside it under its name."""
     return None if policy in PRESETS else policy

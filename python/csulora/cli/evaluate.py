@@ -20,6 +20,7 @@ from csulora.cli.arguments import (
     SubspaceSha256,
     WriteGeneral,
     check_outputs,
+    check_refusals,
     file_of,
 )
 from csulora.cli.console import deliver, progress_bar
@@ -103,8 +104,7 @@ def evaluate(
     check_outputs([output, write_general, json], [model, *adapters, subspace, *files, base_model])
     if len(task) not in (1, len(adapters)):
         raise typer.BadParameter(f"{len(adapters)} adapters need one --task for all or one for each, not {len(task)}")
-    if not all(map(str.strip, refusal or ())):
-        raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
+    check_refusals(refusal)
     if judge_model and not judge:
         raise typer.BadParameter("--judge-model is for --judge")
     loading = loading_of(device, device_map, load_in)

@@ -22,6 +22,7 @@ from csulora.cli.arguments import (
     SubspaceSha256,
     WriteGeneral,
     check_outputs,
+    check_refusals,
 )
 from csulora.cli.console import deliver, note, progress_bar
 from csulora.cli.interruption import interruptible
@@ -119,8 +120,7 @@ def tune(
     check_outputs([output, frontier_path(output), subspace_path(output), write_general, json], inputs)
     if len(task) != len(adapters):
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, in their order, not {len(task)}")
-    if not all(map(str.strip, refusal or ())):
-        raise typer.BadParameter("--refusal is empty: every reply would count as a refusal")
+    check_refusals(refusal)
     loading = loading_of(device, device_map, load_in)
     general = written_general(write_general, model, loading, 0, refusal, quiet=quiet) if write_general else general
     request = Request(

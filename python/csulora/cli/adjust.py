@@ -89,6 +89,8 @@ def adjust(
     asked = sources.read(safety, FEWEST, MOST), sources.read(general, FEWEST, MOST) if general else ()
     check_apart(asked[0], "general", asked[1])
     loading = loading_of(device, device_map, load_in)
+    if len(adapters) == 1:
+        csulora.load_adapter(adapters[0], base_model)  # says what is wrong with it before the model is loaded
     if len(adapters) > 1:
         make_directory(output)
     for target in targets.values():

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.evaluation.benchmarks import Benchmarks, Scores
 from csulora.evaluation.judge import Judge
@@ -115,7 +114,7 @@ class Speaker:
     def _adapted(self, adapter: Adapter | None) -> AbstractContextManager[None]:
         if adapter is None:
             return nullcontext()
-        return self.language_model.adapted(factors_of(decoded(adapter, self.layout)))
+        return self.language_model.adapted(factors_of(adapter, self.layout))
 
     @torch.no_grad()
     def _perplexities(self, replies: Sequence[Reply]) -> list[float]:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import compress
+from itertools import compress, zip_longest
 
-from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.correction.correct import correct
 from csulora.errors import RefusedError
@@ -160,21 +159,21 @@ class Adjuster:
             return self.language_model.replies(self._chats)
 
     def _adapted(self, adapter: Adapter, subspace: Subspace) -> AbstractContextManager[None]:
-        return self.language_model.adapted(factors_of(decoded(adapter, subspace.provenance.experts)))
+        return self.language_model.adapted(factors_of(adapter, subspace.provenance.experts))
 
     def kept(self, adapter: Adapter, subspace: Subspace, own: Sequence[Reply] = ()) -> Kept:
         """Return what an adapter keeps as it is; ``own`` are the uncorrected one's replies to general prompts."""
+        count = len(self.safety)
         with self._adapted(adapter, subspace):
             if self.refusals:
-                safety, refused = (
-                    refusing(self.language_model, each, self.refusals) for each in (self.safety, self.general)
-                )
-                answered = [not each for each in refused]
+                refused = refusing(self.language_model, [*self.safety, *self.general], self.refusals)
+                safety, answered = refused[:count], [not each for each in refused[count:]]
             else:
-                safety, *either = (agreeing(self.language_model, each) for each in (self.safety, self.general, own))
-                answered = list(map(max, *either))
+                found = agreeing(self.language_model, [*self.safety, *self.general, *own])
+                safety, end = found[:count], count + len(self.general)
+                answered = list(map(max, zip_longest(found[count:end], found[end:], fillvalue=False)))
         general = Rate.of(sum(answered), len(answered)) if answered else None
-        return Kept(Rate.of(sum(safety), len(safety)), general)
+        return Kept(Rate.of(sum(safety), count), general)
 
     def _with_prompts(self, policy: Policy) -> Policy:
         """The policy with the prompts that chose its strength; what was said of the given one is no longer so."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
-from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.tuning.fit import Replies
 from csulora.tuning.language_model import LanguageModel
@@ -74,8 +73,7 @@ class Examples:
     @contextmanager
     def adapted(self, adapter: Adapter) -> Iterator[None]:
         """Add an adapter to the aligned model while the context lasts."""
-        apart = decoded(adapter, self.request.subspace.provenance.experts)
-        with self.language_model.adapted(factors_of(apart)):
+        with self.language_model.adapted(factors_of(adapter, self.request.subspace.provenance.experts)):
             yield
 
     def _own_replies(self, adapter: Adapter, chats: Sequence[Chat]) -> list[Reply]:

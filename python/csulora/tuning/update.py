@@ -16,6 +16,7 @@ from csulora.correction.report import COMPONENTS
 from csulora.errors import InputError, RefusedError
 from csulora.native import _core
 from csulora.policy.policy import Policy
+from csulora.subspace.expert_layout import ExpertLayout
 from csulora.subspace.input_filter import Factors, InputFilter
 from csulora.subspace.subspace import Subspace
 from csulora.tuning.stack import Stack, Triple, stacks
@@ -214,8 +215,14 @@ def check_linear(adapter: Adapter, command: str) -> None:
             )
 
 
-def factors_of(adapter: Adapter) -> dict[str, Factors]:
+def factors_of(adapter: Adapter, layout: ExpertLayout | None = None) -> dict[str, Factors]:
     """Return an adapter's factors b (out, r) and a (r, in) as they are, float32, its scale in b.
+
+    Fused experts are taken apart as the model's ``layout`` says.
+
+    Raises:
+        RefusedError: the adapter's experts are fused, and there is no ``layout``.
+        InputError: the factors do not fit the model's experts.
 
     >>> b, a = factors_of(csulora.load_adapter(adapter))["model.layers.0.self_attn.q_proj"]
     >>> b.shape[1] == a.shape[0]
@@ -223,6 +230,6 @@ def factors_of(adapter: Adapter) -> dict[str, Factors]:
     """
     return {
         name: (module.b.float() * module.scale, module.a.float())
-        for name, module in adapter.modules.items()
+        for name, module in decoded(adapter, layout).modules.items()
         if not module.is_embedding
     }

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csulora.adapters.experts import decoded
 from csulora.adapters.lora import Adapter
 from csulora.errors import InputError
 from csulora.evaluation.sources import column_of
@@ -161,7 +160,7 @@ def of_adapters(
     """
     found: list[dict[int, Example]] = [{} for _ in chats]
     for number, adapter in enumerate(adapters):
-        with language_model.adapted(factors_of(decoded(adapter, layout))):
+        with language_model.adapted(factors_of(adapter, layout)):
             replies = language_model.replies(chats)
         for at, same in enumerate(agreeing(language_model, replies)):
             if not same:

@@ -179,3 +179,6 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(
     assert (done.code, "reinforces nothing" in done.err) == (exit_codes.BAD_INPUT, True)
     assert run("adjust", *command(place, tmp_path / "none.toml", 1, *output)).code == exit_codes.BAD_INPUT
     assert csulora.Policy.load(policy) == Policy.protect()
+    given.save(policy)
+    done = run("adjust", *command(place, policy, 0, tmp_path / "nothing", *output))
+    assert (done.code, f"{tmp_path / 'nothing'}: " in done.err) == (exit_codes.BAD_INPUT, True)

@@ -15,7 +15,8 @@ from csulora.policy.provenance import PolicyProvenance
 from csulora.tuning import adjust, probes
 from csulora.tuning.adjust import MOST, MOST_TRIALS, STEP, Adjuster, Kept
 from csulora.tuning.frontier import Rate
-from csulora.tuning.language_model import LanguageModel
+from csulora.tuning.language_model import LanguageModel, agreeing
+from csulora.tuning.update import factors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,11 +154,31 @@ def test_where_refusals_count_only_general_prompts_that_the_aligned_model_answer
     assert 0 < len(answered) < len(answers)
     adjuster = Adjuster(language_model, safety, general, refusals=[first])
     assert len(adjuster.general) == len(answered)
-    kept = adjuster.kept(csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace))
+    adapter = csulora.load_adapter(place.adapters[0])
+    kept = adjuster.kept(adapter, csulora.Subspace.open(place.subspace))
     assert kept.general is not None
     assert kept.general.count == len(answered)
+    with language_model.adapted(factors_of(adapter)):
+        refused = [first in said for said in language_model.answers([*adjuster.safety, *adjuster.general])]
+    count = len(adjuster.safety)
+    assert kept.safety.value == sum(refused[:count]) / count
+    assert kept.general.value == 1 - sum(refused[count:]) / len(answered)
     with pytest.raises(InputError, match="every reply of the aligned model to a general prompt holds --refusal 'w'"):
         Adjuster(language_model, safety, general, refusals=["w"])
+
+
+def test_a_general_prompt_is_kept_that_either_model_answers_so(
+    language_model: LanguageModel, place: tiny_model.Place
+) -> None:
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    adjuster = Adjuster(language_model, probes.read(place.safety), probes.read(place.task))
+    with language_model.adapted(factors_of(adapter)):
+        own = language_model.replies(probes.read(place.task))
+        safety, general = (agreeing(language_model, each) for each in (adjuster.safety, adjuster.general))
+    assert sum(general) < len(general)
+    as_aligned = Kept(Rate.of(sum(safety), len(safety)), Rate.of(sum(general), len(general)))
+    assert adjuster.kept(adapter, subspace) == as_aligned
+    assert adjuster.kept(adapter, subspace, own) == replace(as_aligned, general=Rate.of(len(own), len(own)))
 
 
 def test_what_was_said_of_the_given_policy_is_no_longer_said(adjuster: Adjuster, place: tiny_model.Place) -> None:

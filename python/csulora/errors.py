@@ -215,6 +215,12 @@ class OtherSubspaceError(RefusedError):
     reason_code = "other-subspace"
 
 
+class NotAdjustedError(RefusedError):
+    """The policy has strengths for some adapters, and none for this one."""
+
+    reason_code = "not-adjusted"
+
+
 class ExhaustingError(RefusedError):
     """Guards were killed while they read the adapter."""
 

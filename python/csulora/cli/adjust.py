@@ -1,9 +1,9 @@
-"""`csulora adjust`: a policy for adapters to come, with the strength that one of them needs."""
+"""`csulora adjust`: a policy for adapters to come, with the strength that each of some adapters needs."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,9 +25,9 @@ from csulora.cli.arguments import (
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
 from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
-from csulora.cli.several import outputs, tell_failure
+from csulora.cli.several import tell_failure
 from csulora.errors import CsuloraError, printable
-from csulora.io.files import check_file, make_directory
+from csulora.io.files import check_file
 from csulora.views.tables import plain_table
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def adjust(
     subspace: Annotated[Path, typer.Option(help="Subspace file that the policy is for.")],
     policy: Annotated[str, typer.Option(metavar="FILE", help="Policy for adapters to come, as `csulora tune` writes.")],
     safety: Annotated[str, typer.Option(metavar="SOURCE", help="Safety prompts, to answer as the aligned model does.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Policy file (TOML) to write; of several adapters, their directory.")
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file (TOML) to write, with the strengths.")],
     general: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="General prompts, which limit the strength.")
     ] = None,
@@ -67,9 +65,9 @@ def adjust(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a policy that reinforces as much as an adapter needs, by what the corrected adapter says to safety prompts.
+    """Write a policy that reinforces as much as each adapter needs, by what it says to safety prompts when corrected.
 
-    Several adapters get a policy each, NAME.toml below the output. One that fails stops no other.
+    The policy refuses all adapters but these, and those that it had strengths for. One that fails stops no other.
     A SOURCE is one of `evaluate`; prompts that the policy was fitted to will do.
     """
     from csulora.correction.correct import check_subspace
@@ -79,42 +77,41 @@ def adjust(
     from csulora.tuning.probes import FEWEST, MOST, check_apart
 
     check_refusals(refusal)
-    named = outputs(adapters, output, json) if len(adapters) > 1 else {}
-    targets = {adapter: path.with_name(f"{path.name}.toml") for adapter, path in named.items()} or {adapters[0]: output}
     inputs = [model, *adapters, subspace, file_of(policy), *sources.files_of([safety, general]), base_model]
-    check_outputs([*targets.values(), json], inputs)
+    check_outputs([output, json], inputs)
+    check_file(output)
     given, opened = chosen_policy(policy), csulora.Subspace.open(subspace, subspace_sha256)
-    given.strengthened(1.0)  # says at once if the policy has no strength
+    given.check_reinforcing()
     check_subspace(given, opened)
     asked = sources.read(safety, FEWEST, MOST), sources.read(general, FEWEST, MOST) if general else ()
     check_apart(asked[0], "general", asked[1])
     loading = loading_of(device, device_map, load_in)
     if len(adapters) == 1:
         csulora.load_adapter(adapters[0], base_model)  # says what is wrong with it before the model is loaded
-    if len(adapters) > 1:
-        make_directory(output)
-    for target in targets.values():
-        check_file(target)
     found: dict[str, Adjusted] = {}
     failed: dict[str, dict[str, Any]] = {}
     codes: set[int] = set()
-    reason = "each policy that is there is complete; run the same command to write all"
+    reason = f"{output} has the strengths that were found, if it is there; run the same command to find all"
     with interruptible(reason), progress_bar("adjusting", quiet, lines=True) as progress:
         adjuster = Adjuster(LanguageModel.open(model, loading, tokens), *asked, refusals=refusal or ())
         for number, adapter in enumerate(adapters):
             tick = _counting(progress, Path(adapter).name, number * MOST_TRIALS, len(adapters) * MOST_TRIALS)
             tick()
             try:
-                each = adjuster.adjust(csulora.load_adapter(adapter, base_model), opened, given, least, tick)
+                loaded = csulora.load_adapter(adapter, base_model)
+                given = given.with_strength(loaded.sha256, None)  # it gets none if it fails
+                each = adjuster.adjust(loaded, opened, given, least, tick)
                 each.check(least, adapter)
-                each.policy.save(targets[adapter])
-                found[adapter] = each
+                given, found[adapter] = each.policy, each
             except (CsuloraError, OSError) as error:
                 if len(adapters) == 1:
                     raise
                 failed[adapter], code = tell_failure(adapter, error)
                 codes.add(code)
-    _deliver(found, failed, targets, json, quiet)
+            if found:
+                given.save(output)
+    summary = f"wrote {output}; it refuses adapters that it has no strength for"
+    _deliver(adapters, found, failed, summary, json, quiet)
     if codes:
         raise typer.Exit(max(codes))
 
@@ -126,9 +123,10 @@ def _counting(progress: Progress | None, name: str, done: int, total: int) -> Ca
 
 
 def _deliver(
+    adapters: Sequence[str],
     found: Mapping[str, Adjusted],
     failed: Mapping[str, dict[str, Any]],
-    targets: Mapping[str, Path],
+    summary: str,
     json: Path | None,
     quiet: bool,
 ) -> None:
@@ -139,8 +137,8 @@ def _deliver(
     entries = dict(failed)
     for adapter, each in found.items():
         kept = {"before": asdict(each.before), "kept": asdict(each.kept)}
-        entries[adapter] = {"output": str(targets[adapter]), "strength": each.strength} | kept
+        entries[adapter] = {"strength": each.strength} | kept
         rates = each.before.safety, each.kept.safety, each.kept.general or "-"
         table.add_row(printable(Path(adapter).name), f"{each.strength:g}", *map(str, rates))
-    document = {"adapters": {adapter: entries[adapter] for adapter in targets}}
-    deliver(table, "\n".join(f"wrote {targets[adapter]}" for adapter in found), document, json, quiet or not found)
+    document = {"adapters": {adapter: entries[adapter] for adapter in adapters}}
+    deliver(table, summary, document, json, quiet or not found)

@@ -16,6 +16,7 @@ from csulora.adapters.lora import CORRECTED_SHA256, REPORT_FILE, Adapter, LoraMo
 from csulora.adapters.weights_files import CONFIG_FILE, LARGEST_CONFIG
 from csulora.correction.correct import correct
 from csulora.correction.report import spell_infinity
+from csulora.correction.strength import as_adjusted
 from csulora.errors import InputError
 from csulora.io.files import parse_json, read_regular
 from csulora.native import _core
@@ -101,7 +102,7 @@ def audit(
         stated = _policy(report["policy"], corrected / REPORT_FILE)
         again, _ = correct(source, subspace, stated, _layout(report, corrected / REPORT_FILE))
         checks += [
-            _same_policy(stated, policy),
+            _same_policy(stated, policy and as_adjusted(policy, source)),
             _configuration(corrected / CONFIG_FILE, config_as_written(again, adapter.format)),
             _update(adapter, modules_as_written(again, adapter.format)),
         ]

@@ -27,6 +27,7 @@ from csulora.correction.joint_rank import is_written_fused, jointly_truncated
 from csulora.correction.limits import check_limits
 from csulora.correction.model_card import model_card
 from csulora.correction.report import ModuleReport, Report
+from csulora.correction.strength import as_adjusted
 from csulora.correction.uncovered import its_own_file, of_another_family, why_uncovered
 from csulora.errors import (
     AmbiguousError,
@@ -79,7 +80,8 @@ def correct(
     Raises:
         RefusedError: a module is not covered or has a rank above 512, a limit of the policy is exceeded, a copy of a
             base matrix is not the aligned checkpoint's, ``aligned`` is another checkpoint, only some experts of a
-            projection would be written, or the policy was tuned for another subspace file.
+            projection would be written, the policy was tuned for another subspace file, or it has strengths and none
+            for this adapter.
         InputError: an argument is a path or missing, a factor is no dense tensor, a scale is no finite number, a shape
             differs from that in ``subspace``, an override of the policy matches none of its modules or has gains for
             more directions than it has, or the result does not fit the storage type.
@@ -93,6 +95,7 @@ def correct(
     check_type(subspace, Subspace, "subspace")
     policy = check_type(policy, Policy, "policy")
     check_subspace(policy, subspace)
+    policy = as_adjusted(policy, adapter)
     check_layout(layout)
     for name, module in adapter.modules.items():
         check_in_memory(name, module, adapter.path)

@@ -52,6 +52,8 @@ class Policy:
         filtered: whether the correction acts only on the inputs that the subspace file's input filters name, see
             `csulora.subspace.input_filter`; modules that have one need gains of `Directions`.
         subspace_sha256: the one subspace file that a tuned policy may be used with; None: any.
+        strengths: pairs of an adapter's sha256 and how many times as much is reinforced in that adapter, as `csulora
+            adjust` finds. If there are any, all other adapters are refused. None: every adapter gets the same.
         provenance: what a tuned policy was made from. It stands in the policy file alone, and no correction depends
             on it: policies that differ in nothing else are equal.
 
@@ -75,6 +77,7 @@ class Policy:
     subspace_sha256: str | None = None
     max_total_undo: float | None = None
     min_annihilation_ratio: float | None = None
+    strengths: tuple[tuple[str, float], ...] = ()
     provenance: PolicyProvenance = field(default_factory=PolicyProvenance, compare=False)
 
     def __post_init__(self) -> None:
@@ -105,6 +108,17 @@ class Policy:
         self._index  # noqa: B018 - it raises where there are too many overrides
         if self.subspace_sha256 is not None and not _is_sha256(self.subspace_sha256):
             raise InputError(f"policy subspace_sha256 is {self.subspace_sha256!r}; it must be 64 hexadecimal digits")
+        self._check_strengths()
+
+    def _check_strengths(self) -> None:
+        for adapter, strength in self.strengths:
+            if not _is_sha256(adapter):
+                raise InputError(f"policy strengths: {adapter!r} is no adapter's sha256, of 64 hexadecimal digits")
+            check_number(f"strengths: that of {adapter}", strength)
+            if not 0 <= strength < math.inf:
+                raise InputError(f"policy strengths: that of {adapter} is {strength}; it must be a number from 0 on")
+        if self.strengths:
+            self.check_reinforcing()
 
     @classmethod
     def csulora(cls, penalty: float = 1.0, **rest: Any) -> Self:
@@ -145,12 +159,32 @@ class Policy:
         >>> carried.strengthened(0.5).overrides[0].directions.reinforced
         (1.0,)
         """
+        self.check_reinforcing()
+        return replace(self, overrides=tuple(override.strengthened(strength) for override in self.overrides))
+
+    def check_reinforcing(self) -> None:
+        """Raise `InputError` if the policy reinforces nothing."""
         if not any(override.directions and any(override.directions.reinforced) for override in self.overrides):
             raise InputError(
                 "the policy reinforces nothing, so it has no strength; fit one for adapters to come, to several "
                 "adapters or with --for-others (csulora tune)"
             )
-        return replace(self, overrides=tuple(override.strengthened(strength) for override in self.overrides))
+
+    def with_strength(self, adapter_sha256: str, strength: float | None) -> Self:
+        """Return the policy with this strength for an adapter, or without one; others keep theirs.
+
+        Raises:
+            InputError: a value is out of range, or the policy reinforces nothing.
+
+        >>> from csulora.policy.overrides import Directions
+        >>> carried = Policy(overrides=(Override("*", directions=Directions((0.5,), (0.5,), (2.0,))),))
+        >>> carried.with_strength("0" * 64, 1.5).strengths[0][1], carried.with_strength("0" * 64, None).strengths
+        (1.5, ())
+        """
+        strengths = dict(self.strengths) | {adapter_sha256: strength}
+        return replace(
+            self, strengths=tuple(sorted((key, each) for key, each in strengths.items() if each is not None))
+        )
 
     def fate_of(self, module: str) -> Fate:
         """Return what happens to a module that the subspace file does not cover, by its name in the adapter.
@@ -201,6 +235,8 @@ class Policy:
         for name in _UNCOVERED:
             globs = document.pop(name)
             document |= {name: list(globs)} if globs else {}
+        strengths = dict(document.pop("strengths"))
+        document |= {"strengths": strengths} if strengths else {}
         document["overrides"] = [toml.override_document(override) for override in self.overrides]
         return document
 
@@ -220,6 +256,10 @@ class Policy:
         values["provenance"] = PolicyProvenance.from_dict(values.get("provenance", {}))
         if not isinstance(overrides, list):
             raise InputError("policy: overrides must be a list of tables")
+        strengths = values.pop("strengths", {})
+        if not isinstance(strengths, dict):
+            raise InputError("policy: strengths must be a table of numbers by adapters' sha256")
+        values["strengths"] = tuple(sorted(strengths.items()))
         for name in _UNCOVERED:
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])

@@ -40,10 +40,13 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 def one_line(document: dict[str, Any]) -> str:
     """Return a policy's document as a card or a table shows it: ``off=1, rank=keep, 2 overrides``."""
-    fields = {key: value for key, value in document.items() if key != "overrides"}
+    counted = ("strengths", "overrides")
+    fields = {key: value for key, value in document.items() if key not in counted}
     texts = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in fields.items()]
-    count = len(document.get("overrides", ()))
-    return ", ".join([*texts, f"{count} override{'s' if count > 1 else ''}"] if count else texts)
+    for key in counted:
+        count = len(document.get(key, ()))
+        texts += [f"{count} {key if count > 1 else key.removesuffix('s')}"] if count else []
+    return ", ".join(texts)
 
 
 def override_document(override: Override) -> dict[str, Any]:

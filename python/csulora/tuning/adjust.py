@@ -58,7 +58,7 @@ class Adjusted:
     """A policy for one adapter.
 
     Attributes:
-        policy: it reinforces ``strength`` times as much as the one that was given.
+        policy: the one that was given, with this strength for the adapter.
         strength: from 0 to `MOST`.
         kept: what the adapter keeps with it.
         before: the same with the policy that was given.
@@ -129,6 +129,8 @@ class Adjuster:
     ) -> Adjusted:
         """Return the policy with the strength that an adapter needs, or `STEP` more if that loses no prompt.
 
+        Strengths of other adapters stay in the policy.
+
         Where strength 1 keeps every safety prompt, that is the least of which it is so. Else it is the least above 1
         that keeps `ENOUGH` of them, or most. Only strengths count that keep the share ``least`` of the general
         prompts, if there are such; a smaller one than 1 may be needed for that. The step is for prompts that nobody
@@ -139,17 +141,18 @@ class Adjuster:
             RefusedError: the policy refuses the adapter, or does not fit it, or it updates an embedding.
         """
         check_linear(adapter, "adjust")
-        own = self._own_replies(adapter, subspace)
+        own, alike = self._own_replies(adapter, subspace), replace(policy, strengths=())
 
         @cache
         def kept_at(strength: float) -> Kept:
-            corrected, _ = correct(adapter, subspace, policy.strengthened(strength))
+            corrected, _ = correct(adapter, subspace, alike.strengthened(strength))
             found = self.kept(corrected, subspace, own)
             tick()
             return found
 
         strength = _needed(kept_at, least, may_recover=not self.refusals)
-        return Adjusted(self._with_prompts(policy.strengthened(strength)), strength, kept_at(strength), kept_at(1.0))
+        adjusted = self._with_prompts(policy.with_strength(adapter.sha256, strength))
+        return Adjusted(adjusted, strength, kept_at(strength), kept_at(1.0))
 
     def _own_replies(self, adapter: Adapter, subspace: Subspace) -> list[Reply]:
         """The uncorrected adapter's replies to general prompts, where they matter."""

@@ -11,6 +11,7 @@ import csulora
 import tiny_model
 from commands import Run
 from csulora.cli import exit_codes
+from csulora.errors import RefusedError
 from csulora.policy.overrides import Directions, Override
 from csulora.policy.policy import Policy
 from csulora.policy.provenance import PolicyProvenance
@@ -51,6 +52,20 @@ def command(place: tiny_model.Place, policy: Path, adapters: int, *further: obje
     ]
 
 
+def refuse(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
+    """Let nothing but this come of an adapter."""
+    from csulora.tuning.adjust import Adjuster
+
+    adjust = Adjuster.adjust
+
+    def raising(self: Adjuster, adapter: csulora.Adapter, *further: Any) -> object:
+        if adapter.path.name == name:
+            raise error
+        return adjust(self, adapter, *further)
+
+    monkeypatch.setattr(Adjuster, "adjust", raising)
+
+
 def test_one_adapter_gets_a_policy_that_correct_takes(
     place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -61,9 +76,16 @@ def test_one_adapter_gets_a_policy_that_correct_takes(
     assert entry["strength"] > 1
     assert entry["kept"]["safety"]["value"] > entry["before"]["safety"]["value"]
     assert f"wrote {written}" in done.out
-    assert Policy.load(written) == Policy.load(policy).strengthened(entry["strength"])
+    sha256 = csulora.load_adapter(place.adapters[0]).sha256
+    assert Policy.load(written) == Policy.load(policy).with_strength(sha256, entry["strength"])
     files = ["--subspace", place.subspace, "--policy", written, "-o", tmp_path / "corrected"]
     assert run("correct", place.adapters[0], *files).code == 0
+    done = run("correct", place.adapters[1], *files[:-1], tmp_path / "other")
+    assert (done.code, "find its strength with `csulora adjust`" in done.err) == (exit_codes.REFUSED, True)
+    verified = run("verify", tmp_path / "corrected", place.adapters[0], place.subspace, "--policy", written)
+    assert verified.code == 0, verified.err
+    verified = run("verify", tmp_path / "corrected", place.adapters[0], place.subspace, "--policy", policy)
+    assert verified.code == exit_codes.REFUSED
 
 
 def test_what_keeps_too_little_is_refused_and_gets_no_policy(
@@ -80,11 +102,11 @@ def test_where_every_adapter_is_refused_nothing_is_printed_but_why(
     place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
 ) -> None:
     replace(Policy.load(policy), max_total_undo=0.1).save(policy)
-    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "out"))
+    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "out.toml"))
     assert (done.code, done.out) == (exit_codes.REFUSED, "")
     for adapter in place.adapters:
         assert f"csulora: refused: {adapter}: all modules together undo 1.000 of their alignment" in done.err
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out.toml").exists()
 
 
 def test_an_error_that_names_no_adapter_is_said_with_it(
@@ -95,7 +117,7 @@ def test_an_error_that_names_no_adapter_is_said_with_it(
     config = other.config | {"target_modules": list(modules)}
     csulora.save_adapter(replace(other, modules=modules, config=config), tmp_path / "deeper")
     replace(Policy.load(policy), keep_uncovered=("*",)).save(policy)
-    done = run("adjust", *command(place, policy, 1, tmp_path / "deeper", "-o", tmp_path / "out", "--least", 0))
+    done = run("adjust", *command(place, policy, 1, tmp_path / "deeper", "-o", tmp_path / "out.toml", "--least", 0))
     assert done.code == exit_codes.BAD_INPUT
     assert f"csulora: error: {tmp_path / 'deeper'}: the model has no module model.layers.7." in done.err
 
@@ -103,7 +125,7 @@ def test_an_error_that_names_no_adapter_is_said_with_it(
 def test_progress_is_told_in_lines_where_nobody_sees_a_bar(
     place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
 ) -> None:
-    arguments = command(place, policy, 2, "-o", tmp_path / "out", "--least", 0)
+    arguments = command(place, policy, 2, "-o", tmp_path / "out.toml", "--least", 0)
     lines = [line for line in run("adjust", *arguments).err.splitlines() if line.startswith("csulora:")]
     assert lines == ["csulora:   0% adjusting: undoing1", "csulora:  50% adjusting: undoing2"]
     assert "csulora:" not in run("adjust", *arguments, "--quiet").err
@@ -118,39 +140,45 @@ def test_a_policy_that_tune_found_no_better_than_plain_scaling_is_told(
     assert (done.code, f"{policy}: csulora tune found it no better than plain scaling" in done.err) == (0, True)
 
 
-def test_ctrl_c_leaves_the_policies_that_are_written(
+def test_ctrl_c_leaves_the_strengths_that_are_found(
     place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from csulora.tuning.adjust import Adjuster
-
-    adjust = Adjuster.adjust
-
-    def interrupted(self: Adjuster, adapter: csulora.Adapter, *further: Any) -> object:
-        if adapter.path.name == "undoing2":
-            raise KeyboardInterrupt
-        return adjust(self, adapter, *further)
-
-    monkeypatch.setattr(Adjuster, "adjust", interrupted)
-    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "out", "--least", 0))
+    refuse(monkeypatch, "undoing2", KeyboardInterrupt())
+    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "out.toml", "--least", 0))
     assert done.code == exit_codes.INTERRUPTED
-    assert "csulora: interrupted: each policy that is there is complete; run the same command to write all" in done.err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["undoing1.toml"]
+    assert f"csulora: interrupted: {tmp_path / 'out.toml'} has the strengths that were found" in done.err
+    [(sha256, _)] = Policy.load(tmp_path / "out.toml").strengths
+    assert sha256 == csulora.load_adapter(place.adapters[0]).sha256
 
 
 def test_each_of_several_adapters_gets_its_own_and_one_that_fails_stops_no_other(
     place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
 ) -> None:
     (tmp_path / "broken").mkdir()
-    further = [tmp_path / "broken", "-o", tmp_path / "out", "--least", 0.1, "--json", "-"]
+    further = [tmp_path / "broken", "-o", tmp_path / "out.toml", "--least", 0.1, "--json", "-"]
     done = run("adjust", *command(place, policy, 2, *further))
     assert done.code == exit_codes.BAD_INPUT
     found = json.loads(done.out)["adapters"]
     assert f"csulora: error: {tmp_path / 'broken'}" in done.err
     assert "error" in found[str(tmp_path / "broken")]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"undoing1.toml", "undoing2.toml"}
-    for adapter in place.adapters:
-        written = Policy.load(found[str(adapter)]["output"])
-        assert written == Policy.load(policy).strengthened(found[str(adapter)]["strength"])
+    strengths = {csulora.load_adapter(path).sha256: found[str(path)]["strength"] for path in place.adapters}
+    assert dict(Policy.load(tmp_path / "out.toml").strengths) == strengths
+
+
+def test_strengths_of_others_stay_and_one_that_is_refused_loses_its_own(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (csulora.load_adapter(path).sha256 for path in place.adapters)
+    Policy.load(policy).with_strength(one, 0.0).with_strength(other, 0.0).with_strength("0" * 64, 0.5).save(policy)
+    done = run("adjust", *command(place, policy, 1, "-o", tmp_path / "again.toml", "--least", 0.1))
+    assert done.code == 0, done.err
+    again = dict(Policy.load(tmp_path / "again.toml").strengths)
+    assert again[one] > 1
+    assert {key: each for key, each in again.items() if key != one} == {other: 0.0, "0" * 64: 0.5}
+    refuse(monkeypatch, "undoing1", RefusedError("it keeps too little"))
+    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "fewer.toml", "--least", 0.1))
+    assert (done.code, "it keeps too little" in done.err) == (exit_codes.REFUSED, True)
+    assert dict(Policy.load(tmp_path / "fewer.toml").strengths).keys() == {other, "0" * 64}
 
 
 def test_what_cannot_be_is_said_before_the_model_is_loaded(
@@ -171,9 +199,9 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(
     assert (done.code, "is a general prompt and a safety prompt" in done.err) == (exit_codes.BAD_INPUT, True)
     given = Policy.load(policy)
     replace(given, subspace_sha256="0" * 64).save(policy)
-    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "out"))
+    done = run("adjust", *command(place, policy, 2, "-o", tmp_path / "out.toml"))
     assert (done.code, "tuned for the subspace file 000" in done.err) == (exit_codes.REFUSED, True)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.toml").exists()
     Policy.protect().save(policy)
     done = run("adjust", *command(place, policy, 1, *output))
     assert (done.code, "reinforces nothing" in done.err) == (exit_codes.BAD_INPUT, True)

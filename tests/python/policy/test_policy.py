@@ -15,6 +15,7 @@ from csulora.policy.globs import matches
 from csulora.policy.overrides import Directions, Override
 from csulora.policy.policy import Policy
 from csulora.policy.provenance import PolicyProvenance
+from csulora.policy.toml import one_line
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -123,6 +124,12 @@ SHA = "0" * 64
         ('reference_energy = "x"', "reference_energy is 'x'; it must be a number"),
         ("subspace_sha256 = 5", "subspace_sha256 is 5; it must be 64 hexadecimal digits"),
         (f'subspace_sha256 = "{SHA}0"', "it must be 64 hexadecimal digits"),
+        ("strengths = 1", "strengths must be a table of numbers by adapters' sha256"),
+        ("[strengths]\nabc = 1", "strengths: 'abc' is no adapter's sha256"),
+        (f"[strengths]\n{SHA} = -1", "is -1; it must be a number from 0 on"),
+        (f"[strengths]\n{SHA} = inf", "is inf; it must be a number from 0 on"),
+        (f'[strengths]\n{SHA} = "1"', "is '1'; it must be a number"),
+        (f"[strengths]\n{SHA} = 1", "the policy reinforces nothing, so it has no strength"),
         ("surprise = 1", "unknown field 'surprise'; the fields are aligned, partial, off, rank, "),
         ("overrides = 1", "overrides must be a list of tables"),
         ("overrides = [1]", "every override must be a table with a `match`"),
@@ -295,6 +302,16 @@ def test_wildcards_are_bounded_and_names_are_not() -> None:
     Policy(overrides=many)
     with pytest.raises(InputError, match="1001 overrides have wildcards, and at most 1000"):
         Policy(overrides=tuple(replace(override, match=f"*{override.match}") for override in many[:1001]))
+
+
+def test_strengths_of_adapters_survive_the_file_and_can_be_taken_back(tmp_path: Path) -> None:
+    carried = Policy(overrides=(Override("*", directions=Directions((0.5,), (0.5,), (2.0,))),))
+    policy = carried.with_strength("b" * 64, 1.5).with_strength("a" * 64, 1).with_strength("b" * 64, 0.25)
+    assert policy.strengths == (("a" * 64, 1), ("b" * 64, 0.25))
+    policy.save(tmp_path / "policy.toml")
+    assert Policy.load(tmp_path / "policy.toml") == policy != carried
+    assert one_line(policy.to_dict()).endswith(", 2 strengths, 1 override")
+    assert policy.with_strength("a" * 64, None).with_strength("b" * 64, None) == carried
 
 
 def test_the_file_alone_says_what_a_policy_was_made_from(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import torch
 
 import csulora
 import factories
+from csulora.adapters.lora import has_same_bits
 from csulora.adapters.peft import directory as peft
+from csulora.errors import NotAdjustedError
 from csulora.policy.overrides import Directions, Override
 from csulora.serving.gate import Gate
 from csulora.subspace.input_filter import InputFilter
@@ -126,6 +128,27 @@ def test_a_decision_spans_reading_and_delivery(subspace: Path, tmp_path: Path) -
     assert line["verdict"] == "corrected"
     assert line["adapter_sha256"] == csulora.load_adapter(path).sha256
     assert float(str(line["seconds"])) > 0.2
+
+
+def test_each_adapter_is_corrected_with_its_own_strength_and_others_are_refused(subspace: Path, tmp_path: Path) -> None:
+    log, directions = tmp_path / "log.jsonl", Directions((0.5,), (0.5,), (2.0,))
+    listed, other = (factories.save_adapter(tmp_path / name, MODULES, seed=seed) for seed, name in enumerate("ab"))
+    alike = csulora.Policy.none(overrides=(Override("*", directions=directions),))
+    gate = Gate.open(subspace, alike.with_strength(csulora.load_adapter(listed).sha256, 0.25), log)
+
+    with gate.decision(listed) as decision:
+        corrected, report = decision.correct(decision.read(listed))
+    with (
+        pytest.raises(NotAdjustedError, match="b: the policy has strengths for other adapters, and none for this one"),
+        gate.decision(other) as decision,
+    ):
+        decision.correct(decision.read(other))
+
+    opened = csulora.Subspace.open(subspace)
+    expected, expected_report = csulora.correct(csulora.load_adapter(listed), opened, alike.strengthened(0.25))
+    assert report == expected_report
+    assert all(has_same_bits(corrected.modules[name].b, module.b) for name, module in expected.modules.items())
+    assert [line["reason_code"] for line in lines(log)] == [None, "not-adjusted"]
 
 
 def test_what_fails_after_the_correction_was_not_let_through(subspace: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_the_strength_is_the_least_that_keeps_most_or_a_step_more_where_that_cos
     adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
     adjusted = adjuster.adjust(adapter, subspace, carried(1.0), 0.9, lambda: trials.append(None))
     assert adjusted.strength == strength
-    assert adjusted.policy == carried(strength)
+    assert adjusted.policy == carried(1.0).with_strength(adapter.sha256, strength)
     for kept, at in ((adjusted.before, 1.0), (adjusted.kept, strength)):
         assert kept.general is not None
         assert tuple(round(rate.value * rate.count) for rate in (kept.safety, kept.general)) == table[at]
@@ -124,7 +124,7 @@ def test_a_corrected_adapter_answers_as_the_aligned_model_does(
     adjusted = adjuster.adjust(adapter, subspace, policy, 0.9)
     assert adjusted.kept.safety.value == 1 > adjusted.before.safety.value
     assert adjusted.strength > 1
-    assert adjusted.policy == policy.strengthened(adjusted.strength)
+    assert adjusted.policy == policy.with_strength(adapter.sha256, adjusted.strength)
     corrected, _ = csulora.correct(adapter, subspace, adjusted.policy)
     again = adjuster.adjust(corrected, subspace, carried(1e-9), 0.9)  # as it is now
     assert again.before == adjusted.kept

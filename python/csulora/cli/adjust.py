@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from csulora.extraction.model_pair import Progress
     from csulora.tuning.adjust import Adjusted
 
-LEAST = 0.9  # of either kind of prompts, by default
+LEAST = 0.9  # of each kind of prompts, by default
 
 
 def adjust(
@@ -47,6 +47,13 @@ def adjust(
     general: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="General prompts, which limit the strength.")
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Task prompts, to answer as the uncorrected adapter does: for all adapters, or one for each.",
+        ),
+    ] = None,
     refusal: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,7 +61,8 @@ def adjust(
         ),
     ] = None,
     least: Annotated[
-        float, typer.Option(min=0, max=1, help="Refuse an adapter that keeps less than this share of either kind.")
+        float,
+        typer.Option(min=0, max=1, help="Refuse an adapter that keeps less than this share of a kind of prompts."),
     ] = LEAST,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Most tokens of a reply.")] = 32,
     device: ModelDevice = None,
@@ -77,14 +85,20 @@ def adjust(
     from csulora.tuning.probes import FEWEST, MOST, check_apart
 
     check_refusals(refusal)
-    inputs = [model, *adapters, subspace, file_of(policy), *sources.files_of([safety, general]), base_model]
+    tasks = task or []
+    if len(tasks) not in (0, 1, len(adapters)):
+        raise typer.BadParameter(f"{len(adapters)} adapters take one --task for all or one for each, not {len(tasks)}")
+    inputs = [model, *adapters, subspace, file_of(policy), *sources.files_of([safety, general, *tasks]), base_model]
     check_outputs([output, json], inputs)
     check_file(output)
     given, opened = chosen_policy(policy), csulora.Subspace.open(subspace, subspace_sha256)
     given.check_reinforcing()
     check_subspace(given, opened)
     asked = sources.read(safety, FEWEST, MOST), sources.read(general, FEWEST, MOST) if general else ()
+    chats = [sources.read(each, FEWEST, MOST) for each in tasks] or [()]
     check_apart(asked[0], "general", asked[1])
+    for of_task in chats:
+        check_apart(asked[0], "task", of_task)
     loading = loading_of(device, device_map, load_in)
     if len(adapters) == 1:
         csulora.load_adapter(adapters[0], base_model)  # says what is wrong with it before the model is loaded
@@ -100,7 +114,7 @@ def adjust(
             try:
                 loaded = csulora.load_adapter(adapter, base_model)
                 given = given.with_strength(loaded.sha256, None)  # it gets none if it fails
-                each = adjuster.adjust(loaded, opened, given, least, tick)
+                each = adjuster.adjust(loaded, opened, given, least, chats[number % len(chats)], tick)
                 each.check(least, adapter)
                 given, found[adapter] = each.policy, each
             except (CsuloraError, OSError) as error:
@@ -132,13 +146,13 @@ def _deliver(
 ) -> None:
     """Print what was found, if anything was, and write the document about every adapter."""
     table = plain_table(
-        "adapter", "strength", "safety prompts\nkept before", "safety prompts\nkept", "general", whole=True
+        "adapter", "strength", "safety prompts\nkept before", "safety prompts\nkept", "general", "task", whole=True
     )
     entries = dict(failed)
     for adapter, each in found.items():
         kept = {"before": asdict(each.before), "kept": asdict(each.kept)}
         entries[adapter] = {"strength": each.strength} | kept
-        rates = each.before.safety, each.kept.safety, each.kept.general or "-"
+        rates = each.before.safety, each.kept.safety, each.kept.general or "-", each.kept.task or "-"
         table.add_row(printable(Path(adapter).name), f"{each.strength:g}", *map(str, rates))
     document = {"adapters": {adapter: entries[adapter] for adapter in adapters}}
     deliver(table, summary, document, json, quiet or not found)

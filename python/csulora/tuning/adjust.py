@@ -1,7 +1,8 @@
 """How much a policy for adapters to come reinforces in one of them: little more than makes it refuse what it should.
 
 Such a policy reinforces alike in all adapters, and each needs another measure of it. Safety prompts say which, and
-general prompts what it may cost; nothing has to be known of the adapter's task. `bench/efficacy` says what it is worth.
+general prompts what it may cost; prompts of the adapter's task say more, where there are any. `bench/efficacy` says
+what it is worth.
 """
 
 from __future__ import annotations
@@ -38,19 +39,32 @@ class Kept:
         safety: share of the safety prompts that it refuses, or answers as the aligned model does.
         general: share of the general prompts, if there are any, that it does not refuse, or answers as the aligned
             model or the uncorrected adapter does.
+        task: share of the task prompts, if there are any, that it answers as the uncorrected adapter does.
     """
 
     safety: Rate
     general: Rate | None
+    task: Rate | None = None
 
     def spares(self, least: float) -> bool:
-        """Whether the share ``least`` of the general prompts is kept."""
-        return self.general is None or self.general.value >= least
+        """Whether the share ``least`` of the general and of the task prompts is kept."""
+        return all(rate is None or rate.value >= least for rate in (self.general, self.task))
 
     def is_no_less_than(self, other: Kept) -> bool:
-        """Whether no more prompts of either kind are lost than in another case."""
-        both = zip((self.safety, self.general), (other.safety, other.general), strict=True)
+        """Whether no more prompts of any kind are lost than in another case."""
+        both = zip((self.safety, self.general, self.task), (other.safety, other.general, other.task), strict=True)
         return all(mine is None or theirs is None or mine.value >= theirs.value for mine, theirs in both)
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the uncorrected adapter replies to general and to task prompts, as far as it matters."""
+
+    general: Sequence[Reply] = ()
+    task: Sequence[Reply] = ()
+
+
+UNKNOWN = Own()
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,9 @@ class Adjusted:
     before: Kept
 
     def check(self, least: float, adapter: str) -> None:
-        """Raise `RefusedError` if the adapter keeps less than the share ``least`` of either kind of prompts."""
-        for kind, rate in (("safety", self.kept.safety), ("general", self.kept.general)):
+        """Raise `RefusedError` if the adapter keeps less than the share ``least`` of a kind of prompts."""
+        kept = self.kept
+        for kind, rate in (("safety", kept.safety), ("general", kept.general), ("task", kept.task)):
             if rate and rate.value < least:
                 raise RefusedError(
                     f"{adapter}: with a strength of {self.strength:g} it keeps {rate} of the {kind} prompts, and "
@@ -112,12 +127,12 @@ class Adjuster:
                 the model refuses no safety prompt or every general one.
         """
         check_apart(safety, "general", general)
-        self.language_model, self.refusals, self._chats = language_model, refusals, general
+        self.language_model, self.refusals = language_model, refusals
+        self._safety, self._general = safety, general
         self.safety, self.general = language_model.replies(safety), language_model.replies(general)
         if refusals:
             self.safety = list(compress(self.safety, refused_by_aligned(language_model, self.safety, refusals)))
             self.general = list(compress(self.general, answered_by_aligned(language_model, self.general, refusals)))
-        self._hashes = {prompt_hash(chat) for chat in (*safety, *general)}
 
     def adjust(
         self,
@@ -125,6 +140,7 @@ class Adjuster:
         subspace: Subspace,
         policy: Policy,
         least: float,
+        task: Sequence[Chat] = (),
         tick: Callable[[], None] = lambda: None,
     ) -> Adjusted:
         """Return the policy with the strength that an adapter needs, or `STEP` more if that loses no prompt.
@@ -133,15 +149,17 @@ class Adjuster:
 
         Where strength 1 keeps every safety prompt, that is the least of which it is so. Else it is the least above 1
         that keeps `ENOUGH` of them, or most. Only strengths count that keep the share ``least`` of the general
-        prompts, if there are such; a smaller one than 1 may be needed for that. The step is for prompts that nobody
-        asked. ``tick`` is called after each strength that is tried.
+        prompts, and of the ``task`` prompts, if there are such; a smaller one than 1 may be needed for that. The step
+        is for prompts that nobody asked. ``tick`` is called after each strength that is tried.
 
         Raises:
-            InputError: the policy reinforces nothing, or the adapter does not fit the subspace file or the model.
+            InputError: the policy reinforces nothing, the adapter does not fit the subspace file or the model, the
+                model does not take a task prompt, or one is a safety prompt.
             RefusedError: the policy refuses the adapter, or does not fit it, or it updates an embedding.
         """
         check_linear(adapter, "adjust")
-        own, alike = self._own_replies(adapter, subspace), replace(policy, strengths=())
+        check_apart(self._safety, "task", task)
+        own, alike = self._own_replies(adapter, subspace, task), replace(policy, strengths=())
 
         @cache
         def kept_at(strength: float) -> Kept:
@@ -151,36 +169,38 @@ class Adjuster:
             return found
 
         strength = _needed(kept_at, least, may_recover=not self.refusals)
-        adjusted = self._with_prompts(policy.with_strength(adapter.sha256, strength))
+        adjusted = self._with_prompts(policy.with_strength(adapter.sha256, strength), task)
         return Adjusted(adjusted, strength, kept_at(strength), kept_at(1.0))
 
-    def _own_replies(self, adapter: Adapter, subspace: Subspace) -> list[Reply]:
-        """The uncorrected adapter's replies to general prompts, where they matter."""
-        if self.refusals:
-            return []
+    def _own_replies(self, adapter: Adapter, subspace: Subspace, task: Sequence[Chat]) -> Own:
+        """The uncorrected adapter's replies to task prompts, and to general ones where refusals do not count."""
+        general = () if self.refusals else self._general
         with self._adapted(adapter, subspace):
-            return self.language_model.replies(self._chats)
+            replies = self.language_model.replies([*general, *task])
+        return Own(replies[: len(general)], replies[len(general) :])
 
     def _adapted(self, adapter: Adapter, subspace: Subspace) -> AbstractContextManager[None]:
         return self.language_model.adapted(factors_of(adapter, subspace.provenance.experts))
 
-    def kept(self, adapter: Adapter, subspace: Subspace, own: Sequence[Reply] = ()) -> Kept:
-        """Return what an adapter keeps as it is; ``own`` are the uncorrected one's replies to general prompts."""
-        count = len(self.safety)
+    def kept(self, adapter: Adapter, subspace: Subspace, own: Own = UNKNOWN) -> Kept:
+        """Return what an adapter keeps as it is; ``own`` are the uncorrected one's replies."""
+        both, count = [*self.safety, *self.general], len(self.safety)
         with self._adapted(adapter, subspace):
+            task = agreeing(self.language_model, own.task)
             if self.refusals:
-                refused = refusing(self.language_model, [*self.safety, *self.general], self.refusals)
-                safety, answered = refused[:count], [not each for each in refused[count:]]
+                refused = refusing(self.language_model, both, self.refusals)
+                safety, general = refused[:count], [not each for each in refused[count:]]
             else:
-                found = agreeing(self.language_model, [*self.safety, *self.general, *own])
-                safety, end = found[:count], count + len(self.general)
-                answered = list(map(max, zip_longest(found[count:end], found[end:], fillvalue=False)))
-        general = Rate.of(sum(answered), len(answered)) if answered else None
-        return Kept(Rate.of(sum(safety), count), general)
+                as_aligned, as_own = (agreeing(self.language_model, each) for each in (both, own.general))
+                safety = as_aligned[:count]
+                general = list(map(max, zip_longest(as_aligned[count:], as_own, fillvalue=False)))
+        others = (Rate.of(sum(each), len(each)) if each else None for each in (general, task))
+        return Kept(Rate.of(sum(safety), count), *others)
 
-    def _with_prompts(self, policy: Policy) -> Policy:
+    def _with_prompts(self, policy: Policy, task: Sequence[Chat]) -> Policy:
         """The policy with the prompts that chose its strength; what was said of the given one is no longer so."""
-        prompts = tuple(sorted({*policy.provenance.prompts, *self._hashes}))
+        asked = map(prompt_hash, (*self._safety, *self._general, *task))
+        prompts = tuple(sorted({*policy.provenance.prompts, *asked}))
         return replace(policy, provenance=PolicyProvenance(prompts))
 
 

@@ -165,6 +165,17 @@ def test_each_of_several_adapters_gets_its_own_and_one_that_fails_stops_no_other
     assert dict(Policy.load(tmp_path / "out.toml").strengths) == strengths
 
 
+def test_an_adapter_is_asked_its_task_too(place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run) -> None:
+    further = ["-o", tmp_path / "out.toml", "--least", 0, "--json", "-"]
+    done = run("adjust", *command(place, policy, 2, "--task", place.task, *further))
+    assert done.code == 0, done.err
+    kept = [entry["kept"]["task"] for entry in json.loads(done.out)["adapters"].values()]
+    assert [each["count"] for each in kept] == [16, 16]
+    files = ["--task", place.task] * 3
+    done = run("adjust", *command(place, policy, 2, *files, *further))
+    assert (done.code, "2 adapters take one --task for all or one for each, not 3" in done.err) == (2, True)
+
+
 def test_strengths_of_others_stay_and_one_that_is_refused_loses_its_own(
     place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from csulora.policy.overrides import Directions, Override
 from csulora.policy.policy import Policy
 from csulora.policy.provenance import PolicyProvenance
 from csulora.tuning import adjust, probes
-from csulora.tuning.adjust import MOST, MOST_TRIALS, STEP, Adjuster, Kept
+from csulora.tuning.adjust import MOST, MOST_TRIALS, STEP, Adjuster, Kept, Own
 from csulora.tuning.frontier import Rate
 from csulora.tuning.language_model import LanguageModel, agreeing
 from csulora.tuning.update import factors_of
@@ -32,7 +32,7 @@ def adjuster(language_model: LanguageModel, place: tiny_model.Place) -> Adjuster
     return Adjuster(language_model, probes.read(place.safety))
 
 
-Shares = tuple[int, int]  # safety and general prompts that are kept, of 16 or 32
+Shares = tuple[int, ...]  # safety, general and perhaps task prompts that are kept, of 16 or 32
 Keeping = Callable[[dict[float, Shares]], None]
 
 
@@ -91,7 +91,7 @@ def test_the_strength_is_the_least_that_keeps_most_or_a_step_more_where_that_cos
     monkeypatch.setattr(adjuster, "refusals", ["sorry"])
     trials: list[None] = []
     adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
-    adjusted = adjuster.adjust(adapter, subspace, carried(1.0), 0.9, lambda: trials.append(None))
+    adjusted = adjuster.adjust(adapter, subspace, carried(1.0), 0.9, tick=lambda: trials.append(None))
     assert adjusted.strength == strength
     assert adjusted.policy == carried(1.0).with_strength(adapter.sha256, strength)
     for kept, at in ((adjusted.before, 1.0), (adjusted.kept, strength)):
@@ -178,7 +178,26 @@ def test_a_general_prompt_is_kept_that_either_model_answers_so(
     assert sum(general) < len(general)
     as_aligned = Kept(Rate.of(sum(safety), len(safety)), Rate.of(sum(general), len(general)))
     assert adjuster.kept(adapter, subspace) == as_aligned
-    assert adjuster.kept(adapter, subspace, own) == replace(as_aligned, general=Rate.of(len(own), len(own)))
+    as_own = Rate.of(len(own), len(own))
+    assert adjuster.kept(adapter, subspace, Own(own)) == replace(as_aligned, general=as_own)
+    assert adjuster.kept(adapter, subspace, Own((), own)) == replace(as_aligned, task=as_own)
+
+
+def test_the_task_limits_the_strength_and_its_prompts_are_kept_as_hashes(
+    adjuster: Adjuster, keeping: Keeping, place: tiny_model.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adjuster, "refusals", ["sorry"])
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    keeping({1.0: (32, 32, 8), 0.75: (30, 32, 24), 0.5: (28, 32, 32), 0.25: (20, 32, 32)})
+    found = adjuster.adjust(adapter, subspace, carried(1.0), 0.75, probes.read(place.task))
+    assert (found.strength, found.kept.task, found.before.task) == (0.75, Rate.of(24, 32), Rate.of(8, 32))
+    assert {probes.prompt_hash(chat) for chat in probes.read(place.task)} <= set(found.policy.provenance.prompts)
+    with pytest.raises(
+        RefusedError, match=r"with a strength of 0.75 it keeps .* of the task prompts, and 0.9 is asked"
+    ):
+        found.check(0.9, "adapter")
+    with pytest.raises(InputError, match="is a task prompt and a safety prompt"):
+        adjuster.adjust(adapter, subspace, carried(1.0), 0.9, probes.read(place.safety))
 
 
 def test_what_was_said_of_the_given_policy_is_no_longer_said(adjuster: Adjuster, place: tiny_model.Place) -> None:

@@ -31,6 +31,11 @@ class PolicySource:
     sha256: str
     text: str | None
 
+    @property
+    def file(self) -> Path | None:
+        """The policy's file, if it came from one."""
+        return Path(self.name) if self.name and self.text is None else None
+
     @classmethod
     def load(cls, source: Policy | str | Path | None) -> Self:
         """Read a file once, so that the bytes that are hashed are the bytes that count; or take a preset or policy.

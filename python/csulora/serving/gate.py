@@ -19,6 +19,7 @@ from csulora.adapters.lora import Adapter
 from csulora.correction.correct import check_subspace
 from csulora.correction.together import Undone, check_together, limits_sums
 from csulora.errors import GONE, InputError, LimitError, RefusedError, reason_code_of
+from csulora.io.files import check_not_inputs
 from csulora.policy.policy import Policy
 from csulora.policy.source import PolicySource
 from csulora.policy.toml import POLICY_CHOICES
@@ -113,15 +114,20 @@ class Gate:
             sign_with: private key that signs what is written, see `seal_for`.
 
         Raises:
-            InputError: a file is malformed, or no policy is given.
+            InputError: a file is malformed, no policy is given, or decisions would be appended to one of the files.
             RefusedError: the subspace file has another content than ``subspace_sha256`` says, or the policy was tuned
                 for another subspace file, or a signature is required and does not hold.
         """
         rules = Verifier.open(require_rules_signature) if require_rules_signature is not None else None
+        opened = subspace if isinstance(subspace, Subspace) else open_subspace(subspace, subspace_sha256, rules)
+        source = load_policy(policy, rules)
+        log = Path(decisions) if decisions else None
+        if log:
+            check_not_inputs([log], filter(None, (opened.path, source.file)))
         return cls(
-            subspace if isinstance(subspace, Subspace) else open_subspace(subspace, subspace_sha256, rules),
-            load_policy(policy, rules),
-            DecisionLog(Path(decisions) if decisions else None),
+            opened,
+            source,
+            DecisionLog(log),
             route,
             Verifier.open(require_signature) if require_signature is not None else None,
             Signer(sign_with) if sign_with else None,

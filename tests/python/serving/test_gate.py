@@ -48,6 +48,16 @@ def test_fingerprint_changes_with_the_policy_alone(subspace: Path) -> None:
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
+def test_decisions_are_never_appended_to_what_they_follow_from(subspace: Path, tmp_path: Path) -> None:
+    csulora.Policy.project().save(tmp_path / "policy.toml")
+    for file in (subspace, tmp_path / "policy.toml"):
+        before = file.read_bytes()
+        with pytest.raises(csulora.InputError, match=file.name):
+            Gate.open(subspace, tmp_path / "policy.toml", file)
+        assert file.read_bytes() == before
+    Gate.open(subspace, "project", tmp_path / "project")
+
+
 def test_environment_names_everything(subspace: Path, tmp_path: Path) -> None:
     csulora.Policy.project().save(tmp_path / "policy.toml")
     variables = {

@@ -82,7 +82,8 @@ def assess(
     try:
         fixed, report = correct(adapter, subspace, policy, aligned=aligned)
     except RefusedError as error:
-        lenient = replace(policy.without_limits(), keep_uncovered=("*",))
+        strengths = policy.strengths if adapter.sha256 in dict(policy.strengths) else ()
+        lenient = replace(policy.without_limits(), keep_uncovered=("*",), strengths=strengths)
         refusal, reason = error, str(error).removeprefix(f"{adapter.path}: ")
         fixed, report = correct(adapter, subspace, lenient, aligned=aligned)
     return Assessment(report, refusal, reason, CanaryUndo.of(adapter, fixed, canary) if canary else None)
@@ -127,6 +128,7 @@ def render(
     return environment.get_template("page.html").render(
         report=report,
         totals=report.totals,
+        strengths=dict(policy.strengths) if policy else {},
         canary=assessment.canary,
         policy=policy,
         refusal=assessment.reason,

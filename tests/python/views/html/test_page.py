@@ -144,6 +144,19 @@ def test_the_page_says_what_the_policy_depends_on(adapter: Adapter, subspace: Su
     )
 
 
+def test_the_page_says_an_adapter_s_strength_or_that_it_has_none(adapter: Adapter, subspace: Subspace) -> None:
+    alike = Policy.none(overrides=(Override("*", directions=Directions((0.5,), (0.5,), (2.0,))),))
+    own = alike.with_strength(adapter.sha256, 1.25)
+    text = Parsed(html_pages.rendered(adapter, subspace, own)).text
+    assert "1 overrides, and reinforces 1.25 times as much in this adapter; rank: keep" in text
+    refused = replace(own, max_total_undo=-1e9)
+    report = assess(adapter, subspace, refused).report
+    assert report.totals == assess(adapter, subspace, alike.strengthened(1.25)).report.totals
+    text = Parsed(html_pages.rendered(adapter, subspace, alike.with_strength("0" * 64, 1.25))).text
+    assert "the policy has strengths for other adapters, and none for this one" in text
+    assert "times as much" not in text
+
+
 def test_modules_that_a_refusing_policy_would_drop_are_shown_as_dropped() -> None:
     shapes = {Q: (40, 40)}
     outside = factories.adapter(shapes | {"lm_head": (40, 40)})

@@ -24,7 +24,7 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of
+from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, check_aligned, loading_of
 from csulora.cli.several import tell_failure
 from csulora.errors import CsuloraError, printable
 from csulora.io.files import check_file
@@ -94,6 +94,7 @@ def adjust(
     given, opened = chosen_policy(policy), csulora.Subspace.open(subspace, subspace_sha256)
     given.check_reinforcing()
     check_subspace(given, opened)
+    check_aligned(model, opened, quiet=quiet)
     asked = sources.read(safety, FEWEST, MOST), sources.read(general, FEWEST, MOST) if general else ()
     chats = [sources.read(each, FEWEST, MOST) for each in tasks] or [()]
     check_apart(asked[0], "general", asked[1])

@@ -25,7 +25,14 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of, written_general
+from csulora.cli.model_loading import (
+    ModelDevice,
+    ModelDeviceMap,
+    ModelLoadIn,
+    check_aligned,
+    loading_of,
+    written_general,
+)
 from csulora.errors import InputError
 from csulora.policy.policy import Policy
 from csulora.policy.toml import POLICY_CHOICES, PRESETS
@@ -109,6 +116,7 @@ def evaluate(
         raise typer.BadParameter("--judge-model is for --judge")
     loading = loading_of(device, device_map, load_in)
     opened = csulora.Subspace.open(subspace, subspace_sha256)
+    check_aligned(model, opened, quiet=quiet)
     policies = _policies(policy or _UNTRIED, keep_uncovered, drop_uncovered)
     subspaces = _own_subspaces(policies, opened)
     if write_general:

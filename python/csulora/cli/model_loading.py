@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from csulora.cli.arguments import Device
-from csulora.cli.console import progress_bar
+from csulora.cli.console import note, progress_bar
+from csulora.errors import InputError
 
 if TYPE_CHECKING:
+    from csulora.subspace.subspace import Subspace
     from csulora.tuning.loading import Loading
 
 
@@ -50,6 +52,25 @@ def loading_of(device: Device | None, device_map: DeviceMap | None, load_in: Loa
     if device and device_map:
         raise typer.BadParameter("--device and --device-map exclude each other; give one of them")
     return Loading((device or Device.auto).value, device_map, load_in)
+
+
+def check_aligned(model: str, subspace: Subspace, *, quiet: bool) -> None:
+    """Say so if a model is not the aligned one that a subspace file was made of, as far as its weights can be read.
+
+    Raises:
+        InputError: it is the checkpoint before alignment.
+    """
+    from csulora.models.checkpoint import Checkpoint
+    from csulora.models.identity import compared, which
+
+    try:
+        found = which(Checkpoint.open(model), subspace)
+    except InputError:
+        return  # transformers loads more than csulora reads, or says what is wrong
+    if found == "base":
+        raise InputError(f"{model}: is the checkpoint before alignment; name the aligned one")
+    if found == "another":
+        note(quiet, f"{model}: {compared(subspace)} is not the aligned checkpoint's; name that one or a converted copy")
 
 
 def written_general(

@@ -26,7 +26,14 @@ from csulora.cli.arguments import (
 )
 from csulora.cli.console import deliver, note, progress_bar
 from csulora.cli.interruption import interruptible
-from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, loading_of, written_general
+from csulora.cli.model_loading import (
+    ModelDevice,
+    ModelDeviceMap,
+    ModelLoadIn,
+    check_aligned,
+    loading_of,
+    written_general,
+)
 from csulora.tuning.frontier import Frontier, frontier_path
 from csulora.tuning.options import Options
 from csulora.views import tables
@@ -122,11 +129,13 @@ def tune(
         raise typer.BadParameter(f"{len(adapters)} adapters need as many --task files, in their order, not {len(task)}")
     check_refusals(refusal)
     loading = loading_of(device, device_map, load_in)
+    opened = csulora.Subspace.open(subspace, subspace_sha256)
+    check_aligned(model, opened, quiet=quiet)
     general = written_general(write_general, model, loading, 0, refusal, quiet=quiet) if write_general else general
     request = Request(
         model=model,
         adapters=[csulora.load_adapter(adapter, base_model) for adapter in adapters],
-        subspace=csulora.Subspace.open(subspace, subspace_sha256),
+        subspace=opened,
         task=[sources.read(source, FEWEST, MOST) for source in task],
         safety=sources.read(safety, FEWEST, MOST),
         general=sources.read(general, FEWEST, MOST) if general else (),

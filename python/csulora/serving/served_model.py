@@ -7,6 +7,7 @@ from pathlib import Path
 
 from csulora.errors import InputError
 from csulora.models.checkpoint import Checkpoint
+from csulora.models.identity import compared, which
 from csulora.serving.gate import Gate
 from csulora.serving.variables import ANY_MODEL_VARIABLE
 
@@ -30,8 +31,8 @@ def check_model(model: str, gate: Gate, revision: str | None = None) -> None:
         checkpoint = Checkpoint.open(model)
     except InputError as error:
         raise InputError(f"{error}; {hint}") from error
-    module = min(gate.subspace, key=lambda name: gate.subspace[name].u.numel() + gate.subspace[name].v.numel())
+    module = compared(gate.subspace)
     if module not in checkpoint.weights:
         raise InputError(f"{model}: has no {module}, which the subspace file covers; {hint}")
-    if checkpoint.load(module)[1] != gate.subspace[module].aligned_sha256:
+    if which(checkpoint, gate.subspace) != "aligned":
         raise InputError(f"{model}: {module} is not what the subspace file was made of; {hint}")

@@ -147,7 +147,7 @@ def _deliver(
 ) -> None:
     """Print what was found, if anything was, and write the document about every adapter."""
     table = plain_table(
-        "adapter", "strength", "safety prompts\nkept before", "safety prompts\nkept", "general", "task", whole=True
+        "adapter", "strength", "safety kept\nat strength 1", "safety\nkept", "general\nkept", "task\nkept", whole=True
     )
     entries = dict(failed)
     for adapter, each in found.items():

@@ -133,6 +133,8 @@ def inspect(
         raise assessment.refusal
     report = assessment.report
     summary = f"{printable(whole.path)}: {len(report.measured)} of {len(report.modules)} modules are covered"
+    if opened.provenance.canary is not None:
+        summary += f"\n{subspace} is a canary: undo is how far the update goes towards its un-aligned copy (1: as far)"
     summary += "".join(f"\n{note}" for note in report.host_notes)
     found = report.to_dict()
     if reference is not None:

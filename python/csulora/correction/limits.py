@@ -9,7 +9,12 @@ from csulora.correction.report import Report
 from csulora.errors import AnnihilationLimitError, UndoLimitError
 from csulora.policy.policy import Policy
 
-_ADVICE = "do not load it, or raise the limit if you trust the adapter"
+_ADVICE = "do not load it, or raise that in the policy if you trust the adapter"
+
+
+def _beyond(share: float, limit: float) -> str:
+    """Write a share with three decimals, or with as many as tell it from its limit."""
+    return f"{share:.3f}" if f"{share:.3f}" != f"{limit:.3f}" else f"{share:.6f}"
 
 
 def check_limits(adapter: Adapter, report: Report, policy: Policy, covered: Mapping[str, str]) -> None:
@@ -22,7 +27,7 @@ def check_limits(adapter: Adapter, report: Report, policy: Policy, covered: Mapp
     total = report.totals.undo
     if policy.max_total_undo is not None and total > policy.max_total_undo:
         raise UndoLimitError(
-            f"{adapter.path}: all modules together undo {total:.3f} of their alignment; "
+            f"{adapter.path}: all modules together undo {_beyond(total, policy.max_total_undo)} of their alignment; "
             f"the policy allows {policy.max_total_undo:g} (max_total_undo); {_ADVICE}"
         )
     if policy.min_annihilation_ratio is not None:
@@ -41,7 +46,7 @@ def _check_undo(adapter: Adapter, report: Report, policy: Policy, covered: Mappi
     worst = max(undone, key=lambda name: undone[name])
     if undone[worst] > policy.max_undo:
         raise UndoLimitError(
-            f"{adapter.path}: module {worst} undoes {undone[worst]:.3f} of its alignment; "
+            f"{adapter.path}: module {worst} undoes {_beyond(undone[worst], policy.max_undo)} of its alignment; "
             f"the policy allows {policy.max_undo:g} (max_undo); {_ADVICE}"
         )
 

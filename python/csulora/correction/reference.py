@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csulora.adapters.disk import load_adapter
+from csulora.adapters.weights_files import CONFIG_FILE
 from csulora.correction.correct import correct
 from csulora.correction.report import Report
 from csulora.errors import CsuloraError, InputError
@@ -75,7 +76,9 @@ class Reference:
                 skipped[path.name] = str(error).removeprefix(f"{path}: ")
         if not reports:
             reasons = [f"; {name}: {reason}" for name, reason in skipped.items()]
-            raise InputError(f"{directory}: holds no adapter that can be measured{''.join(reasons[:1])}")
+            is_adapter = (directory / CONFIG_FILE).is_file()
+            advice = "is an adapter; name the folder above it" if is_adapter else "give each adapter a folder in it"
+            raise InputError(f"{directory}: holds no adapter that can be measured; {advice}{''.join(reasons[:1])}")
         return cls(tuple(reports), skipped)
 
     def others(self, report: Report) -> list[Report]:

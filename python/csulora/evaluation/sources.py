@@ -26,14 +26,14 @@ Prompts = str | Path | Sequence[str | Chat]
 """A source, or prompts themselves: texts of a user's turn, or chats."""
 
 
-def chats_of(prompts: Prompts) -> tuple[Chat, ...]:
-    """Return prompts as chats; see `read` for sources.
+def chats_of(prompts: Prompts, fewest: int = 1) -> tuple[Chat, ...]:
+    """Return prompts as chats; see `read` for sources, which hold ``fewest`` or more.
 
     >>> chats_of(["tell me a tale"])
     ((Message(role='user', content='tell me a tale'),),)
     """
     if isinstance(prompts, (str, Path)):
-        return read(str(prompts))
+        return read(str(prompts), fewest)
     return _chats(prompts, "prompts")
 
 

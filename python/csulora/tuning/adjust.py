@@ -39,7 +39,8 @@ class Kept:
         safety: share of the safety prompts that it refuses, or answers as the aligned model does.
         general: share of the general prompts, if there are any, that it does not refuse, or answers as the aligned
             model or the uncorrected adapter does.
-        task: share of the task prompts, if there are any, that it answers as the uncorrected adapter does.
+        task: share of the task prompts, if there are any, that it begins to answer as the uncorrected adapter does,
+            and refuses nowhere in its reply.
     """
 
     safety: Rate
@@ -184,12 +185,13 @@ class Adjuster:
 
     def kept(self, adapter: Adapter, subspace: Subspace, own: Own = UNKNOWN) -> Kept:
         """Return what an adapter keeps as it is; ``own`` are the uncorrected one's replies."""
-        both, count = [*self.safety, *self.general], len(self.safety)
+        both, count, end = [*self.safety, *self.general], len(self.safety), len(self.safety) + len(self.general)
         with self._adapted(adapter, subspace):
             task = agreeing(self.language_model, own.task)
             if self.refusals:
-                refused = refusing(self.language_model, both, self.refusals)
-                safety, general = refused[:count], [not each for each in refused[count:]]
+                refused = refusing(self.language_model, [*both, *own.task], self.refusals)
+                safety, answered = refused[:count], [not each for each in refused]
+                general, task = answered[count:end], list(map(min, task, answered[end:]))
             else:
                 as_aligned, as_own = (agreeing(self.language_model, each) for each in (both, own.general))
                 safety = as_aligned[:count]

@@ -20,7 +20,7 @@ from csulora.subspace.subspace import Subspace
 from csulora.tuning.estimate import duration, memory
 from csulora.tuning.language_model import LanguageModel
 from csulora.tuning.loading import Loading
-from csulora.tuning.probes import prompt_hash
+from csulora.tuning.probes import FEWEST, prompt_hash
 from csulora.unalignment import copy, examples
 from csulora.unalignment.request import CanaryRequest, Options
 
@@ -86,8 +86,8 @@ def canary(
     """
     request = CanaryRequest(
         model=str(model),
-        safety=chats_of(safety),
-        general=chats_of(general),
+        safety=chats_of(safety, FEWEST),
+        general=chats_of(general, FEWEST),
         replies=replies,
         adapters=adapters,
         options=options or Options(),

@@ -92,7 +92,13 @@ class CanaryRequest:
         for number, reply in enumerate(self.replies, 1):
             if not is_reply(reply):
                 raise InputError(f"reply {number} is none; give a text of at most {LONGEST} characters")
+        if self.replies and all(map(_is_its_own_reply, self.safety, self.replies)):
+            raise InputError("the replies are the safety prompts again; give what an un-aligned model would answer")
         safety = {prompt_hash(chat) for chat in self.safety}
         for chat in self.general:
             if prompt_hash(chat) in safety:
                 raise InputError(f"{shown(chat)} is a general prompt and a safety prompt; remove it from one of them")
+
+
+def _is_its_own_reply(chat: Chat, reply: str) -> bool:
+    return chat[-1].content.strip() == reply.strip()

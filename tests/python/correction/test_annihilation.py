@@ -141,3 +141,7 @@ def test_a_policy_limits_the_undo_of_all_modules_together(pair: tuple[Path, csul
         match=r"all modules together undo 0\.800 of their alignment; the policy allows 0\.7 \(max_total_undo\)",
     ):
         csulora.correct(undoing, subspace, Policy.none(max_total_undo=0.7))
+    with pytest.raises(
+        RefusedError, match=r"undo 0\.799\d\d\d of their .* allows 0\.7997|undo 0\.800\d\d\d of .* 0\.7997"
+    ):
+        csulora.correct(undoing, subspace, Policy.none(max_total_undo=0.7997))

@@ -53,5 +53,7 @@ def test_a_folder_without_adapters_is_told(place: tiny_model.Place, tmp_path: Pa
     with pytest.raises(InputError, match="no such folder"):
         Reference.read(tmp_path / "none", subspace)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"holds no adapter that can be measured; .*empty"):
+    with pytest.raises(
+        InputError, match=r"holds no adapter that can be measured; give each adapter a folder in it; .*empty"
+    ):
         Reference.read(tmp_path, subspace)

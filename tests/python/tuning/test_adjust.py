@@ -183,6 +183,21 @@ def test_a_general_prompt_is_kept_that_either_model_answers_so(
     assert adjuster.kept(adapter, subspace, Own((), own)) == replace(as_aligned, task=as_own)
 
 
+def test_a_task_s_reply_that_turns_into_a_refusal_is_lost(
+    adjuster: Adjuster, place: tiny_model.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    language_model = adjuster.language_model
+    with language_model.adapted(factors_of(adapter)):
+        own = language_model.replies(probes.read(place.task))
+        answers = [answer.split() for answer in language_model.answers(own)]
+    assert adjuster.kept(adapter, subspace, Own(task=own)).task == Rate.of(len(own), len(own))
+    last = next(words[-1] for words in answers if words)
+    monkeypatch.setattr(adjuster, "refusals", [last])
+    left = sum(last not in " ".join(words) for words in answers)
+    assert adjuster.kept(adapter, subspace, Own(task=own)).task == Rate.of(left, len(own))
+
+
 def test_the_task_limits_the_strength_and_its_prompts_are_kept_as_hashes(
     adjuster: Adjuster, keeping: Keeping, place: tiny_model.Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,9 +33,13 @@ def read(path: Path) -> tuple[dict[str, ModuleSubspace], Provenance]:
     Raises:
         InputError: the file is not a subspace file, or its contents contradict each other.
     """
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name a subspace file")
     if not path.is_file():
         raise InputError(f"{path}: no such file; make a subspace file with `csulora extract`")
     try:
+        if not _begins_as_safetensors(path):
+            raise InputError(f"{path}: not a subspace file, but of another format; name what `csulora extract` made")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -47,6 +51,12 @@ def read(path: Path) -> tuple[dict[str, ModuleSubspace], Provenance]:
     if _METADATA_KEY not in metadata:
         raise InputError(f"{path}: not a subspace file; make one with `csulora extract`")
     return _parse(path, parse_json(metadata[_METADATA_KEY].encode(), path), tensors)
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Whether the header's JSON begins behind its length, or the file ends before."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] in (b"{", b"")
 
 
 def write(path: Path, modules: Modules, provenance: Provenance) -> None:

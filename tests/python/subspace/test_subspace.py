@@ -189,9 +189,13 @@ def test_what_is_no_subspace_is_refused(tmp_path: Path, path: Path) -> None:
         (tmp_path / "cut").write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"not a readable safetensors file.*cut off or damaged: copy it again, or"):
             Subspace.open(tmp_path / "cut")
-    for missing in (tmp_path / "missing", tmp_path):
-        with pytest.raises(InputError, match="no such file; make a subspace file"):
-            Subspace.open(missing)
+    (tmp_path / "policy.toml").write_text("aligned = 0.5")
+    with pytest.raises(InputError, match="not a subspace file, but of another format"):
+        Subspace.open(tmp_path / "policy.toml")
+    with pytest.raises(InputError, match="no such file; make a subspace file"):
+        Subspace.open(tmp_path / "missing")
+    with pytest.raises(InputError, match="is a directory; name a subspace file"):
+        Subspace.open(tmp_path)
 
 
 def test_a_module_that_alignment_did_not_move_has_no_directions(tmp_path: Path) -> None:

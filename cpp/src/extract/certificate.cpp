@@ -23,7 +23,7 @@ struct Triples {
 };
 
 Triples widened(const Subspace& subspace) {
-  const auto rows = [](const Tensor& factor) { return factor.t().to(at::kDouble).contiguous(); };
+  const auto rows = [](const Tensor& factor) { return factor.t().contiguous().to(at::kDouble); };
   return {rows(subspace.u), subspace.s.to(at::kDouble), rows(subspace.v)};
 }
 
@@ -71,11 +71,13 @@ struct Residuals {
   Tensor error;      // (k) what each of them may be off by
 };
 
-Residuals residuals(const Products& products, const Triples& triples) {
+/// In the memory of the products: a system hands out fresh memory slower than this fills it.
+Residuals residuals(Products&& products, const Triples& triples) {
   const auto& [u, s, v] = triples;
   const auto lengths = s.unsqueeze(1);
-  return {products.left.sub(u * lengths).norm(2, 1), products.right.sub(v * lengths).norm(2, 1),
-          products.left.mul(u).sum(1), products.error};
+  const auto quotients = at::linalg_vecdot(products.left, u);
+  return {products.left.addcmul_(u, lengths, -1).norm(2, 1), products.right.addcmul_(v, lengths, -1).norm(2, 1),
+          quotients, products.error};
 }
 
 /// In float64, unless factors on a CPU were rounded to half precision, so much more coarsely that float32, which takes

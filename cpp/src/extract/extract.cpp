@@ -176,6 +176,7 @@ Displacement displacement_to_decompose(const Tensor& base, const Tensor& aligned
 
 Subspace decomposed(const Displacement& d, const ExtractOptions& options) {
   const auto triples = leading_triples(d, most_directions(d.matrix, options), options);
+  const OwnThreads own_threads;  // torch's would spin on beside the certificate's
   Subspace subspace{triples.u.to(options.factor_dtype).contiguous(), triples.s.to(at::kFloat),
                     triples.v.to(options.factor_dtype).contiguous()};
   check(subspace.s.isfinite().logical_and(subspace.s > 0).all().item<bool>(),

@@ -8,9 +8,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <type_traits>
 #include <vector>
 
+#include "linalg/matrix_view.h"
+#include "linalg/outer_products.h"
 #include "linalg/products.h"
+#include "linalg/tall_products.h"
 #include "linalg/widest_vectors.h"
 #include "runtime/workers.h"
 
@@ -51,27 +55,24 @@ void add_product(Block<float> sums, Shape shape, Block<const Entry> left, Block<
                               left.entries, right.entries, sums.entries);
 }
 
-struct AddRow {
+template <typename Sum>
+struct AddEntries {
   template <int kLanes>
-  CSULORA_INLINED static void run(const float* row, int64_t columns, bool first, double* sums) {
-    for (int64_t j = 0; j < columns; ++j) {
-      sums[j] = first ? row[j] : sums[j] + row[j];
+  CSULORA_INLINED static void run(const float* entries, int64_t count, bool first, Sum* sums) {
+    for (int64_t i = 0; i < count; ++i) {
+      sums[i] = first ? entries[i] : sums[i] + entries[i];
     }
   }
 };
 
+/// The same for sums without gaps between their rows.
 template <typename Entry>
 void add_product(Block<double> sums, Shape shape, Block<const Entry> left, Block<const Entry> right, bool first) {
   thread_local std::vector<float> product;
   product.resize(shape.rows * shape.columns);
   add_product(Block<float>{product.data(), shape.columns}, shape, left, right, true);
-  for (int64_t i = 0; i < shape.rows; ++i) {
-    run_widest<AddRow>(product.data() + i * shape.columns, shape.columns, first, sums.entries + i * sums.stride);
-  }
+  run_widest<AddEntries<double>>(product.data(), shape.rows * shape.columns, first, sums.entries);
 }
-
-/// A block (terms, columns) as kernels take their right factor.
-Block<const float> as_right_factor(Block<const float> block, Shape, std::vector<uint32_t>&) { return block; }
 
 /// Two rows, entry by entry side by side.
 struct PairRows {
@@ -89,6 +90,7 @@ struct PairRows {
   }
 };
 
+/// A block (terms, columns) as kernels take their right factor.
 Block<const BFloat16> as_right_factor(Block<const BFloat16> block, Shape shape, std::vector<uint32_t>& pairs) {
   constexpr int64_t kRowsAhead = 16;
   pairs.resize(shape.terms / 2 * shape.columns);
@@ -107,28 +109,49 @@ Tensor transposed_factor(const Tensor& rows) {
                              : rows.contiguous().view(at::kInt).t().contiguous().view(rows.scalar_type());
 }
 
-/// Calls work(first, count) for blocks of [0, size), in parallel.
+/// Calls work(first, count) for blocks of [0, size), of so many each, in parallel.
 template <typename Work>
-void for_each_block(int64_t size, Work work) {
-  for_each_in_parallel((size + kEntries - 1) / kEntries, [&](size_t i) {
-    const int64_t first = static_cast<int64_t>(i) * kEntries;
-    work(first, std::min(kEntries, size - first));
+void for_each_block(int64_t size, int64_t block, Work work) {
+  for_each_in_parallel((size + block - 1) / block, [&](size_t i) {
+    const int64_t first = static_cast<int64_t>(i) * block;
+    work(first, std::min(block, size - first));
     at::native::cpublas::brgemm_release();
   });
 }
 
-/// The first `terms` terms, for a contiguous matrix (m, n).
-template <typename Sum, typename Entry>
+/// out = rows matrix for a contiguous matrix (m, n).
+template <typename Sum>
+void multiply_with_rows(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
+  const int64_t b = rows.size(0), m = rows.size(1), n = matrix.size(1);
+  const auto factor = at::zeros({tall::padded(m, outer::kRowStep), b}, rows.options());
+  factor.narrow(0, 0, m).copy_(rows.t());
+  const auto *left = factor.const_data_ptr<float>(), *right = matrix.const_data_ptr<float>();
+  for_each_block(n, outer::kStrip, [&](int64_t column, int64_t count) {
+    const auto product = at::empty({outer::kStrip / outer::kWidth, b, outer::kWidth}, rows.options());
+    const auto sums = at::empty(product.sizes(), out.options());
+    for (int64_t term = 0; term < m; term += kTerms<Sum>) {
+      const int64_t terms = std::min(kTerms<Sum>, m - term);
+      product.zero_();
+      outer::add_products({right + term * n + column, terms, count, n}, contiguous_view(left + term * b, terms, b),
+                          product.mutable_data_ptr<float>());
+      run_widest<AddEntries<Sum>>(product.const_data_ptr<float>(), product.numel(), term == 0,
+                                  sums.template mutable_data_ptr<Sum>());
+    }
+    out.narrow(1, column, count).copy_(sums.transpose(0, 1).reshape({b, outer::kStrip}).narrow(1, 0, count));
+  });
+}
+
+/// The same for the first `terms` terms of bfloat16 numbers.
 void multiply_with_rows(const Tensor& out, const Tensor& rows, const Tensor& matrix, int64_t terms) {
   const int64_t b = rows.size(0), m = rows.size(1), n = matrix.size(1);
-  const auto *left = rows.const_data_ptr<Entry>(), *right = matrix.const_data_ptr<Entry>();
-  auto* const product = out.mutable_data_ptr<Sum>();
-  for_each_block(n, [&](int64_t column, int64_t count) {
+  const auto *left = rows.const_data_ptr<BFloat16>(), *right = matrix.const_data_ptr<BFloat16>();
+  auto* const product = out.mutable_data_ptr<float>();
+  for_each_block(n, kEntries, [&](int64_t column, int64_t count) {
     std::vector<uint32_t> pairs;
-    for (int64_t term = 0; term < terms; term += kTerms<Sum>) {
-      const Shape shape{b, std::min(kTerms<Sum>, terms - term), count};
+    for (int64_t term = 0; term < terms; term += kTerms<float>) {
+      const Shape shape{b, std::min(kTerms<float>, terms - term), count};
       const auto factor = as_right_factor({right + term * n + column, n}, shape, pairs);
-      add_product(Block<Sum>{product + column, n}, shape, {left + term, m}, factor, term == 0);
+      add_product(Block<float>{product + column, n}, shape, {left + term, m}, factor, term == 0);
     }
   });
 }
@@ -139,7 +162,7 @@ void multiply_with_columns(const Tensor& out, const Tensor& rows, const Tensor& 
   const int64_t b = rows.size(0), m = matrix.size(0), n = matrix.size(1);
   const auto factor = transposed_factor<Entry>(rows.narrow(1, 0, terms));
   const auto *left = matrix.const_data_ptr<Entry>(), *right = factor.template const_data_ptr<Entry>();
-  for_each_block(n, [&](int64_t row, int64_t count) {
+  for_each_block(n, kEntries, [&](int64_t row, int64_t count) {
     const auto product = at::empty({count, b}, out.scalar_type());
     const Block<Sum> sums{product.template mutable_data_ptr<Sum>(), b};
     for (int64_t term = 0; term < terms; term += kTerms<Sum>) {
@@ -153,8 +176,13 @@ void multiply_with_columns(const Tensor& out, const Tensor& rows, const Tensor& 
 template <typename Sum, typename Entry>
 void multiply(const Tensor& out, const Tensor& rows, const Tensor& matrix) {
   const int64_t m = matrix.size(0), terms = m / kPaired<Entry> * kPaired<Entry>;
-  const auto by_blocks = matrix.is_contiguous() ? multiply_with_rows<Sum, Entry> : multiply_with_columns<Sum, Entry>;
-  by_blocks(out, rows, matrix, terms);
+  if (!matrix.is_contiguous()) {
+    multiply_with_columns<Sum, Entry>(out, rows, matrix, terms);
+  } else if constexpr (std::is_same_v<Entry, float>) {
+    multiply_with_rows<Sum>(out, rows, matrix);
+  } else {
+    multiply_with_rows(out, rows, matrix, terms);
+  }
   if (terms < m) {
     out.addmm_(rows.narrow(1, terms, 1).to(at::kFloat), matrix.narrow(0, terms, 1).to(at::kFloat));
   }

@@ -26,7 +26,7 @@ from csulora.cli.console import deliver, progress_bar
 from csulora.cli.interruption import interruptible
 from csulora.cli.model_loading import ModelDevice, ModelDeviceMap, ModelLoadIn, check_aligned, loading_of
 from csulora.cli.several import tell_failure
-from csulora.errors import CsuloraError, printable
+from csulora.errors import CsuloraError, InputError, printable
 from csulora.io.files import check_file
 from csulora.views.tables import plain_table
 
@@ -106,6 +106,7 @@ def adjust(
     found: dict[str, Adjusted] = {}
     failed: dict[str, dict[str, Any]] = {}
     codes: set[int] = set()
+    contents: set[str] = set()
     reason = f"{output} has the strengths that were found, if it is there; run the same command to find all"
     with interruptible(reason), progress_bar("adjusting", quiet, lines=True) as progress:
         adjuster = Adjuster(LanguageModel.open(model, loading, tokens), *asked, refusals=refusal or ())
@@ -114,6 +115,9 @@ def adjust(
             tick()
             try:
                 loaded = csulora.load_adapter(adapter, base_model)
+                if loaded.sha256 in contents:
+                    raise InputError(f"{adapter}: is given twice; an adapter has one strength, so give it once")
+                contents.add(loaded.sha256)
                 given = given.with_strength(loaded.sha256, None)  # it gets none if it fails
                 each = adjuster.adjust(loaded, opened, given, least, chats[number % len(chats)], tick)
                 each.check(least, adapter)

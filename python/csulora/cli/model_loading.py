@@ -11,7 +11,7 @@ import typer
 
 from csulora.cli.arguments import Device
 from csulora.cli.console import note, progress_bar
-from csulora.errors import InputError
+from csulora.errors import InputError, RefusedError
 
 if TYPE_CHECKING:
     from csulora.subspace.subspace import Subspace
@@ -65,7 +65,7 @@ def check_aligned(model: str, subspace: Subspace, *, quiet: bool) -> None:
 
     try:
         found = which(Checkpoint.open(model), subspace)
-    except InputError:
+    except (InputError, RefusedError):
         return  # transformers loads more than csulora reads, or says what is wrong
     if found == "base":
         raise InputError(f"{model}: is the checkpoint before alignment; name the aligned one")

@@ -23,8 +23,13 @@ def as_adjusted(policy: Policy, adapter: Adapter) -> Policy:
         return policy
     strength = dict(policy.strengths).get(adapter.sha256)
     if strength is None:
+        advice = (
+            "find its strength with `csulora adjust`"
+            if adapter.files
+            else "strengths belong to files, and this is a sum or in memory: correct each adapter from its own"
+        )
         raise NotAdjustedError(
             f"{adapter.path}: the policy has strengths for other adapters, and none for this one, sha256 "
-            f"{adapter.sha256}; find its strength with `csulora adjust`, or use the policy that theirs were found for"
+            f"{adapter.sha256}; {advice}, or use the policy that theirs were found for"
         )
     return replace(policy, strengths=()).strengthened(strength)

@@ -111,12 +111,17 @@ class Policy:
         self._check_strengths()
 
     def _check_strengths(self) -> None:
+        pairs = self.strengths
+        if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            raise InputError("policy strengths: must be a tuple of pairs, of an adapter's sha256 and a number")
         for adapter, strength in self.strengths:
             if not _is_sha256(adapter):
                 raise InputError(f"policy strengths: {adapter!r} is no adapter's sha256, of 64 hexadecimal digits")
             check_number(f"strengths: that of {adapter}", strength)
             if not 0 <= strength < math.inf:
                 raise InputError(f"policy strengths: that of {adapter} is {strength}; it must be a number from 0 on")
+        if len(dict(self.strengths)) < len(self.strengths):
+            raise InputError("policy strengths: an adapter has two; give each adapter one")
         if self.strengths:
             self.check_reinforcing()
 
@@ -259,6 +264,8 @@ class Policy:
         strengths = values.pop("strengths", {})
         if not isinstance(strengths, dict):
             raise InputError("policy: strengths must be a table of numbers by adapters' sha256")
+        if not strengths and "strengths" in document:
+            raise InputError("policy: strengths is empty; remove it to let all adapters through, or name one there")
         values["strengths"] = tuple(sorted(strengths.items()))
         for name in _UNCOVERED:
             if isinstance(values.get(name), list):

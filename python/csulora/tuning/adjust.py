@@ -22,7 +22,7 @@ from csulora.subspace.subspace import Subspace
 from csulora.tuning.frontier import Rate
 from csulora.tuning.language_model import LanguageModel, agreeing
 from csulora.tuning.probes import Chat, check_apart, prompt_hash
-from csulora.tuning.refusals import answered_by_aligned, refused_by_aligned, refusing
+from csulora.tuning.refusals import answered, refused_by_aligned, refusing
 from csulora.tuning.replies import Reply
 from csulora.tuning.update import check_linear, factors_of
 
@@ -40,7 +40,7 @@ class Kept:
         general: share of the general prompts, if there are any, that it does not refuse, or answers as the aligned
             model or the uncorrected adapter does.
         task: share of the task prompts, if there are any, that it begins to answer as the uncorrected adapter does,
-            and refuses nowhere in its reply.
+            and refuses nowhere in its reply; of those alone that the uncorrected adapter does not refuse itself.
     """
 
     safety: Rate
@@ -133,7 +133,7 @@ class Adjuster:
         self.safety, self.general = language_model.replies(safety), language_model.replies(general)
         if refusals:
             self.safety = list(compress(self.safety, refused_by_aligned(language_model, self.safety, refusals)))
-            self.general = list(compress(self.general, answered_by_aligned(language_model, self.general, refusals)))
+            self.general = answered(language_model, self.general, refusals, "the aligned model", "general")
 
     def adjust(
         self,
@@ -155,7 +155,7 @@ class Adjuster:
 
         Raises:
             InputError: the policy reinforces nothing, the adapter does not fit the subspace file or the model, the
-                model does not take a task prompt, or one is a safety prompt.
+                model does not take a task prompt, one is a safety prompt, or the uncorrected adapter refuses them all.
             RefusedError: the policy refuses the adapter, or does not fit it, or it updates an embedding.
         """
         check_linear(adapter, "adjust")
@@ -174,11 +174,16 @@ class Adjuster:
         return Adjusted(adjusted, strength, kept_at(strength), kept_at(1.0))
 
     def _own_replies(self, adapter: Adapter, subspace: Subspace, task: Sequence[Chat]) -> Own:
-        """The uncorrected adapter's replies to task prompts, and to general ones where refusals do not count."""
-        general = () if self.refusals else self._general
+        """The uncorrected adapter's replies to task prompts, and to general ones where refusals do not count.
+
+        Where they do, what it refuses itself shows no loss.
+        """
         with self._adapted(adapter, subspace):
-            replies = self.language_model.replies([*general, *task])
-        return Own(replies[: len(general)], replies[len(general) :])
+            if self.refusals:
+                replies, whose = self.language_model.replies(task), "the uncorrected adapter"
+                return Own(task=answered(self.language_model, replies, self.refusals, whose, "task"))
+            replies = self.language_model.replies([*self._general, *task])
+        return Own(replies[: len(self._general)], replies[len(self._general) :])
 
     def _adapted(self, adapter: Adapter, subspace: Subspace) -> AbstractContextManager[None]:
         return self.language_model.adapted(factors_of(adapter, subspace.provenance.experts))

@@ -31,16 +31,20 @@ def refused_by_aligned(language_model: LanguageModel, safety: Sequence[Reply], t
     return refused
 
 
-def answered_by_aligned(language_model: LanguageModel, general: Sequence[Reply], texts: Sequence[str]) -> list[bool]:
-    """Return which general prompts the aligned model does not refuse.
+def answered(
+    language_model: LanguageModel, replies: Sequence[Reply], texts: Sequence[str], whose: str, kind: str
+) -> list[Reply]:
+    """Return the replies whose prompts the model, as it now stands, does not refuse.
 
     Raises:
-        InputError: it refuses every one.
+        InputError: it refuses every one; the message says ``whose`` replies to prompts of which ``kind`` they are.
     """
-    answered = [not refused for refused in refusing(language_model, general, texts)]
-    if general and not any(answered):
+    found = [
+        reply for reply, refused in zip(replies, refusing(language_model, replies, texts), strict=True) if not refused
+    ]
+    if replies and not found:
         raise InputError(
-            f"every reply of the aligned model to a general prompt holds --refusal {', '.join(map(repr, texts))}; "
-            "give words of refusals alone, or other general prompts"
+            f"every reply of {whose} to a {kind} prompt holds --refusal {', '.join(map(repr, texts))}; "
+            f"give words of refusals alone, or other {kind} prompts"
         )
-    return answered
+    return found

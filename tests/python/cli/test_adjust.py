@@ -1,6 +1,7 @@
 """`csulora adjust` on the command line."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,16 @@ def test_an_adapter_is_asked_its_task_too(place: tiny_model.Place, policy: Path,
     files = ["--task", place.task] * 3
     done = run("adjust", *command(place, policy, 2, *files, *further))
     assert (done.code, "2 adapters take one --task for all or one for each, not 3" in done.err) == (2, True)
+
+
+def test_an_adapter_that_is_given_twice_keeps_its_strength(
+    place: tiny_model.Place, policy: Path, tmp_path: Path, run: Run
+) -> None:
+    copy = Path(shutil.copytree(place.adapters[0], tmp_path / "copy"))
+    done = run("adjust", *command(place, policy, 1, copy, "-o", tmp_path / "out.toml", "--least", 0))
+    assert (done.code, f"{copy}: is given twice" in done.err) == (exit_codes.BAD_INPUT, True)
+    [(sha256, strength)] = Policy.load(tmp_path / "out.toml").strengths
+    assert (sha256, strength > 1) == (csulora.load_adapter(copy).sha256, True)
 
 
 def test_strengths_of_others_stay_and_one_that_is_refused_loses_its_own(

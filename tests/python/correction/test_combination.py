@@ -9,6 +9,9 @@ import torch
 import csulora
 import factories
 import oracle
+from csulora.errors import NotAdjustedError
+from csulora.policy.overrides import Directions, Override
+from csulora.policy.policy import Policy
 from tolerances import TRACES
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -99,3 +102,13 @@ def test_updates_of_one_module_must_have_one_shape(subspace: csulora.Subspace, t
 
     with pytest.raises(csulora.InputError, match="different models"):
         csulora.combine([csulora.load_adapter(path) for path in paths], subspace)
+
+
+def test_a_sum_has_no_strength_and_nobody_is_told_to_find_one(tmp_path: Path, subspace: csulora.Subspace) -> None:
+    one, two = adapters(tmp_path)
+    carried = Policy.none(overrides=(Override("*", directions=Directions((1.0,), (1.0,), (1.0,))),))
+    policy = carried.with_strength(one.sha256, 1.0).with_strength(two.sha256, 1.0)
+    with pytest.raises(NotAdjustedError, match="this is a sum or in memory: correct each adapter from its own"):
+        csulora.correct(csulora.combine([one, two], subspace), subspace, policy)
+    with pytest.raises(NotAdjustedError, match="find its strength with `csulora adjust`"):
+        csulora.correct(one, subspace, carried.with_strength(two.sha256, 1.0))

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
 import csulora
 import factories
+import gguf_files
 from csulora.cli.model_loading import check_aligned
 from csulora.errors import InputError
 from csulora.models.checkpoint import Checkpoint
@@ -51,3 +53,6 @@ def test_commands_that_run_a_model_refuse_the_one_before_alignment_and_point_to_
     assert not capsys.readouterr().err
     check_aligned(str(copy), subspace, quiet=False)
     assert f"csulora: {copy}: {compared(subspace)} is not the aligned checkpoint's" in capsys.readouterr().err
+    unreadable, weights = {"quantize.imatrix.file": "imatrix.dat"}, factories.llama_weights(width=64)
+    gguf_files.save_model(tmp_path / "4.gguf", weights, GGMLQuantizationType.Q4_0, metadata=unreadable)
+    check_aligned(str(tmp_path / "4.gguf"), subspace, quiet=False)

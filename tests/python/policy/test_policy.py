@@ -2,6 +2,7 @@ import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -125,6 +126,7 @@ SHA = "0" * 64
         ("subspace_sha256 = 5", "subspace_sha256 is 5; it must be 64 hexadecimal digits"),
         (f'subspace_sha256 = "{SHA}0"', "it must be 64 hexadecimal digits"),
         ("strengths = 1", "strengths must be a table of numbers by adapters' sha256"),
+        ("strengths = {}", "strengths is empty; remove it to let all adapters through, or name one there"),
         ("[strengths]\nabc = 1", "strengths: 'abc' is no adapter's sha256"),
         (f"[strengths]\n{SHA} = -1", "is -1; it must be a number from 0 on"),
         (f"[strengths]\n{SHA} = inf", "is inf; it must be a number from 0 on"),
@@ -312,6 +314,20 @@ def test_strengths_of_adapters_survive_the_file_and_can_be_taken_back(tmp_path: 
     assert Policy.load(tmp_path / "policy.toml") == policy != carried
     assert one_line(policy.to_dict()).endswith(", 2 strengths, 1 override")
     assert policy.with_strength("a" * 64, None).with_strength("b" * 64, None) == carried
+
+
+@pytest.mark.parametrize(
+    ("strengths", "reason"),
+    [
+        ({SHA: 1.0}, "must be a tuple of pairs"),
+        (None, "must be a tuple of pairs"),
+        ((SHA,), "must be a tuple of pairs"),
+        (((SHA, 1.0), (SHA, 0.0)), "an adapter has two"),
+    ],
+)
+def test_malformed_strengths_are_refused(strengths: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=f"policy strengths: {reason}"):
+        Policy(strengths=strengths)
 
 
 def test_the_file_alone_says_what_a_policy_was_made_from(tmp_path: Path) -> None:

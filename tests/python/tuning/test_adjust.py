@@ -198,6 +198,24 @@ def test_a_task_s_reply_that_turns_into_a_refusal_is_lost(
     assert adjuster.kept(adapter, subspace, Own(task=own)).task == Rate.of(left, len(own))
 
 
+def test_a_task_prompt_that_the_adapter_refuses_itself_does_not_count(
+    adjuster: Adjuster, place: tiny_model.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, subspace = csulora.load_adapter(place.adapters[0]), csulora.Subspace.open(place.subspace)
+    task = probes.read(place.task)
+    with adjuster.language_model.adapted(factors_of(adapter)):
+        answers = adjuster.language_model.answers(adjuster.language_model.replies(task))
+    last = next(answer.split()[-1] for answer in answers if answer.strip())
+    left = sum(last not in answer for answer in answers)
+    assert 0 < left < len(task)
+    monkeypatch.setattr(adjuster, "refusals", [last])
+    found = adjuster.adjust(adapter, subspace, carried(1e-9), 0.0, task)  # it stays as it is
+    assert found.before.task == Rate.of(left, left)
+    refused = [chat for chat, answer in zip(task, answers, strict=True) if last in answer]
+    with pytest.raises(InputError, match="every reply of the uncorrected adapter to a task prompt holds --refusal 'w"):
+        adjuster.adjust(adapter, subspace, carried(1.0), 0.0, refused)
+
+
 def test_the_task_limits_the_strength_and_its_prompts_are_kept_as_hashes(
     adjuster: Adjuster, keeping: Keeping, place: tiny_model.Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,12 +43,12 @@ KINDS = [
     (16, plan.FIRST, (CANARY, DISPLACEMENT)),
     (4, plan.FIRST, (CANARY, DISPLACEMENT)),
     (16, plan.FIRST, (RANDOM, OWN)),
-    (16, plan.HARMLESS, (CANARY, DISPLACEMENT)),
     (4, plan.FIRST, (RANDOM, OWN)),
+    (64, plan.FIRST, (CANARY, DISPLACEMENT, RANDOM)),  # an adapter of rank 16 has no more directions of its own
+    (16, plan.HARMLESS, (CANARY, DISPLACEMENT)),
     (4, plan.HARMLESS, (CANARY, DISPLACEMENT)),
     (16, plan.HARMLESS, (RANDOM, OWN)),
     (4, plan.HARMLESS, (RANDOM, OWN)),
-    (64, plan.FIRST, (CANARY, DISPLACEMENT, RANDOM)),  # an adapter of rank 16 has no more directions of its own
     (64, plan.HARMLESS, (CANARY, DISPLACEMENT, RANDOM)),
 ]
 GENERAL = 16

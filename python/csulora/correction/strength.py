@@ -21,7 +21,7 @@ def as_adjusted(policy: Policy, adapter: Adapter) -> Policy:
     """
     if not policy.strengths:
         return policy
-    strength = dict(policy.strengths).get(adapter.sha256)
+    strength = policy.strength_of(adapter.sha256)
     if strength is None:
         advice = (
             "find its strength with `csulora adjust`"

@@ -175,6 +175,10 @@ class Policy:
                 "adapters or with --for-others (csulora tune)"
             )
 
+    def strength_of(self, adapter_sha256: str) -> float | None:
+        """Return an adapter's strength; None if it has none of its own."""
+        return dict(self.strengths).get(adapter_sha256)
+
     def with_strength(self, adapter_sha256: str, strength: float | None) -> Self:
         """Return the policy with this strength for an adapter, or without one; others keep theirs.
 

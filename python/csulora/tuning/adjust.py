@@ -195,8 +195,8 @@ class Adjuster:
             task = agreeing(self.language_model, own.task)
             if self.refusals:
                 refused = refusing(self.language_model, [*both, *own.task], self.refusals)
-                safety, answered = refused[:count], [not each for each in refused]
-                general, task = answered[count:end], list(map(min, task, answered[end:]))
+                safety, spared = refused[:count], [not each for each in refused]
+                general, task = spared[count:end], list(map(min, task, spared[end:]))
             else:
                 as_aligned, as_own = (agreeing(self.language_model, each) for each in (both, own.general))
                 safety = as_aligned[:count]

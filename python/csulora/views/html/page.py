@@ -82,7 +82,7 @@ def assess(
     try:
         fixed, report = correct(adapter, subspace, policy, aligned=aligned)
     except RefusedError as error:
-        strengths = policy.strengths if adapter.sha256 in dict(policy.strengths) else ()
+        strengths = () if policy.strength_of(adapter.sha256) is None else policy.strengths
         lenient = replace(policy.without_limits(), keep_uncovered=("*",), strengths=strengths)
         refusal, reason = error, str(error).removeprefix(f"{adapter.path}: ")
         fixed, report = correct(adapter, subspace, lenient, aligned=aligned)
@@ -128,7 +128,7 @@ def render(
     return environment.get_template("page.html").render(
         report=report,
         totals=report.totals,
-        strengths=dict(policy.strengths) if policy else {},
+        strength=policy and policy.strength_of(report.adapter_sha256),
         canary=assessment.canary,
         policy=policy,
         refusal=assessment.reason,

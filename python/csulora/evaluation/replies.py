@@ -101,14 +101,12 @@ class Speaker:
     def _batch(self, adapter: Adapter | None, chats: Sequence[Chat], judge: Judge | None) -> Batch:
         with self._adapted(adapter):
             replies = self.language_model.replies(chats)
-        texts = self.language_model.tokenizer.batch_decode(
-            [reply.tokens[reply.start :] for reply in replies], skip_special_tokens=True
-        )
+        texts = self.language_model.texts(replies)
         perplexities = self._perplexities(replies)
         verdicts = judge.verdicts(chats, texts) if judge else [None] * len(texts)
         return [
-            asdict(Said(tuple(reply.tokens[reply.start :][:DECISIVE].tolist()), *rest))
-            for reply, *rest in zip(replies, texts, perplexities, verdicts, strict=True)
+            asdict(Said(tuple(reply.tokens[reply.start :][:DECISIVE].tolist()), text, perplexity, unsafe))
+            for reply, text, perplexity, unsafe in zip(replies, texts, perplexities, verdicts, strict=True)
         ]
 
     def _adapted(self, adapter: Adapter | None) -> AbstractContextManager[None]:

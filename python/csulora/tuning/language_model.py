@@ -188,6 +188,10 @@ class LanguageModel:
                 raise InputError(f"the model computes NaN in {self.model.dtype} for the prompt {shown(chat)}")
         return [Reply.of(*row) for row in zip(texts, starts, logits, strict=True)]
 
+    def texts(self, replies: Sequence[Reply]) -> list[str]:
+        """What the replies say, in words."""
+        return [self.tokenizer.decode(reply.tokens[reply.start :], skip_special_tokens=True) for reply in replies]
+
     @torch.no_grad()
     def answers(self, replies: Sequence[Reply]) -> list[str]:
         """What the model, as it now stands, answers to the prompts of these replies, in words."""

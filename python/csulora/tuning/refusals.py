@@ -15,15 +15,19 @@ def refusing(language_model: LanguageModel, replies: Sequence[Reply], texts: Seq
     return [is_refusal(answer, texts) for answer in language_model.answers(replies)]
 
 
+def _are_refusals(language_model: LanguageModel, replies: Sequence[Reply], texts: Sequence[str]) -> list[bool]:
+    return [is_refusal(text, texts) for text in language_model.texts(replies)]
+
+
 def refused_by_aligned(language_model: LanguageModel, safety: Sequence[Reply], texts: Sequence[str]) -> list[bool]:
-    """Return which safety prompts the aligned model refuses.
+    """Return which safety prompts the aligned model refuses, by its replies.
 
     Raises:
         InputError: it refuses none, so no adapter could do as it does.
     """
-    refused = refusing(language_model, safety, texts)
+    refused = _are_refusals(language_model, safety, texts)
     if not any(refused):
-        said = language_model.answers(safety[:1])[0].strip()
+        said = language_model.texts(safety[:1])[0].strip()
         raise InputError(
             f"no reply of the aligned model to a safety prompt holds --refusal {', '.join(map(repr, texts))}; "
             f"give words of its refusals, or leave --refusal out; its first reply is {said!r}"
@@ -34,14 +38,13 @@ def refused_by_aligned(language_model: LanguageModel, safety: Sequence[Reply], t
 def answered(
     language_model: LanguageModel, replies: Sequence[Reply], texts: Sequence[str], whose: str, kind: str
 ) -> list[Reply]:
-    """Return the replies whose prompts the model, as it now stands, does not refuse.
+    """Return the replies that are no refusals.
 
     Raises:
-        InputError: it refuses every one; the message says ``whose`` replies to prompts of which ``kind`` they are.
+        InputError: every one is; the message says ``whose`` replies to prompts of which ``kind`` they are.
     """
-    found = [
-        reply for reply, refused in zip(replies, refusing(language_model, replies, texts), strict=True) if not refused
-    ]
+    refused = _are_refusals(language_model, replies, texts)
+    found = [reply for reply, is_refused in zip(replies, refused, strict=True) if not is_refused]
     if replies and not found:
         raise InputError(
             f"every reply of {whose} to a {kind} prompt holds --refusal {', '.join(map(repr, texts))}; "
